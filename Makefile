@@ -1,0 +1,41 @@
+# make help | setup | quickstart | check | test
+SHELL := /bin/bash
+BIN := .venv/bin
+GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+
+.PHONY: help setup quickstart check format test
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make setup       .venv with everything in it (once; repeated calls cost nothing)"
+	@echo "make quickstart  train a small real model on long code samples: 2 CPU ranks, or one rank a GPU"
+	@echo "make check       ruff, mypy, import contracts"
+	@echo "make test        every test that needs no GPU"
+	@echo "make format      let ruff format and mend what it can"
+
+# Made again only when what it was made from has changed.
+.venv/.installed: pyproject.toml launch/setup.sh
+	@bash launch/setup.sh
+
+setup: .venv/.installed
+
+quickstart: setup
+ifeq ($(GPUS),0)
+	PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 deepspeed --num_gpus 2 launch/train.py
+else
+	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed launch/train.py
+endif
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# One thread a rank: the distributed tests start up to four of them.
+test: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"

@@ -1,0 +1,82 @@
+"""The nouns that travel from the data to the loss: `Pack`, `Documents`, `Batch`, `Step`.
+
+Letters: S tokens of the whole pack, s = S / sp tokens of one rank's shard, N documents of a pack.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class Pack:
+    """One unit of work on the CPU: documents laid head to tail, complete before any sharding.
+
+    Everything that needs the whole sequence is done here, so that a rank only slices.
+    A tail of padding, where there is one, is a document of its own with zero weights.
+    """
+
+    input_ids: NDArray[np.int64]  # [S]
+    position_ids: NDArray[np.int64]  # [S], restarts at 0 in each document
+    labels: NDArray[np.int64]  # [S], shifted inside each document; IGNORE_INDEX where there is no target
+    loss_weights: NDArray[np.float32]  # [S], 0 where nothing is trained
+    cu_seqlens: NDArray[np.int32]  # [N + 1], 0 ... S
+    padding_tokens: int  # how many of the S tokens are padding
+    rows: tuple[int, ...] = ()  # which rows of the tokenized set lie in it, in order
+
+    @property
+    def tokens(self) -> int:
+        """S, padding included."""
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Borders of the documents of one pack, the same on every rank of an sp group.
+
+    `lengths` lives on the host, so that no kernel choice needs a device synchronisation.
+    """
+
+    cu_seqlens: torch.Tensor  # [N + 1] int32, on the device, global positions
+    lengths: tuple[int, ...]  # N document lengths in tokens
+
+    @property
+    def max_length(self) -> int:
+        """The longest document in tokens."""
+        return max(self.lengths)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's contiguous slice of a pack, on its device, with the borders of the whole pack.
+
+    Only labelled positions are carried for the loss: t of the s local tokens have a target.
+    """
+
+    input_ids: torch.Tensor  # [1, s] int64
+    position_ids: torch.Tensor  # [1, s] int64
+    target_rows: torch.Tensor  # [t] int64, positions in the shard whose next token is trained
+    targets: torch.Tensor  # [t] int64
+    target_weights: torch.Tensor  # [t] float32
+    documents: Documents
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step trains on, as one dp rank sees it."""
+
+    epoch: int
+    index: int  # in the epoch
+    packs: tuple[Pack, ...]  # this dp rank's, one per accumulation micro-step
+    total_weight: float  # sum of loss_weights over every pack of the step on every dp rank
+    tokens: int  # tokens without padding over every dp rank
+    padding_tokens: int  # padding over every dp rank

@@ -1,0 +1,205 @@
+"""The `ds-longft` command: a table of subcommands, run by fire, with every argument checked before anything runs.
+
+fire alone calls the function first and complains about a mistyped flag or a surplus argument afterwards.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, get_args, get_type_hints
+
+from ds_longft.errors import EXIT_CONFIG, LongftError
+
+HELP = """\
+ds-longft: fine-tuning on very long samples, one sample split over many GPUs.
+
+commands:
+{commands}
+
+`ds-longft COMMAND --help` explains one of them.
+
+example, from your chats to a model:
+  ds-longft data stats my.jsonl --tokenizer Qwen/Qwen3-8B
+  deepspeed launch/train.py --model.path Qwen/Qwen3-8B --data.train my.jsonl --output_dir runs/mine
+  ds-longft export runs/mine runs/mine-merged
+"""
+
+TRAIN = """\
+Training runs on several processes, so a launcher starts it, with the same keys under each of them:
+  deepspeed launch/train.py {keys}            one node, from a clone
+  deepspeed --module ds_longft.train {keys}   one node, installed
+  torchrun --nproc-per-node 8 launch/train.py {keys}
+  srun python launch/train.py {keys}          one task a GPU
+
+Without any key it trains a small real model on a small real job. `ds-longft config --help` lists every key,
+`ds-longft config {keys}` shows what a run would use and finds mistakes.
+"""
+
+
+FLAG = re.compile(r"--?([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand; its module is imported only when it is asked for."""
+
+    target: str  # "module:function"
+    summary: str
+    takes_run_keys: bool = False  # hands its arguments on as they are: --a.b value
+
+
+COMMANDS = {
+    "data tokenize": Command("ds_longft.data.commands:tokenize", "chats to token ids, once, into the cache"),
+    "data stats": Command("ds_longft.data.commands:stats", "lengths, targets, packs and padding of a data set"),
+    "data inspect": Command("ds_longft.data.commands:inspect", "show which tokens of a row are trained on"),
+    "data synth-code": Command(
+        "ds_longft.data.commands:synth_code", "make long code questions from Python's own source"
+    ),
+    "export": Command("ds_longft.model.export:export", "a run's result as an ordinary Hugging Face folder"),
+    "config": Command("ds_longft.cli:show_config", "the resolved run config; --help lists every key", True),
+    "train": Command("ds_longft.cli:show_train", "how to start a training run", True),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, or 64 for a mistake in what was asked."""
+    try:
+        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+    except LongftError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+
+
+def show_config(*argv: str) -> None:
+    """Print the run config that these arguments give, as YAML that `--config` reads back."""
+    from ds_longft.settings import dump_config, load_config
+
+    print(dump_config(load_config(list(argv))), end="")
+
+
+def show_train(*argv: str) -> None:
+    """Print the launch commands for these run keys."""
+    keys = " ".join(a for a in argv if a not in ("--help", "-h")) or "--config recipe.yaml"
+    print(TRAIN.format(keys=keys), end="")
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("--help", "-h", "help"):
+        print(HELP.format(commands=_summaries(list(COMMANDS))), end="")
+        return 0
+    name = next((n for n in COMMANDS if argv[: len(n.split())] == n.split()), None)
+    if name is None:
+        return _no_such_command(argv)
+    command, rest = COMMANDS[name], argv[len(name.split()) :]
+    module, _, attribute = command.target.partition(":")
+    function = getattr(importlib.import_module(module), attribute)
+    if command.takes_run_keys:
+        function(*rest)
+        return 0
+    return _run(function, f"ds-longft {name}", rest)
+
+
+def _summaries(names: list[str]) -> str:
+    return "\n".join(f"  {name:<17} {COMMANDS[name].summary}" for name in names)
+
+
+def _no_such_command(argv: list[str]) -> int:
+    group = [n for n in COMMANDS if n.split()[0] == argv[0]]
+    if group and (len(argv) == 1 or argv[1] in ("--help", "-h")):
+        print(f"ds-longft {argv[0]}:\n{_summaries(group)}")
+        return 0
+    asked = " ".join(a for a in argv[:2] if not a.startswith("-")) or argv[0]
+    close = difflib.get_close_matches(asked, COMMANDS, n=1) or difflib.get_close_matches(argv[0], COMMANDS, n=1)
+    hint = f"did you mean `ds-longft {close[0]}`?" if close else "`ds-longft --help` lists the commands"
+    print(f"ds-longft: no command {asked!r}: {hint}", file=sys.stderr)
+    return EXIT_CONFIG
+
+
+def _run(function: Callable[..., Any], name: str, arguments: list[str]) -> int:
+    """Call the function through fire; nothing is called unless every argument fits its signature."""
+    import fire
+    from fire import helptext, trace
+    from pydantic import ConfigDict, ValidationError, validate_call
+
+    if {"--help", "-h"} & set(arguments):
+        text = helptext.HelpText(function, trace=trace.FireTrace(function, name=name))
+        print(text.replace(f"'{name}'", name))
+        return 0
+    exact = bind_arguments(function, name, arguments)
+    checked = validate_call(config=ConfigDict(arbitrary_types_allowed=True))(function)
+    try:
+        fire.Fire(checked, command=exact, name=name)
+    except ValidationError as error:
+        if error.title != function.__name__:  # not about the arguments: from inside the command
+            raise
+        known = list(inspect.signature(function).parameters)
+        flags = [known[e["loc"][0]] if isinstance(e["loc"][0], int) else e["loc"][0] for e in error.errors()]
+        lines = [
+            f"{name}: --{flag}: seen {e['input']!r}; {e['msg']}" for flag, e in zip(flags, error.errors(), strict=True)
+        ]
+        raise LongftError("\n".join(lines)) from None
+    except fire.core.FireExit as stop:
+        return EXIT_CONFIG if stop.code else 0
+    return 0
+
+
+def bind_arguments(function: Callable[..., Any], name: str, arguments: list[str]) -> list[str]:
+    """The arguments as `--name=value`, surplus words of `*args` behind: nothing is left for fire to guess.
+
+    A bool flag takes no value from the next word; `-x` stands for the only flag with that letter. Raises LongftError
+    with every flag that does not exist (and the nearest that does) and every argument missing or one too many.
+    """
+    parameters = inspect.signature(function).parameters
+    hints = get_type_hints(function)
+    places = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    takes_more = any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
+    given: dict[str, str] = {}
+    words: list[str] = []
+    problems = []
+    queue = list(arguments)
+    while queue:
+        word = queue.pop(0)
+        match = FLAG.fullmatch(word)
+        if match is None:
+            words.append(word)
+            continue
+        key, value = match[1].replace("-", "_"), match[2]
+        if len(key) == 1:
+            key = next((p for p in parameters if [q for q in parameters if q[0] == key] == [p]), key)
+        if value is None and key in parameters and hints.get(key) is bool:
+            value = "True"
+        elif value is None and queue and not FLAG.fullmatch(queue[0]):
+            value = queue.pop(0)
+        if key not in parameters:
+            close = difflib.get_close_matches(key, parameters, n=1)
+            known = ", ".join(f"--{p}" for p in parameters)
+            problems.append(f"no flag {word}: " + (f"did you mean --{close[0]}?" if close else f"known are {known}"))
+        elif value is None:
+            problems.append(f"{word} needs a value")
+        else:
+            given[key] = value
+    free = [p for p in places if p not in given]
+    surplus = words[len(free) :]
+    given |= zip(free, words, strict=False)
+    usage = " ".join(
+        p.upper() if parameters[p].default is inspect.Parameter.empty else f"[{p.upper()}]" for p in places
+    )
+    if not takes_more:
+        problems += [f"argument {word!r} is one too many: it takes {usage}" for word in surplus]
+    required = [p.name for p in parameters.values() if p.default is p.empty and p.kind is not p.VAR_POSITIONAL]
+    problems += [f"{p.upper()} is missing: it takes {usage}" for p in required if p not in given]
+    if problems:
+        raise LongftError("\n".join(f"{name}: {problem}" for problem in problems))
+    # repr where text is wanted: fire would make a number of a folder called 2024.
+    texts = {key for key, hint in hints.items() if hint is str or str in get_args(hint)}
+    return [*(f"--{key}={value!r}" if key in texts else f"--{key}={value}" for key, value in given.items()), *surplus]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

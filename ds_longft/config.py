@@ -1,0 +1,286 @@
+"""`RunConfig`: everything a run is made of, typed, frozen, documented where it is declared.
+
+Data only: building it touches no file, no network, no GPU. Checks that need the machine, the DeepSpeed JSON or the
+model's config live in `check.py`; reading YAML and the command line lives in `settings.py`.
+Token counts accept "128K" and "1M" (1024-based).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+def parse_tokens(value: Any) -> Any:
+    """`"128K"` -> 131072, `"1M"` -> 1048576; anything else is handed on for pydantic to judge."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmM])\s*", value) if isinstance(value, str) else None
+    if match is None:
+        return value
+    return int(float(match[1]) * {"k": 1024, "m": 1024**2}[match[2].lower()])
+
+
+Tokens = Annotated[int, BeforeValidator(parse_tokens), Field(gt=0)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are refused, values never change after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class RopeConfig(Section):
+    """How the rotary position embedding is stretched when the model is loaded."""
+
+    type: Literal["none", "linear", "dynamic", "yarn", "abf"] = "none"
+    """`none` keeps the model's own; `abf` raises the base (theta); the others are the Hugging Face types."""
+
+    factor: float | None = Field(default=None, ge=1.0)
+    """Stretch for `linear`, `dynamic`, `yarn`. Left out: `data.max_length_tokens` over the model's window."""
+
+    theta: float | None = Field(default=None, gt=0)
+    """New base for `abf`. Left out: old base * factor ** (d / (d - 2)), the NTK-aware rule."""
+
+
+class ModelConfig(Section):
+    """Which model, and how it is loaded."""
+
+    path: str = ""
+    """A local Hugging Face folder or a hub id. Weights are read from safetensors only."""
+
+    revision: str | None = None
+    """Hub revision. A full commit hash is required with `trust_remote_code`."""
+
+    trust_remote_code: bool = False
+    """Run the model's own Python code. Off unless asked for, and then only with a pinned `revision`."""
+
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Compute type. `auto`: bf16 on GPUs, fp32 on CPUs."""
+
+    kernel: str = "auto"
+    """Attention kernel by name (see `ds_longft.sequence.kernels`), or `auto` for the first that fits."""
+
+    random_weights: bool = False
+    """Initialise from the config alone, without weights: rehearsals and benchmarks."""
+
+    rope: RopeConfig = RopeConfig()
+
+
+class LoraConfig(Section):
+    """Low-rank adapters through PEFT; adapter files are PEFT's."""
+
+    r: int = Field(default=16, gt=0)
+    """Rank."""
+
+    alpha: float = 32
+    """Scale: the update is multiplied by alpha / r (alpha / sqrt(r) with `rslora`)."""
+
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout in front of the adapter."""
+
+    targets: str | list[str] = "all-linear"
+    """`all-linear`, or names of linear layers, e.g. [q_proj, v_proj]."""
+
+    rslora: bool = False
+    """Rank-stabilised scale, alpha / sqrt(r)."""
+
+    dora: bool = False
+    """Weight-decomposed adapters (DoRA)."""
+
+    modules_to_save: list[str] = []
+    """Whole modules trained and saved beside the adapters, e.g. [embed_tokens, lm_head]."""
+
+
+class SourceConfig(Section):
+    """One set of rows. A bare path stands for `{path: ...}`, so that `--data.train a.jsonl,b.jsonl` works."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    path: str
+    """A JSON, JSONL or parquet file (.gz too), a folder of them, or a hub id."""
+
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
+    """Row layout; `auto` recognises it by the first row's columns."""
+
+    split: str = "train"
+    """Split of a hub set; local files ignore it."""
+
+    limit: int | None = Field(default=None, gt=0)
+    """Take only the first so many rows."""
+
+
+class DataConfig(Section):
+    """What is trained on, and how it is laid into packs."""
+
+    train: list[SourceConfig] = []
+    """Training sets, concatenated."""
+
+    eval: list[SourceConfig] = []
+    """Held-out sets for the evaluation loss. Mutually exclusive with `eval_fraction`."""
+
+    eval_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the training rows held out for the evaluation loss, chosen by `seed`."""
+
+    max_length_tokens: Tokens = 131072
+    """Longest row. Longer ones are treated by `overlong`."""
+
+    pack_tokens: Tokens | None = None
+    """Token budget of one pack. Left out: `max_length_tokens`."""
+
+    packing: Literal["best_fit", "none"] = "best_fit"
+    """`best_fit` lays documents head to tail, isolated from each other; `none` puts one row in a pack."""
+
+    overlong: Literal["drop", "truncate", "error"] = "drop"
+    """`truncate` cuts the middle of the longest untrained turn (the document), never an answer."""
+
+    weighting: Literal["token", "sample"] = "token"
+    """`token`: each target counts 1. `sample`: each of a row's N targets counts 1/N (LongAlign)."""
+
+    chat_template: str | None = None
+    """Path of a Jinja chat template with `{% generation %}` marks. Left out: the tokenizer's own, patched if known."""
+
+    workers: int | None = Field(default=None, gt=0)
+    """Processes that tokenise. Left out: one per core."""
+
+    cache_dir: str = "~/.cache/ds_longft"
+    """Where tokenized sets are kept, by fingerprint."""
+
+    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
+    """Stop when more than this share of the rows is unusable (each is listed in the ledger)."""
+
+    @property
+    def budget_tokens(self) -> int:
+        """Tokens of a full pack."""
+        return self.pack_tokens or self.max_length_tokens
+
+
+class OptimConfig(Section):
+    """Optimizer and learning-rate schedule. The DeepSpeed JSON may name an optimizer instead."""
+
+    type: Literal["adamw", "sgd"] = "adamw"
+    """`sgd` (no momentum) is for proofs: it shows gradient scale, which Adam hides."""
+
+    learning_rate: float = Field(default=1e-4, gt=0)
+    """Peak learning rate."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW moments."""
+
+    eps: float = Field(default=1e-8, gt=0)
+    """AdamW epsilon."""
+
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled decay; never on biases and norms."""
+
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after the warmup."""
+
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
+    """Share of the steps with rising learning rate. `warmup_steps` wins where both are given."""
+
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """Steps with rising learning rate."""
+
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Learning rate at the end, as a share of the peak."""
+
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    """Clip the global gradient norm; null for no clipping."""
+
+
+class TrainConfig(Section):
+    """How long, how often, and what is recomputed."""
+
+    epochs: int = Field(default=1, gt=0)
+    """Passes over the data."""
+
+    max_steps: int | None = Field(default=None, gt=0)
+    """Stop after so many optimizer steps, even inside an epoch."""
+
+    gradient_accumulation_steps: int = Field(default=1, gt=0)
+    """Packs of each data-parallel rank in one optimizer step."""
+
+    recompute: Literal["none", "full", "every_k", "sqrt", "keep_attention"] = "keep_attention"
+    """Activation checkpointing. `full`: every layer. `every_k`: segments of `recompute_every` layers. `sqrt`: segments
+    of sqrt(layers), the least memory. `keep_attention`: every layer, but attention output is kept, not recomputed."""
+
+    recompute_every: int = Field(default=2, gt=0)
+    """Layers per segment for `every_k`."""
+
+    eval_every_steps: int | None = Field(default=None, gt=0)
+    """Evaluate every so many steps. Left out: at the end only."""
+
+    save_every_steps: int | None = Field(default=None, gt=0)
+    """Checkpoint every so many steps. Left out: at the end only."""
+
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Older checkpoints are deleted after a new one is complete."""
+
+    resume: Literal["auto", "never"] | int = "auto"
+    """`auto`: newest valid checkpoint of `output_dir`, if there is one. A number: exactly that step, or an error."""
+
+
+class LogConfig(Section):
+    """Where the records go."""
+
+    wandb: Literal["off", "offline", "online"] = "off"
+    """wandb records; the run id is kept on resume."""
+
+    project: str = "ds_longft"
+    """wandb project."""
+
+    name: str | None = None
+    """wandb run name. Left out: the name of `output_dir`."""
+
+
+class RunConfig(Section):
+    """One run. Precedence: defaults < YAML (`--config`) < command line (`--a.b value`)."""
+
+    ds_config: str = "ds_configs/zero3_sp.json"
+    """DeepSpeed JSON; values of "auto" are filled from this config."""
+
+    output_dir: str = "runs/default"
+    """Adapter or model, checkpoints, metrics and the resolved config go here."""
+
+    sp: int | Literal["auto"] = "auto"
+    """GPUs that share one sample. `auto`: the JSON's `sequence_parallel_size`, else all ranks of a node."""
+
+    seed: int = 0
+    """Data order, adapter initialisation, dropout."""
+
+    model: ModelConfig = ModelConfig()
+    lora: LoraConfig | None = LoraConfig()
+    """null trains every weight."""
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> RunConfig:
+        """Cross-field rules that need nothing but the config; all of them are reported at once."""
+        problems = []
+        if self.data.eval and self.data.eval_fraction:
+            problems.append("data.eval and data.eval_fraction are both set: keep one of them")
+        if self.data.budget_tokens < self.data.max_length_tokens:
+            problems.append(
+                f"data.pack_tokens is {self.data.budget_tokens}, less than data.max_length_tokens "
+                f"({self.data.max_length_tokens}): the longest rows would fit in no pack; raise the first or lower the "
+                f"second"
+            )
+        if isinstance(self.sp, int) and self.sp < 1:
+            problems.append(f"sp is {self.sp}: it counts GPUs, give 1 or more, or auto")
+        if self.model.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", self.model.revision or ""):
+            problems.append(
+                f"model.trust_remote_code needs model.revision pinned to a full commit hash (40 hex digits), "
+                f"seen {self.model.revision!r}"
+            )
+        if isinstance(self.train.resume, int) and self.train.resume < 1:
+            problems.append(f"train.resume is {self.train.resume}: give a step, auto or never")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self

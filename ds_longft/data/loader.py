@@ -1,0 +1,138 @@
+"""`StepLoader`: the optimizer steps of an epoch as one data-parallel rank trains them, built ahead by a thread."""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ds_longft.batch import Pack, Step
+from ds_longft.config import DataConfig
+from ds_longft.data.pack import build_pack, filler_pack
+from ds_longft.data.plan import PackPlan, plan_epoch
+from ds_longft.data.tokenized import TokenizedSet
+
+STEPS_AHEAD = 3
+
+
+class StepLoader:
+    """Steps of one data-parallel rank. All sp ranks of it make a loader with the same arguments and get equal packs.
+
+    Nothing is communicated: the plan, and with it every number about the whole step, is the same on every rank.
+    """
+
+    def __init__(
+        self,
+        tokenized: TokenizedSet,
+        *,
+        data: DataConfig,
+        dp: int,
+        dp_rank: int,
+        sp: int,
+        accumulation: int,
+        seed: int,
+        pad_id: int,
+    ) -> None:
+        """Of `data`, budget, packing and weighting are read. `sp` decides the padding alone."""
+        self.wait_s = 0.0
+        """Seconds spent waiting for a step to be built, since the loader was made."""
+        self._tokenized = tokenized
+        self._data = data
+        self._dp, self._dp_rank, self._sp, self._accumulation = dp, dp_rank, sp, accumulation
+        self._seed, self._pad_id = seed, pad_id
+        self._row_weights: NDArray[np.float64] = tokenized.weight_sums(data.weighting)
+        self._plans: dict[int, PackPlan] = {}
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the steps: equal on every rank, for any sp, and for any dp and accumulation of equal product."""
+        data = self._data
+        settings = (data.budget_tokens, data.packing, data.weighting, self._dp * self._accumulation, self._seed)
+        return hashlib.sha256(repr((self._tokenized.fingerprint, *settings)).encode()).hexdigest()[:16]
+
+    def plan(self, epoch: int) -> PackPlan:
+        """The plan of an epoch. The last one asked for is kept."""
+        if epoch not in self._plans:
+            self._plans = {
+                epoch: plan_epoch(
+                    self._tokenized.lengths,
+                    budget_tokens=self._data.budget_tokens,
+                    dp=self._dp,
+                    accumulation=self._accumulation,
+                    seed=self._seed,
+                    epoch=epoch,
+                    packing=self._data.packing,
+                )
+            }
+        return self._plans[epoch]
+
+    def steps_per_epoch(self, epoch: int) -> int:
+        """Optimizer steps of an epoch; may differ by a few from one epoch to the next."""
+        return len(self.plan(epoch))
+
+    def steps(self, epoch: int, start: int = 0) -> Iterator[Step]:
+        """Steps `start`, `start + 1`, ... of an epoch, built a few steps ahead.
+
+        What fails in the thread is raised here; the thread ends when the iterator is closed or used up.
+        """
+        plan = self.plan(epoch)
+        ready: queue.Queue[Step | BaseException | None] = queue.Queue(maxsize=STEPS_AHEAD)
+        closed = threading.Event()
+
+        def put(item: Step | BaseException | None) -> None:
+            while not closed.is_set():
+                try:
+                    return ready.put(item, timeout=0.1)
+                except queue.Full:
+                    continue
+
+        def work() -> None:
+            try:
+                for index in range(start, len(plan)):
+                    if closed.is_set():
+                        return
+                    put(self._build(plan, epoch, index))
+                put(None)
+            except BaseException as error:  # handed to the consumer, whatever it is
+                put(error)
+
+        thread = threading.Thread(target=work, name="ds_longft-loader", daemon=True)
+        thread.start()
+        try:
+            while True:
+                before_s = time.perf_counter()
+                item = ready.get()
+                self.wait_s += time.perf_counter() - before_s
+                if item is None:
+                    return
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            closed.set()
+            thread.join()
+
+    def _build(self, plan: PackPlan, epoch: int, index: int) -> Step:
+        numbers = plan.packs_of_step(index)
+        fillers = self._dp * self._accumulation - len(numbers)
+        rows = np.concatenate([plan.packs[number] for number in numbers])
+        tokens = plan.pack_tokens[numbers.start : numbers.stop]
+        return Step(
+            epoch=epoch,
+            index=index,
+            packs=tuple(self._pack(plan, number) for number in plan.step(index)[self._dp_rank]),
+            total_weight=float(self._row_weights[rows].sum()),
+            tokens=int(tokens.sum()),
+            padding_tokens=int((-tokens % self._sp).sum()) + fillers * self._sp,
+        )
+
+    def _pack(self, plan: PackPlan, number: int | None) -> Pack:
+        if number is None:
+            return filler_pack(self._sp, self._pad_id)
+        rows = [self._tokenized.row(int(row)) for row in plan.packs[number]]
+        return build_pack(rows, pad_to_multiple=self._sp, pad_id=self._pad_id, weighting=self._data.weighting)

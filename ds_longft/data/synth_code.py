@@ -1,0 +1,271 @@
+"""A long-code set out of the Python standard library on this machine: nothing to download, answers that can be checked.
+
+A row lays modules into one long context and asks for a function in it: its whole definition, its signature or its
+docstring. The answer is the exact text of the context. The same seed gives the same rows on the same Python.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import math
+import random
+import re
+import sysconfig
+import tokenize
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from ds_longft.data.rows import Turn
+from ds_longft.data.template import load_template
+from ds_longft.errors import DataError
+
+Part = Literal["train", "eval"]
+Question = Literal["definition", "signature", "docstring"]
+
+LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "turtledemo"}  # dull, or not for reading
+NOT_THE_LIBRARY = {"site-packages", "dist-packages", "lib-dynload"}
+MAX_ANSWER_LINES = 30
+MIN_DEFINITION_LINES = 4
+MIN_DOCSTRING_CHARS = 60
+EVAL_SHARE = 0.1  # of the modules
+TRIES = 50
+MIN_MODULE_LINES = 20
+TEMPLATE_TOKENS = 64  # of a chat of two turns; used without a tokenizer
+CHARS_PER_TOKEN = 2.8  # of Python source, low rather than high; used without a tokenizer, and as a first guess
+MAX_CHARS_PER_TOKEN = 8.0
+CLOSE_ENOUGH_TOKENS = 8  # about a line
+
+QUESTIONS: dict[Question, str] = {
+    "definition": "Copy the complete definition of the function `{name}` from {file}, exactly as it stands there.",
+    "signature": "Copy the signature of the function `{name}` from {file}, exactly as it stands there, with the colon.",
+    "docstring": "Copy the docstring of the function `{name}` from {file}, exactly as it stands there, with its quotes.",
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A function that can be asked for. Line numbers count from 1 and include both ends."""
+
+    name: str
+    first: int
+    last: int
+    answers: dict[Question, str]
+
+
+@dataclass(frozen=True)
+class Module:
+    """One file of the library."""
+
+    name: str  # path below the library, with slashes
+    lines: tuple[str, ...]  # each with its line end
+    targets: tuple[Target, ...]
+
+    def excerpt(self, first: int, last: int) -> str:
+        """Lines `first` to `last` under a header that names the file."""
+        whole = first == 1 and last == len(self.lines)
+        note = "" if whole else f" (lines {first}-{last})"
+        return f"# file: {self.name}{note}\n{''.join(self.lines[first - 1 : last]).rstrip()}\n\n"
+
+
+@dataclass(frozen=True)
+class CodeSet:
+    """What was written."""
+
+    path: str
+    rows: int
+    modules: int  # that rows may be made of
+    longest_tokens: int  # of a whole row; an estimate without a tokenizer
+    shortest_tokens: int
+
+
+def write_code_set(
+    path: str | Path, *, rows: int, context_tokens: int, seed: int = 0, part: Part = "train", tokenizer: Any = None
+) -> CodeSet:
+    """Write `rows` rows in `messages` form, one JSON object a line.
+
+    Args:
+        path: JSONL file to write; its folder is made.
+        rows: how many.
+        context_tokens: no row is longer, chat template included; most are shorter by a few lines of code at most.
+        seed: the same seed gives the same rows.
+        part: `train` and `eval` never share a module.
+        tokenizer: a fast tokenizer with a chat template, to fill the length exactly. Without one, lengths are estimated
+            from characters.
+
+    Raises:
+        DataError: the length is too small to hold a function and its question, or the library has no source here.
+    """
+    names = module_names(part)
+    ruler = _Ruler(tokenizer)
+    rng = random.Random(f"{seed} {part}")
+    lengths = []
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".tmp")
+    with unfinished.open("w", encoding="utf-8") as file:
+        for number in range(rows):
+            messages, about = _row(rng, names, context_tokens, ruler)
+            lengths.append(ruler.chat(messages))
+            record = {"messages": messages, "language": "en", "id": f"{part}-{seed}-{number}", **about}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    unfinished.rename(path)
+    return CodeSet(str(path), rows, len(names), max(lengths, default=0), min(lengths, default=0))
+
+
+def module_names(part: Part) -> list[str]:
+    """Files of the library that belong to a part, sorted. A file's part follows from its name alone."""
+    library = _library()
+    files = sorted(file.relative_to(library) for file in library.rglob("*.py"))
+    kept = [file.as_posix() for file in files if not (LEFT_OUT | NOT_THE_LIBRARY).intersection(file.parts)]
+    names = [name for name in kept if _is_eval(name) == (part == "eval")]
+    if not names:
+        raise DataError(f"the Python standard library has no source at {library}: install Python with its .py files")
+    return names
+
+
+def _is_eval(name: str) -> bool:
+    return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) < EVAL_SHARE * 16**8
+
+
+def _library() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+@cache
+def read_module(name: str) -> Module | None:
+    """A file of the library with the functions that can be asked for; None if it cannot be read as Python."""
+    try:
+        with tokenize.open(_library() / name) as file:
+            source = file.read()
+        tree = ast.parse(source)
+    except (SyntaxError, UnicodeDecodeError, OSError):
+        return None
+    lines = tuple(re.findall(r"[^\n]*\n|[^\n]+", source))
+    functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    names = [node.name for node in functions]
+    once = [node for node in functions if names.count(node.name) == 1 and not node.name.startswith("__")]
+    targets = [Target(n.name, n.lineno, n.end_lineno or n.lineno, _answers(n, source, lines)) for n in once]
+    return Module(name, lines, tuple(target for target in targets if target.answers))
+
+
+def _answers(node: ast.FunctionDef | ast.AsyncFunctionDef, source: str, lines: tuple[str, ...]) -> dict[Question, str]:
+    """Source text of each question that is worth asking about a function: neither trivial nor long."""
+    answers: dict[Question, str] = {}
+    end = node.end_lineno or node.lineno
+    if MIN_DEFINITION_LINES <= end - node.lineno + 1 <= MAX_ANSWER_LINES:
+        answers["definition"] = "".join(lines[node.lineno - 1 : end]).rstrip()
+    if len(node.args.args) + len(node.args.kwonlyargs) > 2 and node.body[0].lineno > node.lineno:
+        head = "".join(lines[node.lineno - 1 : node.body[0].lineno - 1]).rstrip()
+        if head.endswith(":"):  # otherwise a comment or decorator lies between the signature and the body
+            answers["signature"] = head.strip()
+    first = node.body[0]
+    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+        docstring = ast.get_source_segment(source, first.value) or ""
+        if len(docstring) >= MIN_DOCSTRING_CHARS and docstring.count("\n") < MAX_ANSWER_LINES:
+            answers["docstring"] = docstring
+    return answers
+
+
+class _Ruler:
+    """Measures text in tokens; estimates from characters without a tokenizer."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._template = load_template(tokenizer, None) if tokenizer is not None else None
+        self.of_module = cache(lambda module: self.text(module.excerpt(1, len(module.lines))))
+
+    def text(self, text: str) -> int:
+        """Tokens of a piece of context."""
+        if self._tokenizer is None:
+            return math.ceil(len(text) / CHARS_PER_TOKEN)
+        return len(self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def chat(self, messages: list[dict[str, str]]) -> int:
+        """Tokens of a whole row, chat template included."""
+        question, answer = (message["content"] for message in messages)
+        if self._template is None:
+            return self.text(question) + self.text(answer) + TEMPLATE_TOKENS
+        return self.text(self._template.render([Turn("user", question), Turn("assistant", answer)]).text)
+
+
+def _row(rng: random.Random, names: list[str], limit: int, ruler: _Ruler) -> tuple[list[dict[str, str]], dict[str, str]]:
+    """One row of at most `limit` tokens, and what is in it."""
+    for _ in range(TRIES):
+        module = read_module(rng.choice(names))
+        if module is None or not module.targets:
+            continue
+        target = rng.choice(module.targets)
+        kind = rng.choice(sorted(target.answers))
+        question = QUESTIONS[kind].format(name=target.name, file=module.name)
+
+        def chat(context: str, question: str = question, answer: str = target.answers[kind]) -> list[dict[str, str]]:
+            return [{"role": "user", "content": f"{context}{question}"}, {"role": "assistant", "content": answer}]
+
+        left = limit - ruler.chat(chat(""))
+        own = _around(module, target, left // 2, ruler)
+        if own is None:
+            continue
+        others = _without(target.name, module, rng.sample(names, len(names)))
+        place = rng.random()
+        for slack in (0, 4, 16, 64):  # the parts may be a few tokens shorter than the whole
+            pieces = _fill(others, left - ruler.text(own) - slack, ruler)
+            pieces.insert(int(place * (len(pieces) + 1)), own)
+            messages = chat("".join(pieces))
+            if ruler.chat(messages) <= limit:
+                return messages, {"file": module.name, "function": target.name, "question": kind}
+    raise DataError(f"rows of {limit} tokens are too short for a function and its question: give 1K or more")
+
+
+def _around(module: Module, target: Target, limit: int, ruler: _Ruler) -> str | None:
+    """The module, or the lines around the function where it is longer than `limit`; None if not even those fit."""
+    end = len(module.lines)
+    return _longest(
+        lambda margin: module.excerpt(max(1, target.first - margin), min(end, target.last + margin)), end, limit, ruler
+    )
+
+
+def _without(function: str, own: Module, names: list[str]) -> list[Module]:
+    """The other modules of these names, in order, that define no such function."""
+    defined = re.compile(rf"\bdef {re.escape(function)}\b")
+    modules = (read_module(name) for name in names if name != own.name)
+    return [m for m in modules if m and len(m.lines) >= MIN_MODULE_LINES and not defined.search("".join(m.lines))]
+
+
+def _fill(modules: list[Module], limit: int, ruler: _Ruler) -> list[str]:
+    """Whole modules as long as they fit into `limit` tokens, then the beginning of the first that does not."""
+    pieces = []
+    for module in modules:
+        end = len(module.lines)
+        if sum(map(len, module.lines)) <= limit * MAX_CHARS_PER_TOKEN and ruler.of_module(module) <= limit:
+            pieces.append(module.excerpt(1, end))
+            limit -= ruler.of_module(module)
+            continue
+        start = _longest(lambda count, module=module: module.excerpt(1, count + 1), end - 1, limit, ruler)  # type: ignore[misc]
+        return [*pieces, start] if start is not None else pieces
+    return pieces
+
+
+def _longest(excerpt: Callable[[int], str], high: int, limit: int, ruler: _Ruler) -> str | None:
+    """The longest of `excerpt(0)`, ..., `excerpt(high)` (ever longer) of at most `limit` tokens; may be a line short.
+
+    Guesses from the tokens per character seen so far, so that long text is not measured over and over.
+    """
+    best, low, per_token = None, 0, CHARS_PER_TOKEN
+    while low <= high:
+        guess = bisect_right(range(low, high + 1), limit * per_token, key=lambda n: len(excerpt(n))) - 1 + low
+        text = excerpt(max(guess, low))
+        tokens = ruler.text(text)
+        per_token = len(text) / tokens
+        if tokens <= limit:
+            best, low = text, max(guess, low) + 1
+            if guess < low - 1 or limit - tokens < CLOSE_ENOUGH_TOKENS:
+                break
+        else:
+            high = max(guess, low) - 1
+    return best

@@ -1,0 +1,262 @@
+"""Sources -> a tokenized set on disk, by as many processes as there are cores, kept under a fingerprint.
+
+The calling process only cuts the input into blocks and writes the results in order; parsing, templating and
+tokenising happen in the workers. A few blocks per worker are under way at a time: memory does not grow with the data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from ds_longft.config import DataConfig, SourceConfig
+from ds_longft.data.encode import EncodedRow, Encoder, Overlong
+from ds_longft.data.formats import detect_format, to_row
+from ds_longft.data.ledger import Entry, Kind, Ledger, Tally
+from ds_longft.data.progress import Progress
+from ds_longft.data.readers import Block, Source, find_source, parse_block
+from ds_longft.data.rows import BadRow, Row
+from ds_longft.data.template import load_template
+from ds_longft.data.tokenized import SCHEMA, TokenizedSet, to_record_batch
+from ds_longft.errors import DataError
+
+__all__ = ["TokenizedSet", "tokenize_sources"]
+
+LAYOUT_VERSION = 1  # raise it when the same input gives other tokens, spans or columns
+INLINE_BYTES = 4 << 20  # below this, starting processes takes longer than the work
+BLOCKS_UNDER_WAY = 3  # for each worker
+
+
+@dataclass(frozen=True)
+class Task:
+    """One block and how to read it."""
+
+    block: Block
+    format: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one block."""
+
+    batch: pa.RecordBatch
+    left_out: list[Entry]
+    read: int
+    truncated: int
+
+
+def tokenize_sources(
+    sources: Sequence[SourceConfig], tokenizer: Any, data: DataConfig, *, seed: int = 0, progress: bool = False
+) -> TokenizedSet:
+    """Tokenize sources, one after the other, or open the tokenized set of an earlier call with the same input.
+
+    Args:
+        sources: where the rows come from.
+        tokenizer: a fast Hugging Face tokenizer.
+        data: `max_length_tokens`, `overlong`, `chat_template`, `workers`, `cache_dir`, `max_bad_fraction` are read.
+        seed: no effect: rows keep the order of their sources, and order is drawn when packs are planned.
+        progress: show a bar on a terminal, or a line every few seconds elsewhere.
+
+    Raises:
+        DataError: nothing found or usable, too many bad rows, or a row too long with `overlong: error`.
+        ConfigError: no chat template, or one that does not show where the answers are.
+    """
+    if not sources:
+        raise DataError("data.train is empty: give at least one source, e.g. data.train: [{path: my.jsonl}]")
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise DataError(f"{type(tokenizer).__name__} is not a fast tokenizer: the model folder needs a tokenizer.json")
+    found = [find_source(source) for source in sources]
+    formats = [_format_of(source) for source in found]
+    encoder = _encoder(tokenizer, data, chats=any(name != "text" for name in formats))
+    fingerprint = _fingerprint(found, formats, encoder)
+    cache = Path(data.cache_dir).expanduser()
+    folder, ledger = cache / fingerprint, cache / fingerprint / "ledger.jsonl"
+    if not folder.exists():
+        with _new_folder(cache, folder) as temporary, Ledger(temporary / "ledger.jsonl") as book:
+            try:
+                _write(found, formats, encoder, temporary / "rows.arrow", book, workers=data.workers, progress=progress)
+            except Overlong as too_long:
+                raise DataError(
+                    f"{too_long}: data.overlong is error. Raise data.max_length_tokens, or set data.overlong to "
+                    "drop or truncate"
+                ) from too_long
+            (temporary / "tally.json").write_text(json.dumps(asdict(book.tally)))
+    tally = Tally(**json.loads((folder / "tally.json").read_text()))
+    tally.check(data.max_bad_fraction, ledger)
+    return TokenizedSet.open(folder / "rows.arrow", fingerprint, tally)
+
+
+def _encoder(tokenizer: Any, data: DataConfig, *, chats: bool) -> Encoder:
+    backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())  # a copy of our own
+    backend.no_truncation()
+    backend.no_padding()
+    return Encoder(
+        tokenizer=backend,
+        template=load_template(tokenizer, data.chat_template) if chats else None,
+        eos_id=tokenizer.eos_token_id,
+        max_length_tokens=data.max_length_tokens,
+        overlong=data.overlong,
+    )
+
+
+def _format_of(source: Source) -> str:
+    """The layout of a source: as configured, or recognised by its first readable row."""
+    if source.config.format != "auto":
+        return source.config.format
+    for block in source.blocks():
+        for _, record in parse_block(block):
+            if isinstance(record, dict):
+                return detect_format(record, source.config.path)
+    raise DataError(
+        f"{source.config.path} holds no readable row: expected one JSON object a line, a JSON array or parquet"
+    )
+
+
+def _fingerprint(sources: Sequence[Source], formats: Sequence[str], encoder: Encoder) -> str:
+    """Names this input: tokenizer, template, files, settings. Equal fingerprints mean equal tokens."""
+    template = encoder.template
+    settings = {
+        "layout": LAYOUT_VERSION,
+        "tokenizer": encoder.tokenizer.to_str(),
+        "eos_id": encoder.eos_id,
+        "template": template and [template.source, sorted(template.variables.items()), template.turn_ends],
+        "sources": [[s.identity(), f, s.config.limit, s.config.path] for s, f in zip(sources, formats, strict=True)],
+        "max_length_tokens": encoder.max_length_tokens,
+        "overlong": encoder.overlong,
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
+
+
+@contextmanager
+def _new_folder(cache: Path, folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` when all went well, and vanishes when not."""
+    cache.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=cache))
+    try:
+        yield temporary
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.exists():  # otherwise another process was first, with the same content
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(
+    sources: Sequence[Source],
+    formats: Sequence[str],
+    encoder: Encoder,
+    file: Path,
+    ledger: Ledger,
+    *,
+    workers: int | None,
+    progress: bool,
+) -> None:
+    """Encode every block and write the batches in the order of the input."""
+    size_bytes = sum(source.size_bytes for source in sources)
+    with (
+        pa.OSFile(str(file), "wb") as sink,
+        pa.ipc.new_file(sink, SCHEMA) as writer,
+        Progress("tokenising", size_bytes, show=progress) as bar,
+    ):
+        for position_bytes, result in _results(_tasks(sources, formats), encoder, workers, size_bytes):
+            tally = ledger.tally
+            tally.read += result.read
+            tally.usable += result.batch.num_rows
+            tally.truncated += result.truncated
+            for entry in result.left_out:
+                ledger.add(entry)
+            if result.batch.num_rows:
+                writer.write_batch(result.batch)
+            bar.update(position_bytes, f"{tally.usable:,} rows")
+
+
+def _tasks(sources: Sequence[Source], formats: Sequence[str]) -> Iterator[tuple[int, Task]]:
+    before_bytes = 0
+    for source, name in zip(sources, formats, strict=True):
+        for block in source.blocks():
+            yield before_bytes + block.position_bytes, Task(block, name, source.config.path)
+        before_bytes += source.size_bytes
+
+
+def _results(
+    tasks: Iterable[tuple[int, Task]], encoder: Encoder, workers: int | None, size_bytes: int
+) -> Iterator[tuple[int, Result]]:
+    """(position, result) of each task in order; in this process when there is little to do."""
+    workers = workers or len(os.sched_getaffinity(0))
+    if workers == 1 or 0 < size_bytes < INLINE_BYTES:
+        yield from ((position, encode_block(task, encoder)) for position, task in tasks)
+        return
+    # forkserver: a fork of this process could inherit threads and a GPU context.
+    with ProcessPoolExecutor(workers, get_context("forkserver"), _start_worker, (encoder,)) as pool:
+        under_way: deque[tuple[int, Future[Result]]] = deque()
+        try:
+            for position, task in tasks:
+                under_way.append((position, pool.submit(_run_in_worker, task)))
+                if len(under_way) >= workers * BLOCKS_UNDER_WAY:
+                    yield _next(under_way)
+            while under_way:
+                yield _next(under_way)
+        except BrokenProcessPool as error:
+            raise DataError("a tokenising process was killed, mostly for lack of memory: lower data.workers") from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _next(under_way: deque[tuple[int, Future[Result]]]) -> tuple[int, Result]:
+    position_bytes, future = under_way.popleft()
+    return position_bytes, future.result()
+
+
+_worker_encoder: Encoder  # exists in worker processes only: sent once, not with every block
+
+
+def _start_worker(encoder: Encoder) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core each
+    global _worker_encoder  # noqa: PLW0603  the way a process pool hands its workers what they all need
+    _worker_encoder = encoder
+
+
+def _run_in_worker(task: Task) -> Result:
+    return encode_block(task, _worker_encoder)
+
+
+def encode_block(task: Task, encoder: Encoder) -> Result:
+    """Parse, lay out and encode one block. Raises `Overlong` for the first row too long with `overlong: error`."""
+    rows: list[Row] = []
+    left_out: list[Entry] = []
+    read = 0
+    for origin, record in parse_block(task.block):
+        read += 1
+        try:
+            if isinstance(record, BadRow):
+                raise record
+            rows.append(to_row(record, task.format, source=task.source, origin=origin))
+        except BadRow as bad:
+            left_out.append(Entry(origin, bad.reason, bad.detail))
+    encoded: list[EncodedRow] = []
+    for row, result in zip(rows, encoder.encode(rows), strict=True):
+        if isinstance(result, EncodedRow):
+            encoded.append(result)
+        elif isinstance(result, Overlong) and encoder.overlong == "error":
+            raise Overlong(f"{row.origin}: {result.reason}", result.detail)
+        else:
+            kind: Kind = "overlong" if isinstance(result, Overlong) else "bad"
+            left_out.append(Entry(row.origin, result.reason, result.detail, kind))
+    return Result(to_record_batch(encoded), left_out, read, sum(row.truncated for row in encoded))

@@ -1,0 +1,177 @@
+"""`TokenizedSet`: tokenized rows on disk, read through a memory map."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from ds_longft.data.encode import EncodedRow
+from ds_longft.data.ledger import Tally
+from ds_longft.errors import DataError
+
+Weighting = Literal["token", "sample"]
+
+SCHEMA = pa.schema(
+    {
+        "input_ids": pa.list_(pa.int32()),
+        "span_start": pa.list_(pa.int32()),
+        "span_end": pa.list_(pa.int32()),
+        "span_weight": pa.list_(pa.float32()),
+        "row_weight": pa.float32(),
+        "length": pa.int32(),
+        "targets": pa.int32(),
+        "source": pa.string(),
+        "origin": pa.string(),
+        "language": pa.string(),
+    }
+)
+
+
+@dataclass(frozen=True)
+class TokenizedRow:
+    """One row as the loader needs it. Spans are runs of target tokens, [start, end), in order."""
+
+    index: int  # in the tokenized set
+    input_ids: NDArray[np.int32]  # [length]
+    span_start: NDArray[np.int32]  # [spans]
+    span_end: NDArray[np.int32]  # [spans]
+    span_weight: NDArray[np.float32]  # [spans]
+    row_weight: float
+    targets: int  # labels that are trained
+    origin: str = ""
+
+    def label_weights(self, weighting: Weighting) -> NDArray[np.float32]:
+        """[spans] the loss weight of each label in a span."""
+        return label_weights(self.span_weight, np.float32(self.row_weight), self.targets, weighting)
+
+
+def label_weights(span_weight: Any, row_weight: Any, targets: Any, weighting: Weighting) -> NDArray[np.float32]:
+    """Loss weight of one label: span weight * row weight, divided by the row's targets with `sample` weighting.
+
+    The one place where this is computed: float32, so that the sum on the host is the sum of what is trained.
+    """
+    weights = np.multiply(span_weight, row_weight, dtype=np.float32)
+    return np.divide(weights, targets, dtype=np.float32) if weighting == "sample" else weights
+
+
+class TokenizedSet:
+    """Rows of an Arrow file, or of a part of it. Cheap to open and to hold: the tokens stay on disk."""
+
+    def __init__(self, table: pa.Table, fingerprint: str, tally: Tally, rows: NDArray[np.int64] | None = None) -> None:
+        self._table = table
+        self._rows = np.arange(table.num_rows, dtype=np.int64) if rows is None else rows
+        self.fingerprint = fingerprint
+        self.tally = tally  # of the whole file, also where this is a part of it
+
+    @classmethod
+    def open(cls, file: Path, fingerprint: str, tally: Tally) -> TokenizedSet:
+        """Memory-map an Arrow file with columns `SCHEMA`."""
+        return cls(pa.ipc.open_file(pa.memory_map(str(file))).read_all(), fingerprint, tally)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def row(self, index: int) -> TokenizedRow:
+        """Row `index`; its arrays are views of the memory map."""
+        at = int(self._rows[index])
+
+        def values(name: str) -> Any:
+            return self._table.column(name)[at].values.to_numpy(zero_copy_only=True)
+
+        return TokenizedRow(
+            index=index,
+            input_ids=values("input_ids"),
+            span_start=values("span_start"),
+            span_end=values("span_end"),
+            span_weight=values("span_weight"),
+            row_weight=self._table.column("row_weight")[at].as_py(),
+            targets=self._table.column("targets")[at].as_py(),
+            origin=self._table.column("origin")[at].as_py(),
+        )
+
+    def column(self, name: str) -> NDArray[Any]:
+        """A column of one value a row, e.g. `targets` or `source`, as numpy."""
+        return self._table.column(name).to_numpy()[self._rows]
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """[rows] tokens of each row."""
+        return self.column("length").astype(np.int64)
+
+    @cached_property
+    def targets(self) -> NDArray[np.int64]:
+        """[rows] trained labels of each row."""
+        return self.column("targets").astype(np.int64)
+
+    def weight_sums(self, weighting: Weighting) -> NDArray[np.float64]:
+        """[rows] sum of the loss weights of each row."""
+        sums = np.zeros(self._table.num_rows, dtype=np.float64)
+        at = 0
+        columns = ["span_start", "span_end", "span_weight", "row_weight", "targets"]
+        for batch in self._table.select(columns).to_batches():
+            spans = batch.column("span_start")
+            row = np.repeat(np.arange(batch.num_rows), np.diff(spans.offsets.to_numpy()))
+            # The first token of a row has no token before it to predict it.
+            labels = batch.column("span_end").flatten().to_numpy() - np.maximum(spans.flatten().to_numpy(), 1)
+            each = label_weights(
+                batch.column("span_weight").flatten().to_numpy(),
+                batch.column("row_weight").to_numpy()[row],
+                batch.column("targets").to_numpy()[row],
+                weighting,
+            )
+            np.add.at(sums, at + row, labels * each.astype(np.float64))
+            at += batch.num_rows
+        return sums[self._rows]
+
+    def split(self, fraction: float, seed: int) -> tuple[TokenizedSet, TokenizedSet]:
+        """(training part, held-out part of about `fraction` of the rows), each in the order of the set.
+
+        Raises `DataError` when one of them would be empty.
+        """
+        held_out = round(len(self) * fraction)
+        if not 0 < held_out < len(self):
+            raise DataError(
+                f"data.eval_fraction {fraction} of {len(self)} rows holds out {held_out}: both parts need a row"
+            )
+        order = np.random.default_rng(seed).permutation(len(self))
+        parts: Sequence[NDArray[np.int64]] = np.sort(order[held_out:]), np.sort(order[:held_out])
+        train, evaluation = (
+            TokenizedSet(self._table, _digest(self.fingerprint, name, fraction, seed), self.tally, self._rows[part])
+            for name, part in zip(("train", "eval"), parts, strict=True)
+        )
+        return train, evaluation
+
+
+def to_record_batch(rows: Sequence[EncodedRow]) -> pa.RecordBatch:
+    """Encoded rows as one Arrow batch with columns `SCHEMA`."""
+
+    def lists(name: str, kind: Any) -> pa.ListArray:
+        arrays = [getattr(row, name) for row in rows]
+        offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
+        return pa.ListArray.from_arrays(offsets, np.concatenate(arrays) if arrays else np.zeros(0, dtype=kind))
+
+    columns = {
+        "input_ids": lists("input_ids", np.int32),
+        "span_start": lists("span_start", np.int32),
+        "span_end": lists("span_end", np.int32),
+        "span_weight": lists("span_weight", np.float32),
+        "row_weight": [encoded.row.weight for encoded in rows],
+        "length": [len(encoded.input_ids) for encoded in rows],
+        "targets": [encoded.targets for encoded in rows],
+        "source": [encoded.row.source for encoded in rows],
+        "origin": [encoded.row.origin for encoded in rows],
+        "language": [encoded.row.language for encoded in rows],
+    }
+    return pa.RecordBatch.from_arrays([pa.array(columns[f.name], type=f.type) for f in SCHEMA], schema=SCHEMA)
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

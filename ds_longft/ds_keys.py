@@ -1,0 +1,115 @@
+"""Which keys of a DeepSpeed JSON a run may use, of which kind, and why the others are refused.
+
+DeepSpeed ignores a top-level key it does not know, and several it does know change what the gradient is an average of.
+So this is a list of what is allowed: the loss of a run must not depend on its JSON.
+"""
+
+from __future__ import annotations
+
+NUMBER: tuple[type, ...] = (int, float)
+
+# Dotted key -> types of its value. A dict stands for a section whose inside is DeepSpeed's business.
+ALLOWED: dict[str, tuple[type, ...]] = {
+    "train_batch_size": (int,),
+    "train_micro_batch_size_per_gpu": (int,),
+    "gradient_accumulation_steps": (int,),
+    "gradient_clipping": NUMBER,
+    "sequence_parallel_size": (int,),
+    "data_parallel_size": (int,),
+    "bf16.enabled": (bool,),
+    "bf16.check_grad_overflow": (bool,),
+    "bf16.immediate_grad_update": (bool,),
+    "optimizer.type": (str,),
+    "optimizer.params": (dict,),
+    "zero_optimization.stage": (int,),
+    "zero_optimization.contiguous_gradients": (bool,),
+    "zero_optimization.reduce_scatter": (bool,),
+    "zero_optimization.reduce_bucket_size": NUMBER,
+    "zero_optimization.use_multi_rank_bucket_allreduce": (bool,),
+    "zero_optimization.allgather_partitions": (bool,),
+    "zero_optimization.allgather_bucket_size": NUMBER,
+    "zero_optimization.overlap_comm": (bool,),
+    "zero_optimization.round_robin_gradients": (bool,),
+    "zero_optimization.offload_optimizer": (dict,),
+    "zero_optimization.offload_param": (dict,),
+    "zero_optimization.sub_group_size": NUMBER,
+    "zero_optimization.zero_hpz_partition_size": (int,),
+    "zero_optimization.memory_efficient_linear": (bool,),
+    "zero_optimization.ignore_unused_parameters": (bool,),
+    "zero_optimization.leaf_module": (dict,),
+    "zero_optimization.log_trace_cache_warnings": (bool,),
+    "zero_optimization.enable_sanity_checks": (bool,),
+    "zero_optimization.stage3_prefetch_bucket_size": NUMBER,
+    "zero_optimization.stage3_param_persistence_threshold": NUMBER,
+    "zero_optimization.stage3_model_persistence_threshold": NUMBER,
+    "zero_optimization.stage3_max_live_parameters": NUMBER,
+    "zero_optimization.stage3_max_reuse_distance": NUMBER,
+    "zero_optimization.stage3_module_granularity_threshold": NUMBER,
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save": (bool,),
+    "zero_optimization.stage3_use_all_reduce_for_fetch_params": (bool,),
+    "zero_optimization.stage3_allgather_sequential": (bool,),
+    "zero_allow_untested_optimizer": (bool,),
+    "zero_force_ds_cpu_optimizer": (bool,),
+    "communication_data_type": (str,),
+    "data_types.grad_accum_dtype": (str,),
+    "disable_python_gc": (bool,),
+    "steps_per_print": NUMBER,
+    "wall_clock_breakdown": (bool,),
+    "memory_breakdown": (bool,),
+    "dump_state": (bool,),
+    "aio": (dict,),
+    "flops_profiler": (dict,),
+    "comms_logger": (dict,),
+    "checkpoint": (dict,),
+}
+
+_SCALE = "the loss is scaled for a plain mean over all ranks; leave the key out"
+_LOSSY = "it rounds what ranks send each other, so that the result depends on how many there are; leave the key out"
+_DATA = "data and its order are the run config's (section data); leave the key out"
+
+# Key -> (why it is refused, the value that changes nothing; for a section, the value of its `enabled`).
+REFUSED: dict[str, tuple[str, object]] = {
+    "fp16": ("only bf16 and fp32 are trained exactly; set model.dtype", False),
+    "amp": ("only bf16 and fp32 are trained exactly; set model.dtype", False),
+    "torch_autocast": ("only bf16 and fp32 are trained exactly; set model.dtype", False),
+    "prescale_gradients": (_SCALE, False),
+    "gradient_predivide_factor": (_SCALE, 1.0),
+    "gradient_allreduce_op": (_SCALE, "mean"),
+    "zero_optimization.compute_grad_norm": ("clipping and the log need the norm; leave the key out", True),
+    "zero_optimization.zero_quantized_gradients": (_LOSSY, False),
+    "zero_optimization.zero_quantized_weights": (_LOSSY, False),
+    "zero_optimization.zero_quantized_nontrainable_weights": (_LOSSY, False),
+    "zero_optimization.zenflow": ("it updates weights late, so that steps are no longer those of the optimizer", False),
+    "zero_optimization.cpu_offload": ("DeepSpeed's old spelling; write zero_optimization.offload_optimizer", False),
+    "zero_optimization.cpu_offload_param": ("DeepSpeed's old spelling; write zero_optimization.offload_param", False),
+    "bf16.bf16_master_weights_and_grads": ("master weights stay fp32: bf16 ones lose small updates", False),
+    "bf16.bf16_optimizer_states": ("optimizer states stay fp32: bf16 ones lose small updates", False),
+    "seq_parallel_communication_data_type": (
+        "the engine sees no sequence parallel group; use communication_data_type",
+        False,
+    ),
+    "scheduler": ("the learning rate follows optim.schedule, optim.warmup_ratio and optim.min_lr_ratio", False),
+    "activation_checkpointing": ("recomputation is set by train.recompute", False),
+    "tensorboard": ("records are set in the section log", False),
+    "wandb": ("records are set in the section log (log.wandb)", False),
+    "csv_monitor": ("metrics.jsonl in the output folder holds the same", False),
+    "dataloader_drop_last": (_DATA, False),
+    "data_efficiency": (_DATA, False),
+    "curriculum_learning": (_DATA, False),
+    "progressive_layer_drop": ("it skips layers at random", False),
+    "compression_training": ("it prunes or rounds the weights while they are trained", False),
+    "quantize_training": ("it rounds the weights while they are trained", False),
+    "weight_quantization": ("it rounds the weights", False),
+    "sparse_attention": ("attention is exact here; the kernel is set by model.kernel", False),
+    "sparse_gradients": ("gradients are dense here", False),
+    "sparse_gradients_enabled": ("gradients are dense here", False),
+    "elasticity": ("it changes the batch size with the number of ranks", False),
+    "autotuning": ("it changes the batch size", False),
+    "hybrid_engine": ("it is for generation inside training", False),
+    "tensor_parallel": ("one sample is split along its length (key sp), not along the weights", False),
+    "pipeline": ("one sample is split along its length (key sp), not along the layers", False),
+    "expert_parallel": ("one sample is split along its length (key sp), not over experts", False),
+    "compile": ("compiling the engine is not supported", False),
+    "nebula": ("checkpoints are written by this package", False),
+    "disable_allgather": ("weights must reach every rank", False),
+}

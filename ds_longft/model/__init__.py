@@ -1,0 +1,1 @@
+"""Models: which are supported, how they are loaded, stretched (RoPE), adapted (LoRA), counted and exported."""

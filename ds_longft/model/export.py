@@ -1,0 +1,227 @@
+"""`ds-longft export RUN OUT`: a run's result as an ordinary Hugging Face folder, checked by loading it again.
+
+A LoRA run's adapter is merged into its base model, a full run's weights are copied. The folder appears under its name
+only when it is complete and checked. One model is in memory at a time, on the CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json as json_format
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
+from transformers import PreTrainedModel as Model
+
+from ds_longft.errors import ModelError
+from ds_longft.model.lora import BASE_CONFIG_FOLDER, WEIGHTS_NAME
+from ds_longft.model.rope import check_rope
+from ds_longft.model.rope_formulas import rope_parts
+
+PROMPT = "The capital of France is"
+# Merging rounds each weight once to its type; relative to the largest logit.
+MAX_LOGIT_DIFFERENCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
+
+
+def export(run: str, out: str, base: str | None = None, json: bool = False) -> None:
+    """Turn a run's output folder into a model folder that any Hugging Face tool loads.
+
+    Args:
+        run: The run's output folder: an adapter at its top (merged into its base), or a full model (copied).
+        out: Folder to make. Must not exist.
+        base: The base model, where it has moved since the run.
+        json: Print one JSON object instead of lines.
+    """
+    report = export_model(Path(run).expanduser(), Path(out).expanduser(), base)
+    if json:
+        print(json_format.dumps(report))
+        return
+    for name, value in report.items():
+        print(f"{name.replace('_', ' '):<34} {value}")
+
+
+def export_model(run: Path, out: Path, base: str | None = None) -> dict[str, Any]:
+    """Export and check; returns what was measured.
+
+    Raises:
+        ModelError: no result in `run`, `out` exists, the base is missing, or the folder does not load as written.
+    """
+    if out.exists():
+        raise ModelError(f"OUT {str(out)!r} exists already: give a new folder, or remove it first")
+    merges = (run / "adapter_config.json").is_file() and (run / WEIGHTS_NAME).is_file()
+    if not merges and not ((run / "config.json").is_file() and any(run.glob("*.safetensors"))):
+        raise ModelError(
+            f"RUN {str(run)!r} holds no result: expected adapter_config.json and {WEIGHTS_NAME}, or config.json and "
+            f"*.safetensors, at its top. Is it the output_dir of a finished run?"
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as name:
+        work = Path(name) / "model"
+        report: dict[str, Any] = {
+            "run": str(run),
+            "out": str(out),
+            "kind": "merged adapter" if merges else "full model",
+        }
+        report |= _merge(run, work, base) if merges else _copy(run, work)
+        work.rename(out)
+    return report
+
+
+def _merge(run: Path, work: Path, base: str | None) -> dict[str, Any]:
+    import peft
+
+    adapter = peft.PeftConfig.from_pretrained(run)
+    base = base or adapter.base_model_name_or_path
+    if not base:
+        raise ModelError(f"{run / 'adapter_config.json'} names no base model: give --base")
+    source = {"revision": adapter.revision} if adapter.revision else {}
+    try:
+        hf_config = _trained_config(run, base, source)
+        model = AutoModelForCausalLM.from_pretrained(
+            base, config=hf_config, dtype="auto", use_safetensors=True, **source
+        )
+    except OSError as error:
+        raise ModelError(
+            f"the base model {base!r} cannot be loaded: {str(error).splitlines()[0]}; give --base"
+        ) from error
+    dtype = model.dtype
+    adapted = peft.PeftModel.from_pretrained(model, run, autocast_adapter_dtype=False).eval()
+    tokens = _prompt_tokens(run, base, hf_config)
+    with_adapter = _logits(adapted, tokens)
+    try:
+        merged = adapted.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise ModelError(f"the adapter in {str(run)!r} cannot be merged: {error}") from error
+    after = _logits(merged, tokens)
+    difference = float((after - with_adapter).abs().max())
+    limit = MAX_LOGIT_DIFFERENCE.get(dtype, 0.1) * float(with_adapter.abs().max())
+    if not difference <= limit:
+        raise ModelError(
+            f"the merged model's logits differ from the adapter's by {difference:.3g}, allowed {limit:.3g}"
+        )
+    _save(merged, run, work, base, source)
+    report = {
+        "base": base,
+        "dtype": str(dtype).removeprefix("torch."),
+        "merged_logits_max_difference": difference,
+        "largest_logit": float(with_adapter.abs().max()),
+    }
+    del model, adapted, merged
+    gc.collect()
+    return report | _check_reload(work, after, tokens)
+
+
+def _copy(run: Path, work: Path) -> dict[str, Any]:
+    """Copy the files of the model and nothing else of the run."""
+    work.mkdir()
+    for path in sorted(run.iterdir()):
+        if path.is_file() and _belongs_to_model(path):
+            shutil.copy2(path, work / path.name)
+    config = AutoConfig.from_pretrained(work)
+    config.use_cache = True
+    config.save_pretrained(work)
+    model = AutoModelForCausalLM.from_pretrained(work, dtype="auto", use_safetensors=True)
+    dtype, tokens = model.dtype, _prompt_tokens(run, str(work), config)
+    logits = _logits(model, tokens)
+    del model
+    gc.collect()
+    return {"dtype": str(dtype).removeprefix("torch.")} | _check_reload(work, logits, tokens)
+
+
+def _belongs_to_model(path: Path) -> bool:
+    named = {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors.index.json",
+        "chat_template.jinja",
+        "README.md",
+    }
+    tokenizer = path.name.startswith(("tokenizer", "special_tokens", "added_tokens", "vocab", "merges"))
+    return path.name in named or tokenizer or path.suffix == ".safetensors"
+
+
+def _trained_config(run: Path, base: str, source: dict[str, str]) -> PretrainedConfig:
+    """The base's config as it was trained (with the RoPE change, if there was one), in the base's own dtype."""
+    of_base = AutoConfig.from_pretrained(base, **source)
+    folder = run / BASE_CONFIG_FOLDER
+    if not folder.is_dir():
+        return of_base
+    trained = AutoConfig.from_pretrained(folder)
+    trained.dtype = of_base.dtype
+    return trained
+
+
+def _save(model: Model, run: Path, work: Path, base: str, source: dict[str, str]) -> None:
+    model.config.use_cache = True
+    model.save_pretrained(work)
+    with contextlib.suppress(OSError):  # some models have none
+        GenerationConfig.from_pretrained(base, **source).save_pretrained(work)
+    tokenizer = _tokenizer(run, base)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(work)
+
+
+def _tokenizer(run: Path, base: str) -> Any | None:
+    """The run's tokenizer (its chat template may be patched), else the base's, else None (random-weight rehearsals)."""
+    for folder in (str(run), base):
+        if Path(folder).is_dir() and not (Path(folder) / "tokenizer_config.json").is_file():
+            continue
+        try:
+            return AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def _prompt_tokens(run: Path, base: str, hf_config: PretrainedConfig) -> torch.Tensor:
+    """A short prompt [1, n]: real text where there is a tokenizer."""
+    tokenizer = _tokenizer(run, base)
+    if tokenizer is None:
+        return torch.arange(1, 17).remainder(hf_config.vocab_size)[None]
+    return tokenizer(PROMPT, return_tensors="pt").input_ids
+
+
+@torch.no_grad()
+def _logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    return model.eval()(input_ids=tokens, use_cache=False).logits.float()
+
+
+def _check_reload(work: Path, logits: torch.Tensor, tokens: torch.Tensor) -> dict[str, Any]:
+    """Load the folder as a user would: every weight bit-equal to the file, RoPE as in its config, logits as before."""
+    model = AutoModelForCausalLM.from_pretrained(work, dtype="auto", use_safetensors=True)
+    loaded = model.state_dict()
+    files = set()
+    for name, tensor in _tensors_in(work):
+        files.add(name)
+        if name not in loaded or not torch.equal(loaded[name], tensor):
+            raise ModelError(f"reload check: weight {name} of {work} does not come back as it was written")
+    tied = {name for name in loaded if name not in files}
+    shared = {loaded[name].data_ptr() for name in files}
+    lost = sorted(name for name in tied if loaded[name].data_ptr() not in shared)
+    if lost:
+        raise ModelError(f"reload check: {len(lost)} weights were not written, the first is {lost[0]}")
+    rope_error = check_rope(model, model.config) if rope_parts(model.config) else 0.0
+    difference = float((_logits(model, tokens) - logits).abs().max())
+    if difference > 1e-3 * float(logits.abs().max()):
+        raise ModelError(f"reload check: the logits differ by {difference:.3g} from those before writing")
+    return {
+        "weights_bit_equal_after_reload": len(files),
+        "reload_logits_max_difference": difference,
+        "rope_max_relative_error": rope_error,
+        "rope": {str(k or "all"): v["rope_type"] for k, v in rope_parts(model.config).items()},
+        "max_position_embeddings": getattr(model.config, "max_position_embeddings", None),
+    }
+
+
+def _tensors_in(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (a safetensors file is not a mapping)
+                yield name, file.get_tensor(name)

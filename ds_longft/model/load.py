@@ -1,0 +1,179 @@
+"""From `ModelConfig` to a config, a tokenizer and a model: safetensors only, partitioned at load under ZeRO-3."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from ds_longft.config import ModelConfig
+from ds_longft.errors import ModelError
+from ds_longft.model.rope import apply_rope
+from ds_longft.model.supported import check_class_supported, check_supported
+
+
+def load_config(model: ModelConfig, max_length_tokens: int, *, attn_implementation: str) -> PretrainedConfig:
+    """The model's config with the RoPE change applied, `use_cache` off and the attention's name set. Loads no weights.
+
+    Raises:
+        ModelError: nothing readable at `model.path`, an unsupported model, or a length its positions do not reach.
+    """
+    path = model_path(model)
+    try:
+        hf_config = AutoConfig.from_pretrained(path, **_source(model))
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise ModelError(f"model.path: no model config can be read from {path!r}: {_first_line(error)}") from error
+    check_supported(hf_config)
+    apply_rope(hf_config, model.rope, max_length_tokens)
+    hf_config.use_cache = False
+    hf_config._attn_implementation = attn_implementation
+    return hf_config
+
+
+def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        ModelError: there is none at `model.path`.
+    """
+    path = model_path(model)
+    try:
+        return AutoTokenizer.from_pretrained(path, **_source(model))
+    except Exception as error:  # every tokenizer backend has its own way to fail on a missing or broken file
+        raise ModelError(f"model.path: no tokenizer can be read from {path!r}: {_first_line(error)}") from error
+
+
+def load_model(
+    model: ModelConfig,
+    hf_config: PretrainedConfig,
+    *,
+    ds_engine_config: dict[str, Any] | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """The model in `dtype`, in training mode, weights from safetensors or random.
+
+    `ds_engine_config`: the DeepSpeed JSON with every "auto" resolved. With ZeRO stage 3, torch.distributed must be
+    initialised, the weights are partitioned while they are read, and rank 0 alone reads them. Otherwise the whole model
+    lies on `device`.
+    With `model.random_weights` every rank builds the whole model on `device`, the same on each from `seed`;
+    DeepSpeed's initialize partitions it.
+
+    Raises:
+        ModelError: no safetensors, or weights that do not fill the model.
+    """
+    # transformers builds every model under zero.Init while the config of an earlier ZeRO-3 model is still alive somewhere
+    unset_hf_deepspeed_config()
+    if model.random_weights:
+        loaded = _random_model(model, hf_config, dtype, device, seed)
+    else:
+        loaded = _pretrained_model(model, hf_config, ds_engine_config, dtype, device)
+    check_class_supported(type(loaded), hf_config.model_type)
+    return loaded.train()
+
+
+def model_path(model: ModelConfig) -> str:
+    """`model.path`, absolute where it is a local folder, so that adapters name their base wherever they are read from.
+
+    Raises:
+        ModelError: empty, or a path on this machine that does not exist.
+    """
+    if not model.path:
+        raise ModelError("model.path is not set: give a local Hugging Face folder or a hub id")
+    folder = Path(model.path).expanduser()
+    if folder.is_dir():
+        return str(folder.resolve())
+    if model.path.startswith((".", "/", "~")) or model.path.count("/") > 1:
+        raise ModelError(f"model.path: there is no folder {str(folder)!r}")
+    return model.path
+
+
+def _pretrained_model(
+    model: ModelConfig,
+    hf_config: PretrainedConfig,
+    ds_engine_config: dict[str, Any] | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> PreTrainedModel:
+    path = model_path(model)
+    _check_safetensors(path)
+    zero3 = (ds_engine_config or {}).get("zero_optimization", {}).get("stage") == 3
+    # transformers finds this object through a weak reference and then builds the model under zero.Init
+    holder = HfDeepSpeedConfig(ds_engine_config) if zero3 else None
+    placement = {} if zero3 or device.type == "cpu" else {"device_map": {"": device}}
+    try:
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=hf_config,
+            dtype=dtype,
+            use_safetensors=True,
+            attn_implementation=hf_config._attn_implementation,
+            output_loading_info=True,
+            **placement,
+            **_source(model),
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ModelError(f"model.path: the weights of {path!r} cannot be loaded: {_first_line(error)}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"model.path: {path!r} lacks {len(missing)} of the model's weights, the first is {missing[0]}: they would "
+            f"be random. Give a complete checkpoint of {hf_config.model_type}"
+        )
+    if holder is not None:
+        loaded._hf_deepspeed_config = holder  # lives as long as the model: later layers are to see ZeRO-3 too
+    return loaded
+
+
+def _random_model(
+    model: ModelConfig, hf_config: PretrainedConfig, dtype: torch.dtype, device: torch.device, seed: int
+) -> PreTrainedModel:
+    """Built on the device in its final type: 8 billion weights take seconds there, minutes in float32 on the host."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
+        torch.manual_seed(seed)
+        trust = {"trust_remote_code": True} if model.trust_remote_code else {}
+        return AutoModelForCausalLM.from_config(
+            hf_config, dtype=dtype, attn_implementation=hf_config._attn_implementation, **trust
+        )
+
+
+def _check_safetensors(path: str) -> None:
+    folder = Path(path)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return  # a hub id is judged by from_pretrained
+    found = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".gguf"})
+    raise ModelError(
+        f"model.path: {path!r} holds no .safetensors file"
+        + (f", only {', '.join(found[:3])}. Pickled weights can run code and are never read" if found else "")
+        + ": convert the model with save_pretrained, or set model.random_weights for a rehearsal without weights"
+    )
+
+
+def _source(model: ModelConfig) -> dict[str, Any]:
+    """Where from, and whether its code is run (only with a pinned revision, see `RunConfig`)."""
+    if model.trust_remote_code and not model.revision:
+        raise ModelError("model.trust_remote_code needs model.revision pinned to a full commit hash")
+    source: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
+    if model.revision:
+        source["revision"] = model.revision
+    return source
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

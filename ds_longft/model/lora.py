@@ -1,0 +1,170 @@
+"""LoRA through PEFT: added before the engine, gathered once under ZeRO-3, saved as plain PEFT files."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import peft
+import torch
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from ds_longft.config import LoraConfig
+from ds_longft.errors import ModelError
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+BASE_CONFIG_FOLDER = "base_config"  # the base's config as trained: its RoPE may differ from the base's own
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """How many weights there are (whole model, not this rank's share), and how many are trained."""
+
+    trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        return f"{self.trainable:,} of {self.total:,} weights trained ({100 * self.trainable / self.total:.2f}%)"
+
+
+def add_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int, revision: str | None = None) -> peft.PeftModel:
+    """Wrap `model` with adapters in the model's dtype, initialised from `seed` alike on every rank; the base is frozen.
+
+    Raises:
+        ModelError: a name of `lora.targets` or `lora.modules_to_save` is no layer of the model.
+    """
+    if lora.targets != "all-linear":
+        _check_names("lora.targets", _as_list(lora.targets), _linear_names(model))
+    _check_names("lora.modules_to_save", lora.modules_to_save, _leaf_names(model))
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    saved = set(lora.modules_to_save) & {"embed_tokens", "lm_head"}
+    config = peft.LoraConfig(
+        task_type=peft.TaskType.CAUSAL_LM,
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules="all-linear" if lora.targets == "all-linear" else _as_list(lora.targets),
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        modules_to_save=lora.modules_to_save or None,
+        # one matrix that is both embedding and head must stay one while it is trained, or it could not be merged
+        ensure_weight_tying=tied and bool(saved),
+        base_model_name_or_path=model.config.name_or_path,
+        revision=revision,
+    )
+    # PEFT initialises on the CPU and then moves: the CPU's seed alone decides
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        # PEFT would keep adapters of a bf16 model in fp32; the optimizer holds fp32 master weights already
+        return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+def trainable_parameters(model: nn.Module) -> ParameterCounts:
+    """Counts over the whole model, also where ZeRO-3 holds only this rank's share."""
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    return ParameterCounts(trainable=sum(n for n, on in sizes if on), total=sum(n for n, _ in sizes))
+
+
+def gather_adapter_state(model: peft.PeftModel) -> dict[str, torch.Tensor]:
+    """The adapter in PEFT's on-disk names, whole, on the CPU. Call on every rank; only rank 0 gets it, others get {}.
+
+    `model` is the PEFT model itself, not the engine around it.
+    """
+    # tied weights count under each of their names, as PEFT expects them
+    trained = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    if any(hasattr(p, "ds_id") for p in trained.values()):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(dict.fromkeys(trained.values())), modifier_rank=None):
+            whole = _on_cpu(trained) if _is_rank_zero() else {}
+    else:
+        whole = _on_cpu(trained) if _is_rank_zero() else {}
+    if not whole:
+        return {}
+    state = get_peft_model_state_dict(model, state_dict=whole, save_embedding_layers=False)
+    empty = [name for name, tensor in state.items() if tensor.numel() == 0]
+    assert state, "no adapter weight was gathered"
+    assert not empty, f"adapter weights gathered with size zero: {empty[:3]}"
+    return state
+
+
+def save_adapter(model: peft.PeftModel, state_dict: Mapping[str, torch.Tensor], folder: str | Path) -> None:
+    """Write adapter_model.safetensors, adapter_config.json and base_config/config.json. Rank 0 only.
+
+    `state_dict` is what `gather_adapter_state` returned.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = _own_storage(state_dict)
+    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    config = model.peft_config["default"]
+    training_mode = config.inference_mode
+    config.inference_mode = True  # as PEFT writes it: whoever loads the adapter gets it frozen
+    try:
+        config.save_pretrained(folder)
+    finally:
+        config.inference_mode = training_mode
+    save_base_config(model.get_base_model(), folder)
+
+
+def save_base_config(base: PreTrainedModel, folder: str | Path) -> None:
+    """The base model's config as trained, in a folder of its own.
+
+    Not at the top: transformers takes a config.json beside adapter_config.json for a complete model.
+    """
+    config = copy.deepcopy(base.config)
+    config.use_cache = True  # off for training only
+    config.save_pretrained(Path(folder) / BASE_CONFIG_FOLDER)
+
+
+def _on_cpu(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    return {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
+
+
+def _own_storage(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Safetensors refuses tensors that share memory (tied embeddings): the later one gets a copy."""
+    seen: set[int] = set()
+    owned = {}
+    for name, tensor in state_dict.items():
+        owned[name] = tensor.clone() if tensor.data_ptr() in seen else tensor.contiguous()
+        seen.add(tensor.data_ptr())
+    return owned
+
+
+def _is_rank_zero() -> bool:
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+
+
+def _as_list(names: str | list[str]) -> list[str]:
+    return [names] if isinstance(names, str) else names
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    """Full names of the linear layers."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _leaf_names(model: nn.Module) -> list[str]:
+    """Full names of the modules that hold weights themselves."""
+    return [name for name, module in model.named_modules() if name and any(True for _ in module.parameters(False))]
+
+
+def _check_names(key: str, wanted: list[str], present: list[str]) -> None:
+    """PEFT ignores a name that matches nothing as long as another one matches: a typo would train fewer layers."""
+    unknown = [w for w in wanted if not any(name == w or name.endswith("." + w) for name in present)]
+    if not unknown:
+        return
+    short = sorted({name.rsplit(".", 1)[-1] for name in present})
+    near = difflib.get_close_matches(unknown[0], short, n=1)
+    raise ModelError(
+        f"{key}: no layer of the model is called {', '.join(map(repr, unknown))}"
+        + (f" (did you mean {near[0]!r}?)" if near else "")
+        + f"; it has: {', '.join(short)}"
+    )

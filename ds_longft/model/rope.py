@@ -1,0 +1,205 @@
+"""Rotary position embedding: stretched in the config before the model is built, and checked on the live frequencies.
+
+Two facts make this more than a config edit:
+- A stretch that arrives too late, is dropped on the way, or is rounded to bf16 trains without any error. So the
+  inverse frequencies are computed again in float64 (`rope_formulas`) and compared with the buffers the model uses.
+- `dynamic` and `longrope` choose their frequencies from the longest position they see. Under sequence parallelism a
+  rank sees its shard only, and ranks would disagree. `set_rope_length` makes the choice once, from the whole pack.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from ds_longft.config import RopeConfig
+from ds_longft.errors import ModelError
+from ds_longft.model.rope_formulas import expected_frequencies, rope_parts, rotary_dim
+
+LENGTH_DEPENDENT = ("dynamic", "longrope")
+MAX_RELATIVE_ERROR = 1e-5  # HF's own float32 arithmetic stays near 1e-6; bf16 rounding makes 4e-3
+
+
+def window_tokens(hf_config: PretrainedConfig) -> int | None:
+    """The longest document the model's positions are made for, in tokens; None where the config states none."""
+    return getattr(hf_config, "max_position_embeddings", None)
+
+
+def apply_rope(hf_config: PretrainedConfig, rope: RopeConfig, max_length_tokens: int) -> None:
+    """Stretch `hf_config` in place to `max_length_tokens`: the change is in the built model and in what is saved.
+
+    Per-layer-type RoPE (Gemma-3) is changed for full attention only: a sliding layer never looks past its window.
+
+    Raises:
+        ModelError: the length does not fit, the model has no RoPE, or it is stretched already.
+    """
+    window = window_tokens(hf_config)
+    parts = rope_parts(hf_config)
+    if rope.type == "none":
+        if window is not None and max_length_tokens > window and not _length_dependent_layers(hf_config):
+            raise ModelError(
+                f"data.max_length_tokens is {max_length_tokens}, the model's window is {window} tokens: lower the "
+                f"first, or stretch the window with model.rope.type (yarn, abf, linear or dynamic)"
+            )
+        return
+    if not parts or window is None:
+        raise ModelError(
+            f"model.rope.type is {rope.type}, but {hf_config.model_type} has no rotary position embedding to stretch: "
+            f"set model.rope.type to none"
+        )
+    for layer_type, parameters in parts.items():
+        if layer_type in (None, "full_attention"):
+            _check_unstretched(rope, parameters)
+            parameters.update(_stretched(hf_config, rope, parameters, window, max_length_tokens))
+    if rope.type != "dynamic":  # dynamic measures its stretch against max_position_embeddings: it must stay as it was
+        by_factor = math.ceil(window * _factor(rope, window, max_length_tokens)) if rope.theta is None else 0
+        hf_config.max_position_embeddings = max(window, by_factor, max_length_tokens if rope.theta else 0)
+    _check_survives_saving(hf_config, rope)
+
+
+def check_rope(model: nn.Module, hf_config: PretrainedConfig, longest_document_tokens: int | None = None) -> float:
+    """Compare the model's live inverse frequencies and attention scaling with the float64 formulas.
+
+    Call it after the last step that touches the model (DeepSpeed's initialize may cast buffers).
+    `longest_document_tokens`: what `set_rope_length` was last called with, for the types that depend on it.
+    Returns the worst relative difference.
+
+    Raises:
+        ModelError: they differ by more than 1e-5, or no rotary buffers were found although the config states RoPE.
+    """
+    parts, worst, seen = rope_parts(hf_config), 0.0, set()
+    for rotary, layer_type, prefix in _rotary_modules(model, hf_config):
+        seen.add(layer_type)
+        frequencies, scaling = expected_frequencies(hf_config, layer_type, longest_document_tokens)
+        live = getattr(rotary, f"{prefix}inv_freq").detach().double().cpu()
+        where = f"RoPE ({parts[layer_type]['rope_type']}{', ' + layer_type if layer_type else ''})"
+        if live.shape != frequencies.shape:
+            raise ModelError(
+                f"{where}: the model holds {live.numel()} inverse frequencies, its config implies {frequencies.numel()}"
+            )
+        pairs = torch.cat([live, torch.tensor([float(getattr(rotary, f"{prefix}attention_scaling", 1.0))]).double()])
+        truth = torch.cat([frequencies, torch.tensor([scaling]).double()])
+        # a frequency of exactly zero (a part that is not rotated) must be exactly zero in the model too
+        relative = (pairs - truth).abs() / torch.where(truth == 0, torch.tensor(1e-30).double(), truth.abs())
+        worst = max(worst, float(relative.max()))
+        if not worst <= MAX_RELATIVE_ERROR:
+            hint = " (the size of bf16 rounding: the buffer was cast)" if 1e-4 < worst < 8e-3 else ""
+            raise ModelError(
+                f"{where}: live inverse frequencies differ from the config's by {worst:.1e} relative{hint}, allowed "
+                f"{MAX_RELATIVE_ERROR:.0e}; the model would train with other positions than its config states"
+            )
+    missing = set(parts) - seen
+    if missing:
+        raise ModelError(
+            f"the config of {hf_config.model_type} states RoPE, but the model has no inverse-frequency buffer"
+            f"{' for ' + ', '.join(map(str, missing)) if missing != {None} else ''}: what it uses cannot be checked"
+        )
+    return worst
+
+
+def set_rope_length(model: nn.Module, longest_document_tokens: int) -> bool:
+    """Fix the inverse frequencies as a full-sequence forward over that longest document would choose them.
+
+    Call before each forward with the longest document of the *whole* pack, on every rank alike. Hugging Face's own
+    per-forward update (which sees the local shard only) is switched off for good on the first call. The choice depends
+    on this length alone, never on earlier packs. Free for models whose RoPE does not depend on the length.
+    Returns whether the model's RoPE depends on the length.
+    """
+    hf_config = model.config
+    assert isinstance(hf_config, PretrainedConfig)
+    layers = _length_dependent_layers(hf_config)
+    if not layers:
+        return False
+    parts = rope_parts(hf_config)
+    for rotary, layer_type, prefix in _rotary_modules(model, hf_config):
+        if layer_type not in layers:
+            continue
+        name = f"{prefix}inv_freq"
+        keywords = {} if layer_type is None else {"layer_type": layer_type}
+        initialise = ROPE_INIT_FUNCTIONS[parts[layer_type]["rope_type"]]
+        device = getattr(rotary, name).device
+        frequencies, _ = initialise(hf_config, device, seq_len=longest_document_tokens, **keywords)
+        setattr(rotary, name, frequencies)
+        # transformers updates the frequencies per forward only if the module (not the config) names such a type
+        if layer_type is None:
+            rotary.rope_type = "default"  # type: ignore[assignment]
+        else:
+            cast(dict[str, str], rotary.rope_type)[layer_type] = "default"
+    return True
+
+
+def _length_dependent_layers(hf_config: PretrainedConfig) -> set[str | None]:
+    return {layer for layer, part in rope_parts(hf_config).items() if part["rope_type"] in LENGTH_DEPENDENT}
+
+
+def _rotary_modules(model: nn.Module, hf_config: PretrainedConfig) -> Iterator[tuple[nn.Module, str | None, str]]:
+    """Every (module, layer type, attribute prefix) that holds inverse frequencies."""
+    parts = rope_parts(hf_config)
+    for module in model.modules():
+        for layer_type in parts:
+            prefix = "" if layer_type is None else f"{layer_type}_"
+            if isinstance(getattr(module, f"{prefix}inv_freq", None), torch.Tensor):
+                yield module, layer_type, prefix
+
+
+def _factor(rope: RopeConfig, window: int, max_length_tokens: int) -> float:
+    return rope.factor if rope.factor is not None else max_length_tokens / window
+
+
+def _check_unstretched(rope: RopeConfig, parameters: dict) -> None:
+    present = parameters["rope_type"]
+    if present == "default" or (rope.type == "abf" and present not in LENGTH_DEPENDENT):
+        return
+    raise ModelError(
+        f"model.rope.type is {rope.type}, but the model is already stretched with rope type {present!r} "
+        f"(factor {parameters.get('factor')}), and two stretches do not add up to a known one: set model.rope.type to "
+        "none" + ("" if present in LENGTH_DEPENDENT else " or abf")
+    )
+
+
+def _stretched(
+    hf_config: PretrainedConfig, rope: RopeConfig, parameters: dict, window: int, max_length_tokens: int
+) -> dict:
+    """The keys of `rope_parameters` that change."""
+    factor = _factor(rope, window, max_length_tokens)
+    explicit_theta = rope.type == "abf" and rope.theta is not None
+    if factor <= 1 and not explicit_theta:
+        raise ModelError(
+            f"model.rope.type is {rope.type}, but data.max_length_tokens ({max_length_tokens}) lies inside the model's "
+            f"window of {window} tokens: set model.rope.type to none, or give model.rope.factor"
+        )
+    if window * factor < max_length_tokens and not explicit_theta and rope.type != "dynamic":
+        raise ModelError(
+            f"model.rope.factor {factor} stretches the window of {window} to {int(window * factor)} tokens, less than "
+            f"data.max_length_tokens ({max_length_tokens}): leave the factor out, or give at least "
+            f"{max_length_tokens / window:g}"
+        )
+    if rope.type == "abf":
+        dim = rotary_dim(hf_config, parameters)
+        theta = rope.theta if rope.theta is not None else parameters["rope_theta"] * factor ** (dim / (dim - 2))
+        return {"rope_theta": float(theta)}
+    change: dict = {"rope_type": rope.type, "factor": float(factor)}
+    if rope.type == "yarn":
+        change["original_max_position_embeddings"] = window
+    return change
+
+
+def _check_survives_saving(hf_config: PretrainedConfig, rope: RopeConfig) -> None:
+    """Some configs rewrite or refuse a rope type when they are read back (Phi-3 knows longrope only)."""
+    try:
+        again = type(hf_config).from_dict(hf_config.to_dict())
+        same = rope_parts(again) == rope_parts(hf_config)
+    except (StrictDataclassError, ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        raise ModelError(
+            f"{hf_config.model_type} cannot hold rope type {rope.type!r} in its config: a saved model would come back "
+            f"with another RoPE. Set model.rope.type to abf or none"
+        )

@@ -1,0 +1,123 @@
+"""The inverse frequencies each RoPE type stands for, in float64, written from the formulas and not from transformers.
+
+A second opinion for `rope.check_rope`: it shares no code with the library that builds the model.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from transformers import PretrainedConfig
+
+from ds_longft.errors import ModelError
+
+
+def rope_parts(hf_config: PretrainedConfig) -> dict[str | None, dict]:
+    """`config.rope_parameters` by layer type: `{None: ...}` where all layers share one, `{}` for models without RoPE.
+
+    The inner dicts are the config's own: changing them changes the config.
+    """
+    parameters = getattr(hf_config, "rope_parameters", None) or {}
+    nested = {key: value for key, value in parameters.items() if isinstance(value, dict)}
+    if nested:
+        return dict(nested)
+    return {None: parameters} if parameters.get("rope_theta") else {}
+
+
+def rotary_dim(hf_config: PretrainedConfig, parameters: dict) -> int:
+    """How many of a head's dimensions are rotated."""
+    head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+    return int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+
+
+def expected_frequencies(
+    hf_config: PretrainedConfig, layer_type: str | None, longest_document_tokens: int | None = None
+) -> tuple[torch.Tensor, float]:
+    """Inverse frequencies [d / 2] float64 and the factor on cos and sin, for one layer type.
+
+    `longest_document_tokens` matters for `dynamic` and `longrope` only; None is the state after loading.
+    """
+    parameters = rope_parts(hf_config)[layer_type]
+    dim = rotary_dim(hf_config, parameters)
+    theta = float(parameters["rope_theta"])
+    plain = _plain(theta, dim)
+    window = hf_config.max_position_embeddings
+    match parameters["rope_type"]:
+        case "default":
+            return plain, 1.0
+        case "linear":
+            return plain / parameters["factor"], 1.0
+        case "dynamic":
+            factor, length = parameters["factor"], max(longest_document_tokens or window, window)
+            return _plain(theta * (factor * length / window - (factor - 1)) ** (dim / (dim - 2)), dim), 1.0
+        case "yarn":
+            return _yarn(plain, theta, dim, parameters, window)
+        case "longrope":
+            return _longrope(plain, parameters, window, longest_document_tokens)
+        case "llama3":
+            return _llama3(plain, parameters), 1.0
+        case other:
+            raise ModelError(
+                f"rope type {other!r} of {hf_config.model_type} is not known here, so its live frequencies cannot be "
+                f"checked; known: default, linear, dynamic, yarn, longrope, llama3"
+            )
+
+
+def _plain(theta: float, dim: int) -> torch.Tensor:
+    return theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+
+
+def _yarn(plain: torch.Tensor, theta: float, dim: int, parameters: dict, window: int) -> tuple[torch.Tensor, float]:
+    """YaRN: high frequencies stay, low ones are interpolated, a linear ramp between (Peng et al. 2023, section 3.2)."""
+    original = parameters["original_max_position_embeddings"]
+    factor = parameters["factor"] or window / original
+
+    def turns_to_dim(turns: float) -> float:
+        """The (fractional) dimension pair that makes so many turns over the original window."""
+        return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = turns_to_dim(parameters.get("beta_fast") or 32)
+    high = turns_to_dim(parameters.get("beta_slow") or 1)
+    if parameters.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    span = high - low if high != low else 0.001
+    interpolated = ((torch.arange(dim // 2, dtype=torch.float64) - low) / span).clamp(0, 1)
+    frequencies = plain / factor * interpolated + plain * (1 - interpolated)
+
+    scaling = parameters.get("attention_factor")
+    if scaling is None:
+        mscale, mscale_all = parameters.get("mscale"), parameters.get("mscale_all_dim")
+        if mscale and mscale_all:
+            scaling = _mscale(factor, mscale) / _mscale(factor, mscale_all)
+        else:
+            scaling = _mscale(factor, 1.0)
+    return frequencies, float(scaling)
+
+
+def _mscale(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def _longrope(
+    plain: torch.Tensor, parameters: dict, window: int, longest_document_tokens: int | None
+) -> tuple[torch.Tensor, float]:
+    """LongRoPE: one divisor per frequency, another set once a document is longer than the original window."""
+    original = parameters["original_max_position_embeddings"]
+    is_long = longest_document_tokens is not None and longest_document_tokens > original
+    divisors = torch.tensor(parameters["long_factor" if is_long else "short_factor"], dtype=torch.float64)
+    factor = parameters.get("factor") or window / original
+    scaling = parameters.get("attention_factor")
+    if scaling is None:
+        scaling = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return plain / divisors, float(scaling)
+
+
+def _llama3(plain: torch.Tensor, parameters: dict) -> torch.Tensor:
+    """Llama 3.1: long wavelengths are divided by the factor, short ones stay, a smooth blend between."""
+    factor, original = parameters["factor"], parameters["original_max_position_embeddings"]
+    low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+    turns = original * plain / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return plain * (kept + (1 - kept) / factor)

@@ -1,0 +1,63 @@
+"""Which models can be split along the sequence exactly: text-only causal ones whose every layer is softmax attention.
+
+An allow-list, because what is not known to be right must not train silently wrong: a linear-attention or state-space
+layer would restart its state on every rank, a chunked or encoder mask would be dropped.
+"""
+
+from __future__ import annotations
+
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from ds_longft.errors import ModelError
+
+ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+# Config keys of recurrent layers, for the models that do not list their layers by type.
+RECURRENT_KEYS = ("mamba_", "ssm_", "rwkv", "linear_num_", "linear_attn", "rnn_", "lru_", "conv_L_cache", "state_size")
+
+
+def check_supported(hf_config: PretrainedConfig) -> None:
+    """Refuse, by name, every model that cannot be trained exactly here. Looks at config and class, loads no weights.
+
+    Raises:
+        ModelError: encoder-decoder, multimodal, recurrent or linear-attention layers, other masks, no causal LM class,
+            or a class that does not use transformers' attention interface.
+    """
+    name = hf_config.model_type
+    if hf_config.is_encoder_decoder:
+        raise ModelError(f"{name} is an encoder-decoder model; only text-only causal language models can be trained")
+    if hf_config.get_text_config() is not hf_config or getattr(hf_config, "vision_config", None) is not None:
+        raise ModelError(
+            f"{name} is a multimodal model (its config wraps a text model); give model.path of a text-only causal "
+            f"language model"
+        )
+    layers = set(getattr(hf_config, "layer_types", None) or getattr(hf_config, "layers_block_type", None) or ())
+    other = sorted(layers - ATTENTION_LAYERS - {"attention"})
+    recurrent = sorted(k for k in hf_config.to_dict() if k.startswith(RECURRENT_KEYS))
+    if other or recurrent:
+        seen = ", ".join(other) or "recurrent layers (config keys " + ", ".join(recurrent[:3]) + ")"
+        raise ModelError(
+            f"{name} has layers of type {seen}: these carry state along the sequence or mask it differently and cannot "
+            f"be split over ranks exactly. Supported layers: {', '.join(sorted(ATTENTION_LAYERS))}"
+        )
+    if type(hf_config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        check_class_supported(MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)], name)
+    elif "AutoModelForCausalLM" not in getattr(hf_config, "auto_map", {}):
+        raise ModelError(f"{name} has no causal language model class in transformers ({AutoModelForCausalLM.__name__})")
+
+
+def check_class_supported(model_class: type, name: str) -> None:
+    """Refuse a model class with recurrent state, or one that would bypass our attention.
+
+    Raises:
+        ModelError: naming the class.
+    """
+    if getattr(model_class, "_is_stateful", False):
+        raise ModelError(
+            f"{name} ({model_class.__name__}) keeps a recurrent state: it cannot be split along the sequence exactly"
+        )
+    if not getattr(model_class, "_supports_attention_backend", False):
+        raise ModelError(
+            f"{name} ({model_class.__name__}) does not use transformers' attention interface, so its attention cannot "
+            f"be replaced by the sequence-parallel one"
+        )

@@ -1,0 +1,1 @@
+"""A batch -> weighted sums of token losses."""

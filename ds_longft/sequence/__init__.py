@@ -1,0 +1,1 @@
+"""One sample over many ranks: head exchange, attention, sharding, the loss, recomputation."""

@@ -1,0 +1,17 @@
+"""Attention kernels: one interface, a table of implementations, and the choice among them.
+
+`choose_kernel` picks one for a layer and a pack; `kernel_by_name` finds it again in the backward pass.
+"""
+
+from ds_longft.sequence.kernels.base import AttentionSpec, Capability, Kernel
+from ds_longft.sequence.kernels.table import CUDNN_MIN_RMS_TOKENS, KERNELS, choose_kernel, kernel_by_name
+
+__all__ = [
+    "CUDNN_MIN_RMS_TOKENS",
+    "KERNELS",
+    "AttentionSpec",
+    "Capability",
+    "Kernel",
+    "choose_kernel",
+    "kernel_by_name",
+]

@@ -1,0 +1,128 @@
+"""`math`: attention by its definition, for every device, dtype, window and softcap.
+
+The yardstick of the other kernels, and the one that serves what they refuse. Scores live in float32 (float64 for
+float64 inputs) and exist for one chunk of queries at a time, so 32K tokens do not build a 32K x 32K matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ds_longft.sequence.kernels.base import AttentionSpec, Capability, spans
+
+SCORES_PER_CHUNK = 1 << 24  # scores held at once: 64 MiB in float32, a few times that with what backward needs
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Queries [start, end) of a document against the keys [first_key, end) that any of them may see."""
+
+    start: int
+    end: int
+    first_key: int
+
+
+def _chunks(length: int, heads: int, window: int | None) -> Iterator[_Chunk]:
+    keys = length if window is None else min(length, window)
+    rows = max(1, SCORES_PER_CHUNK // (heads * keys))
+    for start in range(0, length, rows):
+        first_key = 0 if window is None else max(0, start - window + 1)
+        yield _Chunk(start, min(start + rows, length), first_key)
+
+
+def _scores(q: Tensor, k: Tensor, chunk: _Chunk, spec: AttentionSpec) -> Tensor:
+    """[hk, g, rows, keys]: scaled, capped, and -inf where a query may not look. q [hk, g, rows, d], k [hk, keys, d]."""
+    scores = torch.matmul(q, k.transpose(1, 2)[:, None]) * spec.scale
+    if spec.softcap is not None:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    i = torch.arange(chunk.start, chunk.end, device=q.device)[:, None]
+    j = torch.arange(chunk.first_key, chunk.end, device=q.device)[None, :]
+    hidden = j > i
+    if spec.window is not None:
+        hidden = hidden | (j <= i - spec.window)
+    return scores.masked_fill_(hidden, -torch.inf)
+
+
+def _by_kv_head(x: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:
+    """[L, h, d] -> [hk, h / hk, L, d] in `dtype`."""
+    length, heads, d = x.shape
+    return x.to(dtype).reshape(length, kv_heads, heads // kv_heads, d).permute(1, 2, 0, 3)
+
+
+class MathKernel:
+    """Reference kernel; see the module's head."""
+
+    name = "math"
+
+    def refuses(
+        self,
+        *,
+        device_type: str,
+        dtype: torch.dtype,
+        head_dim: int,
+        spec: AttentionSpec,
+        capability: Capability | None,
+    ) -> str | None:
+        """Never."""
+        return None
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, documents_cu: Tensor, lengths: Sequence[int], spec: AttentionSpec
+    ) -> tuple[Tensor, Tensor]:
+        """See `Kernel.forward`."""
+        wide = torch.promote_types(q.dtype, torch.float32)
+        out = q.new_empty(q.shape)
+        lse = torch.empty(q.shape[1], q.shape[0], dtype=wide, device=q.device)
+        for a, b in spans(lengths):
+            keys, values = (x[a:b].to(wide).transpose(0, 1) for x in (k, v))
+            for chunk in _chunks(b - a, q.shape[1], spec.window):
+                rows = slice(a + chunk.start, a + chunk.end)
+                seen = slice(chunk.first_key, chunk.end)
+                scores = _scores(_by_kv_head(q[rows], k.shape[1], wide), keys[:, seen], chunk, spec)
+                lse_rows = torch.logsumexp(scores, -1)
+                weights = scores.sub_(lse_rows[..., None]).exp_()
+                mixed = torch.matmul(weights, values[:, None, seen])
+                out[rows] = mixed.flatten(0, 1).transpose(0, 1).to(out.dtype)
+                lse[:, rows] = lse_rows.flatten(0, 1)
+        return out, lse
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        documents_cu: Tensor,
+        lengths: Sequence[int],
+        spec: AttentionSpec,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Kernel.backward`. The weights are rebuilt from `lse`, chunk by chunk."""
+        wide, kv_heads = lse.dtype, k.shape[1]
+        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+        for a, b in spans(lengths):
+            keys, values = (x[a:b].to(wide).transpose(0, 1) for x in (k, v))
+            dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
+            for chunk in _chunks(b - a, q.shape[1], spec.window):
+                rows = slice(a + chunk.start, a + chunk.end)
+                seen = slice(chunk.first_key, chunk.end)
+                q_rows, dout_rows, out_rows = (_by_kv_head(x[rows], kv_heads, wide) for x in (q, dout, out))
+                scores = _scores(q_rows, keys[:, seen], chunk, spec)
+                weights = torch.exp(scores - lse[:, rows].unflatten(0, (kv_heads, -1))[..., None])
+                dvalues[:, seen] += torch.matmul(weights.transpose(2, 3), dout_rows).sum(1)
+                dweights = torch.matmul(dout_rows, values[:, None, seen].transpose(2, 3))
+                dscores = weights * (dweights - (dout_rows * out_rows).sum(-1, keepdim=True))
+                if spec.softcap is not None:  # hidden scores are -inf, their weight is 0: keep them out of inf * 0
+                    slope = 1 - (scores / spec.softcap).square()
+                    dscores = torch.where(weights == 0, 0.0, dscores * slope)
+                dscores *= spec.scale
+                dq[rows] = torch.matmul(dscores, keys[:, None, seen]).flatten(0, 1).transpose(0, 1).to(dq.dtype)
+                dkeys[:, seen] += torch.matmul(dscores.transpose(2, 3), q_rows).sum(1)
+            dk[a:b] = dkeys.transpose(0, 1).to(dk.dtype)
+            dv[a:b] = dvalues.transpose(0, 1).to(dv.dtype)
+        return dq, dk, dv

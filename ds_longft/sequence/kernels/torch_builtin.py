@@ -1,0 +1,308 @@
+"""The kernels inside torch: cuDNN and FlashAttention 2 on GPUs, flash attention on CPUs. Nothing to install.
+
+`cudnn` and `cpu` know no documents: they are called once for each, on slices of the pack. The arguments are those of
+torch 2.11 to 2.13.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ds_longft.sequence.kernels.base import (
+    AttentionSpec,
+    Capability,
+    flash_refusal,
+    flash_window_left,
+    refusal,
+    spans,
+)
+
+aten = torch.ops.aten
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """[L, h, d] -> [1, h, L, d], a view."""
+    return x.transpose(0, 1)[None]
+
+
+def _tokens_first(x: Tensor) -> Tensor:
+    """[1, h, L, d] -> [L, h, d], a view."""
+    return x[0].transpose(0, 1)
+
+
+class CudnnKernel:
+    """cuDNN's fused attention, in every CUDA build of torch; grouped kv heads natively.
+
+    Fast on long documents. cuDNN plans each document length it has not seen before, which is why many documents of
+    ever new lengths belong to a varlen kernel (see `table.CUDNN_MIN_RMS_TOKENS`).
+    """
+
+    name = "cudnn"
+
+    def refuses(
+        self,
+        *,
+        device_type: str,
+        dtype: torch.dtype,
+        head_dim: int,
+        spec: AttentionSpec,
+        capability: Capability | None,
+    ) -> str | None:
+        """See `Kernel.refuses`."""
+        version = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+        return refusal(
+            (device_type != "cuda", f"runs on cuda, not on {device_type}"),
+            (dtype not in (torch.bfloat16, torch.float16), f"takes bf16 and fp16, not {dtype}"),
+            (capability is None or capability < (8, 0), f"needs compute capability 8.0, this GPU has {capability}"),
+            (head_dim > 128 or head_dim % 8 != 0, f"takes head dimensions up to 128 in steps of 8, not {head_dim}"),
+            (spec.window is not None, f"has no sliding window (asked for {spec.window})"),
+            (spec.softcap is not None, f"has no softcap (asked for {spec.softcap})"),
+            (version is None or version < 90000, f"needs cuDNN 9 in torch, found {version}"),
+        )
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, documents_cu: Tensor, lengths: Sequence[int], spec: AttentionSpec
+    ) -> tuple[Tensor, Tensor]:
+        """See `Kernel.forward`."""
+        assert spec.softcap is None
+        assert spec.window_for(lengths) is None
+        if len(lengths) == 1 and lengths[0] > 1:
+            return self._forward_one(q, k, v, spec)  # no copy of the output
+        out = q.new_empty(q.shape)
+        lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+        for a, b in spans(lengths):
+            forward_one = self._forward_one if b - a > 1 else _forward_one_token
+            out[a:b], lse[:, a:b] = forward_one(q[a:b], k[a:b], v[a:b], spec)
+        return out, lse
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        documents_cu: Tensor,
+        lengths: Sequence[int],
+        spec: AttentionSpec,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Kernel.backward`."""
+        assert spec.softcap is None
+        assert spec.window_for(lengths) is None
+        if len(lengths) == 1 and lengths[0] > 1:
+            return self._backward_one(dout, q, k, v, out, lse, spec)
+        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+        for a, b in spans(lengths):
+            if b - a == 1:
+                dq[a], dk[a] = 0, 0
+                dv[a] = dout[a].unflatten(0, (k.shape[1], -1)).sum(1)
+                continue
+            dq[a:b], dk[a:b], dv[a:b] = self._backward_one(
+                dout[a:b], q[a:b], k[a:b], v[a:b], out[a:b], lse[:, a:b], spec
+            )
+        return dq, dk, dv
+
+    def _forward_one(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
+            _heads_first(q),
+            _heads_first(k),
+            _heads_first(v),
+            attn_bias=None,
+            compute_log_sumexp=True,
+            dropout_p=0.0,
+            is_causal=True,
+            return_debug_mask=False,
+            scale=spec.scale,
+        )
+        return _tokens_first(out).contiguous(), lse.reshape(q.shape[1], q.shape[0])
+
+    def _backward_one(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spec: AttentionSpec
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        length = q.shape[0]
+        # torch caches cuDNN's plans by the strides of q, k, v only: the others must come in one layout every time.
+        grads = aten._scaled_dot_product_cudnn_attention_backward(
+            _heads_first(dout.contiguous()),
+            _heads_first(q),
+            _heads_first(k),
+            _heads_first(v),
+            _heads_first(out.contiguous()),
+            lse.contiguous()[None, :, :, None],
+            philox_seed=torch.empty((), dtype=torch.int64, device=q.device),
+            philox_offset=torch.empty((), dtype=torch.int64, device=q.device),
+            attn_bias=None,
+            cum_seq_q=None,
+            cum_seq_k=None,
+            max_q=length,
+            max_k=length,
+            dropout_p=0.0,
+            is_causal=True,
+            scale=spec.scale,
+        )
+        dq, dk, dv = (_tokens_first(grad) for grad in grads)
+        return dq, dk, dv
+
+
+def _forward_one_token(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """Attention of a one-token document, which cuDNN does not take: the token sees itself."""
+    group = q.shape[1] // k.shape[1]
+    scores = (q.float() * k.float().repeat_interleave(group, 1)).sum(-1) * spec.scale
+    return v.repeat_interleave(group, 1), scores.transpose(0, 1)
+
+
+class TorchVarlen:
+    """FlashAttention 2 as it is built into torch: one launch for all documents."""
+
+    name = "varlen"
+
+    def refuses(
+        self,
+        *,
+        device_type: str,
+        dtype: torch.dtype,
+        head_dim: int,
+        spec: AttentionSpec,
+        capability: Capability | None,
+    ) -> str | None:
+        """See `Kernel.refuses`."""
+        small = capability in ((8, 6), (8, 9), (12, 0), (12, 1))  # too little shared memory for wide heads
+        return flash_refusal(device_type, dtype, head_dim, capability, oldest=(8, 0)) or refusal(
+            (small and head_dim > 192, f"takes head dimensions up to 192 on this GPU {capability}, not {head_dim}"),
+            (spec.softcap is not None, f"has no softcap (asked for {spec.softcap})"),
+            (not torch.backends.cuda.is_flash_attention_available(), "this torch was built without FlashAttention"),
+        )
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, documents_cu: Tensor, lengths: Sequence[int], spec: AttentionSpec
+    ) -> tuple[Tensor, Tensor]:
+        """See `Kernel.forward`."""
+        longest = max(lengths)
+        out, lse, *_ = aten._flash_attention_forward(
+            q,
+            k,
+            v,
+            cum_seq_q=documents_cu,
+            cum_seq_k=documents_cu,
+            max_q=longest,
+            max_k=longest,
+            dropout_p=0.0,
+            is_causal=True,
+            return_debug_mask=False,
+            scale=spec.scale,
+            window_size_left=flash_window_left(spec, lengths),
+            window_size_right=0,
+        )
+        return out.contiguous(), lse
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        documents_cu: Tensor,
+        lengths: Sequence[int],
+        spec: AttentionSpec,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Kernel.backward`."""
+        longest = max(lengths)
+        dq, dk, dv = aten._flash_attention_backward(
+            dout,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            cum_seq_q=documents_cu,
+            cum_seq_k=documents_cu,
+            max_q=longest,
+            max_k=longest,
+            dropout_p=0.0,
+            is_causal=True,
+            rng_state=torch.empty(2, dtype=torch.uint64, device=q.device),  # read by dropout only
+            unused=torch.empty(0, device=q.device),
+            scale=spec.scale,
+            window_size_left=flash_window_left(spec, lengths),
+            window_size_right=0,
+        )
+        return dq, dk, dv
+
+
+class CpuKernel:
+    """torch's flash attention for CPUs. It wants as many kv heads as query heads, so kv is repeated, per document."""
+
+    name = "cpu"
+
+    def refuses(
+        self,
+        *,
+        device_type: str,
+        dtype: torch.dtype,
+        head_dim: int,
+        spec: AttentionSpec,
+        capability: Capability | None,
+    ) -> str | None:
+        """See `Kernel.refuses`."""
+        dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+        return refusal(
+            (device_type != "cpu", f"runs on cpu, not on {device_type}"),
+            (dtype not in dtypes, f"takes floating point, not {dtype}"),
+            (spec.window is not None, f"has no sliding window (asked for {spec.window})"),
+            (spec.softcap is not None, f"has no softcap (asked for {spec.softcap})"),
+        )
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, documents_cu: Tensor, lengths: Sequence[int], spec: AttentionSpec
+    ) -> tuple[Tensor, Tensor]:
+        """See `Kernel.forward`."""
+        assert spec.softcap is None
+        assert spec.window_for(lengths) is None
+        out = q.new_empty(q.shape)
+        lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
+        group = q.shape[1] // k.shape[1]
+        for a, b in spans(lengths):
+            keys, values = (_heads_first(x[a:b]).repeat_interleave(group, 1) for x in (k, v))
+            out_one, lse_one = aten._scaled_dot_product_flash_attention_for_cpu(
+                _heads_first(q[a:b]), keys, values, dropout_p=0.0, is_causal=True, scale=spec.scale
+            )
+            out[a:b], lse[:, a:b] = _tokens_first(out_one), lse_one[0]
+        return out, lse
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        documents_cu: Tensor,
+        lengths: Sequence[int],
+        spec: AttentionSpec,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Kernel.backward`."""
+        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+        kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
+        for a, b in spans(lengths):
+            keys, values = (_heads_first(x[a:b]).repeat_interleave(group, 1) for x in (k, v))
+            grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                _heads_first(dout[a:b]),
+                _heads_first(q[a:b]),
+                keys,
+                values,
+                _heads_first(out[a:b]),
+                lse[:, a:b].transpose(0, 1).contiguous().transpose(0, 1)[None],  # the layout its forward returns
+                dropout_p=0.0,
+                is_causal=True,
+                scale=spec.scale,
+            )
+            dq[a:b], dkeys, dvalues = (_tokens_first(grad) for grad in grads)
+            dk[a:b] = dkeys.unflatten(1, (kv_heads, group)).sum(2)
+            dv[a:b] = dvalues.unflatten(1, (kv_heads, group)).sum(2)
+        return dq, dk, dv

@@ -1,0 +1,40 @@
+"""A pack on the CPU -> this rank's `Batch` on its device.
+
+Labels were shifted and documents bordered before this, so a rank only slices: no collective, and every sp rank reads the
+same pack.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ds_longft.batch import IGNORE_INDEX, Batch, Documents, Pack
+from ds_longft.layout import ParallelLayout
+
+
+def shard(pack: Pack, layout: ParallelLayout, device: torch.device) -> Batch:
+    """Slice [S] arrays into this rank's contiguous s = S / sp tokens.
+
+    Copies are pinned and asynchronous on GPUs. Positions without a target are dropped here, on the host: finding them on
+    the device would cost a synchronisation.
+    """
+    assert pack.tokens % layout.sp == 0, f"{pack.tokens} tokens over sp {layout.sp}"
+    s = pack.tokens // layout.sp
+    local = slice(layout.sp_rank * s, (layout.sp_rank + 1) * s)
+    labels, weights = pack.labels[local], pack.loss_weights[local]
+    rows = np.flatnonzero((labels != IGNORE_INDEX) & (weights != 0))
+
+    def put(array: NDArray[np.generic]) -> torch.Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+    return Batch(
+        input_ids=put(pack.input_ids[None, local]),  # [1, s]
+        position_ids=put(pack.position_ids[None, local]),  # [1, s]
+        target_rows=put(rows.astype(np.int64)),  # [t]
+        targets=put(labels[rows]),  # [t]
+        target_weights=put(weights[rows]),  # [t]
+        documents=Documents(put(pack.cu_seqlens), tuple(np.diff(pack.cu_seqlens).tolist())),
+    )

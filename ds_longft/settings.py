@@ -1,0 +1,178 @@
+"""Where a run config comes from: defaults < YAML (`--config`) < command line (`--a.b value`).
+
+pydantic-settings reads the command line and yields only what was given; that is laid over the YAML, and the whole is
+validated once, so that one failed start names every mistake. Nothing here touches torch, a model or the network.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import AliasChoices, Field, ValidationError
+from pydantic_settings import BaseSettings, CliSettingsSource, CliUnknownArgs, SettingsConfigDict
+from pydantic_settings.exceptions import SettingsError
+
+from ds_longft.config import RunConfig
+from ds_longft.errors import ConfigError
+from ds_longft.messages import all_keys, dotted, expectation, keys_beside, validation_problems
+from ds_longft.spellings import unknown_key
+from ds_longft.yaml_io import dump_yaml, load_yaml
+
+EPILOG = """\
+example:
+  deepspeed launch/train.py --config recipes/sft_lora_128k.yaml \\
+      --model.path Qwen/Qwen3-8B --data.train my.jsonl --data.max_length_tokens 128K --sp 8
+
+Values: 128K and 1M count tokens (1024-based), null switches off (--lora null), lists are comma separated.
+Every key may also stand in the YAML file, nested: `data: {max_length_tokens: 128K}`.
+"""
+
+
+class CommandLine(BaseSettings, RunConfig):
+    """Train one run."""
+
+    model_config = SettingsConfigDict(cli_parse_none_str="null")
+
+    config: str | None = None
+    """YAML run config. Keys given on the command line win over it."""
+
+    local_rank: int | None = Field(default=None, validation_alias=AliasChoices("local_rank", "local-rank"))
+    """Added by the deepspeed launcher; the environment variable LOCAL_RANK is what counts."""
+
+    unrecognised: CliUnknownArgs
+
+
+def load_config(argv: list[str]) -> RunConfig:
+    """The run config of a command line, e.g. `["--config", "recipe.yaml", "--train.max_steps", "5"]`.
+
+    `--help` prints every key and ends the process with 0. Raises ConfigError (exit 64) with every problem found:
+    unreadable file, unknown keys with the nearest known one, values of the wrong type or range, keys that contradict.
+    """
+    given, problems = _read_command_line(argv)
+    path = given.pop("config", None)
+    given.pop("local_rank", None)
+    from_file: dict[str, Any] = {}
+    if path is not None:
+        try:
+            from_file = read_config_file(Path(path))
+        except ConfigError as error:
+            problems += error.problems
+    return _validate(_deep_merge(from_file, given), problems)
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The YAML file as nested dicts, not yet validated. Raises ConfigError: missing, bad YAML, repeated keys."""
+    try:
+        content = load_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config: cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config: {path} is not valid YAML: {_one_line(error)}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config: {path} holds {type(content).__name__} at its top, expected `key: value` lines")
+    return content
+
+
+def dump_config(config: RunConfig) -> str:
+    """Every key of the config as YAML; reading it back with `--config` gives an equal config."""
+    return dump_yaml(config.model_dump(mode="json"))
+
+
+def _read_command_line(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """What was given, nested and not yet validated, and the problems of reading it."""
+    source = CliSettingsSource[Any](CommandLine, cli_ignore_unknown_args=True, cli_exit_on_error=False)
+    parser = source.root_parser
+    parser.usage = "deepspeed launch/train.py [--config FILE.yaml] [--key value ...]"
+    parser.epilog = EPILOG
+    try:
+        given = source(args=argv)()
+    except SettingsError as error:
+        return {}, [_unreadable(str(error))]
+    return given, _unrecognised_problems(given.pop("unrecognised", []))
+
+
+def _unreadable(message: str) -> str:
+    """What the command-line library says about a value it could not take apart, with the key and what it expects."""
+    match = re.search(
+        r"argument --(?P<flag>[\w.]+): |field \"(?P<field>[\w.]+)\"|encountered for (?P<list>[\w.]+)", message
+    )
+    key = next(filter(None, match.groups()), None) if match else None
+    if key not in all_keys():
+        return message
+    what = "no value given" if "expected one argument" in message else "value cannot be read"
+    return f"{key}: {what} on the command line, expected {expectation(key)}"
+
+
+def _unrecognised_problems(arguments: list[str]) -> list[str]:
+    """One problem for each flag nobody knows; a word right behind such a flag is taken for its value."""
+    problems = []
+    behind_flag = False
+    for argument in arguments:
+        if argument.startswith("-"):
+            problems.append(unknown_key(argument.split("=")[0].lstrip("-"), all_keys()))
+        elif not behind_flag:
+            problems.append(f"{argument!r} on the command line belongs to no key: write --key value")
+        behind_flag = argument.startswith("-") and "=" not in argument
+    return problems
+
+
+def _validate(content: dict[str, Any], problems: list[str]) -> RunConfig:
+    """Validate once; where unknown keys are in the way, once more without them, to see what else is wrong."""
+    try:
+        config = RunConfig.model_validate(_tidy(content))
+    except ValidationError as error:
+        unknown = [e["loc"] for e in error.errors() if e["type"] == "extra_forbidden"]
+        problems += [unknown_key(dotted(loc), [*keys_beside(loc), *all_keys()]) for loc in unknown]
+        known = _without(_tidy(content), unknown)
+        try:
+            RunConfig.model_validate(known)
+        except ValidationError as rest:
+            problems += validation_problems(rest, known)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _tidy(content: dict[str, Any]) -> dict[str, Any]:
+    """A single word for a list-or-word key reaches us from the command line as a list of one: unwrap the keyword."""
+    lora = content.get("lora")
+    if isinstance(lora, dict) and lora.get("targets") == ["all-linear"]:
+        return {**content, "lora": {**lora, "targets": "all-linear"}}
+    return content
+
+
+def _deep_merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`: sections merge key by key, anything else replaces."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = _deep_merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _without(content: Any, unknown: list[tuple[int | str, ...]]) -> Any:
+    """A copy of the nested content that lacks the entries at these places."""
+    if isinstance(content, list):
+        items: Any = enumerate(content)
+    elif isinstance(content, dict):
+        items = content.items()
+    else:
+        return content
+    kept = {
+        key: _without(value, [loc[1:] for loc in unknown if loc[0] == key and len(loc) > 1])
+        for key, value in items
+        if (key,) not in unknown
+    }
+    return list(kept.values()) if isinstance(content, list) else kept
+
+
+def _one_line(error: yaml.YAMLError) -> str:
+    """`line 3, column 5: what is wrong` of a YAML error."""
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error)
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else " ".join(problem.split())

@@ -1,0 +1,96 @@
+"""Which key was meant: near misses, and what other trainers call our keys."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+# How other trainers spell our keys, or what we do instead of what the key asks for.
+KEYS_OF_OTHER_TOOLS = {
+    **dict.fromkeys(["sp_size", "sequence_parallel_size", "context_parallel_size", "cp_size", "ulysses_size"], "sp"),
+    **dict.fromkeys(
+        ["cutoff_len", "max_seq_length", "max_seq_len", "seq_length", "seq_len", "sequence_len", "max_length"],
+        "data.max_length_tokens",
+    ),
+    **dict.fromkeys(["model_max_length", "block_size"], "data.max_length_tokens"),
+    **dict.fromkeys(["model_name_or_path", "model_name", "base_model", "model_path", "pretrained_model"], "model.path"),
+    **dict.fromkeys(["dataset", "datasets", "train_file", "dataset_name", "data_path", "train_data"], "data.train"),
+    **dict.fromkeys(["eval_file", "val_data", "eval_dataset", "validation_file"], "data.eval"),
+    **dict.fromkeys(["val_set_size", "val_size", "eval_split"], "data.eval_fraction"),
+    **dict.fromkeys(["lora_r", "lora_rank", "rank"], "lora.r"),
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    **dict.fromkeys(["lora_target", "lora_target_modules", "target_modules"], "lora.targets"),
+    **dict.fromkeys(["use_rslora", "lora_use_rslora"], "lora.rslora"),
+    **dict.fromkeys(["use_dora", "lora_use_dora", "peft_use_dora"], "lora.dora"),
+    **dict.fromkeys(["additional_target", "lora_modules_to_save"], "lora.modules_to_save"),
+    "lr": "optim.learning_rate",
+    **dict.fromkeys(["lr_scheduler_type", "lr_scheduler", "scheduler"], "optim.schedule"),
+    "optimizer": "optim.type",
+    **dict.fromkeys(["gradient_clipping", "max_norm", "clip_grad_norm", "grad_clip"], "optim.max_grad_norm"),
+    **dict.fromkeys(["adam_beta1", "adam_beta2"], "optim.betas"),
+    **dict.fromkeys(["adam_epsilon", "adam_eps"], "optim.eps"),
+    **dict.fromkeys(["num_train_epochs", "num_epochs", "n_epochs"], "train.epochs"),
+    **dict.fromkeys(["grad_accum", "accumulate_grad_batches", "gas"], "train.gradient_accumulation_steps"),
+    **dict.fromkeys(["save_steps", "save_interval"], "train.save_every_steps"),
+    **dict.fromkeys(["eval_steps", "eval_interval"], "train.eval_every_steps"),
+    "save_total_limit": "train.keep_checkpoints",
+    **dict.fromkeys(["gradient_checkpointing", "activation_checkpointing"], "train.recompute"),
+    **dict.fromkeys(["resume_from_checkpoint", "auto_resume_from_checkpoints"], "train.resume"),
+    **dict.fromkeys(["sample_packing", "neat_packing"], "data.packing"),
+    **dict.fromkeys(["preprocessing_num_workers", "dataset_num_proc", "num_proc"], "data.workers"),
+    **dict.fromkeys(["attn_implementation", "flash_attention", "flash_attn"], "model.kernel"),
+    **dict.fromkeys(["bf16", "torch_dtype", "precision"], "model.dtype"),
+    **dict.fromkeys(["rope_scaling", "rope_type"], "model.rope.type"),
+    **dict.fromkeys(["rope_theta"], "model.rope.theta"),
+    **dict.fromkeys(["wandb_project"], "log.project"),
+    **dict.fromkeys(["wandb_name", "run_name", "wandb_run_id"], "log.name"),
+    **dict.fromkeys(["report_to", "use_wandb"], "log.wandb"),
+    **dict.fromkeys(["deepspeed", "deepspeed_config"], "ds_config"),
+}
+EXPLANATIONS = {
+    **dict.fromkeys(
+        ["per_device_train_batch_size", "micro_batch_size", "train_micro_batch_size_per_gpu", "batch_size"],
+        "a micro batch is always one pack; set its size with data.pack_tokens and the packs per optimizer step with "
+        "train.gradient_accumulation_steps",
+    ),
+    **dict.fromkeys(
+        ["fp16", "load_in_8bit", "load_in_4bit"],
+        "weights are bf16 or fp32, see model.dtype",
+    ),
+    **dict.fromkeys(
+        ["use_lora", "adapter", "finetuning_type"], "`lora: null` trains every weight, a lora section adapters"
+    ),
+}
+
+
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """`: did you mean X?` for the closest of the known words, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
+    return f": did you mean {close[0]}?" if close else ""
+
+
+def unknown_key(key: str, known: list[str]) -> str:
+    """The problem text for a dotted key that is not among the known ones, naming the one most likely meant."""
+    leaf = key.rpartition(".")[2].lower().replace("-", "_")
+    if leaf in EXPLANATIONS:
+        return f"unknown key {key}: {EXPLANATIONS[leaf]}"
+    if key in known:
+        return f"unknown key {key!r}: in YAML nest it, `{key.partition('.')[0]}:` and the rest indented below"
+    plain = key.lower().replace("-", "_")
+    meant = _close(plain, known, 0.85) or _spelled_elsewhere(leaf, known) or _close(plain, known, 0.6)
+    return f"unknown key {key}: did you mean {meant}?" if meant else f"unknown key {key}: --help lists every key"
+
+
+def _close(word: str, known: list[str], cutoff: float) -> str | None:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
+    return close[0] if close else None
+
+
+def _spelled_elsewhere(leaf: str, known: list[str]) -> str | None:
+    """Another trainer's name, or our own name put into the wrong section, or a near miss of one."""
+    if leaf in KEYS_OF_OTHER_TOOLS:
+        return KEYS_OF_OTHER_TOOLS[leaf]
+    by_leaf = {k.rpartition(".")[2]: k for k in reversed(known)}
+    close = difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.8)
+    return by_leaf[close[0]] if close else None

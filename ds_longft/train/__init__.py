@@ -1,0 +1,1 @@
+"""The run: build, loop, record, save, resume."""

@@ -1,0 +1,178 @@
+"""What a run records: one console line a step, metrics.jsonl, wandb, a loss plot, a table at the end. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ds_longft.config import LogConfig
+
+Record = dict[str, Any]
+
+
+def peak_gib(device: torch.device) -> float:
+    """Peak memory of this process so far: allocated on the GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+
+
+def step_line(record: Record, total_steps: int) -> str:
+    """The console line of one step."""
+    mfu = f" | MFU {record['mfu']:.1%}" if record.get("mfu") is not None else ""
+    loss = "no targets" if record["loss"] is None else f"loss {record['loss']:.4f}"
+    norm = "-" if record["grad_norm"] is None else f"{record['grad_norm']:.3f}"
+    return (
+        f"step {record['step']}/{total_steps} | {loss} | grad norm {norm} | lr {record['learning_rate']:.2e} | "
+        f"{record['tokens_per_s_per_gpu']:,.0f} tok/s/GPU{mfu} | peak {record['peak_gib']:.1f} GiB | "
+        f"padding {record['padding_percent']:.1f}% | data wait {record['data_wait_percent']:.1f}% | {record['step_s']:.2f} s"
+    )
+
+
+class Records:
+    """Writes a run's records; on ranks other than 0 every method does nothing."""
+
+    def __init__(self, folder: Path, log: LogConfig, *, total_steps: int, first_step: int, active: bool) -> None:
+        self.folder, self.log, self.total_steps, self.active = folder, log, total_steps, active
+        self.wandb: Any = None
+        self.progress: Progress | None = None
+        self.started = time.monotonic()
+        if not active:
+            return
+        self.path = folder / "metrics.jsonl"
+        self._forget_after(first_step)
+        self.file = open(self.path, "a", buffering=1)
+        self.console = Console(soft_wrap=True, highlight=False)
+        if sys.stdout.isatty():
+            self.progress = Progress(
+                TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+                console=self.console,
+            )  # fmt: skip
+            self.task = self.progress.add_task("train", total=total_steps, completed=first_step)
+            self.progress.start()
+
+    def start_wandb(self, run_id: str | None, config: Record) -> str | None:
+        """Open the wandb run (the same one when `run_id` is given); returns its id, None when wandb is off."""
+        if not self.active or self.log.wandb == "off":
+            return run_id
+        import wandb
+
+        self.wandb = wandb.init(
+            project=self.log.project, name=self.log.name or self.folder.name, id=run_id, resume="allow",
+            mode=self.log.wandb, dir=str(self.folder), config=config,
+        )  # fmt: skip
+        return str(self.wandb.id)
+
+    def step(self, record: Record) -> None:
+        """Record one optimizer step."""
+        if not self.active:
+            return
+        self._write(record)
+        self.console.print(step_line(record, self.total_steps))
+        if self.progress:
+            self.progress.update(self.task, completed=record["step"])
+
+    def evaluation(self, record: Record) -> None:
+        """Record one evaluation: step, eval_loss, eval_targets, eval_s."""
+        if not self.active:
+            return
+        self._write(record)
+        self.console.print(
+            f"eval at step {record['step']} | loss {record['eval_loss']:.4f} over {record['eval_targets']:,} targets | {record['eval_s']:.1f} s"
+        )
+
+    def say(self, text: str) -> None:
+        """A line for the reader of the console."""
+        if self.active:
+            self.console.print(text)
+
+    def close(self) -> None:
+        """Stop the bar, close files, draw the loss plot."""
+        if not self.active:
+            return
+        if self.progress:
+            self.progress.stop()
+        self.file.close()
+        plot_loss(read_metrics(self.path), self.folder / "loss.png")
+        if self.wandb is not None:
+            self.wandb.finish()
+
+    def _write(self, record: Record) -> None:
+        self.file.write(json.dumps(record) + "\n")
+        if self.wandb is not None:
+            self.wandb.log({f"train/{k}": v for k, v in record.items() if v is not None}, step=record["step"])
+
+    def _forget_after(self, step: int) -> None:
+        """Drop records of steps after the checkpoint that is resumed: they are about to be made again."""
+        if self.path.exists():
+            kept = [r for r in read_metrics(self.path) if r["step"] <= step]
+            self.path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """Records of a metrics.jsonl; a last line cut by a crash is left out."""
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def plot_loss(records: list[Record], path: Path) -> None:
+    """Training and evaluation loss over steps as a PNG."""
+    train = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
+    evals = [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r]
+    if not train:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+
+    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    ax.plot(*zip(*train, strict=True), color="#1f77b4", marker="." if len(train) < 60 else "", label="training")
+    if evals:
+        ax.plot(*zip(*evals, strict=True), color="#d62728", marker="o", label="held out")
+        ax.legend(frameon=False)
+    ax.set(xlabel="optimizer step", ylabel="loss per target token")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="y", alpha=0.3)
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
+
+
+def summary_table(records: list[Record], folder: Path, minutes: float) -> Table:
+    """The table a run ends with: first and last loss, speed, memory, and where everything lies."""
+    steps = [r for r in records if r.get("loss") is not None]
+    evals = [r["eval_loss"] for r in records if "eval_loss" in r]
+    table = Table(title="Done", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    if steps:
+        table.add_row("training loss, first -> last", f"{steps[0]['loss']:.4f} -> {steps[-1]['loss']:.4f}")
+    if evals:
+        table.add_row("held-out loss, first -> last", f"{evals[0]:.4f} -> {evals[-1]:.4f}" if len(evals) > 1 else f"{evals[0]:.4f}")
+    if steps:
+        timed = steps[1:] or steps  # the first step includes warming up
+        speed = sum(r["tokens_per_s_per_gpu"] for r in timed) / len(timed)
+        table.add_row("speed", f"{speed:,.0f} tokens/s per rank")
+        table.add_row("peak memory", f"{max(r['peak_gib'] for r in steps):.1f} GiB per rank")
+    table.add_row("time", f"{minutes:.1f} min")
+    adapter = folder / "adapter_model.safetensors"
+    table.add_row("adapter" if adapter.exists() else "model", str(adapter if adapter.exists() else folder))
+    for name, file in (("metrics", "metrics.jsonl"), ("config", "config.yaml"), ("loss plot", "loss.png")):
+        table.add_row(name, str(folder / file))
+    return table

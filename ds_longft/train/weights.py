@@ -1,0 +1,59 @@
+"""What a run leaves for others to load: a PEFT adapter, or in full fine-tuning an ordinary Hugging Face folder."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ds_longft.model.lora import gather_adapter_state, save_adapter
+from ds_longft.train.ranks import Agreement
+
+
+def trained_fingerprint(model: nn.Module) -> str:
+    """Hash of the names and whole shapes of the trained parameters: what an optimizer state belongs to."""
+    shapes = [(n, tuple(getattr(p, "ds_shape", p.shape))) for n, p in model.named_parameters() if p.requires_grad]
+    return hashlib.sha256(repr(sorted(shapes)).encode()).hexdigest()[:16]
+
+
+def gather_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer whole on the CPU of rank 0, {} elsewhere; one parameter at a time under ZeRO-3."""
+    mine = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    state = {n: b.detach().cpu() for n, b in model.state_dict().items() if mine and not hasattr(b, "ds_id")}
+    for name, p in model.named_parameters():
+        if not hasattr(p, "ds_id"):
+            continue
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([p]):
+            if mine:
+                state[name] = p.detach().to("cpu", copy=True)
+    return state
+
+
+class ModelWriter:
+    """Writes the trained model of one run. Every method is collective; rank 0 touches the disk."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, agreement: Agreement) -> None:
+        self.model, self.tokenizer, self.agreement = model, tokenizer, agreement
+        self.lora = hasattr(model, "peft_config")
+
+    def write_weights(self, folder: Path) -> None:
+        """The adapter in PEFT's format. In full fine-tuning nothing: checkpoints hold the engine's own shards."""
+        if self.lora:
+            state = gather_adapter_state(self.model)  # type: ignore[arg-type]
+            if self.agreement.rank == 0:
+                save_adapter(self.model, state, folder)  # type: ignore[arg-type]
+
+    def write_all(self, folder: Path) -> None:
+        """Weights, tokenizer and chat template at the top of the output folder."""
+        self.write_weights(folder)
+        if not self.lora:
+            state = gather_weights(self.model)
+            if self.agreement.rank == 0:
+                self.model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
+        if self.agreement.rank == 0:
+            self.tokenizer.save_pretrained(folder)

@@ -1,0 +1,108 @@
+"""Tiny models and packs for the proofs, and the reference: one process, each document run alone through transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from ds_longft.batch import IGNORE_INDEX, Pack
+
+VOCAB = 97
+
+SMALL: dict[str, Any] = dict(
+    vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+
+
+def tiny_config(model_type: str = "llama", **changes: Any) -> PretrainedConfig:
+    """A two-layer config of a family."""
+    return AutoConfig.for_model(model_type, **{**SMALL, **changes})
+
+
+def tiny_model(config: PretrainedConfig, *, attn: str, dtype: torch.dtype, seed: int = 0, std: float = 0.15) -> nn.Module:
+    """The model of `config` with weights large enough that attention matters; the same for every `attn` and `dtype`."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attn, dtype=torch.float32)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() >= 2:
+                p.normal_(0, std)
+    model.config.use_cache = False
+    return model.to(dtype).train()
+
+
+def make_pack(
+    lengths: Sequence[int], *, seed: int, multiple: int = 1, trained: float = 0.6, sample_weighting: bool = False
+) -> Pack:
+    """Random documents with random targets; padded to `multiple`. Independent of the package's own packing code."""
+    rng = np.random.default_rng(seed)
+    ids, positions, labels, weights = [], [], [], []
+    for n in lengths:
+        doc = rng.integers(3, VOCAB, n)
+        label = np.append(doc[1:], IGNORE_INDEX)
+        label[rng.random(n) > trained] = IGNORE_INDEX
+        count = int((label != IGNORE_INDEX).sum())
+        ids.append(doc)
+        positions.append(np.arange(n))
+        labels.append(label)
+        weights.append((label != IGNORE_INDEX) * (1.0 / max(1, count) if sample_weighting else 1.0))
+    borders = list(lengths)
+    padding = -sum(lengths) % multiple
+    if padding:
+        ids.append(np.zeros(padding, int))
+        positions.append(np.arange(padding))
+        labels.append(np.full(padding, IGNORE_INDEX))
+        weights.append(np.zeros(padding))
+        borders.append(padding)
+    return Pack(
+        input_ids=np.concatenate(ids).astype(np.int64),
+        position_ids=np.concatenate(positions).astype(np.int64),
+        labels=np.concatenate(labels).astype(np.int64),
+        loss_weights=np.concatenate(weights).astype(np.float32),
+        cu_seqlens=np.cumsum([0, *borders]).astype(np.int32),
+        padding_tokens=padding,
+    )
+
+
+def reference_sum(model: nn.Module, pack: Pack) -> torch.Tensor:
+    """sum(w * ce) with each document of the pack run alone, without packing, sharding, chunking or our attention."""
+    total = torch.zeros((), dtype=torch.float64)
+    for a, b in zip(pack.cu_seqlens, pack.cu_seqlens[1:], strict=False):
+        ids = torch.from_numpy(pack.input_ids[None, a:b])
+        labels, weights = torch.from_numpy(pack.labels[a:b]), torch.from_numpy(pack.loss_weights[a:b])
+        if not weights.any():
+            continue
+        logits = model(input_ids=ids, use_cache=False).logits[0]
+        ce = nn.functional.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="none")
+        total = total + (ce * weights).double().sum()
+    return total
+
+
+def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    """|ours - reference| / |reference|, by norm in float64."""
+    ours, reference = ours.double(), reference.double()
+    return float((ours - reference).norm() / reference.norm().clamp_min(1e-30))
+
+
+def dense_attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, *, scaling: float,
+    sliding_window: int | None = None, softcap: float | None = None, **_: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """Textbook attention in the dtype of its inputs (transformers' eager one takes its softmax in float32)."""
+    group = query.shape[1] // key.shape[1]
+    scores = query @ key.repeat_interleave(group, 1).transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    i, j = torch.arange(query.shape[2])[:, None], torch.arange(query.shape[2])[None]
+    seen = (j <= i) if sliding_window is None else (j <= i) & (j > i - sliding_window)
+    probabilities = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    return (probabilities @ value.repeat_interleave(group, 1)).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("dense", dense_attention)

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
+
+from ds_longft.model.flops import ModelShape, layer_windows, peak_tflops, step_flops, visible_pairs
+from tests.unit.model.tiny import FAMILIES, tiny_config
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_linear_part_equals_what_torch_counts(family: str) -> None:
+    """Full training, one document; torch counts the whole square of attention: taken out on both sides."""
+    config = tiny_config(family)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    tokens = 24
+    with FlopCounterMode(display=False) as counter:
+        model(torch.arange(1, tokens + 1)[None]).logits.sum().backward()
+    counted = counter.get_flop_counts()["Global"]
+    linear = sum(n for op, n in counted.items() if "bmm" not in str(op))
+    shape = ModelShape.from_config(config)
+    attention = 3 * 4 * shape.attention_width * sum(visible_pairs(tokens, w) for w in shape.windows)
+    assert step_flops(shape, [tokens], lora=False, targets=tokens) - attention == linear
+
+
+def test_an_8b_model_by_hand() -> None:
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+    )
+    shape = ModelShape.from_config(config)
+    assert shape.body_weights == 32 * (4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336)
+    length = 131072
+    got = step_flops(shape, [length], lora=True, targets=0)
+    linear = 4 * length * shape.body_weights
+    attention = 3 * 32 * 4 * 4096 * length * (length + 1) / 2
+    assert got == pytest.approx(linear + attention, rel=1e-12)
+    assert got == pytest.approx(17.2e15, rel=0.01)
+    two_halves = step_flops(shape, [length // 2] * 2, lora=True, targets=0)
+    assert two_halves - linear == pytest.approx(attention / 2, rel=1e-4)
+    assert step_flops(shape, [length], lora=False, targets=0) - got == 2 * length * shape.body_weights
+    assert step_flops(shape, [length], lora=True, targets=10) - got == 4 * 10 * 4096 * 128256
+
+
+@pytest.mark.parametrize(("length", "window"), [(1, None), (7, None), (7, 3), (7, 7), (7, 100)])
+def test_pairs_against_the_mask(length: int, window: int | None) -> None:
+    rows, columns = torch.arange(length)[:, None], torch.arange(length)[None]
+    mask = (columns <= rows) & (rows - columns < (window or length))
+    assert visible_pairs(length, window) == int(mask.sum())
+
+
+def test_windows_by_family() -> None:
+    assert layer_windows(tiny_config("llama")) == (None, None)
+    assert layer_windows(tiny_config("mistral")) == (16, 16)
+    assert layer_windows(tiny_config("gemma2")) == (16, None)
+    assert layer_windows(tiny_config("qwen2", sliding_window=16)) == (None, None)  # use_sliding_window is off
+
+
+def test_experts_count_by_their_share_of_use() -> None:
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+    )
+    shape = ModelShape.from_config(config)
+    attention, experts, router = 4 * 32 * 32, 2 * 3 * 32 * 48, 8 * 32
+    assert shape.body_weights in {attention + experts, attention + experts + router}
+
+
+def test_peaks() -> None:
+    assert peak_tflops("NVIDIA H100 80GB HBM3") == 989
+    assert peak_tflops("NVIDIA H100 PCIe") == 756
+    assert peak_tflops("NVIDIA H200") == 989
+    assert peak_tflops("NVIDIA A100-SXM4-80GB") == 312
+    assert peak_tflops("NVIDIA L40S") == 362
+    assert peak_tflops("NVIDIA GeForce RTX 4090") == 165
+    assert peak_tflops("NVIDIA GB200") is None
+    assert peak_tflops("cpu") is None

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ds_longft.config import LoraConfig
+from ds_longft.errors import ModelError
+from ds_longft.model.lora import add_lora, gather_adapter_state, save_adapter, trainable_parameters
+from tests.unit.model.tiny import FAMILIES, save_tiny
+
+TOKENS = torch.arange(1, 20)[None]
+
+
+def base_model(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager")
+
+
+def train_a_little(model: peft.PeftModel) -> None:
+    """Every trained weight moves, also the B matrices that start at zero."""
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.1)
+
+
+@pytest.mark.parametrize("lora", [LoraConfig(r=4), LoraConfig(r=4, rslora=True), LoraConfig(r=4, dora=True)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_adapter_loads_with_plain_peft_and_changes_the_output(
+    family: str, lora: LoraConfig, tmp_path: Path
+) -> None:
+    path = save_tiny(tmp_path / "base", family)
+    base = base_model(path)
+    untouched = base(TOKENS).logits
+    model = add_lora(base, lora, seed=3)
+    assert torch.allclose(model(TOKENS).logits, untouched, atol=1e-5)
+    train_a_little(model)
+    save_adapter(model, gather_adapter_state(model), tmp_path / "run")
+    again = peft.PeftModel.from_pretrained(base_model(path), tmp_path / "run")
+    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+    assert (again(TOKENS).logits - untouched).abs().max() > 0.01
+    config = json.loads((tmp_path / "run/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(path)
+    assert config["inference_mode"] is True
+    assert not model.peft_config["default"].inference_mode, "saving must not freeze the run"
+    assert json.loads((tmp_path / "run/base_config/config.json").read_text())["model_type"] == base.config.model_type
+
+
+def test_initialisation_follows_the_seed_and_the_models_dtype(tmp_path: Path) -> None:
+    path = save_tiny(tmp_path)
+
+    def adapter(seed: int) -> dict[str, torch.Tensor]:
+        return gather_adapter_state(add_lora(base_model(path, torch.bfloat16), LoraConfig(r=4), seed=seed))
+
+    torch.manual_seed(5)
+    first = adapter(1)
+    torch.manual_seed(6)
+    second, other = adapter(1), adapter(2)
+    assert {t.dtype for t in first.values()} == {torch.bfloat16}
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert any(not torch.equal(first[k], other[k]) for k in first)
+
+
+def test_counts(tmp_path: Path) -> None:
+    model = add_lora(base_model(save_tiny(tmp_path)), LoraConfig(r=4, targets=["q_proj"]), seed=0)
+    counts = trainable_parameters(model)
+    assert counts.trainable == 2 * 4 * (64 + 64)
+    assert counts.total == sum(p.numel() for p in model.parameters())
+    assert "weights trained" in str(counts)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_whole_modules_are_trained_and_saved(tied: bool, tmp_path: Path) -> None:
+    path = save_tiny(tmp_path / "base", tie_word_embeddings=tied)
+    lora = LoraConfig(r=4, modules_to_save=["embed_tokens"] if tied else ["embed_tokens", "lm_head"])
+    model = add_lora(base_model(path), lora, seed=0)
+    train_a_little(model)
+    save_adapter(model, gather_adapter_state(model), tmp_path / "run")
+    saved = load_file(tmp_path / "run/adapter_model.safetensors")
+    assert any("embed_tokens" in name for name in saved)
+    again = peft.PeftModel.from_pretrained(base_model(path), tmp_path / "run")
+    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+    merged = again.merge_and_unload()
+    assert torch.allclose(merged(TOKENS).logits, model(TOKENS).logits, atol=1e-4)
+    same = torch.equal(merged.get_input_embeddings().weight, merged.get_output_embeddings().weight)
+    assert same == tied
+
+
+@pytest.mark.parametrize(
+    ("lora", "said"),
+    [
+        (
+            LoraConfig(targets=["q_proj", "k_porj"]),
+            r"lora\.targets: no layer .*'k_porj' \(did you mean 'k_proj'\?\); it has: ",
+        ),
+        (LoraConfig(targets="qkv"), r"lora\.targets: no layer of the model is called 'qkv'.*down_proj, gate_proj"),
+        (LoraConfig(modules_to_save=["wte"]), r"lora\.modules_to_save: .*'wte'.*embed_tokens"),
+    ],
+)
+def test_names_that_match_nothing_are_refused(lora: LoraConfig, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=said):
+        add_lora(base_model(save_tiny(tmp_path)), lora, seed=0)

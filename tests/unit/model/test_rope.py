@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from ds_longft.config import ModelConfig, RopeConfig
+from ds_longft.errors import ModelError
+from ds_longft.model.load import load_config, load_model
+from ds_longft.model.rope import apply_rope, check_rope, set_rope_length
+from ds_longft.model.rope_formulas import rope_parts
+from tests.unit.model.tiny import FAMILIES, WINDOW, tiny_config
+
+LONG = 4 * WINDOW
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0 + i / 8 for i in range(8)],
+    "long_factor": [1.0 + i for i in range(8)],
+    "original_max_position_embeddings": 32,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def build(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").eval()
+
+
+def frequencies(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The live inverse frequencies, by buffer name."""
+    found = {n: b for n, b in model.named_buffers() if n.endswith("inv_freq") and not n.endswith("original_inv_freq")}
+    assert found
+    return {n: b.clone() for n, b in found.items()}
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "dynamic", "yarn", "abf"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stretch_reaches_the_live_frequencies_and_the_saved_config(family: str, rope_type: str, tmp_path: Path) -> None:
+    tiny_config(family).save_pretrained(tmp_path)
+    model = ModelConfig(path=str(tmp_path), random_weights=True, rope=RopeConfig(type=rope_type))
+    if family == "phi3" and rope_type != "abf":
+        with pytest.raises(ModelError, match=r"phi3 cannot hold rope type .* Set model\.rope\.type to abf or none"):
+            load_config(model, LONG, attn_implementation="eager")
+        return
+    config = load_config(model, LONG, attn_implementation="eager")
+    loaded = load_model(model, config, ds_engine_config=None, dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert check_rope(loaded, config) < 1e-6
+    plain = frequencies(build(tiny_config(family)))
+    changed = {n for n, f in frequencies(loaded).items() if not torch.equal(f, plain[n])}
+    whole = {n for n in plain if "sliding" not in n}
+    assert changed == (set() if rope_type == "dynamic" else whole)  # dynamic changes once a document is long
+
+    config.save_pretrained(tmp_path / "saved")
+    again = AutoConfig.from_pretrained(tmp_path / "saved")
+    assert rope_parts(again) == rope_parts(config) != rope_parts(tiny_config(family))
+    assert again.max_position_embeddings == (WINDOW if rope_type == "dynamic" else LONG)
+    assert check_rope(build(again), config) < 1e-6
+
+
+@pytest.mark.parametrize("parameters", [LLAMA3, LONGROPE], ids=["llama3", "longrope"])
+def test_the_models_own_types_are_known(parameters: dict) -> None:
+    config = tiny_config("llama", rope_parameters=dict(parameters))
+    assert check_rope(build(config), config) < 1e-6
+
+
+def test_yarn_and_abf_numbers_by_hand() -> None:
+    yarn = tiny_config("llama")
+    apply_rope(yarn, RopeConfig(type="yarn", factor=8), LONG)
+    assert yarn.rope_parameters["original_max_position_embeddings"] == WINDOW
+    assert yarn.max_position_embeddings == 8 * WINDOW
+    abf = tiny_config("llama")
+    apply_rope(abf, RopeConfig(type="abf"), LONG)
+    assert abf.rope_parameters["rope_theta"] == pytest.approx(10000 * 4 ** (16 / 14))
+    explicit = tiny_config("llama")
+    apply_rope(explicit, RopeConfig(type="abf", theta=1e6), LONG)
+    assert explicit.rope_parameters["rope_theta"] == 1e6
+    assert explicit.max_position_embeddings == LONG
+
+
+@pytest.mark.parametrize("parameters", [{"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}, LONGROPE])
+@pytest.mark.parametrize("length", [20, 33, WINDOW, WINDOW + 1, 200])
+def test_length_set_once_equals_a_full_sequence_forward(parameters: dict, length: int) -> None:
+    """Ours from the length alone; transformers' own from a fresh model that sees every position."""
+    config = tiny_config("llama", rope_parameters=dict(parameters))
+    theirs, ours = build(config), build(config)
+    positions = torch.cat([torch.arange(length), torch.arange(7)])[None]
+    tokens = positions.remainder(128)
+    theirs(input_ids=tokens, position_ids=positions)
+    assert set_rope_length(ours, length)
+    torch.testing.assert_close(frequencies(ours), frequencies(theirs), rtol=1e-6, atol=0)
+    assert check_rope(ours, config, length) < 1e-6
+
+    # The shard of another rank holds only short positions: nothing may change, and the cosines are the full run's.
+    before = frequencies(ours)
+    for shard in (positions[:, :8], positions[:, -8:], positions):
+        ours(input_ids=tokens[:, : shard.shape[1]], position_ids=shard)
+        torch.testing.assert_close(frequencies(ours), before, rtol=0, atol=0)
+    rotary = theirs.model.rotary_emb, ours.model.rotary_emb
+    hidden = torch.zeros(1, 1, 64)
+    for a, b in zip(*(r(hidden, positions) for r in rotary), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_length_choice_forgets_earlier_packs_and_works_per_layer_type() -> None:
+    config = tiny_config("gemma3")
+    apply_rope(config, RopeConfig(type="dynamic"), LONG)
+    model = build(config)
+    base = frequencies(model)
+    assert set_rope_length(model, 200)
+    long = frequencies(model)
+    assert torch.equal(
+        long["model.rotary_emb.sliding_attention_inv_freq"], base["model.rotary_emb.sliding_attention_inv_freq"]
+    )
+    assert not torch.equal(
+        long["model.rotary_emb.full_attention_inv_freq"], base["model.rotary_emb.full_attention_inv_freq"]
+    )
+    assert check_rope(model, config, 200) < 1e-6
+    model(input_ids=torch.arange(1, 9)[None])
+    torch.testing.assert_close(frequencies(model), long, rtol=0, atol=0)
+    set_rope_length(model, 100)
+    fresh = build(config)
+    set_rope_length(fresh, 100)
+    torch.testing.assert_close(frequencies(model), frequencies(fresh), rtol=0, atol=0)
+
+
+def test_length_is_ignored_where_rope_is_static() -> None:
+    model = build(tiny_config("llama"))
+    before = frequencies(model)
+    assert not set_rope_length(model, 1000)
+    torch.testing.assert_close(frequencies(model), before, rtol=0, atol=0)
+
+
+def test_check_catches_rounding_other_frequencies_and_other_scaling() -> None:
+    config = tiny_config("llama")
+    rounded = build(config).to(torch.bfloat16)  # casts buffers too
+    with pytest.raises(ModelError, match=r"differ from the config's by .*bf16 rounding"):
+        check_rope(rounded, config)
+    stretched = tiny_config("llama")
+    apply_rope(stretched, RopeConfig(type="yarn"), LONG)
+    with pytest.raises(ModelError, match=r"RoPE \(yarn\): live inverse frequencies differ"):
+        check_rope(build(config), stretched)
+    model = build(stretched)
+    model.model.rotary_emb.attention_scaling = 1.0
+    with pytest.raises(ModelError, match="differ"):
+        check_rope(model, stretched)
+    dynamic = tiny_config("llama", rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0})
+    with pytest.raises(ModelError, match="differ"):
+        check_rope(build(dynamic), dynamic, 200)  # nobody called set_rope_length
+    del model.model.rotary_emb._buffers["inv_freq"]
+    with pytest.raises(ModelError, match="no inverse-frequency buffer"):
+        check_rope(model, stretched)
+
+
+@pytest.mark.parametrize(
+    ("rope", "length", "said"),
+    [
+        (RopeConfig(), LONG, r"max_length_tokens is 256, the model's window is 64 tokens.*model\.rope\.type"),
+        (RopeConfig(type="yarn"), WINDOW, r"lies inside the model's window of 64 tokens.*none"),
+        (RopeConfig(type="linear", factor=2), LONG, r"factor 2\.0 stretches the window of 64 to 128.*at least 4"),
+    ],
+)
+def test_lengths_that_do_not_fit(rope: RopeConfig, length: int, said: str) -> None:
+    with pytest.raises(ModelError, match=said):
+        apply_rope(tiny_config("llama"), rope, length)
+
+
+def test_a_stretched_model_is_not_stretched_twice() -> None:
+    with pytest.raises(ModelError, match=r"already stretched with rope type 'llama3'.*none or abf"):
+        apply_rope(tiny_config("llama", rope_parameters=dict(LLAMA3)), RopeConfig(type="yarn"), LONG)
+    with pytest.raises(ModelError, match=r"already stretched with rope type 'longrope'"):
+        apply_rope(tiny_config("llama", rope_parameters=dict(LONGROPE)), RopeConfig(type="abf"), LONG)

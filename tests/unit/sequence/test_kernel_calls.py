@@ -1,0 +1,317 @@
+"""How the GPU kernels are called and chosen, without a GPU.
+
+The installable kernels are stood in for by functions with the signatures of the real ones (flash-attn-4 4.0.0b36,
+flash-attn-3 of 2025-09, flash-attn 2.8.3) that compute with `math`: a call that binds and agrees passes the documents,
+scale, window and softcap on rightly. Torch's own kernels are called on the meta device, where torch checks the schema.
+The real ones run in tests/gpu.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ds_longft.errors import ModelError
+from ds_longft.sequence.kernels import CUDNN_MIN_RMS_TOKENS, AttentionSpec, base, choose_kernel, kernel_by_name, table
+
+CUDA = torch.device("cuda", 0)
+MATH = kernel_by_name("math")
+LENGTHS = [33, 1, 20]
+
+
+def pack(lengths: list[int], device: str = "cpu") -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v as views of one wider buffer, dout, and the borders."""
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(sum(lengths), 8, 16, generator=generator).to(device)
+    q, k, v = wide.split([4, 2, 2], 1)
+    dout = torch.randn(q.shape, generator=generator).to(device)
+    return q, k, v, dout, torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+
+
+def as_spec(scale: float, causal: bool, left: int | None, right: int | None, softcap: float | None) -> AttentionSpec:
+    """The spec that FlashAttention's arguments mean."""
+    assert causal
+    assert right in (None, 0)
+    window = None if left is None or left < 0 else left + 1
+    return AttentionSpec(scale, window, softcap or None)
+
+
+def lengths_of(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, longest: int | None, tokens: int) -> list[int]:
+    """Document lengths, after checking that the arguments agree."""
+    if cu_seqlens_q is None:
+        assert cu_seqlens_k is None
+        return [tokens]
+    assert cu_seqlens_q.dtype == torch.int32
+    assert torch.equal(cu_seqlens_q, cu_seqlens_k)
+    lengths = cu_seqlens_q.diff().tolist()
+    assert longest == max(lengths)
+    return lengths
+
+
+def flash_attention_4() -> dict[str, ModuleType]:
+    def _flash_attn_fwd(
+        q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None, max_seqlen_q=None,
+        max_seqlen_k=None, min_seqlen_k=None, page_table=None, softmax_scale=None, causal=False, softcap=None,
+        window_size_left=None, window_size_right=None, learnable_sink=None, tile_mn=None, mma_pv_is_rs=None,
+        intra_wg_overlap=None, num_threads=384, num_splits=1, pack_gqa=None, _arch=None, score_mod=None, mask_mod=None,
+        block_sparse_tensors=None, return_lse=False, out=None, lse=None, aux_tensors=None, aux_scalars=None,
+        q_descale=None, k_descale=None, v_descale=None, gather_kv_indices=None, scheduler_metadata=None,
+        seqlen_k_per_split=None, disable_scheduler_metadata=False, gather_bwd_recompute_p=False,
+    ):  # fmt: skip
+        assert return_lse
+        spec = as_spec(softmax_scale, causal, window_size_left, window_size_right, softcap)
+        lengths = lengths_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, q.shape[-3])
+        if cu_seqlens_q is None:  # [1, S, h, d], lse [1, h, S]
+            out, lse = MATH.forward(q[0], k[0], v[0], cu_seqlens_q, lengths, spec)
+            return out[None], lse[None], None, None, None
+        return *MATH.forward(q, k, v, cu_seqlens_q, lengths, spec), None, None, None
+
+    def _flash_attn_bwd(
+        q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None,
+        window_size_right=None, m_block_size=64, n_block_size=128, num_threads=256, pack_gqa=False, num_stages_Q=2,
+        num_stages_dO=2, SdP_swapAB=False, dKV_swapAB=False, dQ_swapAB=False, AtomLayoutMSdP=2, AtomLayoutNdKV=2,
+        AtomLayoutMdQ=2, V_in_regs=False, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None,
+        max_seqlen_q=None, max_seqlen_k=None, deterministic=False, dq=None, dk=None, dv=None, score_mod=None,
+        score_mod_bwd=None, mask_mod=None, aux_tensors=None, aux_scalars=None, block_sparse_tensors=None, dlse=None,
+        learnable_sink=None,
+    ):  # fmt: skip
+        spec = as_spec(softmax_scale, causal, window_size_left, window_size_right, softcap)
+        lengths = lengths_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_k, q.shape[-3])
+        if cu_seqlens_q is None:
+            grads = MATH.backward(dout[0], q[0], k[0], v[0], out[0], lse[0], cu_seqlens_q, lengths, spec)
+            return tuple(grad[None] for grad in grads)
+        return MATH.backward(dout, q, k, v, out, lse, cu_seqlens_q, lengths, spec)
+
+    return _modules("flash_attn.cute.interface", _flash_attn_fwd, _flash_attn_bwd)
+
+
+def flash_attention_3() -> dict[str, ModuleType]:
+    """As real custom ops: torch checks names and types against the schema."""
+    t, optional = Tensor, Tensor | None
+
+    def _flash_attn_forward(
+        q, k, v, k_new=None, v_new=None, qv=None, out_=None, cu_seqlens_q=None, cu_seqlens_k=None,
+        cu_seqlens_k_new=None, seqused_q=None, seqused_k=None, max_seqlen_q=None, max_seqlen_k=None, page_table=None,
+        kv_batch_idx=None, leftpad_k=None, rotary_cos=None, rotary_sin=None, seqlens_rotary=None, q_descale=None,
+        k_descale=None, v_descale=None, softmax_scale=None, causal=False, window_size_left=-1, window_size_right=-1,
+        attention_chunk=0, softcap=0.0, rotary_interleaved=True, scheduler_metadata=None, num_splits=1, pack_gqa=None,
+        sm_margin=0,
+    ):  # fmt: skip
+        spec = as_spec(softmax_scale, causal, window_size_left, window_size_right, softcap)
+        lengths = lengths_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, q.shape[0])
+        return *MATH.forward(q, k, v, cu_seqlens_q, lengths, spec), q.new_empty(0), q.new_empty(0)
+
+    def _flash_attn_backward(
+        dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, sequed_q=None, sequed_k=None,
+        max_seqlen_q=None, max_seqlen_k=None, dq=None, dk=None, dv=None, softmax_scale=None, is_causal=False,
+        window_size_left=-1, window_size_right=-1, softcap=0.0, deterministic=False, sm_margin=0,
+    ):  # fmt: skip
+        spec = as_spec(softmax_scale, is_causal, window_size_left, window_size_right, softcap)
+        lengths = lengths_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, q.shape[0])
+        grads = MATH.backward(dout, q, k, v, out, softmax_lse, cu_seqlens_q, lengths, spec)
+        for given, grad in zip((dq, dk, dv), grads, strict=True):
+            given.copy_(grad)
+        return q.new_empty(0)
+
+    numbers = {"max_seqlen_q": int | None, "max_seqlen_k": int | None, "softmax_scale": float | None, "causal": bool,
+               "is_causal": bool, "window_size_left": int, "window_size_right": int, "attention_chunk": int,
+               "softcap": float, "rotary_interleaved": bool, "num_splits": int, "pack_gqa": bool | None,
+               "sm_margin": int, "deterministic": bool}  # fmt: skip
+    always = {"q", "k", "v", "dout", "out", "softmax_lse"}
+    for function, returns in ((_flash_attn_forward, tuple[t, t, t, t]), (_flash_attn_backward, t)):
+        names = function.__code__.co_varnames[: function.__code__.co_argcount]
+        function.__annotations__ = {n: numbers.get(n, t if n in always else optional) for n in names}
+        function.__annotations__["return"] = returns
+    forward = torch.library.custom_op("ds_longft_tests::fa3_forward", _flash_attn_forward, mutates_args=())
+    backward = torch.library.custom_op(
+        "ds_longft_tests::fa3_backward", _flash_attn_backward, mutates_args=("dq", "dk", "dv")
+    )
+    return _modules("flash_attn_interface", _flash_attn_forward=forward, _flash_attn_backward=backward)
+
+
+def flash_attention_2() -> dict[str, ModuleType]:
+    def _flash_attn_varlen_forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+        window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False,
+        block_table=None, leftpad_k=None, seqused_k=None, zero_tensors=False,
+    ):  # fmt: skip
+        assert dropout_p == 0.0
+        spec = as_spec(softmax_scale, causal, window_size_left, window_size_right, softcap)
+        lengths = lengths_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, q.shape[0])
+        return *MATH.forward(q, k, v, cu_seqlens_q, lengths, spec), q.new_empty(0), q.new_empty(0)
+
+    def _flash_attn_varlen_backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+        softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic,
+        rng_state=None, zero_tensors=False,
+    ):  # fmt: skip
+        assert dropout_p == 0.0
+        spec = as_spec(softmax_scale, causal, window_size_left, window_size_right, softcap)
+        lengths = lengths_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_k, q.shape[0])
+        grads = MATH.backward(dout, q, k, v, out, softmax_lse, cu_seqlens_q, lengths, spec)
+        for given, grad in zip((dq, dk, dv), grads, strict=True):
+            given.copy_(grad)
+        return q.new_empty(0)
+
+    return _modules("flash_attn.flash_attn_interface", _flash_attn_varlen_forward, _flash_attn_varlen_backward)
+
+
+def _modules(path: str, *functions: Any, **named: Any) -> dict[str, ModuleType]:
+    """The module at `path` holding the functions, and its parent packages."""
+    parts = path.split(".")
+    modules = {name: ModuleType(name) for name in (".".join(parts[: i + 1]) for i in range(len(parts)))}
+    for module in modules.values():
+        module.__path__ = []
+    for function in functions:
+        setattr(modules[path], function.__name__, function)
+    for name, function in named.items():
+        setattr(modules[path], name, function)
+    return modules
+
+
+STAND_INS = {
+    "flash-attn-4": flash_attention_4(),
+    "flash-attn-3": flash_attention_3(),
+    "flash-attn-2": flash_attention_2(),
+}
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """A function that makes exactly the kernels it is given importable."""
+    names = {name for modules in STAND_INS.values() for name in modules}
+
+    def install(*kernels: str) -> None:
+        for name in names:
+            monkeypatch.setitem(sys.modules, name, None)  # an import of it fails
+        for kernel in kernels:
+            for name, module in STAND_INS[kernel].items():
+                monkeypatch.setitem(sys.modules, name, module)
+        base.import_failure.cache_clear()
+        table._choose.cache_clear()
+
+    yield install
+    base.import_failure.cache_clear()
+    table._choose.cache_clear()
+
+
+@pytest.mark.parametrize("name", STAND_INS)
+@pytest.mark.parametrize("lengths", [LENGTHS, [54]], ids=["documents", "one document"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        AttentionSpec(0.3),
+        AttentionSpec(0.3, window=7),
+        AttentionSpec(0.3, window=1),
+        AttentionSpec(0.3, window=54),
+        AttentionSpec(0.3, softcap=2.0),
+    ],
+    ids=str,
+)
+def test_installable_kernels_pass_everything_on(installed, name, lengths, spec):
+    installed(name)
+    q, k, v, dout, borders = pack(lengths)
+    kernel = kernel_by_name(name)
+    out, lse = kernel.forward(q, k, v, borders, lengths, spec)
+    expected, expected_lse = MATH.forward(q, k, v, borders, lengths, spec)
+    assert torch.equal(out, expected)
+    assert torch.equal(lse, expected_lse)
+    grads = kernel.backward(dout, q, k, v, out, lse, borders, lengths, spec)
+    for seen, grad in zip(grads, MATH.backward(dout, q, k, v, out, lse, borders, lengths, spec), strict=True):
+        assert torch.equal(seen, grad)
+
+
+@pytest.mark.parametrize("name", ["cudnn", "varlen"])
+@pytest.mark.parametrize("lengths", [[33, 5, 20], [58]], ids=["documents", "one document"])
+def test_torch_kernels_bind_to_torchs_schemas(name, lengths):
+    q, k, v, dout, borders = (x.bfloat16() if x.is_floating_point() else x for x in pack(lengths, "meta"))
+    kernel, spec = kernel_by_name(name), AttentionSpec(0.3)
+    out, lse = kernel.forward(q, k, v, borders, lengths, spec)
+    assert out.shape == q.shape
+    assert lse.shape == (q.shape[1], q.shape[0])
+    grads = kernel.backward(dout, q, k, v, out, lse, borders, lengths, spec)
+    assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A machine with one Hopper GPU and a CUDA build of torch, as far as the choice can see."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+
+
+def choose(name="auto", dtype=torch.bfloat16, head_dim=128, spec=None, lengths=(100_000,)):
+    return choose_kernel(
+        name, device=CUDA, dtype=dtype, head_dim=head_dim, spec=spec or AttentionSpec(0.1), lengths=lengths
+    )
+
+
+@pytest.mark.usefixtures("hopper")
+def test_the_newest_flash_attention_installed_is_chosen(installed):
+    installed("flash-attn-2", "flash-attn-3", "flash-attn-4")
+    assert choose()[0].name == "flash-attn-4"
+    installed("flash-attn-2", "flash-attn-3")
+    assert choose()[0].name == "flash-attn-3"
+    installed("flash-attn-2")
+    kernel, reason = choose(spec=AttentionSpec(0.1, window=4096, softcap=30.0))
+    assert kernel.name == "flash-attn-2"
+    assert "flash-attn-4 not installed" in reason
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ((CUDNN_MIN_RMS_TOKENS,), "cudnn"),
+        ((CUDNN_MIN_RMS_TOKENS - 1,), "varlen"),
+        ((131072, *[300] * 60), "cudnn"),  # one document holds nearly all of the work
+        ([2048] * 64, "varlen"),
+    ],
+)
+def test_cudnn_or_varlen_by_where_the_work_lies(installed, lengths, expected):
+    installed()
+    kernel, reason = choose(lengths=lengths)
+    assert kernel.name == expected
+    assert ("too short" in reason) == (expected == "varlen")
+
+
+@pytest.mark.usefixtures("hopper")
+def test_what_torchs_gpu_kernels_refuse(installed):
+    installed()
+    assert choose(head_dim=256)[0].name == "varlen"
+    assert choose(spec=AttentionSpec(0.1, window=4096))[0].name == "varlen"
+    assert choose(spec=AttentionSpec(0.1, window=4096), lengths=(4096,))[0].name == "varlen"
+    assert choose(spec=AttentionSpec(0.1, window=100_000))[0].name == "cudnn"  # a window that hides nothing
+    assert choose(spec=AttentionSpec(0.1, softcap=30.0))[0].name == "math"
+    assert choose(dtype=torch.float32)[0].name == "math"
+    assert choose(head_dim=100)[0].name == "math"
+    with pytest.raises(ModelError, match=r"cudnn has no sliding window.*fit.*: varlen, math;"):
+        choose("cudnn", spec=AttentionSpec(0.1, window=4096))
+
+
+def test_an_older_gpu_prefers_one_launch(installed, hopper, monkeypatch):
+    installed("flash-attn-4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    kernel, reason = choose()
+    assert kernel.name == "varlen"
+    assert "flash-attn-4 needs compute capability 9.0, this GPU has (8, 0)" in reason
+
+
+@pytest.mark.usefixtures("hopper")
+def test_a_flash_attention_3_with_the_old_signature_is_refused(installed):
+    installed("flash-attn-3")
+    module = sys.modules["flash_attn_interface"]
+    current = module._flash_attn_forward
+    module._flash_attn_forward = lambda *args, window_size=(-1, -1): None
+    try:
+        with pytest.raises(ModelError, match="too old"):
+            choose("flash-attn-3")
+    finally:
+        module._flash_attn_forward = current
