@@ -4,9 +4,9 @@
     python benchmarks/attention_kernels.py --kernels cudnn,varlen --mixes 2x65536,32x4096
     python benchmarks/attention_kernels.py --device cpu --mixes 1x512,4x128 --kernels cpu,math --dtype float32
 
-One JSON object a line for each figure, ready for results.jsonl, then a table. The last column of the table is what a pack
-costs all layers of a model when every document length in it is new, as lengths of real data are: where the cheapest
-kernel changes between `cudnn` and `varlen` is where `CUDNN_MIN_RMS_TOKENS` belongs.
+One JSON object a line for each figure, ready for results.jsonl, then a table. Its last column is what a pack costs all
+layers of a model when every document length in it is new, as lengths of real data are: where the cheapest kernel
+changes between `cudnn` and `varlen` is where `CUDNN_MIN_RMS_TOKENS` belongs.
 
 This file must not be called kernels.py: transformers imports a package of that name, and Python would find it here.
 """
@@ -39,7 +39,9 @@ MIXES = "1x131072,2x65536,4x32768,8x16384,16x8192,64x2048,512x256"
 
 def stamp(device: torch.device) -> dict[str, object]:
     """What every line of results.jsonl says about where it comes from."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--verify", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     if device.type == "cuda":
         versions |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
@@ -108,14 +110,12 @@ def measure(kernel: Kernel, documents: int, length: int, args: argparse.Namespac
     out, lse = pack.forward(kernel)
     forward_ms = median_ms(lambda: pack.forward(kernel), device, args.budget_s)
     backward_ms = median_ms(lambda: pack.backward(kernel, out, lse), device, args.budget_s)
-    tflop = pack.forward_tflop
-    del pack, out, lse
     fresh = Pack(args, [length - 8])
     first = first_ms(fresh, kernel, device)
     new_length_ms = max(0.0, first - first_ms(fresh, kernel, device))
     return {
-        "forward": tflop / forward_ms * 1e3,
-        "backward": 2.5 * tflop / backward_ms * 1e3,
+        "forward": pack.forward_tflop / forward_ms * 1e3,
+        "backward": 2.5 * pack.forward_tflop / backward_ms * 1e3,
         "forward_ms": forward_ms,
         "backward_ms": backward_ms,
         "new_length_ms": new_length_ms,
@@ -174,7 +174,7 @@ def main() -> None:
         f"the last column: {args.layers} layers, forward and backward, with every document length new; * is the least"
     )
     print(
-        f"{'documents':>14} {'kernel':>13} {'fwd TFLOP/s':>12} {'bwd TFLOP/s':>12} {'new length ms':>14} {'pack ms':>10}"
+        f"{'documents':>14} {'kernel':>13} {'fwd TFLOP/s':>12} {'bwd TFLOP/s':>12} {'new length ms':>14} {'pack ms':>9}"
     )
     for documents, length, name, figures in rows:
         best = min(row[3]["pack_ms"] for row in rows if row[:2] == (documents, length))

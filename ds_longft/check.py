@@ -128,7 +128,7 @@ def _resolve_sp(config: RunConfig, ds: DeepSpeedSettings | None, world: int, loc
     if world % sp == 0:
         return sp, []
     fitting = ", ".join(str(d) for d in _divisors(world))
-    return 0, [f"{key} is {sp}, which does not divide the {world} ranks of this run: possible are {fitting}"]
+    return 0, [f"{key} is {sp}, which does not divide the world of this run (ranks: {world}): possible are {fitting}"]
 
 
 def _divisors(number: int) -> list[int]:

@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 from ds_longft.errors import EXIT_CONFIG, LongftError
@@ -25,8 +26,9 @@ commands:
 `ds-longft COMMAND --help` explains one of them.
 
 example, from your chats to a model:
-  ds-longft data stats my.jsonl --tokenizer Qwen/Qwen3-8B
-  deepspeed launch/train.py --model.path Qwen/Qwen3-8B --data.train my.jsonl --output_dir runs/mine
+  ds-longft config --model.path Qwen/Qwen3-8B --data.train my.jsonl --output_dir runs/mine > mine.yaml
+  ds-longft data stats mine.yaml
+  deepspeed launch/train.py --config mine.yaml
   ds-longft export runs/mine runs/mine-merged
 """
 
@@ -197,7 +199,7 @@ def bind_arguments(function: Callable[..., Any], name: str, arguments: list[str]
     if problems:
         raise LongftError("\n".join(f"{name}: {problem}" for problem in problems))
     # repr where text is wanted: fire would make a number of a folder called 2024.
-    texts = {key for key, hint in hints.items() if hint is str or str in get_args(hint)}
+    texts = {key for key, hint in hints.items() if hint is str or set(get_args(hint)) == {str, NoneType}}
     return [*(f"--{key}={value!r}" if key in texts else f"--{key}={value}" for key, value in given.items()), *surplus]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from ds_longft.ds_keys import ALLOWED, REFUSED
 from ds_longft.errors import ConfigError
 from ds_longft.spellings import nearest
 
+CLONE = Path(__file__).resolve().parent.parent
 Device = Literal["cuda", "cpu"]
 
 TYPICAL_HIDDEN_SIZE = 4096  # bucket sizes of a hub model, whose config is not at hand yet
@@ -37,9 +39,15 @@ class DeepSpeedSettings:
 
 
 def load_ds_config(path: str | Path) -> dict[str, Any]:
-    """The DeepSpeed JSON as written. Raises ConfigError: no such file, bad JSON (with its line), a key given twice."""
+    """The DeepSpeed JSON as written. Raises ConfigError: no such file, bad JSON (with its line), a key given twice.
+
+    A relative path that does not exist here is looked for among the shipped files: beside the package in a clone, in
+    share/ds_longft of the environment otherwise.
+    """
+    places = [Path(path).expanduser(), CLONE / path, Path(sys.prefix) / "share/ds_longft" / path]
+    found = next((place for place in places if place.exists()), places[0])
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        content = json.loads(found.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise ConfigError(f"ds_config: {path} is not valid JSON: {where}: {error.msg}") from None

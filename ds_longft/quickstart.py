@@ -31,8 +31,8 @@ def prepare(cache: str = CACHE) -> Path:
 
             tokenizer = AutoTokenizer.from_pretrained(model)
             print("laying the standard library's source into long samples", flush=True)
-            for part, rows in (("train", 64), ("eval", 2)):
-                write_code_set(sets[part], rows=rows, context_tokens=ROW_TOKENS, seed=0, part=part, tokenizer=tokenizer)
+            write_code_set(sets["train"], rows=64, context_tokens=ROW_TOKENS, part="train", tokenizer=tokenizer)
+            write_code_set(sets["eval"], rows=2, context_tokens=ROW_TOKENS, part="eval", tokenizer=tokenizer)
         config = folder / "quickstart.yaml"
         config.write_text(yaml.safe_dump(quickstart_config(model, sets["train"], sets["eval"]), sort_keys=False))
     return config

@@ -7,9 +7,8 @@ from typing import Any
 
 import yaml
 
-
-# YAML 1.1 reads `wandb: off` as false, `1e-4` as text and `name: 2026-11-23` as a date; nobody who writes a config means
-# that. These two patterns are YAML 1.2's.
+# YAML 1.1 reads `wandb: off` as false, `1e-4` as text and `name: 2026-11-23` as a date; nobody who writes a config
+# means that. The two patterns are YAML 1.2's.
 _REPLACED = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
 _BOOL = re.compile(r"^(true|True|TRUE|false|False|FALSE)$")
 _FLOAT = re.compile(

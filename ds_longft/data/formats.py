@@ -92,9 +92,10 @@ def _sharegpt(row: dict[str, Any]) -> list[Turn]:
 
 def _alpaca(row: dict[str, Any]) -> list[Turn]:
     turns = _system(row)
-    for pair in row.get("history") or []:
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise BadRow("history is not a list of [question, answer]")
+    history = row.get("history") or []
+    if not isinstance(history, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in history):
+        raise BadRow("history is not a list of [question, answer]")
+    for pair in history:
         turns += [Turn("user", _text(pair[0], "history")), Turn("assistant", _text(pair[1], "history"))]
     question = _text(row.get("instruction"), "instruction")
     if row.get("input"):

@@ -6,7 +6,7 @@ import hashlib
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,7 +75,7 @@ class StepLoader:
         """Optimizer steps of an epoch; may differ by a few from one epoch to the next."""
         return len(self.plan(epoch))
 
-    def steps(self, epoch: int, start: int = 0) -> Iterator[Step]:
+    def steps(self, epoch: int, start: int = 0) -> Generator[Step]:
         """Steps `start`, `start + 1`, ... of an epoch, built a few steps ahead.
 
         What fails in the thread is raised here; the thread ends when the iterator is closed or used up.

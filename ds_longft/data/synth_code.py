@@ -10,12 +10,14 @@ import ast
 import hashlib
 import json
 import math
+import os
 import random
 import re
 import sysconfig
+import tempfile
 import tokenize
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,6 +27,7 @@ from ds_longft.data.rows import Turn
 from ds_longft.data.template import load_template
 from ds_longft.errors import DataError
 
+Messages = list[dict[str, str]]
 Part = Literal["train", "eval"]
 Question = Literal["definition", "signature", "docstring"]
 
@@ -43,8 +46,8 @@ CLOSE_ENOUGH_TOKENS = 8  # about a line
 
 QUESTIONS: dict[Question, str] = {
     "definition": "Copy the complete definition of the function `{name}` from {file}, exactly as it stands there.",
-    "signature": "Copy the signature of the function `{name}` from {file}, exactly as it stands there, with the colon.",
-    "docstring": "Copy the docstring of the function `{name}` from {file}, exactly as it stands there, with its quotes.",
+    "signature": "Copy the signature of the function `{name}` from {file}, exactly as it stands there, colon included.",
+    "docstring": "Copy the docstring of the function `{name}` from {file}, exactly as it stands there, with quotes.",
 }
 
 
@@ -58,7 +61,7 @@ class Target:
     answers: dict[Question, str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Module:
     """One file of the library."""
 
@@ -107,23 +110,28 @@ def write_code_set(
     lengths = []
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("w", encoding="utf-8") as file:
-        for number in range(rows):
-            messages, about = _row(rng, names, context_tokens, ruler)
-            lengths.append(ruler.chat(messages))
-            record = {"messages": messages, "language": "en", "id": f"{part}-{seed}-{number}", **about}
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    unfinished.rename(path)
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
+        try:
+            for number in range(rows):
+                messages, about = _row(rng, names, context_tokens, ruler)
+                lengths.append(ruler.chat(messages))
+                record = {"messages": messages, "language": "en", "id": f"{part}-{seed}-{number}", **about}
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        except BaseException:
+            os.unlink(file.name)
+            raise
+    os.replace(file.name, path)
     return CodeSet(str(path), rows, len(names), max(lengths, default=0), min(lengths, default=0))
 
 
 def module_names(part: Part) -> list[str]:
     """Files of the library that belong to a part, sorted. A file's part follows from its name alone."""
     library = _library()
-    files = sorted(file.relative_to(library) for file in library.rglob("*.py"))
-    kept = [file.as_posix() for file in files if not (LEFT_OUT | NOT_THE_LIBRARY).intersection(file.parts)]
-    names = [name for name in kept if _is_eval(name) == (part == "eval")]
+    files = []
+    for folder, below, inside in os.walk(library):
+        below[:] = set(below) - LEFT_OUT - NOT_THE_LIBRARY
+        files += [Path(folder, file).relative_to(library).as_posix() for file in inside if file.endswith(".py")]
+    names = [name for name in sorted(files) if _is_eval(name) == (part == "eval")]
     if not names:
         raise DataError(f"the Python standard library has no source at {library}: install Python with its .py files")
     return names
@@ -150,11 +158,11 @@ def read_module(name: str) -> Module | None:
     functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
     names = [node.name for node in functions]
     once = [node for node in functions if names.count(node.name) == 1 and not node.name.startswith("__")]
-    targets = [Target(n.name, n.lineno, n.end_lineno or n.lineno, _answers(n, source, lines)) for n in once]
+    targets = [Target(n.name, n.lineno, n.end_lineno or n.lineno, _answers(n, lines)) for n in once]
     return Module(name, lines, tuple(target for target in targets if target.answers))
 
 
-def _answers(node: ast.FunctionDef | ast.AsyncFunctionDef, source: str, lines: tuple[str, ...]) -> dict[Question, str]:
+def _answers(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: tuple[str, ...]) -> dict[Question, str]:
     """Source text of each question that is worth asking about a function: neither trivial nor long."""
     answers: dict[Question, str] = {}
     end = node.end_lineno or node.lineno
@@ -166,8 +174,9 @@ def _answers(node: ast.FunctionDef | ast.AsyncFunctionDef, source: str, lines: t
             answers["signature"] = head.strip()
     first = node.body[0]
     if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
-        docstring = ast.get_source_segment(source, first.value) or ""
-        if len(docstring) >= MIN_DOCSTRING_CHARS and docstring.count("\n") < MAX_ANSWER_LINES:
+        docstring = "".join(lines[first.lineno - 1 : first.end_lineno]).strip()
+        alone = docstring.endswith(('"', "'"))  # on its lines: no comment or statement behind it
+        if alone and len(docstring) >= MIN_DOCSTRING_CHARS and docstring.count("\n") < MAX_ANSWER_LINES:
             answers["docstring"] = docstring
     return answers
 
@@ -186,7 +195,7 @@ class _Ruler:
             return math.ceil(len(text) / CHARS_PER_TOKEN)
         return len(self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def chat(self, messages: list[dict[str, str]]) -> int:
+    def chat(self, messages: Messages) -> int:
         """Tokens of a whole row, chat template included."""
         question, answer = (message["content"] for message in messages)
         if self._template is None:
@@ -194,7 +203,7 @@ class _Ruler:
         return self.text(self._template.render([Turn("user", question), Turn("assistant", answer)]).text)
 
 
-def _row(rng: random.Random, names: list[str], limit: int, ruler: _Ruler) -> tuple[list[dict[str, str]], dict[str, str]]:
+def _row(rng: random.Random, names: list[str], limit: int, ruler: _Ruler) -> tuple[Messages, dict[str, str]]:
     """One row of at most `limit` tokens, and what is in it."""
     for _ in range(TRIES):
         module = read_module(rng.choice(names))
@@ -204,17 +213,17 @@ def _row(rng: random.Random, names: list[str], limit: int, ruler: _Ruler) -> tup
         kind = rng.choice(sorted(target.answers))
         question = QUESTIONS[kind].format(name=target.name, file=module.name)
 
-        def chat(context: str, question: str = question, answer: str = target.answers[kind]) -> list[dict[str, str]]:
+        def chat(context: str, question: str = question, answer: str = target.answers[kind]) -> Messages:
             return [{"role": "user", "content": f"{context}{question}"}, {"role": "assistant", "content": answer}]
 
         left = limit - ruler.chat(chat(""))
         own = _around(module, target, left // 2, ruler)
         if own is None:
             continue
-        others = _without(target.name, module, rng.sample(names, len(names)))
+        order = rng.sample(names, len(names))
         place = rng.random()
         for slack in (0, 4, 16, 64):  # the parts may be a few tokens shorter than the whole
-            pieces = _fill(others, left - ruler.text(own) - slack, ruler)
+            pieces = _fill(_without(target.name, module, order), left - ruler.text(own) - slack, ruler)
             pieces.insert(int(place * (len(pieces) + 1)), own)
             messages = chat("".join(pieces))
             if ruler.chat(messages) <= limit:
@@ -230,14 +239,14 @@ def _around(module: Module, target: Target, limit: int, ruler: _Ruler) -> str | 
     )
 
 
-def _without(function: str, own: Module, names: list[str]) -> list[Module]:
+def _without(function: str, own: Module, names: list[str]) -> Iterator[Module]:
     """The other modules of these names, in order, that define no such function."""
     defined = re.compile(rf"\bdef {re.escape(function)}\b")
     modules = (read_module(name) for name in names if name != own.name)
-    return [m for m in modules if m and len(m.lines) >= MIN_MODULE_LINES and not defined.search("".join(m.lines))]
+    return (m for m in modules if m and len(m.lines) >= MIN_MODULE_LINES and not any(map(defined.search, m.lines)))
 
 
-def _fill(modules: list[Module], limit: int, ruler: _Ruler) -> list[str]:
+def _fill(modules: Iterable[Module], limit: int, ruler: _Ruler) -> list[str]:
     """Whole modules as long as they fit into `limit` tokens, then the beginning of the first that does not."""
     pieces = []
     for module in modules:

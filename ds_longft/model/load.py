@@ -76,7 +76,7 @@ def load_model(
     Raises:
         ModelError: no safetensors, or weights that do not fill the model.
     """
-    # transformers builds every model under zero.Init while the config of an earlier ZeRO-3 model is still alive somewhere
+    # transformers builds every model under zero.Init while the config of an earlier ZeRO-3 model is still alive
     unset_hf_deepspeed_config()
     if model.random_weights:
         loaded = _random_model(model, hf_config, dtype, device, seed)

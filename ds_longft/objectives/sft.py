@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from peft import PeftModel
 from torch import Tensor, nn
 
 from ds_longft.batch import Batch
 from ds_longft.layout import ParallelLayout
+from ds_longft.model.rope import set_rope_length
 from ds_longft.sequence.loss import ChunkedHead
 
 
@@ -18,12 +22,13 @@ class SftObjective(nn.Module):
         self.layout = layout
         self.kernel = kernel
         # PEFT changes linears in place; the plain causal LM under it still runs with its adapters.
-        causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+        causal_lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self._decoder = [causal_lm.get_decoder()]  # in a list: not a second registration of its parameters
         self._head = [ChunkedHead.install(causal_lm, causal_lm.config)]
 
     def forward(self, batch: Batch) -> Tensor:
         """This rank's weighted sum, a scalar in at least float32; no collective beyond attention's."""
+        set_rope_length(self._decoder[0], batch.documents.max_length)  # the whole pack's, not this shard's
         hidden = self._decoder[0](
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,

@@ -1,21 +1,21 @@
-"""`ulysses` attention: exchange -> kernel -> exchange back, as one op with its own backward.
+"""`ulysses` attention: exchange -> kernel -> exchange back, as one autograd function.
 
 Registered with transformers' AttentionInterface, so that any model that uses the interface works unpatched. The batch's
 `documents` and the `layout` travel as keyword arguments of `model.forward`; nothing is global.
-Being one op, its output can be kept across activation checkpointing (`recompute.py`), so that the kernel's forward, the
-largest part of a long step, is not run twice.
+Its output can be kept across activation checkpointing (`KeptAttention`), so that the kernel's forward, the largest part of
+a long step, is not run twice.
 
 Letters: s tokens of this rank, S of the pack, Hq / Hkv heads of the model, h heads of this rank, d head size.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.distributed_c10d import _resolve_process_group
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -23,14 +23,10 @@ from ds_longft.batch import Documents
 from ds_longft.errors import ModelError
 from ds_longft.layout import ParallelLayout
 from ds_longft.sequence.exchange import HeadShare, deal_heads, heads_to_tokens, tokens_to_heads
-from ds_longft.sequence.kernels import AttentionSpec, choose_kernel, kernel_by_name
+from ds_longft.sequence.kernels import AttentionSpec, Kernel, choose_kernel
 
 ULYSSES = "ulysses"
 """Name under which the attention is registered; goes into `config._attn_implementation`."""
-
-
-def _group(name: str) -> ProcessGroup | None:
-    return _resolve_process_group(name) if name else None
 
 
 def _repeat_kv(k: Tensor, v: Tensor, share: HeadShare) -> tuple[Tensor, Tensor]:
@@ -51,59 +47,73 @@ def _sum_repeats(dkv: Tensor, share: HeadShare) -> Tensor:
     return total.index_add_(1, index, dkv.to(dtype)).to(dkv.dtype)
 
 
-@torch.library.custom_op("ds_longft::sp_attention", mutates_args=())
-def sp_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    lengths: list[int],
-    kernel: str,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    group: str,
-    sp: int,
-) -> tuple[Tensor, Tensor]:
-    """Causal attention inside each document of a pack that is spread over an sp group.
+class KeptAttention:
+    """Keeps one attention's output across activation checkpointing: flash forward is run once, not twice.
 
-    q [s, Hq, d], k and v [s, Hkv, d]: this rank's tokens, all heads. cu_seqlens [N + 1] int32 and lengths (N): the whole
-    pack. Returns out [s, Hq, d] and the log-sum-exp [h, S] of this rank's heads (kept for the backward pass).
+    A checkpointed layer is called twice with the same instance (`recompute.py` makes one per call); the first call leaves
+    its output here, the second takes it instead of computing it. torch's selective checkpointing would do the same for
+    an op, but it demands that both calls dispatch the same ops, which ZeRO-3's prefetching does not.
     """
-    shares = deal_heads(q.shape[1], k.shape[1], sp)
-    spec = AttentionSpec(scale, window, softcap)
-    pg = _group(group)
-    share = shares[torch.distributed.get_rank(pg)] if pg else shares[0]
-    qg, kg, vg = tokens_to_heads([q, k, v], [(x.q, x.kv, x.kv) for x in shares], pg)  # [S, h, d]
-    kg, vg = _repeat_kv(kg, vg, share)
-    out, lse = kernel_by_name(kernel).forward(qg, kg, vg, cu_seqlens, lengths, spec)  # [S, h, d], [h, S]
-    return heads_to_tokens([out], [(x.q,) for x in shares], pg)[0], lse
+
+    def __init__(self) -> None:
+        self.output: tuple[Tensor, Tensor] | None = None
+
+    def take(self) -> tuple[Tensor, Tensor] | None:
+        """What the first call left, once."""
+        output, self.output = self.output, None
+        return output
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens, *ctx.settings = inputs
-    ctx.save_for_backward(q, k, v, cu_seqlens, *output)
+@dataclass(frozen=True)
+class _Call:
+    """Everything about one attention that is not a tensor."""
+
+    lengths: tuple[int, ...]
+    kernel: Kernel
+    spec: AttentionSpec
+    group: ProcessGroup | None
+    shares: tuple[HeadShare, ...]
+    share: HeadShare  # this rank's
 
 
-def _backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, cu_seqlens, out, lse = ctx.saved_tensors
-    lengths, kernel, scale, window, softcap, group, sp = ctx.settings
-    shares = deal_heads(q.shape[1], k.shape[1], sp)
-    pg = _group(group)
-    share = shares[torch.distributed.get_rank(pg)] if pg else shares[0]
-    qg, kg, vg, og, dog = tokens_to_heads(
-        [q, k, v, out, dout], [(x.q, x.kv, x.kv, x.q, x.q) for x in shares], pg
-    )  # [S, h, d], one exchange for all five
-    kg, vg = _repeat_kv(kg, vg, share)
-    spec = AttentionSpec(scale, window, softcap)
-    dq, dk, dv = kernel_by_name(kernel).backward(dog, qg, kg, vg, og, lse, cu_seqlens, lengths, spec)
-    del qg, kg, vg, og, dog  # the exchange back needs the memory
-    dk, dv = _sum_repeats(dk, share), _sum_repeats(dv, share)
-    grads = heads_to_tokens([dq, dk, dv], [(x.q, x.kv, x.kv) for x in shares], pg)  # [s, H, d]
-    return (*grads, *(None,) * 8)
+class SpAttention(torch.autograd.Function):
+    """Causal attention inside each document of a pack that is spread over an sp group."""
 
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, call: _Call, kept: KeptAttention | None
+    ) -> Tensor:
+        """q [s, Hq, d], k and v [s, Hkv, d]: this rank's tokens, all heads. cu_seqlens [N + 1]: the whole pack's.
 
-sp_attention.register_autograd(_backward, setup_context=_setup_context)
+        Returns out [s, Hq, d]. The log-sum-exp [h, S] of this rank's heads is saved beside it.
+        """
+        output = kept.take() if kept is not None else None
+        if output is None:
+            ranges = [(x.q, x.kv, x.kv) for x in call.shares]
+            qg, kg, vg = tokens_to_heads([q, k, v], ranges, call.group)  # [S, h, d]
+            kg, vg = _repeat_kv(kg, vg, call.share)
+            out, lse = call.kernel.forward(qg, kg, vg, cu_seqlens, call.lengths, call.spec)  # [S, h, d], [h, S]
+            output = heads_to_tokens([out], [(x.q,) for x in call.shares], call.group)[0], lse
+            if kept is not None:
+                kept.output = output[0].detach(), lse
+        out, lse = output
+        ctx.save_for_backward(q, k, v, cu_seqlens, out, lse)
+        ctx.call = call
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        """One exchange for q, k, v, out and dout; the kernel; one exchange back for the gradients."""
+        q, k, v, cu_seqlens, out, lse = ctx.saved_tensors
+        call: _Call = ctx.call
+        ranges = [(x.q, x.kv, x.kv, x.q, x.q) for x in call.shares]
+        qg, kg, vg, og, dog = tokens_to_heads([q, k, v, out, dout], ranges, call.group)  # [S, h, d]
+        kg, vg = _repeat_kv(kg, vg, call.share)
+        dq, dk, dv = call.kernel.backward(dog, qg, kg, vg, og, lse, cu_seqlens, call.lengths, call.spec)
+        del qg, kg, vg, og, dog  # the exchange back needs the memory
+        dk, dv = _sum_repeats(dk, call.share), _sum_repeats(dv, call.share)
+        grads = heads_to_tokens([dq, dk, dv], [(x.q, x.kv, x.kv) for x in call.shares], call.group)  # [s, H, d]
+        return (*grads, None, None, None)
 
 
 def ulysses_attention(
@@ -116,6 +126,7 @@ def ulysses_attention(
     documents: Documents | None = None,
     layout: ParallelLayout | None = None,
     kernel: str = "auto",
+    kept: KeptAttention | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -147,19 +158,9 @@ def ulysses_attention(
     chosen, _ = choose_kernel(
         kernel, device=q.device, dtype=q.dtype, head_dim=q.shape[-1], spec=spec, lengths=documents.lengths
     )
-    out, _ = sp_attention(
-        q,
-        k,
-        v,
-        documents.cu_seqlens,
-        list(documents.lengths),
-        chosen.name,
-        spec.scale,
-        spec.window,
-        spec.softcap,
-        layout.group.group_name if layout.group is not None else "",
-        layout.sp,
-    )
+    shares = deal_heads(q.shape[1], k.shape[1], layout.sp)
+    call = _Call(documents.lengths, chosen, spec, layout.group, shares, shares[layout.sp_rank])
+    out = SpAttention.apply(q, k, v, documents.cu_seqlens, call, kept)
     return out[None], None
 
 

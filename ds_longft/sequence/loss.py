@@ -29,9 +29,15 @@ def logit_transform(config: PretrainedConfig) -> Callable[[Tensor], Tensor]:
     Raises:
         ModelError: the config scales its logits in a way this loss does not know.
     """
-    unknown = [key for key in ("logits_scaling", "logit_scale", "lm_head_multiplier") if getattr(config, key, None) not in (None, 1, 1.0)]
+    unknown = [
+        key
+        for key in ("logits_scaling", "logit_scale", "lm_head_multiplier")
+        if getattr(config, key, None) not in (None, 1, 1.0)
+    ]
     if unknown:
-        raise ModelError(f"{config.model_type} scales its logits ({', '.join(unknown)}), which the chunked loss does not do")
+        raise ModelError(
+            f"{config.model_type} scales its logits ({', '.join(unknown)}), which the chunked loss does not do"
+        )
     cap = getattr(config, "final_logit_softcapping", None)
     if cap is None:
         return lambda logits: logits

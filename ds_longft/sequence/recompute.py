@@ -21,9 +21,9 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
-from ds_longft.sequence.attention import sp_attention
+from ds_longft.sequence.attention import KeptAttention
 
 Forward = Callable[..., Any]
 
@@ -31,22 +31,25 @@ Forward = Callable[..., Any]
 def apply_recompute(layers: Sequence[nn.Module], policy: str, *, every: int = 2, dropout: bool = False) -> None:
     """Replace the forward of decoder layers by one that recomputes.
 
-    Layers take hidden states [1, s, D] first and return hidden states, or a tuple that begins with them. `dropout`: the
+    Layers take hidden states [1, s, D] first and return them. `dropout`: the
     random state is saved and restored for recomputation (needed only where something in a layer draws random numbers).
     """
     run = partial(checkpoint, use_reentrant=False, preserve_rng_state=dropout)
     if policy == "none":
         return
     if policy in ("full", "keep_attention"):
-        if policy == "keep_attention":
-            op = sp_attention._opoverload  # torch names ops, not their Python wrappers
-            run = partial(run, context_fn=partial(create_selective_checkpoint_contexts, [op]))
+        call = partial(_keeping, run) if policy == "keep_attention" else run
         for layer in layers:
-            layer.forward = partial(run, layer.forward)
+            layer.forward = partial(call, layer.forward)
         return
     size = every if policy == "every_k" else max(1, round(math.sqrt(len(layers))))
     for start in range(0, len(layers), size):
         _Segment(list(layers[start : start + size]), run)
+
+
+def _keeping(run: Callable[..., Any], forward: Forward, *args: Any, **kwargs: Any) -> Any:
+    """Checkpoint one call of a layer; its attention, called twice with the same `kept`, computes once."""
+    return run(forward, *args, **kwargs, kept=KeptAttention())
 
 
 class _Segment:

@@ -9,26 +9,30 @@ from typing import Any
 from ds_longft.config import RunConfig
 from ds_longft.layout import ParallelLayout
 
-LOAD_ADAPTER = '''```python
+LOAD_ADAPTER = """```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
-```'''
+```"""
 
-LOAD_MODEL = '''```python
+LOAD_MODEL = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
-```'''
+```"""
 
 
 def write_card(folder: Path, config: RunConfig, layout: ParallelLayout, history: list[dict[str, Any]]) -> None:
     """Write README.md into the output folder from the config and the recorded metrics."""
     base = config.model.path
-    front = {"base_model": base, "library_name": "peft" if config.lora else "transformers", "tags": ["ds_longft", "long-context"]}
+    front = {
+        "base_model": base,
+        "library_name": "peft" if config.lora else "transformers",
+        "tags": ["ds_longft", "long-context"],
+    }
     steps = [r for r in history if r.get("loss") is not None]
     evals = [r for r in history if "eval_loss" in r]
     facts = {
@@ -46,7 +50,9 @@ def write_card(folder: Path, config: RunConfig, layout: ParallelLayout, history:
         facts["tokens"] = f"{steps[-1]['tokens_seen']:,}"
         facts["training loss"] = f"{steps[0]['loss']:.4f} -> {steps[-1]['loss']:.4f}"
     if evals:
-        facts["held-out loss"] = " -> ".join(f"{r['eval_loss']:.4f}" for r in (evals[:1] + evals[-1:] if len(evals) > 1 else evals))
+        facts["held-out loss"] = " -> ".join(
+            f"{r['eval_loss']:.4f}" for r in (evals[:1] + evals[-1:] if len(evals) > 1 else evals)
+        )
     head = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     load = (LOAD_ADAPTER if config.lora else LOAD_MODEL).format(base=base, folder=folder)

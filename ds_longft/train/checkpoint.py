@@ -79,7 +79,9 @@ class Checkpoints:
         except OSError as e:
             error = str(e)
         self._raise_together(error, tmp, f"checkpoint-{state.step} could not be written")
-        manifest = {name: entry for part in self.agreement.gather(self._hash_share(tmp)) for name, entry in part.items()}
+        manifest = {
+            name: entry for part in self.agreement.gather(self._hash_share(tmp)) for name, entry in part.items()
+        }
         if self.agreement.rank == 0:
             _write_durably(tmp / MANIFEST, json.dumps({"step": state.step, "files": manifest}, indent=1))
             shutil.rmtree(final, ignore_errors=True)
@@ -102,7 +104,9 @@ class Checkpoints:
         if isinstance(resume, int):
             found = [p for p in found if p.name == f"checkpoint-{resume}"]
             if not found:
-                raise CheckpointError(f"train.resume asks for step {resume}, but {self.folder} holds no checkpoint-{resume}")
+                raise CheckpointError(
+                    f"train.resume asks for step {resume}, but {self.folder} holds no checkpoint-{resume}"
+                )
         rejected = []
         for path in found:
             problems = [p for p in self.agreement.gather(self._damage(path)) if p]
@@ -138,7 +142,9 @@ class Checkpoints:
         if state.world != world:
             changed.append(f"it was written by {state.world} ranks and this run has {world}: start as many")
         if state.fingerprint != fingerprint:
-            changed.append("the data, its order or the batch layout (data.*, seed, gradient_accumulation_steps, dp) changed")
+            changed.append(
+                "the data, its order or the batch layout (data.*, seed, gradient_accumulation_steps, dp) changed"
+            )
         if state.trained != trained:
             changed.append("the trained parameters (lora.*, model.path) changed")
         if changed:

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ds_longft.config import OptimConfig, RunConfig
 from ds_longft.layout import ParallelLayout
+from ds_longft.model.flops import ModelShape
 from ds_longft.model.load import load_config, load_model
 from ds_longft.model.lora import add_lora
 from ds_longft.model.rope import check_rope
@@ -32,6 +33,7 @@ class Built:
     engine: deepspeed.DeepSpeedEngine
     model: nn.Module  # the PeftModel, or the plain model in full fine-tuning
     hf_config: PretrainedConfig
+    shape: ModelShape  # for counting FLOPs
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -60,11 +62,14 @@ def build(config: RunConfig, engine_config: dict[str, Any], layout: ParallelLayo
     register()
     dtype = torch.bfloat16 if engine_config.get("bf16", {}).get("enabled") else torch.float32
     hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation=ULYSSES)
-    base = load_model(config.model, hf_config, ds_engine_config=engine_config, dtype=dtype, device=device, seed=config.seed)
+    shape = ModelShape.from_config(hf_config)  # before ZeRO-3 is switched on for every model that is built
+    base = load_model(
+        config.model, hf_config, ds_engine_config=engine_config, dtype=dtype, device=device, seed=config.seed
+    )
     model: nn.Module = base
     check_rope(base, hf_config)
     if config.lora is not None:
-        model = add_lora(base, config.lora, seed=config.seed)
+        model = add_lora(base, config.lora, seed=config.seed, revision=config.model.revision)
     objective = SftObjective(model, layout, config.model.kernel)
     recompute(base, config)
     model.train()
@@ -75,7 +80,10 @@ def build(config: RunConfig, engine_config: dict[str, Any], layout: ParallelLayo
             from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiled on first use; torch's own is 5-7x slower there
 
             optimizer = DeepSpeedCPUAdam(
-                param_groups(model, config.optim.weight_decay), lr=config.optim.learning_rate, betas=config.optim.betas, eps=config.optim.eps
+                param_groups(model, config.optim.weight_decay),
+                lr=config.optim.learning_rate,
+                betas=config.optim.betas,
+                eps=config.optim.eps,
             )
         else:
             optimizer = make_optimizer(model, config.optim, fused=device.type == "cuda")
@@ -85,7 +93,8 @@ def build(config: RunConfig, engine_config: dict[str, Any], layout: ParallelLayo
         model_parameters=None if optimizer is not None else param_groups(model, config.optim.weight_decay),
         config={"zero_allow_untested_optimizer": True, **engine_config},
     )
-    return Built(engine, model, hf_config)
+    check_rope(base, hf_config)  # again: casting the module's buffers to bf16 would round the frequencies
+    return Built(engine, model, hf_config, shape)
 
 
 def recompute(base: PreTrainedModel, config: RunConfig) -> None:

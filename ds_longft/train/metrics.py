@@ -164,7 +164,10 @@ def summary_table(records: list[Record], folder: Path, minutes: float) -> Table:
     if steps:
         table.add_row("training loss, first -> last", f"{steps[0]['loss']:.4f} -> {steps[-1]['loss']:.4f}")
     if evals:
-        table.add_row("held-out loss, first -> last", f"{evals[0]:.4f} -> {evals[-1]:.4f}" if len(evals) > 1 else f"{evals[0]:.4f}")
+        table.add_row(
+            "held-out loss, first -> last",
+            f"{evals[0]:.4f} -> {evals[-1]:.4f}" if len(evals) > 1 else f"{evals[0]:.4f}",
+        )
     if steps:
         timed = steps[1:] or steps  # the first step includes warming up
         speed = sum(r["tokens_per_s_per_gpu"] for r in timed) / len(timed)

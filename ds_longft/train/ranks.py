@@ -49,7 +49,9 @@ class Launch:
         env.setdefault("MASTER_ADDR", "127.0.0.1")
         if "MASTER_PORT" not in env:
             # Alone: any free port. Under srun every task needs the same one: derived from the job.
-            env["MASTER_PORT"] = str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000 if launch.world > 1 else _free_port())
+            env["MASTER_PORT"] = str(
+                20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000 if launch.world > 1 else _free_port()
+            )
         return launch
 
 
@@ -135,4 +137,6 @@ class Agreement:
         values = self.gather(value)
         odd = [r for r, v in enumerate(values) if v != values[0]]
         if odd:
-            raise LongftError(f"{what} differs between ranks: rank 0 has {values[0]}, rank {odd[0]} has {values[odd[0]]}")
+            raise LongftError(
+                f"{what} differs between ranks: rank 0 has {values[0]}, rank {odd[0]} has {values[odd[0]]}"
+            )

@@ -20,7 +20,7 @@ from ds_longft.data.tokenize import TokenizedSet, tokenize_sources
 from ds_longft.ds_config import DeepSpeedSettings
 from ds_longft.errors import DataError
 from ds_longft.layout import ParallelLayout
-from ds_longft.model.flops import ModelShape, peak_tflops
+from ds_longft.model.flops import peak_tflops
 from ds_longft.model.load import load_tokenizer
 from ds_longft.settings import dump_config
 from ds_longft.train.card import write_card
@@ -33,12 +33,20 @@ from ds_longft.train.weights import ModelWriter, trained_fingerprint
 if TYPE_CHECKING:
     from ds_longft.train.__main__ import Status
 
-PACKAGES = ("ds-longft", "torch", "deepspeed", "transformers", "peft", "datasets", "flash-attn", "flash-attn-4", "liger-kernel")
+PACKAGES = (
+    "ds-longft",
+    "torch",
+    "deepspeed",
+    "transformers",
+    "peft",
+    "datasets",
+    "flash-attn",
+    "flash-attn-4",
+    "liger-kernel",
+)
 
 
-def run(
-    config: RunConfig, settings: DeepSpeedSettings, sp: int, launch: Launch, status: Status, started: float
-) -> int:
+def run(config: RunConfig, settings: DeepSpeedSettings, sp: int, launch: Launch, status: Status, started: float) -> int:
     """Train and write everything a user takes away; returns 0.
 
     Raises:
@@ -85,7 +93,9 @@ def run(
     found = checkpoints.find(config.train.resume)
     if found is not None:
         path, saved = found
-        checkpoints.check_same_run(path, saved, world=layout.world, fingerprint=state.fingerprint, trained=state.trained)
+        checkpoints.check_same_run(
+            path, saved, world=layout.world, fingerprint=state.fingerprint, trained=state.trained
+        )
         checkpoints.load(built.engine, path)
         state = TrainState(**{**vars(saved), "total_steps": state.total_steps})
     records = Records(folder, config.log, total_steps=state.total_steps, first_step=state.step, active=launch.rank == 0)
@@ -110,7 +120,6 @@ def run(
         checkpoints=checkpoints,
         write_model=writer.write_weights,
         state=state,
-        shape=ModelShape.from_config(built.hf_config),
         peak_tflops=peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None,
     )
     trainer.run()
@@ -156,7 +165,9 @@ def tokenized(config: RunConfig, tokenizer: Any, *, progress: bool) -> tuple[Tok
     if config.data.eval_fraction:
         train_set, eval_set = train_set.split(config.data.eval_fraction, config.seed)
         if not len(eval_set):
-            raise DataError(f"data.eval_fraction {config.data.eval_fraction} of {len(train_set)} rows holds out none: raise it")
+            raise DataError(
+                f"data.eval_fraction {config.data.eval_fraction} of {len(train_set)} rows holds out none: raise it"
+            )
         return train_set, eval_set
     return train_set, None
 
@@ -179,7 +190,12 @@ def _write_facts(
 
 
 def _header(
-    config: RunConfig, layout: ParallelLayout, device: torch.device, loader: StepLoader, state: TrainState, resumed: Path | None
+    config: RunConfig,
+    layout: ParallelLayout,
+    device: torch.device,
+    loader: StepLoader,
+    state: TrainState,
+    resumed: Path | None,
 ) -> str:
     """A few lines that say what is about to happen."""
     lines = [

@@ -23,7 +23,7 @@ from ds_longft.config import RunConfig
 from ds_longft.data.loader import StepLoader
 from ds_longft.errors import NonFiniteError
 from ds_longft.layout import ParallelLayout
-from ds_longft.model.flops import ModelShape, step_flops
+from ds_longft.model.flops import step_flops
 from ds_longft.sequence.shard import shard
 from ds_longft.train.checkpoint import Checkpoints, TrainState
 from ds_longft.train.engine import Built
@@ -45,7 +45,6 @@ class Trainer:
     checkpoints: Checkpoints
     write_model: Callable[[Path], None]
     state: TrainState
-    shape: ModelShape
     peak_tflops: float | None = None  # bf16 dense peak of one GPU, for MFU
     _waited_s: float = 0.0  # the loader's wait, as of the previous step
 
@@ -161,7 +160,7 @@ class Trainer:
         lengths = np.diff(pack.cu_seqlens).tolist()
         useful = lengths[:-1] if pack.padding_tokens else lengths
         targets = int((pack.loss_weights != 0).sum())
-        return step_flops(self.shape, useful, lora=self.config.lora is not None, targets=targets) / self.layout.sp
+        return step_flops(self.built.shape, useful, lora=self.config.lora is not None, targets=targets) / self.layout.sp
 
     def _stopped(self, what: str, step: Step) -> str:
         rows = [list(pack.rows) for pack in step.packs]

@@ -44,9 +44,9 @@ class ModelWriter:
     def write_weights(self, folder: Path) -> None:
         """The adapter in PEFT's format. In full fine-tuning nothing: checkpoints hold the engine's own shards."""
         if self.lora:
-            state = gather_adapter_state(self.model)  # type: ignore[arg-type]
+            state = gather_adapter_state(self.model)
             if self.agreement.rank == 0:
-                save_adapter(self.model, state, folder)  # type: ignore[arg-type]
+                save_adapter(self.model, state, folder)
 
     def write_all(self, folder: Path) -> None:
         """Weights, tokenizer and chat template at the top of the output folder."""

@@ -25,7 +25,9 @@ def tiny_config(model_type: str = "llama", **changes: Any) -> PretrainedConfig:
     return AutoConfig.for_model(model_type, **{**SMALL, **changes})
 
 
-def tiny_model(config: PretrainedConfig, *, attn: str, dtype: torch.dtype, seed: int = 0, std: float = 0.15) -> nn.Module:
+def tiny_model(
+    config: PretrainedConfig, *, attn: str, dtype: torch.dtype, seed: int = 0, std: float = 0.15
+) -> nn.Module:
     """The model of `config` with weights large enough that attention matters; the same for every `attn` and `dtype`."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attn, dtype=torch.float32)
@@ -79,7 +81,9 @@ def reference_sum(model: nn.Module, pack: Pack) -> torch.Tensor:
         if not weights.any():
             continue
         logits = model(input_ids=ids, use_cache=False).logits[0]
-        ce = nn.functional.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="none")
+        ce = nn.functional.cross_entropy(
+            logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="none"
+        )
         total = total + (ce * weights).double().sum()
     return total
 

@@ -92,7 +92,9 @@ def reference_step(
     accumulation: int, dp: int, lora: bool, changes: dict[str, Any], sample: bool, sp: int, half: bool
 ) -> Any:
     """The same from one process in float64. Packs are padded alike: what the halves are depends on it."""
-    model = prepared(tiny_model(tiny_config("llama", **changes), attn="dense", dtype=torch.float32, std=STD), lora).double()
+    model = prepared(
+        tiny_model(tiny_config("llama", **changes), attn="dense", dtype=torch.float32, std=STD), lora
+    ).double()
     packs = packs_of_step(accumulation, dp, sp, sample, half)
     weight = sum(float(p.loss_weights.sum(dtype="float64")) for p in packs)
     loss = sum(reference_sum(model, p) for p in packs) / weight

@@ -33,7 +33,9 @@ def prepared(model: Any, lora: bool) -> Any:
     return model
 
 
-def gradients(rank: int, world: int, family: str, changes: dict[str, Any], lora: bool, policy: str, sample: bool, sp: int) -> Any:
+def gradients(
+    rank: int, world: int, family: str, changes: dict[str, Any], lora: bool, policy: str, sample: bool, sp: int
+) -> Any:
     """Loss and every gradient of three packs of one step, on `world` ranks in groups of `sp`."""
     register()
     config = tiny_config(family, **changes)
@@ -49,7 +51,9 @@ def gradients(rank: int, world: int, family: str, changes: dict[str, Any], lora:
         loss = objective(shard(pack, layout, torch.device("cpu"))) / weight
         loss.backward()
         total += loss.detach()
-    grads = {n: p.grad if p.grad is not None else torch.zeros_like(p) for n, p in model.named_parameters() if p.requires_grad}
+    grads = {
+        n: p.grad if p.grad is not None else torch.zeros_like(p) for n, p in model.named_parameters() if p.requires_grad
+    }
     for tensor in (total, *grads.values()):
         dist.all_reduce(tensor)
     return (float(total), grads) if rank == 0 else None
@@ -62,7 +66,9 @@ def reference(family: str, changes: dict[str, Any], lora: bool, sample: bool) ->
     weight = sum(float(p.loss_weights.sum(dtype="float64")) for p in packs)
     loss = sum(reference_sum(model, p) for p in packs) / weight
     loss.backward()
-    return float(loss.detach()), {n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    return float(loss.detach()), {
+        n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None
+    }
 
 
 CASES = [

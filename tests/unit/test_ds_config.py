@@ -236,3 +236,12 @@ def test_unreadable_json(content: str, expected: str, tmp_path: Path) -> None:
 def test_missing_json(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"ds_config: cannot read .*nope.json: No such file"):
         load_ds_config(tmp_path / "nope.json")
+
+
+def test_shipped_files_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_ds_config(RunConfig().ds_config)["zero_optimization"]["stage"] == 3
+    own = tmp_path / "ds_configs/zero3_sp.json"
+    own.parent.mkdir()
+    own.write_text('{"zero_optimization": {"stage": 1}}')
+    assert load_ds_config(RunConfig().ds_config)["zero_optimization"]["stage"] == 1

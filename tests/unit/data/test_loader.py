@@ -1,0 +1,121 @@
+import threading
+
+import numpy as np
+import pytest
+
+from ds_longft.config import DataConfig, SourceConfig
+from ds_longft.data.loader import StepLoader
+from ds_longft.data.tokenize import tokenize_sources
+from tests.unit.data.conftest import chat
+
+
+@pytest.fixture(scope="module")
+def tokenized(tokenizer, tmp_path_factory):
+    import json
+
+    folder = tmp_path_factory.mktemp("loader")
+    rows = [{**chat("question " * (i % 13 + 1), "answer " * (i % 5 + 1)), "weight": 1 + i % 3} for i in range(90)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = DataConfig(cache_dir=str(folder / "cache"), max_length_tokens=512, workers=1)
+    return tokenize_sources([SourceConfig(path=str(folder / "rows.jsonl"))], tokenizer, data)
+
+
+def loader(tokenized, dp=1, dp_rank=0, sp=1, accumulation=1, seed=0, **settings):
+    data = DataConfig(**{"max_length_tokens": 512, **settings})
+    return StepLoader(
+        tokenized, data=data, dp=dp, dp_rank=dp_rank, sp=sp, accumulation=accumulation, seed=seed, pad_id=0
+    )
+
+
+def same(a, b):
+    return all(
+        np.array_equal(getattr(a, name), getattr(b, name))
+        for name in ("input_ids", "position_ids", "labels", "loss_weights", "cu_seqlens", "rows")
+    )
+
+
+@pytest.mark.parametrize("weighting", ["token", "sample"])
+@pytest.mark.parametrize("packing", ["best_fit", "none"])
+def test_numbers_of_a_step_are_those_of_its_packs_on_all_ranks(tokenized, weighting, packing):
+    ranks = [
+        list(loader(tokenized, dp=2, dp_rank=r, sp=4, accumulation=2, weighting=weighting, packing=packing).steps(0))
+        for r in range(2)
+    ]
+    assert len(ranks[0]) == len(ranks[1]) > 1
+    rows = []
+    for steps in zip(*ranks, strict=True):
+        packs = [pack for step in steps for pack in step.packs]
+        assert len(packs) == 4
+        assert all(pack.tokens % 4 == 0 for pack in packs)
+        for step in steps:
+            assert step.total_weight == pytest.approx(
+                sum(p.loss_weights.sum(dtype=np.float64) for p in packs), rel=1e-12
+            )
+            assert step.padding_tokens == sum(p.padding_tokens for p in packs)
+            assert step.tokens == sum(p.tokens - p.padding_tokens for p in packs)
+        rows += [row for pack in packs for row in pack.rows]
+    assert sorted(rows) == list(range(90))
+
+
+def test_same_steps_for_any_split_of_the_ranks(tokenized):
+    one = list(loader(tokenized, accumulation=4).steps(2))
+    four = [list(loader(tokenized, dp=4, dp_rank=r).steps(2)) for r in range(4)]
+    assert loader(tokenized, accumulation=4).fingerprint == loader(tokenized, dp=4, dp_rank=1, sp=2).fingerprint
+    for i, step in enumerate(one):
+        assert all(same(pack, four[r][i].packs[0]) for r, pack in enumerate(step.packs) if pack.rows)
+        assert step.total_weight == four[0][i].total_weight
+
+
+def test_resuming_inside_an_epoch_gives_the_steps_that_were_left(tokenized):
+    whole = list(loader(tokenized).steps(1))
+    rest = list(loader(tokenized).steps(1, start=2))
+    assert [step.index for step in rest] == [step.index for step in whole][2:]
+    assert all(same(a.packs[0], b.packs[0]) for a, b in zip(rest, whole[2:], strict=True))
+    assert list(loader(tokenized).steps(1, start=len(whole))) == []
+
+
+def test_epochs_differ_and_seeds_too(tokenized):
+    first = [step.packs[0].rows for step in loader(tokenized).steps(0)]
+    assert first != [step.packs[0].rows for step in loader(tokenized).steps(1)]
+    assert first != [step.packs[0].rows for step in loader(tokenized, seed=1).steps(0)]
+    assert len(first) == loader(tokenized).steps_per_epoch(0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 1}, {"accumulation": 2}, {"packing": "none"}, {"weighting": "sample"}, {"max_length_tokens": 600}],
+)
+def test_the_fingerprint_changes_with_what_changes_the_steps(tokenized, change):
+    assert loader(tokenized, **change).fingerprint != loader(tokenized).fingerprint
+
+
+def loader_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "ds_longft-loader"]
+
+
+def test_closing_early_ends_the_thread(tokenized):
+    steps = loader(tokenized, packing="none").steps(0)
+    next(steps)
+    assert len(loader_threads()) == 1
+    steps.close()
+    assert loader_threads() == []
+
+
+def test_what_fails_in_the_thread_is_raised_to_the_trainer(tokenized, monkeypatch):
+    monkeypatch.setattr("ds_longft.data.loader.build_pack", lambda *_, **__: 1 / 0)
+    made = loader(tokenized)
+    with pytest.raises(ZeroDivisionError):
+        next(made.steps(0))
+    assert loader_threads() == []
+
+
+def test_waiting_is_measured(tokenized, monkeypatch):
+    import time
+
+    from ds_longft.data import loader as module
+
+    build = module.build_pack
+    monkeypatch.setattr(module, "build_pack", lambda *a, **k: time.sleep(0.05) or build(*a, **k))
+    made = loader(tokenized)
+    steps = list(made.steps(0))
+    assert 0.04 * len(steps) < made.wait_s < 0.05 * len(steps) + 1

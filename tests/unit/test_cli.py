@@ -1,0 +1,192 @@
+"""The `ds-longft` command: nothing runs unless every argument fits."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from typing import Any, Literal
+
+import pytest
+
+from ds_longft import cli
+from ds_longft.cli import COMMANDS, Command, bind_arguments, main
+from ds_longft.errors import EXIT_CONFIG, DataError, LongftError
+from ds_longft.settings import load_config
+from ds_longft.yaml_io import load_yaml
+
+CALLS: list[dict[str, Any]] = []
+
+
+def pack(
+    path: str, out: str = "packs", *, max_tokens: int = 8, mode: Literal["fit", "none"] = "fit", json: bool = False
+) -> None:
+    """Lay rows into packs.
+
+    Args:
+        path: What to read.
+        out: Where to write.
+        max_tokens: Budget of a pack in tokens.
+        mode: How.
+        json: Print JSON.
+    """
+    CALLS.append({"path": path, "out": out, "max_tokens": max_tokens, "mode": mode, "json": json})
+
+
+def fail(path: str) -> None:
+    """Fail as a command does."""
+    raise DataError(f"{path} holds nothing")
+
+
+def cut(tokens: int | str = "4K") -> None:
+    """Take a number or a word."""
+    CALLS.append({"tokens": tokens})
+
+
+def join(first: str, *more: str) -> None:
+    """Take any number of words."""
+    CALLS.append({"first": first, "more": more})
+
+
+@pytest.fixture(autouse=True)
+def _commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    CALLS.clear()
+    for name in ("pack", "fail", "cut", "join"):
+        monkeypatch.setitem(cli.COMMANDS, f"test {name}", Command(f"{__name__}:{name}", f"{name} for tests"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["a.jsonl"], {"path": "a.jsonl"}),
+        (["a.jsonl", "b"], {"path": "a.jsonl", "out": "b"}),
+        (["--path", "a.jsonl", "--max-tokens=16"], {"path": "a.jsonl", "max_tokens": 16}),
+        (["--json", "a.jsonl"], {"path": "a.jsonl", "json": True}),  # fire alone would read json="a.jsonl"
+        (["a", "-j", "-o", "x"], {"path": "a", "json": True, "out": "x"}),
+        (["2024", "1e3"], {"path": "2024", "out": "1e3"}),  # fire alone would make numbers of them
+        (["a", "--mode", "none", "--json=False"], {"path": "a", "mode": "none"}),
+        (["it's [1,2]"], {"path": "it's [1,2]"}),
+        (["a", "--out", "x y"], {"path": "a", "out": "x y"}),
+    ],
+)
+def test_arguments_reach_the_command(arguments: list[str], expected: dict[str, Any]) -> None:
+    assert main(["test", "pack", *arguments]) == 0
+    defaults = {"out": "packs", "max_tokens": 8, "mode": "fit", "json": False}
+    assert [defaults | expected] == CALLS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["a", "--max_token", "3"], "no flag --max_token: did you mean --max_tokens?"),
+        (["a", "--jsn"], "no flag --jsn: did you mean --json?"),
+        (["a", "-z"], "no flag -z: known are --path, --out, --max_tokens, --mode, --json"),
+        (["a", "-m", "3"], "no flag -m"),  # max_tokens or mode?
+        (["a", "b", "c"], "argument 'c' is one too many: it takes PATH [OUT]"),
+        ([], "PATH is missing: it takes PATH [OUT]"),
+        (["a", "--out"], "--out needs a value"),
+        (["a", "--out", "--json"], "--out needs a value"),
+        (["a", "--max_tokens", "many"], "--max_tokens: seen 'many'"),
+        (["a", "--mode", "fat"], "--mode: seen 'fat'"),
+        (["a", "--json=maybe"], "--json: seen 'maybe'"),
+    ],
+)
+def test_mistakes_refuse_before_anything_runs(
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["test", "pack", *arguments]) == EXIT_CONFIG
+    assert not CALLS
+    printed = capsys.readouterr()
+    assert expected in printed.err
+    assert "Traceback" not in printed.err
+
+
+def test_every_mistake_is_listed_at_once() -> None:
+    with pytest.raises(LongftError) as caught:
+        bind_arguments(pack, "pack", ["--jsn", "--moed", "fit", "--out"])
+    assert all(word in str(caught.value) for word in ("--jsn", "--moed", "--out needs a value", "PATH is missing"))
+
+
+@pytest.mark.parametrize(("word", "value"), [("4096", 4096), ("128K", "128K")])
+def test_a_number_stays_a_number_where_both_are_taken(word: str, value: int | str) -> None:
+    assert main(["test", "cut", "--tokens", word]) == 0
+    assert [{"tokens": value}] == CALLS
+
+
+def test_any_number_of_words() -> None:
+    assert main(["test", "join", "a", "b", "c"]) == 0
+    assert CALLS == [{"first": "a", "more": ("b", "c")}]
+
+
+def test_an_error_of_the_command_is_a_message_and_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["test", "fail", "rows.jsonl"]) == DataError.exit_code
+    assert capsys.readouterr().err == "rows.jsonl holds nothing\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["exprt"], "no command 'exprt': did you mean `ds-longft export`?"),
+        (["data", "tokenise"], "did you mean `ds-longft data tokenize`?"),
+        (["qqq"], "`ds-longft --help` lists the commands"),
+        (["--verbose"], "no command '--verbose'"),
+    ],
+)
+def test_unknown_commands(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == EXIT_CONFIG
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
+def test_help_lists_every_command_and_an_example(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text for name in COMMANDS)
+    assert "example" in text
+
+
+def test_help_of_a_group_and_of_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "--help"]) == 0
+    assert "data tokenize" in capsys.readouterr().out
+    assert main(["test", "pack", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "Budget of a pack in tokens." in text
+    assert "ds-longft test pack PATH" in text
+    assert not CALLS
+
+
+def test_config_prints_a_config_that_runs_again(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "--sp", "4", "--lora", "null"]) == 0
+    printed = capsys.readouterr().out
+    assert load_config(["--sp", "4", "--lora", "null"]).model_dump(mode="json") == load_yaml(printed)
+
+
+def test_config_names_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "--spp", "4"]) == EXIT_CONFIG
+    assert "unknown key spp: did you mean sp?" in capsys.readouterr().err
+
+
+def test_train_shows_how_to_launch(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--sp", "4"]) == 0
+    assert "deepspeed launch/train.py --sp 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [n for n in COMMANDS if not COMMANDS[n].takes_run_keys])
+def test_every_command_exists_and_explains_its_arguments(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*name.split(), "--help"]) == 0
+    text = capsys.readouterr().out
+    module, _, attribute = COMMANDS[name].target.partition(":")
+    function = getattr(sys.modules[module], attribute)
+    for parameter in inspect.signature(function).parameters.values():
+        assert parameter.name in function.__doc__, f"{name}: the docstring does not explain {parameter.name}"
+        assert parameter.name.upper() in text or f"--{parameter.name}" in text
+    assert main([*name.split(), "--no_such_flag_at_all", "1"]) == EXIT_CONFIG
+
+
+def test_help_does_not_import_heavy_modules() -> None:
+    code = (
+        "import sys; from ds_longft.cli import main; main(['--help']); "
+        "print([m for m in ('torch', 'deepspeed', 'transformers', 'fire', 'pydantic') if m in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.endswith("[]\n")
