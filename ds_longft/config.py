@@ -61,6 +61,9 @@ class ModelConfig(Section):
     kernel: str = "auto"
     """Attention kernel by name (see `ds_longft.sequence.kernels`), or `auto` for the first that fits."""
 
+    liger: Literal["auto", "off"] = "auto"
+    """`auto`: fused norm, rotary and gated activation of liger-kernel where it is installed and knows the model (GPUs)."""
+
     random_weights: bool = False
     """Initialise from the config alone, without weights: rehearsals and benchmarks."""
 
@@ -204,12 +207,17 @@ class TrainConfig(Section):
     gradient_accumulation_steps: int = Field(default=1, gt=0)
     """Packs of each data-parallel rank in one optimizer step."""
 
-    recompute: Literal["none", "full", "every_k", "sqrt", "keep_attention"] = "keep_attention"
+    recompute: Literal["none", "full", "every_k", "sqrt", "keep_attention", "auto"] = "auto"
     """Activation checkpointing. `full`: every layer. `every_k`: segments of `recompute_every` layers. `sqrt`: segments
-    of sqrt(layers), the least memory. `keep_attention`: every layer, but attention output is kept, not recomputed."""
+    of sqrt(layers), the least memory. `keep_attention`: every layer, but attention output is kept, not recomputed. `auto`: as
+    `keep_attention`, and with the GPU memory left the outputs of as many linears as fit."""
 
     recompute_every: int = Field(default=2, gt=0)
     """Layers per segment for `every_k`."""
+
+    verify_first: bool = False
+    """Before step 1, check on the first pack that sp changes neither loss nor gradient, that documents do not see each
+    other and that no label crosses a border; stop if one of these fails. `ds-longft verify` checks more."""
 
     eval_every_steps: int | None = Field(default=None, gt=0)
     """Evaluate every so many steps. Left out: at the end only."""
@@ -222,6 +230,18 @@ class TrainConfig(Section):
 
     resume: Literal["auto", "never"] | int = "auto"
     """`auto`: newest valid checkpoint of `output_dir`, if there is one. A number: exactly that step, or an error."""
+
+    max_minutes: float | None = Field(default=None, gt=0)
+    """Stop, save and exit 75 in time for so many minutes after the start. A SLURM job's end is heeded without it."""
+
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """When loss or gradient is NaN or infinite, the step is not applied. `stop`: exit 70. `skip`: take the next."""
+
+    max_skipped_in_a_row: int = Field(default=3, gt=0)
+    """With `on_nonfinite: skip`, exit 70 after more than so many skipped steps in a row."""
+
+    hang_minutes: float = Field(default=30.0, gt=0)
+    """A rank that spends longer on one pack, evaluation pack or save dumps its stacks and exits 71."""
 
 
 class LogConfig(Section):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +17,9 @@ from typing import Any, Literal
 from ds_longft.config import RunConfig
 from ds_longft.ds_keys import ALLOWED, REFUSED
 from ds_longft.errors import ConfigError
+from ds_longft.shipped import find_file
 from ds_longft.spellings import nearest
 
-CLONE = Path(__file__).resolve().parent.parent
 Device = Literal["cuda", "cpu"]
 
 TYPICAL_HIDDEN_SIZE = 4096  # bucket sizes of a hub model, whose config is not at hand yet
@@ -36,18 +35,16 @@ class DeepSpeedSettings:
     engine: dict[str, Any]  # for deepspeed.initialize and HfDeepSpeedConfig; holds no "auto"
     sp: int | None  # the JSON's sequence_parallel_size, which the engine must not see
     stage: int  # ZeRO stage
+    resident_if_fits: bool = False  # the JSON leaves it to us whether gathered weights stay on each GPU
 
 
 def load_ds_config(path: str | Path) -> dict[str, Any]:
     """The DeepSpeed JSON as written. Raises ConfigError: no such file, bad JSON (with its line), a key given twice.
 
-    A relative path that does not exist here is looked for among the shipped files: beside the package in a clone, in
-    share/ds_longft of the environment otherwise.
+    A relative path that does not exist here is looked for among the shipped files.
     """
-    places = [Path(path).expanduser(), CLONE / path, Path(sys.prefix) / "share/ds_longft" / path]
-    found = next((place for place in places if place.exists()), places[0])
     try:
-        content = json.loads(found.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        content = json.loads(find_file(path).read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise ConfigError(f"ds_config: {path} is not valid JSON: {where}: {error.msg}") from None
@@ -82,12 +79,13 @@ def merge_ds_config(
     _choose_optimizer_mode(engine, config, device)
     for key, (value, why) in _values_from_run(engine, config, world, device).items():
         problems += _fill_or_compare(engine, key, value, why)
+    resident_if_fits = zero.get("stage3_param_persistence_threshold") == "auto"
     _fill_sizes(zero, stage, lora=config.lora is not None, hidden=hidden_size or TYPICAL_HIDDEN_SIZE)
     engine.setdefault("steps_per_print", NEVER_PRINT)
     problems += [f'ds_config: {key} is "auto", which nothing here can fill: give a value' for key in _autos(engine)]
     if problems:
         raise ConfigError(problems)
-    return DeepSpeedSettings(engine=engine, sp=sp, stage=stage)
+    return DeepSpeedSettings(engine=engine, sp=sp, stage=stage, resident_if_fits=resident_if_fits)
 
 
 class _RepeatedKeyError(Exception):

@@ -17,7 +17,6 @@ ALLOWED: dict[str, tuple[type, ...]] = {
     "sequence_parallel_size": (int,),
     "data_parallel_size": (int,),
     "bf16.enabled": (bool,),
-    "bf16.check_grad_overflow": (bool,),
     "bf16.immediate_grad_update": (bool,),
     "optimizer.type": (str,),
     "optimizer.params": (dict,),
@@ -82,6 +81,7 @@ REFUSED: dict[str, tuple[str, object]] = {
     "zero_optimization.zenflow": ("it updates weights late, so that steps are no longer those of the optimizer", False),
     "zero_optimization.cpu_offload": ("DeepSpeed's old spelling; write zero_optimization.offload_optimizer", False),
     "zero_optimization.cpu_offload_param": ("DeepSpeed's old spelling; write zero_optimization.offload_param", False),
+    "bf16.check_grad_overflow": ("a gradient that is not finite must never reach the weights", True),
     "bf16.bf16_master_weights_and_grads": ("master weights stay fp32: bf16 ones lose small updates", False),
     "bf16.bf16_optimizer_states": ("optimizer states stay fp32: bf16 ones lose small updates", False),
     "seq_parallel_communication_data_type": (

@@ -30,6 +30,9 @@ class ConfigError(LongftError):
         head = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
         super().__init__(f"{head} in the configuration:\n" + "\n".join(f"  - {p}" for p in self.problems))
 
+    def __reduce__(self) -> tuple[type, tuple[list[str]]]:
+        return type(self), (self.problems,)  # it travels from the rank that found them to the others
+
 
 class DataError(LongftError):
     """The data cannot be trained on: nothing readable, too many bad rows, no targets."""

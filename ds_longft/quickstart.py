@@ -1,54 +1,68 @@
-"""The job of the bare command: a small real model, real long-code data, nothing to download but Python packages."""
+"""The job of the bare command: a small real model, real long-code data, nothing to download but Python packages.
+
+Its settings are recipes/quickstart.yaml (recipes/quickstart_gpu.yaml where there is a GPU). What such a recipe names in
+the quickstart's folder is made here on first use: the model out of a Python package, the rows out of the Python
+standard library's source on this machine.
+"""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-import yaml
-from filelock import FileLock
+from ds_longft.config import RunConfig
 
 CACHE = "~/.cache/ds_longft/quickstart"
+MODEL = "SmolLM2-135M-Instruct"
+TRAIN_ROWS, EVAL_ROWS = 64, 4
+CODE_SET = re.compile(r"code-(train|eval)-(\d+)\.jsonl")  # part, longest row in tokens
 
-ROW_TOKENS = 3072
-"""A row of the training data. On CPUs a step of two ranks takes about 20 s at this length."""
+
+def recipe(*, has_gpu: bool) -> str:
+    """The run config of the quickstart on this machine."""
+    return "recipes/quickstart_gpu.yaml" if has_gpu else "recipes/quickstart.yaml"
 
 
-def prepare(cache: str = CACHE) -> Path:
-    """Make the model and the data where they are missing; returns the run config (YAML) of the quickstart.
+def prepare(config: RunConfig, cache: str = CACHE) -> None:
+    """Make what the config names in the quickstart's folder and is not there yet: its model, code-<part>-<tokens>.jsonl.
 
-    Safe when every rank of a launch calls it: one works, the others wait.
+    Does nothing for other configs. Safe when every rank of a launch calls it: one works, the others wait.
+
+    Raises:
+        ModelError: the model's package is neither installed nor to be had.
+        DataError: the rows are too short to hold a question.
     """
-    from ds_longft.data.synth_code import write_code_set
-    from ds_longft.model.smollm2 import prepare_smollm2
-
     folder = Path(cache).expanduser()
+    wants_model = Path(config.model.path).expanduser() == folder / MODEL
+    paths = [Path(source.path).expanduser() for source in config.data.train + config.data.eval]
+    sets = {path: match for path in paths if path.parent == folder and (match := CODE_SET.fullmatch(path.name))}
+    if not wants_model and not sets:
+        return
+    from filelock import FileLock
+
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
-        model = prepare_smollm2(folder)
-        sets = {"train": folder / f"code-train-{ROW_TOKENS}.jsonl", "eval": folder / f"code-eval-{ROW_TOKENS}.jsonl"}
-        if not all(path.exists() for path in sets.values()):
-            from transformers import AutoTokenizer
+        if wants_model or any(not path.exists() for path in sets):
+            from ds_longft.model.smollm2 import prepare_smollm2
 
-            tokenizer = AutoTokenizer.from_pretrained(model)
-            print("laying the standard library's source into long samples", flush=True)
-            write_code_set(sets["train"], rows=64, context_tokens=ROW_TOKENS, part="train", tokenizer=tokenizer)
-            write_code_set(sets["eval"], rows=2, context_tokens=ROW_TOKENS, part="eval", tokenizer=tokenizer)
-        config = folder / "quickstart.yaml"
-        config.write_text(yaml.safe_dump(quickstart_config(model, sets["train"], sets["eval"]), sort_keys=False))
-    return config
+            prepare_smollm2(folder)
+        for path, match in sets.items():
+            if not path.exists():
+                _write_rows(path, match, folder / MODEL)
 
 
-def quickstart_config(model: Path, train: Path, held_out: Path) -> dict[str, object]:
-    """The quickstart's settings; the same as recipes/quickstart.yaml but for the paths."""
-    return {
-        "output_dir": "runs/quickstart",
-        "model": {"path": str(model)},
-        "lora": {"r": 16, "alpha": 32},
-        "data": {
-            "train": [{"path": str(train), "format": "messages"}],
-            "eval": [{"path": str(held_out), "format": "messages"}],
-            "max_length_tokens": ROW_TOKENS,
-        },
-        "optim": {"learning_rate": 1e-3, "warmup_steps": 1},
-        "train": {"max_steps": 8, "resume": "never"},
-    }
+def _write_rows(path: Path, match: re.Match[str], model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from ds_longft.data.synth_code import write_code_set
+
+    part, tokens = match.groups()
+    rows = TRAIN_ROWS if part == "train" else EVAL_ROWS
+    print(f"making {path}: {rows} questions about the Python standard library, {int(tokens):,} tokens each", flush=True)
+    write_code_set(
+        path,
+        rows=rows,
+        context_tokens=int(tokens),
+        part="train" if part == "train" else "eval",
+        tokenizer=AutoTokenizer.from_pretrained(model),
+    )

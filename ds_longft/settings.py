@@ -18,6 +18,7 @@ from pydantic_settings.exceptions import SettingsError
 from ds_longft.config import RunConfig
 from ds_longft.errors import ConfigError
 from ds_longft.messages import all_keys, dotted, expectation, keys_beside, validation_problems
+from ds_longft.shipped import find_file
 from ds_longft.spellings import unknown_key
 from ds_longft.yaml_io import dump_yaml, load_yaml
 
@@ -64,9 +65,12 @@ def load_config(argv: list[str]) -> RunConfig:
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """The YAML file as nested dicts, not yet validated. Raises ConfigError: missing, bad YAML, repeated keys."""
+    """The YAML file as nested dicts, not yet validated. Raises ConfigError: missing, bad YAML, repeated keys.
+
+    A relative path that does not exist here is looked for among the shipped files (recipes/...).
+    """
     try:
-        content = load_yaml(path.read_text(encoding="utf-8"))
+        content = load_yaml(find_file(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config: cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     except yaml.YAMLError as error:

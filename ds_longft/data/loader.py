@@ -75,6 +75,15 @@ class StepLoader:
         """Optimizer steps of an epoch; may differ by a few from one epoch to the next."""
         return len(self.plan(epoch))
 
+    def origin(self, row: int) -> str:
+        """Where a row came from: file:line."""
+        return self._tokenized.row(row).origin
+
+    def longest_pack(self, epoch: int) -> Pack:
+        """The pack with the most tokens of an epoch, for finding out what fits."""
+        plan = self.plan(epoch)
+        return self._pack(plan, int(np.argmax(plan.pack_tokens)))
+
     def steps(self, epoch: int, start: int = 0) -> Generator[Step]:
         """Steps `start`, `start + 1`, ... of an epoch, built a few steps ahead.
 

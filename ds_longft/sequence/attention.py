@@ -47,6 +47,24 @@ def _sum_repeats(dkv: Tensor, share: HeadShare) -> Tensor:
     return total.index_add_(1, index, dkv.to(dtype)).to(dkv.dtype)
 
 
+def _add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention with one more key per head whose score is its sink and whose value is zero (gpt-oss).
+
+    out [S, h, d], lse [h, S], sinks [h]. Both results are exact: the sink only enlarges the softmax's sum. The kernels'
+    backward is right as it stands when it is given these two, since it rebuilds the weights as exp(score - lse).
+    """
+    with_sink = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+    share = torch.exp(lse - with_sink).transpose(0, 1)[..., None]  # [S, h, 1]: what the sink leaves to the real keys
+    return (out.to(lse.dtype) * share).to(out.dtype), with_sink
+
+
+def _sinks_gradient(dout: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """[h]: minus the sink's weight times (dout . out), summed over the tokens."""
+    weight = torch.exp(sinks.to(lse.dtype)[:, None] - lse)  # [h, S]
+    products = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)  # [S, h]
+    return -(weight * products.transpose(0, 1)).sum(1)
+
+
 class KeptAttention:
     """Keeps one attention's output across activation checkpointing: flash forward is run once, not twice.
 
@@ -81,10 +99,18 @@ class SpAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, call: _Call, kept: KeptAttention | None
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        cu_seqlens: Tensor,
+        call: _Call,
+        kept: KeptAttention | None,
     ) -> Tensor:
         """q [s, Hq, d], k and v [s, Hkv, d]: this rank's tokens, all heads. cu_seqlens [N + 1]: the whole pack's.
 
+        sinks [Hq]: the model's attention sinks, where it has them.
         Returns out [s, Hq, d]. The log-sum-exp [h, S] of this rank's heads is saved beside it.
         """
         output = kept.take() if kept is not None else None
@@ -93,27 +119,34 @@ class SpAttention(torch.autograd.Function):
             qg, kg, vg = tokens_to_heads([q, k, v], ranges, call.group)  # [S, h, d]
             kg, vg = _repeat_kv(kg, vg, call.share)
             out, lse = call.kernel.forward(qg, kg, vg, cu_seqlens, call.lengths, call.spec)  # [S, h, d], [h, S]
+            if sinks is not None:
+                out, lse = _add_sinks(out, lse, sinks[call.share.q.start : call.share.q.stop])
             output = heads_to_tokens([out], [(x.q,) for x in call.shares], call.group)[0], lse
             if kept is not None:
                 kept.output = output[0].detach(), lse
         out, lse = output
-        ctx.save_for_backward(q, k, v, cu_seqlens, out, lse)
+        ctx.save_for_backward(q, k, v, sinks, cu_seqlens, out, lse)
         ctx.call = call
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         """One exchange for q, k, v, out and dout; the kernel; one exchange back for the gradients."""
-        q, k, v, cu_seqlens, out, lse = ctx.saved_tensors
+        q, k, v, sinks, cu_seqlens, out, lse = ctx.saved_tensors
         call: _Call = ctx.call
         ranges = [(x.q, x.kv, x.kv, x.q, x.q) for x in call.shares]
         qg, kg, vg, og, dog = tokens_to_heads([q, k, v, out, dout], ranges, call.group)  # [S, h, d]
         kg, vg = _repeat_kv(kg, vg, call.share)
         dq, dk, dv = call.kernel.backward(dog, qg, kg, vg, og, lse, cu_seqlens, call.lengths, call.spec)
+        dsinks = None
+        if sinks is not None:  # the tokens of the whole pack, this rank's heads: the other ranks' heads get zero here
+            mine = slice(call.share.q.start, call.share.q.stop)
+            dsinks = torch.zeros_like(sinks)
+            dsinks[mine] = _sinks_gradient(dog, og, lse, sinks[mine]).to(sinks.dtype)
         del qg, kg, vg, og, dog  # the exchange back needs the memory
         dk, dv = _sum_repeats(dk, call.share), _sum_repeats(dv, call.share)
         grads = heads_to_tokens([dq, dk, dv], [(x.q, x.kv, x.kv) for x in call.shares], call.group)  # [s, H, d]
-        return (*grads, None, None, None)
+        return (*grads, dsinks, None, None, None)
 
 
 def ulysses_attention(
@@ -131,6 +164,7 @@ def ulysses_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query [1, Hq, s, d], key and value [1, Hkv, s, d] -> [1, s, Hq, d].
@@ -143,7 +177,6 @@ def ulysses_attention(
     refused = {
         "an attention mask": attention_mask is not None,
         f"attention dropout {dropout}": dropout > 0 and module.training,
-        "attention sinks": kwargs.get("s_aux") is not None,
         "a batch of several rows (lay them into one pack)": query.shape[0] != 1,
         "attention that is not causal": kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False,
     }
@@ -160,7 +193,7 @@ def ulysses_attention(
     )
     shares = deal_heads(q.shape[1], k.shape[1], layout.sp)
     call = _Call(documents.lengths, chosen, spec, layout.group, shares, shares[layout.sp_rank])
-    out = SpAttention.apply(q, k, v, documents.cu_seqlens, call, kept)
+    out = SpAttention.apply(q, k, v, s_aux, documents.cu_seqlens, call, kept)
     return out[None], None
 
 

@@ -4,6 +4,7 @@
 |---|---|---|
 | none | everything | 1 |
 | keep_attention | layer inputs, attention outputs | 2, attention 1 |
+| auto | as keep_attention, and outputs of as many linears as fit | 2, attention and kept linears 1 |
 | full | layer inputs | 2 |
 | every_k | every k-th layer input, k layer inputs of one segment | 3 |
 | sqrt | as every_k with k = sqrt(layers): the least memory | 3 |
@@ -24,32 +25,50 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ds_longft.sequence.attention import KeptAttention
+from ds_longft.sequence.linear import LinearGroup
 
 Forward = Callable[..., Any]
 
 
-def apply_recompute(layers: Sequence[nn.Module], policy: str, *, every: int = 2, dropout: bool = False) -> None:
+Keep = Sequence[LinearGroup]
+"""Linears of one layer whose outputs are kept; may be changed between steps."""
+
+
+def apply_recompute(
+    layers: Sequence[nn.Module], policy: str, *, every: int = 2, dropout: bool = False, keep: Sequence[Keep] | None = None
+) -> None:
     """Replace the forward of decoder layers by one that recomputes.
 
-    Layers take hidden states [1, s, D] first and return them. `dropout`: the
-    random state is saved and restored for recomputation (needed only where something in a layer draws random numbers).
+    Layers take hidden states [1, s, D] first and return them. `dropout`: the random state is saved and restored for
+    recomputation (needed only where something in a layer draws random numbers). `keep`: for `keep_attention` and `auto`,
+    what else of each layer is kept; read at each call.
     """
     run = partial(checkpoint, use_reentrant=False, preserve_rng_state=dropout)
     if policy == "none":
         return
-    if policy in ("full", "keep_attention"):
-        call = partial(_keeping, run) if policy == "keep_attention" else run
-        for layer in layers:
-            layer.forward = partial(call, layer.forward)
+    if policy in ("every_k", "sqrt"):
+        size = every if policy == "every_k" else max(1, round(math.sqrt(len(layers))))
+        for start in range(0, len(layers), size):
+            _Segment(list(layers[start : start + size]), run)
         return
-    size = every if policy == "every_k" else max(1, round(math.sqrt(len(layers))))
-    for start in range(0, len(layers), size):
-        _Segment(list(layers[start : start + size]), run)
+    for layer, kept in zip(layers, keep or [()] * len(layers), strict=True):
+        layer.forward = partial(run, layer.forward) if policy == "full" else partial(_keeping, run, layer.forward, kept)
 
 
-def _keeping(run: Callable[..., Any], forward: Forward, *args: Any, **kwargs: Any) -> Any:
-    """Checkpoint one call of a layer; its attention, called twice with the same `kept`, computes once."""
-    return run(forward, *args, **kwargs, kept=KeptAttention())
+def _keeping(run: Callable[..., Any], forward: Forward, groups: Keep, *args: Any, **kwargs: Any) -> Any:
+    """Checkpoint one call of a layer. What is kept is made anew for each call, so nothing stale can be taken."""
+    slots = [(group, group.slot()) for group in groups]
+
+    def layer(*args: Any, **kwargs: Any) -> Any:
+        for group, slot in slots:
+            group.kept = slot
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            for group, _ in slots:
+                group.kept = None
+
+    return run(layer, *args, **kwargs, kept=KeptAttention())
 
 
 class _Segment:

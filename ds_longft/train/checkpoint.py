@@ -1,4 +1,4 @@
-"""Checkpoints that are either complete or not there: temporary folder -> every rank ok -> manifest -> rename.
+"""Checkpoints that are either complete or not there: room? -> temporary folder -> every rank ok -> manifest -> rename.
 
 DeepSpeed writes its `latest` file while other ranks may still be writing and never renames, so a killed save can be
 resumed from; here the folder gets its name only when all of it is on disk, and a resume takes the newest folder whose
@@ -25,12 +25,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from safetensors.torch import load_file, save_file
 
 from ds_longft.errors import CheckpointError
+from ds_longft.train.elastic import load_for_other_world
 from ds_longft.train.ranks import Agreement
 
 MANIFEST = "manifest.json"
+ENGINE = "engine"
+ROOM = 1.2  # times the size of the last checkpoint must be free before a save is begun
+SET_ASIDE = "set-aside-"
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class TrainState:
     fingerprint: str  # of the data and everything that decides its order
     trained: str  # of the trainable parameters' names and shapes
     wandb_id: str | None = None
+    eval_due: bool = False  # stopped before the evaluation that belongs to `step`
 
 
 class Checkpoints:
@@ -53,6 +59,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, agreement: Agreement, keep: int) -> None:
         self.folder, self.agreement, self.keep = folder, agreement, keep
+        self._last_bytes = 0  # of the newest checkpoint
 
     def save(self, engine: Any, state: TrainState, write_model: Callable[[Path], None]) -> Path:
         """Write checkpoint-<step> and delete the oldest beyond `keep`.
@@ -61,43 +68,62 @@ class Checkpoints:
         all ranks gather).
 
         Raises:
-            CheckpointError: on every rank, when any rank could not write; nothing half-written stays behind.
+            CheckpointError: on every rank, when there is no room or any rank could not write; nothing half-written stays
+                behind and older checkpoints are as they were.
         """
         final = self.folder / f"checkpoint-{state.step}"
         tmp = self.folder / f".tmp-checkpoint-{state.step}"
-        if self.agreement.rank == 0:
+        what = f"checkpoint-{state.step} could not be written"
+
+        def prepare() -> None:
+            self._check_room()
             shutil.rmtree(tmp, ignore_errors=True)
-            tmp.mkdir(parents=True)
-        self.agreement.gather(None)
-        error = None
-        try:
-            engine.save_checkpoint(str(tmp), tag="engine", save_latest=False, exclude_frozen_parameters=True)
-            write_model(tmp)
-            save_file(_rng_state(), tmp / f"rng-{self.agreement.rank:05d}.safetensors")
+            (tmp / ENGINE).mkdir(parents=True)
+
+        self._all_ok(what, tmp, prepare if self.agreement.rank == 0 else None)
+        writer = _Writer.put_into(engine)
+
+        def write() -> None:
+            engine.save_checkpoint(str(tmp), tag=ENGINE, save_latest=False, exclude_frozen_parameters=True)
+            if writer.error is not None:
+                raise writer.error
+            save_file(rng_state(), tmp / f"rng-{self.agreement.rank:05d}.safetensors")
             if self.agreement.rank == 0:
                 (tmp / "state.json").write_text(json.dumps(asdict(state), indent=1))
-        except OSError as e:
-            error = str(e)
-        self._raise_together(error, tmp, f"checkpoint-{state.step} could not be written")
-        manifest = {
-            name: entry for part in self.agreement.gather(self._hash_share(tmp)) for name, entry in part.items()
-        }
-        if self.agreement.rank == 0:
+
+        self._all_ok(what, tmp, write)
+        self._all_ok(what, tmp, lambda: write_model(tmp))
+        manifest: dict[str, Any] = {}
+        for part in self._all_ok(what, tmp, lambda: self._seal_share(tmp)):
+            manifest |= part
+
+        def commit() -> None:
             _write_durably(tmp / MANIFEST, json.dumps({"step": state.step, "files": manifest}, indent=1))
+            for folder in [p for p in tmp.rglob("*") if p.is_dir()] + [tmp]:
+                _fsync_folder(folder)
             shutil.rmtree(final, ignore_errors=True)
             os.rename(tmp, final)
             _fsync_folder(self.folder)
+
+        self._all_ok(what, tmp, commit if self.agreement.rank == 0 else None)
+        self._last_bytes = sum(entry["bytes"] for entry in manifest.values())
+        if self.agreement.rank == 0:
             for old in self._found()[self.keep :]:
                 shutil.rmtree(old, ignore_errors=True)
-        self.agreement.gather(None)
         return final
 
     def find(self, resume: str | int) -> tuple[Path, TrainState] | None:
         """The checkpoint to continue from: the newest valid one, or exactly the step asked for; None for a fresh start.
 
+        Saves that were cut short are removed. The caller holds the folder's lock.
+
         Raises:
             CheckpointError: the step asked for is missing or damaged, or there are checkpoints and none is valid.
         """
+        if self.agreement.rank == 0:
+            for pattern in (".tmp-checkpoint-*", ".universal-checkpoint-*"):
+                for cut_short in self.folder.glob(pattern):
+                    shutil.rmtree(cut_short, ignore_errors=True)
         if resume == "never":
             return None
         found = self.agreement.broadcast(self._found())
@@ -111,7 +137,9 @@ class Checkpoints:
         for path in found:
             problems = [p for p in self.agreement.gather(self._damage(path)) if p]
             if not problems:
-                return path, TrainState(**json.loads((path / "state.json").read_text()))
+                state = TrainState(**json.loads((path / "state.json").read_text()))
+                self._last_bytes = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+                return path, state
             rejected.append(f"{path.name}: {problems[0]}")
             if self.agreement.rank == 0:
                 print(f"{path.name} is damaged and passed over: {problems[0]}", flush=True)
@@ -122,28 +150,48 @@ class Checkpoints:
             )
         return None
 
-    def load(self, engine: Any, path: Path) -> None:
+    def set_aside_after(self, step: int) -> list[str]:
+        """Rename checkpoints of later steps: they belong to a course that this run has left. Returns their new names.
+
+        Left in place they would be taken for the newest ones: the next resume would jump to them, and retention would
+        keep them instead of this run's own.
+        """
+
+        def work() -> list[str]:
+            names = []
+            for path in self._found():
+                if int(path.name.split("-")[1]) > step:
+                    aside = path.with_name(SET_ASIDE + path.name)
+                    shutil.rmtree(aside, ignore_errors=True)
+                    os.rename(path, aside)
+                    names.append(aside.name)
+            return names
+
+        return self.agreement.on_rank0(work)
+
+    def load(self, engine: Any, path: Path, state: TrainState) -> None:
         """Weights, optimizer and this rank's random state from `path` into the engine.
 
-        Frozen weights are not in it (they came from the base model), hence the lenient module load.
+        Where another number of ranks wrote it, everything but the random state. Frozen weights are not in it (they came from the base model), hence the lenient module load.
         """
-        loaded, _ = engine.load_checkpoint(str(path), tag="engine", load_module_strict=False)
+        if state.world != self.agreement.world:
+            load_for_other_world(engine, path, ENGINE, self.agreement)
+            return
+        loaded, _ = engine.load_checkpoint(str(path), tag=ENGINE, load_module_strict=False)
         if loaded is None:
-            raise CheckpointError(f"DeepSpeed found nothing to load in {path}/engine")
-        _set_rng_state(load_file(path / f"rng-{self.agreement.rank:05d}.safetensors"))
+            raise CheckpointError(f"DeepSpeed found nothing to load in {path}/{ENGINE}")
+        set_rng_state(load_file(path / f"rng-{self.agreement.rank:05d}.safetensors"))
 
-    def check_same_run(self, path: Path, state: TrainState, *, world: int, fingerprint: str, trained: str) -> None:
-        """Refuse to continue a run whose data, trained weights or number of ranks changed.
+    def check_same_run(self, path: Path, state: TrainState, *, fingerprint: str, trained: str) -> None:
+        """Refuse to continue a run whose data, their order or trained weights changed.
 
         Raises:
             CheckpointError: lists everything that changed.
         """
         changed = []
-        if state.world != world:
-            changed.append(f"it was written by {state.world} ranks and this run has {world}: start as many")
         if state.fingerprint != fingerprint:
             changed.append(
-                "the data, its order or the batch layout (data.*, seed, gradient_accumulation_steps, dp) changed"
+                "the data, its order or the packs of a step (data.*, seed, dp x train.gradient_accumulation_steps) changed"
             )
         if state.trained != trained:
             changed.append("the trained parameters (lora.*, model.path) changed")
@@ -160,10 +208,24 @@ class Checkpoints:
         steps = {p: re.fullmatch(r"checkpoint-(\d+)", p.name) for p in self.folder.iterdir()}
         return sorted((p for p, m in steps.items() if m), key=lambda p: -int(p.name.split("-")[1]))
 
-    def _hash_share(self, folder: Path) -> dict[str, dict[str, Any]]:
-        """Size and sha256 of every world-th file: ranks share the reading."""
+    def _check_room(self) -> None:
+        """Raise OSError where another checkpoint of the last one's size would hardly fit."""
+        free = shutil.disk_usage(self.folder).free
+        if free < ROOM * self._last_bytes:
+            raise OSError(
+                f"{self.folder} has {free / 2**30:.2f} GiB free, a checkpoint takes {self._last_bytes / 2**30:.2f} GiB"
+            )
+
+    def _seal_share(self, folder: Path) -> dict[str, dict[str, Any]]:
+        """Size and sha256 of every world-th file, each forced to the disk: ranks share the reading."""
         files = sorted(p for p in folder.rglob("*") if p.is_file())[self.agreement.rank :: self.agreement.world]
-        return {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+        sealed = {}
+        for path in files:
+            with open(path, "rb") as f:
+                digest = hashlib.file_digest(f, "sha256").hexdigest()
+                os.fsync(f.fileno())
+                sealed[str(path.relative_to(folder))] = {"bytes": f.tell(), "sha256": digest}
+        return sealed
 
     def _damage(self, folder: Path) -> str | None:
         """What is wrong with this rank's share of the files; None if nothing is."""
@@ -179,24 +241,62 @@ class Checkpoints:
                 return f"{name} has {path.stat().st_size} bytes, the manifest says {expected['bytes']}"
             if _sha256(path) != expected["sha256"]:
                 return f"{name} has changed since it was written (sha256)"
-        return None
+        # DeepSpeed unpickles what it finds there: nothing that we did not write.
+        foreign = sorted({str(p.relative_to(folder)) for p in (folder / ENGINE).rglob("*") if p.is_file()} - set(files))
+        return f"{foreign[0]} is not in {MANIFEST}" if foreign else None
 
-    def _raise_together(self, error: str | None, tmp: Path, what: str) -> None:
-        errors = [f"rank {r}: {e}" for r, e in enumerate(self.agreement.gather(error)) if e]
+    def _all_ok(self, what: str, tmp: Path, work: Callable[[], Any] | None) -> list[Any]:
+        """Do `work`, and learn whether every rank could do its own: every rank's result, or CheckpointError on all."""
+        result = error = None
+        try:
+            result = work() if work is not None else None
+        except Exception as e:  # whatever keeps a file from being written must not leave the other ranks waiting
+            error = f"{type(e).__name__}: {e}"
+        outcomes = self.agreement.gather((result, error))
+        errors = [f"rank {r}: {e}" for r, (_, e) in enumerate(outcomes) if e]
         if errors:
             if self.agreement.rank == 0:
                 shutil.rmtree(tmp, ignore_errors=True)
             raise CheckpointError(f"{what}: {'; '.join(errors)}")
+        return [value for value, _ in outcomes]
 
 
-def _rng_state() -> dict[str, torch.Tensor]:
+class _Writer(TorchCheckpointEngine):
+    """DeepSpeed's own writer of shards, but an error waits until all ranks are past DeepSpeed's barriers.
+
+    Raised at once it would leave the others in the barrier behind the write until the process group times out.
+    """
+
+    error: Exception | None = None
+
+    @classmethod
+    def put_into(cls, engine: Any) -> _Writer:
+        """Take the place of the engine's writer, with its settings."""
+        writer = cls.__new__(cls)
+        writer.__dict__.update(engine.checkpoint_engine.__dict__)
+        writer.error = None
+        engine.checkpoint_engine = writer
+        engine._copy_recovery_script = lambda path: None  # an unguarded copy of a script that cannot read our folders
+        return writer
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Write one shard."""
+        try:
+            super().save(state_dict, path)
+        except (OSError, RuntimeError) as e:  # torch reports a full disk as RuntimeError
+            self.error = e
+
+
+def rng_state() -> dict[str, torch.Tensor]:
+    """This rank's random state (dropout draws from it)."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
 
-def _set_rng_state(state: dict[str, torch.Tensor]) -> None:
+def set_rng_state(state: dict[str, torch.Tensor]) -> None:
+    """Go on drawing from where `rng_state` stood."""
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

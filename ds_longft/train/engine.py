@@ -7,6 +7,7 @@ gradients over all ranks alike, and one loss scale is right for all of them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from ds_longft.model.lora import add_lora
 from ds_longft.model.rope import check_rope
 from ds_longft.objectives.sft import SftObjective
 from ds_longft.sequence.attention import ULYSSES, register
-from ds_longft.sequence.recompute import apply_recompute
+from ds_longft.train.speed import Recompute, fused_kernels, keep_resident
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Built:
     model: nn.Module  # the PeftModel, or the plain model in full fine-tuning
     hf_config: PretrainedConfig
     shape: ModelShape  # for counting FLOPs
+    recompute: Recompute
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -54,24 +56,40 @@ def make_optimizer(model: nn.Module, optim: OptimConfig, *, fused: bool) -> torc
     return torch.optim.AdamW(groups, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, fused=fused)
 
 
-def build(config: RunConfig, engine_config: dict[str, Any], layout: ParallelLayout, device: torch.device) -> Built:
+def build(
+    config: RunConfig,
+    engine_config: dict[str, Any],
+    layout: ParallelLayout,
+    device: torch.device,
+    *,
+    prepare: Callable[[nn.Module], None] | None = None,
+    resident_if_fits: bool = False,
+) -> Built:
     """Load the model and wrap it in a DeepSpeed engine.
 
     `engine_config` is the merged DeepSpeed JSON without "auto". Every rank draws the same adapter initialisation.
+    `resident_if_fits`: the JSON leaves it to us whether ZeRO-3 keeps frozen weights gathered.
+    `prepare` is called with the model, adapters in place, before the optimizer copies its weights.
     """
     register()
     dtype = torch.bfloat16 if engine_config.get("bf16", {}).get("enabled") else torch.float32
     hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation=ULYSSES)
     shape = ModelShape.from_config(hf_config)  # before ZeRO-3 is switched on for every model that is built
+    stage = engine_config.get("zero_optimization", {}).get("stage", 0)
+    if resident_if_fits and stage == 3 and config.lora is not None:
+        keep_resident(engine_config, shape, layout.world, device)
     base = load_model(
         config.model, hf_config, ds_engine_config=engine_config, dtype=dtype, device=device, seed=config.seed
     )
     model: nn.Module = base
     check_rope(base, hf_config)
+    fused_kernels(base, config, device)
     if config.lora is not None:
         model = add_lora(base, config.lora, seed=config.seed, revision=config.model.revision)
+    if prepare is not None:
+        prepare(model)
     objective = SftObjective(model, layout, config.model.kernel)
-    recompute(base, config)
+    recompute = Recompute.install(base, config, stage)
     model.train()
     optimizer = None
     if "optimizer" not in engine_config:
@@ -93,15 +111,11 @@ def build(config: RunConfig, engine_config: dict[str, Any], layout: ParallelLayo
         model_parameters=None if optimizer is not None else param_groups(model, config.optim.weight_decay),
         config={"zero_allow_untested_optimizer": True, **engine_config},
     )
+    seed_dropout(config.seed, layout.rank)
     check_rope(base, hf_config)  # again: casting the module's buffers to bf16 would round the frequencies
-    return Built(engine, model, hf_config, shape)
+    return Built(engine, model, hf_config, shape, recompute)
 
 
-def recompute(base: PreTrainedModel, config: RunConfig) -> None:
-    """Put the run's recompute policy on the decoder layers."""
-    apply_recompute(
-        list(base.get_decoder().layers),
-        config.train.recompute,
-        every=config.train.recompute_every,
-        dropout=config.lora is not None and config.lora.dropout > 0,
-    )
+def seed_dropout(seed: int, rank: int) -> None:
+    """Start this rank's random numbers: another stream on each rank, so that no two shards drop the same features."""
+    torch.manual_seed(seed * 1_000_003 + 7919 * rank + 1)  # seeds the GPU's generator as well

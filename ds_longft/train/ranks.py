@@ -9,7 +9,8 @@ import socket
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ds_longft.errors import LongftError
 
@@ -50,19 +51,33 @@ class Launch:
         if "MASTER_PORT" not in env:
             # Alone: any free port. Under srun every task needs the same one: derived from the job.
             env["MASTER_PORT"] = str(
-                20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000 if launch.world > 1 else _free_port()
+                20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000 if launch.world > 1 else free_port()
             )
         return launch
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port nobody listens on right now."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
 
 
-def join(launch: Launch) -> tuple[torch.device, Agreement]:
-    """Join the other processes (NCCL on GPUs, gloo on CPUs); returns this rank's device and the host-side group."""
+def visible_gpus() -> int:
+    """CUDA devices this process sees, without importing torch on machines that have none."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or visible == "" or not Path("/dev/nvidiactl").exists():
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def join(launch: Launch, timeout_s: float = 1800.0) -> tuple[torch.device, Agreement]:
+    """Join the other processes (NCCL on GPUs, gloo on CPUs); returns this rank's device and the host-side group.
+
+    A collective that waits longer than `timeout_s` ends the process.
+    """
     import deepspeed
     import torch
     from deepspeed.utils import logger
@@ -81,7 +96,8 @@ def join(launch: Launch) -> tuple[torch.device, Agreement]:
         import deepspeed.ops
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    timeout = datetime.timedelta(seconds=timeout_s)
+    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False, timeout=timeout)
     return device, Agreement()
 
 
@@ -101,6 +117,28 @@ class Agreement:
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value, group=self.group)
         return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so; eight bytes, no device involved."""
+        import torch
+        import torch.distributed as dist
+
+        box = torch.tensor([int(flag)])
+        dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.group)
+        return bool(box.item())
+
+    def on_rank0(self, work: Callable[[], T]) -> T:
+        """Run `work` on rank 0 alone: its result, or its error, on every rank."""
+        outcome: Any = None
+        if self.rank == 0:
+            try:
+                outcome = (work(), None)
+            except (LongftError, OSError) as e:
+                outcome = (None, e)
+        value, error = self.broadcast(outcome)
+        if error is not None:
+            raise error
+        return cast(T, value)
 
     def broadcast(self, value: T) -> T:
         """Rank 0's value on every rank."""
@@ -128,15 +166,17 @@ class Agreement:
                 raise first
         return result[0]
 
-    def same(self, what: str, value: str) -> None:
-        """Raise unless `value` (a hash, a version) is the same on every rank.
+    def same(self, facts: dict[str, str]) -> None:
+        """Raise unless every fact (a hash, a version, a setting) is the same on every rank.
 
         Raises:
-            LongftError: names the ranks that differ.
+            LongftError: names each fact that differs and a rank that has it otherwise.
         """
-        values = self.gather(value)
-        odd = [r for r, v in enumerate(values) if v != values[0]]
-        if odd:
-            raise LongftError(
-                f"{what} differs between ranks: rank 0 has {values[0]}, rank {odd[0]} has {values[odd[0]]}"
-            )
+        ranks = self.gather(facts)
+        lines = []
+        for what, expected in ranks[0].items():
+            odd = next((r for r in range(self.world) if ranks[r].get(what) != expected), None)
+            if odd is not None:
+                lines.append(f"  - {what}: rank 0 has {expected}, rank {odd} has {ranks[odd].get(what)}")
+        if lines:
+            raise LongftError("ranks differ, so they would not train the same run:\n" + "\n".join(lines))

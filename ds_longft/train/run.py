@@ -7,31 +7,38 @@ import json
 import os
 import platform
 import time
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock
 
 from ds_longft.config import RunConfig, SourceConfig
 from ds_longft.data.loader import StepLoader
 from ds_longft.data.tokenize import TokenizedSet, tokenize_sources
 from ds_longft.ds_config import DeepSpeedSettings
-from ds_longft.errors import DataError
+from ds_longft.errors import EXIT_HANG, EXIT_REQUEUE, DataError
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.flops import peak_tflops
 from ds_longft.model.load import load_tokenizer
 from ds_longft.settings import dump_config
 from ds_longft.train.card import write_card
 from ds_longft.train.checkpoint import Checkpoints, TrainState
+from ds_longft.train.health import Watchdog
+from ds_longft.train.interrupt import StopRequest
+from ds_longft.train.lock import lock_folder
 from ds_longft.train.metrics import Records, read_metrics, summary_table
+from ds_longft.train.speed import rehearse
 from ds_longft.train.ranks import Launch, join
+from ds_longft.train.secrets import tracked_config
 from ds_longft.train.trainer import Trainer
 from ds_longft.train.weights import ModelWriter, trained_fingerprint
 
 if TYPE_CHECKING:
-    from ds_longft.train.__main__ import Status
+    from ds_longft.train.status import Status
 
 PACKAGES = (
     "ds-longft",
@@ -46,20 +53,35 @@ PACKAGES = (
 )
 
 
-def run(config: RunConfig, settings: DeepSpeedSettings, sp: int, launch: Launch, status: Status, started: float) -> int:
-    """Train and write everything a user takes away; returns 0.
+DECIDING_ENV = ("DS_ACCELERATOR", "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG")
+"""Environment variables that change what is computed."""
+
+
+def run(
+    config: RunConfig,
+    settings: DeepSpeedSettings,
+    sp: int,
+    launch: Launch,
+    status: Status,
+    stop: StopRequest,
+    started: float,
+) -> int:
+    """Train and write everything a user takes away; returns 0, or 75 when asked to stop before the end.
 
     Raises:
         LongftError: on every rank alike.
     """
     phases = Phases(started)
-    device, agreement = join(launch)
-    folder = Path(config.output_dir)
+    hang_s = 60 * config.train.hang_minutes
+    # The watchdog comes first; start-up, where ranks read a model at different speeds, has half an hour at least.
+    device, agreement = join(launch, timeout_s=max(hang_s, 1800.0) + 60)
+    folder = Path(config.output_dir).expanduser()
     agreement.rank0_first(lambda: folder.mkdir(parents=True, exist_ok=True))
+    locks: list[FileLock] = []  # held until the process ends
+    agreement.on_rank0(lambda: locks.append(lock_folder(folder)))
     status.folder = folder
     layout = ParallelLayout.create(sp)
-    agreement.same("the run config", hashlib.sha256(dump_config(config).encode()).hexdigest()[:16])
-    agreement.same("the version of torch", torch.__version__)
+    agreement.same(_what_ranks_share(config, settings.engine))
     phases.done("processes joined")
 
     tokenizer = load_tokenizer(config.model)
@@ -68,7 +90,7 @@ def run(config: RunConfig, settings: DeepSpeedSettings, sp: int, launch: Launch,
 
     from ds_longft.train.engine import build  # imports deepspeed
 
-    built = build(config, settings.engine, layout, device)
+    built = build(config, settings.engine, layout, device, resident_if_fits=settings.resident_if_fits)
     phases.done("model built")
 
     def loader(part: TokenizedSet, accumulation: int) -> StepLoader:
@@ -93,20 +115,31 @@ def run(config: RunConfig, settings: DeepSpeedSettings, sp: int, launch: Launch,
     found = checkpoints.find(config.train.resume)
     if found is not None:
         path, saved = found
-        checkpoints.check_same_run(
-            path, saved, world=layout.world, fingerprint=state.fingerprint, trained=state.trained
-        )
-        checkpoints.load(built.engine, path)
-        state = TrainState(**{**vars(saved), "total_steps": state.total_steps})
+        checkpoints.check_same_run(path, saved, fingerprint=state.fingerprint, trained=state.trained)
+        checkpoints.load(built.engine, path, saved)
+        state = TrainState(**{**vars(saved), "total_steps": state.total_steps, "world": layout.world})
+    aside = checkpoints.set_aside_after(state.step)
     records = Records(folder, config.log, total_steps=state.total_steps, first_step=state.step, active=launch.rank == 0)
-    wandb_id = agreement.broadcast(records.start_wandb(state.wandb_id, config.model_dump(mode="json")))
+    tracked = tracked_config(config, {"world": layout.world, "dp": layout.dp, "total_steps": state.total_steps})
+    wandb_id = agreement.broadcast(records.start_wandb(state.wandb_id, tracked))
     state = TrainState(**{**vars(state), "wandb_id": wandb_id})
     if launch.rank == 0:
         _write_facts(folder, config, settings.engine, layout, device)
         records.say(_header(config, layout, device, train_loader, state, found[0] if found else None))
-    phases.done("ready")
+    kept = rehearse(built.engine, built.recompute, train_loader.longest_pack(0), layout, device)
+    phases.done("rehearsed" if kept else "ready")
     if launch.rank == 0:
         records.say("start-up: " + phases.text())
+        if kept:
+            records.say(kept)
+        if found is not None and found[1].world != layout.world:
+            records.say(
+                f"{found[0].name} was written by {found[1].world} ranks: optimizer and weights were divided anew"
+            )
+        if aside:
+            records.say(f"checkpoints of later steps belong to another course, and are now called {', '.join(aside)}")
+    status.training(state.step)
+    watchdog = Watchdog(folder, launch.rank, launch.world, hang_s, partial(_hung, status))
 
     writer = ModelWriter(built.model, tokenizer, agreement)
     trainer = Trainer(
@@ -120,11 +153,22 @@ def run(config: RunConfig, settings: DeepSpeedSettings, sp: int, launch: Launch,
         checkpoints=checkpoints,
         write_model=writer.write_weights,
         state=state,
+        agreement=agreement,
+        stop=stop,
+        watchdog=watchdog,
+        saved_step=state.step,
         peak_tflops=peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None,
     )
-    trainer.run()
-    writer.write_all(folder)
+    finished = trainer.run()
+    watchdog.enter("the end")
+    if finished:
+        writer.write_all(folder)
     records.close()
+    if not finished:
+        records.say(_farewell(trainer, stop))
+        agreement.gather(None)
+        watchdog.stop()
+        return EXIT_REQUEUE
     if launch.rank == 0:
         history = read_metrics(folder / "metrics.jsonl")
         write_card(folder, config, layout, history)
@@ -132,7 +176,38 @@ def run(config: RunConfig, settings: DeepSpeedSettings, sp: int, launch: Launch,
         records.console.print(f"Next: ds-longft export {folder} {folder}-merged   (an ordinary Hugging Face folder)")
     agreement.gather(None)
     dist.destroy_process_group()
+    watchdog.stop()
     return 0
+
+
+def _what_ranks_share(config: RunConfig, engine_config: dict[str, Any]) -> dict[str, str]:
+    """What decides the outcome and may differ between nodes: config, JSON, code, versions, environment."""
+
+    def digest(text: str) -> str:
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    code = Path(__file__).resolve().parent.parent
+    sources = "".join(p.read_text(encoding="utf-8") for p in sorted(code.rglob("*.py")))
+    facts = {
+        "the run config": digest(dump_config(config)),
+        "the DeepSpeed JSON": digest(json.dumps(engine_config, sort_keys=True)),
+        f"the code in {code.name}": digest(sources),
+    }
+    facts |= {f"the version of {name}": v for name, v in _versions().items()}
+    return facts | {f"the environment variable {name}": os.environ.get(name, "(unset)") for name in DECIDING_ENV}
+
+
+def _hung(status: Status, message: str, lowest: bool) -> None:
+    status.failed(message, EXIT_HANG)
+    if lowest:
+        status.write(EXIT_HANG, force=True)
+
+
+def _farewell(trainer: Trainer, stop: StopRequest) -> str:
+    step = trainer.state.step
+    saved = f"saved as checkpoint-{step}" if step else "nothing was trained yet"
+    reason = stop.reason or "another rank was asked to"
+    return f"stopped after step {step} ({reason}); {saved}. The same command goes on from there."
 
 
 class Phases:
@@ -178,15 +253,21 @@ def _write_facts(
     """What the run was made of: re-runnable config, resolved DeepSpeed JSON, versions and machine."""
     (folder / "config.yaml").write_text(dump_config(config))
     (folder / "ds_config.json").write_text(json.dumps(engine_config, indent=2) + "\n")
-    versions = {"python": platform.python_version()}
+    versions = {"python": platform.python_version(), **_versions()}
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    machine = {"device": gpu, "cores": os.cpu_count(), "world": layout.world, "sp": layout.sp, "dp": layout.dp}
+    (folder / "versions.json").write_text(json.dumps({"versions": versions, "machine": machine}, indent=2) + "\n")
+
+
+def _versions() -> dict[str, str]:
+    """Installed versions of the packages that make a run."""
+    versions = {}
     for name in PACKAGES:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    machine = {"device": gpu, "cores": os.cpu_count(), "world": layout.world, "sp": layout.sp, "dp": layout.dp}
-    (folder / "versions.json").write_text(json.dumps({"versions": versions, "machine": machine}, indent=2) + "\n")
+    return versions
 
 
 def _header(

@@ -1,5 +1,8 @@
 """The loop. Reads top to bottom: run -> step -> evaluate -> save.
 
+Rank-local wishes (a signal came, the time is up) become decisions of all ranks at fixed places: with the sums of a step, between
+the packs of a step or an evaluation, and after a save.
+
 One loss rule: L = sum(w * ce) / sum(w), both sums over every pack of the optimizer step, every accumulation micro-step, every
 sp and dp rank. The divisor W is known from the data plan before the first backward pass, so each rank backpropagates
 local_sum * world / W, the engine averages over the world, and no differentiable collective is needed.
@@ -21,14 +24,21 @@ import torch.distributed as dist
 from ds_longft.batch import Pack, Step
 from ds_longft.config import RunConfig
 from ds_longft.data.loader import StepLoader
-from ds_longft.errors import NonFiniteError
+from ds_longft.errors import CheckpointError, NonFiniteError
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.flops import step_flops
 from ds_longft.sequence.shard import shard
-from ds_longft.train.checkpoint import Checkpoints, TrainState
+from ds_longft.train.checkpoint import Checkpoints, TrainState, rng_state, set_rng_state
 from ds_longft.train.engine import Built
+from ds_longft.train.health import Watchdog, describe_packs, write_nonfinite
+from ds_longft.train.interrupt import StopRequest
 from ds_longft.train.metrics import Records, peak_gib
+from ds_longft.train.ranks import Agreement
 from ds_longft.train.schedule import learning_rate
+
+from ds_longft.train.step import backpropagate_pack, loss_scale
+
+FAILED_SAVES_IN_A_ROW = 2
 
 
 @dataclass
@@ -45,59 +55,73 @@ class Trainer:
     checkpoints: Checkpoints
     write_model: Callable[[Path], None]
     state: TrainState
+    agreement: Agreement
+    stop: StopRequest
+    watchdog: Watchdog
     peak_tflops: float | None = None  # bf16 dense peak of one GPU, for MFU
+    stopping: bool = False  # agreed on: the same on every rank
+    saved_step: int = 0  # of the newest checkpoint
     _waited_s: float = 0.0  # the loader's wait, as of the previous step
+    _failed_saves: int = 0  # in a row
+    _skipped: int = 0  # steps in a row
 
-    def run(self) -> TrainState:
-        """Train from `state` to the end; returns the final state, which is saved."""
-        if self.state.step == 0:
-            self._evaluate()
+    def run(self) -> bool:
+        """Train from `state` to the end; False when asked to stop before it. The last whole step is saved either way."""
         train = self.config.train
-        while self.state.step < self.state.total_steps:
+        self.watchdog.enter("the start")
+        self._agree_on_stopping()
+        if self.state.step == 0 or self.state.eval_due:
+            self._evaluate()
+        while self.state.step < self.state.total_steps and not self.stopping:
             steps = self.train_loader.steps(self.state.epoch, self.state.step_in_epoch)
             for step in steps:
-                self._train_step(step)
+                if not self._train_step(step):
+                    break
                 done = self.state.step == self.state.total_steps
                 if done or (train.eval_every_steps and self.state.step % train.eval_every_steps == 0):
                     self._evaluate()
                 if done or (train.save_every_steps and self.state.step % train.save_every_steps == 0):
-                    self.checkpoints.save(self.built.engine, self.state, self.write_model)
-                if done:
+                    self._save()
+                if done or self.stopping:
                     break
             steps.close()
-            if self.state.step < self.state.total_steps:
+            if self.state.step < self.state.total_steps and not self.stopping:
                 self.state = replace(self.state, epoch=self.state.epoch + 1, step_in_epoch=0)
-        return self.state
+        if self.stopping:
+            self._save()
+        return not self.stopping
 
-    def _train_step(self, step: Step) -> None:
+    def _train_step(self, step: Step) -> bool:
+        """One optimizer step. False: all ranks agreed to stop between its packs; weights and random state are as before."""
         started = time.monotonic()
         engine = self.built.engine
         wait_s, self._waited_s = self.train_loader.wait_s - self._waited_s, self.train_loader.wait_s
         lr = learning_rate(self.state.step, self.state.total_steps, self.config.optim)
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
-        # A step without any target (W = 0) backpropagates zeros.
-        scale = self.layout.world / step.total_weight if step.total_weight else 0.0
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # weighted loss, FLOPs
+        scale = loss_scale(step.total_weight, self.layout)
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # weighted loss, FLOPs, ranks that want to stop
+        losses = []
+        random_state = rng_state()
         for i, pack in enumerate(step.packs):
             if i:
+                if self._agree_on_stopping():
+                    set_rng_state(random_state)
+                    return False
                 engine.step()  # counts the micro-step; weights change only at the last one
-            batch = shard(pack, self.layout, self.device)
-            loss_sum = engine(batch)
-            sums[0] += loss_sum.detach()
+            self.watchdog.enter(f"step {self.state.step + 1}, pack {i + 1} of {len(step.packs)}")
+            losses.append(backpropagate_pack(engine, pack, scale, self.layout, self.device))
+            sums[0] += losses[-1]
             sums[1] += self._flops(pack)
-            engine.backward(loss_sum * scale, scale_wrt_gas=False)
+        sums[2] = float(self.stop.asked())
+        self.watchdog.enter(f"step {self.state.step + 1}, sums and update")
         dist.all_reduce(sums)
-        loss_total, flops = sums.tolist()
-        if not math.isfinite(loss_total):
-            raise NonFiniteError(self._stopped("the loss is not finite", step))
-        grad_norm = _unwrapped_grad_norm(engine)
-        if grad_norm is not None and not math.isfinite(grad_norm):
-            raise NonFiniteError(self._stopped("the gradient is not finite", step))
-        engine.step()
-        if not engine.was_step_applied():  # DeepSpeed found the gradient not finite and left the weights alone
-            raise NonFiniteError(self._stopped("the gradient is not finite", step))
-        norm = engine.get_global_grad_norm() if grad_norm is None else grad_norm
+        loss_total, flops, stop = sums.tolist()
+        self.stopping = self.stopping or stop > 0
+        nonfinite, norm = self._apply(loss_total)
+        if nonfinite:
+            self._report_nonfinite(nonfinite, step, losses)
+        self._skipped = self._skipped + 1 if nonfinite else 0
         self.state = replace(
             self.state,
             step=self.state.step + 1,
@@ -113,8 +137,8 @@ class Trainer:
             {
                 "step": self.state.step,
                 "epoch": self.state.epoch,
-                "loss": loss_total / step.total_weight if step.total_weight else None,
-                "grad_norm": None if norm is None else float(norm),
+                "loss": loss_total / step.total_weight if step.total_weight and not nonfinite else None,
+                "grad_norm": norm,
                 "learning_rate": lr,
                 "tokens_per_s_per_gpu": step.tokens / step_s / self.layout.world,
                 "mfu": achieved_tflops / self.peak_tflops if self.peak_tflops else None,
@@ -124,7 +148,53 @@ class Trainer:
                 "step_s": step_s,
                 "tokens_seen": self.state.tokens_seen,
                 "targets_weight": step.total_weight,
+                **({"skipped": nonfinite} if nonfinite else {}),
             }
+        )
+        return True
+
+    def _apply(self, loss_total: float) -> tuple[str | None, float | None]:
+        """Let the optimizer take its step, unless loss or gradient is not finite: what is not, and the gradient's norm.
+
+        ZeRO stages and bf16 refuse a gradient that is not finite by themselves, on all ranks alike; a plain optimizer (stage 0 in
+        float32) does not, and is shown no gradient then.
+        """
+        engine = self.built.engine
+        norm = _unwrapped_grad_norm(engine)
+        finite = math.isfinite(loss_total)
+        if not finite and self.config.train.on_nonfinite == "stop":
+            return "the loss is not finite", None
+        if norm is not None and not math.isfinite(norm):
+            engine.module.zero_grad(set_to_none=True)
+            norm = None
+            refused = True
+            engine.step()
+        else:
+            engine.step()
+            refused = not engine.was_step_applied()
+        if refused or not finite:
+            assert refused, "a loss that is not finite must leave no finite gradient"
+            return "the gradient is not finite" if finite else "the loss is not finite", None
+        norm = engine.get_global_grad_norm() if norm is None else norm
+        return None, None if norm is None else float(norm)
+
+    def _report_nonfinite(self, what: str, step: Step, losses: list[torch.Tensor]) -> None:
+        """Write down which rows were trained on; raises NonFiniteError unless the step may be skipped."""
+        mine = describe_packs(step, self.layout, [float(x) for x in losses], self.train_loader.origin)
+        ranks = self.agreement.gather(mine)
+        number = self.state.step + 1
+        path = self.agreement.on_rank0(lambda: write_nonfinite(self.checkpoints.folder, number, what, ranks))
+        text = f"{what} at step {number}; the weights were not changed. The step's rows are listed in {path}."
+        train = self.config.train
+        if train.on_nonfinite == "skip" and self._skipped < train.max_skipped_in_a_row:
+            self.records.say(text)
+            return
+        skipped = (
+            f" ({self._skipped} steps before it were skipped: train.max_skipped_in_a_row)" if self._skipped else ""
+        )
+        raise NonFiniteError(
+            f"{text}{skipped} Look at them with `ds-longft data inspect`, lower optim.learning_rate, or set "
+            "train.on_nonfinite to skip."
         )
 
     @torch.no_grad()
@@ -132,18 +202,29 @@ class Trainer:
         """Loss over the held-out set, under the same sequence parallelism and by the same rule."""
         if self.eval_loader is None:
             return
+        self.state = replace(self.state, eval_due=True)
         started = time.monotonic()
         engine = self.built.engine
         engine.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # weighted loss, targets
         weight = 0.0
-        for step in self.eval_loader.steps(0):
+        steps = self.eval_loader.steps(0)
+        for step in steps:
             weight += step.total_weight
             for pack in step.packs:
+                if self._agree_on_stopping():
+                    break
+                self.watchdog.enter(f"evaluation after step {self.state.step}")
                 batch = shard(pack, self.layout, self.device)
                 sums[0] += engine(batch)
                 sums[1] += len(batch.targets)
+            if self.stopping:
+                break
+        steps.close()
         engine.train()
+        if self.stopping:
+            return  # eval_due is saved with the state: it is made up for after the resume
+        self.state = replace(self.state, eval_due=False)
         dist.all_reduce(sums)
         loss_total, targets = sums.tolist()
         self.records.evaluation(
@@ -155,19 +236,46 @@ class Trainer:
             }
         )
 
+    def _save(self) -> None:
+        """Save, unless it is saved already. One failed save is survived, a second one in a row is not.
+
+        The last save of a process is tried twice: nothing comes after it.
+        """
+        if self.state.step == self.saved_step:
+            return
+        last = self.stopping or self.state.step == self.state.total_steps
+        while True:
+            self.watchdog.enter(f"save after step {self.state.step}")
+            started = time.monotonic()
+            try:
+                self.checkpoints.save(self.built.engine, self.state, self.write_model)
+            except CheckpointError as e:
+                self._failed_saves += 1
+                self.records.say(
+                    f"SAVE FAILED ({self._failed_saves} in a row; {FAILED_SAVES_IN_A_ROW} end the run): {e}"
+                )
+                if self._failed_saves >= FAILED_SAVES_IN_A_ROW:
+                    raise
+                if last:
+                    continue
+            else:
+                self._failed_saves = 0
+                self.saved_step = self.state.step
+                self.stop.saved(time.monotonic() - started)
+            break
+        self._agree_on_stopping()
+
+    def _agree_on_stopping(self) -> bool:
+        """Whether the run stops here; asks all ranks, over the host's network and without the device."""
+        self.stopping = self.agreement.any(self.stopping or self.stop.asked())
+        return self.stopping
+
     def _flops(self, pack: Pack) -> float:
         """This rank's share of a pack's useful FLOPs; padding does no useful work."""
         lengths = np.diff(pack.cu_seqlens).tolist()
         useful = lengths[:-1] if pack.padding_tokens else lengths
         targets = int((pack.loss_weights != 0).sum())
         return step_flops(self.built.shape, useful, lora=self.config.lora is not None, targets=targets) / self.layout.sp
-
-    def _stopped(self, what: str, step: Step) -> str:
-        rows = [list(pack.rows) for pack in step.packs]
-        return (
-            f"{what} at step {self.state.step + 1}; the weights were not changed. Rows of dp rank {self.layout.dp_rank}: "
-            f"{rows}. Look at them with `ds-longft data inspect`, or lower optim.learning_rate."
-        )
 
 
 def _unwrapped_grad_norm(engine: Any) -> float | None:

@@ -35,6 +35,8 @@ def tiny_model(
         for p in model.parameters():
             if p.dim() >= 2:
                 p.normal_(0, std)
+        if not config.tie_word_embeddings:
+            model.get_input_embeddings().weight.normal_(0, 1)  # a small residual stream would amplify rounding errors
     model.config.use_cache = False
     return model.to(dtype).train()
 

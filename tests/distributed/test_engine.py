@@ -14,13 +14,14 @@ from ds_longft.batch import IGNORE_INDEX, Pack
 from ds_longft.layout import ParallelLayout
 from ds_longft.objectives.sft import SftObjective
 from ds_longft.sequence.attention import ULYSSES, register
+from ds_longft.sequence.linear import fuse_linears, gather_with_layer
 from ds_longft.sequence.recompute import apply_recompute
 from ds_longft.sequence.shard import shard
 from tests.distributed.models import make_pack, reference_sum, relative_error, tiny_config, tiny_model
 from tests.distributed.test_exact import prepared
 
 LENGTHS = ([20, 1, 50, 26], [97], [3, 3, 40, 7, 9], [33, 30], [11, 60], [64])
-STD = 0.08  # scale of the weights
+STD = 0.05  # scale of the weights; one process in float32 is itself up to 7e-7 away from float64 here
 HEADS_9_3 = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 36}
 TIED = {"tie_word_embeddings": True}
 
@@ -58,7 +59,15 @@ def one_step(
     layout = ParallelLayout.create(sp)
     objective = SftObjective(model, layout)
     base = model.get_base_model() if lora else model
-    apply_recompute(list(base.get_decoder().layers), policy)
+    layers = list(base.get_decoder().layers)
+    groups = []
+    if policy in ("fused", "auto"):
+        groups = [fuse_linears(layer) for layer in layers]
+        assert [len(g) for g in groups] == [4, 4]  # q/k/v, o, gate/up, down
+        if stage == 3:
+            for layer, own in zip(layers, groups, strict=True):
+                gather_with_layer(layer, own)
+    apply_recompute(layers, {"fused": "keep_attention"}.get(policy, policy), keep=groups if policy == "auto" else None)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     engine, *_ = deepspeed.initialize(
         model=objective,
@@ -120,6 +129,11 @@ CASES = [
     (4, 2, 2, 3, False, "keep_attention", {}, False, False),
     (4, 2, 1, 1, True, "full", {}, False, True),
     (4, 2, 0, 3, False, "every_k", TIED, True, False),
+    (2, 2, 3, 3, True, "fused", {}, False, False),
+    (2, 2, 3, 1, False, "auto", {}, False, True),
+    (4, 2, 3, 1, True, "auto", HEADS_9_3, True, False),
+    (2, 1, 2, 3, True, "auto", {}, False, False),
+    (2, 2, 1, 1, False, "auto", {"attention_bias": True}, False, False),
 ]
 
 
@@ -129,10 +143,7 @@ def test_engine_equals_one_process(pools, world, sp, stage, accumulation, lora, 
     ref_loss, ref = reference_step(accumulation, world // sp, lora, changes, sample, sp, half)
     assert loss == pytest.approx(ref_loss, rel=1e-6)
     assert set(grads) == set(ref)
+    assert {n: f"{e:.1e}" for n in ref if (e := relative_error(grads[n], ref[n])) > 1e-6} == {}
     whole = torch.cat([g.flatten().double() for g in ref.values()]).norm()
-    # Gradients of q and k are small differences of large terms: one process in float32 is itself up to 5e-6 of their own norm
-    # away from float64 (measured). Against the whole gradient every one is within 1e-6.
-    assert {n: f"{e:.1e}" for n in ref if (e := float((grads[n].double() - ref[n]).norm() / whole)) > 1e-6} == {}
-    assert {n: f"{e:.1e}" for n in ref if (e := relative_error(grads[n], ref[n])) > 1e-5} == {}
     if norm is not None:
         assert norm == pytest.approx(float(whole), rel=1e-6)

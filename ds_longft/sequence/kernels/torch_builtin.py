@@ -19,6 +19,7 @@ from ds_longft.sequence.kernels.base import (
     refusal,
     spans,
 )
+from ds_longft.sequence.kernels.reference import MathKernel
 
 aten = torch.ops.aten
 
@@ -97,9 +98,10 @@ class CudnnKernel:
             return self._backward_one(dout, q, k, v, out, lse, spec)
         dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
         for a, b in spans(lengths):
-            if b - a == 1:
-                dq[a], dk[a] = 0, 0
-                dv[a] = dout[a].unflatten(0, (k.shape[1], -1)).sum(1)
+            if b - a == 1:  # which cuDNN does not take; by lse, so that it is right beside attention sinks too
+                dq[a:b], dk[a:b], dv[a:b] = MathKernel().backward(
+                    dout[a:b], q[a:b], k[a:b], v[a:b], out[a:b], lse[:, a:b], documents_cu, [1], spec
+                )
                 continue
             dq[a:b], dk[a:b], dv[a:b] = self._backward_one(
                 dout[a:b], q[a:b], k[a:b], v[a:b], out[a:b], lse[:, a:b], spec

@@ -1,0 +1,1 @@
+"""Is what is trained what one process would have computed? Each module asks one question and answers with findings."""

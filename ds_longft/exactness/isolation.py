@@ -1,0 +1,99 @@
+"""Document isolation: change one token, and nothing of any other document (or before it) may move."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ds_longft.batch import Pack
+from ds_longft.exactness.finding import Finding
+from ds_longft.layout import ParallelLayout
+from ds_longft.sequence.shard import shard
+
+CHECK = "2 document isolation"
+PROBES = 3  # documents that are changed in turn
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The stack of layers inside a causal language model or a PEFT model around one."""
+    causal_lm: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
+    return causal_lm.get_decoder()
+
+
+def check_isolation(
+    engine: Any, pack: Pack, layout: ParallelLayout, device: torch.device, allowed: float, vocab_size: int
+) -> list[Finding]:
+    """Change the middle token of some documents of `pack`, one at a time, and watch the last layer's hidden states.
+
+    Logits are a function of the hidden state at the same place, so what does not move there does not move in the logits.
+    `allowed`: how far others may move, as a share of what the changed document moves. Collective.
+    """
+    borders = pack.cu_seqlens.tolist()
+    documents = list(zip(borders, borders[1:], strict=False))
+    real = documents[:-1] if pack.padding_tokens else documents
+    long_enough = [i for i, (a, b) in enumerate(real) if b - a >= 2]
+    if not long_enough or len(documents) < 2:
+        return [Finding(CHECK, "other documents", None, note="the pack holds a single document")]
+    before = _hidden_states(engine, pack, layout, device)
+    worst_other = worst_earlier = 0.0
+    least_own, leak = float("inf"), ""
+    for i in long_enough[:: max(1, len(long_enough) // PROBES)][:PROBES]:
+        a, b = documents[i]
+        at = (a + b) // 2
+        ids = pack.input_ids.copy()
+        ids[at] = (ids[at] + vocab_size // 2) % vocab_size
+        moved = (_hidden_states(engine, replace(pack, input_ids=ids), layout, device) - before).abs().amax(-1)  # [s]
+        whole = torch.zeros(pack.tokens, device=device, dtype=moved.dtype)
+        s = pack.tokens // layout.sp
+        whole[layout.sp_rank * s : (layout.sp_rank + 1) * s] = moved
+        dist.all_reduce(whole, op=dist.ReduceOp.MAX)
+        own = float(whole[at:b].max())
+        least_own = min(least_own, own)
+        worst_earlier = max(worst_earlier, float(whole[a:at].max()) / max(own, 1e-30))
+        for j, (c, d) in enumerate(documents):
+            other = float(whole[c:d].max()) / max(own, 1e-30) if j != i else 0.0
+            if not other <= worst_other:
+                worst_other, leak = other, f"a token of document {i} moves document {j}"
+    return [
+        Finding(
+            CHECK, "states of other documents, one token changed", worst_other <= allowed, f"{worst_other:.1e}", f"{allowed:.0e}",
+            "" if worst_other <= allowed else
+            f"{leak}: attention does not stop at the borders of the documents (their mask, cu_seqlens, was dropped or merged)",
+            worst_other,
+        ),
+        Finding(
+            CHECK, "states before the changed token", worst_earlier <= allowed, f"{worst_earlier:.1e}", f"{allowed:.0e}",
+            "" if worst_earlier <= allowed else "earlier tokens see a later one: attention is not causal", worst_earlier,
+        ),
+        Finding(
+            CHECK, "states behind the changed token do move", least_own > 0, f"{least_own:.1e}", "> 0",
+            "" if least_own > 0 else "nothing moves at all: the model does not read its input", least_own,
+        ),
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def _hidden_states(engine: Any, pack: Pack, layout: ParallelLayout, device: torch.device) -> Tensor:
+    """[s, D] float32: what the last layer hands to the head, for this rank's tokens."""
+    was_training = engine.training
+    engine.eval()
+    with _captured(decoder_of(engine.module.model)) as seen:
+        engine(shard(pack, layout, device))
+    engine.train(was_training)
+    return seen[0][0].float()
+
+
+@contextmanager
+def _captured(decoder: nn.Module) -> Iterator[list[Tensor]]:
+    seen: list[Tensor] = []
+    handle = decoder.register_forward_hook(lambda _m, _a, out: seen.append(out.last_hidden_state.detach()))
+    try:
+        yield seen
+    finally:
+        handle.remove()

@@ -1,0 +1,84 @@
+"""Label borders: no target crosses a document, none is lost on the way to the ranks, the divisor counts them all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from ds_longft.batch import IGNORE_INDEX, Pack
+from ds_longft.exactness.finding import Finding, Gather
+from ds_longft.layout import ParallelLayout
+from ds_longft.sequence.shard import shard
+
+CHECK = "3 label borders"
+
+
+def check_labels(packs: Sequence[Pack], total_weight: float, layout: ParallelLayout, gather: Gather) -> list[Finding]:
+    """Judge this dp rank's packs of one step as the data made them, and the slices of them that the ranks train.
+
+    `total_weight`: what the loss of the step is divided by. Collective; the findings are the same on every rank.
+    """
+    counts = gather(_count(packs, layout))
+    per_group = [c for rank, c in enumerate(counts) if rank % layout.sp == 0]
+    targets = sum(c["targets"] for c in per_group)
+    crossing = sum(c["crossing"] for c in per_group)
+    shifted = sum(c["not_next"] for c in per_group)
+    trained = sum(c["trained"] for c in counts)
+    wrong = sum(c["trained_wrong"] for c in counts)
+    weight = sum(c["trained_weight"] for c in counts)
+    lost = abs(weight - total_weight) / max(abs(total_weight), 1e-30)
+    return [
+        Finding(
+            CHECK, "targets that are the first token of another document", crossing == 0, f"{crossing:,}", "0",
+            "" if crossing == 0 else
+            f"{crossing:,} labels leak over a document border: the last token of a document is trained to predict the first of "
+            f"the next. Labels have to be shifted inside each document", crossing,
+        ),
+        Finding(
+            CHECK, "labels that are not the token after theirs", shifted == 0, f"{shifted:,} of {targets:,}", "0",
+            "" if shifted == 0 else "labels are not shifted by one token inside their document", shifted,
+        ),
+        Finding(
+            CHECK, "targets of the packs, trained by exactly one rank", targets == trained and wrong == 0,
+            f"{trained:,} of {targets:,}", "all, once",
+            "" if targets == trained and wrong == 0 else
+            f"{abs(targets - trained):,} targets are lost or doubled, {wrong:,} differ, when a pack is sliced over the ranks", trained - targets,
+        ),
+        Finding(
+            CHECK, "sum of trained weights against the loss's divisor", lost <= 1e-5, f"{lost:.1e}", "1e-05",
+            "" if lost <= 1e-5 else
+            f"the ranks train a weight of {weight:.6g}, the loss is divided by {total_weight:.6g}: targets were lost or added after the data "
+            f"was counted", lost,
+        ),
+    ]  # fmt: skip
+
+
+def _count(packs: Sequence[Pack], layout: ParallelLayout) -> dict[str, float]:
+    """What this rank sees: of the whole packs, and of its own slices."""
+    count = {
+        "targets": 0.0,
+        "crossing": 0.0,
+        "not_next": 0.0,
+        "trained": 0.0,
+        "trained_wrong": 0.0,
+        "trained_weight": 0.0,
+    }
+    for pack in packs:
+        trained = (pack.labels != IGNORE_INDEX) & (pack.loss_weights != 0)
+        last = pack.cu_seqlens[1:] - 1  # of each document
+        following = np.append(pack.input_ids[1:], IGNORE_INDEX)
+        inside = trained.copy()
+        inside[last] = False
+        count["targets"] += int(trained.sum())
+        count["crossing"] += int(trained[last].sum())
+        count["not_next"] += int((pack.labels[inside] != following[inside]).sum())
+        batch = shard(pack, layout, torch.device("cpu"))
+        s = pack.tokens // layout.sp
+        rows = batch.target_rows.numpy() + layout.sp_rank * s
+        count["trained"] += len(rows)
+        count["trained_wrong"] += int((batch.targets.numpy() != pack.labels[rows]).sum())
+        count["trained_wrong"] += int((batch.input_ids.numpy()[0] != pack.input_ids[layout.sp_rank * s :][:s]).sum())
+        count["trained_weight"] += float(batch.target_weights.double().sum())
+    return count

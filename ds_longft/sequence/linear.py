@@ -1,0 +1,220 @@
+"""Linear layers with LoRA inside, and with outputs that can be kept across activation checkpointing.
+
+PEFT computes base(x) + B(A(x)) * scale with a copy for each term, and reads x again for each of q, k, v. Here linears that
+read the same input are one group: one product with all their A matrices, the base product, then the low-rank term added in
+place. The arithmetic is PEFT's; the adapters stay PEFT's modules, so saving and loading know nothing of this.
+What is not plain LoRA (dropout, DoRA, several or merged adapters, other layer types) keeps PEFT's own path.
+
+Letters: t tokens, I input and O output features, r rank, m members of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of linears that Hugging Face models call one after the other with the same input."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One linear layer: its weights, looked up at each call because ZeRO-3 swaps them."""
+
+    base: nn.Linear
+    lora: tuple[nn.Linear, nn.Linear, float] | None  # A, B, scale
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """W [O, I], bias [O], A [r, I], B [O, r]."""
+        a, b = (self.lora[0].weight, self.lora[1].weight) if self.lora else (None, None)
+        return self.base.weight, self.base.bias, a, b
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Member | None:
+        """The layer as a member, or None where it is something this path would compute differently."""
+        if type(module) is nn.Linear:
+            return cls(module, None)
+        if type(module) is not PeftLinear or type(module.base_layer) is not nn.Linear:
+            return None
+        active = module.active_adapters
+        if len(active) != 1 or module.merged or module.disable_adapters or active[0] not in module.lora_A:
+            return None
+        name = active[0]
+        plain = not module.lora_variant.get(name) and isinstance(module.lora_dropout[name], nn.Identity)
+        if not plain or module.lora_B[name].bias is not None:
+            return None
+        return cls(module.base_layer, (module.lora_A[name], module.lora_B[name], module.scaling[name]))
+
+
+class LinearGroup:
+    """Linears that read the same input, computed together on the first one's call."""
+
+    def __init__(self, names: Sequence[str], modules: Sequence[nn.Module], members: Sequence[Member]) -> None:
+        self.names, self.modules, self.members = tuple(names), list(modules), list(members)
+        self.kept: KeptOutputs | None = None  # set by whoever checkpoints the layer, for the call about to come
+        self._input: Tensor | None = None
+        self._waiting: dict[int, Tensor] = {}
+        for i, module in enumerate(modules):
+            module.forward = partial(self._call, i)
+
+    @property
+    def out_features(self) -> int:
+        """Output features of all members: what keeping costs per token."""
+        return sum(m.base.out_features for m in self.members)
+
+    def slot(self) -> KeptOutputs:
+        """A place to keep the outputs of one call."""
+        return KeptOutputs(copy="q_proj" in self.names)
+
+    def _call(self, i: int, x: Tensor) -> Tensor:
+        module = self.modules[i]
+        if getattr(module, "disable_adapters", False) or getattr(module, "merged", False):
+            return self.members[i].base(x)
+        if i and x is self._input:
+            out = self._waiting.pop(i)
+            if not self._waiting:
+                self._input = None
+            return out
+        outs = _apply(self.members if i == 0 else self.members[i : i + 1], x, self.kept if i == 0 else None)
+        if i == 0 and len(outs) > 1:
+            self._input, self._waiting = x, dict(enumerate(outs[1:], 1))
+        return outs[0]
+
+
+class KeptOutputs:
+    """Outputs of one group, left by a checkpointed layer's first call for its second.
+
+    `copy`: what follows may write into the outputs (liger's rotary embedding does, into q and k).
+    """
+
+    def __init__(self, copy: bool) -> None:
+        self.value: tuple[Tensor, ...] | None = None
+        self.copy = copy
+
+    def take(self) -> tuple[Tensor, ...] | None:
+        """What the first call left, once."""
+        value, self.value = self.value, None
+        return value
+
+
+def _apply(members: Sequence[Member], x: Tensor, kept: KeptOutputs | None) -> tuple[Tensor, ...]:
+    scales = tuple(m.lora[2] if m.lora else None for m in members)
+    return _Linears.apply(x, kept, scales, *(t for m in members for t in m.tensors()))
+
+
+class _Linears(torch.autograd.Function):
+    """out_i = x W_i' + bias_i + scale_i (x A_i') B_i' for the members of a group."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, kept: KeptOutputs | None, scales: tuple[float | None, ...], *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """x [.., I] -> m outputs [.., O_i]. `tensors`: W, bias, A, B of each member."""
+        quads = _quads(tensors)
+        x2 = x.reshape(-1, x.shape[-1])  # [t, I]
+        saved = kept.take() if kept is not None else None
+        if saved is None:
+            downs = [a for _, _, a, _ in quads if a is not None]
+            xa = x2 @ torch.cat(downs).t() if downs else x2.new_empty(0)  # [t, sum of r], one pass over x
+            parts = iter(_columns(xa, downs))
+            outs = []
+            for (w, bias, a, b), scale in zip(quads, scales, strict=True):
+                out = torch.addmm(bias, x2, w.t()) if bias is not None else x2 @ w.t()  # [t, O]
+                if a is not None:
+                    out.addmm_(next(parts), b.t(), alpha=scale)
+                outs.append(out)
+            saved = (*outs, xa)
+            if kept is not None:
+                kept.value = tuple(t.detach().clone() if kept.copy else t.detach() for t in saved)
+        *outs, xa = saved
+        ctx.save_for_backward(x2, xa, *tensors)
+        ctx.scales, ctx.shape = scales, x.shape
+        return tuple(out.view(*x.shape[:-1], out.shape[-1]) for out in outs)
+
+    @staticmethod
+    def backward(ctx: Any, *douts: Tensor) -> tuple[Any, ...]:
+        """Gradients of x, and of W and bias where they are trained, and of A and B."""
+        x2, xa, *tensors = ctx.saved_tensors
+        quads, needed = _quads(tensors), ctx.needs_input_grad
+        dys = [dy.reshape(-1, dy.shape[-1]) for dy in douts]  # [t, O]
+        downs = [a for _, _, a, _ in quads if a is not None]
+        parts = iter(_columns(xa, downs))
+        dx = None
+        grads: list[Tensor | None] = []
+        dxas = []
+        for i, ((w, bias, a, b), dy, scale) in enumerate(zip(quads, dys, ctx.scales, strict=True)):
+            need_w, need_bias = needed[3 + 4 * i], needed[4 + 4 * i]
+            if needed[0]:
+                dx = dy @ w if dx is None else dx.addmm_(dy, w)
+            grads += [dy.t() @ x2 if need_w else None, dy.sum(0) if need_bias and bias is not None else None]
+            if a is None:
+                grads += [None, None]
+                continue
+            dxas.append((dy @ b).mul_(scale))  # [t, r]
+            grads += [None, (dy.t() @ next(parts)).mul_(scale)]  # A's comes below, B's is [O, r]
+        if dxas:
+            dxa = torch.cat(dxas, dim=1) if len(dxas) > 1 else dxas[0]  # [t, sum of r]
+            if dx is not None:
+                dx.addmm_(dxa, torch.cat(downs))
+            das = iter((dxa.t() @ x2).split([a.shape[0] for a in downs]))  # [r, I] each, one pass over x
+            for i, (_, _, a, _) in enumerate(quads):
+                if a is not None:
+                    grads[4 * i + 2] = next(das)
+        return (dx.view(ctx.shape) if dx is not None else None, None, None, *grads)
+
+
+def _quads(tensors: Sequence[Tensor | None]) -> list[tuple[Any, Any, Any, Any]]:
+    """W, bias, A, B of each member."""
+    return [tuple(tensors[i : i + 4]) for i in range(0, len(tensors), 4)]  # type: ignore[misc]
+
+
+def _columns(xa: Tensor, downs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """[t, sum of r] -> [t, r] of each member that has an adapter, views."""
+    return xa.split([a.shape[0] for a in downs], dim=1) if downs else ()
+
+
+def fuse_linears(layer: nn.Module) -> list[LinearGroup]:
+    """Replace the forward of a decoder layer's linears by grouped ones; returns the groups, in no particular order.
+
+    Under ZeRO-3 a group reads weights of modules that are not called: see `gather_with_layer`.
+    """
+    groups = []
+    for names in _groups_of(layer):
+        modules = [getattr(layer, n) for n in names]
+        groups.append(LinearGroup(names, modules, [m for m in map(Member.of, modules) if m is not None]))
+    for child in layer.children():
+        if not isinstance(child, BaseTunerLayer):  # the linears inside an adapter layer are its own business
+            groups += fuse_linears(child)
+    return groups
+
+
+def gather_with_layer(layer: nn.Module, groups: Sequence[LinearGroup]) -> None:
+    """Under ZeRO-3: gather the weights of all groups when the layer is entered, as one collective.
+
+    Not a ZeRO-3 leaf: that reduces gradients when the layer's input has its gradient, before those of the adapters exist
+    (DeepSpeed 0.19.8).
+    """
+    import deepspeed
+
+    for group in groups:
+        for member in group.members:
+            for tensor in member.tensors():
+                if tensor is not None:
+                    deepspeed.zero.register_external_parameter(layer, tensor)
+
+
+def _groups_of(parent: nn.Module) -> Iterator[tuple[str, ...]]:
+    """Names of this module's own linears, siblings together; a sibling that cannot be grouped splits its group."""
+    names = {n for n, child in parent.named_children() if Member.of(child) is not None}
+    for group in SIBLINGS:
+        if names.issuperset(group):
+            yield group
+            names -= set(group)
+    yield from ((n,) for n in sorted(names))

@@ -1,0 +1,18 @@
+"""Files that come with the package: DeepSpeed JSONs and recipes, found from a clone and from an installed wheel alike."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+CLONE = Path(__file__).resolve().parent.parent
+
+
+def find_file(path: str | Path) -> Path:
+    """`path` itself where it exists, else the shipped file of that name, e.g. recipes/quickstart.yaml; else `path`.
+
+    Shipped files lie beside the package in a clone, in share/ds_longft of the environment otherwise.
+    """
+    given = Path(path).expanduser()
+    places = [given, CLONE / given, Path(sys.prefix) / "share/ds_longft" / given]
+    return next((place for place in places if place.exists()), given)

@@ -1,0 +1,62 @@
+"""A checkpoint for another number of ranks than wrote it: DeepSpeed's universal form, where every parameter is whole.
+
+ZeRO cuts optimizer and weights into as many parts as there are ranks, and DeepSpeed refuses to load them on another number. Its
+converter joins the parts; the engine then cuts them anew. Exact in weights, moments and data; only dropout draws differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ds_longft.errors import CheckpointError
+from ds_longft.train.ranks import Agreement
+
+
+def load_for_other_world(engine: Any, path: Path, tag: str, agreement: Agreement) -> None:
+    """Load the engine's part of checkpoint `path`, written by another number of ranks.
+
+    Rank 0 writes the joined form beside the checkpoint (its size once more) and deletes it afterwards.
+
+    Raises:
+        CheckpointError: DeepSpeed's converter or loader cannot do it.
+    """
+    if engine.zero_optimization_stage() == 0:  # nothing is cut
+        engine.load_checkpoint(str(path), tag=tag, load_module_strict=False)
+        return
+    joined = path.parent / f".universal-{path.name}"
+    agreement.on_rank0(lambda: _join(path / tag, joined / tag))
+    try:
+        engine._config.load_universal_checkpoint = True
+        loaded, _ = engine.load_checkpoint(str(joined), tag=tag, load_module_strict=False)
+    finally:
+        engine._config.load_universal_checkpoint = False
+        agreement.gather(None)
+        if agreement.rank == 0:
+            shutil.rmtree(joined, ignore_errors=True)
+    if loaded is None:
+        raise CheckpointError(f"DeepSpeed found nothing to load in the universal form of {path}")
+
+
+def _join(source: Path, target: Path) -> None:
+    from deepspeed.checkpoint.ds_to_universal import main
+
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    said = io.StringIO()
+    options = argparse.Namespace(
+        input_folder=str(source), output_folder=str(target), num_extract_workers=1, num_merge_workers=1,
+        keep_temp_folder=False, strict=True, inject_missing_state=True,
+    )  # fmt: skip
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            main(options)
+    except Exception as e:  # whatever it trips over, the other ranks are waiting
+        raise CheckpointError(
+            f"{source.parent} was written by another number of ranks, and DeepSpeed's converter cannot join its parts "
+            f"({type(e).__name__}: {e}). Start as many ranks as wrote it, or set train.resume to never."
+        ) from e

@@ -1,0 +1,140 @@
+"""What makes a step fast without changing what it computes: fused kernels and linears, resident weights, and as little
+recomputation as the memory left allows.
+
+`auto` recomputation measures instead of guessing: one rehearsal step on the longest pack with only attention kept shows the
+memory that is left; it is then spent on keeping the outputs of linears, layer by layer. The rehearsal also finds an
+out-of-memory error before the first step rather than hours into a run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+from ds_longft.batch import Pack
+from ds_longft.config import RunConfig
+from ds_longft.layout import ParallelLayout
+from ds_longft.model.flops import ModelShape
+from ds_longft.sequence.linear import LinearGroup, fuse_linears, gather_with_layer
+from ds_longft.sequence.recompute import apply_recompute
+from ds_longft.sequence.shard import shard
+
+RESIDENT_SHARE = 0.35
+"""Weights stay gathered under ZeRO-3 when whole copy and own shard together take no more of a GPU than this."""
+
+SPARE_SHARE = 0.06
+"""Of GPU memory, never spent on keeping: the allocator's fragments, NCCL, kernels' workspaces."""
+
+
+def fused_kernels(model: PreTrainedModel, config: RunConfig, device: torch.device) -> bool:
+    """Norm, rotary embedding and gated activation of liger-kernel where it is installed and knows the model.
+
+    Before LoRA, which wraps the modules that liger looks for. It replaces functions of the model's module for the whole
+    process, which is how liger works.
+    """
+    if config.model.liger == "off" or device.type != "cuda":
+        return False
+    try:
+        from liger_kernel.transformers import monkey_patch
+    except ImportError:
+        return False
+    if model.config.model_type not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
+        return False
+    # The loss stays ours: it is over labelled rows, weighted, and a sum.
+    monkey_patch._apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
+    return True
+
+
+def keep_resident(engine_config: dict[str, Any], shape: ModelShape, world: int, device: torch.device) -> bool:
+    """Under ZeRO-3 with LoRA: never release gathered weights, if they fit. Changes the engine config in place."""
+    if device.type != "cuda":
+        return False
+    weights_bytes = 2 * (shape.body_weights + 2 * shape.head_weights)
+    total = torch.cuda.get_device_properties(device).total_memory
+    if weights_bytes * (1 + 1 / world) > RESIDENT_SHARE * total:
+        return False
+    engine_config["zero_optimization"].update(
+        stage3_param_persistence_threshold=int(1e12), stage3_model_persistence_threshold=int(1e12)
+    )
+    return True
+
+
+@dataclass
+class Recompute:
+    """The recomputation of one model: its layers' linears, and which of them are kept."""
+
+    groups: list[list[LinearGroup]] = field(default_factory=list)  # per layer, all of them
+    keep: list[list[LinearGroup]] = field(default_factory=list)  # per layer, those kept; read at each call
+    auto: bool = False
+
+    @classmethod
+    def install(cls, base: PreTrainedModel, config: RunConfig, stage: int) -> Recompute:
+        """Fuse the decoder layers' linears and put the run's recompute policy on the layers."""
+        layers = list(base.get_decoder().layers)
+        policy = config.train.recompute
+        made = cls(auto=policy == "auto")
+        # Segments call layers outside of the gathering that a fused layer needs under ZeRO-3.
+        if not (stage == 3 and policy in ("every_k", "sqrt")):
+            made.groups = [fuse_linears(layer) for layer in layers]
+            if stage == 3:
+                for layer, groups in zip(layers, made.groups, strict=True):
+                    gather_with_layer(layer, groups)
+        made.keep = [[] for _ in layers]
+        apply_recompute(
+            layers,
+            policy,
+            every=config.train.recompute_every,
+            dropout=config.lora is not None and config.lora.dropout > 0,
+            keep=made.keep,
+        )
+        return made
+
+    def spend(self, free_bytes: int, local_tokens: int, bytes_per_element: int) -> int:
+        """Keep outputs of as many linears as fit into `free_bytes` with packs of `local_tokens` per rank.
+
+        A kept output element saves the same time whatever the layer (2 * hidden size operations), so order does not matter;
+        down projections are not kept, their output is not needed again. Returns the bytes spent.
+        """
+        spent = 0
+        for layer, kept in zip(self.groups, self.keep, strict=True):
+            for group in layer:
+                ranks = sum(m.lora[0].out_features for m in group.members if m.lora)
+                cost = (group.out_features + ranks) * local_tokens * bytes_per_element
+                if "down_proj" not in group.names and spent + cost <= free_bytes:
+                    kept.append(group)
+                    spent += cost
+        return spent
+
+
+def rehearse(engine: Any, recompute: Recompute, pack: Pack, layout: ParallelLayout, device: torch.device) -> str | None:
+    """With `auto`: one forward and backward pass on the longest pack, then keep what the memory left allows.
+
+    The loss is multiplied by zero, so no gradient and no weight changes. Collective. Returns a line for the reader, None
+    where nothing was to be decided (another policy, or no GPU).
+    """
+    if not recompute.auto or device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    engine.backward(engine(shard(pack, layout, device)) * 0.0, scale_wrt_gas=False)
+    free = torch.tensor(free_bytes(device), device=device)
+    dist.all_reduce(free, op=dist.ReduceOp.MIN)
+    peak = torch.cuda.max_memory_allocated(device)
+    size = torch.finfo(next(engine.module.parameters()).dtype).bits // 8
+    spent = recompute.spend(int(free), pack.tokens // layout.sp, size)
+    torch.cuda.empty_cache()
+    kept, all_groups = (sum(map(len, x)) for x in (recompute.keep, recompute.groups))
+    return (
+        f"longest pack ({pack.tokens:,} tokens) peaks at {peak / 2**30:.1f} GiB; {spent / 2**30:.1f} GiB more keep the "
+        f"outputs of {kept} of {all_groups} groups of linears"
+    )
+
+
+def free_bytes(device: torch.device) -> int:
+    """GPU memory that the highest peak so far left unused, less a reserve; never negative."""
+    free, total = torch.cuda.mem_get_info(device)
+    others = total - free - torch.cuda.memory_reserved(device)  # the context, NCCL, other processes
+    return max(0, int(total * (1 - SPARE_SHARE)) - others - torch.cuda.max_memory_allocated(device))

@@ -1,0 +1,65 @@
+"""`run_status.json`: how the run stands, for those who start it again. torchrun turns every failure into exit code 1."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ds_longft.errors import LongftError
+from ds_longft.train.ranks import Launch
+from ds_longft.train.secrets import redact
+
+STATUS = "run_status.json"
+
+
+def this_start() -> str | None:
+    """Names one start of a SLURM job: its id, and how often it was requeued."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}" if job else None
+
+
+class Status:
+    """Written when training begins and when the process ends. Rank 0 writes, or another one where rank 0 hangs."""
+
+    def __init__(self, launch: Launch) -> None:
+        self.launch = launch
+        self.folder: Path | None = None
+        self.error: str | None = None
+        self.first_step: int | None = None
+
+    def training(self, first_step: int) -> None:
+        """Training begins after `first_step` steps of earlier runs."""
+        self.first_step = first_step
+        self.write(None)
+
+    def failed(self, error: BaseException | str, code: int) -> int:
+        """Note the error and show it once per node; returns `code`."""
+        self.error = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+        if isinstance(error, LongftError) and self.launch.local_rank == 0:
+            print(f"\n{redact(str(error))}\n", file=sys.stderr, flush=True)
+        return code
+
+    def write(self, exit_code: int | None, *, force: bool = False) -> None:
+        """Leave the code (None: running) and the error beside the run's records, where there is a run."""
+        if (self.launch.rank and not force) or self.folder is None or not self.folder.is_dir():
+            return
+        content: dict[str, Any] = {
+            "exit_code": exit_code,
+            "error": self.error and redact(self.error),
+            "first_step": self.first_step,
+            "start": this_start(),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
+        tmp = self.folder / f".{STATUS}.{self.launch.rank}"
+        try:
+            tmp.write_text(json.dumps(content) + "\n")
+            os.replace(tmp, self.folder / STATUS)
+        except OSError as e:
+            print(f"{STATUS} could not be written: {e}", file=sys.stderr)

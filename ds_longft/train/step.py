@@ -1,0 +1,50 @@
+"""Forward and backward of one optimizer step: the one place where the loss rule becomes a gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_longft.batch import Pack
+from ds_longft.layout import ParallelLayout
+from ds_longft.sequence.shard import shard
+
+
+def loss_scale(total_weight: float, layout: ParallelLayout) -> float:
+    """What a rank's loss sum is multiplied by before its backward pass: the engine then averages over the world.
+
+    `total_weight`: sum of the loss weights of the whole step, over every pack and dp rank. A step without any target (0)
+    backpropagates zeros.
+    """
+    return layout.world / total_weight if total_weight else 0.0
+
+
+def backpropagate_pack(engine: Any, pack: Pack, scale: float, layout: ParallelLayout, device: torch.device) -> Tensor:
+    """Forward and backward of one pack; returns this rank's sum of w * ce, a scalar without gradient.
+
+    A sum that is not finite makes all of its gradient NaN, so that a check of the gradient sees it too.
+    """
+    loss_sum = engine(shard(pack, layout, device))
+    value: Tensor = loss_sum.detach()
+    engine.backward(loss_sum * torch.where(value.isfinite(), scale, math.nan), scale_wrt_gas=False)
+    return value
+
+
+def backpropagate(
+    engine: Any, packs: Sequence[Pack], total_weight: float, layout: ParallelLayout, device: torch.device
+) -> Tensor:
+    """Forward and backward of this rank's packs of one step, one micro-step each; the weights do not change yet.
+
+    Returns this rank's sum of w * ce, a float64 scalar without gradient. The caller ends the step with `engine.step()`.
+    """
+    scale = loss_scale(total_weight, layout)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for i, pack in enumerate(packs):
+        if i:
+            engine.step()  # counts the micro-step; weights change only at the last one
+        total += backpropagate_pack(engine, pack, scale, layout, device)
+    return total

@@ -1,0 +1,71 @@
+"""LoRA's dropout: another mask on every rank, the same masks again from the same random state, and in recomputation."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_longft.batch import Pack
+from ds_longft.exactness.engine_step import Backpropagate, weights_held
+from ds_longft.exactness.finding import Finding, Gather
+from ds_longft.exactness.packs import weight_of
+from ds_longft.layout import ParallelLayout
+
+CHECK = "5 LoRA dropout"
+
+
+def check_dropout(
+    engine: Any, pack: Pack, layout: ParallelLayout, device: torch.device, backpropagate: Backpropagate, gather: Gather
+) -> list[Finding]:
+    """Run one step twice from this rank's random state as the run starts with it. Collective."""
+    dropouts = [m for m in engine.module.modules() if isinstance(m, nn.Dropout) and m.p > 0]
+    if not dropouts:
+        return [Finding(CHECK, "masks", None, note="the model has no dropout (lora.dropout is 0)")]
+    start = _random_state(device)
+    losses, masks = [], []
+    for _ in range(2):
+        _set_random_state(start, device)
+        seen: list[str] = []
+        handle = dropouts[0].register_forward_hook(lambda _m, args, out, seen=seen: seen.append(_mask(args[0], out)))
+        with weights_held(engine):
+            losses.append(float(backpropagate(engine, [pack], weight_of([pack]), layout, device)))
+            engine.step()
+        handle.remove()
+        masks.append(seen)
+    _set_random_state(start, device)
+    firsts = gather(masks[0][0])
+    different = len(set(firsts))
+    repeats = all(gather(masks[0] == masks[1] and losses[0] == losses[1]))
+    recomputed = all(gather(len(set(masks[0])) == 1))
+    return [
+        Finding(
+            CHECK, "different masks on the ranks", different == len(firsts), f"{different} of {len(firsts)}", "all",
+            "" if different == len(firsts) else "ranks drop the same features: their random numbers start from one seed", different,
+        ),
+        Finding(
+            CHECK, "same masks and loss from the same random state", repeats, str(repeats), "yes",
+            "" if repeats else "a step cannot be repeated: resuming would not give the same run",
+        ),
+        Finding(
+            CHECK, "same mask when a layer is recomputed", recomputed, str(recomputed), "yes",
+            "" if recomputed else "recomputation draws new masks: the gradient belongs to another forward pass",
+        ),
+    ]  # fmt: skip
+
+
+def _mask(before: Tensor, after: Tensor) -> str:
+    dropped = (after == 0) & (before != 0)
+    return hashlib.sha256(dropped.detach().cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)

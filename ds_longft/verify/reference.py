@@ -1,0 +1,128 @@
+"""The yardstick: the same weights in float32 through transformers' own attention, each document alone, on one process.
+
+No packing, no sharding, no exchange, no kernel of ours, no chunked loss, no engine. What is shared with a run is the loading
+of the weights and the placing of adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from ds_longft.batch import Pack
+from ds_longft.config import RunConfig
+from ds_longft.exactness.engine_step import Gradients, without_dropout
+from ds_longft.exactness.isolation import decoder_of
+from ds_longft.layout import ParallelLayout
+from ds_longft.model.load import load_config, load_model
+from ds_longft.model.lora import add_lora
+from ds_longft.model.rope import set_rope_length
+from ds_longft.verify.subject import wake_adapters
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What one process computes."""
+
+    gradients: Gradients
+    token_losses: list[NDArray[np.float64]]
+    """For each pack [S]: w * ce of every token, 0 where nothing is trained."""
+
+    def per_rank_mean(self, packs: Sequence[Pack], layout: ParallelLayout) -> float:
+        """The loss that a run would show if each rank divided by its own weights: a mistake to recognise."""
+        sums, weights = np.zeros(layout.world), np.zeros(layout.world)
+        for i, pack in enumerate(packs):
+            s = pack.tokens // layout.sp
+            for j in range(layout.sp):
+                rank = (i % layout.dp) * layout.sp + j
+                sums[rank] += self.token_losses[i][j * s : (j + 1) * s].sum()
+                weights[rank] += pack.loss_weights[j * s : (j + 1) * s].sum(dtype=np.float64)
+        return float(np.mean(sums / np.maximum(weights, 1e-30)))
+
+
+def reference_model(config: RunConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The run's model, rounded to the run's type, then in float32; its adapters too."""
+    hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation="sdpa")
+    hf_config._attn_implementation = attention_name(hf_config)
+    model: Any = load_model(
+        config.model, hf_config, ds_engine_config=None, dtype=dtype, device=device, seed=config.seed
+    )
+    if config.lora is not None:
+        model = add_lora(model, config.lora, seed=config.seed, revision=config.model.revision)
+        wake_adapters(model)
+    return in_float32(model)
+
+
+def in_float32(model: nn.Module) -> nn.Module:
+    """Weights in float32, on the GPU kept small by recomputing layers."""
+    model = model.float()
+    if next(model.parameters()).device.type == "cuda":
+        base: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def attention_name(hf_config: Any) -> str:
+    """transformers' own attention that honours all the config asks for: its sdpa knows neither softcap nor sinks."""
+    softcap = getattr(hf_config, "attn_logit_softcapping", None)
+    return "eager" if softcap or hf_config.model_type == "gpt_oss" else "sdpa"
+
+
+def reference_step(
+    model: nn.Module, packs: Sequence[Pack], total_weight: float, device: torch.device, rank: int, world: int
+) -> Reference:
+    """Loss and gradients of one step over `packs`; ranks share the packs out and add up. Collective."""
+    token_losses = [np.zeros(pack.tokens) for pack in packs]
+    with without_dropout(model):
+        for i in range(rank, len(packs), world):
+            for a, b, losses in document_losses(model, packs[i], device):
+                (losses.sum() / total_weight).backward()
+                token_losses[i][a:b] = losses.detach().double().cpu().numpy()
+    losses_of_all = torch.from_numpy(np.concatenate(token_losses)).to(device)
+    if world > 1:
+        dist.all_reduce(losses_of_all)
+    grads = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        grad = torch.zeros_like(p) if p.grad is None else p.grad
+        if world > 1:
+            dist.all_reduce(grad)
+        if rank == 0:
+            grads[name] = grad.detach().to("cpu", torch.float32, copy=True)
+        p.grad = None
+    whole = losses_of_all.cpu().numpy()
+    borders = np.cumsum([0, *(pack.tokens for pack in packs)])
+    return Reference(
+        Gradients(float(whole.sum()) / total_weight, grads),
+        [whole[a:b] for a, b in zip(borders, borders[1:], strict=False)],
+    )
+
+
+def document_losses(model: nn.Module, pack: Pack, device: torch.device) -> Any:
+    """For each document with targets: (start, end, w * ce of its tokens [n] float32)."""
+    borders = pack.cu_seqlens.tolist()
+    longest = int(np.diff(pack.cu_seqlens).max())
+    for a, b in zip(borders, borders[1:], strict=False):
+        weights = torch.from_numpy(pack.loss_weights[a:b]).to(device)
+        rows = weights.nonzero()[:, 0]
+        if not len(rows):
+            continue
+        # Types of RoPE that depend on the length are chosen by the longest document of the pack: part of what a pack is.
+        set_rope_length(decoder_of(model), longest)
+        ids, labels = (torch.from_numpy(x[a:b]).to(device) for x in (pack.input_ids, pack.labels))
+        logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=rows).logits[0]  # [t, V]
+        losses = torch.zeros(b - a, device=device)
+        yield (
+            a,
+            b,
+            losses.index_add(0, rows, cross_entropy(logits.float(), labels[rows], reduction="none") * weights[rows]),
+        )

@@ -1,0 +1,73 @@
+"""What the user sees: which text is trained, and the table of findings."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ds_longft.batch import Pack
+from ds_longft.exactness.finding import Finding
+from ds_longft.exactness.packs import documents_of
+
+MAX_CHARS = 400  # of a stretch without targets
+
+
+def trained_text(pack: Pack, tokenizer: Any) -> Text:
+    """The first document of a pack that trains something, decoded; what the model learns to write is green."""
+    documents = [d for d in documents_of(pack) if d[2].any()]
+    text = Text()
+    if not documents:
+        return text
+    ids, _, weights = documents[0]
+    trained = [False, *(weights[:-1] != 0)]  # a token is trained by the label of the one before it
+    start = 0
+    for end in range(1, len(ids) + 1):
+        if end < len(ids) and trained[end] == trained[start]:
+            continue
+        piece = tokenizer.decode(ids[start:end])
+        if trained[start]:
+            text.append(piece, style="bold green")
+        elif len(piece) > MAX_CHARS:
+            half = MAX_CHARS // 2
+            text.append(piece[:half]).append(f" [... {len(piece) - MAX_CHARS:,} characters ...] ", style="dim")
+            text.append(piece[-half:])
+        else:
+            text.append(piece)
+        start = end
+    return text
+
+
+def print_report(findings: list[Finding], facts: dict[str, Any], sample: Text | None, *, as_json: bool) -> None:
+    """One table, or one JSON object with the same content."""
+    failed = [f for f in findings if f.ok is False]
+    if as_json:
+        rows = [
+            {"check": f.check, "what": f.what, "ok": f.ok, "value": f.value, "measured": f.measured, "allowed": f.tolerance, "note": f.note}
+            for f in findings
+        ]  # fmt: skip
+        print(json.dumps({"ok": not failed, **facts, "findings": rows}), flush=True)
+        return
+    console = Console(highlight=False)
+    if sample:
+        console.rule("one document as it is trained: the model learns to write what is green", align="left")
+        console.print(sample, soft_wrap=True)
+        console.rule()
+    console.print(", ".join(f"{key} {value}" for key, value in facts.items()))
+    table = Table("check", "what", "measured", "allowed", "", "cause or remark")
+    before = ""
+    for f in findings:
+        verdict = Text("-", "dim") if f.ok is None else Text("ok", "green") if f.ok else Text("FAILED", "bold red")
+        table.add_row(f.check if f.check != before else "", f.what, f.measured, f.tolerance, verdict, f.note)
+        before = f.check
+    console.print(table)
+    judged = sum(f.ok is not None for f in findings)
+    if failed:
+        console.print(
+            f"[bold red]{len(failed)} of {judged} findings failed[/]: this run would not train what it should."
+        )
+    else:
+        console.print(f"[bold green]All {judged} findings passed.[/]")
