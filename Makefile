@@ -3,14 +3,15 @@ SHELL := /bin/bash
 BIN := .venv/bin
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 
-.PHONY: help setup quickstart check format test
+.PHONY: help setup quickstart check format test test-all
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make setup       .venv with everything in it (once; repeated calls cost nothing)"
 	@echo "make quickstart  train a small real model on long code samples: 2 CPU ranks, or one rank a GPU"
 	@echo "make check       ruff, mypy, import contracts"
-	@echo "make test        every test that needs no GPU"
+	@echo "make test        the tests that need no GPU"
+	@echo "make test-all    these, and the ones that take minutes to hours"
 	@echo "make format      let ruff format and mend what it can"
 
 # Made again only when what it was made from has changed.
@@ -38,4 +39,8 @@ format: setup
 
 # One thread a rank: the distributed tests start up to four of them.
 test: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow"
+
+# Also the long ones: the soak of kills, a real SLURM, hosts that lose each other.
+test-all: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"

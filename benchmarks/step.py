@@ -178,7 +178,9 @@ def main() -> None:
                 losses.append(step())
                 synchronize()
             if launch.rank == 0:
-                print(prof.key_averages().table(sort_by="self_device_time_total", row_limit=32, max_name_column_width=80))
+                print(
+                    prof.key_averages().table(sort_by="self_device_time_total", row_limit=32, max_name_column_width=80)
+                )
                 prof.export_chrome_trace(args.profile)
         else:
             losses.append(step())

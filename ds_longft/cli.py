@@ -63,6 +63,7 @@ COMMANDS = {
     "data synth-code": Command(
         "ds_longft.data.commands:synth_code", "make long code questions from Python's own source"
     ),
+    "verify": Command("ds_longft.verify.command:verify", "prove that your run trains what one process would", True),
     "export": Command("ds_longft.model.export:export", "a run's result as an ordinary Hugging Face folder"),
     "config": Command("ds_longft.cli:show_config", "the resolved run config; --help lists every key", True),
     "train": Command("ds_longft.cli:show_train", "how to start a training run", True),

@@ -37,6 +37,20 @@ class Finding:
     value: float | None = None
     """The number that was judged, for machines."""
 
+    @classmethod
+    def judged(
+        cls, check: str, what: str, ok: bool, measured: str, tolerance: str, cause: str, *, value: float | None = None,
+        remark: str = "",
+    ) -> Finding:  # fmt: skip
+        """A finding whose note is the cause where it failed, the remark where it did not."""
+        return cls(check, what, ok, measured, tolerance, remark if ok else cause, value)
+
+    @classmethod
+    def at_most(cls, check: str, what: str, value: float, allowed: float, cause: str, *, remark: str = "") -> Finding:
+        """A finding on a number that may be as large as `allowed`; not a number is too large."""
+        ok = value <= allowed
+        return cls.judged(check, what, ok, f"{value:.1e}", f"{allowed:.0e}", cause, value=value, remark=remark)
+
 
 @dataclass(frozen=True)
 class Tolerance:

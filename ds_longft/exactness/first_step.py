@@ -12,7 +12,7 @@ from ds_longft.errors import ModelError
 from ds_longft.exactness.engine_step import Backpropagate, step_gradients, weights_held, without_dropout
 from ds_longft.exactness.finding import TOLERANCE, Finding, Gather
 from ds_longft.exactness.gradients import Suspects, judge
-from ds_longft.exactness.isolation import check_isolation
+from ds_longft.exactness.isolation import check_borders, check_isolation
 from ds_longft.exactness.labels import check_labels
 from ds_longft.exactness.packs import shortened, two_documents, weight_of
 from ds_longft.layout import ParallelLayout
@@ -31,10 +31,10 @@ def check_first_step(
 ) -> list[Finding]:
     """Findings of checks 1 to 3. Collective; the same on every rank.
 
-    The packs are cut to a rank's share of their tokens: without sp each rank then works on as many tokens as the run gives
-    it anyway, and the check needs no more memory than the run.
+    The packs are cut to a rank's share of their tokens: without sp each rank then works on as many tokens as the run
+    gives it anyway, and the check needs no more memory than the run.
     """
-    findings = check_labels(step.packs, step.total_weight, layout, gather)
+    findings = [check_borders(step.packs, gather), *check_labels(step.packs, step.total_weight, layout, gather)]
     first = step.packs[0]
     pack = shortened(first, max(first.tokens // layout.sp, 8), layout.sp)
     weight = sum(gather(weight_of([pack]))) / layout.sp
@@ -48,7 +48,7 @@ def check_first_step(
         )
     found = None
     if layout.rank == 0:
-        suspects = Suspects(layout, reference.loss, ours.loss)
+        suspects = Suspects(layout, ours.loss)
         found, _ = judge(f"sp {layout.sp} against sp 1", ours, reference, TOLERANCE[dtype], cause=suspects.cause)
     return [*gather(found)[0], *findings]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,8 +65,8 @@ def judge(
 ) -> tuple[list[Finding], Difference]:  # fmt: skip
     """Findings on one run (rank 0 only). `cause` puts a failure into words.
 
-    `rounding`: the distance of a run without any splitting in the same type; what is judged may be ROUNDING_GROWTH times
-    as far where that is more than the tolerance.
+    `rounding`: the distance of a run without any splitting in the same type; what is judged may be ROUNDING_GROWTH
+    times as far where that is more than the tolerance.
     """
     d = difference(ours, reference)
 
@@ -80,11 +80,9 @@ def judge(
         ("gradient direction, 1 - cosine", d.direction, allowed("direction"), ""),
         ("worst parameter's gradient", d.worst, allowed("worst"), d.worst_name),
     ]
-    bad = [not value <= limit for _, value, limit, _ in rows]
-    why = cause(d) if any(bad) else ""
+    why = "" if all(value <= limit for _, value, limit, _ in rows) else cause(d)
     return [
-        Finding(CHECK, f"{what}: {name}", not failed, f"{value:.1e}", f"{limit:.0e}", why if failed else note, value)
-        for (name, value, limit, note), failed in zip(rows, bad, strict=True)
+        Finding.at_most(CHECK, f"{what}: {name}", value, limit, why, remark=note) for name, value, limit, note in rows
     ], d
 
 
@@ -93,17 +91,17 @@ class Suspects:
     """What a wrong step is compared with, to name the cause."""
 
     layout: ParallelLayout
-    reference_loss: float
     loss: float
-    per_rank_mean: float | None = None
-    """The loss that averaging over the ranks' own means would give; None where it is not known."""
+    means_of_means: Sequence[float] = ()
+    """Losses that averaging over the ranks' own means would give, where they are known."""
 
     def cause(self, d: Difference) -> str:
         """The likely cause of a difference, in one or two sentences."""
         sp, dp, world = self.layout.sp, self.layout.dp, self.layout.world
-        if self.per_rank_mean is not None and d.loss > 1e-3 and _near(self.loss, self.per_rank_mean, 2e-3):
+        mean = min(self.means_of_means, key=lambda mean: abs(mean - self.loss), default=math.inf)
+        if abs(mean - self.loss) < 0.1 * d.loss * abs(self.loss):
             return (
-                f"the loss is the average of the ranks' own means ({self.per_rank_mean:.6f}): weights are averaged per rank. Each "
+                f"the loss is the average of the ranks' own means ({mean:.6f}): weights are averaged per rank. Each "
                 f"rank has to contribute its sum, divided by the weight of the whole step"
             )
         factors = {"sp": sp, "dp": dp, "the number of ranks": world}
@@ -111,16 +109,16 @@ class Suspects:
             for ratio, how in ((float(n), "multiplied"), (1.0 / n, "divided")):
                 if n > 1 and _near(d.ratio, ratio, 0.02) and d.direction < 0.05:
                     return (
-                        f"the gradient points the right way and is {d.ratio:.3f} times as long: scaled by {name} ({how} by {n}). "
-                        f"The loss's factor and the engine's averaging over ranks do not match"
+                        f"the gradient points the right way and is {d.ratio:.3f} times as long: scaled by {name} "
+                        f"({how} by {n}). The loss's factor and the engine's averaging over ranks do not match"
                     )
         if d.direction < 1e-2 and d.gradient_norm > 1e-2:
             return f"the gradient points the right way and is {d.ratio:.3f} times as long: the loss scale is wrong"
         if d.loss <= 1e-4 or (d.loss <= 1e-2 < d.direction):
             return "the loss is right, the gradient is not: the backward pass of attention, exchange or recomputation"
         return (
-            "loss and gradient differ: the forward pass is another one. If check 2 fails as well, documents see each other; if 3 "
-            "fails, labels are wrong; if 4 fails, positions are; if 7 fails, the attention kernel is"
+            "loss and gradient differ: the forward pass is another one. If check 2 fails as well, documents see each "
+            "other; if 3 fails, labels are wrong; if 4 fails, positions are; if 7 fails, the attention kernel is"
         )
 
 

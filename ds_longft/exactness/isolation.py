@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_longft.batch import Pack
-from ds_longft.exactness.finding import Finding
+from ds_longft.exactness.finding import Finding, Gather
 from ds_longft.layout import ParallelLayout
 from ds_longft.sequence.shard import shard
 
@@ -26,16 +27,25 @@ def decoder_of(model: nn.Module) -> nn.Module:
     return causal_lm.get_decoder()
 
 
+def check_borders(packs: Sequence[Pack], gather: Gather) -> Finding:
+    """Whether every row of the packs is a document of its own, as the data made them. Collective."""
+    merged = sum(gather(sum(len(p.rows) + bool(p.padding_tokens) - (len(p.cu_seqlens) - 1) for p in packs if p.rows)))
+    cause = f"{abs(merged)} borders between rows are missing in the packs' cu_seqlens: their rows would see each other"
+    return Finding.judged(
+        CHECK, "rows without a border to the next", merged == 0, str(merged), "0", cause, value=merged
+    )
+
+
 def check_isolation(
     engine: Any, pack: Pack, layout: ParallelLayout, device: torch.device, allowed: float, vocab_size: int
 ) -> list[Finding]:
     """Change the middle token of some documents of `pack`, one at a time, and watch the last layer's hidden states.
 
-    Logits are a function of the hidden state at the same place, so what does not move there does not move in the logits.
+    Logits are a function of the hidden state at the same place: what does not move there does not move in the logits.
     `allowed`: how far others may move, as a share of what the changed document moves. Collective.
     """
     borders = pack.cu_seqlens.tolist()
-    documents = list(zip(borders, borders[1:], strict=False))
+    documents = list(pairwise(borders))
     real = documents[:-1] if pack.padding_tokens else documents
     long_enough = [i for i, (a, b) in enumerate(real) if b - a >= 2]
     if not long_enough or len(documents) < 2:
@@ -61,21 +71,31 @@ def check_isolation(
             if not other <= worst_other:
                 worst_other, leak = other, f"a token of document {i} moves document {j}"
     return [
-        Finding(
-            CHECK, "states of other documents, one token changed", worst_other <= allowed, f"{worst_other:.1e}", f"{allowed:.0e}",
-            "" if worst_other <= allowed else
-            f"{leak}: attention does not stop at the borders of the documents (their mask, cu_seqlens, was dropped or merged)",
+        Finding.at_most(
+            CHECK,
+            "states of other documents, one token changed",
             worst_other,
+            allowed,
+            f"{leak}: attention does not stop at the borders of the documents (their mask, cu_seqlens, was dropped or "
+            f"documents were merged)",
         ),
-        Finding(
-            CHECK, "states before the changed token", worst_earlier <= allowed, f"{worst_earlier:.1e}", f"{allowed:.0e}",
-            "" if worst_earlier <= allowed else "earlier tokens see a later one: attention is not causal", worst_earlier,
+        Finding.at_most(
+            CHECK,
+            "states before the changed token",
+            worst_earlier,
+            allowed,
+            "earlier tokens see a later one: attention is not causal",
         ),
-        Finding(
-            CHECK, "states behind the changed token do move", least_own > 0, f"{least_own:.1e}", "> 0",
-            "" if least_own > 0 else "nothing moves at all: the model does not read its input", least_own,
+        Finding.judged(
+            CHECK,
+            "states behind the changed token do move",
+            least_own > 0,
+            f"{least_own:.1e}",
+            "> 0",
+            "nothing moves at all: the model does not read its input",
+            value=least_own,
         ),
-    ]  # fmt: skip
+    ]
 
 
 @torch.no_grad()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,42 +31,49 @@ def check_labels(packs: Sequence[Pack], total_weight: float, layout: ParallelLay
     wrong = sum(c["trained_wrong"] for c in counts)
     weight = sum(c["trained_weight"] for c in counts)
     lost = abs(weight - total_weight) / max(abs(total_weight), 1e-30)
+    judged = partial(Finding.judged, CHECK)
     return [
-        Finding(
-            CHECK, "targets that are the first token of another document", crossing == 0, f"{crossing:,}", "0",
-            "" if crossing == 0 else
-            f"{crossing:,} labels leak over a document border: the last token of a document is trained to predict the first of "
-            f"the next. Labels have to be shifted inside each document", crossing,
+        judged(
+            "targets that are the first token of another document",
+            crossing == 0,
+            f"{crossing:,}",
+            "0",
+            f"{crossing:,} labels leak over a document border: the last token of a document is trained to predict the "
+            f"first of the next. Labels have to be shifted inside each document",
+            value=crossing,
         ),
-        Finding(
-            CHECK, "labels that are not the token after theirs", shifted == 0, f"{shifted:,} of {targets:,}", "0",
-            "" if shifted == 0 else "labels are not shifted by one token inside their document", shifted,
+        judged(
+            "labels that are not the token after theirs",
+            shifted == 0,
+            f"{shifted:,} of {targets:,}",
+            "0",
+            "labels are not shifted by one token inside their document",
+            value=shifted,
         ),
-        Finding(
-            CHECK, "targets of the packs, trained by exactly one rank", targets == trained and wrong == 0,
-            f"{trained:,} of {targets:,}", "all, once",
-            "" if targets == trained and wrong == 0 else
-            f"{abs(targets - trained):,} targets are lost or doubled, {wrong:,} differ, when a pack is sliced over the ranks", trained - targets,
+        judged(
+            "targets of the packs, trained by exactly one rank",
+            targets == trained and wrong == 0,
+            f"{trained:,} of {targets:,}",
+            "all, once",
+            f"{abs(targets - trained):,} targets are lost or doubled and {wrong:,} tokens or targets differ when a "
+            f"pack is sliced over the ranks",
+            value=trained - targets,
         ),
-        Finding(
-            CHECK, "sum of trained weights against the loss's divisor", lost <= 1e-5, f"{lost:.1e}", "1e-05",
-            "" if lost <= 1e-5 else
-            f"the ranks train a weight of {weight:.6g}, the loss is divided by {total_weight:.6g}: targets were lost or added after the data "
-            f"was counted", lost,
+        Finding.at_most(
+            CHECK,
+            "sum of trained weights against the loss's divisor",
+            lost,
+            1e-5,
+            f"the ranks train a weight of {weight:.6g}, the loss is divided by {total_weight:.6g}: targets were "
+            f"lost or added after the data was counted",
         ),
-    ]  # fmt: skip
+    ]
 
 
-def _count(packs: Sequence[Pack], layout: ParallelLayout) -> dict[str, float]:
+def _count(packs: Sequence[Pack], layout: ParallelLayout) -> dict[str, Any]:
     """What this rank sees: of the whole packs, and of its own slices."""
-    count = {
-        "targets": 0.0,
-        "crossing": 0.0,
-        "not_next": 0.0,
-        "trained": 0.0,
-        "trained_wrong": 0.0,
-        "trained_weight": 0.0,
-    }
+    count: dict[str, Any] = dict.fromkeys(("targets", "crossing", "not_next", "trained", "trained_wrong"), 0)
+    count["trained_weight"] = 0.0
     for pack in packs:
         trained = (pack.labels != IGNORE_INDEX) & (pack.loss_weights != 0)
         last = pack.cu_seqlens[1:] - 1  # of each document

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ Document = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]
 def documents_of(pack: Pack) -> list[Document]:
     """The documents of a pack, without its padding."""
     borders = pack.cu_seqlens.tolist()
-    spans = list(zip(borders, borders[1:], strict=False))
+    spans = list(pairwise(borders))
     if pack.padding_tokens:
         spans = spans[:-1]
     return [(pack.input_ids[a:b], pack.labels[a:b], pack.loss_weights[a:b]) for a, b in spans]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -23,9 +25,18 @@ CHECK = "4 RoPE"
 
 @torch.no_grad()
 def check_positions(
-    engine: Any, hf_config: PretrainedConfig, pack: Pack, layout: ParallelLayout, device: torch.device, gather: Gather
+    engine: Any,
+    hf_config: PretrainedConfig,
+    packs: Sequence[Pack],
+    pack: Pack,
+    layout: ParallelLayout,
+    device: torch.device,
+    gather: Gather,
 ) -> list[Finding]:
-    """One forward pass of `pack`; the position ids that reach the rotary embedding are caught on the way. Collective."""
+    """The position ids of `packs` as the data made them, and those that reach the model in a forward pass of `pack`.
+
+    Collective; the findings are the same on every rank.
+    """
     decoder = decoder_of(engine.module.model)
     parts = rope_parts(hf_config)
     rotary = [m for m in decoder.modules() if any(hasattr(m, f"{t}_inv_freq" if t else "inv_freq") for t in parts)]
@@ -40,8 +51,8 @@ def check_positions(
     engine(shard(pack, layout, device))
     engine.train()
     handle.remove()
-    live = np.concatenate([p for p in gather(seen[0].reshape(-1).cpu().numpy())[: layout.sp]])
-    expected = np.concatenate([np.arange(n) for n in np.diff(pack.cu_seqlens)])
+    live = np.concatenate(gather(seen[0].reshape(-1).cpu().numpy())[: layout.sp])
+    expected = _restarting(pack)
     wrong = int((live != expected).sum()) if len(live) == len(expected) else len(expected)
     findings = []
     if parts:
@@ -50,21 +61,37 @@ def check_positions(
             error, note = check_rope(decoder, hf_config, length), ", ".join(str(p["rope_type"]) for p in parts.values())
         except ModelError as e:
             error, note = float("inf"), str(e)
-        findings.append(
-            Finding(CHECK, "inverse frequencies against the config's formula", error <= MAX_RELATIVE_ERROR, f"{error:.1e}",
-                    f"{MAX_RELATIVE_ERROR:.0e}", note, error)
-        )  # fmt: skip
+        what = "inverse frequencies against the config's formula"
+        findings.append(Finding.at_most(CHECK, what, error, MAX_RELATIVE_ERROR, note, remark=note))
     else:
         findings.append(Finding(CHECK, "inverse frequencies", None, note=f"{hf_config.model_type} states no RoPE"))
-    note = ""
+    cause = ""
     if wrong:
         first = int(np.flatnonzero(live != expected)[0]) if len(live) == len(expected) else 0
         document = int(np.searchsorted(pack.cu_seqlens, first, side="right")) - 1
-        note = (
-            f"token {first} (document {document}) has position {live[first]}, expected {expected[first]}: positions have to restart at "
-            f"0 in each document and go on over the shards of one"
+        cause = (
+            f"token {first} (of document {document}) has position {live[first]}, expected {expected[first]}: position "
+            f"ids have to restart at 0 in each document and go on over the shards of one"
         )
+    made = gather(sum(int((p.position_ids != _restarting(p)).sum()) for p in packs))
     findings.append(
-        Finding(CHECK, "positions that do not restart at each document", wrong == 0, f"{wrong:,} of {len(expected):,}", "0", note, wrong)
-    )  # fmt: skip
+        Finding.judged(
+            CHECK,
+            "position ids of the packs",
+            not any(made),
+            f"{sum(made):,} wrong",
+            "0",
+            "position ids do not restart at 0 in each document when packs are made",
+            value=sum(made),
+        )
+    )
+    what = "position ids that reach the model"
+    findings.append(
+        Finding.judged(CHECK, what, wrong == 0, f"{wrong:,} of {len(expected):,} wrong", "0", cause, value=wrong)
+    )
     return findings
+
+
+def _restarting(pack: Pack) -> NDArray[np.int64]:
+    """[S] positions that start at 0 in each document."""
+    return np.concatenate([np.arange(n, dtype=np.int64) for n in np.diff(pack.cu_seqlens)])

@@ -11,6 +11,7 @@ Not counted: recomputation, adapters (under 1%), norms, activations, embeddings,
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,8 +44,9 @@ class ModelShape:
     @classmethod
     def from_config(cls, hf_config: PretrainedConfig) -> ModelShape:
         """Read off a model without memory ("meta"): exact for every architecture, experts by their share of use."""
+        # of a copy: the attention's name is written into the config that a model is made of
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager")
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), attn_implementation="eager")
         head = model.get_output_embeddings()
         body = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
         # mixture of experts: one 3-D weight for all experts, of which each token uses a few

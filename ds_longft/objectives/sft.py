@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ds_longft.batch import Batch
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.rope import set_rope_length
+from ds_longft.sequence.attention import ULYSSES
 from ds_longft.sequence.loss import ChunkedHead
 
 
@@ -23,6 +24,8 @@ class SftObjective(nn.Module):
         self.kernel = kernel
         # PEFT changes linears in place; the plain causal LM under it still runs with its adapters.
         causal_lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        seen = causal_lm.config._attn_implementation
+        assert seen == ULYSSES, f"the model's attention is {seen}: every rank would attend to its own shard alone"
         self._decoder = [causal_lm.get_decoder()]  # in a list: not a second registration of its parameters
         self._head = [ChunkedHead.install(causal_lm, causal_lm.config)]
 

@@ -10,12 +10,13 @@ Letters: t tokens, I input and O output features, r rank, m members of a group.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -36,6 +37,14 @@ class Member:
         a, b = (self.lora[0].weight, self.lora[1].weight) if self.lora else (None, None)
         return self.base.weight, self.base.bias, a, b
 
+    def plain(self, x: Tensor) -> Tensor:
+        """The layer's output, by autograd and without calling its modules."""
+        out = F.linear(x, self.base.weight, self.base.bias)
+        if self.lora is None:
+            return out
+        a, b, scale = self.lora
+        return out + F.linear(F.linear(x, a.weight), b.weight) * scale
+
     @classmethod
     def of(cls, module: nn.Module) -> Member | None:
         """The layer as a member, or None where it is something this path would compute differently."""
@@ -44,13 +53,14 @@ class Member:
         if type(module) is not PeftLinear or type(module.base_layer) is not nn.Linear:
             return None
         active = module.active_adapters
-        if len(active) != 1 or module.merged or module.disable_adapters or active[0] not in module.lora_A:
+        layer: Any = module
+        if len(active) != 1 or layer.merged or layer.disable_adapters or active[0] not in layer.lora_A:
             return None
         name = active[0]
-        plain = not module.lora_variant.get(name) and isinstance(module.lora_dropout[name], nn.Identity)
-        if not plain or module.lora_B[name].bias is not None:
+        plain = not layer.lora_variant.get(name) and isinstance(layer.lora_dropout[name], nn.Identity)
+        if not plain or layer.lora_B[name].bias is not None:
             return None
-        return cls(module.base_layer, (module.lora_A[name], module.lora_B[name], module.scaling[name]))
+        return cls(layer.base_layer, (layer.lora_A[name], layer.lora_B[name], layer.scaling[name]))
 
 
 class LinearGroup:
@@ -183,7 +193,7 @@ def _columns(xa: Tensor, downs: Sequence[Tensor]) -> Sequence[Tensor]:
 def fuse_linears(layer: nn.Module) -> list[LinearGroup]:
     """Replace the forward of a decoder layer's linears by grouped ones; returns the groups, in no particular order.
 
-    Under ZeRO-3 a group reads weights of modules that are not called: see `gather_with_layer`.
+    Under ZeRO-3 a group reads weights of modules that are not called: see `gather_with`.
     """
     groups = []
     for names in _groups_of(layer):
@@ -195,19 +205,18 @@ def fuse_linears(layer: nn.Module) -> list[LinearGroup]:
     return groups
 
 
-def gather_with_layer(layer: nn.Module, groups: Sequence[LinearGroup]) -> None:
-    """Under ZeRO-3: gather the weights of all groups when the layer is entered, as one collective.
+def gather_with(module: nn.Module, members: Iterable[Member]) -> None:
+    """Under ZeRO-3: gather the weights of all members when `module` is entered, as one collective. Else nothing.
 
-    Not a ZeRO-3 leaf: that reduces gradients when the layer's input has its gradient, before those of the adapters exist
-    (DeepSpeed 0.19.8).
+    Not a ZeRO-3 leaf: that reduces gradients when the module's input has its gradient, before those of the adapters
+    exist (DeepSpeed 0.19.8).
     """
     import deepspeed
 
-    for group in groups:
-        for member in group.members:
-            for tensor in member.tensors():
-                if tensor is not None:
-                    deepspeed.zero.register_external_parameter(layer, tensor)
+    for member in members:
+        for tensor in member.tensors():
+            if tensor is not None:
+                deepspeed.zero.register_external_parameter(module, tensor)
 
 
 def _groups_of(parent: nn.Module) -> Iterator[tuple[str, ...]]:

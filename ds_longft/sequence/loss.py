@@ -13,17 +13,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
 from ds_longft.errors import ModelError
+from ds_longft.sequence.linear import Member, gather_with
 
-CHUNK_BYTES = 1 << 30
-"""Float32 logits alive at once; 2,048 rows of a 128K vocabulary."""
+CHUNK_BYTES = 1 << 29
+"""Float32 logits of a chunk: 1,046 rows of a 128K vocabulary. Four such tensors are alive at once."""
+
+Transform = Callable[[Tensor], Tensor]
 
 
-def logit_transform(config: PretrainedConfig) -> Callable[[Tensor], Tensor]:
+def logit_transform(config: PretrainedConfig) -> Transform:
     """What the model does to its logits after the head: soft capping (Gemma) or nothing.
 
     Raises:
@@ -44,24 +48,56 @@ def logit_transform(config: PretrainedConfig) -> Callable[[Tensor], Tensor]:
     return lambda logits: torch.tanh(logits / cap) * cap
 
 
+def _chunk_sum(logits: Tensor, targets: Tensor, weights: Tensor, transform: Transform) -> Tensor:
+    """Weighted cross-entropy sum of a chunk: logits [rows, V] -> a scalar in at least float32."""
+    logits = transform(logits)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return (F.cross_entropy(logits, targets, reduction="none") * weights).sum()
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    """The loss and its gradient by the hidden states in one pass over the chunks: with a frozen head nothing is left to
+    compute in the backward pass, so its product runs twice and not three times.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: Member, targets: Tensor, weights: Tensor, transform: Transform, chunk_rows: int
+    ) -> Tensor:
+        """hidden [t, D] -> scalar."""
+        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        for a in range(0, len(hidden), chunk_rows):
+            rows = slice(a, a + chunk_rows)
+            logits = head.plain(hidden[rows])  # [rows, V]
+            with torch.enable_grad():
+                leaf = logits.detach().requires_grad_(grad is not None)
+                part = _chunk_sum(leaf, targets[rows], weights[rows], transform)
+            total += part.detach()
+            if grad is not None:
+                (dlogits,) = torch.autograd.grad(part, leaf)
+                torch.mm(dlogits, head.base.weight, out=grad[rows])
+        ctx.grad = grad
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
+        """[t, D], scaled by what the sum is multiplied with."""
+        return ctx.grad * dtotal.to(ctx.grad.dtype), None, None, None, None, None
+
+
 def weighted_nll(
-    head: Callable[[Tensor], Tensor],
-    hidden: Tensor,
-    targets: Tensor,
-    weights: Tensor,
-    transform: Callable[[Tensor], Tensor],
-    chunk_rows: int,
+    head: Member, hidden: Tensor, targets: Tensor, weights: Tensor, transform: Transform, chunk_rows: int
 ) -> Tensor:
     """sum(weights * cross_entropy(transform(head(hidden)), targets)), a scalar in at least float32.
 
-    hidden [t, D], targets [t], weights [t]. Each chunk's logits [rows, V] live only while it is computed, forward and
-    backward.
+    hidden [t, D], targets [t], weights [t]. Each chunk's logits [rows, V] live only while it is computed.
     """
+    if not any(t.requires_grad for t in head.tensors() if t is not None):
+        return _FrozenHeadLoss.apply(hidden, head, targets, weights, transform, chunk_rows)
 
     def chunk_sum(h: Tensor, y: Tensor, w: Tensor) -> Tensor:
-        logits = transform(head(h))  # [rows, V]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return (F.cross_entropy(logits, y, reduction="none") * w).sum()
+        return _chunk_sum(head.plain(h), y, w, transform)
 
     chunks = zip(hidden.split(chunk_rows), targets.split(chunk_rows), weights.split(chunk_rows), strict=True)
     parts: list[Any] = [checkpoint(chunk_sum, h, y, w, use_reentrant=False) for h, y, w in chunks]
@@ -71,12 +107,13 @@ def weighted_nll(
 class ChunkedHead:
     """Makes a model's output head compute `weighted_nll` in one module call.
 
-    One call, because under ZeRO-3 each call of a module gathers its weights: a number of calls that depended on a rank's
-    own labels would leave the other ranks waiting.
+    One call, because under ZeRO-3 each call of a module gathers its weights: a number of calls that depended on a
+    rank's own labels would leave the other ranks waiting. For the same reason the parts of a head (LoRA on it,
+    `modules_to_save`) are gathered with the head and computed here, without calling them.
     """
 
-    def __init__(self, head: nn.Module, config: PretrainedConfig) -> None:
-        self.plain = head.forward
+    def __init__(self, head: nn.Module, member: Member, config: PretrainedConfig) -> None:
+        self.plain, self.member = head.forward, member
         self.transform = logit_transform(config)
         self.chunk_rows = max(1, CHUNK_BYTES // (4 * config.vocab_size))
 
@@ -84,21 +121,22 @@ class ChunkedHead:
         """Logits [.., V] as before without targets; with them, the weighted sum over rows [t, D]."""
         if targets is None or weights is None:
             return self.plain(hidden)
-        return weighted_nll(self.plain, hidden, targets, weights, self.transform, self.chunk_rows)
+        return weighted_nll(self.member, hidden, targets, weights, self.transform, self.chunk_rows)
 
     @classmethod
     def install(cls, model: nn.Module, config: PretrainedConfig) -> nn.Module:
         """Replace the forward of the model's output head; returns the head.
 
-        A head with parts of its own (LoRA on it, `modules_to_save`) becomes a ZeRO-3 leaf: gathered once with all its
-        parts, whatever the number of chunks.
+        Raises:
+            ModelError: the model has no head, or one that is not a linear layer.
         """
         head = model.get_output_embeddings()  # type: ignore[operator]
-        if head is None:
-            raise ModelError(f"{type(model).__name__} has no output head to train with")
-        head.forward = cls(head, config)
-        if any(True for _ in head.children()):
-            from deepspeed.utils import set_z3_leaf_module
-
-            set_z3_leaf_module(head, True)
+        linear = head.modules_to_save[head.active_adapters[0]] if isinstance(head, ModulesToSaveWrapper) else head
+        member = Member.of(linear) if linear is not None else None
+        if member is None:
+            raise ModelError(
+                f"the output head of {type(model).__name__} is {type(linear).__name__}, not a linear layer"
+            )
+        head.forward = cls(head, member, config)
+        gather_with(head, [member])
         return head

@@ -35,7 +35,12 @@ Keep = Sequence[LinearGroup]
 
 
 def apply_recompute(
-    layers: Sequence[nn.Module], policy: str, *, every: int = 2, dropout: bool = False, keep: Sequence[Keep] | None = None
+    layers: Sequence[nn.Module],
+    policy: str,
+    *,
+    every: int = 2,
+    dropout: bool = False,
+    keep: Sequence[Keep] | None = None,
 ) -> None:
     """Replace the forward of decoder layers by one that recomputes.
 

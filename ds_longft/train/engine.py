@@ -15,6 +15,7 @@ import deepspeed
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ds_longft.config import OptimConfig, RunConfig
 from ds_longft.layout import ParallelLayout
@@ -72,6 +73,7 @@ def build(
     `prepare` is called with the model, adapters in place, before the optimizer copies its weights.
     """
     register()
+    unset_hf_deepspeed_config()  # of an earlier ZeRO-3 model of this process, if there is one
     dtype = torch.bfloat16 if engine_config.get("bf16", {}).get("enabled") else torch.float32
     hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation=ULYSSES)
     shape = ModelShape.from_config(hf_config)  # before ZeRO-3 is switched on for every model that is built

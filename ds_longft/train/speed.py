@@ -19,7 +19,7 @@ from ds_longft.batch import Pack
 from ds_longft.config import RunConfig
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.flops import ModelShape
-from ds_longft.sequence.linear import LinearGroup, fuse_linears, gather_with_layer
+from ds_longft.sequence.linear import LinearGroup, fuse_linears, gather_with
 from ds_longft.sequence.recompute import apply_recompute
 from ds_longft.sequence.shard import shard
 
@@ -82,7 +82,7 @@ class Recompute:
             made.groups = [fuse_linears(layer) for layer in layers]
             if stage == 3:
                 for layer, groups in zip(layers, made.groups, strict=True):
-                    gather_with_layer(layer, groups)
+                    gather_with(layer, (m for g in groups for m in g.members))
         made.keep = [[] for _ in layers]
         apply_recompute(
             layers,

@@ -17,8 +17,8 @@ from ds_longft.sequence.shard import shard
 def loss_scale(total_weight: float, layout: ParallelLayout) -> float:
     """What a rank's loss sum is multiplied by before its backward pass: the engine then averages over the world.
 
-    `total_weight`: sum of the loss weights of the whole step, over every pack and dp rank. A step without any target (0)
-    backpropagates zeros.
+    `total_weight`: sum of the loss weights of the whole step, over every pack and dp rank. A step without any target
+    (0) backpropagates zeros.
     """
     return layout.world / total_weight if total_weight else 0.0
 

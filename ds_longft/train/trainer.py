@@ -25,6 +25,7 @@ from ds_longft.batch import Pack, Step
 from ds_longft.config import RunConfig
 from ds_longft.data.loader import StepLoader
 from ds_longft.errors import CheckpointError, NonFiniteError
+from ds_longft.exactness.first_step import check_first_step, raise_if_wrong
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.flops import step_flops
 from ds_longft.sequence.shard import shard
@@ -36,7 +37,7 @@ from ds_longft.train.metrics import Records, peak_gib
 from ds_longft.train.ranks import Agreement
 from ds_longft.train.schedule import learning_rate
 
-from ds_longft.train.step import backpropagate_pack, loss_scale
+from ds_longft.train.step import backpropagate, backpropagate_pack, loss_scale
 
 FAILED_SAVES_IN_A_ROW = 2
 
@@ -70,6 +71,8 @@ class Trainer:
         train = self.config.train
         self.watchdog.enter("the start")
         self._agree_on_stopping()
+        if self.state.step == 0 and train.verify_first and self.state.total_steps:
+            self._verify_first()
         if self.state.step == 0 or self.state.eval_due:
             self._evaluate()
         while self.state.step < self.state.total_steps and not self.stopping:
@@ -90,6 +93,25 @@ class Trainer:
         if self.stopping:
             self._save()
         return not self.stopping
+
+    def _verify_first(self) -> None:
+        """Checks on the first step before it is trained; raises ModelError (exit 64) where one fails."""
+        steps = self.train_loader.steps(0)
+        step = next(steps)
+        steps.close()
+        findings = check_first_step(
+            self.built.engine,
+            step,
+            self.layout,
+            self.device,
+            backpropagate=backpropagate,
+            gather=self.agreement.gather,
+            vocab_size=self.built.hf_config.vocab_size,
+            dtype=torch.bfloat16 if self.built.engine.bfloat16_enabled() else torch.float32,
+        )
+        raise_if_wrong(findings)
+        for finding in findings:
+            self.records.say(f"verified: {finding.what} {finding.measured} (allowed {finding.tolerance})")
 
     def _train_step(self, step: Step) -> bool:
         """One optimizer step. False: all ranks agreed to stop between its packs; weights and random state are as before."""

@@ -65,9 +65,13 @@ def main(argv: list[str]) -> int:
 def read(argv: list[str]) -> tuple[Options, RunConfig]:
     """Take verify's own flags off the command line; the rest is the run config's."""
     parser = _Parser(
-        prog="ds-longft verify", allow_abbrev=False, epilog=EPILOG, description=verify.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter, usage="ds-longft verify --config FILE.yaml [--sp N] [options]",
-    )  # fmt: skip
+        prog="ds-longft verify",
+        usage="ds-longft verify --config FILE.yaml [--sp N] [options]",
+        description=verify.__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--layers", type=int, help="verify the first so many layers only")
     parser.add_argument(
         "--tokens", help="tokens of each pack, e.g. 16K; longer packs are cut (8K on GPUs, 512 on CPUs)"
@@ -93,7 +97,7 @@ def _ranks(options: Options, config: RunConfig, gpus: int) -> int:
     ranks = options.ranks or (config.sp if isinstance(config.sp, int) else gpus or 2)
     if gpus and ranks > gpus:
         raise ConfigError(
-            f"{ranks} ranks are asked for, this machine has {gpus} GPUs: give a smaller sp, or CUDA_VISIBLE_DEVICES= to verify "
-            f"on the CPU, or a launcher for several nodes"
+            f"{ranks} ranks are asked for, this machine has {gpus} GPUs: give a smaller sp, or CUDA_VISIBLE_DEVICES= "
+            f"to verify on the CPU, or start it with a launcher on several nodes"
         )
     return ranks

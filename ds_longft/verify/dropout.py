@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,20 +41,31 @@ def check_dropout(
     different = len(set(firsts))
     repeats = all(gather(masks[0] == masks[1] and losses[0] == losses[1]))
     recomputed = all(gather(len(set(masks[0])) == 1))
+    judged = partial(Finding.judged, CHECK)
     return [
-        Finding(
-            CHECK, "different masks on the ranks", different == len(firsts), f"{different} of {len(firsts)}", "all",
-            "" if different == len(firsts) else "ranks drop the same features: their random numbers start from one seed", different,
+        judged(
+            "different masks on the ranks",
+            different == len(firsts),
+            f"{different} of {len(firsts)}",
+            "all",
+            "ranks drop the same features: their random numbers start from one seed",
+            value=different,
         ),
-        Finding(
-            CHECK, "same masks and loss from the same random state", repeats, str(repeats), "yes",
-            "" if repeats else "a step cannot be repeated: resuming would not give the same run",
+        judged(
+            "same masks and loss from the same random state",
+            repeats,
+            "yes" if repeats else "no",
+            "yes",
+            "a step cannot be repeated: resuming would not give the same run",
         ),
-        Finding(
-            CHECK, "same mask when a layer is recomputed", recomputed, str(recomputed), "yes",
-            "" if recomputed else "recomputation draws new masks: the gradient belongs to another forward pass",
+        judged(
+            "same mask when a layer is recomputed",
+            recomputed,
+            "yes" if recomputed else "no",
+            "yes",
+            "recomputation draws new masks: the gradient belongs to another forward pass",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _mask(before: Tensor, after: Tensor) -> str:

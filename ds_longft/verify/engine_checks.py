@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from ds_longft.exactness.engine_step import Gradients, step_gradients, weights_held, without_dropout
 from ds_longft.exactness.finding import TOLERANCE, Finding
 from ds_longft.exactness.gradients import Suspects, judge
-from ds_longft.exactness.isolation import check_isolation
+from ds_longft.exactness.isolation import check_borders, check_isolation
 from ds_longft.exactness.labels import check_labels
 from ds_longft.exactness.packs import in_two, two_documents, weight_of
 from ds_longft.exactness.positions import check_positions
@@ -42,11 +42,12 @@ def check_engine(
     if 2 in checks:
         vocab = built.hf_config.vocab_size
         neighbours = two_documents(pack, layout.sp)
-        found[2] = check_isolation(engine, neighbours, layout, device, TOLERANCE[subject.dtype].leak, vocab)
+        found[2] = [check_borders(subject.step.packs, gather)]
+        found[2] += check_isolation(engine, neighbours, layout, device, TOLERANCE[subject.dtype].leak, vocab)
     if 3 in checks:
         found[3] = check_labels(subject.step.packs, subject.step.total_weight, layout, gather)
     if 4 in checks:
-        found[4] = check_positions(engine, built.hf_config, pack, layout, device, gather)
+        found[4] = check_positions(engine, built.hf_config, subject.step.packs, pack, layout, device, gather)
     asked = asked_of_attention(engine, pack, layout, device)
     if 6 in checks:
         ModelWriter(built.model, subject.tokenizer, subject.agreement).write_all(work)
@@ -83,8 +84,8 @@ def _check_gradients(subject: Subject, built: Built, reference: Reference) -> li
         ours = run(kind)
         if layout.rank:
             continue
-        mean = reference.per_rank_mean(packs, layout) if kind == "sp" else None
-        suspects = Suspects(layout if kind == "sp" else replace(alone), reference.gradients.loss, ours.loss, mean)
+        means = reference.means_of_means(packs, layout) if kind == "sp" else ()
+        suspects = Suspects(alone if kind in ("one", "dp") else layout, ours.loss, means)
         rows, apart = judge(name, ours, reference.gradients, tolerance, cause=suspects.cause, rounding=rounding)
         findings += rows
         if kind == "one":

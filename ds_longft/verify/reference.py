@@ -1,13 +1,14 @@
 """The yardstick: the same weights in float32 through transformers' own attention, each document alone, on one process.
 
-No packing, no sharding, no exchange, no kernel of ours, no chunked loss, no engine. What is shared with a run is the loading
-of the weights and the placing of adapters.
+No packing, no sharding, no exchange, no kernel of ours, no chunked loss, no engine. What is shared with a run is the
+loading of the weights and the placing of adapters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -36,16 +37,20 @@ class Reference:
     token_losses: list[NDArray[np.float64]]
     """For each pack [S]: w * ce of every token, 0 where nothing is trained."""
 
-    def per_rank_mean(self, packs: Sequence[Pack], layout: ParallelLayout) -> float:
-        """The loss that a run would show if each rank divided by its own weights: a mistake to recognise."""
-        sums, weights = np.zeros(layout.world), np.zeros(layout.world)
+    def means_of_means(self, packs: Sequence[Pack], layout: ParallelLayout) -> tuple[float, float]:
+        """What a frequent mistake would show: each rank divides by its own weight, then ranks are averaged.
+
+        Once in the whole step, or in each micro-step.
+        """
+        sums, weights = (np.zeros((len(packs), layout.sp)) for _ in range(2))
         for i, pack in enumerate(packs):
-            s = pack.tokens // layout.sp
-            for j in range(layout.sp):
-                rank = (i % layout.dp) * layout.sp + j
-                sums[rank] += self.token_losses[i][j * s : (j + 1) * s].sum()
-                weights[rank] += pack.loss_weights[j * s : (j + 1) * s].sum(dtype=np.float64)
-        return float(np.mean(sums / np.maximum(weights, 1e-30)))
+            sums[i] = self.token_losses[i].reshape(layout.sp, -1).sum(1)
+            weights[i] = pack.loss_weights.astype(np.float64).reshape(layout.sp, -1).sum(1)
+        by_rank = [  # packs of one dp rank
+            (sums[r :: layout.dp].sum(0) / np.maximum(weights[r :: layout.dp].sum(0), 1e-30)).mean()
+            for r in range(layout.dp)
+        ]
+        return float(np.mean(by_rank)), float((sums / np.maximum(weights, 1e-30)).mean())
 
 
 def reference_model(config: RunConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -103,7 +108,7 @@ def reference_step(
     borders = np.cumsum([0, *(pack.tokens for pack in packs)])
     return Reference(
         Gradients(float(whole.sum()) / total_weight, grads),
-        [whole[a:b] for a, b in zip(borders, borders[1:], strict=False)],
+        [whole[a:b] for a, b in pairwise(borders)],
     )
 
 
@@ -111,12 +116,12 @@ def document_losses(model: nn.Module, pack: Pack, device: torch.device) -> Any:
     """For each document with targets: (start, end, w * ce of its tokens [n] float32)."""
     borders = pack.cu_seqlens.tolist()
     longest = int(np.diff(pack.cu_seqlens).max())
-    for a, b in zip(borders, borders[1:], strict=False):
+    for a, b in pairwise(borders):
         weights = torch.from_numpy(pack.loss_weights[a:b]).to(device)
         rows = weights.nonzero()[:, 0]
         if not len(rows):
             continue
-        # Types of RoPE that depend on the length are chosen by the longest document of the pack: part of what a pack is.
+        # Types of RoPE that depend on the length go by the longest document of the pack: part of what a pack is.
         set_rope_length(decoder_of(model), longest)
         ids, labels = (torch.from_numpy(x[a:b]).to(device) for x in (pack.input_ids, pack.labels))
         logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=rows).logits[0]  # [t, V]

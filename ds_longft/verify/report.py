@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +16,7 @@ from ds_longft.exactness.finding import Finding
 from ds_longft.exactness.packs import documents_of
 
 MAX_CHARS = 400  # of a stretch without targets
+FILE_WIDTH = 180  # of the table where there is no terminal to ask
 
 
 def trained_text(pack: Pack, tokenizer: Any) -> Text:
@@ -45,13 +48,12 @@ def print_report(findings: list[Finding], facts: dict[str, Any], sample: Text | 
     """One table, or one JSON object with the same content."""
     failed = [f for f in findings if f.ok is False]
     if as_json:
-        rows = [
-            {"check": f.check, "what": f.what, "ok": f.ok, "value": f.value, "measured": f.measured, "allowed": f.tolerance, "note": f.note}
-            for f in findings
-        ]  # fmt: skip
+        names = {"tolerance": "allowed"}
+        rows = [{names.get(key, key): value for key, value in asdict(f).items()} for f in findings]
         print(json.dumps({"ok": not failed, **facts, "findings": rows}), flush=True)
         return
-    console = Console(highlight=False)
+    width = None if sys.stdout.isatty() else FILE_WIDTH
+    console = Console(highlight=False, width=width)
     if sample:
         console.rule("one document as it is trained: the model learns to write what is green", align="left")
         console.print(sample, soft_wrap=True)

@@ -47,8 +47,8 @@ def run(config: RunConfig, options: Options, launch: Launch, device: Device) -> 
             findings, facts, sample = verify_model(made, options.checks)
         except torch.OutOfMemoryError as error:
             raise ModelError(
-                f"out of GPU memory: the reference needs the whole model in float32 on one GPU. Give --layers to verify the first "
-                f"layers, or fewer --tokens ({str(error).splitlines()[0]})"
+                f"out of GPU memory: the reference needs the whole model in float32 on one GPU. Give --layers to "
+                f"verify the first layers, or fewer --tokens ({str(error).splitlines()[0]})"
             ) from error
     if launch.rank == 0:
         if options.layers is not None:
@@ -72,12 +72,12 @@ def verify_model(subject: Subject, checks: frozenset[int]) -> tuple[list[Finding
         found, hf_config, asked = check_engine(subject, checks, reference, Path(work))
         _free()
         if 6 in checks and reference is not None:
-            here = None
+            here: list[Finding] = []
             if layout.rank == 0:
                 before = float(reference.token_losses[0].sum())
                 here = check_saved(Path(work), subject.config, packs[0], before, subject.dtype, device)
                 _free()
-            found[6] = subject.agreement.broadcast(here) or []
+            found[6] = subject.agreement.broadcast(here)
     if 7 in checks:
         found[7] = check_kernels(asked, hf_config, packs[0], layout, device, subject.agreement.gather)
     facts = {

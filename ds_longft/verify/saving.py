@@ -55,11 +55,16 @@ def check_saved(
         without = _loss(model, pack, device)
     moved = abs(without - loss) / max(abs(loss), 1e-30)
     findings.append(
-        Finding(
-            CHECK, "adapter: the loss without it is another", moved > SAME, f"{moved:.1e}", f"> {SAME:.0e}",
-            "" if moved > SAME else "the saved adapter does nothing: its weights were lost or are zeros", moved,
+        Finding.judged(
+            CHECK,
+            "adapter: the loss without it is another",
+            moved > SAME,
+            f"{moved:.1e}",
+            f"> {SAME:.0e}",
+            "the saved adapter does nothing: its weights were lost or are zeros",
+            value=moved,
         )
-    )  # fmt: skip
+    )
     findings.append(
         _same("merged model: loss against the adapter's", _loss(model.merge_and_unload(), pack, device), loss)
     )
@@ -68,22 +73,18 @@ def check_saved(
 
 def _same(what: str, loss: float, expected: float) -> Finding:
     error = abs(loss - expected) / max(abs(expected), 1e-30)
-    note = "" if error <= SAME else "weights are lost, rounded or named otherwise on the way through the file"
-    return Finding(CHECK, what, error <= SAME, f"{error:.1e}", f"{SAME:.0e}", note, error)
+    cause = "weights are lost, rounded or named otherwise on the way through the file"
+    return Finding.at_most(CHECK, what, error, SAME, cause)
 
 
 def _not_empty(file: Path) -> Finding:
     with safe_open(file, framework="pt") as tensors:
         sizes = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (not a mapping)
     empty = [name for name, t in sizes.items() if t.numel() == 0 or not bool(t.any())]
-    note = f"{empty[0]} is empty or all zeros: weights were saved as shards, not whole" if empty else ""
-    return Finding(
-        CHECK,
-        "adapter: tensors that are empty or zero",
-        not empty and bool(sizes),
-        f"{len(empty)} of {len(sizes)}",
-        "0",
-        note,
+    cause = f"{empty[0] if empty else 'the file'} is empty or all zeros: shards were saved, not whole weights"
+    ok = bool(sizes) and not empty
+    return Finding.judged(
+        CHECK, "adapter: tensors that are empty or zero", ok, f"{len(empty)} of {len(sizes)}", "0", cause
     )
 
 

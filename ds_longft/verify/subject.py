@@ -1,4 +1,4 @@
-"""What is verified: the user's model (or its first layers), a few packs of the user's data, adapters that do something."""
+"""What is verified: the user's model (or its first layers), packs of the user's data, adapters that do something."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """Pools of gloo ranks that live as long as the test session, so that a multi-process case costs about a second.
 
+The ranks are forked from a server that has torch, transformers and deepspeed imported, so that one starts at once.
+
 A case is a module-level function `case(rank, world, *args)`; `pool.run(case, *args)` calls it on every rank and returns
 the results in rank order. A failing or hanging case kills its pool; the next case gets a fresh one.
 """
@@ -74,7 +76,9 @@ class WorkerPool:
         self.workers = []
 
     def _start(self) -> None:
-        context, port = mp.get_context("spawn"), free_port()
+        os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")  # read when the server imports
+        context, port = mp.get_context("forkserver"), free_port()
+        context.set_forkserver_preload(["tests.faults.preload"])
         for rank in range(self.world):
             ours, theirs = context.Pipe()
             process = context.Process(target=_rank_main, args=(rank, self.world, port, theirs), daemon=True)

@@ -14,7 +14,7 @@ from ds_longft.batch import IGNORE_INDEX, Pack
 from ds_longft.layout import ParallelLayout
 from ds_longft.objectives.sft import SftObjective
 from ds_longft.sequence.attention import ULYSSES, register
-from ds_longft.sequence.linear import fuse_linears, gather_with_layer
+from ds_longft.sequence.linear import fuse_linears, gather_with
 from ds_longft.sequence.recompute import apply_recompute
 from ds_longft.sequence.shard import shard
 from tests.distributed.models import make_pack, reference_sum, relative_error, tiny_config, tiny_model
@@ -66,7 +66,7 @@ def one_step(
         assert [len(g) for g in groups] == [4, 4]  # q/k/v, o, gate/up, down
         if stage == 3:
             for layer, own in zip(layers, groups, strict=True):
-                gather_with_layer(layer, own)
+                gather_with(layer, (m for g in own for m in g.members))
     apply_recompute(layers, {"fused": "keep_attention"}.get(policy, policy), keep=groups if policy == "auto" else None)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     engine, *_ = deepspeed.initialize(
