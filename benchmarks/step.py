@@ -5,8 +5,9 @@
     python benchmarks/step.py --shape smollm2 --tokens 8192                   one GPU
     ... --profile trace.json                                                  and the top kernels of one step
 
-The model is built, wrapped and stepped exactly as a run does (`train.engine.build`, the trainer's loss rule); only the data
-loader and the records are left out. One JSON line per setting goes to stdout and, with --append, to results.jsonl.
+The model is built, wrapped and stepped exactly as a run does (`train.engine.build`, the trainer's loss rule); only the
+data loader and the records are left out. One JSON line per setting goes to stdout and, with --append, to
+results.jsonl.
 """
 
 from __future__ import annotations
@@ -20,32 +21,37 @@ import tempfile
 import time
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 SHAPES = {
-    "llama8b": dict(
-        model_type="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=1 << 22,
-        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
-    ),
-    "qwen7b": dict(
-        model_type="qwen2", vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
-        num_attention_heads=28, num_key_value_heads=4, max_position_embeddings=1 << 22,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-    ),
-    "smollm2": dict(
-        model_type="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-        num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=1 << 22, tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
-    ),
-    "tiny": dict(
-        model_type="llama", vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
-        num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=1 << 22,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
-    ),
+    "llama8b": {
+        "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 1 << 22,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+    },
+    "qwen7b": {
+        "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 1 << 22,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    },
+    "smollm2": {
+        "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 1 << 22,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
+    },
+    "tiny": {
+        "model_type": "llama", "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 1 << 22,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
+    },
 }  # fmt: skip
 
 
@@ -62,6 +68,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--targets", type=float, default=1.0, help="share of the tokens that are trained")
     parser.add_argument("--full", action="store_true", help="full fine-tuning instead of LoRA r16 on all linears")
     parser.add_argument("--steps", type=int, default=3, help="the first is warming up")
+    parser.add_argument("--host_gib", type=float, default=0.0, help="host memory for kept outputs")
     parser.add_argument("--liger", default="auto")
     parser.add_argument("--tag", default="")
     parser.add_argument("--profile", help="write a trace of the last step to this file and print the top kernels")
@@ -121,7 +128,7 @@ def main() -> None:
             "model": {"path": str(folder), "random_weights": True, "kernel": args.kernel, "liger": args.liger},
             "lora": None if args.full else {"r": 16, "alpha": 32},
             "data": {"train": ["unused.jsonl"], "max_length_tokens": tokens},
-            "train": {"recompute": args.recompute},
+            "train": {"recompute": args.recompute, "offload_host_gib": args.host_gib},
         }
     )
     settings = merge_ds_config(
@@ -174,13 +181,14 @@ def main() -> None:
         if args.profile and i == args.steps - 1:
             from torch.profiler import ProfilerActivity, profile
 
-            with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as prof:
+            with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU], record_shapes=True) as prof:
                 losses.append(step())
                 synchronize()
             if launch.rank == 0:
                 print(
-                    prof.key_averages().table(sort_by="self_device_time_total", row_limit=32, max_name_column_width=80)
+                    prof.key_averages().table(sort_by="self_device_time_total", row_limit=24, max_name_column_width=60)
                 )
+                print(shape_table(prof))
                 prof.export_chrome_trace(args.profile)
         else:
             losses.append(step())
@@ -202,17 +210,17 @@ def main() -> None:
     flops = step_flops(built.shape, lengths, lora=not args.full, targets=int(pack.loss_weights.sum())) * layout.dp
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     peak_rate = peak_tflops(name)
+    kind = "full" if args.full else "lora"
     if launch.rank == 0:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
         result = {
             "date": date.today().isoformat(),
             "commit": commit.stdout.strip() or os.environ.get("COMMIT"),
             "machine": f"{launch.world} x {name}",
-            "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__, "transformers": transformers.__version__},
-            "command": "torchrun --nproc_per_node "
-            + f"{launch.world} benchmarks/step.py "
-            + " ".join(sys.argv[1:]),
-            "what": args.tag or f"step {args.shape} {tokens} x{len(lengths)} sp{sp} dp{layout.dp} {'full' if args.full else 'lora'} {kernel.name}",
+            "versions": {m.__name__: m.__version__ for m in (torch, deepspeed, transformers)},
+            "command": f"torchrun --nproc_per_node {launch.world} benchmarks/step.py {' '.join(sys.argv[1:])}",
+            "what": args.tag
+            or f"step {args.shape} {tokens} x{len(lengths)} sp{sp} dp{layout.dp} {kind} {kernel.name}",
             "value": round(step_s, 3),
             "unit": "s",
             "tokens_per_s_per_gpu": round(tokens * layout.dp / step_s / launch.world, 1),
@@ -230,6 +238,16 @@ def main() -> None:
                 file.write(json.dumps(result) + "\n")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def shape_table(prof: Any) -> str:
+    """Device time of torch's own ops by input shapes, ms: where matrix products, copies and adds go."""
+    by_shape = prof.key_averages(group_by_input_shape=True)
+    rows = [r for r in by_shape if r.key.startswith("aten::") and r.self_device_time_total > 4000]
+    rows.sort(key=lambda r: -r.self_device_time_total)
+    return "\n".join(
+        f"{r.self_device_time_total / 1e3:9.1f} ms {r.count:5d} x {r.key:28s} {r.input_shapes}" for r in rows[:40]
+    )
 
 
 def save_gradients(model: object, path: str, rank: int) -> None:

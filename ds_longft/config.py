@@ -62,7 +62,8 @@ class ModelConfig(Section):
     """Attention kernel by name (see `ds_longft.sequence.kernels`), or `auto` for the first that fits."""
 
     liger: Literal["auto", "off"] = "auto"
-    """`auto`: fused norm, rotary and gated activation of liger-kernel where it is installed and knows the model (GPUs)."""
+    """`auto`: fused norm, rotary and gated activation of liger-kernel where it is installed and knows the model
+    (GPUs)."""
 
     random_weights: bool = False
     """Initialise from the config alone, without weights: rehearsals and benchmarks."""
@@ -209,8 +210,12 @@ class TrainConfig(Section):
 
     recompute: Literal["none", "full", "every_k", "sqrt", "keep_attention", "auto"] = "auto"
     """Activation checkpointing. `full`: every layer. `every_k`: segments of `recompute_every` layers. `sqrt`: segments
-    of sqrt(layers), the least memory. `keep_attention`: every layer, but attention output is kept, not recomputed. `auto`: as
-    `keep_attention`, and with the GPU memory left the outputs of as many linears as fit."""
+    of sqrt(layers), the least memory. `keep_attention`: every layer, but attention output is kept, not recomputed.
+    `auto`: as `keep_attention`, and with the GPU memory left the outputs of as many linears as fit."""
+
+    offload_host_gib: float = Field(default=0.0, ge=0)
+    """Host memory a node may give to `recompute: auto` for what does not fit on its GPUs; pinned, copied beside the
+    compute. Pinning takes about 0.4 s a GiB at the start."""
 
     recompute_every: int = Field(default=2, gt=0)
     """Layers per segment for `every_k`."""

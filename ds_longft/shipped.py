@@ -1,4 +1,4 @@
-"""Files that come with the package: DeepSpeed JSONs and recipes, found from a clone and from an installed wheel alike."""
+"""Files that come with the package, found from a clone and from an installed wheel alike: DeepSpeed JSONs, recipes."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 Registered with transformers' AttentionInterface, so that any model that uses the interface works unpatched. The batch's
 `documents` and the `layout` travel as keyword arguments of `model.forward`; nothing is global.
-Its output can be kept across activation checkpointing (`KeptAttention`), so that the kernel's forward, the largest part of
-a long step, is not run twice.
+Its output can be kept across activation checkpointing (`kept`), so that the kernel's forward, the largest
+part of a long step, is not run twice.
 
 Letters: s tokens of this rank, S of the pack, Hq / Hkv heads of the model, h heads of this rank, d head size.
 """
@@ -23,6 +23,7 @@ from ds_longft.batch import Documents
 from ds_longft.errors import ModelError
 from ds_longft.layout import ParallelLayout
 from ds_longft.sequence.exchange import HeadShare, deal_heads, heads_to_tokens, tokens_to_heads
+from ds_longft.sequence.kept import Kept
 from ds_longft.sequence.kernels import AttentionSpec, Kernel, choose_kernel
 
 ULYSSES = "ulysses"
@@ -65,23 +66,6 @@ def _sinks_gradient(dout: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Te
     return -(weight * products.transpose(0, 1)).sum(1)
 
 
-class KeptAttention:
-    """Keeps one attention's output across activation checkpointing: flash forward is run once, not twice.
-
-    A checkpointed layer is called twice with the same instance (`recompute.py` makes one per call); the first call leaves
-    its output here, the second takes it instead of computing it. torch's selective checkpointing would do the same for
-    an op, but it demands that both calls dispatch the same ops, which ZeRO-3's prefetching does not.
-    """
-
-    def __init__(self) -> None:
-        self.output: tuple[Tensor, Tensor] | None = None
-
-    def take(self) -> tuple[Tensor, Tensor] | None:
-        """What the first call left, once."""
-        output, self.output = self.output, None
-        return output
-
-
 @dataclass(frozen=True)
 class _Call:
     """Everything about one attention that is not a tensor."""
@@ -106,7 +90,7 @@ class SpAttention(torch.autograd.Function):
         sinks: Tensor | None,
         cu_seqlens: Tensor,
         call: _Call,
-        kept: KeptAttention | None,
+        kept: Kept | None,
     ) -> Tensor:
         """q [s, Hq, d], k and v [s, Hkv, d]: this rank's tokens, all heads. cu_seqlens [N + 1]: the whole pack's.
 
@@ -123,7 +107,7 @@ class SpAttention(torch.autograd.Function):
                 out, lse = _add_sinks(out, lse, sinks[call.share.q.start : call.share.q.stop])
             output = heads_to_tokens([out], [(x.q,) for x in call.shares], call.group)[0], lse
             if kept is not None:
-                kept.output = output[0].detach(), lse
+                kept.put(*output)
         out, lse = output
         ctx.save_for_backward(q, k, v, sinks, cu_seqlens, out, lse)
         ctx.call = call
@@ -159,7 +143,7 @@ def ulysses_attention(
     documents: Documents | None = None,
     layout: ParallelLayout | None = None,
     kernel: str = "auto",
-    kept: KeptAttention | None = None,
+    kept: Kept | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,

@@ -1,8 +1,8 @@
 """Linear layers with LoRA inside, and with outputs that can be kept across activation checkpointing.
 
-PEFT computes base(x) + B(A(x)) * scale with a copy for each term, and reads x again for each of q, k, v. Here linears that
-read the same input are one group: one product with all their A matrices, the base product, then the low-rank term added in
-place. The arithmetic is PEFT's; the adapters stay PEFT's modules, so saving and loading know nothing of this.
+PEFT computes base(x) + B(A(x)) * scale with a copy for each term, and reads x again for each of q, k, v. Here linears
+that read the same input are one group: one product with all their A matrices, the base product, then the low-rank term
+added in place. The arithmetic is PEFT's; the adapters stay PEFT's modules, so saving and loading know nothing of this.
 What is not plain LoRA (dropout, DoRA, several or merged adapters, other layer types) keeps PEFT's own path.
 
 Letters: t tokens, I input and O output features, r rank, m members of a group.
@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+
+from ds_longft.sequence.kept import Kept
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of linears that Hugging Face models call one after the other with the same input."""
@@ -52,8 +54,8 @@ class Member:
             return cls(module, None)
         if type(module) is not PeftLinear or type(module.base_layer) is not nn.Linear:
             return None
-        active = module.active_adapters
-        layer: Any = module
+        layer: Any = module  # PEFT types its containers as modules
+        active = layer.active_adapters
         if len(active) != 1 or layer.merged or layer.disable_adapters or active[0] not in layer.lora_A:
             return None
         name = active[0]
@@ -68,7 +70,7 @@ class LinearGroup:
 
     def __init__(self, names: Sequence[str], modules: Sequence[nn.Module], members: Sequence[Member]) -> None:
         self.names, self.modules, self.members = tuple(names), list(modules), list(members)
-        self.kept: KeptOutputs | None = None  # set by whoever checkpoints the layer, for the call about to come
+        self.kept: Kept | None = None  # set by whoever checkpoints the layer, for the call about to come
         self._input: Tensor | None = None
         self._waiting: dict[int, Tensor] = {}
         for i, module in enumerate(modules):
@@ -79,9 +81,9 @@ class LinearGroup:
         """Output features of all members: what keeping costs per token."""
         return sum(m.base.out_features for m in self.members)
 
-    def slot(self) -> KeptOutputs:
-        """A place to keep the outputs of one call."""
-        return KeptOutputs(copy="q_proj" in self.names)
+    def slot(self) -> Kept:
+        """A place on the device to keep the outputs of one call."""
+        return Kept(copy="q_proj" in self.names)
 
     def _call(self, i: int, x: Tensor) -> Tensor:
         module = self.modules[i]
@@ -98,24 +100,8 @@ class LinearGroup:
         return outs[0]
 
 
-class KeptOutputs:
-    """Outputs of one group, left by a checkpointed layer's first call for its second.
-
-    `copy`: what follows may write into the outputs (liger's rotary embedding does, into q and k).
-    """
-
-    def __init__(self, copy: bool) -> None:
-        self.value: tuple[Tensor, ...] | None = None
-        self.copy = copy
-
-    def take(self) -> tuple[Tensor, ...] | None:
-        """What the first call left, once."""
-        value, self.value = self.value, None
-        return value
-
-
-def _apply(members: Sequence[Member], x: Tensor, kept: KeptOutputs | None) -> tuple[Tensor, ...]:
-    scales = tuple(m.lora[2] if m.lora else None for m in members)
+def _apply(members: Sequence[Member], x: Tensor, kept: Kept | None) -> tuple[Tensor, ...]:
+    scales = tuple(m.lora[2] if m.lora else 1.0 for m in members)
     return _Linears.apply(x, kept, scales, *(t for m in members for t in m.tensors()))
 
 
@@ -124,7 +110,7 @@ class _Linears(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, kept: KeptOutputs | None, scales: tuple[float | None, ...], *tensors: Tensor | None
+        ctx: Any, x: Tensor, kept: Kept | None, scales: tuple[float, ...], *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         """x [.., I] -> m outputs [.., O_i]. `tensors`: W, bias, A, B of each member."""
         quads = _quads(tensors)
@@ -142,7 +128,7 @@ class _Linears(torch.autograd.Function):
                 outs.append(out)
             saved = (*outs, xa)
             if kept is not None:
-                kept.value = tuple(t.detach().clone() if kept.copy else t.detach() for t in saved)
+                kept.put(*saved)
         *outs, xa = saved
         ctx.save_for_backward(x2, xa, *tensors)
         ctx.scales, ctx.shape = scales, x.shape

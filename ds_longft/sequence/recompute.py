@@ -18,20 +18,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ds_longft.sequence.attention import KeptAttention
+from ds_longft.sequence.kept import HostStore, Kept
 from ds_longft.sequence.linear import LinearGroup
 
 Forward = Callable[..., Any]
 
 
-Keep = Sequence[LinearGroup]
-"""Linears of one layer whose outputs are kept; may be changed between steps."""
+@dataclass
+class LayerKeep:
+    """What is kept of one layer beside its input and its attention; may be changed between steps."""
+
+    index: int
+    on_device: list[LinearGroup] = field(default_factory=list)
+    on_host: list[LinearGroup] = field(default_factory=list)
+    store: HostStore | None = None  # where `on_host` goes
+
+    def slots(self) -> list[tuple[LinearGroup, Kept]]:
+        """A new slot for each group of one call: nothing stale can be taken."""
+        slots = [(group, group.slot()) for group in self.on_device]
+        if self.store is not None:
+            slots += [(group, self.store.slot((self.index, group.names))) for group in self.on_host]
+        return slots
 
 
 def apply_recompute(
@@ -40,13 +55,13 @@ def apply_recompute(
     *,
     every: int = 2,
     dropout: bool = False,
-    keep: Sequence[Keep] | None = None,
+    keep: Sequence[LayerKeep] | None = None,
 ) -> None:
     """Replace the forward of decoder layers by one that recomputes.
 
     Layers take hidden states [1, s, D] first and return them. `dropout`: the random state is saved and restored for
-    recomputation (needed only where something in a layer draws random numbers). `keep`: for `keep_attention` and `auto`,
-    what else of each layer is kept; read at each call.
+    recomputation (needed only where something in a layer draws random numbers). `keep`: for `keep_attention` and
+    `auto`, what else of each layer is kept; read at each call.
     """
     run = partial(checkpoint, use_reentrant=False, preserve_rng_state=dropout)
     if policy == "none":
@@ -56,13 +71,16 @@ def apply_recompute(
         for start in range(0, len(layers), size):
             _Segment(list(layers[start : start + size]), run)
         return
-    for layer, kept in zip(layers, keep or [()] * len(layers), strict=True):
+    keeps: Sequence[LayerKeep | None] = keep or [None] * len(layers)
+    for layer, kept in zip(layers, keeps, strict=True):
         layer.forward = partial(run, layer.forward) if policy == "full" else partial(_keeping, run, layer.forward, kept)
 
 
-def _keeping(run: Callable[..., Any], forward: Forward, groups: Keep, *args: Any, **kwargs: Any) -> Any:
-    """Checkpoint one call of a layer. What is kept is made anew for each call, so nothing stale can be taken."""
-    slots = [(group, group.slot()) for group in groups]
+def _keeping(run: Callable[..., Any], forward: Forward, keep: LayerKeep | None, *args: Any, **kwargs: Any) -> Any:
+    """Checkpoint one call of a layer, with its attention and the linears of `keep` computed once."""
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    slots = keep.slots() if keep is not None else []
 
     def layer(*args: Any, **kwargs: Any) -> Any:
         for group, slot in slots:
@@ -73,7 +91,7 @@ def _keeping(run: Callable[..., Any], forward: Forward, groups: Keep, *args: Any
             for group, _ in slots:
                 group.kept = None
 
-    return run(layer, *args, **kwargs, kept=KeptAttention())
+    return run(layer, *args, **kwargs, kept=Kept())
 
 
 class _Segment:

@@ -1,7 +1,7 @@
 """A pack on the CPU -> this rank's `Batch` on its device.
 
-Labels were shifted and documents bordered before this, so a rank only slices: no collective, and every sp rank reads the
-same pack.
+Labels were shifted and documents bordered before this, so a rank only slices: no collective, and every sp rank reads
+the same pack.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from ds_longft.layout import ParallelLayout
 def shard(pack: Pack, layout: ParallelLayout, device: torch.device) -> Batch:
     """Slice [S] arrays into this rank's contiguous s = S / sp tokens.
 
-    Copies are pinned and asynchronous on GPUs. Positions without a target are dropped here, on the host: finding them on
-    the device would cost a synchronisation.
+    Copies are pinned and asynchronous on GPUs. Positions without a target are dropped here, on the host: finding them
+    on the device would cost a synchronisation.
     """
     assert pack.tokens % layout.sp == 0, f"{pack.tokens} tokens over sp {layout.sp}"
     s = pack.tokens // layout.sp

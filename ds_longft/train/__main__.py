@@ -1,7 +1,7 @@
 """`deepspeed launch/train.py` and `python -m ds_longft.train`: parse -> check -> build -> train -> exit code.
 
-Runs under deepspeed, torchrun, srun and plain python. Nothing heavy is imported before the checks have passed, so that a
-mistake in the config costs a second and not a model load.
+Runs under deepspeed, torchrun, srun and plain python. Nothing heavy is imported before the checks have passed, so that
+a mistake in the config costs a second and not a model load.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ from ds_longft.train.interrupt import StopRequest
 from ds_longft.train.ranks import Launch, visible_gpus
 from ds_longft.train.secrets import redact
 from ds_longft.train.status import Status
+
+
+STATUS_FIRST_S = 0.5
+"""Rank 0 writes the status before the others leave: srun and torchrun end all ranks as soon as one has failed."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,6 +44,8 @@ def _guarded(argv: list[str], launch: Launch, status: Status, stop: StopRequest)
         print(redact(traceback.format_exc()), file=sys.stderr)
         code = status.failed(e, 1)
     status.write(code)
+    if code and launch.rank:
+        time.sleep(STATUS_FIRST_S)
     if code and launch.world > 1:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -8,26 +8,44 @@ from typing import Any
 
 from ds_longft.config import RunConfig
 from ds_longft.layout import ParallelLayout
+from ds_longft.model.load import model_path
+from ds_longft.model.lora import BASE_CONFIG_FOLDER
 
 LOAD_ADAPTER = """```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{folder}")
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
+base = AutoModelForCausalLM.from_pretrained({base!r}{revision})
+model = PeftModel.from_pretrained(base, {folder!r})
+tokenizer = AutoTokenizer.from_pretrained({folder!r})
 ```"""
+
+LOAD_STRETCHED = """The base model's rotary position embedding was stretched ({rope}), and an adapter does not carry that: load the base with
+the config in `base_config/`, or it works with other positions than it was trained with.
+
+```python
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+config = AutoConfig.from_pretrained({base_config!r})
+base = AutoModelForCausalLM.from_pretrained({base!r}, config=config{revision})
+model = PeftModel.from_pretrained(base, {folder!r})
+tokenizer = AutoTokenizer.from_pretrained({folder!r})
+```"""
+
+EXPORT = "`ds-longft export {folder} {folder}-merged` makes an ordinary model folder of it, adapter merged and checked."
 
 LOAD_MODEL = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{folder}")
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = AutoModelForCausalLM.from_pretrained({folder!r})
+tokenizer = AutoTokenizer.from_pretrained({folder!r})
 ```"""
 
 
 def write_card(folder: Path, config: RunConfig, layout: ParallelLayout, history: list[dict[str, Any]]) -> None:
     """Write README.md into the output folder from the config and the recorded metrics."""
-    base = config.model.path
+    base = model_path(config.model)
     front = {
         "base_model": base,
         "library_name": "peft" if config.lora else "transformers",
@@ -55,7 +73,15 @@ def write_card(folder: Path, config: RunConfig, layout: ParallelLayout, history:
         )
     head = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
-    load = (LOAD_ADAPTER if config.lora else LOAD_MODEL).format(base=base, folder=folder)
+    stretched = config.model.rope.type != "none"
+    how = (LOAD_STRETCHED if stretched else LOAD_ADAPTER) + "\n\n" + EXPORT if config.lora else LOAD_MODEL
+    load = how.format(
+        base=base,
+        revision=f", revision={config.model.revision!r}" if config.model.revision else "",
+        folder=str(folder),
+        base_config=str(folder / BASE_CONFIG_FOLDER),
+        rope=config.model.rope.type,
+    )
     (folder / "README.md").write_text(
         f"---\n{head}\n---\n\n# {folder.name}\n\n| | |\n|---|---|\n{rows}\n\n{load}\n\n"
         "`config.yaml` beside this file runs the same training again; `metrics.jsonl` holds every step.\n"

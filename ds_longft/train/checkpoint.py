@@ -68,7 +68,8 @@ class Checkpoints:
         all ranks gather).
 
         Raises:
-            CheckpointError: on every rank, when there is no room or any rank could not write; nothing half-written stays
+            CheckpointError: on every rank, when there is no room or any rank could not write; nothing half-written
+            stays
                 behind and older checkpoints are as they were.
         """
         final = self.folder / f"checkpoint-{state.step}"
@@ -172,7 +173,8 @@ class Checkpoints:
     def load(self, engine: Any, path: Path, state: TrainState) -> None:
         """Weights, optimizer and this rank's random state from `path` into the engine.
 
-        Where another number of ranks wrote it, everything but the random state. Frozen weights are not in it (they came from the base model), hence the lenient module load.
+        Where another number of ranks wrote it, everything but the random state. Frozen weights are not in it (they
+        came from the base model), hence the lenient module load.
         """
         if state.world != self.agreement.world:
             load_for_other_world(engine, path, ENGINE, self.agreement)

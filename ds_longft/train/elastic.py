@@ -1,7 +1,8 @@
 """A checkpoint for another number of ranks than wrote it: DeepSpeed's universal form, where every parameter is whole.
 
-ZeRO cuts optimizer and weights into as many parts as there are ranks, and DeepSpeed refuses to load them on another number. Its
-converter joins the parts; the engine then cuts them anew. Exact in weights, moments and data; only dropout draws differ.
+ZeRO cuts optimizer and weights into as many parts as there are ranks, and DeepSpeed refuses to load them on another
+number. Its converter joins the parts; the engine then cuts them anew. Exact in weights, moments and data; only dropout
+draws differ.
 """
 
 from __future__ import annotations

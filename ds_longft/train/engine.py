@@ -1,12 +1,13 @@
 """Model, adapters, recomputation and optimizer put together, and handed to DeepSpeed.
 
-The order matters and is the same for every run: load (ZeRO-3 partitions at load) -> RoPE check -> LoRA -> output head ->
-recomputation (innermost forward first) -> optimizer -> engine. The engine gets no mpu: every ZeRO stage then averages
-gradients over all ranks alike, and one loss scale is right for all of them.
+The order matters and is the same for every run: load (ZeRO-3 partitions at load) -> RoPE check -> LoRA -> output head
+-> recomputation (innermost forward first) -> optimizer -> engine. The engine gets no mpu: every ZeRO stage then
+averages gradients over all ranks alike, and one loss scale is right for all of them.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import deepspeed
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ds_longft.config import OptimConfig, RunConfig
@@ -91,7 +92,7 @@ def build(
     if prepare is not None:
         prepare(model)
     objective = SftObjective(model, layout, config.model.kernel)
-    recompute = Recompute.install(base, config, stage)
+    recompute = Recompute.install(base, config, stage, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     model.train()
     optimizer = None
     if "optimizer" not in engine_config:

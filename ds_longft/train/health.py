@@ -24,8 +24,8 @@ GIL_GRACE_S = 30.0
 class Watchdog:
     """Ends a process whose main thread stays in one section for longer than `limit_s`, and says where every rank was.
 
-    A thread of ours does it (exit 71). Should it get no turn, because some C code holds the interpreter's lock, Python's own
-    C-level timer dumps the stacks half a minute later (exit 1).
+    A thread of ours does it (exit 71). Should it get no turn, because some C code holds the interpreter's lock,
+    Python's own C-level timer dumps the stacks half a minute later (exit 1).
     """
 
     def __init__(
@@ -41,7 +41,8 @@ class Watchdog:
         self._thread.start()
 
     def enter(self, section: str) -> None:
-        """The main thread begins `section`; the previous one is over. Every rank passes the same sections in the same order."""
+        """The main thread begins `section`; the previous one is over. Every rank passes the same sections in the same
+        order."""
         self._count += 1
         self._section = (section, time.monotonic())
         faulthandler.dump_traceback_later(self.limit_s + GIL_GRACE_S, exit=True)

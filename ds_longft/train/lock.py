@@ -1,6 +1,7 @@
 """One run at a time in an output folder.
 
-The lock is the kernel's (flock): it ends with the process that holds it, however that ends, so none is ever left behind.
+The lock is the kernel's (flock): it ends with the process that holds it, however that ends, so none is ever left
+behind.
 """
 
 from __future__ import annotations

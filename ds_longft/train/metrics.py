@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import time
@@ -51,7 +52,7 @@ class Records:
         self.path = folder / "metrics.jsonl"
         self._forget_after(first_step)
         self.file = open(self.path, "a", buffering=1)
-        self.console = Console(soft_wrap=True, highlight=False)
+        self.console = Console(soft_wrap=True, highlight=False, markup=False)
         if sys.stdout.isatty():
             self.progress = Progress(
                 TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
@@ -66,10 +67,16 @@ class Records:
             return run_id
         import wandb
 
-        self.wandb = wandb.init(
-            project=self.log.project, name=self.log.name or self.folder.name, id=run_id, resume="allow",
-            mode=self.log.wandb, dir=str(self.folder), config=config,
-        )  # fmt: skip
+        try:
+            self.wandb = wandb.init(
+                project=self.log.project, name=self.log.name or self.folder.name, id=run_id, resume="allow",
+                mode=self.log.wandb, dir=str(self.folder), config=config,
+            )  # fmt: skip
+        except Exception as e:  # a tracker that is down must not stop training; metrics.jsonl has everything
+            self._lost_tracker(e)
+            return run_id
+        # Not wandb's own step, which may not go back: a resumed run repeats the steps after its checkpoint.
+        self.wandb.define_metric("train/*", step_metric="train/step")
         return str(self.wandb.id)
 
     def step(self, record: Record) -> None:
@@ -87,7 +94,8 @@ class Records:
             return
         self._write(record)
         self.console.print(
-            f"eval at step {record['step']} | loss {record['eval_loss']:.4f} over {record['eval_targets']:,} targets | {record['eval_s']:.1f} s"
+            f"held-out loss at step {record['step']} | {record['eval_loss']:.4f} over {record['eval_targets']:,} target tokens | "
+            f"{record['eval_s']:.1f} s"
         )
 
     def say(self, text: str) -> None:
@@ -104,18 +112,31 @@ class Records:
         self.file.close()
         plot_loss(read_metrics(self.path), self.folder / "loss.png")
         if self.wandb is not None:
-            self.wandb.finish()
+            try:
+                self.wandb.finish()
+            except Exception as e:
+                self._lost_tracker(e)
 
     def _write(self, record: Record) -> None:
         self.file.write(json.dumps(record) + "\n")
         if self.wandb is not None:
-            self.wandb.log({f"train/{k}": v for k, v in record.items() if v is not None}, step=record["step"])
+            try:
+                self.wandb.log({f"train/{k}": v for k, v in record.items() if v is not None})
+            except Exception as e:
+                self._lost_tracker(e)
+
+    def _lost_tracker(self, error: Exception) -> None:
+        """Go on without wandb, and say so once."""
+        self.wandb = None
+        self.say(f"wandb is lost ({type(error).__name__}: {error}); metrics.jsonl goes on")
 
     def _forget_after(self, step: int) -> None:
         """Drop records of steps after the checkpoint that is resumed: they are about to be made again."""
         if self.path.exists():
-            kept = [r for r in read_metrics(self.path) if r["step"] <= step]
-            self.path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+            kept = [r for r in read_metrics(self.path) if r["step"] <= step] if step else []
+            tmp = self.path.with_name(".metrics.jsonl")
+            tmp.write_text("".join(json.dumps(r) + "\n" for r in kept))
+            os.replace(tmp, self.path)  # a kill in the middle must not cost the records
 
 
 def read_metrics(path: Path) -> list[Record]:

@@ -82,7 +82,7 @@ def join(launch: Launch, timeout_s: float = 1800.0) -> tuple[torch.device, Agree
     import torch
     from deepspeed.utils import logger
 
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch|deepspeed")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch|deepspeed|transformers")
     cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     device = torch.device("cuda", launch.local_rank) if cuda else torch.device("cpu")
     if cuda:
@@ -102,7 +102,8 @@ def join(launch: Launch, timeout_s: float = 1800.0) -> tuple[torch.device, Agree
 
 
 class Agreement:
-    """Small host-side exchanges over a gloo group of their own, with a timeout long enough for tokenising a data set."""
+    """Small host-side exchanges over a gloo group of their own, with a timeout long enough for tokenising a data
+    set."""
 
     def __init__(self, timeout_h: float = 24.0) -> None:
         import torch.distributed as dist

@@ -24,6 +24,7 @@ from ds_longft.errors import EXIT_HANG, EXIT_REQUEUE, DataError
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.flops import peak_tflops
 from ds_longft.model.load import load_tokenizer
+from ds_longft.model.lora import trainable_parameters
 from ds_longft.settings import dump_config
 from ds_longft.train.card import write_card
 from ds_longft.train.checkpoint import Checkpoints, TrainState
@@ -31,6 +32,7 @@ from ds_longft.train.health import Watchdog
 from ds_longft.train.interrupt import StopRequest
 from ds_longft.train.lock import lock_folder
 from ds_longft.train.metrics import Records, read_metrics, summary_table
+from ds_longft.train.model_check import check_model
 from ds_longft.train.speed import rehearse
 from ds_longft.train.ranks import Launch, join
 from ds_longft.train.secrets import tracked_config
@@ -72,6 +74,12 @@ def run(
         LongftError: on every rank alike.
     """
     phases = Phases(started)
+    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    kernels = check_model(
+        config,
+        torch.device("cuda", launch.local_rank) if cuda else torch.device("cpu"),
+        torch.bfloat16 if settings.engine["bf16"]["enabled"] else torch.float32,
+    )
     hang_s = 60 * config.train.hang_minutes
     # The watchdog comes first; start-up, where ranks read a model at different speeds, has half an hour at least.
     device, agreement = join(launch, timeout_s=max(hang_s, 1800.0) + 60)
@@ -126,6 +134,7 @@ def run(
     if launch.rank == 0:
         _write_facts(folder, config, settings.engine, layout, device)
         records.say(_header(config, layout, device, train_loader, state, found[0] if found else None))
+        records.say(f"{trainable_parameters(built.model)}; {kernels}")
     kept = rehearse(built.engine, built.recompute, train_loader.longest_pack(0), layout, device)
     phases.done("rehearsed" if kept else "ready")
     if launch.rank == 0:
@@ -166,7 +175,8 @@ def run(
     records.close()
     if not finished:
         records.say(_farewell(trainer, stop))
-        agreement.gather(None)
+        status.write(EXIT_REQUEUE)
+        agreement.gather(None)  # whoever leaves first, the status is written: srun may end the others then
         watchdog.stop()
         return EXIT_REQUEUE
     if launch.rank == 0:

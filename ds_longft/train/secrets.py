@@ -1,4 +1,5 @@
-"""Nothing a run writes may hold a token: trackers get chosen keys, and known secrets are blotted out of what is left."""
+"""Nothing a run writes may hold a token: trackers get chosen keys, and known secrets are blotted out of what is
+left."""
 
 from __future__ import annotations
 

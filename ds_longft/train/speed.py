@@ -1,9 +1,9 @@
 """What makes a step fast without changing what it computes: fused kernels and linears, resident weights, and as little
 recomputation as the memory left allows.
 
-`auto` recomputation measures instead of guessing: one rehearsal step on the longest pack with only attention kept shows the
-memory that is left; it is then spent on keeping the outputs of linears, layer by layer. The rehearsal also finds an
-out-of-memory error before the first step rather than hours into a run.
+`auto` recomputation measures instead of guessing: one rehearsal step on the longest pack with only attention kept
+shows the memory that is left; it is then spent on keeping the outputs of linears, layer by layer. The rehearsal also
+finds an out-of-memory error before the first step rather than hours into a run.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from ds_longft.batch import Pack
 from ds_longft.config import RunConfig
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.flops import ModelShape
+from ds_longft.sequence.kept import HostStore
 from ds_longft.sequence.linear import LinearGroup, fuse_linears, gather_with
-from ds_longft.sequence.recompute import apply_recompute
+from ds_longft.sequence.recompute import LayerKeep, apply_recompute
 from ds_longft.sequence.shard import shard
 
 RESIDENT_SHARE = 0.35
@@ -67,23 +68,24 @@ def keep_resident(engine_config: dict[str, Any], shape: ModelShape, world: int, 
 class Recompute:
     """The recomputation of one model: its layers' linears, and which of them are kept."""
 
+    auto: bool
+    host_bytes: int  # this rank's share of the host memory that may be used
     groups: list[list[LinearGroup]] = field(default_factory=list)  # per layer, all of them
-    keep: list[list[LinearGroup]] = field(default_factory=list)  # per layer, those kept; read at each call
-    auto: bool = False
+    keep: list[LayerKeep] = field(default_factory=list)  # per layer, read at each call
 
     @classmethod
-    def install(cls, base: PreTrainedModel, config: RunConfig, stage: int) -> Recompute:
+    def install(cls, base: PreTrainedModel, config: RunConfig, stage: int, local_world: int) -> Recompute:
         """Fuse the decoder layers' linears and put the run's recompute policy on the layers."""
         layers = list(base.get_decoder().layers)
         policy = config.train.recompute
-        made = cls(auto=policy == "auto")
+        made = cls(policy == "auto", int(config.train.offload_host_gib * 2**30) // local_world)
         # Segments call layers outside of the gathering that a fused layer needs under ZeRO-3.
         if not (stage == 3 and policy in ("every_k", "sqrt")):
             made.groups = [fuse_linears(layer) for layer in layers]
             if stage == 3:
                 for layer, groups in zip(layers, made.groups, strict=True):
                     gather_with(layer, (m for g in groups for m in g.members))
-        made.keep = [[] for _ in layers]
+        made.keep = [LayerKeep(i) for i in range(len(layers))]
         apply_recompute(
             layers,
             policy,
@@ -93,28 +95,41 @@ class Recompute:
         )
         return made
 
-    def spend(self, free_bytes: int, local_tokens: int, bytes_per_element: int) -> int:
+    def spend(self, free_bytes: int, local_tokens: int, element_bytes: int, device: torch.device) -> tuple[int, int]:
         """Keep outputs of as many linears as fit into `free_bytes` with packs of `local_tokens` per rank.
 
-        A kept output element saves the same time whatever the layer (2 * hidden size operations), so order does not matter;
-        down projections are not kept, their output is not needed again. Returns the bytes spent.
+        A kept element saves the same time in every linear that reads the hidden states (2 * hidden size operations).
+        q, k and v come first: they are what the host is not used for. Down projections are not kept, their output is
+        not needed again. What does not fit goes to the host as far as allowed; two groups of it are on the GPU at a
+        time. Returns the bytes spent on the device and on the host.
         """
-        spent = 0
-        for layer, kept in zip(self.groups, self.keep, strict=True):
-            for group in layer:
-                ranks = sum(m.lora[0].out_features for m in group.members if m.lora)
-                cost = (group.out_features + ranks) * local_tokens * bytes_per_element
-                if "down_proj" not in group.names and spent + cost <= free_bytes:
-                    kept.append(group)
-                    spent += cost
-        return spent
+
+        def cost(group: LinearGroup) -> int:
+            ranks = sum(m.lora[0].out_features for m in group.members if m.lora)
+            return (group.out_features + ranks) * local_tokens * element_bytes
+
+        wanted = [(k, g) for k, groups in zip(self.keep, self.groups, strict=True) for g in groups]
+        wanted = sorted((x for x in wanted if "down_proj" not in x[1].names), key=lambda x: "q_proj" not in x[1].names)
+        if self.host_bytes:
+            free_bytes -= 2 * max((cost(g) for _, g in wanted), default=0)
+        on_device = on_host = 0
+        store = HostStore(device) if self.host_bytes else None
+        for keep, group in wanted:
+            if on_device + cost(group) <= free_bytes:
+                keep.on_device.append(group)
+                on_device += cost(group)
+            elif "q_proj" not in group.names and on_host + cost(group) <= self.host_bytes:
+                keep.on_host.append(group)
+                keep.store = store
+                on_host += cost(group)
+        return on_device, on_host
 
 
 def rehearse(engine: Any, recompute: Recompute, pack: Pack, layout: ParallelLayout, device: torch.device) -> str | None:
     """With `auto`: one forward and backward pass on the longest pack, then keep what the memory left allows.
 
-    The loss is multiplied by zero, so no gradient and no weight changes. Collective. Returns a line for the reader, None
-    where nothing was to be decided (another policy, or no GPU).
+    The loss is multiplied by zero, so no gradient and no weight changes. Collective. Returns a line for the reader,
+    None where nothing was to be decided (another policy, or no GPU).
     """
     if not recompute.auto or device.type != "cuda":
         return None
@@ -124,12 +139,13 @@ def rehearse(engine: Any, recompute: Recompute, pack: Pack, layout: ParallelLayo
     dist.all_reduce(free, op=dist.ReduceOp.MIN)
     peak = torch.cuda.max_memory_allocated(device)
     size = torch.finfo(next(engine.module.parameters()).dtype).bits // 8
-    spent = recompute.spend(int(free), pack.tokens // layout.sp, size)
+    on_device, on_host = recompute.spend(int(free), pack.tokens // layout.sp, size, device)
     torch.cuda.empty_cache()
-    kept, all_groups = (sum(map(len, x)) for x in (recompute.keep, recompute.groups))
+    kept = sum(len(k.on_device) + len(k.on_host) for k in recompute.keep)
     return (
-        f"longest pack ({pack.tokens:,} tokens) peaks at {peak / 2**30:.1f} GiB; {spent / 2**30:.1f} GiB more keep the "
-        f"outputs of {kept} of {all_groups} groups of linears"
+        f"longest pack ({pack.tokens:,} tokens) peaks at {peak / 2**30:.1f} GiB; {on_device / 2**30:.1f} GiB more "
+        f"on the GPU and {on_host / 2**30:.1f} GiB on the host keep the outputs of {kept} of "
+        f"{sum(map(len, recompute.groups))} groups of linears"
     )
 
 

@@ -1,4 +1,5 @@
-"""`run_status.json`: how the run stands, for those who start it again. torchrun turns every failure into exit code 1."""
+"""`run_status.json`: how the run stands, for those who start it again. torchrun turns every failure into exit code
+1."""
 
 from __future__ import annotations
 

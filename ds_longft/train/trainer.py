@@ -1,11 +1,12 @@
 """The loop. Reads top to bottom: run -> step -> evaluate -> save.
 
-Rank-local wishes (a signal came, the time is up) become decisions of all ranks at fixed places: with the sums of a step, between
-the packs of a step or an evaluation, and after a save.
+Rank-local wishes (a signal came, the time is up) become decisions of all ranks at fixed places: with the sums of a
+step, between the packs of a step or an evaluation, and after a save.
 
-One loss rule: L = sum(w * ce) / sum(w), both sums over every pack of the optimizer step, every accumulation micro-step, every
-sp and dp rank. The divisor W is known from the data plan before the first backward pass, so each rank backpropagates
-local_sum * world / W, the engine averages over the world, and no differentiable collective is needed.
+One loss rule: L = sum(w * ce) / sum(w), both sums over every pack of the optimizer step, every accumulation
+micro-step, every sp and dp rank. The divisor W is known from the data plan before the first backward pass, so each
+rank backpropagates local_sum * world / W, the engine averages over the world, and no differentiable collective is
+needed.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ class Trainer:
     _skipped: int = 0  # steps in a row
 
     def run(self) -> bool:
-        """Train from `state` to the end; False when asked to stop before it. The last whole step is saved either way."""
+        """Train from `state` to the end; False when asked to stop before it. The last whole step is saved either
+        way."""
         train = self.config.train
         self.watchdog.enter("the start")
         self._agree_on_stopping()
@@ -114,7 +116,8 @@ class Trainer:
             self.records.say(f"verified: {finding.what} {finding.measured} (allowed {finding.tolerance})")
 
     def _train_step(self, step: Step) -> bool:
-        """One optimizer step. False: all ranks agreed to stop between its packs; weights and random state are as before."""
+        """One optimizer step. False: all ranks agreed to stop between its packs; weights and random state are as
+        before."""
         started = time.monotonic()
         engine = self.built.engine
         wait_s, self._waited_s = self.train_loader.wait_s - self._waited_s, self.train_loader.wait_s
@@ -140,7 +143,7 @@ class Trainer:
         dist.all_reduce(sums)
         loss_total, flops, stop = sums.tolist()
         self.stopping = self.stopping or stop > 0
-        nonfinite, norm = self._apply(loss_total)
+        nonfinite, norm = apply_step(engine, loss_total, skip=self.config.train.on_nonfinite == "skip")
         if nonfinite:
             self._report_nonfinite(nonfinite, step, losses)
         self._skipped = self._skipped + 1 if nonfinite else 0
@@ -174,31 +177,6 @@ class Trainer:
             }
         )
         return True
-
-    def _apply(self, loss_total: float) -> tuple[str | None, float | None]:
-        """Let the optimizer take its step, unless loss or gradient is not finite: what is not, and the gradient's norm.
-
-        ZeRO stages and bf16 refuse a gradient that is not finite by themselves, on all ranks alike; a plain optimizer (stage 0 in
-        float32) does not, and is shown no gradient then.
-        """
-        engine = self.built.engine
-        norm = _unwrapped_grad_norm(engine)
-        finite = math.isfinite(loss_total)
-        if not finite and self.config.train.on_nonfinite == "stop":
-            return "the loss is not finite", None
-        if norm is not None and not math.isfinite(norm):
-            engine.module.zero_grad(set_to_none=True)
-            norm = None
-            refused = True
-            engine.step()
-        else:
-            engine.step()
-            refused = not engine.was_step_applied()
-        if refused or not finite:
-            assert refused, "a loss that is not finite must leave no finite gradient"
-            return "the gradient is not finite" if finite else "the loss is not finite", None
-        norm = engine.get_global_grad_norm() if norm is None else norm
-        return None, None if norm is None else float(norm)
 
     def _report_nonfinite(self, what: str, step: Step, losses: list[torch.Tensor]) -> None:
         """Write down which rows were trained on; raises NonFiniteError unless the step may be skipped."""
@@ -298,6 +276,31 @@ class Trainer:
         useful = lengths[:-1] if pack.padding_tokens else lengths
         targets = int((pack.loss_weights != 0).sum())
         return step_flops(self.built.shape, useful, lora=self.config.lora is not None, targets=targets) / self.layout.sp
+
+
+def apply_step(engine: Any, loss_total: float, *, skip: bool) -> tuple[str | None, float | None]:
+    """Let the optimizer take its step, unless loss or gradient is not finite: what is not, and the norm of the gradient.
+
+    With `skip` the engine is ready for the next step afterwards; without, it is left as it is. ZeRO and bf16 optimizers refuse
+    a gradient that is not finite by themselves, on all ranks alike. A plain one (stage 0 in float32) would take it, and is
+    not asked.
+    """
+    finite = math.isfinite(loss_total)
+    if not (finite or skip):
+        return "the loss is not finite", None
+    norm = _unwrapped_grad_norm(engine)
+    if norm is not None and not math.isfinite(norm):
+        engine.zero_grad()
+        engine.micro_steps += 1  # what engine.step() would have counted
+        refused = True
+    else:
+        engine.step()
+        refused = not engine.was_step_applied()
+    assert finite or refused, "a loss that is not finite must leave no finite gradient"
+    if refused:
+        return "the gradient is not finite" if finite else "the loss is not finite", None
+    norm = engine.get_global_grad_norm() if norm is None else norm
+    return None, None if norm is None else float(norm)
 
 
 def _unwrapped_grad_norm(engine: Any) -> float | None:

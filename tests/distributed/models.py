@@ -1,4 +1,5 @@
-"""Tiny models and packs for the proofs, and the reference: one process, each document run alone through transformers."""
+"""Tiny models and packs for the proofs, and the reference: one process, each document run alone through
+transformers."""
 
 from __future__ import annotations
 
@@ -38,6 +39,7 @@ def tiny_model(
         if not config.tie_word_embeddings:
             model.get_input_embeddings().weight.normal_(0, 1)  # a small residual stream would amplify rounding errors
     model.config.use_cache = False
+    model.set_experts_implementation("eager")  # the faster ones of mixtures of experts do not take float64
     return model.to(dtype).train()
 
 
@@ -97,8 +99,8 @@ def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def dense_attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, *, scaling: float,
-    sliding_window: int | None = None, softcap: float | None = None, **_: Any,
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, *, scaling:
+    float, sliding_window: int | None = None, softcap: float | None = None, s_aux: torch.Tensor | None = None, **_: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """Textbook attention in the dtype of its inputs (transformers' eager one takes its softmax in float32)."""
     group = query.shape[1] // key.shape[1]
@@ -107,7 +109,10 @@ def dense_attention(
         scores = softcap * torch.tanh(scores / softcap)
     i, j = torch.arange(query.shape[2])[:, None], torch.arange(query.shape[2])[None]
     seen = (j <= i) if sliding_window is None else (j <= i) & (j > i - sliding_window)
-    probabilities = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if s_aux is not None:  # attention sinks: one more key for each head, without a value
+        scores = torch.cat([scores, s_aux.reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
+    probabilities = scores.softmax(-1)[..., : key.shape[2]]
     return (probabilities @ value.repeat_interleave(group, 1)).transpose(1, 2).contiguous(), None
 
 

@@ -32,10 +32,10 @@ def _rank_main(rank: int, world: int, port: int, pipe: Connection) -> None:
 
     join(Launch.from_environment())
     while True:
-        message = pipe.recv()
-        if message is None:
+        try:
+            case, args = pipe.recv()
+        except EOFError:  # the pool was stopped
             return
-        case, args = message
         try:
             pipe.send((True, case(rank, world, *args)))
         except BaseException:

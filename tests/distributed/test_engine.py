@@ -1,5 +1,6 @@
-"""The proof through the DeepSpeed engine, in float32 with SGD and no clipping: every ZeRO stage gives the gradients of one
-process to 1e-6, whatever sp, dp and accumulation are. Adam or clipping would hide a wrong scale."""
+"""The proof through the DeepSpeed engine, in float32 with SGD and no clipping: every ZeRO stage gives the gradients of
+one process to 1e-6, whatever sp, dp and accumulation are. Adam or clipping would hide a wrong scale.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +15,9 @@ from ds_longft.batch import IGNORE_INDEX, Pack
 from ds_longft.layout import ParallelLayout
 from ds_longft.objectives.sft import SftObjective
 from ds_longft.sequence.attention import ULYSSES, register
+from ds_longft.sequence.kept import HostStore
 from ds_longft.sequence.linear import fuse_linears, gather_with
-from ds_longft.sequence.recompute import apply_recompute
+from ds_longft.sequence.recompute import LayerKeep, apply_recompute
 from ds_longft.sequence.shard import shard
 from tests.distributed.models import make_pack, reference_sum, relative_error, tiny_config, tiny_model
 from tests.distributed.test_exact import prepared
@@ -60,14 +62,17 @@ def one_step(
     objective = SftObjective(model, layout)
     base = model.get_base_model() if lora else model
     layers = list(base.get_decoder().layers)
-    groups = []
+    groups, keeps = [], [LayerKeep(i) for i in range(len(layers))]
     if policy in ("fused", "auto"):
         groups = [fuse_linears(layer) for layer in layers]
         assert [len(g) for g in groups] == [4, 4]  # q/k/v, o, gate/up, down
+        store = HostStore(torch.device("cpu"))
+        for keep, own in zip(keeps, groups, strict=True):  # every group but one on the "host"
+            keep.on_device, keep.on_host, keep.store = own[:1], own[1:], store
         if stage == 3:
             for layer, own in zip(layers, groups, strict=True):
                 gather_with(layer, (m for g in own for m in g.members))
-    apply_recompute(layers, {"fused": "keep_attention"}.get(policy, policy), keep=groups if policy == "auto" else None)
+    apply_recompute(layers, {"fused": "keep_attention"}.get(policy, policy), keep=keeps if policy == "auto" else None)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     engine, *_ = deepspeed.initialize(
         model=objective,
@@ -137,7 +142,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("world, sp, stage, accumulation, lora, policy, changes, sample, half", CASES)
+@pytest.mark.parametrize(("world", "sp", "stage", "accumulation", "lora", "policy", "changes", "sample", "half"), CASES)
 def test_engine_equals_one_process(pools, world, sp, stage, accumulation, lora, policy, changes, sample, half):
     loss, norm, grads = pools(world).run(one_step, sp, stage, accumulation, lora, policy, changes, sample, half)[0]
     ref_loss, ref = reference_step(accumulation, world // sp, lora, changes, sample, sp, half)

@@ -17,14 +17,15 @@ from ds_longft.sequence.recompute import apply_recompute
 from ds_longft.sequence.shard import shard
 from tests.distributed.models import make_pack, reference_sum, relative_error, tiny_config, tiny_model
 
-PACKS = ([20, 1, 50, 26], [97], [3, 3, 40, 7, 9])
+Lengths = tuple[list[int], ...]
+PACKS: Lengths = ([20, 1, 50, 26], [97], [3, 3, 40, 7, 9])
 
 
-def prepared(model: Any, lora: bool) -> Any:
-    """LoRA with B not zero, so that A has a gradient too."""
+def prepared(model: Any, lora: bool | dict[str, Any]) -> Any:
+    """LoRA (with more settings, where they are given) whose B is not zero, so that A has a gradient too."""
     if not lora:
         return model
-    model = add_lora(model, LoraConfig(r=4), seed=1)
+    model = add_lora(model, LoraConfig(r=4, **(lora if isinstance(lora, dict) else {})), seed=1)
     torch.manual_seed(2)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -34,8 +35,9 @@ def prepared(model: Any, lora: bool) -> Any:
 
 
 def gradients(
-    rank: int, world: int, family: str, changes: dict[str, Any], lora: bool, policy: str, sample: bool, sp: int
-) -> Any:
+    rank: int, world: int, family: str, changes: dict[str, Any], lora: bool | dict[str, Any], policy: str, sample: bool,
+    sp: int, lengths: Lengths = PACKS,
+) -> Any:  # fmt: skip
     """Loss and every gradient of three packs of one step, on `world` ranks in groups of `sp`."""
     register()
     config = tiny_config(family, **changes)
@@ -44,7 +46,7 @@ def gradients(
     objective = SftObjective(model, layout)
     base = model.get_base_model() if lora else model
     apply_recompute(list(base.get_decoder().layers), policy)
-    packs = [make_pack(lengths, seed=i, multiple=sp, sample_weighting=sample) for i, lengths in enumerate(PACKS)]
+    packs = [make_pack(each, seed=i, multiple=sp, sample_weighting=sample) for i, each in enumerate(lengths)]
     weight = sum(float(p.loss_weights.sum(dtype="float64")) for p in packs)
     total = torch.zeros((), dtype=torch.float64)
     for pack in packs[layout.dp_rank :: layout.dp]:
@@ -59,10 +61,12 @@ def gradients(
     return (float(total), grads) if rank == 0 else None
 
 
-def reference(family: str, changes: dict[str, Any], lora: bool, sample: bool) -> Any:
+def reference(
+    family: str, changes: dict[str, Any], lora: bool | dict[str, Any], sample: bool, lengths: Lengths = PACKS
+) -> Any:
     """The same from one process with a dense attention, each document alone."""
     model = prepared(tiny_model(tiny_config(family, **changes), attn="dense", dtype=torch.float64), lora)
-    packs = [make_pack(lengths, seed=i, sample_weighting=sample) for i, lengths in enumerate(PACKS)]
+    packs = [make_pack(each, seed=i, sample_weighting=sample) for i, each in enumerate(lengths)]
     weight = sum(float(p.loss_weights.sum(dtype="float64")) for p in packs)
     loss = sum(reference_sum(model, p) for p in packs) / weight
     loss.backward()
@@ -70,6 +74,13 @@ def reference(family: str, changes: dict[str, Any], lora: bool, sample: bool) ->
         n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None
     }
 
+
+MOE = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}
+SINKS = {
+    "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 9, "num_attention_heads": 6,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}  # fmt: skip
 
 CASES = [
     # family, config changes, LoRA, recompute policy, sample weighting, world, sp
@@ -89,17 +100,67 @@ CASES = [
     ("gemma", {}, False, "keep_attention", False, 2, 2),
     ("gemma2", {"query_pre_attn_scalar": 8, "sliding_window": 13}, True, "keep_attention", False, 4, 4),
     ("gemma3_text", {"query_pre_attn_scalar": 8, "sliding_window": 13}, False, "sqrt", False, 2, 2),
+    ("mixtral", MOE, False, "keep_attention", False, 2, 2),
+    ("qwen3_moe", {**MOE, "num_experts": 4, "moe_intermediate_size": 24}, True, "full", True, 4, 2),
+    ("gpt_oss", SINKS, False, "keep_attention", False, 4, 4),
+    ("gpt_oss", SINKS, True, "none", False, 2, 2),
 ]  # fmt: skip
+
+
+def assert_equal(ours: Any, truth: Any, float32: str | None = None) -> None:
+    """1e-10, but for parameters whose name holds `float32`, where the model itself computes in float32."""
+    (loss, grads), (ref_loss, ref) = ours, truth
+    assert loss == pytest.approx(ref_loss, rel=1e-10)
+    assert set(ref) <= set(grads)
+    errors = {name: relative_error(grads[name], ref[name]) for name in ref}
+    limits = {name: 1e-6 if float32 is not None and float32 in name else 1e-10 for name in errors}
+    assert {name: f"{e:.1e}" for name, e in errors.items() if not e <= limits[name]} == {}
 
 
 @pytest.mark.parametrize("family, changes, lora, policy, sample, world, sp", CASES)
 def test_gradients_equal_one_process(pools, family, changes, lora, policy, sample, world, sp):
-    loss, grads = pools(world).run(gradients, family, changes, lora, policy, sample, sp)[0]
-    ref_loss, ref = reference(family, changes, lora, sample)
-    assert loss == pytest.approx(ref_loss, rel=1e-10)
-    assert set(ref) <= set(grads)
-    errors = {name: relative_error(grads[name], ref[name]) for name in ref}
+    ours = pools(world).run(gradients, family, changes, lora, policy, sample, sp)[0]
     # Gemma's norms multiply by their weight in float32 whatever the model's dtype: those weights' gradients are float32 sums.
-    float32 = {name for name in errors if family.startswith("gemma") and "norm" in name}
-    wrong = {name: f"{e:.1e}" for name, e in errors.items() if e > (1e-6 if name in float32 else 1e-10)}
-    assert not wrong
+    assert_equal(ours, reference(family, changes, lora, sample), "norm" if family.startswith("gemma") else None)
+
+
+DYNAMIC = {
+    "max_position_embeddings": 32,
+    "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 3.0},
+}
+LONGROPE = {
+    "max_position_embeddings": 128,
+    "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32,
+        "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.5, 2.0, 3.0, 4.0],
+    },
+}  # fmt: skip
+WHOLE_HEAD = {"modules_to_save": ["lm_head"]}
+
+CRAFTED = {
+    # name: family, config changes, LoRA, world, sp, document lengths of each pack
+    "one-token documents": ("llama", {}, False, 4, 4, ([1] * 7 + [30, 1, 1], [1], [1, 1])),
+    "documents cut by every border": ("llama", {}, True, 4, 4, ([97], [50, 50, 50])),
+    "length not divisible by sp": ("llama", {}, False, 3, 3, ([50], [7, 3], [1])),
+    "pack shorter than sp": ("llama", {}, False, 4, 4, ([3], [3], [2])),
+    "a document as long as the budget": ("llama", {}, False, 4, 4, ([128], [64, 64])),
+    "window smaller than a shard": ("mistral", {"sliding_window": 5}, False, 4, 4, ([97], [20, 60])),
+    "window larger than a shard": ("mistral", {"sliding_window": 40}, False, 4, 4, ([97], [20, 60])),
+    "window of two tokens": ("mistral", {"sliding_window": 2}, False, 2, 2, ([30],)),
+    "kv heads fewer than sp": ("llama", {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 48}, True, 4, 4, ([40, 9],)),
+    "soft-capped attention, tied": ("gemma2", {"query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0, "sliding_window": 7}, False, 3, 3, ([40, 9],)),
+    "sinks, one-token documents": ("gpt_oss", SINKS, False, 3, 3, ([1, 30, 1],)),
+    "whole lm_head beside LoRA": ("llama", {}, WHOLE_HEAD, 2, 2, ([40, 9], [20])),
+    "whole lm_head beside LoRA, tied": ("llama", {"tie_word_embeddings": True}, WHOLE_HEAD, 2, 2, ([40, 9], [20])),
+    "dynamic RoPE, document longer than a shard": ("llama", DYNAMIC, False, 4, 4, ([97], [20])),
+    "longrope, document longer than a shard": ("llama", LONGROPE, True, 2, 2, ([97], [20])),
+    "sp smaller than the world": ("qwen3", {}, False, 4, 2, ([20, 5], [33], [8, 8, 8])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CRAFTED)
+def test_crafted_packs(pools, name):
+    family, changes, lora, world, sp, lengths = CRAFTED[name]
+    ours = pools(world).run(gradients, family, changes, lora, "keep_attention", False, sp, lengths)[0]
+    float32 = "norm" if family.startswith("gemma") else None
+    assert_equal(ours, reference(family, changes, lora, False, lengths), float32)

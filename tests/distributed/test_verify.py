@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from contextlib import ExitStack
 from dataclasses import replace
@@ -11,6 +12,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from ds_longft.batch import Batch, Documents, Pack
 from ds_longft.check import preflight
@@ -209,3 +211,74 @@ def test_what_is_right_passes(pools, tmp_path, world, sp, stage, lora):
     assert {f.check[0] for f in findings} == set("1234567")
     assert facts["kernel"] == "cpu"
     assert "<|im_end|>" in text
+
+
+def first_step(rank: int, world: int, content: dict[str, Any], fault: str | None) -> Any:
+    """What `train.verify_first` says; None, or its message."""
+    from ds_longft.data.loader import StepLoader
+    from ds_longft.errors import ModelError
+    from ds_longft.exactness.first_step import check_first_step, raise_if_wrong
+    from ds_longft.model.load import load_tokenizer
+    from ds_longft.train.engine import build
+    from ds_longft.train.run import tokenized
+    from ds_longft.train.step import backpropagate
+
+    config = RunConfig.model_validate(content)
+    settings, sp = preflight(config, world=world, local_world=world, device="cpu")
+    agreement, layout, device = Agreement(), ParallelLayout.create(sp), torch.device("cpu")
+    with ExitStack() as stack:
+        if fault is not None:
+            FAULTS[fault](stack)
+        train_set, _ = agreement.rank0_first(lambda: tokenized(config, load_tokenizer(config.model), progress=False))
+        loader = StepLoader(
+            train_set, data=config.data, dp=layout.dp, dp_rank=layout.dp_rank, sp=sp, accumulation=2, seed=0, pad_id=0
+        )
+        steps = loader.steps(0)
+        step = next(steps)
+        steps.close()
+        built = build(config, settings.engine, layout, device)
+        findings = check_first_step(
+            built.engine, step, layout, device, backpropagate=backpropagate, gather=agreement.gather, vocab_size=259,
+            dtype=torch.float32,
+        )  # fmt: skip
+    try:
+        raise_if_wrong(findings)
+    except ModelError as error:
+        assert error.exit_code == 64
+        return str(error)
+    assert len(findings) >= 11
+    return None
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("gradient_scaled_by_sp", r"scaled by sp"),
+        ("mask_dropped", "attention does not stop at the borders"),
+        ("label_over_the_border", "labels leak over a document border"),
+    ],
+)
+def test_verify_first_stops_a_wrong_run(pools, tmp_path, fault, message):
+    says = pools(2).run(first_step, user_config(tmp_path), fault)
+    assert all(message in text for text in says), says
+
+
+@pytest.mark.parametrize(("world", "stage"), [(2, 3), (4, 2)])
+def test_verify_first_passes_a_right_run(pools, tmp_path, world, stage):
+    content = user_config(tmp_path, stage=stage)
+    content["sp"] = 2
+    assert pools(world).run(first_step, content, None) == [None] * world
+
+
+def test_command_line_end_to_end(tmp_path, capfd):
+    """It starts its own ranks, cuts the model to its first layer, prints one JSON object, and ends with 0."""
+    from ds_longft.verify.command import main
+
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(user_config(tmp_path)))
+    assert main(["--config", str(path), "--sp", "2", "--layers", "1", "--tokens", "96", "--json"]) == 0
+    printed = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert printed["ok"] is True
+    assert printed["sp"] == printed["ranks"] == 2
+    assert printed["model"].startswith("the first 1 layers of")
+    assert {f["check"][0] for f in printed["findings"]} == set("1234567")

@@ -18,8 +18,8 @@ ROWS = 10
 def write_job(folder: Path) -> Path:
     """Model, tokenizer, data and run.yaml in `folder`; returns run.yaml.
 
-    Two ranks, 8 training rows, 2 rows held out, 2 packs a step: 4 steps an epoch, 8 in all. Dropout, so that a resume with
-    another random state is seen in the loss.
+    Two ranks, 8 training rows, 2 rows held out, 2 packs a step: 4 steps an epoch, 8 in all. Dropout, so that a resume
+    with another random state is seen in the loss.
     """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -33,13 +33,14 @@ def write_job(folder: Path) -> Path:
     bpe.decoder = decoders.ByteLevel()
     bpe.add_special_tokens(special)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|pad|>", chat_template=TEMPLATE
+        tokenizer_object=bpe, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|pad|>",
+        chat_template=TEMPLATE
     )
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(vocab), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=512, initializer_range=0.2, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=512, initializer_range=0.2, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")

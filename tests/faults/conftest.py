@@ -1,4 +1,4 @@
-"""One tiny job, one server of ranks and one uninterrupted run for all fault tests."""
+"""One tiny job, one server of ranks and one uninterrupted run for all fault tests; worker pools for cases without files."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.conftest import pools
 from tests.faults.assets import write_job
 from tests.faults.ranks import Launcher
+
+__all__ = ["golden", "launcher", "pools"]
 
 
 @pytest.fixture(scope="session")

@@ -57,7 +57,17 @@ def _at_update(fault: dict[str, Any]) -> None:
     """After the backward passes of step `step`, before its sums."""
     from ds_longft.train.trainer import Trainer
 
-    _before(Trainer, "_apply", lambda self, total: self.state.step + 1 == fault["step"], fault)
+    from ds_longft.train import trainer
+
+    holder: list[Any] = []
+    original = Trainer._train_step
+
+    def train_step(self: Any, step: Any) -> bool:
+        holder[:] = [self.state.step + 1]
+        return original(self, step)
+
+    Trainer._train_step = train_step  # type: ignore[method-assign]
+    _before(trainer, "apply_step", lambda *_: holder == [fault["step"]], fault)
 
 
 def _at_start(fault: dict[str, Any]) -> None:

@@ -1,4 +1,5 @@
-"""Imported once by the server that ranks are forked from. Starts no thread and touches no tensor: forks would inherit half of it."""
+"""Imported once by the server that ranks are forked from. Starts no thread and touches no tensor: forks would inherit
+half of it."""
 
 import os
 

@@ -1,7 +1,7 @@
 """Runs of real processes that cost a second: ranks are forked from a server that has torch and deepspeed imported.
 
-Each rank is a process of its own with its own environment, signals and exit code, and runs the program's `main`. Faults are put in
-by `faults.py` in the rank's process before it starts: the product has no hooks for them.
+Each rank is a process of its own with its own environment, signals and exit code, and runs the program's `main`.
+Faults are put in by `faults.py` in the rank's process before it starts: the product has no hooks for them.
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ class Launcher:
         for rank in range(world):
             settings = {
                 "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **(env or {}), **(rank_env(rank) if rank_env else {}),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **(env or {}), **(rank_env(rank) if rank_env else
+                {}),
             }  # fmt: skip
             out = self.config.parent / f"start-{self.count:03d}-rank-{rank}.log"
             argv = ["--config", str(self.config), "--output_dir", str(output), *keys, *(rank_keys(rank) if rank_keys else ())]

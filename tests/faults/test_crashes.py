@@ -1,4 +1,5 @@
-"""F1, F2: a rank dies at any moment. Its peers end, nothing half-written is taken for a checkpoint, and the resume is exact."""
+"""F1, F2: a rank dies at any moment. Its peers end, nothing half-written is taken for a checkpoint, and the resume is
+exact."""
 
 from __future__ import annotations
 
@@ -55,8 +56,8 @@ def test_soak_of_kills(launcher: Launcher, tmp_path: Path) -> None:
     """200 kills -9 at random moments over one training: it finishes with the losses of an uninterrupted one."""
     kills, steps, save_every = 200, 600, 2
     keys = [
-        *("--train.epochs", str(steps // 4), "--train.max_steps", str(steps), "--train.save_every_steps", str(save_every)),
-        *("--train.eval_every_steps", "50"),
+        *("--train.epochs", str(steps // 4), "--train.max_steps", str(steps), "--train.save_every_steps",
+        str(save_every)), *("--train.eval_every_steps", "50"),
     ]
     expected, output = tmp_path / "expected", tmp_path / "out"
     codes, run = launcher.run(expected, *keys, timeout_s=1800)

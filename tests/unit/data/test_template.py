@@ -7,7 +7,7 @@ from ds_longft.data.encode import EncodedRow, Encoder
 from ds_longft.data.rows import BadRow, Row, Turn
 from ds_longft.data.template import load_template
 from ds_longft.errors import ConfigError
-from tests.unit.data.conftest import SMOLLM2
+from tests.tokenizer import SMOLLM2
 
 CHATML_MARKED = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}\
 {% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}

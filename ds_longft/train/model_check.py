@@ -1,0 +1,38 @@
+"""What the model's config alone decides, before processes join, data is tokenised or a weight is read."""
+
+from __future__ import annotations
+
+import torch
+
+from ds_longft.config import RunConfig
+from ds_longft.model.flops import layer_windows
+from ds_longft.model.load import load_config
+from ds_longft.sequence.attention import ULYSSES
+from ds_longft.sequence.kernels import AttentionSpec, choose_kernel, kernel_by_name
+
+
+def check_model(config: RunConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """See that the model, the length and a kernel for each kind of layer fit; returns a line about the kernels.
+
+    Raises:
+        ModelError: a model that cannot be split, a length outside its positions, a kernel that is unknown or cannot do
+            what a layer asks for.
+    """
+    if config.model.kernel != "auto":
+        kernel_by_name(config.model.kernel)  # before anything is read from the hub
+    hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation=ULYSSES)
+    heads = hf_config.num_attention_heads
+    head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads
+    softcap = getattr(hf_config, "attn_logit_softcapping", None)
+    lines = {}
+    for window in dict.fromkeys(layer_windows(hf_config)):
+        kernel, reason = choose_kernel(
+            config.model.kernel,
+            device=device,
+            dtype=dtype,
+            head_dim=head_dim,
+            spec=AttentionSpec(head_dim**-0.5, window, softcap),
+            lengths=(config.data.max_length_tokens,),
+        )
+        lines[f"{kernel.name} ({reason})"] = True
+    return "attention kernel: " + "; ".join(lines)

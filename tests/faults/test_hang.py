@@ -1,0 +1,46 @@
+"""F11: a rank that makes no progress. Stacks of all living ranks, the section and the rank that lags, exit 71."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+from ds_longft.train.health import hang_message
+from tests.faults.ranks import Launcher, checkpoints, status
+
+LIMIT = ("--train.hang_minutes", "0.07")  # 4.2 s
+
+
+def test_endless_loop(launcher: Launcher, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    codes, run = launcher.run(output, *LIMIT, faults={1: {"point": "update", "step": 3, "do": "loop"}})
+    # The peer, waiting in a collective, sees the connection close when the first of the two leaves.
+    assert 71 in codes, run.text()
+    assert 0 not in codes
+    assert None not in codes
+    stacks = (output / "hang-rank-00001.txt").read_text()
+    assert "step 3" in stacks
+    assert "faults.py" in stacks, "the line of the loop"
+    assert (output / "hang-rank-00000.txt").exists()
+    assert status(output)["exit_code"] == 71
+    assert checkpoints(output) == [2]
+
+
+def test_stopped_rank(launcher: Launcher, tmp_path: Path) -> None:
+    """SIGSTOP: the stopped one can say nothing, the other one names it."""
+    output = tmp_path / "out"
+    run = launcher.start(output, *LIMIT, faults={1: {"point": "update", "step": 3, "do": "SIGSTOP"}})
+    run.processes[0].join(60)
+    assert run.processes[0].exitcode == 71, run.text()
+    assert "no answer from rank 1" in run.text(0)
+    assert "step 3" in status(output)["error"]
+    run.signal(signal.SIGKILL)
+    run.wait()
+
+
+def test_message_names_the_rank_behind() -> None:
+    reports = {r: {"count": 9, "section": "step 5, sums and update"} for r in (0, 2, 3)}
+    reports[1] = {"count": 8, "section": "step 5, pack 2 of 2"}
+    text = hang_message(reports, 4, 1800)
+    assert "rank 1 lags behind" in text
+    assert "rank 1 in step 5, pack 2 of 2" in text

@@ -1,0 +1,76 @@
+"""F17, F18: a resume at another sp, and at another number of ranks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.faults.ranks import Launcher, checkpoints, trace
+
+PLAIN = ("--lora.dropout", "0")  # dropout draws depend on which rank draws them
+
+
+def stage(folder: Path, number: int) -> tuple[str, str]:
+    path = folder / f"zero{number}.json"
+    path.write_text(json.dumps({"train_batch_size": "auto", "zero_optimization": {"stage": number}}))
+    return "--ds_config", str(path)
+
+
+def assert_close(output: Path, expected: list) -> None:
+    for ours, theirs in zip(trace(output), expected, strict=True):
+        assert ours[0] == theirs[0]
+        assert [x for x in ours[1:] if x != "eval"] == pytest.approx([x for x in theirs[1:] if x != "eval"], rel=1e-5)
+
+
+def cut(output: Path) -> list:
+    """Take the last checkpoint away: the trace that the rest of the run has to repeat."""
+    shutil.rmtree(output / "checkpoint-8")
+    return trace(output)
+
+
+WORLDS = [
+    # stage, then (ranks, sp, accumulation) before and after: two packs a step each time
+    (3, (2, 2, 2), (2, 1, 1)),  # F17
+    (3, (2, 1, 1), (2, 2, 2)),
+    (3, (2, 2, 2), (1, 1, 2)),  # F18
+    (2, (1, 1, 2), (2, 2, 2)),
+    pytest.param(3, (1, 1, 2), (2, 1, 1), marks=pytest.mark.slow),
+    pytest.param(2, (2, 2, 2), (1, 1, 2), marks=pytest.mark.slow),
+    pytest.param(1, (2, 2, 2), (1, 1, 2), marks=pytest.mark.slow),
+    pytest.param(1, (1, 1, 2), (2, 2, 2), marks=pytest.mark.slow),
+    pytest.param(0, (2, 2, 2), (1, 1, 2), marks=pytest.mark.slow),
+    pytest.param(0, (1, 1, 2), (2, 2, 2), marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("zero, before, after", WORLDS)
+def test_other_layout(launcher: Launcher, tmp_path: Path, zero: int, before: tuple, after: tuple) -> None:
+    output = tmp_path / "out"
+    for world, sp, accumulation in (before, after):
+        keys = (*stage(tmp_path, zero), *PLAIN, "--sp", str(sp), "--train.gradient_accumulation_steps", str(accumulation))
+        codes, run = launcher.run(output, *keys, world=world)
+        assert not any(codes), run.text()
+        if (world, sp, accumulation) == before:
+            expected = cut(output)
+    assert "resumed from" in run.text(0)
+    if before[0] != after[0]:
+        assert f"was written by {before[0]} ranks" in run.text(0)
+    assert_close(output, expected)
+    assert checkpoints(output) == [6, 8]
+    assert not list(output.glob(".universal-*"))
+
+
+def test_explicit_step_and_retention(launcher: Launcher, golden: Path, tmp_path: Path) -> None:
+    """Going back to an older step: the newer checkpoint is set aside, kept, and never resumed by itself."""
+    output = Path(shutil.copytree(golden, tmp_path / "out"))
+    codes, run = launcher.run(output, "--train.resume", "6")
+    assert codes == [0, 0], run.text()
+    assert trace(output) == trace(golden)
+    assert checkpoints(output) == [6, 8]
+    assert "set-aside-checkpoint-8" in run.text(0)
+    codes, run = launcher.run(output, "--train.resume", "7")
+    assert codes == [64, 64]
+    assert "holds no checkpoint-7" in run.text(0)
