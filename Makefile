@@ -3,7 +3,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 
-.PHONY: help setup quickstart check format test test-all
+.PHONY: help setup quickstart check format docs test test-all
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo "make test        the tests that need no GPU"
 	@echo "make test-all    these, and the ones that take minutes to hours"
 	@echo "make format      let ruff format and mend what it can"
+	@echo "make docs        docs/config.md and docs/files.md out of the code"
 
 # Made again only when what it was made from has changed.
 .venv/.installed: pyproject.toml launch/setup.sh
@@ -22,9 +23,9 @@ setup: .venv/.installed
 
 quickstart: setup
 ifeq ($(GPUS),0)
-	PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 deepspeed --num_gpus 2 launch/train.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 deepspeed --log_level warning --num_gpus 2 launch/train.py
 else
-	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed launch/train.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --log_level warning launch/train.py
 endif
 
 check: setup
@@ -36,6 +37,9 @@ check: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: setup
+	$(BIN)/python docs/make_reference.py
 
 # One thread a rank: the distributed tests start up to four of them.
 test: setup

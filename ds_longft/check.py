@@ -128,7 +128,10 @@ def _resolve_sp(config: RunConfig, ds: DeepSpeedSettings | None, world: int, loc
     if world % sp == 0:
         return sp, []
     fitting = ", ".join(str(d) for d in _divisors(world))
-    return 0, [f"{key} is {sp}, which does not divide the world of this run (ranks: {world}): possible are {fitting}"]
+    more = "; start more ranks (deepspeed --num_gpus N)" if sp > world else ""
+    return 0, [
+        f"{key} is {sp}, which does not divide the world of this run (ranks: {world}): possible are {fitting}{more}"
+    ]
 
 
 def _divisors(number: int) -> list[int]:
@@ -256,7 +259,11 @@ def _data_problems(config: RunConfig) -> list[str]:
     if not config.data.train:
         problems.append("data.train is empty: name at least one source, e.g. --data.train my.jsonl")
     sources = [("data.train", s) for s in config.data.train] + [("data.eval", s) for s in config.data.eval]
-    problems += [f"{key}: there is no {source.path}" for key, source in sources if _is_missing(source)]
+    problems += [
+        f"{key}: there is no {source.path}; expected a file, a folder or a hub id"
+        for key, source in sources
+        if _is_missing(source)
+    ]
     template = config.data.chat_template
     if template is not None and not Path(template).expanduser().is_file():
         problems.append(f"data.chat_template: there is no file {template}")

@@ -65,6 +65,9 @@ COMMANDS = {
     ),
     "verify": Command("ds_longft.verify.command:verify", "prove that your run trains what one process would", True),
     "export": Command("ds_longft.model.export:export", "a run's result as an ordinary Hugging Face folder"),
+    "slurm render": Command("ds_longft.slurm.render:render", "the sbatch script of a run, filled and checked"),
+    "slurm submit": Command("ds_longft.slurm.render:submit", "the same, handed to sbatch"),
+    "doctor": Command("ds_longft.doctor:doctor", "is this machine fit for training, and how to mend what is not"),
     "config": Command("ds_longft.cli:show_config", "the resolved run config; --help lists every key", True),
     "train": Command("ds_longft.cli:show_train", "how to start a training run", True),
 }

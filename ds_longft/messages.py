@@ -30,7 +30,7 @@ def all_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[str
 def expectation(key: str) -> str:
     """What the value of a dotted key has to be, in words. Raises KeyError for an unknown key."""
     _, annotation, metadata = _locate(tuple(key.split(".")))
-    return _describe(annotation, metadata)
+    return describe(annotation, metadata)
 
 
 def keys_beside(loc: tuple[int | str, ...]) -> list[str]:
@@ -58,7 +58,7 @@ def validation_problems(error: ValidationError, content: dict[str, Any]) -> list
         key = dotted(path)
         words = "missing" if seen is _NO_VALUE else f"seen {_short(seen)}"
         meant = nearest(seen, _choices(annotation)) if isinstance(seen, str) else ""
-        problems.setdefault(key, f"{key}: {words}, expected {_describe(annotation, metadata)}{meant}")
+        problems.setdefault(key, f"{key}: {words}, expected {describe(annotation, metadata)}{meant}")
     return list(problems.values())
 
 
@@ -99,25 +99,25 @@ def _look_up(content: Any, path: tuple[int | str, ...]) -> Any:
     return content
 
 
-def _describe(annotation: Any, metadata: list[Any]) -> str:
+def describe(annotation: Any, metadata: list[Any]) -> str:
     """An annotation and its bounds in words: `a whole number above 0 or null`."""
     origin = get_origin(annotation)
     if origin is Annotated:
         inner, *more = get_args(annotation)
         # A nested Field(...) carries its bounds in a list of its own.
-        return _describe(inner, [*metadata, *(m for x in more for m in getattr(x, "metadata", [x]))])
+        return describe(inner, [*metadata, *(m for x in more for m in getattr(x, "metadata", [x]))])
     if any(isinstance(m, BeforeValidator) and m.func is parse_tokens for m in metadata):
         return "a token count such as 131072 or 128K"
     if origin in (Union, UnionType):
         return " or ".join(
-            _describe(branch, metadata if branch is not NoneType else []) for branch in get_args(annotation)
+            describe(branch, metadata if branch is not NoneType else []) for branch in get_args(annotation)
         )
     if origin is Literal:
         return _listed(_choices(annotation))
     if origin is list:
-        return f"a list of: {_describe(get_args(annotation)[0], [])}"
+        return f"a list of: {describe(get_args(annotation)[0], [])}"
     if origin is tuple:
-        return f"a list of {len(get_args(annotation))}: {_describe(get_args(annotation)[0], [])}"
+        return f"a list of {len(get_args(annotation))}: {describe(get_args(annotation)[0], [])}"
     if models := _models_of(annotation):
         return f"a section (keys {', '.join(models[0].model_fields)})"
     bounds = [

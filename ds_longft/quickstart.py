@@ -14,7 +14,8 @@ from ds_longft.config import RunConfig
 
 CACHE = "~/.cache/ds_longft/quickstart"
 MODEL = "SmolLM2-135M-Instruct"
-TRAIN_ROWS, EVAL_ROWS = 64, 4
+TRAIN_ROWS, EVAL_ROWS = 64, 3
+QUESTIONS = 4  # a row: with one alone, a step would have a few dozen targets and a loss that jumps
 CODE_SET = re.compile(r"code-(train|eval)-(\d+)\.jsonl")  # part, longest row in tokens
 
 
@@ -58,11 +59,15 @@ def _write_rows(path: Path, match: re.Match[str], model: Path) -> None:
 
     part, tokens = match.groups()
     rows = TRAIN_ROWS if part == "train" else EVAL_ROWS
-    print(f"making {path}: {rows} questions about the Python standard library, {int(tokens):,} tokens each", flush=True)
+    print(
+        f"making {path}: {rows} rows of up to {int(tokens):,} tokens, questions about the Python standard library",
+        flush=True,
+    )
     write_code_set(
         path,
         rows=rows,
         context_tokens=int(tokens),
+        questions=QUESTIONS,
         part="train" if part == "train" else "eval",
         tokenizer=AutoTokenizer.from_pretrained(model),
     )

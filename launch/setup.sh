@@ -39,7 +39,8 @@ else
   [ -x $venv/bin/python ] || "$python" -m venv $venv
 fi
 
-$venv/bin/python -m pip install --quiet --disable-pip-version-check "${torch[@]}" -e ".[$extras]"
+# setuptools warns at length of every editable install.
+PYTHONWARNINGS=ignore $venv/bin/python -m pip install --quiet --disable-pip-version-check "${torch[@]}" -e ".[$extras]"
 # A deepspeed found outside the venv satisfies pip, but leaves no launcher inside it.
 if [ ! -x $venv/bin/deepspeed ]; then
   wanted=$($venv/bin/python -c 'from importlib.metadata import version; print(version("deepspeed"))')

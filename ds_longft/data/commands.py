@@ -144,6 +144,7 @@ def synth_code(
     *,
     rows: int = 200,
     context_tokens: int | str = "4K",
+    questions: int = 1,
     seed: int = 0,
     part: Part = "train",
     tokenizer: str | None = None,
@@ -155,6 +156,7 @@ def synth_code(
         path: JSONL file to write, in `messages` form.
         rows: how many.
         context_tokens: longest row, e.g. 4096 or 128K.
+        questions: how many are asked of one context, one after the other.
         seed: the same seed gives the same rows on the same Python.
         part: train or eval; the two never share a module.
         tokenizer: folder or hub id of a model, to fill the length exactly. Left out: lengths are estimated.
@@ -163,10 +165,14 @@ def synth_code(
     tokens = parse_tokens(context_tokens)
     if not isinstance(tokens, int) or tokens <= 0:
         raise ConfigError(f"--context_tokens is {context_tokens!r}: expected a number of tokens, e.g. 4096 or 128K")
+    if questions < 1:
+        raise ConfigError(f"--questions is {questions}: expected 1 or more")
     if part not in ("train", "eval"):
         raise ConfigError(f"--part is {part!r}: expected train or eval")
     loaded = _tokenizer(tokenizer) if tokenizer else None
-    done = write_code_set(path, rows=rows, context_tokens=tokens, seed=seed, part=part, tokenizer=loaded)
+    done = write_code_set(
+        path, rows=rows, context_tokens=tokens, questions=questions, seed=seed, part=part, tokenizer=loaded
+    )
     if json:
         print(json_text.dumps(asdict(done)))
         return

@@ -150,7 +150,7 @@ def detect_format(columns: Iterable[str], path: str) -> str:
     known = "; ".join(f"{name}: {', '.join(sorted(needed))}" for name, needed in _TELLTALES)
     raise DataError(
         f"{path}: no known row layout has the columns {', '.join(sorted(seen)) or '(none)'}. Expected one of: {known}. "
-        "Rename the columns, or set `format` of this source if the first row is an exception"
+        "Rename the columns, or set data.train[].format of this source if the first row is an exception"
     )
 
 

@@ -44,7 +44,10 @@ class Tally:
         if self.overlong:
             reasons += f"\n  - {self.overlong} x longer than data.max_length_tokens (left out by data.overlong)"
         if self.usable == 0:
-            raise DataError(f"none of the {self.read} rows read can be trained on; each is listed in {ledger}{reasons}")
+            raise DataError(
+                f"none of the {self.read} rows of data.train (or data.eval) can be trained on; each is listed in "
+                f"{ledger}{reasons}"
+            )
         if self.bad_rows > max_bad_fraction * self.read:
             raise DataError(
                 f"{self.bad_rows} of {self.read} rows ({self.bad_rows / self.read:.1%}) are unusable, more than "

@@ -88,7 +88,14 @@ class CodeSet:
 
 
 def write_code_set(
-    path: str | Path, *, rows: int, context_tokens: int, seed: int = 0, part: Part = "train", tokenizer: Any = None
+    path: str | Path,
+    *,
+    rows: int,
+    context_tokens: int,
+    questions: int = 1,
+    seed: int = 0,
+    part: Part = "train",
+    tokenizer: Any = None,
 ) -> CodeSet:
     """Write `rows` rows in `messages` form, one JSON object a line.
 
@@ -96,6 +103,7 @@ def write_code_set(
         path: JSONL file to write; its folder is made.
         rows: how many.
         context_tokens: no row is longer, chat template included; most are shorter by a few lines of code at most.
+        questions: how many are asked of one context, one after the other; fewer where the module has no more to ask.
         seed: the same seed gives the same rows.
         part: `train` and `eval` never share a module.
         tokenizer: a fast tokenizer with a chat template, to fill the length exactly. Without one, lengths are estimated
@@ -113,7 +121,7 @@ def write_code_set(
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
         try:
             for number in range(rows):
-                messages, about = _row(rng, names, context_tokens, ruler)
+                messages, about = _row(rng, names, context_tokens, questions, ruler)
                 lengths.append(ruler.chat(messages))
                 record = {"messages": messages, "language": "en", "id": f"{part}-{seed}-{number}", **about}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -197,37 +205,48 @@ class _Ruler:
 
     def chat(self, messages: Messages) -> int:
         """Tokens of a whole row, chat template included."""
-        question, answer = (message["content"] for message in messages)
         if self._template is None:
-            return self.text(question) + self.text(answer) + TEMPLATE_TOKENS
-        return self.text(self._template.render([Turn("user", question), Turn("assistant", answer)]).text)
+            return sum(self.text(m["content"]) for m in messages) + TEMPLATE_TOKENS * len(messages) // 2
+        turns = [Turn("user" if m["role"] == "user" else "assistant", m["content"]) for m in messages]
+        return self.text(self._template.render(turns).text)
 
 
-def _row(rng: random.Random, names: list[str], limit: int, ruler: _Ruler) -> tuple[Messages, dict[str, str]]:
+def _row(
+    rng: random.Random, names: list[str], limit: int, questions: int, ruler: _Ruler
+) -> tuple[Messages, dict[str, str]]:
     """One row of at most `limit` tokens, and what is in it."""
     for _ in range(TRIES):
         module = read_module(rng.choice(names))
         if module is None or not module.targets:
             continue
         target = rng.choice(module.targets)
-        kind = rng.choice(sorted(target.answers))
-        question = QUESTIONS[kind].format(name=target.name, file=module.name)
+        # One question about it, and the others about its neighbours, so that all of them fit into one excerpt.
+        near = sorted(module.targets, key=lambda t: abs(t.first - target.first))[:questions]
+        asked = [(t, rng.choice(sorted(t.answers))) for t in near]
 
-        def chat(context: str, question: str = question, answer: str = target.answers[kind]) -> Messages:
-            return [{"role": "user", "content": f"{context}{question}"}, {"role": "assistant", "content": answer}]
+        def chat(context: str, asked: list[tuple[Target, Question]] = asked, file: str = module.name) -> Messages:
+            messages = []
+            for t, kind in asked:
+                messages.append({"role": "user", "content": context + QUESTIONS[kind].format(name=t.name, file=file)})
+                messages.append({"role": "assistant", "content": t.answers[kind]})
+                context = ""
+            return messages
 
         left = limit - ruler.chat(chat(""))
-        own = _around(module, target, left // 2, ruler)
+        span = Target("", min(t.first for t in near), max(t.last for t in near), {})
+        own = _around(module, span, left // 2, ruler) if left > 0 else None
         if own is None:
             continue
         order = rng.sample(names, len(names))
         place = rng.random()
+        asked_names = [t.name for t in near]
         for slack in (0, 4, 16, 64):  # the parts may be a few tokens shorter than the whole
-            pieces = _fill(_without(target.name, module, order), left - ruler.text(own) - slack, ruler)
+            pieces = _fill(_without(asked_names, module, order), left - ruler.text(own) - slack, ruler)
             pieces.insert(int(place * (len(pieces) + 1)), own)
             messages = chat("".join(pieces))
             if ruler.chat(messages) <= limit:
-                return messages, {"file": module.name, "function": target.name, "question": kind}
+                kinds = ", ".join(kind for _, kind in asked)
+                return messages, {"file": module.name, "function": ", ".join(asked_names), "question": kinds}
     raise DataError(f"rows of {limit} tokens are too short for a function and its question: give 1K or more")
 
 
@@ -239,9 +258,9 @@ def _around(module: Module, target: Target, limit: int, ruler: _Ruler) -> str | 
     )
 
 
-def _without(function: str, own: Module, names: list[str]) -> Iterator[Module]:
+def _without(functions: list[str], own: Module, names: list[str]) -> Iterator[Module]:
     """The other modules of these names, in order, that define no such function."""
-    defined = re.compile(rf"\bdef {re.escape(function)}\b")
+    defined = re.compile(rf"\bdef ({'|'.join(map(re.escape, functions))})\b")
     modules = (read_module(name) for name in names if name != own.name)
     return (m for m in modules if m and len(m.lines) >= MIN_MODULE_LINES and not any(map(defined.search, m.lines)))
 

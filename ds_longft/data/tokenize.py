@@ -123,7 +123,8 @@ def _format_of(source: Source) -> str:
             if isinstance(record, dict):
                 return detect_format(record, source.config.path)
     raise DataError(
-        f"{source.config.path} holds no readable row: expected one JSON object a line, a JSON array or parquet"
+        f"{source.config.path} (data.train or data.eval) holds no readable row: expected one JSON object a line, "
+        "a JSON array or parquet"
     )
 
 

@@ -1,1 +1,1 @@
-"""Training under SLURM: fill a batch script from a run config, hand it in, and decide whether a job that ended goes on."""
+"""Training under SLURM: fill a batch script from a run config, and decide whether a job that ended goes on."""

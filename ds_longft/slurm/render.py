@@ -1,4 +1,4 @@
-"""`ds-longft slurm render|submit`: the scripts of `launch/*.sbatch`, filled from a run config and checked before they wait in a queue."""
+"""`ds-longft slurm render|submit`: `launch/*.sbatch` filled from a run config, checked before they wait in a queue."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def render(
 ) -> None:
     """Print (or write to --out) the sbatch script that trains this run config, one srun task for each GPU.
 
-    Everything that can be checked without the nodes is checked: the config, the DeepSpeed JSON, the model's heads against sp, and
-    that sp groups stay inside a node where they fit.
+    What can be checked without the nodes is checked: the config, the DeepSpeed JSON, the model's heads against sp,
+    and that sp groups stay inside a node where they fit.
 
     Args:
         config: the run's YAML.
@@ -52,8 +52,8 @@ def render(
         out: file to write.
     """
     script = fill(
-        config, nodes=nodes, gpus_per_node=gpus_per_node, time=time, partition=partition, account=account, signal_s=signal_s,
-        max_crashes=max_crashes, cpus_per_gpu=cpus_per_gpu, device=device,
+        config, nodes=nodes, gpus_per_node=gpus_per_node, time=time, partition=partition, account=account,
+        signal_s=signal_s, max_crashes=max_crashes, cpus_per_gpu=cpus_per_gpu, device=device,
     )  # fmt: skip
     if out is None:
         print(script, end="")
@@ -74,13 +74,28 @@ def submit(
     cpus_per_gpu: int = 8,
     device: str = "cuda",
 ) -> None:
-    """Fill the script like `slurm render`, keep it in the output folder as job.sbatch, and hand it to sbatch."""
+    """Fill the script like `slurm render`, keep it in the output folder as job.sbatch, and hand it to sbatch.
+
+    Args:
+        config: the run's YAML.
+        nodes: machines.
+        gpus_per_node: GPUs, and ranks, on each.
+        time: limit of one start, as sbatch takes it. The run goes on in the next one.
+        partition: of your cluster; left out: its default.
+        account: that is charged; left out: your default.
+        signal_s: seconds before the limit at which SLURM asks the ranks to save and stop.
+        max_crashes: requeue after a crash that made progress at most so often; after a planned stop always.
+        cpus_per_gpu: cores for each rank.
+        device: cuda, or cpu for a rehearsal without GPUs.
+    """
     script = fill(
-        config, nodes=nodes, gpus_per_node=gpus_per_node, time=time, partition=partition, account=account, signal_s=signal_s,
-        max_crashes=max_crashes, cpus_per_gpu=cpus_per_gpu, device=device,
+        config, nodes=nodes, gpus_per_node=gpus_per_node, time=time, partition=partition, account=account,
+        signal_s=signal_s, max_crashes=max_crashes, cpus_per_gpu=cpus_per_gpu, device=device,
     )  # fmt: skip
     if shutil.which("sbatch") is None:
-        raise ConfigError("there is no sbatch here: run this on a login node, or use `ds-longft slurm render --out job.sbatch`")
+        raise ConfigError(
+            "there is no sbatch here: run this on a login node, or use `ds-longft slurm render --out job.sbatch`"
+        )
     folder = Path(load_config(["--config", config]).output_dir).expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "job.sbatch"
@@ -106,7 +121,12 @@ def fill(
 ) -> str:
     """The script's text. Raises ConfigError with everything that keeps the run from working on that many GPUs."""
     problems = []
-    for key, value in (("nodes", nodes), ("gpus_per_node", gpus_per_node), ("signal_s", signal_s), ("cpus_per_gpu", cpus_per_gpu)):
+    for key, value in (
+        ("nodes", nodes),
+        ("gpus_per_node", gpus_per_node),
+        ("signal_s", signal_s),
+        ("cpus_per_gpu", cpus_per_gpu),
+    ):
         if value < 1:
             problems.append(f"--{key} is {value}: give 1 or more")
     if not TIME.fullmatch(str(time)):
@@ -120,7 +140,9 @@ def fill(
     _, sp = preflight(run, world=world, local_world=gpus_per_node, device="cuda" if device == "cuda" else "cpu")
     _check_groups(run, sp, nodes, gpus_per_node)
     if run.train.save_every_steps is None:
-        print("note: train.save_every_steps is not set, so a crash costs everything since the last stop", file=sys.stderr)
+        print(
+            "note: train.save_every_steps is not set, so a crash costs everything since the last stop", file=sys.stderr
+        )
     name = "slurm.sbatch" if nodes == 1 else "slurm_multinode.sbatch"
     folder = Path(run.output_dir).expanduser().absolute()
     options = {"--partition": partition, "--account": account}
@@ -129,10 +151,13 @@ def fill(
         NODES=nodes,
         TASKS=gpus_per_node,
         CPUS=cpus_per_gpu,
-        GPUS=f"#SBATCH --gpus-per-node={gpus_per_node}" if device == "cuda" else "# no GPUs asked for: a rehearsal on CPUs",
+        GPUS=f"#SBATCH --gpus-per-node={gpus_per_node}"
+        if device == "cuda"
+        else "# no GPUs asked for: a rehearsal on CPUs",
         TIME=time,
         SIGNAL=signal_s,
-        OPTIONS="\n".join(f"#SBATCH {k}={v}" for k, v in options.items() if v) or "# partition and account: your defaults",
+        OPTIONS="\n".join(f"#SBATCH {k}={v}" for k, v in options.items() if v)
+        or "# partition and account: your defaults",
         LOG=f"{folder}/slurm-%j.log".replace(" ", "\\ "),
         FOLDER=shlex.quote(str(folder)),
         WHERE=shlex.quote(os.getcwd()),

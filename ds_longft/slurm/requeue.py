@@ -1,4 +1,4 @@
-"""Does a job that ended go back into the queue? After a planned stop yes; after a crash only if it got further than before.
+"""Does a job that ended go back into the queue? After a planned stop yes; after a crash only if it got further.
 
 Run by the batch script, with the system's Python alone at heart: nothing of torch is imported.
 """
@@ -28,7 +28,7 @@ def decide(folder: Path, code: int, max_crashes: int, start: str) -> tuple[bool,
     ours = status.get("start") == start
     if ours and isinstance(status.get("exit_code"), int) and status["exit_code"] != 1:
         code = status["exit_code"]  # srun reports the highest code: of a task that was killed, 137
-    job = start.split(".")[0]
+    job = start.split(".", maxsplit=1)[0]
     if code == 0:
         return False, "the run is complete"
     history = _read(folder / HISTORY)
@@ -37,7 +37,10 @@ def decide(folder: Path, code: int, max_crashes: int, start: str) -> tuple[bool,
     if code == EXIT_REQUEUE:
         idle = history.get("idle", 0) + 1 if newest <= history.get("step", -1) else 0
         if idle > max_crashes:
-            return False, f"stopped as planned, but {idle} starts in a row added no step to {newest}: is --time too short?"
+            return (
+                False,
+                f"stopped as planned, but {idle} starts in a row added no step to {newest}: is --time too short?",
+            )
         _write(folder / HISTORY, {"job": job, "crashes": 0, "step": newest, "idle": idle})
         return True, f"it stopped as planned; saved is step {newest}"
     if code in (EXIT_CONFIG, EXIT_NON_FINITE):

@@ -10,14 +10,12 @@ import os
 import sys
 import time
 import traceback
-from pathlib import Path
 
 from ds_longft.errors import LongftError
 from ds_longft.train.interrupt import StopRequest
 from ds_longft.train.ranks import Launch, visible_gpus
 from ds_longft.train.secrets import redact
 from ds_longft.train.status import Status
-
 
 STATUS_FIRST_S = 0.5
 """Rank 0 writes the status before the others leave: srun and torchrun end all ranks as soon as one has failed."""

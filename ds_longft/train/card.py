@@ -10,6 +10,7 @@ from ds_longft.config import RunConfig
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.load import model_path
 from ds_longft.model.lora import BASE_CONFIG_FOLDER
+from ds_longft.train.metrics import training_loss
 
 LOAD_ADAPTER = """```python
 from peft import PeftModel
@@ -66,7 +67,8 @@ def write_card(folder: Path, config: RunConfig, layout: ParallelLayout, history:
     if steps:
         facts["optimizer steps"] = str(steps[-1]["step"])
         facts["tokens"] = f"{steps[-1]['tokens_seen']:,}"
-        facts["training loss"] = f"{steps[0]['loss']:.4f} -> {steps[-1]['loss']:.4f}"
+        label, value = training_loss(steps)
+        facts[label] = value
     if evals:
         facts["held-out loss"] = " -> ".join(
             f"{r['eval_loss']:.4f}" for r in (evals[:1] + evals[-1:] if len(evals) > 1 else evals)

@@ -193,7 +193,8 @@ class Checkpoints:
         changed = []
         if state.fingerprint != fingerprint:
             changed.append(
-                "the data, its order or the packs of a step (data.*, seed, dp x train.gradient_accumulation_steps) changed"
+                "the data, its order or the packs of a step (data.*, seed, dp x train.gradient_accumulation_steps) "
+                "changed"
             )
         if state.trained != trained:
             changed.append("the trained parameters (lora.*, model.path) changed")

@@ -42,7 +42,8 @@ class Watchdog:
 
     def enter(self, section: str) -> None:
         """The main thread begins `section`; the previous one is over. Every rank passes the same sections in the same
-        order."""
+        order.
+        """
         self._count += 1
         self._section = (section, time.monotonic())
         faulthandler.dump_traceback_later(self.limit_s + GIL_GRACE_S, exit=True)

@@ -72,11 +72,11 @@ class Records:
                 project=self.log.project, name=self.log.name or self.folder.name, id=run_id, resume="allow",
                 mode=self.log.wandb, dir=str(self.folder), config=config,
             )  # fmt: skip
+            # Not wandb's own step, which may not go back: a resumed run repeats the steps after its checkpoint.
+            self.wandb.define_metric("train/*", step_metric="train/step")
         except Exception as e:  # a tracker that is down must not stop training; metrics.jsonl has everything
             self._lost_tracker(e)
             return run_id
-        # Not wandb's own step, which may not go back: a resumed run repeats the steps after its checkpoint.
-        self.wandb.define_metric("train/*", step_metric="train/step")
         return str(self.wandb.id)
 
     def step(self, record: Record) -> None:
@@ -175,6 +175,14 @@ def plot_loss(records: list[Record], path: Path) -> None:
     plt.close(fig)
 
 
+def training_loss(steps: list[Record]) -> tuple[str, str]:
+    """Label and value: mean loss over the first and the last steps, since rows differ and single steps say little."""
+    n = max(1, min(10, len(steps) // 3))
+    first, last = (sum(r["loss"] for r in part) / n for part in (steps[:n], steps[-n:]))
+    label = "training loss, first -> last step" if n == 1 else f"training loss, first {n} -> last {n} steps"
+    return label, f"{first:.4f} -> {last:.4f}"
+
+
 def summary_table(records: list[Record], folder: Path, minutes: float) -> Table:
     """The table a run ends with: first and last loss, speed, memory, and where everything lies."""
     steps = [r for r in records if r.get("loss") is not None]
@@ -183,7 +191,7 @@ def summary_table(records: list[Record], folder: Path, minutes: float) -> Table:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     if steps:
-        table.add_row("training loss, first -> last", f"{steps[0]['loss']:.4f} -> {steps[-1]['loss']:.4f}")
+        table.add_row(*training_loss(steps))
     if evals:
         table.add_row(
             "held-out loss, first -> last",

@@ -103,7 +103,8 @@ def join(launch: Launch, timeout_s: float = 1800.0) -> tuple[torch.device, Agree
 
 class Agreement:
     """Small host-side exchanges over a gloo group of their own, with a timeout long enough for tokenising a data
-    set."""
+    set.
+    """
 
     def __init__(self, timeout_h: float = 24.0) -> None:
         import torch.distributed as dist

@@ -33,9 +33,9 @@ from ds_longft.train.interrupt import StopRequest
 from ds_longft.train.lock import lock_folder
 from ds_longft.train.metrics import Records, read_metrics, summary_table
 from ds_longft.train.model_check import check_model
-from ds_longft.train.speed import rehearse
 from ds_longft.train.ranks import Launch, join
 from ds_longft.train.secrets import tracked_config
+from ds_longft.train.speed import rehearse
 from ds_longft.train.trainer import Trainer
 from ds_longft.train.weights import ModelWriter, trained_fingerprint
 
@@ -293,8 +293,8 @@ def _header(
         f"{config.model.path}: {'LoRA r' + str(config.lora.r) if config.lora else 'full fine-tuning'}, "
         f"{layout.world} x {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}, "
         f"sp {layout.sp} (ranks that share a sample) x dp {layout.dp}",
-        f"{loader.steps_per_epoch(0)} steps an epoch, {state.total_steps} in all, packs of up to {config.data.budget_tokens:,} tokens, "
-        f"{layout.dp * config.train.gradient_accumulation_steps} packs a step",
+        f"{loader.steps_per_epoch(0)} steps an epoch, {state.total_steps} in all; packs of up to "
+        f"{config.data.budget_tokens:,} tokens, {layout.dp * config.train.gradient_accumulation_steps} in each step",
     ]
     if resumed:
         lines.append(f"resumed from {resumed} at step {state.step}")

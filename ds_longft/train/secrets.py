@@ -1,5 +1,6 @@
 """Nothing a run writes may hold a token: trackers get chosen keys, and known secrets are blotted out of what is
-left."""
+left.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """`run_status.json`: how the run stands, for those who start it again. torchrun turns every failure into exit code
-1."""
+1.
+"""
 
 from __future__ import annotations
 

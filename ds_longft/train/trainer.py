@@ -37,7 +37,6 @@ from ds_longft.train.interrupt import StopRequest
 from ds_longft.train.metrics import Records, peak_gib
 from ds_longft.train.ranks import Agreement
 from ds_longft.train.schedule import learning_rate
-
 from ds_longft.train.step import backpropagate, backpropagate_pack, loss_scale
 
 FAILED_SAVES_IN_A_ROW = 2
@@ -69,7 +68,8 @@ class Trainer:
 
     def run(self) -> bool:
         """Train from `state` to the end; False when asked to stop before it. The last whole step is saved either
-        way."""
+        way.
+        """
         train = self.config.train
         self.watchdog.enter("the start")
         self._agree_on_stopping()
@@ -117,7 +117,8 @@ class Trainer:
 
     def _train_step(self, step: Step) -> bool:
         """One optimizer step. False: all ranks agreed to stop between its packs; weights and random state are as
-        before."""
+        before.
+        """
         started = time.monotonic()
         engine = self.built.engine
         wait_s, self._waited_s = self.train_loader.wait_s - self._waited_s, self.train_loader.wait_s
@@ -279,11 +280,11 @@ class Trainer:
 
 
 def apply_step(engine: Any, loss_total: float, *, skip: bool) -> tuple[str | None, float | None]:
-    """Let the optimizer take its step, unless loss or gradient is not finite: what is not, and the norm of the gradient.
+    """Let the optimizer take its step, unless loss or gradient is not finite: what is not, and the gradient's norm.
 
-    With `skip` the engine is ready for the next step afterwards; without, it is left as it is. ZeRO and bf16 optimizers refuse
-    a gradient that is not finite by themselves, on all ranks alike. A plain one (stage 0 in float32) would take it, and is
-    not asked.
+    With `skip` the engine is ready for the next step afterwards; without, it is left as it is. ZeRO and bf16
+    optimizers refuse a gradient that is not finite by themselves, on all ranks alike. A plain one (stage 0 in float32)
+    would take it, and is not asked.
     """
     finite = math.isfinite(loss_total)
     if not (finite or skip):

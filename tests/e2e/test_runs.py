@@ -41,11 +41,13 @@ def test_console_and_files_of_a_run(sp2: tuple[Path, str]) -> None:
     output, console = sp2
     assert len(re.findall(r"^step \d/6 \| loss \d", console, re.MULTILINE)) == 6
     assert "held-out loss at step 0" in console
-    assert "training loss, first -> last" in console
+    assert "training loss, first 2 -> last 2 steps" in console
     assert "Next: ds-longft export" in console
     assert "Warning" not in console, console
     names = {path.name for path in output.iterdir()}
-    expected = "adapter_config.json adapter_model.safetensors base_config tokenizer.json chat_template.jinja config.yaml"
+    expected = (
+        "adapter_config.json adapter_model.safetensors base_config tokenizer.json chat_template.jinja config.yaml"
+    )
     assert {*expected.split(), "ds_config.json", "versions.json", "metrics.jsonl", "loss.png", "README.md"} <= names
     assert {"checkpoint-2", "checkpoint-4", "checkpoint-6", "wandb"} <= names
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -65,9 +67,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(sp2: tuple[Path, str], ranks: La
     output.mkdir()
     shutil.copytree(whole / "checkpoint-2", output / "checkpoint-2")
     shutil.copy(whole / "metrics.jsonl", output)
-    codes, run = ranks.run(
-        output, "--sp", "2", "--log.wandb", "offline", env={"WANDB_SILENT": "true"}, timeout_s=120.0
-    )
+    codes, run = ranks.run(output, "--sp", "2", "--log.wandb", "offline", env={"WANDB_SILENT": "true"}, timeout_s=120.0)
     assert codes == [0, 0], run.text()
     assert trace(output) == trace(whole)
     before, after = (next(p.glob("wandb/offline-run-*")).name.rpartition("-")[2] for p in (whole, output))
@@ -84,7 +84,9 @@ def test_one_plain_process_gives_the_same_losses(sp2: tuple[Path, str], job: Pat
 
 def test_the_saved_config_runs_the_same_training_again(sp2: tuple[Path, str], ranks: Launcher, tmp_path: Path) -> None:
     saved = str(sp2[0] / "config.yaml")
-    codes, run = ranks.run(tmp_path / "out", "--config", saved, "--log.wandb", "off", "--train.save_every_steps", "null")
+    codes, run = ranks.run(
+        tmp_path / "out", "--config", saved, "--log.wandb", "off", "--train.save_every_steps", "null"
+    )
     assert codes == [0, 0], run.text()
     assert trace(tmp_path / "out") == trace(sp2[0])
 
@@ -107,7 +109,9 @@ def test_export_merges(sp2: tuple[Path, str], tmp_path: Path, capsys: pytest.Cap
     names: dict[str, Any] = {}
     exec(code_of_card(output), names)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(logits(merged, tmp_path / "merged"), logits(names["model"], output), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        logits(merged, tmp_path / "merged"), logits(names["model"], output), rtol=1e-4, atol=1e-4
+    )
     assert not isinstance(merged, PeftModel)
 
 

@@ -1,4 +1,4 @@
-"""One tiny job, one server of ranks and one uninterrupted run for all fault tests; worker pools for cases without files."""
+"""One tiny job, one server of ranks and one uninterrupted run for all fault tests; worker pools for the rest."""
 
 from __future__ import annotations
 

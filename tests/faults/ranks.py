@@ -6,6 +6,7 @@ Faults are put in by `faults.py` in the rank's process before it starts: the pro
 
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing as mp
 import os
@@ -20,6 +21,7 @@ from typing import Any
 from tests.distributed.pool import free_port
 
 CRASH = -signal.SIGKILL
+CLONE_NEWNET = 0x40000000
 
 
 def _rank_main(argv: list[str], env: dict[str, str], out: str, fault: dict[str, Any] | None) -> None:
@@ -32,6 +34,10 @@ def _rank_main(argv: list[str], env: dict[str, str], out: str, fault: dict[str, 
     os.environ.update(env)
     if "umask" in (fault or {}):
         os.umask(0o077)
+    if fault and "netns" in fault:
+        with open(f"/run/netns/{fault['netns']}") as namespace:
+            if ctypes.CDLL("libc.so.6", use_errno=True).setns(namespace.fileno(), CLONE_NEWNET):
+                raise OSError(ctypes.get_errno(), "setns")
     if fault:
         from tests.faults import faults
 
@@ -79,14 +85,16 @@ class Run:
 
     def text(self, rank: int | None = None) -> str:
         """What the ranks have written."""
-        return "".join(p.read_text(errors="replace") for r, p in enumerate(self.outs) if rank in (None, r) and p.exists())
+        return "".join(
+            p.read_text(errors="replace") for r, p in enumerate(self.outs) if rank in (None, r) and p.exists()
+        )
 
-    def wait_for(self, text: str, timeout_s: float = 60.0) -> None:
-        """Until some rank has written `text`."""
+    def wait_for(self, ready: Callable[[], bool], timeout_s: float = 60.0) -> None:
+        """Until `ready()`, while the ranks live."""
         deadline = time.monotonic() + timeout_s
-        while text not in self.text():
-            assert time.monotonic() < deadline, f"no {text!r} in:\n{self.text()}"
-            assert any(p.is_alive() for p in self.processes), f"ended without {text!r}:\n{self.text()}"
+        while not ready():
+            assert time.monotonic() < deadline, self.text()
+            assert any(p.is_alive() for p in self.processes), self.text()
             time.sleep(0.01)
 
 
@@ -120,7 +128,14 @@ class Launcher:
                 {}),
             }  # fmt: skip
             out = self.config.parent / f"start-{self.count:03d}-rank-{rank}.log"
-            argv = ["--config", str(self.config), "--output_dir", str(output), *keys, *(rank_keys(rank) if rank_keys else ())]
+            argv = [
+                "--config",
+                str(self.config),
+                "--output_dir",
+                str(output),
+                *keys,
+                *(rank_keys(rank) if rank_keys else ()),
+            ]
             process = self.context.Process(target=_rank_main, args=(argv, settings, str(out), (faults or {}).get(rank)))
             process.start()
             processes.append(process)
@@ -144,9 +159,18 @@ def trace(output: Path) -> list[tuple[Any, ...]]:
     """What must be the same in a resumed run: the step, loss, gradient norm and rate of each, and the evaluations."""
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [
-        (r["step"], "eval", r["eval_loss"]) if "eval_loss" in r else (r["step"], r["loss"], r["grad_norm"], r["learning_rate"])
+        (r["step"], "eval", r["eval_loss"])
+        if "eval_loss" in r
+        else (r["step"], r["loss"], r["grad_norm"], r["learning_rate"])
         for r in records
     ]
+
+
+def reached(output: Path) -> int:
+    """The last step in the records, 0 before any."""
+    path = output / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
 
 
 def checkpoints(output: Path) -> list[int]:

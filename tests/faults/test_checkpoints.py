@@ -47,7 +47,7 @@ DAMAGES = [
 ]
 
 
-@pytest.mark.parametrize("damage, says", DAMAGES)
+@pytest.mark.parametrize(("damage", "says"), DAMAGES)
 def test_damage_is_found_and_named(finished: Path, damage: Callable[[Path], None], says: str) -> None:
     from tests.faults.alone import find
 
@@ -92,7 +92,7 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize("keys, says", CHANGES[1:2] + CHANGES[3:])
+@pytest.mark.parametrize(("keys", "says"), CHANGES[1:2] + CHANGES[3:])
 def test_changed_run_is_refused(launcher: Launcher, finished: Path, keys: tuple[str, ...], says: str) -> None:
     """F19, F20."""
     before = sorted(p.name for p in finished.iterdir())

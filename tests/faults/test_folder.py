@@ -15,11 +15,16 @@ from ds_longft.train.secrets import redact, tracked_config
 from tests.faults.ranks import Launcher, checkpoints, status, trace
 
 CANARY = "hf_canary0123456789"
-SECRETS = {"HF_TOKEN": CANARY, "WANDB_API_KEY": CANARY + "w", "OPENAI_API_KEY": CANARY + "o", "MY_PASSWORD": CANARY + "p"}
+SECRETS = {
+    "HF_TOKEN": CANARY,
+    "WANDB_API_KEY": CANARY + "w",
+    "OPENAI_API_KEY": CANARY + "o",
+    "MY_PASSWORD": CANARY + "p",
+}
 
 
 def test_secrets_odd_paths_and_a_strict_umask(launcher: Launcher, golden: Path, tmp_path: Path) -> None:
-    """F24 and F30 in one run: tokens in the environment, a symlink to a folder with spaces and other scripts, umask 077."""
+    """F24 and F30 in one run: tokens in the environment, a symlink to a folder with an odd name, umask 077."""
     real = tmp_path / "a run with spaces, ünïcode 长"
     real.mkdir()
     link = tmp_path / "link"
@@ -51,7 +56,9 @@ def test_redact() -> None:
 
 
 def test_tracker_gets_chosen_keys() -> None:
-    config = RunConfig.model_validate({"output_dir": "/secret/place", "data": {"train": ["https://u:pw@host/rows.jsonl"]}})
+    config = RunConfig.model_validate(
+        {"output_dir": "/secret/place", "data": {"train": ["https://u:pw@host/rows.jsonl"]}}
+    )
     tracked = tracked_config(config, {"world": 2})
     assert "/secret/place" not in str(tracked)
     assert "cache_dir" not in str(tracked)
@@ -74,7 +81,7 @@ def test_two_runs_in_one_folder(launcher: Launcher, tmp_path: Path, monkeypatch:
     output = tmp_path / "out"
     slow = {"point": "every_step", "do": "sleep", "seconds": 30}
     run = launcher.start(output, faults={0: slow, 1: slow})
-    run.wait_for("start-up:")
+    run.wait_for((output / "run_status.json").exists)
     with pytest.raises(ConfigError, match=f"in use by process {run.processes[0].pid} on "):
         lock_folder(output, patience_s=0.5)
     run.kill()

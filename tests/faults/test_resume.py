@@ -46,11 +46,18 @@ WORLDS = [
 ]
 
 
-@pytest.mark.parametrize("zero, before, after", WORLDS)
+@pytest.mark.parametrize(("zero", "before", "after"), WORLDS)
 def test_other_layout(launcher: Launcher, tmp_path: Path, zero: int, before: tuple, after: tuple) -> None:
     output = tmp_path / "out"
     for world, sp, accumulation in (before, after):
-        keys = (*stage(tmp_path, zero), *PLAIN, "--sp", str(sp), "--train.gradient_accumulation_steps", str(accumulation))
+        keys = (
+            *stage(tmp_path, zero),
+            *PLAIN,
+            "--sp",
+            str(sp),
+            "--train.gradient_accumulation_steps",
+            str(accumulation),
+        )
         codes, run = launcher.run(output, *keys, world=world)
         assert not any(codes), run.text()
         if (world, sp, accumulation) == before:

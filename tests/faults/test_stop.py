@@ -13,19 +13,19 @@ from tests.faults.ranks import Launcher, checkpoints, status, trace
 CASES = [
     # fault, ranks it happens on, step that is saved
     ({"point": "step", "step": 3, "do": "SIGUSR1"}, [1], 2),  # between the packs of step 3: it is given up
-    ({"point": "step", "step": 5, "do": "SIGUSR2"}, [0, 1], 4),
+    pytest.param({"point": "step", "step": 5, "do": "SIGUSR2"}, [0, 1], 4, marks=pytest.mark.slow),
     ({"point": "update", "step": 5, "do": "SIGTERM"}, [0], 5),  # too late for step 5's sums: seen before the next pack
     ({"point": "save_shard", "step": 4, "do": "SIGTERM"}, [0], 4),
     ({"point": "eval", "step": 4, "do": "SIGUSR2"}, [1], 4),  # the evaluation is made up for
 ]
 
 
-@pytest.mark.parametrize("fault, ranks, saved", CASES)
+@pytest.mark.parametrize(("fault", "ranks", "saved"), CASES)
 def test_signal(launcher: Launcher, golden: Path, tmp_path: Path, fault: dict, ranks: list[int], saved: int) -> None:
     output = tmp_path / "out"
     if fault["point"] == "save_shard":
         fault = {**fault, "point": "save_seal"}  # the shard itself must stay whole
-    codes, run = launcher.run(output, faults={rank: fault for rank in ranks})
+    codes, run = launcher.run(output, faults=dict.fromkeys(ranks, fault))
     assert codes == [75, 75], run.text()
     assert status(output)["exit_code"] == 75
     stopped = checkpoints(output)[-1]
@@ -42,7 +42,7 @@ def test_signals_to_all_ranks_twice_from_outside(launcher: Launcher, golden: Pat
     output = tmp_path / "out"
     slow = {"point": "save_seal", "step": 4, "do": "sleep", "seconds": 1.0}
     run = launcher.start(output, faults={0: slow, 1: slow})
-    run.wait_for("eval at step 4")
+    run.wait_for((output / ".tmp-checkpoint-4").exists)
     run.signal(signal.SIGTERM)
     run.signal(signal.SIGUSR2)
     run.signal(signal.SIGTERM)

@@ -31,6 +31,23 @@ def test_rows_fit_exactly_and_answers_stand_in_the_context(tokenizer, tmp_path):
     assert len(questions) > 1
 
 
+def test_several_questions_of_one_context(tokenizer, tmp_path):
+    done = write_code_set(tmp_path / "a.jsonl", rows=6, context_tokens=4000, questions=4, tokenizer=tokenizer)
+    template = load_template(tokenizer, None)
+    counts, lengths = [], []
+    for row in read(tmp_path / "a.jsonl"):
+        turns = [Turn(message["role"], message["content"]) for message in row["messages"]]
+        context = turns[0].content
+        for answer in turns[1::2]:
+            assert answer.content in context
+        for name in row["function"].split(", "):
+            assert context.count(f"def {name}(") == 1
+        counts.append(len(turns) // 2)
+        lengths.append(len(tokenizer(template.render(turns).text)["input_ids"]))
+    assert max(counts) == 4
+    assert max(lengths) == done.longest_tokens <= 4000
+
+
 def test_the_seed_decides(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         write_code_set(tmp_path / name, rows=3, context_tokens=2000, seed=seed)

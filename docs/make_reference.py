@@ -1,0 +1,103 @@
+"""Writes docs/config.md from `RunConfig` and docs/files.md from the docstrings: `make docs`. A test keeps them in step."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from ds_longft.config import RunConfig, SourceConfig
+from ds_longft.messages import describe
+
+HEAD = """\
+# Run config
+
+Made from `ds_longft/config.py` by `make docs`. The same keys stand in the YAML file of `--config` (nested), on the
+command line (`--data.max_length_tokens 128K`) and in `ds-longft config --help`. The command line wins over the file, the file over the
+defaults. Unknown keys are refused, and the nearest known one is named. 128K and 1M count tokens (1024-based), `null` switches off.
+"""
+
+
+FILES_HEAD = """\
+# File by file
+
+Made from the first line of each file by `make docs`. How they hang together: [architecture.md](architecture.md).
+"""
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def config_page() -> str:
+    """The whole text of docs/config.md."""
+    return HEAD + _section(RunConfig, "", "The run")
+
+
+def _section(model: type[BaseModel], prefix: str, title: str) -> str:
+    """A table of the section's own keys, and the sections below it."""
+    rows, below = [], []
+    for name, field in model.model_fields.items():
+        inner = _section_of(field)
+        if inner is None:
+            rows.append(_row(prefix + name, field))
+            continue
+        note = f"\n\n`{prefix}{name}`: {field.description}\n" if field.description else ""
+        below.append(
+            _section(inner, f"{prefix}{name}.", f"`{prefix}{name}`: {_one_line(inner.__doc__)}").rstrip() + note + "\n"
+        )
+    if model is not RunConfig and prefix == "data.":
+        rows_of_source = [_row(f"{prefix}train[].{n}", f) for n, f in SourceConfig.model_fields.items()]
+        below.append(_table(f"`data.train[]`, `data.eval[]`: {_one_line(SourceConfig.__doc__)}", rows_of_source))
+    return _table(title, rows) + "".join(below)
+
+
+def _table(title: str, rows: list[str]) -> str:
+    return f"\n## {title}\n\n| key | default | expected | meaning |\n|---|---|---|---|\n" + "".join(rows)
+
+
+def _row(key: str, field: FieldInfo) -> str:
+    default = "required" if field.is_required() else f"`{_shown(field.get_default(call_default_factory=True))}`"
+    expected = describe(field.annotation, field.metadata)
+    return f"| `{key}` | {default} | {expected} | {_one_line(field.description)} |\n"
+
+
+def _section_of(field: FieldInfo) -> type[BaseModel] | None:
+    branches = get_args(field.annotation) or (field.annotation,)
+    models = [b for b in branches if isinstance(b, type) and b is not NoneType and issubclass(b, BaseModel)]
+    return models[0] if models and get_args(field.annotation)[:1] != (SourceConfig,) else None
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, str):
+        return value or '""'
+    return json.dumps(value)
+
+
+def _one_line(text: str | None) -> str:
+    return " ".join((text or "").split()).replace("|", "\\|")
+
+
+def files_page() -> str:
+    """The whole text of docs/files.md."""
+    page = FILES_HEAD
+    for folder in sorted({path.parent for path in ROOT.glob("ds_longft/**/*.py")}):
+        docs = {path.name: _summary(path) for path in sorted(folder.glob("*.py"))}
+        title = docs.pop("__init__.py", "")
+        page += f"\n## {folder.relative_to(ROOT)}\n\n{title}\n\n| file | what |\n|---|---|\n"
+        page += "".join(f"| `{name}` | {text.replace('|', chr(92) + '|')} |\n" for name, text in docs.items())
+    return page
+
+
+def _summary(path: Path) -> str:
+    """First sentence or paragraph of a file's docstring, on one line."""
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return re.sub(r"\s+", " ", text.split("\n\n")[0])
+
+
+if __name__ == "__main__":
+    (ROOT / "docs/config.md").write_text(config_page())
+    (ROOT / "docs/files.md").write_text(files_page())

@@ -1,0 +1,128 @@
+"""A SLURM of one machine for the length of a test: munged, slurmctld and slurmd, all of it in a temporary folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+NEEDED = ("slurmctld", "slurmd", "munged", "sbatch")
+
+
+def why_not() -> str | None:
+    """Why no SLURM can be started here; None: it can."""
+    missing = [name for name in NEEDED if shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin") is None]
+    if missing:
+        return f"{', '.join(missing)} not installed (Debian: slurm-wlm munge)"
+    return None if os.getuid() == 0 else "needs root"
+
+
+class Cluster:
+    """Commands of a running SLURM."""
+
+    def __init__(self, conf: Path) -> None:
+        self.env = {**os.environ, "SLURM_CONF": str(conf), "PATH": os.environ["PATH"] + ":/usr/sbin"}
+
+    def run(self, *words: str) -> str:
+        """Output of a SLURM command."""
+        done = subprocess.run(words, env=self.env, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, f"{words}: {done.stderr}"
+        return done.stdout
+
+    def job(self, number: str) -> dict[str, str]:
+        """Fields of `scontrol show job`."""
+        return dict(w.split("=", 1) for w in self.run("scontrol", "show", "job", number).split() if "=" in w)
+
+    def wait(self, number: str, state: str, timeout_s: float) -> dict[str, str]:
+        """Until the job is in that state."""
+        deadline = time.monotonic() + timeout_s
+        while (job := self.job(number))["JobState"] != state:
+            assert time.monotonic() < deadline, f"job is {job['JobState']} ({job.get('Reason')}), not {state}"
+            time.sleep(0.5)
+        return job
+
+
+@contextlib.contextmanager
+def cluster(folder: Path) -> Iterator[Cluster]:
+    """Start it, wait until the node is idle, stop it by the ids of its processes."""
+    host = socket.gethostname()
+    conf = folder / "slurm.conf"
+    cpus = os.cpu_count() or 2
+    conf.write_text(
+        f"""ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge/socket
+CryptoType=crypto/munge
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+JobRequeue=1
+ReturnToService=2
+SlurmctldPort=16817
+SlurmdPort=16818
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/ctld.pid
+SlurmdPidFile={folder}/d.pid
+SlurmctldLogFile={folder}/ctld.log
+SlurmdLogFile={folder}/d.log
+NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
+PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
+"""
+    )
+    for name in ("state", "spool", "munge"):
+        (folder / name).mkdir()
+    for parent in (folder, *folder.parents):  # munged runs as a user of its own, and slurmctld reads its socket
+        if parent.stat().st_uid == os.getuid() and parent != Path("/"):
+            parent.chmod(parent.stat().st_mode | 0o055)
+    key = folder / "munge" / "key"
+    key.write_bytes(os.urandom(128))
+    for path in (folder / "munge", key):
+        shutil.chown(path, "munge", "munge")
+    key.chmod(0o400)
+    (folder / "munge").chmod(0o755)
+    made = Cluster(conf)
+    socket_path = folder / "munge" / "socket"
+    commands = [
+        ["munged", "-F", "--force", f"--key-file={key}", f"--socket={socket_path}", f"--pid-file={folder}/munge/pid",
+         f"--log-file={folder}/munge/log", f"--seed-file={folder}/munge/seed"],
+        ["slurmctld", "-D", "-c", "-f", str(conf)],
+        ["slurmd", "-D", "-c", "-f", str(conf)],
+    ]  # fmt: skip
+    processes = []
+    try:
+        for i, command in enumerate(commands):
+            user = {"user": "munge", "group": "munge"} if i == 0 else {}
+            log = open(folder / f"{command[0]}.out", "wb") if i else subprocess.DEVNULL  # noqa: SIM115
+            processes.append(subprocess.Popen(command, env=made.env, stdout=log, stderr=log, **user))  # type: ignore[call-overload]
+            time.sleep(1.0)
+        deadline = time.monotonic() + 60
+        while (
+            "idle"
+            not in subprocess.run(
+                ["sinfo", "-h", "-o", "%t"], env=made.env, capture_output=True, text=True, check=False
+            ).stdout
+        ):
+            assert time.monotonic() < deadline, (folder / "ctld.log").read_text()[-3000:]
+            time.sleep(0.5)
+        yield made
+    finally:
+        for process in reversed(processes):
+            process.terminate()
+        for process in reversed(processes):
+            try:
+                process.wait(15)
+            except subprocess.TimeoutExpired:
+                process.kill()

@@ -1,0 +1,106 @@
+"""What the documentation shows is what the program takes: commands parse, files exist, references are the code's."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+
+from ds_longft.cli import COMMANDS, bind_arguments
+from ds_longft.cli import main as cli
+from ds_longft.settings import load_config
+from ds_longft.verify.command import read as read_verify
+from ds_longft.yaml_io import load_yaml
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("*/README.md"))]
+BLOCKS = re.compile(r"```\n(.*?)```", re.DOTALL)
+TRAIN = re.compile(r"(?:launch/train\.py|ds_longft\.train)\b(.*)")
+
+
+def commands(page: Path) -> list[str]:
+    """Lines of the page's code blocks that start a program of ours, comments taken off."""
+    lines = "\n".join(BLOCKS.findall(page.read_text())).replace("\\\n", " ").splitlines()
+    starts = ("ds-longft ", "deepspeed ", "torchrun ", "srun ", "python ", "make ")
+    return [line.partition(" #")[0].strip() for line in lines if line.startswith(starts)]
+
+
+def all_commands() -> list[str]:
+    return list(dict.fromkeys(line for page in PAGES for line in commands(page)))
+
+
+@pytest.fixture
+def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Path:
+    """A folder with the mine.yaml that README.md makes."""
+    monkeypatch.chdir(tmp_path)
+    line = next(line for line in commands(ROOT / "README.md") if line.startswith("ds-longft config "))
+    assert cli(shlex.split(line.partition(">")[0])[1:]) == 0
+    for name in ("mine.yaml", "my.yaml", "run.yaml"):
+        (tmp_path / name).write_text(capsys.readouterr().out if name == "mine.yaml" else "{}")
+    return tmp_path
+
+
+@pytest.mark.parametrize("line", all_commands())
+def test_a_command_of_the_documentation_is_taken(line: str, user_folder: Path) -> None:
+    words = shlex.split(line.partition(">")[0])
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    elif words[0] == "ds-longft":
+        name = next(n for n in COMMANDS if words[1:][: len(n.split())] == n.split())
+        rest = words[1 + len(name.split()) :]
+        if name == "verify":
+            read_verify(rest)
+        elif COMMANDS[name].takes_run_keys:
+            load_config(rest)
+        else:
+            module, _, function = COMMANDS[name].target.partition(":")
+            bind_arguments(getattr(importlib.import_module(module), function), name, rest)
+    elif match := TRAIN.search(line.partition(">")[0]):
+        load_config(shlex.split(match[1]))
+
+
+def test_there_are_commands_to_look_at() -> None:
+    assert sum(line.startswith(("deepspeed", "torchrun", "srun", "python")) for line in all_commands()) > 6
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_and_names_lead_somewhere(page: Path) -> None:
+    text = page.read_text()
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    shipped = re.findall(
+        r"\b(?:ds_configs|recipes|docs|launch|benchmarks)/[\w./-]+\.(?:jsonl?|yaml|md|py|sh|sbatch)", text
+    )
+    made_later = {"benchmarks/results.jsonl"}
+    missing = [name for name in links if not (page.parent / name).exists()]
+    missing += [name for name in shipped if name not in made_later and not (ROOT / name).exists()]
+    assert missing == []
+
+
+def test_the_tree_of_the_readme_is_the_tree() -> None:
+    tree = re.search(r"## The tree\n\n```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert tree is not None
+    folder, seen = "", set()
+    for line in tree[1].splitlines():
+        name = line.split()[0]
+        folder = folder if line.startswith(" ") else name
+        path = ROOT / (folder + name if line.startswith(" ") else name)
+        assert path.exists(), line
+        seen.add(path)
+    modules = {p for p in (ROOT / "ds_longft").iterdir() if (p.suffix == ".py" or (p / "__init__.py").exists())}
+    assert {p for p in modules if p.name != "__init__.py"} <= seen
+
+
+@pytest.mark.parametrize(("function", "page"), [("config_page", "config.md"), ("files_page", "files.md")])
+def test_references_are_up_to_date(function: str, page: str) -> None:
+    made = runpy.run_path(str(ROOT / "docs/make_reference.py"))[function]()
+    assert made == (ROOT / "docs" / page).read_text(), "run `make docs`"
+
+
+def test_yaml_of_the_documentation_is_a_run_config() -> None:
+    for page in PAGES:
+        for block in re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL):
+            assert isinstance(load_yaml(block), dict)

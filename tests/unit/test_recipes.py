@@ -1,0 +1,67 @@
+"""Recipes are what users copy: each loads, is checked as far as it can be without its files, and says what it means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ds_longft import quickstart
+from ds_longft.check import check_run
+from ds_longft.config import RunConfig
+from ds_longft.ds_config import load_ds_config, merge_ds_config
+from ds_longft.errors import ConfigError
+from ds_longft.settings import dump_config, load_config
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+WINDOWS = {"sft_lora_128k": 131072, "sft_full_64k": 131072, "sft_lora_yarn": 40960}  # of the models they name
+
+
+def read(path: Path, *more: str) -> RunConfig:
+    return load_config(["--config", str(path), *more])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_loads_and_survives_a_round_trip(path: Path, tmp_path: Path) -> None:
+    config = read(path)
+    (tmp_path / "again.yaml").write_text(dump_config(config))
+    assert read(tmp_path / "again.yaml") == config
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("world", [1, 8])
+def test_fits_its_json_and_its_model(path: Path, world: int, tmp_path: Path) -> None:
+    (tmp_path / "my.jsonl").write_text("{}\n")
+    config = read(path, "--data.train", str(tmp_path / "my.jsonl"), "--data.eval", "[]")
+    ds = merge_ds_config(load_ds_config(config.ds_config), config, world=world, device="cuda", hidden_size=4096)
+    model = {"model_type": "llama", "num_attention_heads": 24, "max_position_embeddings": WINDOWS.get(path.stem, 8192)}
+    if path.stem.startswith("quickstart"):
+        config = config.model_copy(update={"model": config.model.model_copy(update={"path": "some/model"})})
+    check_run(config, world=world, local_world=world, ds=ds, model_config=model)
+
+
+def test_the_128k_recipe_needs_its_window(tmp_path: Path) -> None:
+    (tmp_path / "my.jsonl").write_text("{}\n")
+    config = read(RECIPES[0].with_name("sft_lora_128k.yaml"), "--data.train", str(tmp_path / "my.jsonl"))
+    model = {"model_type": "llama", "num_attention_heads": 32, "max_position_embeddings": 65536}
+    with pytest.raises(ConfigError, match="window is 65536"):
+        check_run(config, world=8, local_world=8, ds=None, model_config=model)
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_the_bare_command_is_a_recipe(has_gpu: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)  # found from anywhere
+    config = load_config(["--config", quickstart.recipe(has_gpu=has_gpu)])
+    folder = Path(quickstart.CACHE)
+    assert Path(config.model.path) == folder / quickstart.MODEL
+    for source in config.data.train + config.data.eval:
+        assert Path(source.path).parent == folder
+        match = quickstart.CODE_SET.fullmatch(Path(source.path).name)
+        assert match is not None
+        assert int(match[2]) == config.data.max_length_tokens
+
+
+def test_prepare_leaves_other_configs_alone(tmp_path: Path) -> None:
+    config = load_config(["--model.path", str(tmp_path / "model"), "--data.train", str(tmp_path / "my.jsonl")])
+    quickstart.prepare(config, str(tmp_path / "cache"))
+    assert not (tmp_path / "cache").exists()
