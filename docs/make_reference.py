@@ -1,4 +1,4 @@
-"""Writes docs/config.md from `RunConfig` and docs/files.md from the docstrings: `make docs`. A test keeps them in step."""
+"""Writes docs/config.md from `RunConfig`, docs/files.md from the docstrings: `make docs`. A test keeps them in step."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ HEAD = """\
 # Run config
 
 Made from `ds_longft/config.py` by `make docs`. The same keys stand in the YAML file of `--config` (nested), on the
-command line (`--data.max_length_tokens 128K`) and in `ds-longft config --help`. The command line wins over the file, the file over the
-defaults. Unknown keys are refused, and the nearest known one is named. 128K and 1M count tokens (1024-based), `null` switches off.
+command line (`--data.max_length_tokens 128K`) and in `ds-longft config --help`. The command line wins over the file,
+the file over the defaults. Unknown keys are refused, and the nearest known one is named. 128K and 1M count tokens
+(1024-based), `null` switches off.
 """
 
 

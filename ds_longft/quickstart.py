@@ -25,7 +25,7 @@ def recipe(*, has_gpu: bool) -> str:
 
 
 def prepare(config: RunConfig, cache: str = CACHE) -> None:
-    """Make what the config names in the quickstart's folder and is not there yet: the model, code-<part>-<tokens>.jsonl.
+    """Make what the config names in the quickstart's folder and is not there yet: model, code-<part>-<tokens>.jsonl.
 
     Does nothing for other configs. Safe when every rank of a launch calls it: one works, the others wait.
 

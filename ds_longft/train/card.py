@@ -21,8 +21,9 @@ model = PeftModel.from_pretrained(base, {folder!r})
 tokenizer = AutoTokenizer.from_pretrained({folder!r})
 ```"""
 
-LOAD_STRETCHED = """The base model's rotary position embedding was stretched ({rope}), and an adapter does not carry that: load the base with
-the config in `base_config/`, or it works with other positions than it was trained with.
+LOAD_STRETCHED = """\
+The base model's rotary position embedding was stretched ({rope}), and an adapter does not carry that:
+load the base with the config in `base_config/`, or it works with other positions than it was trained with.
 
 ```python
 from peft import PeftModel

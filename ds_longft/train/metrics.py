@@ -35,7 +35,8 @@ def step_line(record: Record, total_steps: int) -> str:
     return (
         f"step {record['step']}/{total_steps} | {loss} | grad norm {norm} | lr {record['learning_rate']:.2e} | "
         f"{record['tokens_per_s_per_gpu']:,.0f} tok/s/GPU{mfu} | peak {record['peak_gib']:.1f} GiB | "
-        f"padding {record['padding_percent']:.1f}% | data wait {record['data_wait_percent']:.1f}% | {record['step_s']:.2f} s"
+        f"padding {record['padding_percent']:.1f}% | data wait {record['data_wait_percent']:.1f}% | "
+        f"{record['step_s']:.2f} s"
     )
 
 
@@ -51,12 +52,12 @@ class Records:
             return
         self.path = folder / "metrics.jsonl"
         self._forget_after(first_step)
-        self.file = open(self.path, "a", buffering=1)
+        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
         self.console = Console(soft_wrap=True, highlight=False, markup=False)
         if sys.stdout.isatty():
             self.progress = Progress(
-                TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-                console=self.console,
+                TextColumn("training"), BarColumn(), MofNCompleteColumn(),
+                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console,
             )  # fmt: skip
             self.task = self.progress.add_task("train", total=total_steps, completed=first_step)
             self.progress.start()
@@ -94,8 +95,8 @@ class Records:
             return
         self._write(record)
         self.console.print(
-            f"held-out loss at step {record['step']} | {record['eval_loss']:.4f} over {record['eval_targets']:,} target tokens | "
-            f"{record['eval_s']:.1f} s"
+            f"held-out loss at step {record['step']} | {record['eval_loss']:.4f} over "
+            f"{record['eval_targets']:,} target tokens | {record['eval_s']:.1f} s"
         )
 
     def say(self, text: str) -> None:

@@ -1,5 +1,6 @@
 """Tiny models and packs for the proofs, and the reference: one process, each document run alone through
-transformers."""
+transformers.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +16,10 @@ from ds_longft.batch import IGNORE_INDEX, Pack
 
 VOCAB = 97
 
-SMALL: dict[str, Any] = dict(
-    vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=8, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 
 
 def tiny_config(model_type: str = "llama", **changes: Any) -> PretrainedConfig:

@@ -117,7 +117,7 @@ def assert_equal(ours: Any, truth: Any, float32: str | None = None) -> None:
     assert {name: f"{e:.1e}" for name, e in errors.items() if not e <= limits[name]} == {}
 
 
-@pytest.mark.parametrize("family, changes, lora, policy, sample, world, sp", CASES)
+@pytest.mark.parametrize(("family", "changes", "lora", "policy", "sample", "world", "sp"), CASES)
 def test_gradients_equal_one_process(pools, family, changes, lora, policy, sample, world, sp):
     ours = pools(world).run(gradients, family, changes, lora, policy, sample, sp)[0]
     # Gemma's norms multiply by their weight in float32 whatever the model's dtype: those weights' gradients are float32 sums.

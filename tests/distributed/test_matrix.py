@@ -1,5 +1,6 @@
 """Every pair of settings together in at least one step through the engine, in float32: each parameter's gradient is that of one
-process to 1e-6."""
+process to 1e-6.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """Mistakes end with exit code 64 and one message that names the key, before a weight is read: the model's file is broken
-here, so a run that came as far as loading it would complain about that instead."""
+here, so a run that came as far as loading it would complain about that instead.
+"""
 
 from __future__ import annotations
 

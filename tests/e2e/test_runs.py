@@ -150,6 +150,6 @@ def test_another_start_in_the_same_folder_does_not_mix_its_records(ranks: Launch
     for _ in range(2):
         codes, run = ranks.run(tmp_path / "out", *keys)
         assert codes == [0, 0], run.text()
-    assert [row[:2] for row in trace(tmp_path / "out")][0] == (0, "eval")
+    assert next(row[:2] for row in trace(tmp_path / "out")) == (0, "eval")
     assert len(trace(tmp_path / "out")) == 3
     assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["train"]["max_steps"] == 1

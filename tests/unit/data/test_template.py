@@ -1,4 +1,4 @@
-# ruff: noqa: E501  templates stand as their families write them
+
 import copy
 
 import pytest
