@@ -42,7 +42,8 @@ def check_isolation(
     """Change the middle token of some documents of `pack`, one at a time, and watch the last layer's hidden states.
 
     Logits are a function of the hidden state at the same place: what does not move there does not move in the logits.
-    `allowed`: how far others may move, as a share of what the changed document moves. Collective.
+    `allowed`: how far others may move, as a share of what the changed document moves. Collective over the world, with
+    the same pack on every rank.
     """
     borders = pack.cu_seqlens.tolist()
     documents = list(pairwise(borders))

@@ -189,7 +189,7 @@ def summary_table(records: list[Record], folder: Path, minutes: float) -> Table:
     steps = [r for r in records if r.get("loss") is not None]
     evals = [r["eval_loss"] for r in records if "eval_loss" in r]
     table = Table(title="Done", show_header=False, title_justify="left")
-    table.add_column(style="bold")
+    table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     if steps:
         table.add_row(*training_loss(steps))

@@ -8,6 +8,7 @@ the results in rank order. A failing or hanging case kills its pool; the next ca
 
 from __future__ import annotations
 
+import functools
 import multiprocessing as mp
 import os
 import socket
@@ -28,9 +29,12 @@ def _rank_main(rank: int, world: int, port: int, pipe: Connection) -> None:
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false",
     )  # fmt: skip
+    from ds_longft.layout import ParallelLayout
     from ds_longft.train.ranks import Launch, join
 
     join(Launch.from_environment())
+    # A group's threads wake up all the time: a hundred cases' groups, never closed, cost most of a core.
+    ParallelLayout.create = functools.cache(ParallelLayout.create)  # type: ignore[method-assign]
     while True:
         try:
             case, args = pipe.recv()

@@ -14,9 +14,6 @@ from ds_longft.layout import ParallelLayout
 from ds_longft.sequence.attention import ulysses_attention
 from ds_longft.sequence.recompute import apply_recompute
 
-LAYOUTS: dict[int, ParallelLayout] = {}
-"""Of a worker process, by sp: making groups is what costs time."""
-
 
 class Layer(torch.nn.Module):
     """Attention alone, called the way recomputation calls a decoder layer."""
@@ -45,7 +42,7 @@ def op(
     softcap: float | None, sinks: bool, recomputed: bool,
 ) -> Any:  # fmt: skip
     """Output and gradients of this rank's tokens."""
-    layout = LAYOUTS.setdefault(world, ParallelLayout.create(world))
+    layout = ParallelLayout.create(world)
     q, k, v, dout, *sink = inputs(seed, sum(lengths), q_heads, kv_heads, d, sinks)
     s = sum(lengths) // world
     mine = slice(rank * s, (rank + 1) * s)

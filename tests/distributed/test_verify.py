@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from contextlib import ExitStack
@@ -27,6 +28,12 @@ from tests.distributed.user_files import user_config
 ALL = frozenset(range(1, 8))
 
 
+@functools.cache
+def agreed() -> Agreement:
+    """Of a worker process: every one is a group with threads of its own."""
+    return Agreement()
+
+
 def verified(rank: int, world: int, content: dict[str, Any], checks: frozenset[int], fault: str | None) -> Any:
     """The findings, in a process where `fault` was planted."""
     from ds_longft.verify.run import verify_model
@@ -37,7 +44,7 @@ def verified(rank: int, world: int, content: dict[str, Any], checks: frozenset[i
     with ExitStack() as stack:
         if fault is not None:
             FAULTS[fault](stack)
-        subject = Subject.make(config, settings, sp, torch.device("cpu"), Agreement(), tokens=160)
+        subject = Subject.make(config, settings, sp, torch.device("cpu"), agreed(), tokens=160)
         findings, facts, text = verify_model(subject, checks)
     return findings, facts, str(text)
 
@@ -225,7 +232,7 @@ def first_step(rank: int, world: int, content: dict[str, Any], fault: str | None
 
     config = RunConfig.model_validate(content)
     settings, sp = preflight(config, world=world, local_world=world, device="cpu")
-    agreement, layout, device = Agreement(), ParallelLayout.create(sp), torch.device("cpu")
+    agreement, layout, device = agreed(), ParallelLayout.create(sp), torch.device("cpu")
     with ExitStack() as stack:
         if fault is not None:
             FAULTS[fault](stack)

@@ -126,7 +126,7 @@ def test_values_of_yaml(text: str, key: str, value: Any, tmp_path: Path) -> None
         ),
         (
             ["--train.recompute", "sqr"],
-            "train.recompute: seen 'sqr', expected none, full, every_k, sqrt or keep_attention",
+            "train.recompute: seen 'sqr', expected none, full, every_k, sqrt, keep_attention or auto: did you mean sqrt?",
         ),
         (["--train.recompute", "sqr"], "did you mean sqrt?"),
         (["--optim.betas", "0.9"], "optim.betas: seen [0.9], expected a list of 2: a number"),
