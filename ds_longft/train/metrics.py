@@ -7,7 +7,10 @@ import os
 import resource
 import sys
 import time
+from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean, pstdev
 from typing import Any
 
 import torch
@@ -19,6 +22,9 @@ from ds_longft.config import LogConfig
 
 Record = dict[str, Any]
 
+SPIKE_WINDOW_STEPS = 50  # what a loss is compared with
+SPIKE_DEVIATIONS = 5.0  # far outside of what steps over different rows differ by
+
 
 def peak_gib(device: torch.device) -> float:
     """Peak memory of this process so far: allocated on the GPU, resident on a CPU."""
@@ -27,13 +33,25 @@ def peak_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 
+def spike_of(loss: float, before: Sequence[float]) -> float | None:
+    """How many standard deviations a loss lies above the mean of those before it, where that is a spike.
+
+    None where it is no spike, or fewer than half a window of losses is known.
+    """
+    if 2 * len(before) < SPIKE_WINDOW_STEPS:
+        return None
+    above = (loss - fmean(before)) / max(pstdev(before), 1e-9)
+    return above if above > SPIKE_DEVIATIONS else None
+
+
 def step_line(record: Record, total_steps: int) -> str:
     """The console line of one step."""
     mfu = f" | MFU {record['mfu']:.1%}" if record.get("mfu") is not None else ""
     loss = "no targets" if record["loss"] is None else f"loss {record['loss']:.4f}"
     norm = "-" if record["grad_norm"] is None else f"{record['grad_norm']:.3f}"
+    spike = f" (spike: {record['loss_spike']:.1f} deviations)" if "loss_spike" in record else ""
     return (
-        f"step {record['step']}/{total_steps} | {loss} | grad norm {norm} | lr {record['learning_rate']:.2e} | "
+        f"step {record['step']}/{total_steps} | {loss}{spike} | grad norm {norm} | lr {record['learning_rate']:.2e} | "
         f"{record['tokens_per_s_per_gpu']:,.0f} tok/s/GPU{mfu} | peak {record['peak_gib']:.1f} GiB | "
         f"padding {record['padding_percent']:.1f}% | data wait {record['data_wait_percent']:.1f}% | "
         f"{record['step_s']:.2f} s"
@@ -48,10 +66,13 @@ class Records:
         self.wandb: Any = None
         self.progress: Progress | None = None
         self.started = time.monotonic()
+        self.recent_losses: deque[float] = deque(maxlen=SPIKE_WINDOW_STEPS)
         if not active:
             return
         self.path = folder / "metrics.jsonl"
         self._forget_after(first_step)
+        earlier = read_metrics(self.path) if self.path.exists() else []
+        self.recent_losses.extend(r["loss"] for r in earlier if r.get("loss") is not None)
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
         self.console = Console(soft_wrap=True, highlight=False, markup=False)
         if sys.stdout.isatty():
@@ -84,6 +105,11 @@ class Records:
         """Record one optimizer step."""
         if not self.active:
             return
+        if record["loss"] is not None:
+            above = spike_of(record["loss"], self.recent_losses)
+            if above is not None:
+                record = {**record, "loss_spike": above}
+            self.recent_losses.append(record["loss"])
         self._write(record)
         self.console.print(step_line(record, self.total_steps))
         if self.progress:

@@ -4,13 +4,9 @@ half of it.
 
 import os
 
-os.environ.update(
-    DS_ACCELERATOR="cpu",
-    OMP_NUM_THREADS="1",
-    CUDA_VISIBLE_DEVICES="",
-    TOKENIZERS_PARALLELISM="false",
-    HF_HUB_OFFLINE="1",
-)
+os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
+if "LONGFT_TEST_ON_GPUS" not in os.environ:  # set by tests/gpu
+    os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
 
 import datasets  # noqa: F401
 import deepspeed  # noqa: F401

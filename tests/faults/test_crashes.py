@@ -40,6 +40,18 @@ def test_killed_rank(
     assert not list(output.glob(".tmp-*"))
 
 
+def test_failed_evaluation(launcher: Launcher, golden: Path, tmp_path: Path) -> None:
+    """F29: the run ends badly, the checkpoints are as they were, and the same command goes on from them."""
+    output = tmp_path / "out"
+    codes, _ = launcher.run(output, faults={r: {"point": "eval", "step": 4, "do": "raise"} for r in (0, 1)})
+    assert all(code not in (0, 75, None) for code in codes)
+    assert checkpoints(output) == [2]
+    assert status(output)["exit_code"] not in (0, None)
+    codes, run = launcher.run(output)
+    assert codes == [0, 0], run.text()
+    assert trace(output) == trace(golden)
+
+
 def test_killed_while_loading(launcher: Launcher, golden: Path, tmp_path: Path) -> None:
     """The checkpoint that was being read is as good as before."""
     output = tmp_path / "out"

@@ -1,0 +1,43 @@
+"""The records of a run: what is worth pointing out, and that a resumed run says the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ds_longft.config import LogConfig
+from ds_longft.train.metrics import Records, spike_of
+
+CALM = [1.0, 1.1, 0.9] * 20
+
+
+@pytest.mark.parametrize(
+    ("loss", "before", "spike"),
+    [
+        (1.2, CALM, False),
+        (9.0, CALM, True),
+        (9.0, CALM[:20], False),  # too little is known
+        (0.1, CALM, False),  # a fall is no spike
+        (1.001, [1.0] * 50, True),  # a curve without any noise
+    ],
+)
+def test_a_spike_stands_out_of_what_was_before(loss: float, before: list[float], spike: bool) -> None:
+    assert (spike_of(loss, before) is not None) == spike
+
+
+def record(step: int, loss: float) -> dict[str, float | None]:
+    zeros = dict.fromkeys(("grad_norm", "mfu", "learning_rate", "tokens_per_s_per_gpu", "peak_gib"), 0.0)
+    return {**zeros, "step": step, "loss": loss, "padding_percent": 0.0, "data_wait_percent": 0.0, "step_s": 1.0}
+
+
+def test_spikes_are_recorded_across_a_resume(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for first, losses in ((0, CALM), (len(CALM), [9.0])):
+        records = Records(tmp_path, LogConfig(), total_steps=99, first_step=first, active=True)
+        for i, loss in enumerate(losses):
+            records.step(record(first + i + 1, loss))
+        records.close()
+    written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in written if "loss_spike" in r] == [len(CALM) + 1]
+    assert capfd.readouterr().out.count("loss 9.0000 (spike: 9") == 1
