@@ -48,7 +48,7 @@ SHAPES = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
     },
     "tiny": {
-        "model_type": "llama", "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+        "model_type": "llama", "vocab_size": 1024, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
         "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 1 << 22,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
     },

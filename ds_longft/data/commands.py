@@ -32,7 +32,7 @@ def tokenize(config: str, json: bool = False) -> None:
     """
     run, tokenizer = _read(config)
     parts = {
-        part: tokenize_sources(sources, tokenizer, run.data, seed=run.seed, progress=True)
+        part: tokenize_sources(sources, tokenizer, run.data, progress=True)
         for part, sources in (("train", run.data.train), ("eval", run.data.eval))
         if sources
     }
@@ -58,7 +58,7 @@ def stats(config: str, dp: int = 1, sp: int = 1, json: bool = False) -> None:
         json: print one JSON object instead of tables.
     """
     run, tokenizer = _read(config)
-    rows = tokenize_sources(run.data.train, tokenizer, run.data, seed=run.seed, progress=True)
+    rows = tokenize_sources(run.data.train, tokenizer, run.data, progress=True)
     loader = StepLoader(
         rows,
         data=run.data,
@@ -106,7 +106,7 @@ def inspect(config: str, row: int = 0, max_chars: int = 4000, json: bool = False
         json: print one JSON object instead.
     """
     run, tokenizer = _read(config)
-    rows = tokenize_sources(run.data.train, tokenizer, run.data, seed=run.seed, progress=True)
+    rows = tokenize_sources(run.data.train, tokenizer, run.data, progress=True)
     if not 0 <= row < len(rows):
         raise DataError(f"row {row} does not exist: the set has rows 0 to {len(rows) - 1}")
     one = rows.row(row)

@@ -61,7 +61,7 @@ class Result:
 
 
 def tokenize_sources(
-    sources: Sequence[SourceConfig], tokenizer: Any, data: DataConfig, *, seed: int = 0, progress: bool = False
+    sources: Sequence[SourceConfig], tokenizer: Any, data: DataConfig, *, progress: bool = False
 ) -> TokenizedSet:
     """Tokenize sources, one after the other, or open the tokenized set of an earlier call with the same input.
 
@@ -69,7 +69,6 @@ def tokenize_sources(
         sources: where the rows come from.
         tokenizer: a fast Hugging Face tokenizer.
         data: `max_length_tokens`, `overlong`, `chat_template`, `workers`, `cache_dir`, `max_bad_fraction` are read.
-        seed: no effect: rows keep the order of their sources, and order is drawn when packs are planned.
         progress: show a bar on a terminal, or a line every few seconds elsewhere.
 
     Raises:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ds_longft.data.encode import EncodedRow
@@ -130,6 +131,18 @@ class TokenizedSet:
             np.add.at(sums, at + row, labels * each.astype(np.float64))
             at += batch.num_rows
         return sums[self._rows]
+
+    def check_ids(self, vocab_size: int) -> None:
+        """Raises DataError, naming a row, where the model has no embedding for a token: tokenizer of another model."""
+        for batch in self._table.select(["input_ids", "origin"]).to_batches():
+            ids = batch.column("input_ids")
+            largest = pc.max(ids.flatten()).as_py()
+            if largest is not None and largest >= vocab_size:
+                row = next(i for i, each in enumerate(ids) if pc.max(each.values).as_py() == largest)
+                raise DataError(
+                    f"{batch.column('origin')[row]}: token id {largest}, but the model knows ids 0 to "
+                    f"{vocab_size - 1}: the tokenizer beside it (model.path) is another model's"
+                )
 
     def split(self, fraction: float, seed: int) -> tuple[TokenizedSet, TokenizedSet]:
         """(training part, held-out part of about `fraction` of the rows), each in the order of the set.

@@ -23,8 +23,9 @@ from ds_longft.ds_config import DeepSpeedSettings
 from ds_longft.errors import EXIT_HANG, EXIT_REQUEUE, DataError
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.flops import peak_tflops
-from ds_longft.model.load import load_tokenizer
+from ds_longft.model.load import load_config, load_tokenizer
 from ds_longft.model.lora import trainable_parameters
+from ds_longft.sequence.attention import ULYSSES
 from ds_longft.settings import dump_config
 from ds_longft.train.card import write_card
 from ds_longft.train.checkpoint import Checkpoints, TrainState
@@ -239,10 +240,17 @@ class Phases:
 
 
 def tokenized(config: RunConfig, tokenizer: Any, *, progress: bool) -> tuple[TokenizedSet, TokenizedSet | None]:
-    """The training set and, where asked for, the held-out set; from the cache when nothing changed."""
+    """The training set and, where asked for, the held-out set; from the cache when nothing changed.
+
+    Raises:
+        DataError: no usable row, or tokens that the model does not know.
+    """
+    hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation=ULYSSES)
 
     def make(sources: list[SourceConfig]) -> TokenizedSet:
-        return tokenize_sources(sources, tokenizer, config.data, seed=config.seed, progress=progress)
+        made = tokenize_sources(sources, tokenizer, config.data, progress=progress)
+        made.check_ids(hf_config.vocab_size)
+        return made
 
     train_set = make(config.data.train)
     if config.data.eval:

@@ -31,7 +31,7 @@ CUDNN_MIN_RMS_TOKENS = 16384
 cuDNN is 1.7 times as fast per FLOP on one long document, but it is launched, and for a length it has not seen also
 planned, once per document. Work grows with length squared, so what counts is the root mean square of the lengths. Not
 yet a measured crossover: at 16K a document's work is some milliseconds, about what its plan costs spread over the
-layers of a model. `benchmarks/kernels.py` measures both sides of it.
+layers of a model. `benchmarks/attention_kernels.py` measures both sides of it.
 """
 
 

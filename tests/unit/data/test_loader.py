@@ -6,6 +6,7 @@ import pytest
 from ds_longft.config import DataConfig, SourceConfig
 from ds_longft.data.loader import StepLoader
 from ds_longft.data.tokenize import tokenize_sources
+from ds_longft.errors import DataError
 from tests.unit.data.conftest import chat
 
 
@@ -119,3 +120,10 @@ def test_waiting_is_measured(tokenized, monkeypatch):
     made = loader(tokenized)
     steps = list(made.steps(0))
     assert 0.04 * len(steps) < made.wait_s < 0.05 * len(steps) + 1
+
+
+def test_tokens_of_another_models_tokenizer_are_named(tokenized):
+    largest = max(int(tokenized.row(i).input_ids.max()) for i in range(len(tokenized)))
+    tokenized.check_ids(largest + 1)
+    with pytest.raises(DataError, match=rf"rows\.jsonl:\d+: token id {largest}, but the model knows ids 0 to"):
+        tokenized.check_ids(largest)
