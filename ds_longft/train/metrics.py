@@ -22,6 +22,7 @@ from ds_longft.config import LogConfig
 
 Record = dict[str, Any]
 
+FILE_WIDTH = 180  # of the last table where there is no terminal to ask
 SPIKE_WINDOW_STEPS = 50  # what a loss is compared with
 SPIKE_DEVIATIONS = 5.0  # far outside of what steps over different rows differ by
 
@@ -74,7 +75,8 @@ class Records:
         earlier = read_metrics(self.path) if self.path.exists() else []
         self.recent_losses.extend(r["loss"] for r in earlier if r.get("loss") is not None)
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
-        self.console = Console(soft_wrap=True, highlight=False, markup=False)
+        width = None if sys.stdout.isatty() else FILE_WIDTH
+        self.console = Console(soft_wrap=True, highlight=False, markup=False, width=width)
         if sys.stdout.isatty():
             self.progress = Progress(
                 TextColumn("training"), BarColumn(), MofNCompleteColumn(),
@@ -214,7 +216,7 @@ def summary_table(records: list[Record], folder: Path, minutes: float) -> Table:
     """The table a run ends with: first and last loss, speed, memory, and where everything lies."""
     steps = [r for r in records if r.get("loss") is not None]
     evals = [r["eval_loss"] for r in records if "eval_loss" in r]
-    table = Table(title="Done", show_header=False, title_justify="left")
+    table = Table(title="\nDone", show_header=False, title_justify="left", box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     if steps:

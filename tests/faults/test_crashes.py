@@ -83,13 +83,16 @@ def test_soak_of_kills(launcher: Launcher, tmp_path: Path, kills: int, steps: in
         *("--train.eval_every_steps", "50"),
     ]
     expected, output = tmp_path / "expected", tmp_path / "out"
-    codes, run = launcher.run(expected, *keys, timeout_s=1800)
+    run = launcher.start(expected, *keys)
+    run.wait_for(lambda: reached(expected) > 0, timeout_s=300)
+    start_s = time.monotonic() - run.started
+    codes = run.wait(3600)
     assert codes == [0, 0], run.text()
     dice = random.Random(0)
     before = 0
     for killed in range(kills):
         run = launcher.start(output, *keys)
-        time.sleep(dice.uniform(0.3, 5.0))  # from joining over loading to training and saving
+        time.sleep(dice.uniform(0.1, 2.0) * start_s)  # from joining over loading to training and saving
         run.signal(signal.SIGKILL, dice.randrange(2))
         codes = run.wait(60)
         assert None not in codes, run.text()
@@ -98,7 +101,7 @@ def test_soak_of_kills(launcher: Launcher, tmp_path: Path, kills: int, steps: in
         assert reached(output) - newest <= save_every, "more steps lost than between two saves"
         before = newest
         assert CRASH in codes, f"the training was over after {killed} kills: more steps are needed"
-    codes, run = launcher.run(output, *keys, timeout_s=1800)
+    codes, run = launcher.run(output, *keys, timeout_s=3600)
     assert codes == [0, 0], run.text()
     assert trace(output) == trace(expected)
     assert status(output)["exit_code"] == 0
