@@ -28,7 +28,7 @@ from ds_longft.data.encode import EncodedRow, Encoder, Overlong
 from ds_longft.data.formats import detect_format, to_row
 from ds_longft.data.ledger import Entry, Kind, Ledger, Tally
 from ds_longft.data.progress import Progress
-from ds_longft.data.readers import Block, Source, find_source, parse_block
+from ds_longft.data.readers import Block, Source, find_source, first_record, parse_block
 from ds_longft.data.rows import BadRow, Row
 from ds_longft.data.template import load_template
 from ds_longft.data.tokenized import SCHEMA, TokenizedSet, to_record_batch
@@ -36,7 +36,7 @@ from ds_longft.errors import DataError
 
 __all__ = ["TokenizedSet", "tokenize_sources"]
 
-LAYOUT_VERSION = 1  # raise it when the same input gives other tokens, spans or columns
+LAYOUT_VERSION = 2  # raise it when the same input gives other tokens, spans or columns
 INLINE_BYTES = 4 << 20  # below this, starting processes takes longer than the work
 BLOCKS_UNDER_WAY = 3  # for each worker
 
@@ -117,14 +117,7 @@ def _format_of(source: Source) -> str:
     """The layout of a source: as configured, or recognised by its first readable row."""
     if source.config.format != "auto":
         return source.config.format
-    for block in source.blocks():
-        for _, record in parse_block(block):
-            if isinstance(record, dict):
-                return detect_format(record, source.config.path)
-    raise DataError(
-        f"{source.config.path} (data.train or data.eval) holds no readable row: expected one JSON object a line, "
-        "a JSON array or parquet"
-    )
+    return detect_format(first_record(source), source.config.path)
 
 
 def _fingerprint(sources: Sequence[Source], formats: Sequence[str], encoder: Encoder) -> str:
