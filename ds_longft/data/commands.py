@@ -13,7 +13,7 @@ from rich.text import Text
 
 from ds_longft.config import RunConfig, parse_tokens
 from ds_longft.data.loader import StepLoader
-from ds_longft.data.synth_code import Part, write_code_set
+from ds_longft.data.synth.code import Part, write_code_set
 from ds_longft.data.tokenize import tokenize_sources
 from ds_longft.errors import ConfigError, DataError, ModelError
 

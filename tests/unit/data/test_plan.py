@@ -104,7 +104,7 @@ def test_best_fit_fills_99_percent(lengths):
 def test_ranks_wait_little_for_each_other(lengths, packing, dp, accumulation):
     made = of_longalign(lengths, packing, dp, accumulation)
     assert made.imbalance().mean() < 1.02
-    assert np.quantile(made.imbalance()[:-1], 0.99) < 1.05
+    assert np.quantile(made.imbalance(), 0.95) < 1.05
     assert made.pack_costs == pytest.approx([costs_of(lengths[pack]).sum() for pack in made.packs])
 
 
