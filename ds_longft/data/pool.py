@@ -149,17 +149,19 @@ def _code(source: MixSource, recipe: Recipe, ledger: Ledger) -> Iterator[tuple[d
             path.unlink()
 
 
-def local(source: SourceConfig, root: Path | None) -> SourceConfig:
-    """The source with its path below `root`, where there is such a file or folder.
+def local(source: MixSource, root: Path | None) -> SourceConfig:
+    """The source with its path below `root`, where there is something.
 
-    A hub id is looked for by the source's name as well: `root`/longalign.jsonl stands for THUDM/LongAlign-10k.
+    Tried are `root`/path, `root`/path.* and, so that files can stand in for hub ids, `root`/name and `root`/name.*.
     """
-    if root is None:
+    if root is None or Path(source.path).is_absolute():
         return source
-    name = getattr(source, "name", "")
-    places = [root / source.path, *sorted(root.glob(f"{name}.*")), root / name] if name else [root / source.path]
-    path = next((place for place in places if place.exists()), None)
-    return source if path is None else source.model_copy(update={"path": str(path)})
+    for stem in (source.path, source.name):
+        found = [root / stem, *sorted((root / stem).parent.glob(f"{Path(stem).name}.*"))]
+        path = next((path for path in found if path.exists()), None)
+        if path is not None:
+            return source.model_copy(update={"path": str(path)})
+    return source
 
 
 def _is_held_out(text: str, held_out: float) -> bool:

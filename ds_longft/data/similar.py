@@ -17,8 +17,8 @@ MAX_SHINGLES = 2048  # the smallest hashes of a long text stand for all of them
 PERMUTATIONS = 128
 SCHEME = "affine32"  # of datasketch 2
 EDGE_CHARS = 1000  # of a long question: the document between its ends may be asked about more than once
-WINDOW_WORDS = 13  # the usual n-gram length for finding leaked test text
-SAMPLE = 8  # one window in so many is kept: 60 shared words are found with 99.8%
+WINDOW_WORDS = 32  # a long sentence: less in common is a phrase, a heading, a line of a licence
+SAMPLE = 8  # one window in so many is kept: a common passage of 64 words is found with 99%
 _WORDS = re.compile(r"[\u3400-\u9fff\uac00-\ud7af]|[^\W\u3400-\u9fff\uac00-\ud7af]+")
 
 
