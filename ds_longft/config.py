@@ -107,9 +107,9 @@ class SourceConfig(Section):
     path: str
     """A JSON, JSONL or parquet file (.gz too), a folder of them, or a hub id."""
 
-    format: Literal[
-        "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "longalign", "grounded"
-    ] = "auto"
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "longalign", "grounded"] = (
+        "auto"
+    )
     """Row layout; `auto` recognises it by the first row's columns. `grounded`: a reference text and a dialogue about
     it."""
 

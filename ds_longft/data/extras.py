@@ -15,5 +15,5 @@ def needs_extra(extra: str, what_for: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise LongftError(
-            f"{what_for} needs {error.name}: pip install 'ds-longft[{extra}]' (from a clone: pip install -e '.[{extra}]')"
+            f"{what_for} needs {error.name}: pip install 'ds-longft[{extra}]' (in a clone: pip install -e '.[{extra}]')"
         ) from error

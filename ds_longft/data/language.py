@@ -17,7 +17,7 @@ _LETTERS = re.compile(r"[^\W\d_]")
 
 
 def detect_language(turns: Sequence[Turn]) -> str:
-    """Two-letter code of the language most of a row is in, `und` where nothing tells. Raises `LongftError`: no library."""
+    """Two-letter code of the language most of a row is in, `und` where nothing tells. Raises `LongftError`: no extra."""
     return language_of_text("\n".join(_middle(turn.content) for turn in turns)[:MAX_CHARS])
 
 

@@ -16,7 +16,8 @@ Kind = Literal["bad", "overlong", "set_aside"]
 @dataclass(frozen=True)
 class Entry:
     """One row that was left out. Only `bad` ones are faults: `overlong` and `set_aside` rows were dropped because the
-    config says so."""
+    config says so.
+    """
 
     origin: str
     reason: str

@@ -10,8 +10,8 @@ from typing import Any
 from ds_longft.data.rows import Turn
 from ds_longft.data.template import load_template
 
-# Measured on novels, manuals and essays with Llama-3, Qwen and DeepSeek tokenizers: 0.96-1.14 Chinese and 4.1-5.3 English
-# characters a token. Low, so that a row rather turns out shorter than estimated.
+# Measured on novels, manuals and essays with Llama-3, Qwen and DeepSeek tokenizers: 0.96-1.14 Chinese and 4.1-5.3
+# English characters a token. Low, so that a row rather turns out shorter than estimated.
 CHARS_PER_TOKEN = 4.1
 HAN_PER_TOKEN = 1.05
 TOKENS_PER_TURN = 6  # of the chat template

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import gzip
 import json
-import zlib
 import tempfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -70,10 +70,10 @@ class Recipe(Section):
     total_rows: int | None = Field(default=None, gt=0)
     """Rows of the mix, held-out ones included. Left out: as many as the shares allow."""
 
-    languages: dict[str, float] = {}
+    languages: dict[str, float] = Field(default={})
     """Share of the rows by language code, e.g. {zh: 0.1}; a row's own `language`, or the detected one, counts."""
 
-    lengths: list[Band] = []
+    lengths: list[Band] = Field(default=[])
     """Short and long in balance: bands of rising `up_to_tokens`."""
 
     near_duplicates: float | None = Field(default=0.8, gt=0, le=1)

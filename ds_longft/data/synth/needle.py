@@ -74,8 +74,8 @@ def paragraphs_of(text: str, language: str) -> list[str]:
     blank = "" if language == "zh" else " "
     paragraphs: list[str] = []
     current = ""
-    for line in text.splitlines():
-        line = re.sub(r"\s+", " ", line).strip()
+    for wrapped in text.splitlines():
+        line = re.sub(r"\s+", " ", wrapped).strip()
         if line:
             current = f"{current}{blank}{line}" if current else line
         if len(current) >= PARAGRAPH_CHARS[language]:

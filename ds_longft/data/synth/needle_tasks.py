@@ -1,12 +1,13 @@
 """Questions about a numbered text with answers that a program can check: recall, location, count, chain, absent.
 
-A context is paragraphs, each behind its number: `[12] Call me Ishmael. ...`. `ask_*` make a question and its answer from
-the paragraphs; `solve` finds the answer again from nothing but the finished text and the question. A row is kept only if
-both agree.
+A context is paragraphs, each behind its number: `[12] Call me Ishmael. ...`. `ask` makes a question and its answer from
+the paragraphs; `solve` finds the answer again from nothing but the finished text and the question. A row is kept only
+if both agree.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -160,12 +161,16 @@ def _occurs(word: str, text: str) -> bool:
     return re.search(rf"\b{re.escape(word)}\b", text) is not None if word.isascii() else word in text
 
 
-def _sentence(paragraphs: Sequence[str], words: Wording, language: str, rng: random.Random) -> tuple[int, str, str] | None:
+def _sentence(
+    paragraphs: Sequence[str], words: Wording, language: str, rng: random.Random
+) -> tuple[int, str, str] | None:
     """(paragraph from 0, beginning, rest) of a random sentence of fitting length."""
     low, high = SENTENCE_CHARS[language]
     for _ in range(TRIES):
         place = rng.randrange(len(paragraphs))
-        sentences = [s for m in words.sentence.finditer(paragraphs[place]) if low <= len(s := m.group().strip()) <= high]
+        sentences = [
+            s for m in words.sentence.finditer(paragraphs[place]) if low <= len(s := m.group().strip()) <= high
+        ]
         if not sentences:
             continue
         sentence = rng.choice(sentences)
@@ -182,9 +187,7 @@ def _sentence(paragraphs: Sequence[str], words: Wording, language: str, rng: ran
     return None
 
 
-def _ask_recall(
-    paragraphs: Sequence[str], words: Wording, language: str, rng: random.Random
-) -> tuple[str, str] | None:
+def _ask_recall(paragraphs: Sequence[str], words: Wording, language: str, rng: random.Random) -> tuple[str, str] | None:
     found = _sentence(paragraphs, words, language, rng)
     return found and (words.recall.format(head=found[1]), found[2])
 
@@ -216,8 +219,8 @@ def _ask_chain(paragraphs: list[str], words: Wording, rng: random.Random) -> tup
     thing, other = rng.sample(words.things, 2)
     names = rng.sample(words.names, 2 * hops + 2)
     chain, decoy = names[: hops + 1], names[hops + 1 :]
-    notes = [words.note.format(giver=a, taker=b, thing=thing) for a, b in zip(chain, chain[1:], strict=False)]
-    notes += [words.note.format(giver=a, taker=b, thing=other) for a, b in zip(decoy, decoy[1:], strict=False)]
+    notes = [words.note.format(giver=a, taker=b, thing=thing) for a, b in itertools.pairwise(chain)]
+    notes += [words.note.format(giver=a, taker=b, thing=other) for a, b in itertools.pairwise(decoy)]
     blank = "" if words is ZH else " "
     for place, note in zip(rng.sample(range(len(paragraphs)), len(notes)), notes, strict=True):
         paragraphs[place] = f"{paragraphs[place]}{blank}{note}"

@@ -91,7 +91,9 @@ def nearest(texts: Sequence[str], wanted: Sequence[int], count: int, embed: Embe
     vectors = tf_idf(texts) if embed is None else embed(texts)
     index = NearestNeighbors(n_neighbors=count + 1, metric="cosine", algorithm="brute").fit(vectors)
     found = index.kneighbors(vectors[np.asarray(wanted)], return_distance=False)
-    return np.stack([np.asarray([i for i in near if i != own][:count]) for near, own in zip(found, wanted, strict=True)])
+    return np.stack(
+        [np.asarray([i for i in near if i != own][:count]) for near, own in zip(found, wanted, strict=True)]
+    )
 
 
 def tf_idf(texts: Sequence[str]) -> Vectors:

@@ -84,9 +84,7 @@ def _layout(config: SourceConfig) -> str:
     return detect_format(first_record(find_source(config)), config.path)
 
 
-def _read(
-    config: SourceConfig, made_of: Callable[[dict[str, object], str], T], ledger: Ledger | None
-) -> Iterator[T]:
+def _read(config: SourceConfig, made_of: Callable[[dict[str, object], str], T], ledger: Ledger | None) -> Iterator[T]:
     for block in find_source(config).blocks():
         for origin, record in parse_block(block):
             if ledger is not None:

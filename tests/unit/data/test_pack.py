@@ -7,6 +7,7 @@ from ds_longft.batch import IGNORE_INDEX
 from ds_longft.data.pack import build_pack, filler_pack
 from ds_longft.data.tokenized import TokenizedRow
 
+
 def row(ids, spans, index=0, row_weight=1.0):
     starts, ends, weights = zip(*spans, strict=True)
     return TokenizedRow(

@@ -1,5 +1,6 @@
 """Plans of an epoch: every row once, for any ranks; full packs; ranks that wait little; an order that stays random."""
 
+import itertools
 import time
 
 import numpy as np
@@ -149,7 +150,7 @@ def test_next_fit_keeps_the_order(lengths, seed):
     order = np.random.default_rng(seed).permutation(len(array))
     groups = next_fit(array, BUDGET, order)
     assert [i for group in groups for i in group] == order.tolist()
-    for group, after in zip(groups, groups[1:], strict=False):
+    for group, after in itertools.pairwise(groups):
         assert array[group].sum() <= BUDGET < array[group].sum() + array[after[0]]
 
 
