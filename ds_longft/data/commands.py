@@ -120,10 +120,10 @@ def show(found: Statistics) -> None:
     console = Console()
     packs = found.packs
     table = Table("", "rows", "tokens", "median", "longest", "trained", "attention cost")
-    for head, groups in (("source", found.sources), ("language", found.languages), ("", [found.total])):
+    for groups in (found.sources, found.languages, [found.total]):
         for group in groups:
             table.add_row(
-                Text(f"{head} {group.name}".strip()),
+                Text(group.name),
                 *(f"{n:,}" for n in (group.rows, group.tokens, group.median_tokens, group.longest_tokens)),
                 f"{group.target_share:.1%}",
                 f"{group.attention_share:.1%}",

@@ -110,8 +110,8 @@ def mix(
         run = {
             "model": {"path": found.tokenizer},
             "data": {
-                "train": [{"path": mixed.train}],
-                "eval": [{"path": mixed.eval}] if mixed.eval else [],
+                "train": [{"path": str(Path(mixed.train).resolve())}],
+                "eval": [{"path": str(Path(mixed.eval).resolve())}] if mixed.eval else [],
                 "max_length_tokens": found.max_length_tokens,
             },
         }
@@ -308,7 +308,7 @@ def _reasons(tally: Tally) -> str:
 
 
 def _show_mixed(mixed: Mixed) -> None:
-    table = Table("", "", "there", "wanted", "taken", "share", "held out")
+    table = Table("of", "is", "there", "wanted", "taken", "share", "held out")
     last = mixed.kinds[0]["of"]
     for kind in mixed.kinds:
         if kind["of"] != last:

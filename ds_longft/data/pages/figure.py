@@ -27,7 +27,8 @@ def draw(stats: Statistics) -> Any:
     """A matplotlib figure of six panels."""
     from matplotlib.figure import Figure  # seconds, and not needed for `--help`
 
-    figure = Figure(figsize=(13, 9.5), layout="constrained")
+    figure = Figure(figsize=(13, 11), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.14, w_pad=0.1)
     axes = figure.subplots(3, 2)
     labels = [_short(bound) for bound in stats.bounds]
     _stacked(axes[0, 0], labels, stats.by_source, "rows by length and source")

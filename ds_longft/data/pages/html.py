@@ -13,7 +13,7 @@ STYLE = """
 :root { color-scheme: light dark; --line: #8884; --dim: #777 }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem }
-p.dim { color: var(--dim); margin: 0 }
+p.dim { color: var(--dim); margin: .75rem 0 }
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem; margin: 1.25rem 0 }
 .facts div { border: 1px solid var(--line); border-radius: .5rem; padding: .5rem .75rem }
 .facts b { display: block; font-size: 1.25rem; font-variant-numeric: tabular-nums } .facts span { color: var(--dim) }
@@ -35,7 +35,7 @@ def page(stats: Statistics, *, title: str, note: str = "") -> str:
         ("filled", f"{packs.filled:.1%}"),
         ("padding tokens", f"{packs.padding_tokens:,}"),
         ("steps an epoch", f"{packs.steps:,}"),
-        ("slowest rank", f"{packs.imbalance:.3f} x mean"),
+        ("slowest rank / mean", f"x {packs.imbalance:.3f}"),
         ("work in attention", f"{packs.attention_share:.0%}"),
     ]
     cards = "".join(f"<div><b>{escape(value)}</b><span>{escape(name)}</span></div>" for name, value in facts)
