@@ -65,7 +65,7 @@ def quotas(available: NDArray[np.int64], margins: Sequence[Margin], total: int |
             break
     if best is None or best.sum() < 0.5:
         raise DataError("the shares of the recipe cannot be met together by the rows there are: loosen one of them")
-    return _whole(best, available)
+    return _whole(best, available, margins)
 
 
 def _rake(available: NDArray[np.int64], margins: Sequence[Margin], total: float) -> NDArray[np.float64] | None:
@@ -90,12 +90,15 @@ def _rake(available: NDArray[np.int64], margins: Sequence[Margin], total: float)
     return None
 
 
-def _whole(cells: NDArray[np.float64], available: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Rounded so that the sum stays: the largest remainders go up."""
+def _whole(cells: NDArray[np.float64], available: NDArray[np.int64], margins: Sequence[Margin]) -> NDArray[np.int64]:
+    """Rounded so that the sum stays, the largest remainders up; a number of rows that is a limit is one to the row."""
     whole = np.minimum(np.floor(cells), available).astype(np.int64)
     missing = round(float(cells.sum())) - int(whole.sum())
     for cell in np.argsort(whole - cells, kind="stable"):
         if missing > 0 and whole[cell] < available[cell]:
             whole[cell] += 1
             missing -= 1
+    for margin in margins:
+        while margin.most is not None and whole[margin.cells].sum() > margin.most:
+            whole[np.argmax(np.where(margin.cells, whole, -1))] -= 1
     return whole

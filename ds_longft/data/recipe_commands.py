@@ -205,12 +205,13 @@ def synth_needle(
     if unknown or rows < 1 or questions < 1:
         seen = f"--tasks is {tasks}, --rows is {rows}, --questions is {questions}"
         raise ConfigError(f"{seen}: expected tasks among {', '.join(TASKS)}, and numbers of 1 or more")
+    longest = _tokens(context_tokens)
     lengths = Lengths(load_tokenizer(tokenizer) if tokenizer else None)
     with Ledger(Path(f"{out}.ledger.jsonl")) as ledger:
         made = needle_rows(
             read_documents(SourceConfig(path=source), ledger),
             rows=rows,
-            context_tokens=_tokens(context_tokens),
+            context_tokens=longest,
             seed=seed,
             name=name,
             questions=questions,

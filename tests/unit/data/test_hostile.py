@@ -103,7 +103,9 @@ def test_a_zip_bomb_ends_its_file_and_no_other(tmp_path, monkeypatch):
 
 def test_an_array_costs_its_broken_elements_only(tmp_path):
     path = tmp_path / "a.json"
-    path.write_bytes(b"[" + b",\n".join([GOOD, b'{"text": nul}', b'{"text": "\xff"}', DEEP, b'"a string"', GOOD]) + b"]")
+    path.write_bytes(
+        b"[" + b",\n".join([GOOD, b'{"text": nul}', b'{"text": "\xff"}', DEEP, b'"a string"', GOOD]) + b"]"
+    )
     row = json.loads(GOOD)
     assert read(path) == [row, "broken JSON", "not UTF-8", "broken JSON", "not an object", row]
     path.write_bytes(b"[" + GOOD + b", " + GOOD[:10])
@@ -146,7 +148,9 @@ class Slow:
 
 
 @settings(max_examples=60, deadline=None)
-@given(values=st.lists(JSON, max_size=5), size=st.integers(1, 30), indent=st.sampled_from([None, 1]), ascii=st.booleans())
+@given(
+    values=st.lists(JSON, max_size=5), size=st.integers(1, 30), indent=st.sampled_from([None, 1]), ascii=st.booleans()
+)
 def test_elements_are_those_of_the_array_wherever_reading_stops(values, size, indent, ascii):
     text = json.dumps(values, indent=indent, ensure_ascii=ascii).encode("utf-8", "surrogatepass")
     elements = list(array_elements(Metered(Slow(text, size), None)))

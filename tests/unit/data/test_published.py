@@ -177,7 +177,9 @@ def converted(tmp_path, rows, suffix=".jsonl", **more):
     else:
         text = "\n".join(map(json.dumps, rows)).encode()
         path.write_bytes(gzip.compress(text) if suffix == ".jsonl.gz" else text)
-    done = convert_set(SourceConfig(path=str(path)), tmp_path / "out.jsonl", name="set", **{"max_bad_fraction": 0.5, **more})
+    done = convert_set(
+        SourceConfig(path=str(path)), tmp_path / "out.jsonl", name="set", **{"max_bad_fraction": 0.5, **more}
+    )
     return done, [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
 
 
@@ -193,7 +195,10 @@ def test_convert_keeps_weights_and_names_source_and_language(tmp_path, suffix):
 
 
 def test_convert_detects_languages_where_none_is_named(tmp_path):
-    rows = [{"text": "话说天下大势，分久必合，合久必分。"}, {"text": "It was the best of times, it was the worst of times."}]
+    rows = [
+        {"text": "话说天下大势，分久必合，合久必分。"},
+        {"text": "It was the best of times, it was the worst of times."},
+    ]
     rows += [{"text": "C'était le meilleur des temps, c'était le pire des temps.", "lang": "fr-FR"}, {"text": "12 34"}]
     done, made = converted(tmp_path, rows)
     assert [row["language"] for row in made] == ["zh", "en", "fr", "und"]
@@ -204,7 +209,13 @@ def test_convert_writes_pairs_as_they_are_agreed(tmp_path):
     done, made = converted(tmp_path, [PAIRS["orca_dpo_pairs"], {**PAIRS["orca_dpo_pairs"], "chosen": ""}])
     assert done.format == "preference"
     assert made == [
-        {"prompt": [message("system", "Be kind."), Q], "chosen": [GOOD], "rejected": [BAD], "source": "set", "language": "und"}
+        {
+            "prompt": [message("system", "Be kind."), Q],
+            "chosen": [GOOD],
+            "rejected": [BAD],
+            "source": "set",
+            "language": "und",
+        }
     ]
 
 
