@@ -26,9 +26,9 @@ def png(stats: Statistics, *, dpi: int = 110) -> bytes:
 def draw(stats: Statistics) -> Any:
     """A matplotlib figure of six panels."""
     from matplotlib.figure import Figure  # seconds, and not needed for `--help`
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(13, 11), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.14, w_pad=0.1)
+    figure = Figure(figsize=(13, 11), layout=ConstrainedLayoutEngine(h_pad=0.14, w_pad=0.1))
     axes = figure.subplots(3, 2)
     labels = [_short(bound) for bound in stats.bounds]
     _stacked(axes[0, 0], labels, stats.by_source, "rows by length and source")

@@ -2,9 +2,33 @@
 
 import random
 
-NOUNS = "harbour ledger orchard lantern senate copper engine archive meadow treaty compass granary".split()
-VERBS = "crossed measured repaired described remembered guarded painted counted followed traded".split()
-NAMES = "Aldous Brigid Cormac Desmond Elspeth Fergus Greta Hamish Ingrid Jasper".split()
+NOUNS = [
+    "harbour",
+    "ledger",
+    "orchard",
+    "lantern",
+    "senate",
+    "copper",
+    "engine",
+    "archive",
+    "meadow",
+    "treaty",
+    "compass",
+    "granary",
+]
+VERBS = [
+    "crossed",
+    "measured",
+    "repaired",
+    "described",
+    "remembered",
+    "guarded",
+    "painted",
+    "counted",
+    "followed",
+    "traded",
+]
+NAMES = ["Aldous", "Brigid", "Cormac", "Desmond", "Elspeth", "Fergus", "Greta", "Hamish", "Ingrid", "Jasper"]
 HAN = "山水风云日月金木火土天地人和春夏秋冬东西南北江河湖海花草树林鸟鱼马牛城门桥路书画琴棋"
 
 
