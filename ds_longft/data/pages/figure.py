@@ -45,7 +45,8 @@ def _stacked(axis: Any, labels: Sequence[str], kinds: dict[str, list[int]], titl
     for i, (name, counts) in enumerate(kinds.items()):
         axis.bar(labels, counts, 0.85, bottom=below, label=name, color=_colour(i))
         below += counts
-    axis.set(title=title, xlabel="tokens up to", ylabel="rows")
+    # A limit of its own: bars of no height on top of a stack would be taken for its edge, and leave no air above it.
+    axis.set(title=title, xlabel="tokens up to", ylabel="rows", ylim=(0, 1.06 * below.max()))
     axis.legend(fontsize=8, frameon=False)
     _plain(axis)
 
