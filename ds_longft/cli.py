@@ -59,14 +59,12 @@ class Command:
 COMMANDS = {
     "data convert": Command("ds_longft.data.recipe_commands:convert", "a published set to rows of one kind"),
     "data synth refgpt8x": Command(
-        "ds_longft.data.recipe_commands:synth_refgpt8x", "hide each dialogue's reference among near ones"
+        "ds_longft.data.synth.commands:refgpt8x", "hide each dialogue's reference among near ones"
     ),
     "data synth needle": Command(
-        "ds_longft.data.recipe_commands:synth_needle", "questions about long texts, answers checked by program"
+        "ds_longft.data.synth.commands:needle", "questions about long texts, answers checked by program"
     ),
-    "data synth code": Command(
-        "ds_longft.data.recipe_commands:synth_code", "long code questions from Python's own source"
-    ),
+    "data synth code": Command("ds_longft.data.synth.commands:code", "long code questions from Python's own source"),
     "data mix": Command("ds_longft.data.recipe_commands:mix", "a training set of many sources, by a recipe"),
     "data tokenize": Command("ds_longft.data.commands:tokenize", "chats to token ids, once, into the cache"),
     "data stats": Command("ds_longft.data.commands:stats", "lengths, targets, packs and padding of a data set"),

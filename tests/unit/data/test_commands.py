@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from ds_longft.data import commands, recipe_commands
+from ds_longft.data.synth import commands as synth
 from ds_longft.errors import ConfigError, DataError, ModelError
 from tests.unit.data.conftest import chat
 from tests.unit.data.texts import english
@@ -94,17 +95,17 @@ def test_convert_synth_and_their_mistakes(tmp_path, write_jsonl, capsys):
     out = str(tmp_path / "out.jsonl")
     recipe_commands.convert(write_jsonl([*texts, {"text": ""}]), out, max_bad_fraction=0.5)
     assert "3 text rows (3 en)" in capsys.readouterr().out
-    recipe_commands.synth_needle(out, str(tmp_path / "needle.jsonl"), rows=3, context_tokens="1K", json=True)
+    synth.needle(out, str(tmp_path / "needle.jsonl"), rows=3, context_tokens="1K", json=True)
     assert json.loads(capsys.readouterr().out)["rows"] == 3
     reading = [{"context": t["text"], "qas": [{"question": "q?", "answer": "a"}], "lang": "en"} for t in texts]
-    recipe_commands.synth_refgpt8x(write_jsonl(reading, "reading.jsonl"), out, rows=2)
+    synth.refgpt8x(write_jsonl(reading, "reading.jsonl"), out, rows=2)
     assert "2 rows of" in capsys.readouterr().out
     for wrong in (
         lambda: recipe_commands.convert(out, out, format="xml"),
         lambda: recipe_commands.convert(out, out, limit=0),
-        lambda: recipe_commands.synth_needle(out, out, tasks="recall,guess"),
-        lambda: recipe_commands.synth_needle(out, out, context_tokens="long"),
-        lambda: recipe_commands.synth_refgpt8x(out, out, mean_references=0),
+        lambda: synth.needle(out, out, tasks="recall,guess"),
+        lambda: synth.needle(out, out, context_tokens="long"),
+        lambda: synth.refgpt8x(out, out, mean_references=0),
         lambda: recipe_commands.mix("recipes/faro.yaml", str(tmp_path), root=str(tmp_path / "no")),
     ):
         with pytest.raises(ConfigError):
@@ -112,14 +113,14 @@ def test_convert_synth_and_their_mistakes(tmp_path, write_jsonl, capsys):
 
 
 def test_synth_code_takes_lengths_like_the_config(tmp_path, capsys):
-    recipe_commands.synth_code(str(tmp_path / "a.jsonl"), rows=1, context_tokens="2K", json=True)
+    synth.code(str(tmp_path / "a.jsonl"), rows=1, context_tokens="2K", json=True)
     assert 1500 < json.loads(capsys.readouterr().out)["longest_tokens"] <= 2048
     with pytest.raises(ConfigError, match="context_tokens"):
-        recipe_commands.synth_code(str(tmp_path / "a.jsonl"), context_tokens="much")
+        synth.code(str(tmp_path / "a.jsonl"), context_tokens="much")
     with pytest.raises(ConfigError, match="part"):
-        recipe_commands.synth_code(str(tmp_path / "a.jsonl"), part="test")
+        synth.code(str(tmp_path / "a.jsonl"), part="test")
 
 
 def test_a_model_without_tokenizer_is_named(tmp_path):
     with pytest.raises(ModelError, match="no tokenizer can be read"):
-        recipe_commands.synth_code(str(tmp_path / "a.jsonl"), tokenizer=str(tmp_path))
+        synth.code(str(tmp_path / "a.jsonl"), tokenizer=str(tmp_path))
