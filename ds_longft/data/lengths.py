@@ -44,4 +44,5 @@ class Lengths:
             return [sum(self.text(turn.content) + TOKENS_PER_TURN for turn in turns) for turns in rows]
         texts = [turns[0].content if turns[0].role == "text" else self._template.render(turns).text for turns in rows]
         encodings = self._tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [len(encoding.ids) for encoding in encodings]
+        ends = [2 if turns[0].role == "text" else 0 for turns in rows]  # bos and eos, which templates write themselves
+        return [len(encoding.ids) + end for encoding, end in zip(encodings, ends, strict=True)]
