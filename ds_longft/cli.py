@@ -57,12 +57,18 @@ class Command:
 
 
 COMMANDS = {
+    "data convert": Command("ds_longft.data.recipe_commands:convert", "a published set to rows of one kind"),
+    "data synth refgpt8x": Command(
+        "ds_longft.data.synth.commands:refgpt8x", "hide each dialogue's reference among near ones"
+    ),
+    "data synth needle": Command(
+        "ds_longft.data.synth.commands:needle", "questions about long texts, answers checked by program"
+    ),
+    "data synth code": Command("ds_longft.data.synth.commands:code", "long code questions from Python's own source"),
+    "data mix": Command("ds_longft.data.recipe_commands:mix", "a training set of many sources, by a recipe"),
     "data tokenize": Command("ds_longft.data.commands:tokenize", "chats to token ids, once, into the cache"),
     "data stats": Command("ds_longft.data.commands:stats", "lengths, targets, packs and padding of a data set"),
     "data inspect": Command("ds_longft.data.commands:inspect", "show which tokens of a row are trained on"),
-    "data synth-code": Command(
-        "ds_longft.data.commands:synth_code", "make long code questions from Python's own source"
-    ),
     "verify": Command("ds_longft.verify.command:verify", "prove that your run trains what one process would", True),
     "export": Command("ds_longft.model.export:export", "a run's result as an ordinary Hugging Face folder"),
     "slurm render": Command("ds_longft.slurm.render:render", "the sbatch script of a run, filled and checked"),
@@ -112,7 +118,7 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def _summaries(names: list[str]) -> str:
-    return "\n".join(f"  {name:<17} {COMMANDS[name].summary}" for name in names)
+    return "\n".join(f"  {name:<19} {COMMANDS[name].summary}" for name in names)
 
 
 def _no_such_command(argv: list[str]) -> int:

@@ -107,11 +107,14 @@ class SourceConfig(Section):
     path: str
     """A JSON, JSONL or parquet file (.gz too), a folder of them, or a hub id."""
 
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
-    """Row layout; `auto` recognises it by the first row's columns."""
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "longalign", "grounded"] = (
+        "auto"
+    )
+    """Row layout; `auto` recognises it by the first row's columns. `grounded`: a reference text and a dialogue about
+    it."""
 
     split: str = "train"
-    """Split of a hub set; local files ignore it."""
+    """Split of a hub set, or the name of one of its configurations; local files ignore it."""
 
     limit: int | None = Field(default=None, gt=0)
     """Take only the first so many rows."""
@@ -135,8 +138,9 @@ class DataConfig(Section):
     pack_tokens: Tokens | None = None
     """Token budget of one pack. Left out: `max_length_tokens`."""
 
-    packing: Literal["best_fit", "none"] = "best_fit"
-    """`best_fit` lays documents head to tail, isolated from each other; `none` puts one row in a pack."""
+    packing: Literal["best_fit", "sorted", "none"] = "best_fit"
+    """Documents lie head to tail in a pack, isolated from each other. `best_fit`: as few packs as possible. `sorted`:
+    rows of like length share packs and steps (LongAlign's sorted batching). `none`: one row a pack."""
 
     overlong: Literal["drop", "truncate", "error"] = "drop"
     """`truncate` cuts the middle of the longest untrained turn (the document), never an answer."""

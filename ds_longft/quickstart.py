@@ -55,7 +55,7 @@ def prepare(config: RunConfig, cache: str = CACHE) -> None:
 def _write_rows(path: Path, match: re.Match[str], model: Path) -> None:
     from transformers import AutoTokenizer
 
-    from ds_longft.data.synth_code import write_code_set
+    from ds_longft.data.synth.code import write_code_set
 
     part, tokens = match.groups()
     rows = TRAIN_ROWS if part == "train" else EVAL_ROWS

@@ -37,7 +37,7 @@ KEYS_OF_OTHER_TOOLS = {
     "save_total_limit": "train.keep_checkpoints",
     **dict.fromkeys(["gradient_checkpointing", "activation_checkpointing"], "train.recompute"),
     **dict.fromkeys(["resume_from_checkpoint", "auto_resume_from_checkpoints"], "train.resume"),
-    **dict.fromkeys(["sample_packing", "neat_packing"], "data.packing"),
+    **dict.fromkeys(["sample_packing", "neat_packing", "group_by_length", "sort_by_length"], "data.packing"),
     **dict.fromkeys(["preprocessing_num_workers", "dataset_num_proc", "num_proc"], "data.workers"),
     **dict.fromkeys(["attn_implementation", "flash_attention", "flash_attn"], "model.kernel"),
     **dict.fromkeys(["bf16", "torch_dtype", "precision"], "model.dtype"),

@@ -1,1 +1,1 @@
-"""From files to packs: formats, chat template, tokenising, packing, loading. Numpy and Arrow only, no torch."""
+"""From sets and texts to packs: conversion, synthesis, mixes, chat template, tokenising, packing, loading. No torch."""

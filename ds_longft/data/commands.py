@@ -1,24 +1,25 @@
-"""What `ds-longft data tokenize|stats|inspect|synth-code` do. Each prints for people, or JSON for machines."""
+"""What `ds-longft data tokenize|stats|inspect` do. Each prints for people, or JSON for machines."""
 
 from __future__ import annotations
 
 import json as json_text
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from rich.console import Console
+from rich.markup import escape as rich_escape
 from rich.table import Table
 from rich.text import Text
 
-from ds_longft.config import RunConfig, parse_tokens
-from ds_longft.data.loader import StepLoader
-from ds_longft.data.synth_code import Part, write_code_set
+from ds_longft.config import RunConfig
+from ds_longft.data.plan import plan_epoch
+from ds_longft.data.statistics import Statistics, statistics
 from ds_longft.data.tokenize import tokenize_sources
 from ds_longft.errors import ConfigError, DataError, ModelError
 
 if TYPE_CHECKING:
-    from ds_longft.data.tokenized import TokenizedSet
+    from ds_longft.data.tokenized import TokenizedRow, TokenizedSet, Weighting
 
 WIDTH = 40  # characters of the longest bar of a histogram
 
@@ -48,81 +49,182 @@ def tokenize(config: str, json: bool = False) -> None:
     Console().print(table)
 
 
-def stats(config: str, dp: int = 1, sp: int = 1, json: bool = False) -> None:
-    """Show what a run config trains on: rows, tokens, lengths, share of targets, packs and padding.
+def stats(
+    config: str, dp: int = 1, sp: int = 1, html: str | None = None, png: str | None = None, json: bool = False
+) -> None:
+    """Show what a run config trains on: rows, lengths by source and language, targets, packs, padding, attention cost.
 
     Args:
         config: YAML run config.
         dp: data-parallel ranks that share the packs of a step.
         sp: ranks that share one pack; packs are padded to a multiple of it.
+        html: write all of it as one HTML file, picture included.
+        png: write the picture alone.
         json: print one JSON object instead of tables.
     """
     run, tokenizer = _read(config)
+    if dp < 1 or sp < 1:
+        raise ConfigError(f"--dp is {dp}, --sp is {sp}: expected 1 or more")
     rows = tokenize_sources(run.data.train, tokenizer, run.data, progress=True)
-    loader = StepLoader(
-        rows,
-        data=run.data,
-        dp=dp,
-        dp_rank=0,
-        sp=sp,
-        accumulation=run.train.gradient_accumulation_steps,
-        seed=run.seed,
-        pad_id=0,
-    )
-    plan = loader.plan(0)
-    padding = int((-plan.pack_tokens % sp).sum())
-    histogram = _histogram(rows.lengths)
-    facts = {
-        **_counts(rows),
-        "packs": len(plan.packs),
-        "steps_per_epoch": len(plan),
-        "padding_tokens": padding,
-        "filled": float(plan.pack_tokens.sum() / (len(plan.packs) * run.data.budget_tokens)),
-        "lengths": [{"up_to_tokens": up_to, "rows": count} for up_to, count in histogram],
-    }
+    found = statistics(rows, run.data, dp=dp, sp=sp, accumulation=run.train.gradient_accumulation_steps, seed=run.seed)
+    note = f"{config}: dp {dp}, sp {sp}, weighting {run.data.weighting}"
+    write_pages(found, html=html, png=png, title="Training data", note=note)
     if json:
-        print(json_text.dumps(facts))
+        print(json_text.dumps(as_json(found, rows)))
         return
+    show(found)
+    for path in filter(None, (html, png)):
+        print(f"written: {path}")
+
+
+def write_pages(found: Statistics, *, html: str | None, png: str | None, title: str, note: str) -> None:
+    """The HTML page and the picture, where a path is given."""
+    from ds_longft.data.pages import figure  # matplotlib
+    from ds_longft.data.pages import html as page
+
+    if html:
+        Path(html).parent.mkdir(parents=True, exist_ok=True)
+        Path(html).write_text(page.page(found, title=title, note=note), encoding="utf-8")
+    if png:
+        Path(png).parent.mkdir(parents=True, exist_ok=True)
+        Path(png).write_bytes(figure.png(found))
+
+
+def as_json(found: Statistics, rows: TokenizedSet) -> dict[str, Any]:
+    """The statistics for machines."""
+    lengths = [
+        {
+            "up_to_tokens": bound,
+            "rows": sum(counts[i] for counts in found.by_source.values()),
+            "tokens": found.tokens_by_length[i],
+            "by_source": {name: counts[i] for name, counts in found.by_source.items()},
+            "by_language": {name: counts[i] for name, counts in found.by_language.items()},
+        }
+        for i, bound in enumerate(found.bounds)
+    ]
+    packs = asdict(found.packs)
+    return {
+        **_counts(rows),
+        **{name: packs.pop(name) for name in ("packs", "filled", "padding_tokens", "imbalance")},
+        "steps_per_epoch": packs.pop("steps"),
+        "pack": packs,
+        "sources": [asdict(group) for group in found.sources],
+        "languages": [asdict(group) for group in found.languages],
+        "lengths": lengths,
+        "left_out": found.left_out,
+    }
+
+
+def show(found: Statistics) -> None:
+    """Tables for a terminal."""
     console = Console()
-    table = Table("", "train")
-    for name, value in facts.items():
-        if name != "lengths":
-            table.add_row(name.replace("_", " "), _shown(value))
+    packs = found.packs
+    table = Table("", "rows", "tokens", "median", "longest", "trained", "attention cost")
+    for groups in (found.sources, found.languages, [found.total]):
+        for group in groups:
+            table.add_row(
+                Text(group.name),
+                *(f"{n:,}" for n in (group.rows, group.tokens, group.median_tokens, group.longest_tokens)),
+                f"{group.target_share:.1%}",
+                f"{group.attention_share:.1%}",
+            )
+        table.add_section()
     console.print(table)
-    most = max(count for _, count in histogram)
-    bars = Table("tokens up to", "rows", "")
-    for up_to, count in histogram:
-        bars.add_row(f"{up_to:,}", f"{count:,}", "█" * round(WIDTH * count / most))
+    most = max(sum(counts[i] for counts in found.by_source.values()) for i in range(len(found.bounds)))
+    bars = Table("tokens up to", "rows", *map(rich_escape, found.by_language), "")
+    for i, bound in enumerate(found.bounds):
+        count = sum(counts[i] for counts in found.by_source.values())
+        of_language = [f"{counts[i]:,}" for counts in found.by_language.values()]
+        bars.add_row(f"{bound:,}", f"{count:,}", *of_language, "█" * round(WIDTH * count / most))
     console.print(bars)
+    facts = Table("packs", packs.packing)
+    for name, value in (
+        ("packs of up to so many tokens", f"{packs.packs:,} of {packs.budget_tokens:,}"),
+        ("filled", f"{packs.filled:.1%}"),
+        ("documents in a pack", f"{packs.documents_per_pack:.1f}"),
+        ("steps an epoch", f"{packs.steps:,}"),
+        ("padding tokens", f"{packs.padding_tokens:,}"),
+        ("slowest rank over the mean", f"{packs.imbalance:.3f}"),
+        (f"work in attention (as much as the rest at {packs.equal_cost_tokens:,})", f"{packs.attention_share:.0%}"),
+        ("left out", ", ".join(f"{count:,} {reason}" for reason, count in found.left_out.items()) or "nothing"),
+    ):
+        facts.add_row(name, Text(value))
+    console.print(facts)
 
 
-def inspect(config: str, row: int = 0, max_chars: int = 4000, json: bool = False) -> None:
-    """Show one row as the model sees it: decoded from its tokens, with what is trained in colour.
+def inspect(
+    config: str, row: int = 0, pack: int | None = None, epoch: int = 0, max_chars: int = 4000, json: bool = False
+) -> None:
+    """Show one row, or one pack, as the model sees it: decoded from its tokens, with what is trained in colour.
 
     Args:
         config: YAML run config.
         row: number of the row in the tokenized training set, from 0.
+        pack: number of a pack in the epoch, from 0; all its documents are shown, with their borders.
+        epoch: of which epoch, from 0; each has packs of its own.
         max_chars: longer stretches without targets are shown by their ends.
         json: print one JSON object instead.
     """
     run, tokenizer = _read(config)
     rows = tokenize_sources(run.data.train, tokenizer, run.data, progress=True)
-    if not 0 <= row < len(rows):
+    numbers = [row]
+    if pack is not None:
+        plan = plan_epoch(
+            rows.lengths,
+            budget_tokens=run.data.budget_tokens,
+            dp=1,
+            accumulation=run.train.gradient_accumulation_steps,
+            seed=run.seed,
+            epoch=epoch,
+            packing=run.data.packing,
+        )
+        if not 0 <= pack < len(plan.packs):
+            raise DataError(f"pack {pack} does not exist: epoch {epoch} has packs 0 to {len(plan.packs) - 1}")
+        numbers = plan.packs[pack].tolist()
+    elif not 0 <= row < len(rows):
         raise DataError(f"row {row} does not exist: the set has rows 0 to {len(rows) - 1}")
-    one = rows.row(row)
-    parts: list[tuple[str, float]] = []  # text, weight of its labels
+    shown = [_parts(rows.row(number), tokenizer, run.data.weighting) for number in numbers]
+    facts: list[dict[str, Any]] = [
+        {"row": one.index, "origin": one.origin, "tokens": len(one.input_ids), "targets": one.targets}
+        for one in map(rows.row, numbers)
+    ]
+    if json:
+        documents = [
+            {**fact, "parts": [{"text": text, "loss_weight": weight} for text, weight in parts if text]}
+            for fact, parts in zip(facts, shown, strict=True)
+        ]
+        print(json_text.dumps(documents[0] if pack is None else {"pack": pack, "documents": documents}))
+        return
+    console = Console()
     at = 0
-    spans = zip(one.span_start.tolist(), one.span_end.tolist(), one.label_weights(run.data.weighting), strict=True)
+    for fact, parts in zip(facts, shown, strict=True):
+        if pack is not None:
+            head = f"tokens {at:,} to {at + fact['tokens']:,}: row {fact['row']}, {fact['origin']}"
+            console.rule(Text(head, style="bold cyan"), align="left")
+        console.print(_coloured(parts, max_chars))
+        at += fact["tokens"]
+    if pack is None:
+        line = f"{facts[0]['origin']}: {facts[0]['tokens']:,} tokens, {facts[0]['targets']:,} of them trained (green)"
+    else:
+        targets = sum(fact["targets"] for fact in facts)
+        used = f"{at:,} of {run.data.budget_tokens:,} tokens"
+        line = f"pack {pack}: {len(facts)} documents, {used}, {targets:,} trained (green)"
+    console.print(f"\n{line}", markup=False)
+
+
+def _parts(one: TokenizedRow, tokenizer: Any, weighting: Weighting) -> list[tuple[str, float]]:
+    """(text, weight of its labels) of a row, piece by piece."""
+    parts: list[tuple[str, float]] = []
+    at = 0
+    spans = zip(one.span_start.tolist(), one.span_end.tolist(), one.label_weights(weighting), strict=True)
     for start, end, weight in spans:
         parts.append((tokenizer.decode(one.input_ids[at:start]), 0.0))
         parts.append((tokenizer.decode(one.input_ids[start:end]), float(weight)))
         at = end
-    parts.append((tokenizer.decode(one.input_ids[at:]), 0.0))
-    if json:
-        facts = {"origin": one.origin, "tokens": len(one.input_ids), "targets": one.targets}
-        shown = [{"text": text, "loss_weight": weight} for text, weight in parts if text]
-        print(json_text.dumps({**facts, "parts": shown}))
-        return
+    return [*parts, (tokenizer.decode(one.input_ids[at:]), 0.0)]
+
+
+def _coloured(parts: list[tuple[str, float]], max_chars: int) -> Text:
     text = Text()
     for piece, weight in parts:
         if weight:
@@ -133,51 +235,7 @@ def inspect(config: str, row: int = 0, max_chars: int = 4000, json: bool = False
             text.append(piece[-cut:])
         else:
             text.append(piece)
-    console = Console()
-    console.print(text)
-    facts_line = f"{one.origin}: {len(one.input_ids):,} tokens, {one.targets:,} of them trained (green)"
-    console.print(f"\n{facts_line}", markup=False)
-
-
-def synth_code(
-    path: str,
-    *,
-    rows: int = 200,
-    context_tokens: int | str = "4K",
-    questions: int = 1,
-    seed: int = 0,
-    part: Part = "train",
-    tokenizer: str | None = None,
-    json: bool = False,
-) -> None:
-    """Write a long-code set made of the Python standard library's source on this machine.
-
-    Args:
-        path: JSONL file to write, in `messages` form.
-        rows: how many.
-        context_tokens: longest row, e.g. 4096 or 128K.
-        questions: how many are asked of one context, one after the other.
-        seed: the same seed gives the same rows on the same Python.
-        part: train or eval; the two never share a module.
-        tokenizer: folder or hub id of a model, to fill the length exactly. Left out: lengths are estimated.
-        json: print one JSON object instead of a line.
-    """
-    tokens = parse_tokens(context_tokens)
-    if not isinstance(tokens, int) or tokens <= 0:
-        raise ConfigError(f"--context_tokens is {context_tokens!r}: expected a number of tokens, e.g. 4096 or 128K")
-    if questions < 1:
-        raise ConfigError(f"--questions is {questions}: expected 1 or more")
-    if part not in ("train", "eval"):
-        raise ConfigError(f"--part is {part!r}: expected train or eval")
-    loaded = _tokenizer(tokenizer) if tokenizer else None
-    done = write_code_set(
-        path, rows=rows, context_tokens=tokens, questions=questions, seed=seed, part=part, tokenizer=loaded
-    )
-    if json:
-        print(json_text.dumps(asdict(done)))
-        return
-    about = "" if tokenizer else " (estimated)"
-    print(f"{done.path}: {done.rows} rows of {done.shortest_tokens:,} to {done.longest_tokens:,} tokens{about}")
+    return text
 
 
 def _read(config: str) -> tuple[RunConfig, Any]:
@@ -188,10 +246,11 @@ def _read(config: str) -> tuple[RunConfig, Any]:
     if not run.model.path:
         raise ConfigError(f"model.path is empty in {config}: it names the tokenizer")
     kwargs = {"revision": run.model.revision, "trust_remote_code": run.model.trust_remote_code}
-    return run, _tokenizer(run.model.path, **kwargs)
+    return run, load_tokenizer(run.model.path, **kwargs)
 
 
-def _tokenizer(path: str, **kwargs: Any) -> Any:
+def load_tokenizer(path: str, **kwargs: Any) -> Any:
+    """A Hugging Face tokenizer by folder or hub id. Raises ModelError."""
     from transformers import AutoTokenizer  # seconds, and not needed for `--help`
 
     try:
@@ -214,12 +273,6 @@ def _counts(rows: TokenizedSet) -> dict[str, Any]:
         "truncated_rows": tally.truncated,
         "fingerprint": rows.fingerprint,
     }
-
-
-def _histogram(lengths: np.ndarray[Any, np.dtype[np.int64]]) -> list[tuple[int, int]]:
-    """(upper bound, rows) in buckets that double."""
-    exponents = np.ceil(np.log2(np.maximum(lengths, 1))).astype(int)
-    return [(1 << e, int((exponents == e).sum())) for e in range(exponents.min(), exponents.max() + 1)]
 
 
 def _shown(value: Any) -> str:

@@ -8,11 +8,15 @@ in `to_row`.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from ds_longft.data.rows import BadRow, Role, Row, Turn
 from ds_longft.errors import DataError
+
+__all__ = ["FORMATS", "detect_format", "grounded", "language_of", "text_of", "to_row", "turns_of", "weight_of"]
 
 ROLE_NAMES: dict[str, Role] = {
     "system": "system",
@@ -21,9 +25,12 @@ ROLE_NAMES: dict[str, Role] = {
     "assistant": "assistant",
     "gpt": "assistant",
 }
+LANGUAGES = {"chinese": "zh", "english": "en", "cn": "zh", "中文": "zh", "英文": "en"}  # as published sets write them
+ZERO_WIDTH = dict.fromkeys(map(ord, "\u200b\u200c\u200d\ufeff"))
 
 
-def _text(value: Any, what: str) -> str:
+def text_of(value: Any, what: str) -> str:
+    """A string of valid Unicode. Raises `BadRow` that says `what` it is not."""
     if value is None:
         raise BadRow(f"{what} is null or missing")
     if not isinstance(value, str):
@@ -42,11 +49,12 @@ def _content(value: Any) -> str:
         kinds = {part.get("type") if isinstance(part, dict) else type(part).__name__ for part in value}
         if kinds != {"text"}:
             raise BadRow("content holds other parts than text", f"seen {', '.join(sorted(map(str, kinds)))}")
-        return "".join(_text(part.get("text"), "content") for part in value)
-    return _text(value, "content")
+        return "".join(text_of(part.get("text"), "content") for part in value)
+    return text_of(value, "content")
 
 
-def _weight(value: Any, what: str) -> float:
+def weight_of(value: Any, what: str) -> float:
+    """A weight of 0 or more; 1 where none is given. Raises `BadRow`."""
     if value is None:
         return 1.0
     if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
@@ -62,31 +70,39 @@ def _list(value: Any, what: str) -> list[Any]:
     return value
 
 
-def _turns(messages: list[Any], role_key: str, content_key: str) -> list[Turn]:
+def turns_of(messages: list[Any], role_key: str, content_key: str) -> list[Turn]:
+    """Messages as turns; the order of the roles is not judged here. Raises `BadRow`."""
     turns = []
     for message in messages:
         if not isinstance(message, dict):
             raise BadRow("a message is not an object", f"seen {type(message).__name__}")
-        name = _text(message.get(role_key), role_key)
+        name = text_of(message.get(role_key), role_key)
         if name not in ROLE_NAMES:
             raise BadRow("unknown role", f"seen {name!r}, known are {', '.join(ROLE_NAMES)}")
         if message.get("tool_calls"):
             raise BadRow("tool calls cannot be trained")
-        weight = _weight(message.get("weight"), "weight of a message")
+        weight = weight_of(message.get("weight"), "weight of a message")
         turns.append(Turn(ROLE_NAMES[name], _content(message.get(content_key)), weight))
     return turns
 
 
 def _system(row: dict[str, Any]) -> list[Turn]:
-    return [Turn("system", _text(row["system"], "system"))] if row.get("system") else []
+    key = "system" if row.get("system") else "system_prompt"
+    return [Turn("system", text_of(row[key], key))] if row.get(key) else []
 
 
 def _messages(row: dict[str, Any]) -> list[Turn]:
-    return _turns(_list(row.get("messages"), "messages"), "role", "content")
+    return turns_of(_list(row.get("messages"), "messages"), "role", "content")
+
+
+def _longalign(row: dict[str, Any]) -> list[Turn]:
+    """LongAlign-10k strips zero-width characters, left over from web pages, from its answers."""
+    turns = _messages(row)
+    return [replace(t, content=t.content.translate(ZERO_WIDTH)) if t.role == "assistant" else t for t in turns]
 
 
 def _sharegpt(row: dict[str, Any]) -> list[Turn]:
-    turns = _turns(_list(row.get("conversations"), "conversations"), "from", "value")
+    turns = turns_of(_list(row.get("conversations"), "conversations"), "from", "value")
     return turns if turns[0].role == "system" else _system(row) + turns
 
 
@@ -96,11 +112,11 @@ def _alpaca(row: dict[str, Any]) -> list[Turn]:
     if not isinstance(history, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in history):
         raise BadRow("history is not a list of [question, answer]")
     for pair in history:
-        turns += [Turn("user", _text(pair[0], "history")), Turn("assistant", _text(pair[1], "history"))]
-    question = _text(row.get("instruction"), "instruction")
+        turns += [Turn("user", text_of(pair[0], "history")), Turn("assistant", text_of(pair[1], "history"))]
+    question = text_of(row.get("instruction"), "instruction")
     if row.get("input"):
-        question = f"{question}\n\n{_text(row['input'], 'input')}"
-    return [*turns, Turn("user", question), Turn("assistant", _text(row.get("output"), "output"))]
+        question = f"{question}\n\n{text_of(row['input'], 'input')}"
+    return [*turns, Turn("user", question), Turn("assistant", text_of(row.get("output"), "output"))]
 
 
 def _prompt_completion(row: dict[str, Any]) -> list[Turn]:
@@ -108,18 +124,76 @@ def _prompt_completion(row: dict[str, Any]) -> list[Turn]:
     ask, answer = ("prompt", "completion") if "prompt" in row else ("input", "output")
     prompt, completion = row.get(ask), row.get(answer)
     if isinstance(prompt, list):
-        turns = [Turn(t.role, t.content, 0.0) for t in _turns(_list(prompt, ask), "role", "content")]
+        turns = [Turn(t.role, t.content, 0.0) for t in turns_of(_list(prompt, ask), "role", "content")]
     else:
-        turns = [Turn("user", _text(prompt, ask))]
+        turns = [Turn("user", text_of(prompt, ask))]
     if isinstance(completion, list):
-        turns += _turns(_list(completion, answer), "role", "content")
+        turns += turns_of(_list(completion, answer), "role", "content")
     else:
-        turns.append(Turn("assistant", _text(completion, answer)))
+        turns.append(Turn("assistant", text_of(completion, answer)))
     return turns if turns[0].role == "system" else _system(row) + turns
 
 
+def grounded(row: dict[str, Any]) -> tuple[str, list[Turn]]:
+    """(reference text, dialogue about it) of a row that carries both; the reference is not yet in the dialogue.
+
+    Layouts: RefGPT-Fact (`reference`, `dialogue` in one string), anti-haystack (`document`, `question`, `answer`),
+    reading comprehension (`context`, `qas`: each pair becomes two turns), `reference` beside `messages`. Raises
+    `BadRow`.
+    """
+    if "dialogue" in row:
+        return text_of(row.get("reference"), "reference"), _refgpt_turns(text_of(row["dialogue"], "dialogue"))
+    if "qas" in row:
+        turns = []
+        for pair in _list(row["qas"], "qas"):
+            if not isinstance(pair, dict):
+                raise BadRow("qas holds something that is no object", f"seen {type(pair).__name__}")
+            answers = pair.get("answers")
+            answer = answers[0] if isinstance(answers, list) and answers else pair.get("answer")
+            turns += [Turn("user", text_of(pair.get("question"), "question"))]
+            turns += [Turn("assistant", text_of(answer, "answer"))]
+        return text_of(row.get("context"), "context"), turns
+    if "document" in row:
+        turns = [Turn("user", text_of(row.get("question"), "question"))]
+        return text_of(row["document"], "document"), [*turns, Turn("assistant", text_of(row.get("answer"), "answer"))]
+    reference = row.get("reference")
+    if isinstance(reference, list):
+        reference = "\n".join(text_of(part, "reference") for part in reference)
+    return text_of(reference, "reference"), _messages(row)
+
+
+def _grounded(row: dict[str, Any]) -> list[Turn]:
+    """The reference stands in front of the first question."""
+    reference, turns = grounded(row)
+    if not reference.strip():
+        raise BadRow("empty reference")
+    return [replace(turns[0], content=f"{reference.rstrip()}\n\n{turns[0].content}"), *turns[1:]]
+
+
+_REFGPT_TURN = re.compile(r"<(Human|Assistant)\s*(\d+)>\s*[:：]?\s*")
+# The generator's plan asks for lengths in brackets, and its answers at times repeat them.
+_WORD_COUNT = re.compile(r"\s*[(（][^()（）]{0,24}(?:字数|word count)[^()（）]{0,24}[)）]\s*", re.IGNORECASE)
+
+
+def _refgpt_turns(dialogue: str) -> list[Turn]:
+    """`<start_chat><Human 1>:(word count: 20 words)... <Assistant 1>:... <end_chat>` -> turns."""
+    text = dialogue.strip()
+    if not (text.startswith("<start_chat>") and text.endswith("<end_chat>")):
+        raise BadRow("dialogue without <start_chat> and <end_chat>", f"seen {text[:30]!r} ... {text[-30:]!r}")
+    before, *parts = _REFGPT_TURN.split(text.removeprefix("<start_chat>").removesuffix("<end_chat>"))
+    if before.strip() or not parts:
+        raise BadRow("dialogue does not begin with <Human 1>", f"seen {text[12:60]!r}")
+    turns = []
+    for i, (speaker, number, content) in enumerate(zip(parts[::3], parts[1::3], parts[2::3], strict=True)):
+        if int(number[:9]) != i // 2 + 1:
+            raise BadRow("turns of the dialogue are not numbered one by one", f"seen <{speaker} {number[:9]}>")
+        said = _WORD_COUNT.sub("", content, count=1) if _WORD_COUNT.match(content) else content
+        turns.append(Turn("user" if speaker == "Human" else "assistant", said.strip()))
+    return turns
+
+
 def _plain_text(row: dict[str, Any]) -> list[Turn]:
-    return [Turn("text", _text(row.get("text"), "text"))]
+    return [Turn("text", text_of(row.get("text"), "text"))]
 
 
 FORMATS: dict[str, Callable[[dict[str, Any]], list[Turn]]] = {
@@ -128,10 +202,17 @@ FORMATS: dict[str, Callable[[dict[str, Any]], list[Turn]]] = {
     "alpaca": _alpaca,
     "prompt_completion": _prompt_completion,
     "text": _plain_text,
+    "longalign": _longalign,
+    "grounded": _grounded,
 }
 
 # The columns that give a layout away, in the order they are tried.
 _TELLTALES: list[tuple[str, set[str]]] = [
+    ("grounded", {"reference", "dialogue"}),
+    ("grounded", {"reference", "messages"}),
+    ("grounded", {"document", "question", "answer"}),
+    ("grounded", {"context", "qas"}),
+    ("longalign", {"messages", "length"}),
     ("messages", {"messages"}),
     ("sharegpt", {"conversations"}),
     ("alpaca", {"instruction", "output"}),
@@ -157,24 +238,35 @@ def detect_format(columns: Iterable[str], path: str) -> str:
 def to_row(record: dict[str, Any], format: str, *, source: str, origin: str) -> Row:
     """`Row` of one record laid out as `format` (a key of `FORMATS`). Raises `BadRow`.
 
-    A last turn that is not an answer is dropped, as LongAlign does.
+    A last turn that is not an answer is dropped, an empty answer is kept untrained, as LongAlign does. The record's own
+    `source` wins over the one given.
     """
     turns = FORMATS[format](record)
     if turns[-1].role == "user":
         turns = turns[:-1]
     _check_order(turns)
-    language = record.get("language") or record.get("lang")
+    turns = [replace(t, weight=0.0) if t.role == "assistant" and not t.content.strip() else t for t in turns]
+    own = record.get("source")
     return Row(
         turns=tuple(turns),
-        source=source,
+        source=text_of(own, "source") if isinstance(own, str) and own else source,
         origin=origin,
-        language=language if isinstance(language, str) else None,
-        weight=_weight(record.get("weight"), "weight of the row"),
+        language=language_of(record),
+        weight=weight_of(record.get("weight"), "weight of the row"),
     )
 
 
+def language_of(record: dict[str, Any]) -> str | None:
+    """The language a record names, as a two-letter code where it is one; None where it names none."""
+    named = record.get("language") or record.get("lang")
+    if not isinstance(named, str):
+        return None
+    text = text_of(named, "language").strip().lower()
+    return LANGUAGES.get(text, re.split(r"[-_]", text)[0][:16]) or None
+
+
 def _check_order(turns: list[Turn]) -> None:
-    """System first if at all, then user and assistant in turns, every message with words in it."""
+    """System first if at all, then user and assistant in turns, with words in every question and in some answer."""
     if len(turns) == 1 and turns[0].role == "text":
         if not turns[0].content.strip():
             raise BadRow("empty text")
@@ -186,7 +278,9 @@ def _check_order(turns: list[Turn]) -> None:
         if turn.role != expected:
             seen = " ".join(t.role for t in turns[:8])
             raise BadRow("wrong role order", f"seen {seen}, expected user and assistant in turns")
-        if not turn.content.strip():
-            raise BadRow("empty answer" if expected == "assistant" else "empty question")
+        if expected == "user" and not turn.content.strip():
+            raise BadRow("empty question")
     if chat[-1].role != "assistant":
         raise BadRow("wrong role order", "the last turn is no answer")
+    if not any(turn.content.strip() for turn in chat[1::2]):
+        raise BadRow("empty answer")

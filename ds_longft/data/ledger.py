@@ -10,12 +10,14 @@ from typing import Literal
 
 from ds_longft.errors import DataError
 
-Kind = Literal["bad", "overlong"]
+Kind = Literal["bad", "overlong", "set_aside"]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One row that was left out. `overlong` rows were dropped because the config says so: they are not faults."""
+    """One row that was left out. Only `bad` ones are faults: `overlong` and `set_aside` rows were dropped because the
+    config says so.
+    """
 
     origin: str
     reason: str
@@ -32,6 +34,7 @@ class Tally:
     truncated: int = 0
     bad: dict[str, int] = field(default_factory=dict)  # reason -> rows
     overlong: int = 0
+    set_aside: dict[str, int] = field(default_factory=dict)  # reason -> rows
 
     @property
     def bad_rows(self) -> int:
@@ -76,5 +79,6 @@ class Ledger:
         if entry.kind == "overlong":
             self.tally.overlong += 1
         else:
-            self.tally.bad[entry.reason] = self.tally.bad.get(entry.reason, 0) + 1
+            counts = self.tally.bad if entry.kind == "bad" else self.tally.set_aside
+            counts[entry.reason] = counts.get(entry.reason, 0) + 1
         self._file.write(json.dumps(asdict(entry), ensure_ascii=False) + "\n")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ds_longft.batch import Pack, Step
 from ds_longft.config import DataConfig
 from ds_longft.data.pack import build_pack, filler_pack
-from ds_longft.data.plan import PackPlan, plan_epoch
+from ds_longft.data.plan import EQUAL_COST_TOKENS, PackPlan, plan_epoch
 from ds_longft.data.tokenized import TokenizedSet
 
 STEPS_AHEAD = 3
@@ -37,14 +37,18 @@ class StepLoader:
         accumulation: int,
         seed: int,
         pad_id: int,
+        equal_cost_tokens: int = EQUAL_COST_TOKENS,
     ) -> None:
-        """Of `data`, budget, packing and weighting are read. `sp` decides the padding alone."""
+        """Of `data`, budget, packing and weighting are read. `sp` decides the padding alone.
+
+        `equal_cost_tokens`: length at which attention costs the model as much as its linears (`plan.costs_of`).
+        """
         self.wait_s = 0.0
         """Seconds spent waiting for a step to be built, since the loader was made."""
         self._tokenized = tokenized
         self._data = data
         self._dp, self._dp_rank, self._sp, self._accumulation = dp, dp_rank, sp, accumulation
-        self._seed, self._pad_id = seed, pad_id
+        self._seed, self._pad_id, self._equal_cost_tokens = seed, pad_id, equal_cost_tokens
         self._row_weights: NDArray[np.float64] = tokenized.weight_sums(data.weighting)
         self._plans: dict[int, PackPlan] = {}
 
@@ -52,7 +56,8 @@ class StepLoader:
     def fingerprint(self) -> str:
         """Names the steps: equal on every rank, for any sp, and for any dp and accumulation of equal product."""
         data = self._data
-        settings = (data.budget_tokens, data.packing, data.weighting, self._dp * self._accumulation, self._seed)
+        step = (self._dp * self._accumulation, self._seed, self._equal_cost_tokens)
+        settings = (data.budget_tokens, data.packing, data.weighting, *step)
         return hashlib.sha256(repr((self._tokenized.fingerprint, *settings)).encode()).hexdigest()[:16]
 
     def plan(self, epoch: int) -> PackPlan:
@@ -67,6 +72,7 @@ class StepLoader:
                     seed=self._seed,
                     epoch=epoch,
                     packing=self._data.packing,
+                    equal_cost_tokens=self._equal_cost_tokens,
                 )
             }
         return self._plans[epoch]

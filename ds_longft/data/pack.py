@@ -7,10 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ds_longft.batch import IGNORE_INDEX, Pack
-from ds_longft.data.plan import PackPlan, plan_epoch
 from ds_longft.data.tokenized import TokenizedRow, Weighting
-
-__all__ = ["PackPlan", "build_pack", "filler_pack", "plan_epoch"]
 
 
 def build_pack(rows: Sequence[TokenizedRow], *, pad_to_multiple: int, pad_id: int, weighting: Weighting) -> Pack:

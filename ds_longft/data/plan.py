@@ -9,13 +9,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-Packing = Literal["best_fit", "none"]
-_WORD_BITS = 1024
+from ds_longft.data.fit import best_fit, next_fit
+
+Packing = Literal["best_fit", "sorted", "none"]
+
+# Length of a document at which attention takes as much work as everything linear, where the model is not known; that of
+# an 8B model under LoRA. Only the balance of ranks hangs on it.
+EQUAL_COST_TOKENS = 36_000
+LIKE_PACKS = 32  # at most so many packs of a step are chosen for their like cost
+ORDER_JITTER = 0.03  # of a row's length, when rows are laid by falling length: other rows meet each epoch
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,7 @@ class PackPlan:
 
     packs: list[NDArray[np.int64]]  # P arrays of row indices, in the order they lie in the pack
     pack_tokens: NDArray[np.int64]  # [P] without padding
+    pack_costs: NDArray[np.float64]  # [P] work of each pack, in tokens: see `costs_of`
     dp: int
     accumulation: int
 
@@ -37,11 +45,15 @@ class PackPlan:
         return [self.step(i) for i in range(len(self))]
 
     def step(self, index: int) -> list[list[int | None]]:
-        """One entry of `steps`. Micro-step by micro-step over the ranks: fillers come last, spread over the ranks."""
+        """One entry of `steps`. Micro-step by micro-step over the ranks: fillers come last, spread over the ranks.
+
+        The packs of a step stand in groups of falling cost, so the ranks are dealt to there and back: the one that has
+        the costliest pack of a micro-step has the cheapest of the next.
+        """
         first = index * self.dp * self.accumulation
 
         def pack(rank: int, slot: int) -> int | None:
-            number = first + slot * self.dp + rank
+            number = first + slot * self.dp + (rank if slot % 2 == 0 else self.dp - 1 - rank)
             return number if number < len(self.packs) else None
 
         return [[pack(rank, slot) for slot in range(self.accumulation)] for rank in range(self.dp)]
@@ -50,6 +62,19 @@ class PackPlan:
         """Indices of every pack of a step, over all dp ranks and micro-steps."""
         size = self.dp * self.accumulation
         return range(index * size, min((index + 1) * size, len(self.packs)))
+
+    def imbalance(self) -> NDArray[np.float64]:
+        """[steps] cost of the costliest rank over the mean, micro-step by micro-step: 1 where nobody waits.
+
+        Ranks meet in every micro-step (ZeRO-3 gathers weights together), so a step takes the sum of its micro-steps'
+        maxima. The last step counts without its fillers' ranks.
+        """
+        return np.asarray([self._imbalance_of(self.step(i)) for i in range(len(self))])
+
+    def _imbalance_of(self, step: list[list[int | None]]) -> float:
+        slots = [[self.pack_costs[p] for p in slot if p is not None] for slot in zip(*step, strict=True)]
+        slots = [slot for slot in slots if slot]
+        return float(sum(max(slot) for slot in slots) / sum(sum(slot) / len(slot) for slot in slots))
 
 
 def plan_epoch(
@@ -62,6 +87,7 @@ def plan_epoch(
     epoch: int,
     packing: Packing,
     shuffle: bool = True,
+    equal_cost_tokens: int = EQUAL_COST_TOKENS,
 ) -> PackPlan:
     """Lay rows into packs and packs into steps.
 
@@ -69,9 +95,11 @@ def plan_epoch(
         lengths: [n] tokens of each row, each at most `budget_tokens`.
         budget_tokens: tokens of a full pack.
         dp, accumulation: data-parallel ranks, and micro-steps of each in one optimizer step.
-        seed, epoch: rows of equal length, order in a pack and order of packs are drawn from these two.
-        packing: `best_fit` (decreasing) or `none`, one row a pack.
+        seed, epoch: what shares a pack, order in a pack and order of packs are drawn from these two.
+        packing: `best_fit` (longest first) fills packs best. `sorted` lays rows of like length together (LongAlign's
+            sorted batching). Both choose packs of like cost for a step. `none`: one row a pack, in any order.
         shuffle: False keeps packs, and rows in them, in the order of the rows.
+        equal_cost_tokens: length of a document at which attention costs as much as everything linear.
 
     Does not depend on sp; on dp and accumulation the steps depend only through their product.
     """
@@ -81,64 +109,51 @@ def plan_epoch(
     if packing == "none":
         packs = list(order.reshape(-1, 1))
     else:
-        packs = [order[members] for members in best_fit_decreasing(lengths[order], budget_tokens)]
-        if shuffle:
-            packs = [rng.permutation(pack) for pack in packs]
-        else:
-            packs = sorted((np.sort(pack) for pack in packs), key=lambda pack: int(pack[0]))
-        if shuffle:
-            packs = [packs[i] for i in rng.permutation(len(packs))]
-    tokens = np.fromiter((lengths[pack].sum() for pack in packs), dtype=np.int64, count=len(packs))
-    return PackPlan(packs, tokens, dp, accumulation)
+        sizes = lengths[order]
+        rank = sizes * np.exp(rng.normal(0.0, ORDER_JITTER, len(sizes))) if shuffle else sizes
+        fit = best_fit if packing == "best_fit" else next_fit
+        groups = fit(sizes, budget_tokens, np.argsort(-rank, kind="stable"))
+        packs = [order[rng.permutation(group) if shuffle else np.sort(group)] for group in groups]
+        packs = [packs[i] for i in (rng.permutation(len(packs)) if shuffle else np.argsort([p[0] for p in packs]))]
+    tokens, costs = _sums(packs, lengths), _sums(packs, costs_of(lengths, equal_cost_tokens))
+    if shuffle:
+        chosen = _in_steps(costs, dp * accumulation, rng, like=packing != "none")
+        packs, tokens, costs = [packs[i] for i in chosen], tokens[chosen], costs[chosen]
+    return PackPlan(packs, tokens, costs, dp, accumulation)
 
 
-def best_fit_decreasing(lengths: NDArray[np.int64], budget: int) -> list[list[int]]:
-    """Indices grouped so that no group exceeds `budget`: longest first, each into the fullest group that takes it.
+def costs_of(lengths: NDArray[np.int64], equal_cost_tokens: int = EQUAL_COST_TOKENS) -> NDArray[np.float64]:
+    """[n] work of each document, in tokens of a short one: length + length^2 / `equal_cost_tokens`."""
+    exact = lengths.astype(np.float64)
+    return exact + exact * exact / equal_cost_tokens
 
-    The free space of the groups is a set of integers kept as bits in two levels (a word of bits for each 1024 sizes,
-    and one bit for each word that is not empty), so that "the smallest size of at least x" takes two shifts: 1e6 rows
-    in about three seconds.
+
+def _sums(packs: Sequence[NDArray[np.int64]], values: NDArray[Any]) -> NDArray[Any]:
+    """[P] sum of `values` over the rows of each pack."""
+    if not packs:
+        return values[:0]
+    sizes = np.fromiter((len(pack) for pack in packs), dtype=np.int64, count=len(packs))
+    return np.add.reduceat(values[np.concatenate(packs)], np.cumsum(sizes) - sizes)
+
+
+def _in_steps(costs: NDArray[np.float64], size: int, rng: np.random.Generator, *, like: bool) -> NDArray[np.int64]:
+    """[P] the packs in the order they are trained: steps of `size`, in each of them groups of falling cost.
+
+    With `like`, a group is a run of the packs sorted by cost, drawn at random. A step is one group, or several where it
+    has more than `LIKE_PACKS` packs: the larger a step, the more of the data it should see. The packs that fill no step
+    are a run from a random place, and come last.
     """
-    groups: list[list[int]] = []
-    free: dict[int, list[int]] = {}  # free tokens -> groups with exactly that much
-    words = [0] * (budget // _WORD_BITS + 1)
-    filled = 0  # bit w: words[w] is not 0
-    order = np.argsort(-lengths, kind="stable")
-    for index, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
-        space = _smallest_from(words, filled, length)
-        if space is None:
-            group, left = len(groups), budget - length
-            groups.append([index])
-        else:
-            same = free[space]
-            group, left = same.pop(), space - length
-            groups[group].append(index)
-            if not same:
-                word, bit = divmod(space, _WORD_BITS)
-                words[word] ^= 1 << bit
-                if not words[word]:
-                    filled ^= 1 << word
-        if left:
-            same = free.setdefault(left, [])
-            if not same:
-                word, bit = divmod(left, _WORD_BITS)
-                words[word] |= 1 << bit
-                filled |= 1 << word
-            same.append(group)
-    return groups
-
-
-def _smallest_from(words: Sequence[int], filled: int, at_least: int) -> int | None:
-    word, bit = divmod(at_least, _WORD_BITS)
-    bits = words[word] >> bit
-    if bits:
-        return at_least + _lowest(bits)
-    rest = filled >> (word + 1)
-    if not rest:
-        return None
-    word += 1 + _lowest(rest)
-    return word * _WORD_BITS + _lowest(words[word])
-
-
-def _lowest(bits: int) -> int:
-    return (bits & -bits).bit_length() - 1
+    count = len(costs)
+    whole = count - count % size
+    ranked = np.argsort(-costs, kind="stable") if like else np.arange(count)  # they were shuffled before
+    left_at = int(rng.integers(whole + 1)) if like else whole
+    left = ranked[left_at : left_at + count - whole]
+    ranked = np.concatenate([ranked[:left_at], ranked[left_at + count - whole :]])
+    group = max((d for d in range(1, LIKE_PACKS + 1) if size % d == 0), default=1)
+    if not like or group < min(size, 8):
+        group = size
+    groups = ranked.reshape(-1, group)
+    groups = groups[rng.permutation(len(groups))] if like else groups
+    falling = np.take_along_axis(groups, np.argsort(-costs[groups], axis=1, kind="stable"), axis=1)
+    left = left[np.argsort(-costs[left], kind="stable")]
+    return np.concatenate([falling.reshape(-1), left]).astype(np.int64)

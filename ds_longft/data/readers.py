@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import gzip
 import json
-import shutil
 import tempfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ds_longft.config import SourceConfig
+from ds_longft.data.records import MAX_EXPANSION, Bomb, Metered, Record, array_elements, lines
 from ds_longft.data.rows import BadRow
 from ds_longft.errors import DataError
 
@@ -36,7 +37,7 @@ class Block:
 
     file: str
     first: int  # number of the first record, from 1
-    records: list[bytes] | list[Any] | pa.RecordBatch
+    records: list[Record] | list[Any] | pa.RecordBatch  # a BadRow where a record could not even be cut out
     position_bytes: int  # how far into the whole source reading has come, for the progress bar
 
 
@@ -71,7 +72,7 @@ class Source:
         for file in self.files:
             try:
                 yield from _file_blocks(file, before)
-            except (OSError, EOFError, gzip.zlib.error, pa.ArrowException) as error:  # type: ignore[attr-defined]
+            except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
                 raise DataError(f"{file} cannot be read: {error}; is the file complete?") from error
             before += file.stat().st_size
 
@@ -100,7 +101,13 @@ def _load_hub(config: SourceConfig) -> Any:
     import datasets  # heavy, and not needed for local files
 
     try:
-        return datasets.load_dataset(config.path, split=config.split)
+        try:
+            return datasets.load_dataset(config.path, split=config.split)
+        except ValueError:
+            # Sets rename their parts over time: Fusang-v1 has had `long` as a split and as a configuration.
+            if config.split not in datasets.get_dataset_config_names(config.path):
+                raise
+            return datasets.load_dataset(config.path, config.split, split="train")
     except Exception as error:  # the hub client raises errors of many libraries
         raise DataError(
             f"{config.path!r} is no local file or folder, and as a hub id (split {config.split!r}) it cannot be "
@@ -110,14 +117,35 @@ def _load_hub(config: SourceConfig) -> Any:
 
 def parse_block(block: Block) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
     """(origin, record) of each record of a block; a record that cannot be parsed comes as a `BadRow`."""
-    records = block.records.to_pylist() if isinstance(block.records, pa.RecordBatch) else block.records
+    records = _plain(block.records) if isinstance(block.records, pa.RecordBatch) else block.records
     for number, record in enumerate(records, start=block.first):
-        if isinstance(record, bytes) and (not record or record.isspace()):
+        if _is_blank(record):
             continue
         yield f"{block.file}:{number}", _parse(record)
 
 
+def _plain(batch: pa.RecordBatch) -> list[Any]:
+    """Records of a batch as dicts; those that hold what Python cannot (text that is no UTF-8) as `BadRow`."""
+    try:
+        return list(batch.to_pylist())
+    except (ValueError, OverflowError, pa.ArrowException):
+        pass
+    records: list[Any] = []
+    for number in range(batch.num_rows):
+        try:
+            records += batch.slice(number, 1).to_pylist()
+        except (ValueError, OverflowError, pa.ArrowException) as error:
+            records.append(BadRow("not UTF-8" if isinstance(error, UnicodeDecodeError) else "unreadable", str(error)))
+    return records
+
+
+def _is_blank(record: Any) -> bool:
+    return isinstance(record, bytes) and (not record or record.isspace())
+
+
 def _parse(record: Any) -> dict[str, Any] | BadRow:
+    if isinstance(record, BadRow):
+        return record
     if isinstance(record, bytes):
         try:
             record = json.loads(record.decode("utf-8-sig"), object_pairs_hook=_unique_keys)
@@ -136,6 +164,18 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
         raise BadRow("a key twice in one object", ", ".join(twice))
     return row
+
+
+def first_record(source: Source) -> dict[str, Any]:
+    """The first readable record of a source, whose columns give its layout away. Raises `DataError`: there is none."""
+    for block in source.blocks():
+        for _, record in parse_block(block):
+            if isinstance(record, dict):
+                return record
+    raise DataError(
+        f"{source.config.path} (data.train or data.eval) holds no readable row: expected one JSON object a line, "
+        "a JSON array or parquet"
+    )
 
 
 def read_rows(config: SourceConfig) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
@@ -164,15 +204,25 @@ def _file_blocks(file: Path, before_bytes: int) -> Iterator[Block]:
     with _opened(file) as (stream, raw):
         if _suffix(file) == ".parquet":
             yield from _parquet_blocks(file, stream, before_bytes)
-        elif _suffix(file) == ".json" and _first_byte(stream) == b"[":
-            rows = _json_array(file, stream)
-            for first in range(0, len(rows), 256):
-                yield Block(str(file), first + 1, rows[first : first + 256], before_bytes + raw.tell())
-        else:
-            first = 1
-            while lines := stream.readlines(BLOCK_BYTES):
-                yield Block(str(file), first, lines, before_bytes + raw.tell())
-                first += len(lines)
+            return
+        is_array = _suffix(file) == ".json" and _first_byte(stream) == b"["
+        metered = Metered(stream, file.stat().st_size if file.suffix.lower() == ".gz" else None)
+        first, records, size = 1, [], 0
+        for record in _until_bomb(array_elements(metered) if is_array else lines(metered)):
+            records.append(record)
+            size += len(record) if isinstance(record, bytes) else 0
+            if size >= BLOCK_BYTES:
+                yield Block(str(file), first, records, before_bytes + raw.tell())
+                first, records, size = first + len(records), [], 0
+        if records:
+            yield Block(str(file), first, records, before_bytes + raw.tell())
+
+
+def _until_bomb(records: Iterator[Record]) -> Iterator[Record]:
+    try:
+        yield from records
+    except Bomb:
+        yield BadRow("the rest of the file is a zip bomb", f"it unpacks to over {MAX_EXPANSION} times its size")
 
 
 def _first_byte(stream: IO[bytes]) -> bytes:
@@ -181,23 +231,24 @@ def _first_byte(stream: IO[bytes]) -> bytes:
     return head
 
 
-def _json_array(file: Path, stream: IO[bytes]) -> list[Any]:
-    try:
-        return list(json.loads(stream.read().decode("utf-8-sig")))
-    except ValueError as error:
-        raise DataError(f"{file} is not a valid JSON array: {error}") from error
-
-
 def _parquet_blocks(file: Path, stream: IO[bytes], before_bytes: int) -> Iterator[Block]:
     with tempfile.TemporaryFile() as plain:
         if file.suffix.lower() == ".gz":  # parquet is read from its end: unpack to disk, not to memory
-            shutil.copyfileobj(stream, plain)
+            _unpack(Metered(stream, file.stat().st_size), plain, file)
             stream = plain
         table = pq.ParquetFile(stream)
         first, total, size = 1, max(table.metadata.num_rows, 1), file.stat().st_size
         for batch in table.iter_batches(batch_size=PARQUET_ROWS):
             first += batch.num_rows
             yield Block(str(file), first - batch.num_rows, batch, before_bytes + size * (first - 1) // total)
+
+
+def _unpack(stream: Metered, plain: IO[bytes], file: Path) -> None:
+    try:
+        while chunk := stream.read(BLOCK_BYTES):
+            plain.write(chunk)
+    except Bomb:
+        raise DataError(f"{file} unpacks to over {MAX_EXPANSION} times its size: it is no data") from None
 
 
 def _record_batches(name: str, hub: Any) -> Iterator[Block]:
@@ -215,8 +266,8 @@ def _limited(blocks: Iterator[Block], limit: int | None) -> Iterator[Block]:
         if left is None:
             yield block
             continue
-        records = block.records.to_pylist() if isinstance(block.records, pa.RecordBatch) else block.records
-        real = [i for i, r in enumerate(records) if not (isinstance(r, bytes) and (not r or r.isspace()))]
+        records = _plain(block.records) if isinstance(block.records, pa.RecordBatch) else block.records
+        real = [i for i, record in enumerate(records) if not _is_blank(record)]
         if len(real) >= left:
             yield Block(block.file, block.first, list(islice(records, real[left - 1] + 1)), block.position_bytes)
             return

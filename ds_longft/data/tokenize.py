@@ -2,6 +2,7 @@
 
 The calling process only cuts the input into blocks and writes the results in order; parsing, templating and
 tokenising happen in the workers. A few blocks per worker are under way at a time: memory does not grow with the data.
+Results are written in parts: a process that was killed costs one part, the next call goes on behind the others.
 """
 
 from __future__ import annotations
@@ -10,25 +11,26 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from multiprocessing import get_context
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from filelock import FileLock
 
 from ds_longft.config import DataConfig, SourceConfig
 from ds_longft.data.encode import EncodedRow, Encoder, Overlong
 from ds_longft.data.formats import detect_format, to_row
 from ds_longft.data.ledger import Entry, Kind, Ledger, Tally
 from ds_longft.data.progress import Progress
-from ds_longft.data.readers import Block, Source, find_source, parse_block
+from ds_longft.data.readers import Block, Source, find_source, first_record, parse_block
 from ds_longft.data.rows import BadRow, Row
 from ds_longft.data.template import load_template
 from ds_longft.data.tokenized import SCHEMA, TokenizedSet, to_record_batch
@@ -36,9 +38,10 @@ from ds_longft.errors import DataError
 
 __all__ = ["TokenizedSet", "tokenize_sources"]
 
-LAYOUT_VERSION = 1  # raise it when the same input gives other tokens, spans or columns
+LAYOUT_VERSION = 2  # raise it when the same input gives other tokens, spans or columns
 INLINE_BYTES = 4 << 20  # below this, starting processes takes longer than the work
 BLOCKS_UNDER_WAY = 3  # for each worker
+PART_BLOCKS = 64  # of about 1 MB each: what a killed process may have to do again
 
 
 @dataclass(frozen=True)
@@ -86,18 +89,15 @@ def tokenize_sources(
     cache = Path(data.cache_dir).expanduser()
     folder, ledger = cache / fingerprint, cache / fingerprint / "ledger.jsonl"
     if not folder.exists():
-        with _new_folder(cache, folder) as temporary, Ledger(temporary / "ledger.jsonl") as book:
-            try:
-                _write(found, formats, encoder, temporary / "rows.arrow", book, workers=data.workers, progress=progress)
-            except Overlong as too_long:
-                raise DataError(
-                    f"{too_long}: data.overlong is error. Raise data.max_length_tokens, or set data.overlong to "
-                    "drop or truncate"
-                ) from too_long
-            (temporary / "tally.json").write_text(json.dumps(asdict(book.tally)))
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / f"{fingerprint}.lock"):  # a second process waits, and finds the set made
+            if not folder.exists():
+                partial = cache / f".{fingerprint}.partial"
+                _write(found, formats, encoder, partial, workers=data.workers, progress=progress)
+                partial.rename(folder)
     tally = Tally(**json.loads((folder / "tally.json").read_text()))
     tally.check(data.max_bad_fraction, ledger)
-    return TokenizedSet.open(folder / "rows.arrow", fingerprint, tally)
+    return TokenizedSet.open(sorted(folder.glob("rows-*.arrow")), fingerprint, tally)
 
 
 def _encoder(tokenizer: Any, data: DataConfig, *, chats: bool) -> Encoder:
@@ -117,14 +117,7 @@ def _format_of(source: Source) -> str:
     """The layout of a source: as configured, or recognised by its first readable row."""
     if source.config.format != "auto":
         return source.config.format
-    for block in source.blocks():
-        for _, record in parse_block(block):
-            if isinstance(record, dict):
-                return detect_format(record, source.config.path)
-    raise DataError(
-        f"{source.config.path} (data.train or data.eval) holds no readable row: expected one JSON object a line, "
-        "a JSON array or parquet"
-    )
+    return detect_format(first_record(source), source.config.path)
 
 
 def _fingerprint(sources: Sequence[Source], formats: Sequence[str], encoder: Encoder) -> str:
@@ -142,41 +135,53 @@ def _fingerprint(sources: Sequence[Source], formats: Sequence[str], encoder: Enc
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
 
 
-@contextmanager
-def _new_folder(cache: Path, folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` when all went well, and vanishes when not."""
-    cache.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=cache))
-    try:
-        yield temporary
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not folder.exists():  # otherwise another process was first, with the same content
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def _write(
     sources: Sequence[Source],
     formats: Sequence[str],
     encoder: Encoder,
-    file: Path,
-    ledger: Ledger,
+    folder: Path,
     *,
     workers: int | None,
     progress: bool,
 ) -> None:
-    """Encode every block and write the batches in the order of the input."""
+    """Encode every block into parts of `PART_BLOCKS` blocks, in the order of the input; parts already there are kept.
+
+    What goes wrong leaves nothing behind; a process that is killed or interrupted leaves its whole parts.
+    """
+    folder.mkdir(exist_ok=True)
     size_bytes = sum(source.size_bytes for source in sources)
+    whole = {int(file.stem.removeprefix("tally-")) for file in folder.glob("tally-*.json")}
+    try:
+        with Progress("tokenising", size_bytes, show=progress) as bar:
+            tasks = ((i // PART_BLOCKS, *task) for i, task in enumerate(_tasks(sources, formats)))
+            tasks = (task for task in tasks if task[0] not in whole)
+            for part, of_part in groupby(_results(tasks, encoder, workers, size_bytes), key=itemgetter(0)):
+                _write_part(folder, part, ((at, result) for _, at, result in of_part), bar)
+        _close(folder)
+    except Overlong as too_long:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise DataError(
+            f"{too_long}: data.overlong is error. Raise data.max_length_tokens, or set data.overlong to drop or "
+            "truncate"
+        ) from too_long
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a tokenising process was killed, mostly for lack of memory: lower data.workers and start again, what is "
+            "done is kept"
+        ) from error
+    except Exception:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _write_part(folder: Path, part: int, results: Iterable[tuple[int, Result]], bar: Progress) -> None:
     with (
-        pa.OSFile(str(file), "wb") as sink,
+        pa.OSFile(str(folder / f"rows-{part:05d}.arrow"), "wb") as sink,
         pa.ipc.new_file(sink, SCHEMA) as writer,
-        Progress("tokenising", size_bytes, show=progress) as bar,
+        Ledger(folder / f"ledger-{part:05d}.jsonl") as ledger,
     ):
-        for position_bytes, result in _results(_tasks(sources, formats), encoder, workers, size_bytes):
-            tally = ledger.tally
+        tally = ledger.tally
+        for position_bytes, result in results:
             tally.read += result.read
             tally.usable += result.batch.num_rows
             tally.truncated += result.truncated
@@ -184,7 +189,33 @@ def _write(
                 ledger.add(entry)
             if result.batch.num_rows:
                 writer.write_batch(result.batch)
-            bar.update(position_bytes, f"{tally.usable:,} rows")
+            bar.update(position_bytes, f"{tally.usable:,} rows of part {part + 1}")
+    written = folder / f"tally-{part:05d}.tmp"
+    written.write_text(json.dumps(asdict(tally)))
+    written.rename(written.with_suffix(".json"))  # last: a part that has its tally is whole
+
+
+def _close(folder: Path) -> None:
+    """One tally and one ledger out of those of the parts."""
+    tallies = [Tally(**json.loads(file.read_text())) for file in sorted(folder.glob("tally-*.json"))]
+    bad: Counter[str] = Counter()
+    for tally in tallies:
+        bad.update(tally.bad)
+    total = Tally(
+        read=sum(t.read for t in tallies),
+        usable=sum(t.usable for t in tallies),
+        truncated=sum(t.truncated for t in tallies),
+        bad=dict(bad),
+        overlong=sum(t.overlong for t in tallies),
+    )
+    with (folder / "ledger.jsonl").open("wb") as ledger:
+        for file in sorted(folder.glob("ledger-*.jsonl")):
+            with file.open("rb") as part:
+                shutil.copyfileobj(part, ledger)
+            file.unlink()
+    (folder / "tally.json").write_text(json.dumps(asdict(total)))
+    for file in folder.glob("tally-*.json"):
+        file.unlink()
 
 
 def _tasks(sources: Sequence[Source], formats: Sequence[str]) -> Iterator[tuple[int, Task]]:
@@ -196,32 +227,30 @@ def _tasks(sources: Sequence[Source], formats: Sequence[str]) -> Iterator[tuple[
 
 
 def _results(
-    tasks: Iterable[tuple[int, Task]], encoder: Encoder, workers: int | None, size_bytes: int
-) -> Iterator[tuple[int, Result]]:
-    """(position, result) of each task in order; in this process when there is little to do."""
+    tasks: Iterable[tuple[int, int, Task]], encoder: Encoder, workers: int | None, size_bytes: int
+) -> Iterator[tuple[int, int, Result]]:
+    """(part, position, result) of each task in order; in this process when there is little to do."""
     workers = workers or len(os.sched_getaffinity(0))
     if workers == 1 or 0 < size_bytes < INLINE_BYTES:
-        yield from ((position, encode_block(task, encoder)) for position, task in tasks)
+        yield from ((part, position, encode_block(task, encoder)) for part, position, task in tasks)
         return
     # forkserver: a fork of this process could inherit threads and a GPU context.
     with ProcessPoolExecutor(workers, get_context("forkserver"), _start_worker, (encoder,)) as pool:
-        under_way: deque[tuple[int, Future[Result]]] = deque()
+        under_way: deque[tuple[int, int, Future[Result]]] = deque()
         try:
-            for position, task in tasks:
-                under_way.append((position, pool.submit(_run_in_worker, task)))
+            for part, position, task in tasks:
+                under_way.append((part, position, pool.submit(_run_in_worker, task)))
                 if len(under_way) >= workers * BLOCKS_UNDER_WAY:
                     yield _next(under_way)
             while under_way:
                 yield _next(under_way)
-        except BrokenProcessPool as error:
-            raise DataError("a tokenising process was killed, mostly for lack of memory: lower data.workers") from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _next(under_way: deque[tuple[int, Future[Result]]]) -> tuple[int, Result]:
-    position_bytes, future = under_way.popleft()
-    return position_bytes, future.result()
+def _next(under_way: deque[tuple[int, int, Future[Result]]]) -> tuple[int, int, Result]:
+    part, position_bytes, future = under_way.popleft()
+    return part, position_bytes, future.result()
 
 
 _worker_encoder: Encoder  # exists in worker processes only: sent once, not with every block

@@ -73,9 +73,10 @@ class TokenizedSet:
         self.tally = tally  # of the whole file, also where this is a part of it
 
     @classmethod
-    def open(cls, file: Path, fingerprint: str, tally: Tally) -> TokenizedSet:
-        """Memory-map an Arrow file with columns `SCHEMA`."""
-        return cls(pa.ipc.open_file(pa.memory_map(str(file))).read_all(), fingerprint, tally)
+    def open(cls, files: Sequence[Path], fingerprint: str, tally: Tally) -> TokenizedSet:
+        """Memory-map Arrow files with columns `SCHEMA`, one behind the other."""
+        tables = [pa.ipc.open_file(pa.memory_map(str(file))).read_all() for file in files]
+        return cls(pa.concat_tables(tables or [SCHEMA.empty_table()]), fingerprint, tally)
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -89,6 +89,17 @@ def step_flops(shape: ModelShape, document_lengths: Sequence[int], *, lora: bool
     return float(linear + 3 * 4 * shape.attention_width * pairs)
 
 
+def equal_cost_tokens(shape: ModelShape, *, lora: bool) -> int:
+    """Length of a document at which attention needs as many operations as everything linear, the head left out.
+
+    Layers with a sliding window count as linear: their share of the attention does not grow with the square.
+    """
+    full = sum(window is None for window in shape.windows)
+    per_weight = 4 if lora else 6
+    # causal: half of length^2 pairs, 12 operations each (see `step_flops`)
+    return round(per_weight * shape.body_weights / (6 * shape.attention_width * max(full, 1)))
+
+
 def visible_pairs(length_tokens: int, window_tokens: int | None) -> int:
     """Pairs (query, key) of one document under the causal mask, itself included, within the window."""
     window = min(window_tokens or length_tokens, length_tokens)

@@ -22,7 +22,7 @@ from ds_longft.data.tokenize import TokenizedSet, tokenize_sources
 from ds_longft.ds_config import DeepSpeedSettings
 from ds_longft.errors import EXIT_HANG, EXIT_REQUEUE, DataError
 from ds_longft.layout import ParallelLayout
-from ds_longft.model.flops import peak_tflops
+from ds_longft.model.flops import equal_cost_tokens, peak_tflops
 from ds_longft.model.load import load_config, load_tokenizer
 from ds_longft.model.lora import trainable_parameters
 from ds_longft.sequence.attention import ULYSSES
@@ -106,6 +106,7 @@ def run(
         return StepLoader(
             part, data=config.data, dp=layout.dp, dp_rank=layout.dp_rank, sp=layout.sp,
             accumulation=accumulation, seed=config.seed, pad_id=tokenizer.pad_token_id or 0,
+            equal_cost_tokens=equal_cost_tokens(built.shape, lora=config.lora is not None),
         )  # fmt: skip
 
     train_loader = loader(train_set, config.train.gradient_accumulation_steps)

@@ -9,11 +9,14 @@ import pytest
 from ds_longft import quickstart
 from ds_longft.check import check_run
 from ds_longft.config import RunConfig
+from ds_longft.data.recipe import read_recipe
 from ds_longft.ds_config import load_ds_config, merge_ds_config
 from ds_longft.errors import ConfigError
 from ds_longft.settings import dump_config, load_config
+from ds_longft.yaml_io import load_yaml
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+ALL = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+RECIPES = [path for path in ALL if "sources" not in load_yaml(path.read_text())]  # run configs; the others are mixes
 WINDOWS = {"sft_lora_128k": 131072, "sft_full_64k": 131072, "sft_lora_yarn": 40960}  # of the models they name
 
 
@@ -26,6 +29,12 @@ def test_loads_and_survives_a_round_trip(path: Path, tmp_path: Path) -> None:
     config = read(path)
     (tmp_path / "again.yaml").write_text(dump_config(config))
     assert read(tmp_path / "again.yaml") == config
+
+
+@pytest.mark.parametrize("path", [path for path in ALL if path not in RECIPES], ids=lambda p: p.stem)
+def test_a_mix_loads(path: Path) -> None:
+    assert read_recipe(str(path)).languages == {"zh": 0.1}
+    assert read_recipe(f"recipes/{path.name}").sources, "found from anywhere"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)

@@ -3,9 +3,11 @@ import json
 import pytest
 import yaml
 
-from ds_longft.data import commands
+from ds_longft.data import commands, recipe_commands
+from ds_longft.data.synth import commands as synth
 from ds_longft.errors import ConfigError, DataError, ModelError
 from tests.unit.data.conftest import chat
+from tests.unit.data.texts import english
 
 
 @pytest.fixture
@@ -36,8 +38,28 @@ def test_tokenize_and_stats_agree(config, capsys):
     assert 0 < stats["filled"] <= 1
     assert stats["steps_per_epoch"] == -(-stats["packs"] // 2)
     commands.tokenize(config)
-    commands.stats(config)
     assert "target share" in capsys.readouterr().out
+
+
+def test_stats_tell_sources_languages_packs_and_cost(config, tmp_path, capsys):
+    page, picture = tmp_path / "new" / "stats.html", tmp_path / "stats.png"
+    commands.stats(config, dp=2, sp=4, html=str(page), png=str(picture), json=True)
+    stats = json.loads(capsys.readouterr().out)
+    assert [group["name"] for group in stats["sources"]] == ["rows.jsonl"]
+    assert [group["name"] for group in stats["languages"]] == ["unknown"]
+    assert sum(bucket["tokens"] for bucket in stats["lengths"]) == stats["tokens"]
+    assert sum(bucket["by_source"]["rows.jsonl"] for bucket in stats["lengths"]) == stats["rows"]
+    assert stats["sources"][0]["attention_share"] == pytest.approx(1)
+    assert 1 <= stats["imbalance"] < 2
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    html = page.read_text()
+    assert "<script" not in html
+    assert "http" not in html, "the page needs nothing else"
+    commands.stats(config)
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("attention", "padding tokens", "slowest rank", "trained"))
+    with pytest.raises(ConfigError, match="--dp is 0"):
+        commands.stats(config, dp=0)
 
 
 def test_inspect_shows_what_is_trained(config, capsys):
@@ -51,15 +73,54 @@ def test_inspect_shows_what_is_trained(config, capsys):
         commands.inspect(config, row=20)
 
 
+def test_inspect_shows_a_pack_with_its_borders(config, capsys):
+    commands.inspect(config, pack=1, json=True)
+    shown = json.loads(capsys.readouterr().out)
+    documents = shown["documents"]
+    assert len(documents) > 1
+    assert sum(document["tokens"] for document in documents) <= 512
+    assert all(document["parts"][-2]["text"] == "the answer [bold]<|im_end|>" for document in documents)
+    commands.inspect(config, pack=1)
+    text = capsys.readouterr().out
+    assert text.count("tokens ") >= len(documents)
+    assert f"pack 1: {len(documents)} documents" in text
+    commands.inspect(config, pack=1, epoch=1, json=True)
+    assert json.loads(capsys.readouterr().out)["documents"] != documents
+    with pytest.raises(DataError, match="pack 99 does not exist: epoch 0 has packs 0 to"):
+        commands.inspect(config, pack=99)
+
+
+def test_convert_synth_and_their_mistakes(tmp_path, write_jsonl, capsys):
+    texts = [{"text": english(80, seed), "lang": "en"} for seed in range(3)]
+    out = str(tmp_path / "out.jsonl")
+    recipe_commands.convert(write_jsonl([*texts, {"text": ""}]), out, max_bad_fraction=0.5)
+    assert "3 text rows (3 en)" in capsys.readouterr().out
+    synth.needle(out, str(tmp_path / "needle.jsonl"), rows=3, context_tokens="1K", json=True)
+    assert json.loads(capsys.readouterr().out)["rows"] == 3
+    reading = [{"context": t["text"], "qas": [{"question": "q?", "answer": "a"}], "lang": "en"} for t in texts]
+    synth.refgpt8x(write_jsonl(reading, "reading.jsonl"), out, rows=2)
+    assert "2 rows of" in capsys.readouterr().out
+    for wrong in (
+        lambda: recipe_commands.convert(out, out, format="xml"),
+        lambda: recipe_commands.convert(out, out, limit=0),
+        lambda: synth.needle(out, out, tasks="recall,guess"),
+        lambda: synth.needle(out, out, context_tokens="long"),
+        lambda: synth.refgpt8x(out, out, mean_references=0),
+        lambda: recipe_commands.mix("recipes/faro.yaml", str(tmp_path), root=str(tmp_path / "no")),
+    ):
+        with pytest.raises(ConfigError):
+            wrong()
+
+
 def test_synth_code_takes_lengths_like_the_config(tmp_path, capsys):
-    commands.synth_code(str(tmp_path / "a.jsonl"), rows=1, context_tokens="2K", json=True)
+    synth.code(str(tmp_path / "a.jsonl"), rows=1, context_tokens="2K", json=True)
     assert 1500 < json.loads(capsys.readouterr().out)["longest_tokens"] <= 2048
     with pytest.raises(ConfigError, match="context_tokens"):
-        commands.synth_code(str(tmp_path / "a.jsonl"), context_tokens="much")
+        synth.code(str(tmp_path / "a.jsonl"), context_tokens="much")
     with pytest.raises(ConfigError, match="part"):
-        commands.synth_code(str(tmp_path / "a.jsonl"), part="test")
+        synth.code(str(tmp_path / "a.jsonl"), part="test")
 
 
 def test_a_model_without_tokenizer_is_named(tmp_path):
     with pytest.raises(ModelError, match="no tokenizer can be read"):
-        commands.synth_code(str(tmp_path / "a.jsonl"), tokenizer=str(tmp_path))
+        synth.code(str(tmp_path / "a.jsonl"), tokenizer=str(tmp_path))

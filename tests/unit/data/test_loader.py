@@ -36,7 +36,7 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("weighting", ["token", "sample"])
-@pytest.mark.parametrize("packing", ["best_fit", "none"])
+@pytest.mark.parametrize("packing", ["best_fit", "sorted", "none"])
 def test_numbers_of_a_step_are_those_of_its_packs_on_all_ranks(tokenized, weighting, packing):
     ranks = [
         list(loader(tokenized, dp=2, dp_rank=r, sp=4, accumulation=2, weighting=weighting, packing=packing).steps(0))

@@ -1,91 +1,11 @@
-import time
-
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_longft.batch import IGNORE_INDEX
-from ds_longft.data.pack import build_pack, filler_pack, plan_epoch
-from ds_longft.data.plan import best_fit_decreasing
+from ds_longft.data.pack import build_pack, filler_pack
 from ds_longft.data.tokenized import TokenizedRow
-
-BUDGET = 3000  # more than one word of the free-space set
-
-
-def plan(lengths, dp=2, accumulation=3, seed=0, epoch=0, packing="best_fit", **more):
-    lengths = np.asarray(lengths, dtype=np.int64)
-    return plan_epoch(
-        lengths, budget_tokens=BUDGET, dp=dp, accumulation=accumulation, seed=seed, epoch=epoch, packing=packing, **more
-    )
-
-
-@given(st.lists(st.integers(1, BUDGET), max_size=60))
-def test_best_fit_equals_the_plain_definition(lengths):
-    groups = best_fit_decreasing(np.asarray(lengths, dtype=np.int64), BUDGET)
-    free: list[int] = []
-    for length in sorted(lengths, reverse=True):
-        fits = [space for space in free if space >= length]
-        if fits:
-            free[free.index(min(fits))] -= length
-        else:
-            free.append(BUDGET - length)
-    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
-    assert sorted(BUDGET - sum(lengths[i] for i in group) for group in groups) == sorted(free)
-
-
-@settings(max_examples=40)
-@given(
-    lengths=st.lists(st.integers(1, BUDGET), min_size=1, max_size=50),
-    dp=st.integers(1, 4),
-    accumulation=st.integers(1, 3),
-    packing=st.sampled_from(["best_fit", "none"]),
-    shuffle=st.booleans(),
-)
-def test_every_row_is_trained_once_an_epoch(lengths, dp, accumulation, packing, shuffle):
-    made = plan(lengths, dp, accumulation, packing=packing, shuffle=shuffle)
-    slots = [pack for step in made.steps for rank in step for pack in rank]
-    assert all(len(step) == dp and all(len(rank) == accumulation for rank in step) for step in made.steps)
-    assert sorted(p for p in slots if p is not None) == list(range(len(made.packs)))
-    assert len(slots) - len(made.packs) < dp * accumulation, "fillers in the last step only"
-    assert sorted(np.concatenate(made.packs).tolist()) == list(range(len(lengths)))
-    assert made.pack_tokens.tolist() == [sum(lengths[i] for i in pack) for pack in made.packs]
-    assert made.pack_tokens.max() <= BUDGET
-    for i in range(len(made)):
-        assert set(made.packs_of_step(i)) == {p for rank in made.steps[i] for p in rank} - {None}
-
-
-def test_the_plan_follows_seed_and_epoch_and_nothing_else():
-    lengths = np.random.default_rng(0).integers(1, BUDGET, 200)
-
-    def order(**more):
-        return [pack.tolist() for pack in plan(lengths, **more).packs]
-
-    assert order() == order()
-    assert order(seed=1) != order()
-    assert order(epoch=1) != order()
-    assert order(shuffle=False) == order(shuffle=False, seed=1, epoch=5)
-
-
-def test_steps_hold_the_same_packs_for_any_dp_and_accumulation_of_one_product():
-    lengths = np.random.default_rng(0).integers(1, BUDGET, 100)
-    plans = [plan(lengths, dp, 12 // dp) for dp in (1, 2, 4, 12)]
-    for i in range(len(plans[0])):
-        assert len({frozenset(p for rank in made.steps[i] for p in rank if p is not None) for made in plans}) == 1
-
-
-def test_packs_are_shuffled_and_well_filled():
-    lengths = np.random.default_rng(0).integers(1, BUDGET // 4, 2000)
-    made = plan(lengths)
-    assert made.pack_tokens.sum() > 0.99 * BUDGET * (len(made.packs) - 1)
-    assert abs(np.corrcoef([lengths[p].max() for p in made.packs], np.arange(len(made.packs)))[0, 1]) < 0.2
-
-
-def test_a_hundred_thousand_rows_take_no_time():
-    lengths = np.minimum(np.exp(np.random.default_rng(0).normal(7, 1, 100_000)).astype(np.int64) + 1, 131072)
-    start = time.process_time()
-    plan_epoch(lengths, budget_tokens=131072, dp=8, accumulation=1, seed=0, epoch=0, packing="best_fit")
-    assert time.process_time() - start < 5
 
 
 def row(ids, spans, index=0, row_weight=1.0):

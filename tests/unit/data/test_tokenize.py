@@ -170,7 +170,31 @@ def test_a_failed_run_leaves_nothing_in_the_cache(run, write_jsonl, monkeypatch,
     monkeypatch.setattr(module, "encode_block", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(path)
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert [file for file in (tmp_path / "cache").iterdir() if file.suffix != ".lock"] == []
+
+
+def test_a_killed_run_is_taken_up_behind_its_whole_parts(run, write_jsonl, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "PART_BLOCKS", 2)
+    monkeypatch.setattr("ds_longft.data.readers.BLOCK_BYTES", 500)
+    path = write_jsonl([chat(f"question {i}", f"answer {i}") if i % 9 else "{" for i in range(100)])
+    expected = run(path, max_bad_fraction=1.0, cache_dir=str(tmp_path / "whole"))
+    encode, seen = module.encode_block, []
+
+    def killed(task, encoder):
+        seen.append(task.block.first)
+        if len(seen) == 6:
+            raise KeyboardInterrupt
+        return encode(task, encoder)
+
+    monkeypatch.setattr(module, "encode_block", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(path, max_bad_fraction=1.0)
+    again = run(path, max_bad_fraction=1.0)
+    assert seen[6:][0] == seen[4], "the part under way is done again, the two before it are not"
+    assert again.fingerprint == expected.fingerprint
+    assert again.tally == expected.tally
+    assert again.column("origin").tolist() == expected.column("origin").tolist()
+    assert ledger_of(tmp_path / "whole") == ledger_of(tmp_path / "cache")
 
 
 def test_processes_give_the_same_set_in_the_same_order(run, write_jsonl, monkeypatch, tmp_path):

@@ -5,7 +5,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
-from ds_longft.model.flops import ModelShape, layer_windows, peak_tflops, step_flops, visible_pairs
+from ds_longft.model.flops import (
+    ModelShape,
+    equal_cost_tokens,
+    layer_windows,
+    peak_tflops,
+    step_flops,
+    visible_pairs,
+)
 from tests.unit.model.tiny import FAMILIES, tiny_config
 
 
@@ -76,6 +83,16 @@ def test_experts_count_by_their_share_of_use() -> None:
     shape = ModelShape.from_config(config)
     attention, experts, router = 4 * 32 * 32, 2 * 3 * 32 * 48, 8 * 32
     assert shape.body_weights in {attention + experts, attention + experts + router}
+
+
+def test_attention_costs_as_much_as_the_linears_at_its_length() -> None:
+    shape = ModelShape(body_weights=6_979_321_856, head_weights=0, windows=(None,) * 32, attention_width=4096)
+    for lora in (True, False):
+        length = equal_cost_tokens(shape, lora=lora)
+        whole = step_flops(shape, [length], lora=lora, targets=0)
+        linear = (4 if lora else 6) * length * shape.body_weights
+        assert whole == pytest.approx(2 * linear, rel=1e-3)
+    assert equal_cost_tokens(shape, lora=True) == 35_499
 
 
 def test_peaks() -> None:
