@@ -70,6 +70,16 @@ COMMANDS = {
     "data stats": Command("ds_longft.data.commands:stats", "lengths, targets, packs and padding of a data set"),
     "data inspect": Command("ds_longft.data.commands:inspect", "show which tokens of a row are trained on"),
     "verify": Command("ds_longft.verify.command:verify", "prove that your run trains what one process would", True),
+    "eval perplexity": Command(
+        "ds_longft.evaluate.perplexity:perplexity", "loss at every position of long texts, over several GPUs too"
+    ),
+    "eval needle": Command("ds_longft.evaluate.needle:needle", "hide facts in long texts and ask for them"),
+    "eval short": Command("ds_longft.evaluate.short:short", "short questions and texts: what long training must not harm"),
+    "eval longbench run": Command("ds_longft.evaluate.longbench.run:run", "answer LongBench or LongBench-E, and score"),
+    "eval longbench score": Command(
+        "ds_longft.evaluate.longbench.score:score", "score anyone's LongBench predictions"
+    ),
+    "report": Command("ds_longft.report.command:report", "one self-contained page about a run"),
     "export": Command("ds_longft.model.export:export", "a run's result as an ordinary Hugging Face folder"),
     "slurm render": Command("ds_longft.slurm.render:render", "the sbatch script of a run, filled and checked"),
     "slurm submit": Command("ds_longft.slurm.render:submit", "the same, handed to sbatch"),
@@ -118,7 +128,7 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def _summaries(names: list[str]) -> str:
-    return "\n".join(f"  {name:<19} {COMMANDS[name].summary}" for name in names)
+    return "\n".join(f"  {name:<20} {COMMANDS[name].summary}" for name in names)
 
 
 def _no_such_command(argv: list[str]) -> int:

@@ -54,9 +54,9 @@ def main(argv: list[str]) -> int:
     options, config = read(argv)
     gpus = visible_gpus()
     if "RANK" not in os.environ and "SLURM_STEP_ID" not in os.environ:
-        from ds_longft.verify.launch import launch_ranks
+        from ds_longft.train.launch import launch_ranks
 
-        return launch_ranks(argv, ranks=_ranks(options, config, gpus), gpus=gpus)
+        return launch_ranks("ds_longft.verify", argv, ranks=_ranks(options, config, gpus), gpus=gpus)
     from ds_longft.verify.run import run
 
     return run(config, options, Launch.from_environment(), device="cuda" if gpus else "cpu")

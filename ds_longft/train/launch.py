@@ -1,4 +1,4 @@
-"""Starts one process a rank on this machine and waits for them: verify needs no launcher of the user's."""
+"""Starts one process a rank on this machine and waits for them: for commands that need no launcher of the user's."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import time
 from ds_longft.train.ranks import free_port
 
 
-def launch_ranks(argv: list[str], *, ranks: int, gpus: int) -> int:
-    """Run `python -m ds_longft.verify` on `ranks` processes; returns the first code that is not 0.
+def launch_ranks(module: str, argv: list[str], *, ranks: int, gpus: int) -> int:
+    """Run `python -m MODULE` on `ranks` processes; returns the first code that is not 0.
 
     When one ends with an error, the others, which would wait for it, are ended too.
     """
@@ -20,7 +20,7 @@ def launch_ranks(argv: list[str], *, ranks: int, gpus: int) -> int:
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     if not gpus:
         environment["DS_ACCELERATOR"] = "cpu"
-    command = [sys.executable, "-m", "ds_longft.verify", *argv]
+    command = [sys.executable, "-m", module, *argv]
     processes = [
         subprocess.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(ranks)

@@ -1,0 +1,85 @@
+"""Greedy answers to long prompts: the prompt is read in chunks into one KV cache, then one token at a time is added."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from ds_longft.evaluate.subject import Loaded
+from ds_longft.model.rope import set_rope_length
+
+CHUNK_TOKENS = 8192
+"""Of a prompt at a time: its activations, not the prompt's, are what a GPU holds beside weights and cache."""
+
+
+@torch.no_grad()
+def generate(
+    loaded: Loaded,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Collection[int],
+    chunk_tokens: int = CHUNK_TOKENS,
+    min_new_tokens: int = 0,
+) -> list[list[int]]:
+    """The likeliest next tokens of each prompt, without the stop token that ended them.
+
+    All prompts are of one length in tokens, so that a batch needs no padding. The model's attention must be `CACHED`.
+    Memory: (prompt + new tokens) x layers x kv heads x head size x 2, for each prompt, and one chunk's activations.
+    """
+    lengths = {len(prompt) for prompt in prompts}
+    assert len(lengths) == 1, f"prompts of {sorted(lengths)} tokens in one batch"
+    ids = torch.tensor([list(prompt) for prompt in prompts], device=loaded.device)  # [B, n]
+    # Types of RoPE that depend on the length see chunks only: the whole length decides.
+    set_rope_length(loaded.plain.get_decoder(), ids.shape[1] + max_new_tokens)
+    cache = DynamicCache()  # without the config: sliding layers keep all keys, the attention cuts them
+    chunks = ids.split(max(1, chunk_tokens // len(prompts)), dim=1)
+    for chunk in chunks[:-1]:
+        _read(loaded, chunk, cache)
+    logits = _logits(loaded, chunks[-1], cache)
+    stop = torch.tensor(sorted(stop_ids), device=loaded.device)
+    done = torch.zeros(len(prompts), dtype=torch.bool, device=loaded.device)
+    steps: list[Tensor] = []
+    for i in range(max_new_tokens):
+        if i < min_new_tokens:
+            logits[:, stop] = float("-inf")
+        token = logits.argmax(-1)  # [B]
+        steps.append(token.masked_fill(done, -1))
+        done |= torch.isin(token, stop)
+        if i + 1 == max_new_tokens or bool(done.all()):
+            break
+        logits = _logits(loaded, token[:, None], cache)
+    stops = set(stop_ids) | {-1}
+    return [_until(row, stops) for row in torch.stack(steps, 1).tolist()]
+
+
+def end_ids(loaded: Loaded, tokenizer: Any) -> set[int]:
+    """Tokens that end an answer: the tokenizer's, the model's, and the one the chat template ends a turn with."""
+    ids: set[int] = set()
+    of_model = getattr(getattr(loaded.plain, "generation_config", None), "eos_token_id", None)
+    for value in (tokenizer.eos_token_id, loaded.plain.config.eos_token_id, of_model):
+        ids |= set(value) if isinstance(value, list | tuple) else {value} if value is not None else set()
+    return ids
+
+
+def _read(loaded: Loaded, ids: Tensor, cache: DynamicCache) -> Tensor:
+    """Hidden states [B, n, D] of the next tokens; their keys and values go into the cache."""
+    start = cache.get_seq_length()
+    positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None].expand(len(ids), -1)
+    decoder = loaded.plain.get_decoder()
+    return decoder(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).last_hidden_state
+
+
+def _logits(loaded: Loaded, ids: Tensor, cache: DynamicCache) -> Tensor:
+    """Float32 logits [B, V] of what follows the last of these tokens. Capping would not change which is largest."""
+    hidden = _read(loaded, ids, cache)
+    return loaded.plain.get_output_embeddings()(hidden[:, -1]).float()
+
+
+def _until(row: list[int], stops: set[int]) -> list[int]:
+    end = next((i for i, token in enumerate(row) if token in stops), len(row))
+    return row[:end]

@@ -1,0 +1,107 @@
+"""A prompt of exactly so many tokens: chat template, a stretch of text with sentences hidden in it, a question."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ds_longft.errors import ConfigError, DataError
+from ds_longft.evaluate.facts import HEAD, Needle
+from ds_longft.evaluate.texts import Language, encode
+
+MARK = "\u241e"  # stands for the text while the chat template is rendered; no document holds it
+SENTENCE_END = re.compile(r"[.!?。！？\n]\s*$")
+
+
+@dataclass(frozen=True)
+class Haystack:
+    """Text as tokens, read from any place on, around and around if it is short."""
+
+    ids: Sequence[int]
+    ends: frozenset[int]
+    """Token ids after which a sentence may be put in."""
+
+    @classmethod
+    def make(cls, tokenizer: Any, ids: Sequence[int]) -> Haystack:
+        """Raises DataError where there is next to no text."""
+        if len(ids) < 100:
+            raise DataError(f"the haystack has {len(ids)} tokens: give a longer text")
+        known = {token: tokenizer.decode([token]) for token in set(ids)}
+        return cls(ids, frozenset(token for token, text in known.items() if SENTENCE_END.search(text)))
+
+    def stretch(self, start: int, tokens: int) -> list[int]:
+        """So many tokens from `start` on."""
+        start %= len(self.ids)
+        out = list(self.ids[start : start + tokens])
+        while len(out) < tokens:
+            out += self.ids[: tokens - len(out)]
+        return out
+
+    def hide(self, text: list[int], sentences: Sequence[tuple[float, list[int]]]) -> tuple[list[int], list[float]]:
+        """Put each sentence behind the sentence end before its depth (0 to 1); also where they then stand, 0 to 1."""
+        places = sorted((self._place(text, depth), i) for i, (depth, _) in enumerate(sentences))
+        out: list[int] = []
+        starts: dict[int, int] = {}
+        before = 0
+        for place, i in places:
+            out += text[before:place]
+            starts[i] = len(out)
+            out += sentences[i][1]
+            before = place
+        out += text[before:]
+        return out, [starts[i] / len(out) for i in range(len(sentences))]
+
+    def _place(self, text: list[int], depth: float) -> int:
+        place = round(depth * len(text))
+        while place and text[place - 1] not in self.ends:
+            place -= 1
+        return place
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids of a whole prompt, and where in its text the sentences stand (0 to 1)."""
+
+    ids: list[int]
+    depths: list[float]
+
+
+def build_prompt(
+    tokenizer: Any,
+    haystack: Haystack,
+    needle: Needle,
+    language: Language,
+    *,
+    tokens: int,
+    depths: Sequence[float],
+    rng: random.Random,
+) -> Prompt:
+    """A prompt of exactly `tokens` tokens, answer not counted.
+
+    Raises:
+        ConfigError: `tokens` leaves no room for text.
+    """
+    space = "" if language == "zh" else " "
+    sentences = [encode(tokenizer, space + s + space) for s in needle.sentences]
+    head, tail = chat_around(tokenizer, HEAD[language] + MARK + needle.question)
+    room = tokens - len(head) - len(tail) - sum(map(len, sentences))
+    if room < 16:
+        raise ConfigError(f"--lengths: {tokens} tokens leave no room for text beside the question: give at least 1K")
+    text = haystack.stretch(rng.randrange(len(haystack.ids)), room)
+    hidden, found = haystack.hide(text, list(zip(depths, sentences, strict=True)))
+    return Prompt(head + hidden + tail, found)
+
+
+def chat_around(tokenizer: Any, content: str) -> tuple[list[int], list[int]]:
+    """Token ids in front of and behind the mark, with the chat template around it where the tokenizer has one."""
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": content}]
+        whole = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    else:
+        whole = (tokenizer.bos_token or "") + content + "\n\nAnswer:"
+    head, found, tail = whole.partition(MARK)
+    assert found, "the chat template dropped the user's turn"
+    return encode(tokenizer, head), encode(tokenizer, tail)

@@ -1,0 +1,1 @@
+"""LongBench and LongBench-E: tasks, metrics, scores of prediction rows, and the runner that makes such rows."""

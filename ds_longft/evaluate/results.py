@@ -1,0 +1,133 @@
+"""Where results go, and how an evaluation that was stopped goes on: rows are appended as they are finished.
+
+`<folder>/<name>.rows.jsonl` begins with the settings it was made with; a run with the same settings skips what is there,
+one with others begins anew. `<folder>/<name>.json` is the finished result. For the output folder of a run the folder is
+RUN/eval, and a name that ends in `-before` is the model the run started from: `ds-longft report` pairs them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ds_longft.errors import DataError
+from ds_longft.evaluate.subject import Subject
+
+BEFORE = "-before"
+LINE_EVERY_S = 10.0
+
+
+def result_folder(subject: Subject, out: str | None) -> Path:
+    """`out`, else RUN/eval, else eval/<name of the model> in the current folder."""
+    if out is not None:
+        return Path(out).expanduser()
+    if subject.run is not None:
+        return subject.run / "eval"
+    return Path("eval") / (subject.adapter or Path(subject.base.path)).name
+
+
+def result_name(name: str | None, kind: str, before: bool) -> str:
+    """File name of a result, without its ending."""
+    return (name or kind) + (BEFORE if before else "")
+
+
+def weights_identity(subject: Subject) -> list[Any]:
+    """What tells these weights from others without reading them: path, size and time of each file."""
+    folder = subject.adapter or Path(subject.base.path).expanduser()
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    return [subject.shown, [[f.name, f.stat().st_size, int(f.stat().st_mtime)] for f in files]]
+
+
+class Rows:
+    """The rows of one evaluation, with a progress bar over them. One process writes."""
+
+    def __init__(self, folder: Path, name: str, settings: dict[str, Any], *, total: int, show: bool = True) -> None:
+        """Raises DataError where the folder cannot be written."""
+        self.path = folder / f"{name}.rows.jsonl"
+        self.result_path = folder / f"{name}.json"
+        self.settings, self.total = settings, total
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.rows = self._earlier()
+            header = json.dumps({"settings": settings}, ensure_ascii=False) + "\n"
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows]
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text(header + "".join(lines), encoding="utf-8")  # without a line that a crash cut
+            os.replace(temporary, self.path)
+            self.file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - open as long as it runs
+        except OSError as error:
+            raise DataError(f"{folder} cannot be written: {error}; give another folder with --out") from error
+        self.started = time.monotonic()
+        self.earlier = len(self.rows)
+        self._bar: Progress | None = None
+        self._show = show
+        self._next_line_s = self.started + LINE_EVERY_S
+        if show and self.earlier:
+            print(f"{name}: {self.earlier} of {total} rows are there already", file=sys.stderr, flush=True)
+        if show and sys.stderr.isatty():
+            columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task(name, total=total, completed=self.earlier)
+            self._bar.start()
+
+    def has(self, key: str) -> bool:
+        """Whether the row of that key is done."""
+        return any(row["key"] == key for row in self.rows)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append a finished row; `key` names it."""
+        self.rows.append(row)
+        self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        if self._bar:
+            self._bar.update(self._task, completed=len(self.rows))
+        elif self._show and time.monotonic() > self._next_line_s:
+            self._next_line_s = time.monotonic() + LINE_EVERY_S
+            print(f"{self.result_path.stem}: {len(self.rows)} of {self.total}", file=sys.stderr, flush=True)
+
+    def finish(self, kind: str, model: str, result: dict[str, Any]) -> dict[str, Any]:
+        """Write the result beside the rows; returns it with model, settings, date and seconds."""
+        self.close()
+        whole = {
+            "kind": kind,
+            "model": model,
+            "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "seconds": round(time.monotonic() - self.started, 1),
+            "rows_made_now": len(self.rows) - self.earlier,
+            "settings": self.settings,
+            **result,
+        }
+        temporary = self.result_path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(whole, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, self.result_path)
+        return whole
+
+    def close(self) -> None:
+        """Stop the bar, close the file."""
+        if self._bar:
+            self._bar.stop()
+        self.file.close()
+
+    def _earlier(self) -> list[dict[str, Any]]:
+        """Rows made with the same settings; none where the settings differ."""
+        if not self.path.exists():
+            return []
+        rows: list[dict[str, Any]] = []
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        for i, line in enumerate(lines):
+            try:
+                content = json.loads(line)
+            except json.JSONDecodeError:  # the last one, cut by a crash
+                break
+            if i == 0:
+                if content.get("settings") != json.loads(json.dumps(self.settings)):
+                    return []
+            else:
+                rows.append(content)
+        return rows
