@@ -74,11 +74,11 @@ COMMANDS = {
         "ds_longft.evaluate.perplexity:perplexity", "loss at every position of long texts, over several GPUs too"
     ),
     "eval needle": Command("ds_longft.evaluate.needle:needle", "hide facts in long texts and ask for them"),
-    "eval short": Command("ds_longft.evaluate.short:short", "short questions and texts: what long training must not harm"),
-    "eval longbench run": Command("ds_longft.evaluate.longbench.run:run", "answer LongBench or LongBench-E, and score"),
-    "eval longbench score": Command(
-        "ds_longft.evaluate.longbench.score:score", "score anyone's LongBench predictions"
+    "eval short": Command(
+        "ds_longft.evaluate.short:short", "short questions and texts: what long training must not harm"
     ),
+    "eval longbench run": Command("ds_longft.evaluate.longbench.run:run", "answer LongBench or LongBench-E, and score"),
+    "eval longbench score": Command("ds_longft.evaluate.longbench.score:score", "score anyone's LongBench predictions"),
     "report": Command("ds_longft.report.command:report", "one self-contained page about a run"),
     "export": Command("ds_longft.model.export:export", "a run's result as an ordinary Hugging Face folder"),
     "slurm render": Command("ds_longft.slurm.render:render", "the sbatch script of a run, filled and checked"),

@@ -1,1 +1,1 @@
-"""Does the model use its long context? Perplexity by position, needles, LongBench, short questions; before and after."""
+"""Does the model use its long context? Loss by position, needles, LongBench, short questions; before, after."""

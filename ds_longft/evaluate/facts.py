@@ -1,7 +1,7 @@
 """Needles: facts that stand in no book, questions about them, and how an answer is judged.
 
-Forms: `single` one fact; `multi` several facts, all asked at once; `hop` a chain, where the number asked for stands with
-another name. Names and numbers are drawn; several wordings, so that no model knows one of them by heart.
+Forms: `single` one fact; `multi` several facts, all asked at once; `hop` a chain, where the number asked for stands
+with another name. Names and numbers are drawn; several wordings, so that no model knows one of them by heart.
 """
 
 from __future__ import annotations
@@ -10,24 +10,27 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from ds_longft.evaluate.texts import Language
 
 Form = Literal["single", "multi", "hop"]
 
-FIRST_EN = (
-    "Agnes Bruno Celia Dmitri Elena Farid Greta Hugo Ines Jonas Kamila Lorenz Mirela Nadir Olga Piotr Quentin Rosa Stefan "
-    "Tilda Ulrich Vera Wanda Yusuf"
-).split()
-LAST_EN = (
-    "Abbott Barlow Castell Dunmore Eastley Farrow Gatling Hollis Ingram Jessop Kersey Lathom Merrin Norwood Oakham Pendle "
-    "Quarles Rowley Selwyn Tarrant Upton Verney Whitcomb Yardley"
-).split()
-LAST_ZH = "赵钱孙李周吴郑王冯陈褚卫蒋沈韩杨朱秦许何吕施张孔"
-FIRST_ZH = (
-    "文博 雅琴 志远 秀兰 海涛 玉梅 建国 晓燕 明辉 春华 立群 慧敏 振东 淑芬 子轩 丽娟 国栋 雨桐 少峰 月娥 俊杰 思源 永康 若兰"
-).split()
+FIRST_EN = [
+    "Agnes", "Bruno", "Celia", "Dmitri", "Elena", "Farid", "Greta", "Hugo", "Ines", "Jonas", "Kamila", "Lorenz",
+    "Mirela", "Nadir", "Olga", "Piotr", "Quentin", "Rosa", "Stefan", "Tilda", "Ulrich", "Vera", "Wanda", "Yusuf",
+]  # fmt: skip
+LAST_EN = [
+    "Abbott", "Barlow", "Castell", "Dunmore", "Eastley", "Farrow", "Gatling", "Hollis", "Ingram", "Jessop", "Kersey",
+    "Lathom", "Merrin", "Norwood", "Oakham", "Pendle", "Quarles", "Rowley", "Selwyn", "Tarrant", "Upton", "Verney",
+    "Whitcomb", "Yardley",
+]  # fmt: skip
+FIRST_ZH = [
+    "文博", "雅琴", "志远", "秀兰", "海涛", "玉梅", "建国", "晓燕", "明辉", "春华", "立群", "慧敏",
+    "振东", "淑芬", "子轩", "丽娟", "国栋", "雨桐", "少峰", "月娥", "俊杰", "思源", "永康", "若兰",
+]  # fmt: skip
+LAST_ZH = list("赵钱孙李周吴郑王冯陈褚卫蒋沈韩杨朱秦许何吕施张孔")
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def make_needle(form: Form, language: Language, count: int, rng: random.Random) 
     names = _names(language, number, rng)
     values = [str(v) for v in rng.sample(range(100_000, 1_000_000), number)]
     if form == "hop":  # name 0 is asked for, the last one has the number
-        sentences = [wording.link.format(a=a, b=b) for a, b in zip(names, names[1:], strict=False)]
+        sentences = [wording.link.format(a=a, b=b) for a, b in pairwise(names)]
         sentences.append(wording.statement.format(a=names[-1], v=values[-1]))
         rng.shuffle(sentences)
         return Needle(tuple(sentences), _ask(language, wording, names[:1]), (values[-1],))
@@ -117,6 +120,6 @@ def _ask(language: Language, wording: Wording, names: Sequence[str]) -> str:
 
 def _names(language: Language, count: int, rng: random.Random) -> list[str]:
     """Different names that share no part."""
-    first, last = (FIRST_EN, LAST_EN) if language == "en" else (FIRST_ZH, list(LAST_ZH))
+    first, last = (FIRST_EN, LAST_EN) if language == "en" else (FIRST_ZH, LAST_ZH)
     firsts, lasts = rng.sample(first, count), rng.sample(last, count)
     return [f"{f} {n}" if language == "en" else f"{n}{f}" for f, n in zip(firsts, lasts, strict=True)]

@@ -19,12 +19,15 @@ from typing import Any
 from ds_longft.errors import ConfigError, DataError
 from ds_longft.evaluate.longbench.tasks import Metric
 
-PUNCTUATION_ZH = (
-    "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."
-)
+PUNCTUATION_ZH = "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."
 PUNCTUATION = set(string.punctuation)
 PUNCTUATION_WITH_ZH = PUNCTUATION | set(PUNCTUATION_ZH)
 Scorer = Callable[[str, str, Sequence[str]], float]
+
+
+def check_packages() -> None:
+    """Find out before hours of answers are made. Raises ConfigError: a package is missing."""
+    _rouge(), _jieba(), _fuzz()
 
 
 def f1(prediction: str, answer: str, classes: Sequence[str]) -> float:

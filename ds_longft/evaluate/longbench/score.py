@@ -56,6 +56,8 @@ def read_predictions(path: str) -> list[dict[str, Any]]:
         if isinstance(record, BadRow):
             problems.append(f"{origin}: {record}")
             continue
+        if set(record) == {"settings"}:  # first line of what `eval longbench run` writes
+            continue
         file = Path(origin.rpartition(":")[0]).name
         row = {"dataset": file.partition(".")[0], **record}
         row["dataset"] = str(row["dataset"]).removesuffix("_e")
