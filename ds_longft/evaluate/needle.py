@@ -98,7 +98,7 @@ def needle(
     register()
     spoken = _languages(languages)
     fractions = _depths(depths) if form == "single" else [None]
-    if not 1 <= trials:
+    if trials < 1:
         raise ConfigError(f"--trials is {trials}: expected 1 or more")
     if not 2 <= facts <= MAX_FACTS:
         raise ConfigError(f"--facts is {facts}: expected 2 to {MAX_FACTS}")

@@ -46,10 +46,10 @@ def perplexity(
 ) -> None:
     """Measure the mean loss of every stretch of positions over long texts.
 
-    The result goes to RUN/eval/perplexity.json (perplexity-before.json with --before). Stopped and started again with the
-    same settings, it goes on. With --sp N it starts N ranks itself, one a GPU, and every text is split over them;
-    under a launcher (`deepspeed --no_local_rank --num_gpus 8 --module ds_longft.cli eval perplexity ... --sp 8`) it takes
-    that one's ranks, and several texts at a time where there are more than sp.
+    The result goes to RUN/eval/perplexity.json (perplexity-before.json with --before). Stopped and started again with
+    the same settings, it goes on. With --sp N it starts N ranks itself, one a GPU, and every text is split over them;
+    under a launcher (`deepspeed --no_local_rank --module ds_longft.cli eval perplexity ... --sp 8`) it takes that one's
+    ranks, and several texts at a time where there are more than sp.
 
     Args:
         model: output folder of a run, adapter, model folder or hub id.

@@ -17,7 +17,7 @@ from ds_longft.sequence.shard import shard
 
 @torch.no_grad()
 def bucket_losses(loaded: Loaded, pack: Pack, layout: ParallelLayout, kernel: str, buckets: int) -> NDArray[np.float64]:
-    """[2, buckets]: this rank's sums of losses (nats) and numbers of targets by position of the token that is predicted.
+    """[2, buckets]: this rank's sums of losses (nats) and numbers of targets by position of the predicted token.
 
     Collective over the sp group: attention exchanges heads. The text's logits are never held whole.
     """

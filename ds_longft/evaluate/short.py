@@ -20,8 +20,8 @@ from ds_longft.evaluate.texts import Language, read_texts
 ANSWER_TOKENS = 32
 CAPITALS = {
     "France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Egypt": "Cairo", "Spain": "Madrid", "Germany": "Berlin",
-    "Russia": "Moscow", "China": "Beijing", "Greece": "Athens", "Portugal": "Lisbon", "Austria": "Vienna", "Cuba": "Havana",
-    "Norway": "Oslo", "Poland": "Warsaw", "Ireland": "Dublin", "Peru": "Lima",
+    "Russia": "Moscow", "China": "Beijing", "Greece": "Athens", "Portugal": "Lisbon", "Austria": "Vienna",
+    "Cuba": "Havana", "Norway": "Oslo", "Poland": "Warsaw", "Ireland": "Dublin", "Peru": "Lima",
 }  # fmt: skip
 OPPOSITES = {
     "hot": "cold", "big": "small", "up": "down", "black": "white", "day": "night", "fast": "slow", "old": "young",
