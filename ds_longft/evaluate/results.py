@@ -1,8 +1,8 @@
 """Where results go, and how an evaluation that was stopped goes on: rows are appended as they are finished.
 
 `<folder>/<name>.rows.jsonl` begins with the settings it was made with; a run with the same settings skips what is
-there, one with others begins anew. `<folder>/<name>.json` is the finished result. For the output folder of a run the folder is
-RUN/eval, and a name that ends in `-before` is the model the run started from: `ds-longft report` pairs them.
+there, one with others begins anew. `<folder>/<name>.json` is the finished result. For the output folder of a run the
+folder is RUN/eval, and a name that ends in `-before` is the model the run started from: `ds-longft report` pairs them.
 """
 
 from __future__ import annotations

@@ -19,7 +19,10 @@ from typing import Any
 from ds_longft.errors import ConfigError, DataError
 from ds_longft.evaluate.longbench.tasks import Metric
 
-PUNCTUATION_ZH = "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."
+PUNCTUATION_ZH = (
+    "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､"
+    "、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."
+)
 PUNCTUATION = set(string.punctuation)
 PUNCTUATION_WITH_ZH = PUNCTUATION | set(PUNCTUATION_ZH)
 Scorer = Callable[[str, str, Sequence[str]], float]
