@@ -29,6 +29,7 @@ from ds_longft.sequence.attention import ULYSSES
 from ds_longft.settings import dump_config
 from ds_longft.train.card import write_card
 from ds_longft.train.checkpoint import Checkpoints, TrainState
+from ds_longft.train.data_facts import write_data_facts
 from ds_longft.train.health import Watchdog
 from ds_longft.train.interrupt import StopRequest
 from ds_longft.train.lock import lock_folder
@@ -135,6 +136,7 @@ def run(
     state = TrainState(**{**vars(state), "wandb_id": wandb_id})
     if launch.rank == 0:
         _write_facts(folder, config, settings.engine, layout, device)
+        write_data_facts(folder, train_set, eval_set, tokenizer, state.total_steps)
         records.say(_header(config, layout, device, train_loader, state, found[0] if found else None))
         records.say(f"{trainable_parameters(built.model)}; {kernels}")
     kept = rehearse(built.engine, built.recompute, train_loader.longest_pack(0), layout, device)

@@ -1,0 +1,150 @@
+"""Charts as SVG inside the page: colours from the page's own style, so that dark mode and print work, no library.
+
+A plotting library's pictures have their colours fixed, and an interactive one weighs megabytes in a page that should
+open from a mail on a phone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 640, 240
+LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 34
+MAX_POINTS = 400  # of a line; more are averaged, which a screen could not show anyway
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a chart: points in order of x."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+    style: int = 0  # 0 to 3: a colour of the page
+
+
+def line_chart(
+    lines: Sequence[Line],
+    *,
+    name: str,
+    x_label: str,
+    y_label: str,
+    level: tuple[str, float] | None = None,
+    from_zero: bool = False,
+) -> str:
+    """A figure with axes, legend and a readout that follows the arrow keys; "" where no line has two points.
+
+    `level`: a horizontal line with a name, e.g. what was planned.
+    """
+    lines = [Line(line.label, thin(line.points), line.style) for line in lines if line.points]
+    xs = [x for line in lines for x, _ in line.points]
+    ys = [y for line in lines for _, y in line.points] + ([level[1]] if level else [])
+    if len(xs) < 2:
+        return ""
+    x0, x1 = min(xs), max(xs)
+    y_ticks = ticks(0.0 if from_zero else min(ys), max(ys))
+    y0, y1 = y_ticks[0], y_ticks[-1]
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        across = (x - x0) / ((x1 - x0) or 1)
+        up = (y - y0) / ((y1 - y0) or 1)
+        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
+
+    parts = []
+    for tick in y_ticks:
+        _, y = at(x0, tick)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{shown(tick)}</text>')
+    for tick in ticks(x0, x1, count=6):
+        if x0 <= tick <= x1:
+            x, _ = at(tick, y0)
+            parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{shown(tick)}</text>')
+    if level:
+        _, y = at(x0, level[1])
+        parts.append(f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{WIDTH - RIGHT}" y="{y - 4:.1f}" text-anchor="end">{escape(level[0])}</text>')
+    for line in lines:
+        places = [at(x, y) for x, y in line.points]
+        data = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        parts.append(f'<polyline class="line c{line.style}" points="{data}"/>')
+        if len(places) <= 40:
+            parts += [f'<circle class="dot c{line.style}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>' for x, y in places]
+    middle = (WIDTH + LEFT - RIGHT) / 2
+    parts.append(f'<text x="{middle:.0f}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>')
+    parts.append('<line class="cursor" y1="0" y2="0"/>')
+    legend = "".join(f'<span class="key c{line.style}">{escape(line.label)}</span>' for line in lines)
+    facts = escape(_points_as_json(lines, at), quote=True)
+    return (
+        f'<figure class="chart" tabindex="0" data-lines="{facts}" data-x="{escape(x_label)}">'
+        f"<figcaption><strong>{escape(name)}</strong> <small>{escape(y_label)}</small> {legend}</figcaption>"
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(name)}">{"".join(parts)}</svg>'
+        f'<output aria-live="polite"></output></figure>'
+    )
+
+
+def bar_chart(bars: Sequence[tuple[str, float]], *, name: str, unit: str) -> str:
+    """Labelled horizontal bars as a table: readable without any picture."""
+    most = max((value for _, value in bars), default=0) or 1
+    rows = "".join(
+        f"<tr><th>{escape(label)}</th><td class=num>{value:,.0f}</td>"
+        f'<td class=bar><i style="width:{100 * value / most:.1f}%"></i></td></tr>'
+        for label, value in bars
+    )
+    head = f"<caption>{escape(name)}</caption><tr><th></th><th>{escape(unit)}</th><th></th></tr>"
+    return f"<table class=bars>{head}{rows}</table>"
+
+
+def heat_table(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]], *, name: str, corner: str) -> str:
+    """A grid of percentages, coloured from red to green; the numbers stand in it, so it reads without colour."""
+    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    body = "".join(
+        f"<tr><th>{escape(label)}</th>"
+        + "".join(f'<td style="--v:{value:.0f}">{value:.0f}</td>' for value in values)
+        + "</tr>"
+        for label, values in rows
+    )
+    return f"<table class=heat><caption>{escape(name)}</caption><tr><th>{escape(corner)}</th>{head}</tr>{body}</table>"
+
+
+def thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most `MAX_POINTS` points: means of neighbours where there are more. What is not finite is left out."""
+    finite = [(x, y) for x, y in points if math.isfinite(y)]
+    group = -(-len(finite) // MAX_POINTS) or 1
+    groups = [finite[i : i + group] for i in range(0, len(finite), group)]
+    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers from at most `low` to at least `high`, about `count` of them."""
+    if high <= low:
+        high = low + (abs(low) or 1.0)
+    rough = (high - low) / (count - 1)
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(s * power for s in (1, 2, 2.5, 5, 10) if s * power >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [i * step for i in range(first, last + 1)]
+
+
+def shown(value: float) -> str:
+    """A number for an axis: 131072 as 128K, 0.0001 as 1e-04."""
+    if value and value % 1024 == 0 and abs(value) >= 4096:
+        return f"{value / 1024:.0f}K"
+    if abs(value) >= 10_000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if value == 0 or abs(value) >= 1e-3 else f"{value:.0e}"
+
+
+def _points_as_json(lines: Sequence[Line], at: object) -> str:
+    import json
+
+    assert callable(at)
+    return json.dumps(
+        [
+            [line.label, [[round(at(x, y)[0], 1), float(f"{x:.6g}"), float(f"{y:.5g}")] for x, y in line.points]]
+            for line in lines
+        ],
+        ensure_ascii=False,
+        separators=(",", ":"),
+    )

@@ -1,0 +1,49 @@
+"""`ds-longft report RUN`: write the page and the markdown beside the run's files."""
+
+from __future__ import annotations
+
+import json as json_text
+import os
+import time
+from pathlib import Path
+
+from ds_longft.errors import ConfigError
+from ds_longft.report.facts import RunFacts, gather_facts
+from ds_longft.report.markdown import markdown_page
+from ds_longft.report.page import html_page
+
+
+def report(run: str, *, out: str | None = None, watch: int = 0, json: bool = False) -> None:
+    """Write RUN/report.html, one file that opens anywhere without a network, and RUN/report.md with the same facts.
+
+    Works for a run that is still going; the page then loads itself again, and with --watch it is made anew.
+
+    Args:
+        run: output folder of a training run.
+        out: another place for the page, e.g. page.html; the markdown goes beside it.
+        watch: make it again every so many seconds, until the run has ended.
+        json: print one JSON object with the paths and the status.
+    """
+    if watch < 0:
+        raise ConfigError(f"--watch is {watch}: expected seconds")
+    folder = Path(run).expanduser()
+    page = Path(out).expanduser() if out else folder / "report.html"
+    while True:
+        facts = gather_facts(folder)
+        write_report(facts, page)
+        if not (watch and facts.running):
+            break
+        time.sleep(watch)
+    card = page.with_suffix(".md")
+    if json:
+        print(json_text.dumps({"page": str(page), "markdown": str(card), "status": facts.status}))
+    else:
+        print(f"{page}  {page.stat().st_size / 1024:.0f} KiB ({facts.status})\n{card}")
+
+
+def write_report(facts: RunFacts, page: Path) -> None:
+    """Both files, each complete or as before: a browser may be reading."""
+    for path, text in ((page, html_page(facts)), (page.with_suffix(".md"), markdown_page(facts))):
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)

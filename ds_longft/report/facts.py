@@ -1,0 +1,161 @@
+"""What is known about a run, from the files of its output folder. A missing file leaves its part out.
+
+Works while the run is still going: every file is read as far as it is written.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ds_longft.config import RunConfig
+from ds_longft.errors import ConfigError
+from ds_longft.settings import load_config
+
+BEFORE = "-before"
+SILENT_S = 600  # a run without an exit code whose newest record is older is called silent, not running
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One result of `ds-longft eval`, after training and, where it was made, before."""
+
+    name: str
+    after: dict[str, Any] | None
+    before: dict[str, Any] | None
+
+    @property
+    def kind(self) -> str:
+        """perplexity, needle, needle-multi, needle-hop, short, longbench, longbench-e."""
+        return str((self.after or self.before or {}).get("kind", self.name))
+
+    @property
+    def pair(self) -> list[tuple[str, dict[str, Any]]]:
+        """(label, result) of those that are there, before first."""
+        return [(label, r) for label, r in (("before", self.before), ("after", self.after)) if r is not None]
+
+    @property
+    def comparable(self) -> bool:
+        """Whether both were made with the same settings, the weights aside."""
+        if self.after is None or self.before is None:
+            return True
+        ours, theirs = ({k: v for k, v in r["settings"].items() if k != "weights"} for _, r in self.pair)
+        return bool(ours == theirs)
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """Everything the page shows."""
+
+    folder: Path
+    config: RunConfig
+    config_text: str
+    steps: list[dict[str, Any]]
+    """Records of optimizer steps, see `train/metrics.py`."""
+    held_out: list[dict[str, Any]]
+    """Records of evaluations during training: step, eval_loss."""
+    versions: dict[str, str]
+    machine: dict[str, Any]
+    engine: dict[str, Any]
+    """The DeepSpeed JSON as resolved."""
+    plan: dict[str, Any] | None
+    """What `ds-longft plan --json` foresaw, where it was kept as RUN/plan.json."""
+    status: str
+    error: str | None
+    checkpoints: list[str]
+    data: dict[str, dict[str, Any]]
+    """Statistics of the training and the held-out set, see `train/data_facts.py`."""
+    sample: dict[str, Any] | None
+    total_steps: int | None
+    evaluations: list[Evaluation] = field(default_factory=list)
+
+    @property
+    def running(self) -> bool:
+        """Whether the page should be made again soon."""
+        return self.status.startswith("running")
+
+
+def gather_facts(folder: Path) -> RunFacts:
+    """Read a run's folder.
+
+    Raises:
+        ConfigError: it is none (no config.yaml).
+    """
+    config_file = folder / "config.yaml"
+    if not config_file.is_file():
+        raise ConfigError(f"RUN {str(folder)!r} holds no config.yaml: expected the output_dir of a run")
+    records = _records(folder / "metrics.jsonl")
+    facts = _json(folder / "versions.json") or {}
+    status, error = _status(folder, records)
+    config = load_config(["--config", str(config_file)])
+    data = _json(folder / "data.json") or {}
+    return RunFacts(
+        folder=folder,
+        config=config,
+        config_text=config_file.read_text(encoding="utf-8"),
+        steps=[r for r in records if "loss" in r],
+        held_out=[r for r in records if "eval_loss" in r],
+        versions=facts.get("versions", {}),
+        machine=facts.get("machine", {}),
+        engine=_json(folder / "ds_config.json") or {},
+        plan=_json(folder / "plan.json"),
+        status=status,
+        error=error,
+        checkpoints=[p.name for p in sorted(folder.glob("checkpoint-*"), key=_number) if p.is_dir()],
+        data=data.get("parts", {}),
+        sample=data.get("sample"),
+        total_steps=data.get("total_steps") or config.train.max_steps,
+        evaluations=_evaluations(folder / "eval"),
+    )
+
+
+def _number(path: Path) -> tuple[int, str]:
+    tail = path.name.rpartition("-")[2]
+    return (int(tail) if tail.isdigit() else -1, path.name)
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl up to one that is still being written."""
+    records: list[dict[str, Any]] = []
+    if not path.is_file():
+        return records
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def _status(folder: Path, records: list[dict[str, Any]]) -> tuple[str, str | None]:
+    """How the run stands, and the error that ended it."""
+    status = _json(folder / "run_status.json") or {}
+    code, error = status.get("exit_code"), status.get("error")
+    last = f"step {records[-1]['step']}" if records else "no step yet"
+    if code is None:
+        file = folder / "metrics.jsonl"
+        age_s = time.time() - file.stat().st_mtime if file.exists() else 0.0
+        if age_s > SILENT_S:
+            return f"silent for {age_s / 60:.0f} minutes, {last}", error
+        return f"running, {last}", error
+    known = {0: "done", 64: "config or data refused", 70: "not finite", 71: "hung", 75: "stopped and saved"}
+    return f"{known.get(code, 'failed')} (exit code {code}), {last}", error
+
+
+def _evaluations(folder: Path) -> list[Evaluation]:
+    """Results of RUN/eval, before and after paired by name."""
+    found = {path.stem: content for path in sorted(folder.glob("*.json")) if (content := _json(path)) is not None}
+    results = {name: content for name, content in found.items() if "kind" in content and "settings" in content}
+    names = dict.fromkeys(name.removesuffix(BEFORE) for name in results)
+    return [Evaluation(name, results.get(name), results.get(name + BEFORE)) for name in names]

@@ -1,0 +1,30 @@
+// Charts answer to the arrow keys and the pointer: a cursor, and its values in words below.
+for (const figure of document.querySelectorAll("figure.chart")) {
+  const lines = JSON.parse(figure.dataset.lines), svg = figure.querySelector("svg");
+  const cursor = svg.querySelector(".cursor"), output = figure.querySelector("output");
+  const places = [...new Set(lines.flatMap(([, points]) => points.map(p => p[0])))].sort((a, b) => a - b);
+  let at = -1;
+  const show = index => {
+    at = Math.max(0, Math.min(places.length - 1, index));
+    const here = places[at], texts = [];
+    let x = null;
+    for (const [label, points] of lines) {
+      const near = points.reduce((a, b) => Math.abs(b[0] - here) < Math.abs(a[0] - here) ? b : a);
+      if (x === null || near[0] === here) x = near[1];
+      texts.push(label + " " + near[2]);
+    }
+    for (const [key, value] of [["x1", here], ["x2", here], ["y1", 12], ["y2", 206]]) cursor.setAttribute(key, value);
+    cursor.style.visibility = "visible";
+    output.textContent = figure.dataset.x + " " + x + ": " + texts.join(", ");
+  };
+  figure.addEventListener("keydown", event => {
+    const step = {ArrowRight: 1, ArrowLeft: -1, PageDown: 20, PageUp: -20}[event.key];
+    if (event.key === "Home") show(0); else if (event.key === "End") show(places.length - 1);
+    else if (step) show(at + step); else return;
+    event.preventDefault();
+  });
+  svg.addEventListener("pointermove", event => {
+    const x = (event.clientX - svg.getBoundingClientRect().left) / svg.clientWidth * 640;
+    show(places.reduce((best, p, i) => Math.abs(p - x) < Math.abs(places[best] - x) ? i : best, 0));
+  });
+}

@@ -1,0 +1,190 @@
+"""The facts of a run as rows of words: the page and the model card show the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ds_longft.report.facts import Evaluation, RunFacts
+
+Pairs = list[tuple[str, str]]
+LAST = 10  # steps that a "now" is the mean of
+
+
+def overview(facts: RunFacts) -> Pairs:
+    """What was trained on what, in which layout."""
+    config, machine = facts.config, facts.machine
+    lora = config.lora
+    rope = config.model.rope
+    stretched = "" if rope.type == "none" else ", ".join(
+        f"{key} {value:g}" for key, value in (("factor", rope.factor), ("theta", rope.theta)) if value is not None
+    )  # fmt: skip
+    world, sp = machine.get("world"), machine.get("sp")
+    zero = facts.engine.get("zero_optimization", {}).get("stage")
+    pairs = [
+        ("base model", config.model.path),
+        ("trained", f"LoRA r {lora.r}, alpha {lora.alpha:g}, {_list(lora.targets)}" if lora else "all weights"),
+        ("longest sample", f"{config.data.max_length_tokens:,} tokens"),
+        ("RoPE", rope.type + (f" ({stretched})" if stretched else "") if rope.type != "none" else "the model's own"),
+        ("pack", f"{config.data.budget_tokens:,} tokens, {config.data.packing}, {config.data.weighting} weighting"),
+        ("learning rate", f"{config.optim.learning_rate:g}, {config.optim.schedule}"),
+        ("recomputation", config.train.recompute),
+        ("seed", str(config.seed)),
+    ]
+    if world:
+        pairs.insert(4, ("layout", f"{world} x {machine.get('device')}: sp {sp}, dp {machine.get('dp')}, ZeRO {zero}"))
+    return pairs
+
+
+def progress(facts: RunFacts) -> Pairs:
+    """Where the training stands, in numbers."""
+    steps = [r for r in facts.steps if r.get("loss") is not None]
+    if not facts.steps:
+        return []
+    newest = facts.steps[-1]
+    total = f" of {facts.total_steps}" if facts.total_steps else ""
+    pairs = [("step", f"{newest['step']}{total}"), ("tokens seen", f"{newest['tokens_seen']:,}")]
+    if steps:
+        n = max(1, min(LAST, len(steps) // 3))
+        first, last = (sum(r["loss"] for r in part) / n for part in (steps[:n], steps[-n:]))
+        pairs.append(
+            (f"loss, mean of first and last {n}" if n > 1 else "loss, first and last", f"{first:.4f} → {last:.4f}")
+        )
+    if facts.held_out:
+        values = [r["eval_loss"] for r in facts.held_out]
+        pairs.append(("held-out loss", " → ".join(f"{v:.4f}" for v in dict.fromkeys((values[0], values[-1])))))
+    timed = facts.steps[1:] or facts.steps  # the first step warms up
+    speed = sum(r["tokens_per_s_per_gpu"] for r in timed) / len(timed)
+    pairs.append(("speed", f"{speed:,.0f} tokens/s a rank"))
+    pairs.append(("peak memory", f"{max(r['peak_gib'] for r in facts.steps):.1f} GiB a rank"))
+    pairs.append(("padding", f"{sum(r['padding_percent'] for r in facts.steps) / len(facts.steps):.1f} %"))
+    seconds = sum(r["step_s"] for r in facts.steps)
+    pairs.append(("time in steps", f"{seconds / 60:.1f} min"))
+    skipped = sum("skipped" in r for r in facts.steps)
+    if skipped:
+        pairs.append(("skipped steps", f"{skipped} (not finite)"))
+    return pairs
+
+
+def data_rows(statistics: dict[str, Any]) -> Pairs:
+    """Statistics of one set."""
+    left_out = [
+        f"{statistics[key]:,} {words}"
+        for key, words in (
+            ("bad_rows", "bad"),
+            ("overlong_rows_dropped", "too long"),
+            ("truncated_rows", "cut in the middle"),
+        )
+        if statistics.get(key)
+    ]
+    pairs = [
+        ("rows", f"{statistics['rows']:,}"),
+        ("tokens", f"{statistics['tokens']:,}"),
+        ("targets", f"{statistics['targets']:,} ({100 * statistics['target_share']:.1f} %)"),
+        ("median length", f"{statistics['median_tokens']:,} tokens"),
+        ("longest", f"{statistics['longest_tokens']:,} tokens"),
+        ("sources", "; ".join(f"{name}: {count:,}" for name, count in statistics["sources"].items())),
+    ]
+    if statistics.get("languages"):
+        pairs.append(("languages", ", ".join(f"{name} {count:,}" for name, count in statistics["languages"].items())))
+    return [*pairs, ("left out or cut", ", ".join(left_out) or "none"), ("fingerprint", statistics["fingerprint"])]
+
+
+def evaluation_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
+    """(columns, rows) of one evaluation; rows are the same figure before and after, with the difference."""
+    values = {label: _figures(result) for label, result in evaluation.pair}
+    names = list(dict.fromkeys(name for figures in values.values() for name in figures))
+    columns = ["", *values]
+    both = len(values) == 2
+    rows = []
+    for name in names:
+        cells = [figures.get(name) for figures in values.values()]
+        row = [name, *("–" if cell is None else f"{cell:.{_digits(evaluation)}f}" for cell in cells)]
+        if both:
+            before, after = cells
+            row.append("" if before is None or after is None else f"{after - before:+.{_digits(evaluation)}f}")
+        rows.append(row)
+    return columns + (["difference"] if both else []), rows
+
+
+def _digits(evaluation: Evaluation) -> int:
+    return {"perplexity": 3, "short": 3, "needle": 1, "needle-multi": 1, "needle-hop": 1}.get(evaluation.kind, 2)
+
+
+def _figures(result: dict[str, Any]) -> dict[str, float | None]:
+    """The numbers of a result by the words they are shown under."""
+    kind = result["kind"]
+    if kind == "perplexity":
+        tokens, eighths = result["length_tokens"], result["loss_by_eighth"]
+        edges = [i * tokens // len(eighths) for i in range(len(eighths) + 1)]
+        figures = {f"loss {edges[i]:,} – {edges[i + 1]:,}": value for i, value in enumerate(eighths)}
+        return figures | {"loss, all positions": result["loss"]}
+    if kind.startswith("needle"):
+        exact = {
+            f"{language} {int(size):,} tokens, exact %": value
+            for language, sizes in result["exact_percent"].items()
+            for size, value in sizes.items()
+        }
+        if kind == "needle":
+            return exact
+        return exact | {
+            f"{language} {int(size):,} tokens, found %": value
+            for language, sizes in result["found_percent"].items()
+            for size, value in sizes.items()
+        }
+    if kind == "short":
+        length = result["length_tokens"]
+        return {f"loss of {length}-token texts": result["loss"], "short questions right, %": result["right_percent"]}
+    if kind.startswith("longbench"):
+        lengths = {
+            f"{task} {bucket}": value
+            for task, buckets in result.get("by_length", {}).items()
+            for bucket, value in buckets.items()
+        }
+        return {**result["averages"], **result["scores"], **lengths}
+    return {}
+
+
+def settings_line(result: dict[str, Any]) -> str:
+    """How a result was made, in one line."""
+    hidden = {"weights"}
+    shown = {k: v for k, v in result["settings"].items() if k not in hidden and v not in (None, False, [])}
+    return "; ".join(f"{key.replace('_', ' ')} {_list(value)}" for key, value in shown.items())
+
+
+def _list(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {v}" for key, v in value.items())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(_list(v) for v in value)
+    return str(value)
+
+
+def reproduce(facts: RunFacts) -> list[str]:
+    """Commands that make the run and its evaluations again."""
+    config = facts.folder / "config.yaml"
+    world = facts.machine.get("world", 1)
+    launcher = f"deepspeed --num_gpus {world}" if world > 1 else "python"
+    module = "--module ds_longft.train" if world > 1 else "-m ds_longft.train"
+    lines = [
+        f"{launcher} {module} --config {config} --sp {facts.machine.get('sp', 1)} --output_dir {facts.folder}-again"
+    ]
+    flags = {"text": "text", "length_tokens": "length", "texts": "texts", "buckets": "buckets", "where": "where"}
+    needles = {"lengths": "lengths", "trials": "trials", "languages": "languages", "facts": "facts", "seed": "seed"}
+    for evaluation in facts.evaluations:
+        for label, result in evaluation.pair:
+            settings, kind = result["settings"], result["kind"]
+            name = kind.partition("-")[0]
+            words = [f"ds-longft eval {'longbench run' if name == 'longbench' else name} {facts.folder}-again"]
+            if name == "needle":
+                words += [f"--form {settings['form']}"] if settings["form"] != "single" else []
+                words += [f"--{flag} {_list(settings[key]).replace(' ', '')}" for key, flag in needles.items()]
+                words += [f"--haystack_{k} {v}" for k, v in settings["haystacks"].items() if v != "built in"]
+            for key, flag in flags.items() if name in ("perplexity", "short") else ():
+                value = settings.get(key)
+                if value is not None and not str(value).startswith("built in"):
+                    words.append(f"--{flag} {value}")
+            words += ["--join"] if settings.get("join") else []
+            words += [f"--name {evaluation.name}"] if evaluation.name != kind else []
+            lines.append(" ".join([*words, *(["--before"] if label == "before" else [])]))
+    return lines

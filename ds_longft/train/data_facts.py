@@ -1,0 +1,66 @@
+"""`data.json` of a run: what it trains on, in numbers, and one row to look at. For the report and the model card."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ds_longft.data.tokenized import TokenizedSet
+
+DATA_FACTS = "data.json"
+SAMPLE_CHARACTERS = 600  # of the prompt's end and of the answer
+SAMPLE_TOKENS = 400
+
+
+def write_data_facts(
+    folder: Path, train: TokenizedSet, held_out: TokenizedSet | None, tokenizer: Any, total_steps: int
+) -> None:
+    """Write the statistics of both sets and the number of steps into the run's folder."""
+    parts = {"train": train} | ({"held out": held_out} if held_out is not None else {})
+    facts = {
+        "total_steps": total_steps,
+        "parts": {name: statistics(part) for name, part in parts.items()},
+        "sample": sample(train, tokenizer),
+    }
+    (folder / DATA_FACTS).write_text(json.dumps(facts, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def statistics(rows: TokenizedSet) -> dict[str, Any]:
+    """Rows, tokens, targets, lengths in doubling buckets, sources, languages, and what was left out."""
+    lengths, tokens = rows.lengths, int(rows.lengths.sum())
+    exponents = np.ceil(np.log2(np.maximum(lengths, 1))).astype(int)
+    return {
+        "rows": len(rows),
+        "tokens": tokens,
+        "median_tokens": int(np.median(lengths)),
+        "longest_tokens": int(lengths.max()),
+        "targets": int(rows.targets.sum()),
+        "target_share": round(float(rows.targets.sum() / tokens), 6),
+        "rows_up_to_tokens": {
+            str(1 << e): int((exponents == e).sum()) for e in range(exponents.min(), exponents.max() + 1)
+        },
+        "sources": dict(Counter(map(str, rows.column("source")))),
+        "languages": dict(Counter(str(name) for name in rows.column("language") if name is not None)),
+        "bad_rows": rows.tally.bad_rows,
+        "overlong_rows_dropped": rows.tally.overlong,
+        "truncated_rows": rows.tally.truncated,
+        "fingerprint": rows.fingerprint,
+    }
+
+
+def sample(rows: TokenizedSet, tokenizer: Any) -> dict[str, Any]:
+    """The first row's first trained stretch, and the end of what stands before it."""
+    row = rows.row(0)
+    start, end = int(row.span_start[0]), int(row.span_end[0])
+    before = tokenizer.decode(row.input_ids[max(0, start - SAMPLE_TOKENS) : start])
+    trained = tokenizer.decode(row.input_ids[start : min(end, start + SAMPLE_TOKENS)])
+    return {
+        "origin": row.origin,
+        "tokens": len(row.input_ids),
+        "before": before[-SAMPLE_CHARACTERS:],
+        "trained": trained[:SAMPLE_CHARACTERS],
+    }
