@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# SmolLM2-135M-Instruct from 8,192 to 131,072 tokens: data, training under sp, evaluation before and after, report. One
+# command does it all; run again, it goes on where it stopped.
+#
+#   TEXTS=/path/to/longdocs benchmarks/extend_smollm2.sh                    # one GPU, or all GPUs of the machine
+#   TEXTS=... MODE=lora ROPE=yarn benchmarks/extend_smollm2.sh              # the other variants
+#   LENGTH=2048 LENGTHS=512,1024 ROWS=8 STEPS=2 TRIALS=1 benchmarks/extend_smollm2.sh        # rehearsal on a CPU, built-in text
+#
+# TEXTS holds longdocs_*.jsonl.gz with columns text, collection, lang. Results: RUN/report.html and lines on stdout for
+# results.jsonl.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python}
+TEXTS=${TEXTS:-}
+LENGTH=${LENGTH:-131072}
+ROWS=${ROWS:-300}
+STEPS=${STEPS:-100}
+TRIALS=${TRIALS:-4}
+MODE=${MODE:-full}   # full or lora
+ROPE=${ROPE:-abf}    # abf or yarn
+GPUS=${GPUS:-$($PYTHON -c "from ds_longft.train.ranks import visible_gpus; print(visible_gpus())")}
+RANKS=$((GPUS > 0 ? GPUS : 1))
+RUN=${RUN:-runs/extend_smollm2_${MODE}_${ROPE}}
+DATA=${DATA:-data/extend_smollm2_$LENGTH}
+MODEL=~/.cache/ds_longft/quickstart/SmolLM2-135M-Instruct
+longft() { "$PYTHON" -m ds_longft.cli "$@"; }
+
+$PYTHON -c "from ds_longft.model.smollm2 import prepare_smollm2; prepare_smollm2('~/.cache/ds_longft/quickstart')"
+[ -f "$DATA/needles.jsonl" ] || $PYTHON benchmarks/extend_smollm2.py data "$DATA" $MODEL "$LENGTH" ${TEXTS:+--texts "$TEXTS"} --rows "$ROWS"
+
+keys=(--config recipes/extend_smollm2.yaml --output_dir "$RUN" --sp "$RANKS" --data.max_length_tokens "$LENGTH"
+  --data.train "$DATA/texts.jsonl,$DATA/needles.jsonl" --train.max_steps "$STEPS" --train.save_every_steps "$((STEPS / 2))")
+if [ "$ROPE" = yarn ]; then keys+=(--model.rope.type yarn --model.rope.theta null --model.rope.factor 16); fi
+if [ "$MODE" = lora ]; then
+  keys+=(--lora.r 64 --lora.alpha 128 --optim.learning_rate 1e-3)
+fi
+if [ ! -f "$RUN/model.safetensors" ] && [ ! -f "$RUN/adapter_model.safetensors" ]; then
+  if [ "$RANKS" -gt 1 ]; then deepspeed --num_gpus "$RANKS" --module ds_longft.train "${keys[@]}"
+  else $PYTHON -m ds_longft.train "${keys[@]}"; fi
+fi
+
+held_out=() stacks=()
+if [ -n "$TEXTS" ]; then
+  plays="$TEXTS/longdocs_en_public_domain.jsonl.gz"
+  held_out=(--text "$plays" --where "collection=Shakespeare plays (sample)")
+  stacks=(--haystack_en "$plays" --where "collection=Shakespeare plays (sample)")
+fi
+lengths=${LENGTHS:-$((LENGTH / 16)),$((LENGTH / 4)),$((LENGTH / 2)),$LENGTH}
+for before in --before ""; do
+  longft eval perplexity "$RUN" --length "$LENGTH" --texts 2 --join --sp "$RANKS" "${held_out[@]}" $before
+  longft eval needle "$RUN" --lengths "$lengths" --trials "$TRIALS" "${stacks[@]}" $before
+  longft eval needle "$RUN" --lengths "$lengths" --trials "$((TRIALS * 2))" --form multi "${stacks[@]}" $before
+  longft eval needle "$RUN" --lengths "${lengths%%,*},${lengths##*,}" --depths 10,50,90 --trials "$TRIALS" --languages zh --name needle-zh $before
+  longft eval short "$RUN" "${held_out[@]}" $before
+done
+longft report "$RUN"
+$PYTHON benchmarks/extend_smollm2.py results "$RUN" "benchmarks/extend_smollm2.sh MODE=$MODE ROPE=$ROPE LENGTH=$LENGTH"
