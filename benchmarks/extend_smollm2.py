@@ -28,7 +28,8 @@ CITIES = [
     "Dublin", "Vienna", "Prague", "Warsaw", "Athens", "Ankara", "Baku", "Tehran", "Kabul",
 ]  # fmt: skip
 CITIES_ZH = [
-    "北京", "上海", "广州", "成都", "西安", "南京", "武汉", "杭州", "昆明", "青岛", "长沙", "福州", "沈阳", "兰州", "桂林", "拉萨",
+    "北京", "上海", "广州", "成都", "西安", "南京", "武汉", "杭州", "昆明", "青岛", "长沙", "福州", "沈阳", "兰州",
+    "桂林", "拉萨",
 ]  # fmt: skip
 # statement, question. None of them is asked in the evaluation.
 WORDINGS = (

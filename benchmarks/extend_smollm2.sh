@@ -4,7 +4,7 @@
 #
 #   TEXTS=/path/to/longdocs benchmarks/extend_smollm2.sh                    # one GPU, or all GPUs of the machine
 #   TEXTS=... MODE=lora ROPE=yarn benchmarks/extend_smollm2.sh              # the other variants
-#   LENGTH=2048 LENGTHS=512,1024 ROWS=8 STEPS=2 TRIALS=1 benchmarks/extend_smollm2.sh        # rehearsal on a CPU, built-in text
+#   LENGTH=2048 LENGTHS=512,1024 ROWS=8 STEPS=2 TRIALS=1 SHORT=2 benchmarks/extend_smollm2.sh        # rehearsal on a CPU, built-in text
 #
 # TEXTS holds longdocs_*.jsonl.gz with columns text, collection, lang. Results: RUN/report.html and lines on stdout for
 # results.jsonl.
@@ -16,6 +16,7 @@ LENGTH=${LENGTH:-131072}
 ROWS=${ROWS:-300}
 STEPS=${STEPS:-100}
 TRIALS=${TRIALS:-4}
+SHORT=${SHORT:-64}     # texts of 512 tokens for the short-text loss
 MODE=${MODE:-full}   # full or lora
 ROPE=${ROPE:-abf}    # abf or yarn
 GPUS=${GPUS:-$($PYTHON -c "from ds_longft.train.ranks import visible_gpus; print(visible_gpus())")}
@@ -51,7 +52,7 @@ for before in --before ""; do
   longft eval needle "$RUN" --lengths "$lengths" --trials "$TRIALS" "${stacks[@]}" $before
   longft eval needle "$RUN" --lengths "$lengths" --trials "$((TRIALS * 2))" --form multi "${stacks[@]}" $before
   longft eval needle "$RUN" --lengths "${lengths%%,*},${lengths##*,}" --depths 10,50,90 --trials "$TRIALS" --languages zh --name needle-zh $before
-  longft eval short "$RUN" "${held_out[@]}" $before
+  longft eval short "$RUN" --texts "$SHORT" "${held_out[@]}" $before
 done
 longft report "$RUN"
 $PYTHON benchmarks/extend_smollm2.py results "$RUN" "benchmarks/extend_smollm2.sh MODE=$MODE ROPE=$ROPE LENGTH=$LENGTH"

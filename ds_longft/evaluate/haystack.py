@@ -21,42 +21,50 @@ class Haystack:
     """Text as tokens, read from any place on, around and around if it is short."""
 
     ids: Sequence[int]
-    ends: frozenset[int]
-    """Token ids after which a sentence may be put in."""
+    ends: Sequence[bool]
+    """[tokens] whether a sentence may be put in behind the token."""
 
     @classmethod
-    def make(cls, tokenizer: Any, ids: Sequence[int]) -> Haystack:
+    def make(cls, tokenizer: Any, texts: Sequence[str]) -> Haystack:
         """Raises DataError where there is next to no text."""
+        ids: list[int] = []
+        ends: list[bool] = []
+        for text in texts:
+            # By characters: of a character in several tokens, only the last one may be an end.
+            encoded = tokenizer(text + "\n\n", add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            offsets = encoded["offset_mapping"]
+            following = [start for start, _ in offsets[1:]] + [len(text) + 2]
+            ids += encoded["input_ids"]
+            ends += [
+                bool(SENTENCE_END.search(text[max(0, end - 8) : end])) and after >= end
+                for (_, end), after in zip(offsets, following, strict=True)
+            ]
         if len(ids) < 100:
             raise DataError(f"the haystack has {len(ids)} tokens: give a longer text")
-        known = {token: tokenizer.decode([token]) for token in set(ids)}
-        return cls(ids, frozenset(token for token, text in known.items() if SENTENCE_END.search(text)))
+        return cls(ids, ends)
 
-    def stretch(self, start: int, tokens: int) -> list[int]:
+    def stretch(self, start: int, tokens: int) -> Haystack:
         """So many tokens from `start` on."""
-        start %= len(self.ids)
-        out = list(self.ids[start : start + tokens])
-        while len(out) < tokens:
-            out += self.ids[: tokens - len(out)]
-        return out
+        at = [(start + i) % len(self.ids) for i in range(tokens)]
+        return Haystack([self.ids[i] for i in at], [self.ends[i] for i in at])
 
-    def hide(self, text: list[int], sentences: Sequence[tuple[float, list[int]]]) -> tuple[list[int], list[float]]:
+    def hide(self, sentences: Sequence[tuple[float, list[int]]]) -> tuple[list[int], list[float]]:
         """Put each sentence behind the sentence end before its depth (0 to 1); also where they then stand, 0 to 1."""
-        places = sorted((self._place(text, depth), i) for i, (depth, _) in enumerate(sentences))
+        places = sorted((self._place(depth), i) for i, (depth, _) in enumerate(sentences))
         out: list[int] = []
         starts: dict[int, int] = {}
         before = 0
         for place, i in places:
-            out += text[before:place]
+            out += self.ids[before:place]
             starts[i] = len(out)
             out += sentences[i][1]
             before = place
-        out += text[before:]
+        out += self.ids[before:]
         return out, [starts[i] / len(out) for i in range(len(sentences))]
 
-    def _place(self, text: list[int], depth: float) -> int:
-        place = round(depth * len(text))
-        while place and text[place - 1] not in self.ends:
+    def _place(self, depth: float) -> int:
+        place = round(depth * len(self.ids))
+        while place and not self.ends[place - 1]:
             place -= 1
         return place
 
@@ -91,7 +99,7 @@ def build_prompt(
     if room < 16:
         raise ConfigError(f"--lengths: {tokens} tokens leave no room for text beside the question: give at least 1K")
     text = haystack.stretch(rng.randrange(len(haystack.ids)), room)
-    hidden, found = haystack.hide(text, list(zip(depths, sentences, strict=True)))
+    hidden, found = text.hide(list(zip(depths, sentences, strict=True)))
     return Prompt(head + hidden + tail, found)
 
 

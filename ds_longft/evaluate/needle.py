@@ -21,7 +21,7 @@ from ds_longft.config import parse_tokens
 from ds_longft.errors import ConfigError
 from ds_longft.evaluate.facts import Form, judge, make_needle
 from ds_longft.evaluate.haystack import Haystack, build_prompt
-from ds_longft.evaluate.texts import Language, read_texts, token_stream
+from ds_longft.evaluate.texts import Language, read_texts
 
 ANSWER_TOKENS = 24  # of each number asked for: a short sentence around it is no mistake
 MAX_FACTS = 16
@@ -111,11 +111,7 @@ def needle(
     files = {"en": haystack_en, "zh": haystack_zh}
     stacks = {
         language: Haystack.make(
-            tokenizer,
-            token_stream(
-                tokenizer,
-                read_texts(files[language], language, where=where, characters=CHARACTERS_A_TOKEN * max(sizes)),
-            ),
+            tokenizer, read_texts(files[language], language, where=where, characters=CHARACTERS_A_TOKEN * max(sizes))
         )
         for language in spoken
     }

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 640, 240
-LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 34
+LEFT, RIGHT, TOP, BOTTOM = 70, 14, 14, 44
 MAX_POINTS = 400  # of a line; more are averaged, which a screen could not show anyway
 
 
@@ -60,7 +60,7 @@ def line_chart(
     for tick in ticks(x0, x1, count=6):
         if x0 <= tick <= x1:
             x, _ = at(tick, y0)
-            parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{shown(tick)}</text>')
+            parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{shown(tick)}</text>')
     if level:
         _, y = at(x0, level[1])
         parts.append(f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')

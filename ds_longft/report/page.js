@@ -13,7 +13,7 @@ for (const figure of document.querySelectorAll("figure.chart")) {
       if (x === null || near[0] === here) x = near[1];
       texts.push(label + " " + near[2]);
     }
-    for (const [key, value] of [["x1", here], ["x2", here], ["y1", 12], ["y2", 206]]) cursor.setAttribute(key, value);
+    for (const [key, value] of [["x1", here], ["x2", here], ["y1", 14], ["y2", 196]]) cursor.setAttribute(key, value);
     cursor.style.visibility = "visible";
     output.textContent = figure.dataset.x + " " + x + ": " + texts.join(", ");
   };

@@ -143,8 +143,9 @@ def _evaluation(evaluation: Evaluation) -> str:
             y_label="nats a token",
         )
     elif evaluation.kind == "needle":
-        picture = "".join(f"<div class=wide>{grid}</div>" for label, r in results for grid in _heat(label, r))
-        picture = f"<div class=pair>{picture}</div>"
+        languages = dict.fromkeys(language for _, r in results for language in r["grid"])
+        grids = [grid for language in languages for grid in _heat(results, language)]
+        picture = f"<div class=pair>{''.join(f'<div class=wide>{grid}</div>' for grid in grids)}</div>"
     long = len(rows) > 12
     return notes + picture + (_details(f"{len(rows)} numbers", table) if long and picture else table) + made
 
@@ -154,11 +155,14 @@ def _curve(result: dict[str, Any]) -> list[tuple[float, float]]:
     return [((edges[i] + edges[i + 1]) / 2, v) for i, v in enumerate(values) if v is not None]
 
 
-def _heat(label: str, result: dict[str, Any]) -> Iterable[str]:
-    columns = [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in result["lengths"]]
-    for language, grid in result["grid"].items():
-        rows = [(f"{100 * depth:g} %", values) for depth, values in zip(result["depths"], grid, strict=True)]
-        yield heat_table(columns, rows, name=f"{label}, {language}: exact answers, %", corner="depth")
+def _heat(results: Sequence[tuple[str, dict[str, Any]]], language: str) -> Iterable[str]:
+    """Grids of one language, before and after next to each other."""
+    for label, result in results:
+        columns = [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in result["lengths"]]
+        grid = result["grid"].get(language, [])
+        rows = [(f"{100 * depth:g} %", values) for depth, values in zip(result["depths"], grid, strict=False)]
+        if rows:
+            yield heat_table(columns, rows, name=f"{label}, {language}: exact answers, %", corner="depth")
 
 
 def _samples(facts: RunFacts) -> str:

@@ -1,0 +1,80 @@
+"""Loss by position: what transformers computes, token by token; and the other evaluations on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ds_longft.cli import main
+from ds_longft.errors import DataError
+from ds_longft.evaluate.perplexity import pack_of, pieces_of, summarize
+from ds_longft.evaluate.position_loss import bucket_losses
+from ds_longft.evaluate.subject import find_subject, load_subject
+from ds_longft.layout import ParallelLayout
+from ds_longft.sequence.attention import ULYSSES, register
+from tests.tokenizer import tiny_tokenizer
+from tests.unit.evaluate.test_needle import tiny_model
+
+
+def test_losses_by_position_are_those_of_transformers(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "model")
+    ids = torch.randint(3, 600, (90,), generator=torch.Generator().manual_seed(0)).tolist()
+    register()
+    loaded = load_subject(find_subject(str(folder)), torch.device("cpu"), attention=ULYSSES)
+    found = bucket_losses(loaded, pack_of(ids), ParallelLayout(1, 0, 1), "auto", 9)
+    plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = plain(torch.tensor([ids]), use_cache=False).logits[0, :-1]
+    losses = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none").numpy()
+    by_bucket = [losses[max(0, 10 * b - 1) : 10 * b + 9] for b in range(9)]  # the token predicted decides the bucket
+    np.testing.assert_allclose(found[0], [part.sum() for part in by_bucket], rtol=1e-5)
+    assert found[1].tolist() == [9] + [10] * 8  # nothing predicts the first token
+
+
+def test_summary() -> None:
+    rows = [{"loss_sums": [7.0, 16.0, 24.0, 32.0], "targets": [7, 8, 8, 8]}] * 2
+    found = summarize(rows, 32, 4)
+    assert found["loss_by_bucket"] == [1.0, 2.0, 3.0, 4.0]
+    assert found["loss_by_range"] == {"0-8": 1.0, "8-16": 2.0, "16-32": 3.5}
+    assert found["loss"] == pytest.approx(79 / 31, abs=1e-4)
+    assert found["loss_by_eighth"][0] is None  # finer than the buckets
+
+
+def test_pieces_do_not_overlap_and_are_spread() -> None:
+    tokenizer = tiny_tokenizer()
+    texts = [f"text number {i} goes on and on. " * 30 for i in range(4)]
+    pieces = pieces_of(tokenizer, texts, 100, 3, join=False)
+    assert [len(p) for p in pieces] == [100] * 3
+    assert len({tokenizer.decode(p)[:20] for p in pieces}) >= 2
+    with pytest.raises(DataError, match="lay shorter ones together"):
+        pieces_of(tokenizer, texts, 100_000, 3, join=False)
+    assert len(pieces_of(tokenizer, texts, 1000, 1, join=True)[0]) == 1000
+
+
+def test_commands_on_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, out = tiny_model(tmp_path / "model"), str(tmp_path / "eval")
+    copy = tmp_path / "longbench"
+    copy.mkdir()
+    (copy / "dataset2prompt.json").write_text(json.dumps({"lcc": "{context}next:", "samsum": "{context}\n{input}"}))
+    row = {"input": "who?", "context": "x = 1\n" * 300, "answers": ["x = 1"], "length": 100, "all_classes": None}
+    for task in ("lcc", "samsum"):
+        (copy / f"{task}.jsonl").write_text((json.dumps(row) + "\n") * 2)
+    argv = ["eval", "longbench", "run", str(model), "--data", str(copy), "--tasks", "lcc,samsum", "--max_length", "200"]
+    assert main([*argv, "--out", out, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert set(result["scores"]) == {"lcc", "samsum"}
+    assert result["rows_made_now"] == 4
+    rows = Path(out, "longbench.rows.jsonl")
+    assert main(["eval", "longbench", "score", str(rows), "--json"]) == 0  # the rows alone give the same scores
+    assert json.loads(capsys.readouterr().out)["scores"] == result["scores"]
+    assert main(["eval", "short", str(model), "--texts", "2", "--length", "64", "--out", out, "--json"]) == 0
+    short = json.loads(capsys.readouterr().out)
+    assert short["questions"] == 60
+    assert 5 < short["loss"] < 20
+    assert main(["eval", "longbench", "run", str(model), "--data", str(tmp_path / "model"), "--tasks", "lcc"]) == 64
+    assert "dataset2prompt.json" in capsys.readouterr().err
