@@ -120,6 +120,8 @@ def _measure(
 ) -> dict[str, Any]:
     """All ranks call it alike; rank 0 writes and returns the result, the others {}."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // launch.local_world)))
+    import torch.distributed as dist
+
     from ds_longft.evaluate import results
     from ds_longft.evaluate.position_loss import bucket_losses
     from ds_longft.evaluate.subject import find_subject, load_subject, subject_tokenizer
@@ -166,7 +168,8 @@ def _measure(
     result = {}
     for rows in opened:
         result = rows.finish("perplexity", subject.shown, summarize(rows.rows, tokens, buckets))
-    agreement.gather(None)
+    agreement.gather(None)  # whoever leaves first could end the others
+    dist.destroy_process_group()
     return result
 
 

@@ -128,12 +128,12 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def shown(value: float) -> str:
-    """A number for an axis: 131072 as 128K, 0.0001 as 1e-04."""
+    """A number for an axis: 131072 as 128K."""
     if value and value % 1024 == 0 and abs(value) >= 4096:
         return f"{value / 1024:.0f}K"
     if abs(value) >= 10_000:
         return f"{value:,.0f}"
-    return f"{value:.3g}" if value == 0 or abs(value) >= 1e-3 else f"{value:.0e}"
+    return f"{value:.3g}"
 
 
 def _points_as_json(lines: Sequence[Line], at: object) -> str:

@@ -12,8 +12,10 @@ from ds_longft.report.facts import RunFacts, gather_facts
 from ds_longft.report.markdown import markdown_page
 from ds_longft.report.page import html_page
 
+CARD_MARK = "<!-- ds-longft report -->"
 
-def report(run: str, *, out: str | None = None, watch: int = 0, json: bool = False) -> None:
+
+def report(run: str, *, out: str | None = None, watch: int = 0, card: bool = False, json: bool = False) -> None:
     """Write RUN/report.html, one file that opens anywhere without a network, and RUN/report.md with the same facts.
 
     Works for a run that is still going; the page then loads itself again, and with --watch it is made anew.
@@ -22,6 +24,7 @@ def report(run: str, *, out: str | None = None, watch: int = 0, json: bool = Fal
         run: output folder of a training run.
         out: another place for the page, e.g. page.html; the markdown goes beside it.
         watch: make it again every so many seconds, until the run has ended.
+        card: put the markdown at the end of the run's model card (RUN/README.md) as well.
         json: print one JSON object with the paths and the status.
     """
     if watch < 0:
@@ -34,11 +37,13 @@ def report(run: str, *, out: str | None = None, watch: int = 0, json: bool = Fal
         if not (watch and facts.running):
             break
         time.sleep(watch)
-    card = page.with_suffix(".md")
+    if card:
+        _add_to_card(facts, folder / "README.md")
+    text = page.with_suffix(".md")
     if json:
-        print(json_text.dumps({"page": str(page), "markdown": str(card), "status": facts.status}))
+        print(json_text.dumps({"page": str(page), "markdown": str(text), "status": facts.status}))
     else:
-        print(f"{page}  {page.stat().st_size / 1024:.0f} KiB ({facts.status})\n{card}")
+        print(f"{page}  {page.stat().st_size / 1024:.0f} KiB ({facts.status})\n{text}")
 
 
 def write_report(facts: RunFacts, page: Path) -> None:
@@ -47,3 +52,9 @@ def write_report(facts: RunFacts, page: Path) -> None:
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
+
+
+def _add_to_card(facts: RunFacts, card: Path) -> None:
+    """The report behind the model card's own text; an earlier one is replaced."""
+    own = card.read_text(encoding="utf-8").partition(CARD_MARK)[0] if card.is_file() else ""
+    card.write_text(f"{own.rstrip()}\n\n{CARD_MARK}\n\n{markdown_page(facts)}", encoding="utf-8")

@@ -44,7 +44,7 @@ def test_fits_its_json_and_its_model(path: Path, world: int, tmp_path: Path) -> 
     config = read(path, "--data.train", str(tmp_path / "my.jsonl"), "--data.eval", "[]")
     ds = merge_ds_config(load_ds_config(config.ds_config), config, world=world, device="cuda", hidden_size=4096)
     model = {"model_type": "llama", "num_attention_heads": 24, "max_position_embeddings": WINDOWS.get(path.stem, 8192)}
-    if path.stem.startswith("quickstart"):
+    if path.stem.startswith(("quickstart", "extend")):
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": "some/model"})})
     check_run(config, world=world, local_world=world, ds=ds, model_config=model)
 

@@ -1,0 +1,223 @@
+"""The page of a run: everything in one file, whatever is there yet, the same facts as markdown."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ds_longft.cli import main
+from ds_longft.report.charts import Line, line_chart, shown, thin, ticks
+from ds_longft.report.facts import gather_facts
+from ds_longft.report.markdown import markdown_page
+from ds_longft.report.page import html_page
+from ds_longft.settings import dump_config, load_config
+
+VOID = {"meta", "link", "br", "img", "line", "polyline", "circle", "input", "hr"}
+
+
+class Tags(HTMLParser):
+    """Checks that tags are closed in order, and notes everything that would be fetched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.fetched: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in VOID and not (self.get_starttag_text() or "").endswith("/>"):
+            self.open.append(tag)
+        found = dict(attrs)
+        self.fetched += [str(v) for k, v in attrs if k in ("src", "srcset") or (k == "href" and tag == "link")]
+        if tag == "a":
+            self.links.append(str(found["href"]))
+        if "id" in found:
+            self.ids.append(str(found["id"]))
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def step(number: int, **more: Any) -> dict[str, Any]:
+    record = {
+        "step": number, "epoch": 0, "loss": 3.0 / number, "grad_norm": 1.0, "learning_rate": 1e-4,
+        "tokens_per_s_per_gpu": 1000.0 * number, "mfu": None, "peak_gib": 40.0 + number, "padding_percent": 1.0,
+        "data_wait_percent": 0.5, "step_s": 2.0, "tokens_seen": 1000 * number, "targets_weight": 10.0,
+    }  # fmt: skip
+    return record | more
+
+
+def needle_result(model: str, value: float) -> dict[str, Any]:
+    settings = {
+        "weights": [model], "form": "single", "facts": 1, "lengths": [8192, 131072], "depths": [0.0, 1.0], "trials": 2,
+        "languages": ["en"], "haystacks": {"en": "built in"}, "where": None, "seed": 0,
+    }  # fmt: skip
+    sample = {
+        "language": "en", "length_tokens": 131072, "stands_at": [0.5], "hidden": ["A <b> holds 123456."],
+        "question": "Which?", "answers": ["123456"], "reply": "<script>alert(1)</script>", "exact": False,
+    }  # fmt: skip
+    return {
+        "kind": "needle", "form": "single", "model": model, "date": "2026-01-01 00:00:00", "settings": settings,
+        "exact_percent": {"en": {"8192": 100.0, "131072": value}}, "found_percent": {"en": {"8192": 100.0, "131072": value}},
+        "grid": {"en": [[100.0, value], [100.0, value]]}, "lengths": [8192, 131072], "depths": [0.0, 1.0], "samples": [sample],
+    }  # fmt: skip
+
+
+def perplexity_result(model: str, last: float) -> dict[str, Any]:
+    return {
+        "kind": "perplexity", "model": model, "date": "2026-01-01 00:00:00", "length_tokens": 131072, "texts": 2,
+        "settings": {"weights": [model], "text": "plays.jsonl", "length_tokens": 131072, "join": True},
+        "loss": 3.0, "perplexity": 20.1, "edges_tokens": [0, 65536, 131072], "loss_by_bucket": [3.0, last],
+        "loss_by_eighth": [3.0, 3.0, 3.0, 3.0, last, last, last, last], "loss_by_range": {"0-65536": 3.0},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A finished run as training and evaluation leave it."""
+    folder = tmp_path / "my run"
+    (folder / "eval").mkdir(parents=True)
+    (folder / "checkpoint-3").mkdir()
+    config = load_config(["--model.path", "some/model", "--data.train", "a.jsonl", "--output_dir", str(folder)])
+    (folder / "config.yaml").write_text(dump_config(config))
+    records = [step(1), step(2), {"step": 2, "eval_loss": 1.5, "eval_targets": 7, "eval_s": 1.0}, step(3)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    machine = {"device": "H200", "cores": 32, "world": 2, "sp": 2, "dp": 1}
+    (folder / "versions.json").write_text(json.dumps({"versions": {"torch": "2.11"}, "machine": machine}))
+    (folder / "run_status.json").write_text(json.dumps({"exit_code": 0, "error": None}))
+    (folder / "plan.json").write_text(json.dumps({"peak_gib": 44.5}))
+    part = {
+        "rows": 4, "tokens": 100, "targets": 10, "target_share": 0.1, "median_tokens": 20, "longest_tokens": 60,
+        "rows_up_to_tokens": {"32": 3, "64": 1}, "sources": {"a.jsonl": 4}, "languages": {}, "fingerprint": "abc",
+        "bad_rows": 1, "overlong_rows_dropped": 0, "truncated_rows": 0,
+    }  # fmt: skip
+    sample = {"origin": "a.jsonl:1", "tokens": 60, "before": "question & more", "trained": "the answer"}
+    (folder / "data.json").write_text(json.dumps({"total_steps": 3, "parts": {"train": part}, "sample": sample}))
+    for name, content in (
+        ("needle-before", needle_result("base", 0.0)),
+        ("needle", needle_result("tuned", 95.5)),
+        ("perplexity-before", perplexity_result("base", 7.7)),
+        ("perplexity", perplexity_result("tuned", 3.1)),
+    ):
+        (folder / "eval" / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_the_page_is_whole_and_fetches_nothing(run: Path) -> None:
+    page = html_page(gather_facts(run))
+    tags = Tags()
+    tags.feed(page)
+    assert tags.open == []
+    assert tags.fetched == []
+    assert not re.search(r"https?://|url\(|@import", page)
+    assert {link.removeprefix("#") for link in tags.links} <= set(tags.ids)
+    assert "<script>alert(1)" not in page
+    for words in (
+        "done (exit code 0)",
+        "some/model",
+        "sp 2, dp 1",
+        "planned",
+        "95.5",
+        "+95.5",
+        "-4.600",
+        "question & more",
+    ):
+        assert words in tags.text, words
+    assert page.count('class="chart"') == 7
+    assert 'http-equiv="refresh"' not in page
+    assert "needle" in tags.text.partition("Again")[2]
+
+
+def test_markdown_has_the_same_facts(run: Path) -> None:
+    text = markdown_page(gather_facts(run))
+    for words in ("| base model | some/model |", "| en 131,072 tokens, exact % | 0.0 | 95.5 | +95.5 |", "torch 2.11"):
+        assert words in text
+    assert "--before" in text
+    assert all(len(line.split("|")) > 3 for line in text.splitlines() if line.startswith("|"))
+
+
+def test_a_run_still_going(run: Path) -> None:
+    shutil.rmtree(run / "eval")
+    for name in ("run_status.json", "data.json", "versions.json", "plan.json"):
+        (run / name).unlink()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "loss"')  # being written
+    facts = gather_facts(run)
+    page = html_page(facts)
+    assert facts.status == "running, step 3"
+    assert 'http-equiv="refresh"' in page
+    (run / "metrics.jsonl").unlink()
+    assert "no step yet" in html_page(gather_facts(run))
+    markdown_page(gather_facts(run))
+
+
+def test_a_run_that_failed(run: Path) -> None:
+    (run / "run_status.json").write_text(json.dumps({"exit_code": 70, "error": "the <loss> is not finite"}))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(step(4, loss=None, grad_norm=None, skipped="the loss is not finite")) + "\n")
+    page = html_page(gather_facts(run))
+    assert "not finite (exit code 70)" in page
+    assert "the &lt;loss&gt; is not finite" in page
+    assert "skipped steps" in page
+
+
+def test_before_and_after_of_different_settings_are_marked(run: Path) -> None:
+    other = needle_result("base", 0.0)
+    other["settings"]["trials"] = 9
+    (run / "eval" / "needle-before.json").write_text(json.dumps(other))
+    assert "different settings" in html_page(gather_facts(run))
+
+
+def test_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(run), "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert Path(made["page"]).read_text().startswith("<!doctype html>")
+    assert Path(made["markdown"]).read_text().startswith("## Training report")
+    (run / "README.md").write_text("# card\n")
+    for _ in range(2):  # the second time it replaces what it put there
+        assert main(["report", str(run), "--card"]) == 0
+    card = (run / "README.md").read_text()
+    assert card.startswith("# card\n")
+    assert card.count("## Training report") == 1
+    assert main(["report", str(run / "eval")]) == 64
+    assert "no config.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_charts_answer_to_the_keyboard(run: Path, tmp_path: Path) -> None:
+    """In a real browser: the arrow keys move the cursor of a chart and put its values into words."""
+    press = (
+        "<script>const f = document.querySelector('figure.chart'); f.focus();"
+        "f.dispatchEvent(new KeyboardEvent('keydown', {key: 'End', bubbles: true}));</script></body>"
+    )
+    page = tmp_path / "page.html"
+    page.write_text(html_page(gather_facts(run)).replace("</body>", press))
+    command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{page}"]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert "optimizer step 3: training 1, held out 1.5</output>" in dom
+    assert "visibility: visible" in dom
+
+
+def test_charts() -> None:
+    assert ticks(0, 10) == [0, 2.5, 5, 7.5, 10]
+    assert ticks(3.02, 3.2)[0] <= 3.02
+    assert ticks(5, 5)[-1] > 5
+    assert [shown(v) for v in (0, 131072, 0.00025, 25000, 1.5)] == ["0", "128K", "0.00025", "25,000", "1.5"]
+    assert len(thin([(i, i) for i in range(5000)])) <= 400
+    assert thin([(0, 1.0), (1, float("nan"))]) == [(0, 1.0)]
+    assert line_chart([Line("x", [])], name="n", x_label="", y_label="") == ""
