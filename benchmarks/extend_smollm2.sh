@@ -13,8 +13,8 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
 TEXTS=${TEXTS:-}
 LENGTH=${LENGTH:-131072}
-ROWS=${ROWS:-300}
-STEPS=${STEPS:-100}
+ROWS=${ROWS:-380}
+STEPS=${STEPS:-120}
 TRIALS=${TRIALS:-4}
 SHORT=${SHORT:-64}     # texts of 512 tokens for the short-text loss
 MODE=${MODE:-full}   # full or lora
