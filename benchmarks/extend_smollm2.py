@@ -142,7 +142,7 @@ def results(run: str, command: str) -> None:
     head = {
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit.strip(),
-        "machine": machine["machine"],
+        "machine": f"{machine['machine']['world']} x {machine['machine']['device']}",
         "versions": machine["versions"],
         "command": command,
     }

@@ -75,12 +75,12 @@ def _training(facts: RunFacts) -> str:
     def line(key: str, label: str, style: int = 0) -> Line:
         return Line(label, [(r["step"], r[key]) for r in facts.steps if r.get(key) is not None], style)
 
-    held_out = Line("held out", [(r["step"], r["eval_loss"]) for r in facts.held_out], 1)
+    held_out = Line("held out", _held_out(facts, "eval_loss"), 1)
     planned = facts.plan and facts.plan.get("peak_gib")
     level = ("planned", float(planned)) if isinstance(planned, int | float) else None
     step = "optimizer step"
     charts = [
-        line_chart([line("loss", "training"), held_out], name="Loss", x_label=step, y_label="per target token"),
+        line_chart([line("loss", "training"), held_out], name="Loss", x_label=step, y_label="per target token or pair"),
         line_chart(
             [line("learning_rate", "learning rate")], name="Learning rate", x_label=step, y_label="", from_zero=True
         ),
@@ -110,7 +110,17 @@ def _training(facts: RunFacts) -> str:
             from_zero=True,
         ),
     ]
+    if any("rewards/accuracies" in r for r in facts.steps):  # preference pairs
+        pairs = [
+            line("rewards/accuracies", "training"),
+            Line("held out", _held_out(facts, "eval_rewards/accuracies"), 1),
+        ]
+        charts.insert(1, line_chart(pairs, name="Accuracy", x_label=step, y_label="share of pairs", from_zero=True))
     return f"<div class=pair>{''.join(charts)}</div>" if any(charts) else ""
+
+
+def _held_out(facts: RunFacts, key: str) -> list[tuple[float, float]]:
+    return [(r["step"], r[key]) for r in facts.held_out if key in r]
 
 
 def _data(facts: RunFacts) -> str:

@@ -63,6 +63,9 @@ def progress(facts: RunFacts) -> Pairs:
     skipped = sum("skipped" in r for r in facts.steps)
     if skipped:
         pairs.append(("skipped steps", f"{skipped} (not finite)"))
+    spikes = [r["step"] for r in facts.steps if "loss_spike" in r]
+    if spikes:
+        pairs.append(("loss spikes", f"{len(spikes)}, the last at step {spikes[-1]}"))
     return pairs
 
 

@@ -170,7 +170,11 @@ def test_a_run_that_failed(run: Path) -> None:
     (run / "run_status.json").write_text(json.dumps({"exit_code": 70, "error": "the <loss> is not finite"}))
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(step(4, loss=None, grad_norm=None, skipped="the loss is not finite")) + "\n")
+        file.write(json.dumps(step(5, loss_spike=7.5, **{"rewards/accuracies": 0.5})) + "\n")
+        file.write(json.dumps(step(6, **{"rewards/accuracies": 0.75})) + "\n")
     page = html_page(gather_facts(run))
+    assert "1, the last at step 5" in page
+    assert 'aria-label="Accuracy"' in page
     assert "not finite (exit code 70)" in page
     assert "the &lt;loss&gt; is not finite" in page
     assert "skipped steps" in page
