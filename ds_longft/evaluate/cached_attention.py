@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from ds_longft.errors import ModelError
+from ds_longft.sequence.kernels.base import flash_refusal
 
 CACHED = "ds_longft_cached"
 """Name under which the attention is registered; goes into `config._attn_implementation`."""
@@ -54,7 +55,7 @@ def cached_attention(
         keep = sliding_window + query.shape[2] - 1
         key, value = key[:, :, -keep:], value[:, :, -keep:]
     window = sliding_window if sliding_window is not None and sliding_window < key.shape[2] else None
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and softcap is None and s_aux is None:
+    if softcap is None and s_aux is None and _flash_fits(query):
         return _flash(query, key, value, scale, window), None
     step = max(1, SCORES // (query.shape[0] * query.shape[1] * key.shape[2]))
     before = key.shape[2] - query.shape[2]
@@ -64,6 +65,11 @@ def cached_attention(
         last = before + a + part.shape[2]
         outs.append(_masked(part, key[:, :, :last], value[:, :, :last], scale, window, softcap, s_aux))
     return torch.cat(outs, 2).transpose(1, 2), None
+
+
+def _flash_fits(query: Tensor) -> bool:
+    capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else None
+    return flash_refusal(query.device.type, query.dtype, query.shape[-1], capability, (8, 0)) is None
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:

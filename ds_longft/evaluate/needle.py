@@ -23,7 +23,7 @@ from ds_longft.evaluate.facts import Form, judge, make_needle
 from ds_longft.evaluate.haystack import Haystack, build_prompt
 from ds_longft.evaluate.texts import Language, read_texts
 
-ANSWER_TOKENS = 24  # of each number asked for: a short sentence around it is no mistake
+ANSWER_TOKENS = 40  # of each number asked for: a short sentence around it is no mistake
 MAX_FACTS = 16
 CHARACTERS_A_TOKEN = 6  # more than any tokenizer takes, for the length of the built-in text
 
