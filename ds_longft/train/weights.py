@@ -20,9 +20,14 @@ def trained_fingerprint(model: nn.Module) -> str:
 
 
 def gather_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter and buffer whole on the CPU of rank 0, {} elsewhere; one parameter at a time under ZeRO-3."""
+    """Every parameter and buffer whole on the CPU of rank 0, {} elsewhere; one parameter at a time under ZeRO-3.
+
+    There a tied parameter comes under its first name alone: the others are made of it when the model is loaded.
+    """
     mine = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    state = {n: b.detach().cpu() for n, b in model.state_dict().items() if mine and not hasattr(b, "ds_id")}
+    # state_dict() has neither ds_id nor, of a partitioned parameter, any element; under the name of every alias
+    partitioned = {n for n, p in model.named_parameters(remove_duplicate=False) if hasattr(p, "ds_id")}
+    state = {n: b.detach().cpu() for n, b in model.state_dict().items() if mine and n not in partitioned}
     for name, p in model.named_parameters():
         if not hasattr(p, "ds_id"):
             continue
