@@ -52,9 +52,11 @@ def statistics(rows: TokenizedSet) -> dict[str, Any]:
     }
 
 
-def sample(rows: TokenizedSet, tokenizer: Any) -> dict[str, Any]:
+def sample(rows: TokenizedSet, tokenizer: Any) -> dict[str, Any] | None:
     """The first row's first trained stretch, and the end of what stands before it."""
     row = rows.row(0)
+    if not len(row.span_start):
+        return None
     start, end = int(row.span_start[0]), int(row.span_end[0])
     before = tokenizer.decode(row.input_ids[max(0, start - SAMPLE_TOKENS) : start])
     trained = tokenizer.decode(row.input_ids[start : min(end, start + SAMPLE_TOKENS)])
