@@ -162,7 +162,7 @@ def results(run: str, command: str) -> None:
     low, high = tokens // 64, tokens // 16  # 2K and 8K of 128K
     inside = [i for i, (a, b) in enumerate(pairwise(edges)) if a >= low and b <= high]
     base = sum(before["loss_by_bucket"][i] for i in inside) / len(inside)
-    shown = f"base {low // 1024 or low}k-{high // 1024 or high}k"
+    shown = f"base {low // 1024}k-{high // 1024}k" if low >= 1024 else f"base {low}-{high}"
     for number, value in enumerate(after["loss_by_eighth"], start=1):
         name = "last eighth" if number == 8 else f"eighth {number}"
         line(f"loss {tokens} {name} minus {shown}", value - base, "nats/token")

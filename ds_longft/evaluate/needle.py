@@ -133,6 +133,7 @@ def needle(
         "haystacks": {language: files[language] or "built in" for language in spoken},
         "where": where,
         "seed": seed,
+        "answer_tokens": ANSWER_TOKENS,
     }
     kind = "needle" if form == "single" else f"needle-{form}"
     folder, file = results.result_folder(subject, out), results.result_name(name, kind, before)
