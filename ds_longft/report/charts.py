@@ -131,7 +131,7 @@ def shown(value: float) -> str:
     """A number for an axis: 131072 as 128K."""
     if value and value % 1024 == 0 and abs(value) >= 4096:
         return f"{value / 1024:.0f}K"
-    if abs(value) >= 10_000:
+    if abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.3g}"
 

@@ -221,7 +221,7 @@ def test_charts() -> None:
     assert ticks(0, 10) == [0, 2.5, 5, 7.5, 10]
     assert ticks(3.02, 3.2)[0] <= 3.02
     assert ticks(5, 5)[-1] > 5
-    assert [shown(v) for v in (0, 131072, 0.00025, 25000, 1.5)] == ["0", "128K", "0.00025", "25,000", "1.5"]
+    assert [shown(v) for v in (0, 131072, 0.00025, 1500, 1.5)] == ["0", "128K", "0.00025", "1,500", "1.5"]
     assert len(thin([(i, i) for i in range(5000)])) <= 400
     assert thin([(0, 1.0), (1, float("nan"))]) == [(0, 1.0)]
     assert line_chart([Line("x", [])], name="n", x_label="", y_label="") == ""
