@@ -191,7 +191,9 @@ def step_timeline(model: ModelSizes, setting: Setting, keep: tuple[Keep, ...]) -
     split = setting.world if setting.stage >= 1 else 1
     if not setting.offload_optimizer:  # gradients in float32 while the optimizer steps
         elements = trained / split
-        t.during("float32 gradients", 4 * (min(elements, SUB_GROUP_ELEMENTS) if setting.stage == 3 else elements), TRAINABLE)
+        t.during(
+            "float32 gradients", 4 * (min(elements, SUB_GROUP_ELEMENTS) if setting.stage == 3 else elements), TRAINABLE
+        )
     return t
 
 
@@ -207,7 +209,9 @@ class _Step:
         """Embedding, layers, head, and back."""
         t, z, x = self.t, self.z, self.z.setting
         layers = self.z.model.layers
-        t.hold("cos sin", 2 * x.local_tokens * z.model.head_dim * x.element_bytes)  # arguments of every layer: held to the end
+        t.hold(
+            "cos sin", 2 * x.local_tokens * z.model.head_dim * x.element_bytes
+        )  # arguments of every layer: held to the end
         t.hold("x0", z.u, LAYER_INPUTS)
         if x.recompute in ("every_k", "sqrt"):
             size = x.every if x.recompute == "every_k" else max(1, round(layers**0.5))
@@ -323,9 +327,7 @@ class _Step:
                     part, size = t.live.pop(name)
                     t.live[f"{name} of {i}"] = part, size
 
-    def _linears(
-        self, i: int, group: str, kept: str, outs: dict[str, float], a: float, first: bool
-    ) -> None:
+    def _linears(self, i: int, group: str, kept: str, outs: dict[str, float], a: float, first: bool) -> None:
         """`linear._Linears`: outputs, x A', and what is kept of them (`kept.py`)."""
         t = self.t
         total = sum(outs.values()) + a

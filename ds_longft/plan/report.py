@@ -20,8 +20,12 @@ FREE, OUTSIDE = "free", "CUDA and NCCL"
 
 def length_table(plans: list[Plan], question: Question) -> Table:
     """Longest pack of each way, most tokens first within each sp."""
-    caption = f"{question.gpu.name} ({question.gpu.source}); reserve of 6 % not used; tokens/s of all {question.gpus} GPUs"
-    table = Table("sp", "longest pack", "recomputation, JSON", "peak GiB", "host GiB", "step s", "tokens/s", caption=caption)
+    caption = (
+        f"{question.gpu.name} ({question.gpu.source}); reserve of 6 % not used; tokens/s of all {question.gpus} GPUs"
+    )
+    table = Table(
+        "sp", "longest pack", "recomputation, JSON", "peak GiB", "host GiB", "step s", "tokens/s", caption=caption
+    )
     for p in sorted(plans, key=lambda p: (p.setting.sp, -p.setting.tokens)):
         table.add_row(
             str(p.setting.sp),
@@ -66,7 +70,9 @@ def write_png(plan: Plan, question: Question, path: str | Path) -> None:
         left += gib
     x = plan.setting
     axes.set(yticks=[], xlabel="GiB", xlim=(0, question.gpu.memory_gib))
-    axes.set_title(f"{x.tokens:,} tokens, sp {x.sp}, {plan.label}, {question.gpu.name}, at {plan.memory.moment}", fontsize=9)
+    axes.set_title(
+        f"{x.tokens:,} tokens, sp {x.sp}, {plan.label}, {question.gpu.name}, at {plan.memory.moment}", fontsize=9
+    )
     axes.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.35), fontsize=8, frameon=False)
     figure.savefig(path, dpi=120)
 

@@ -73,7 +73,9 @@ class ModelSizes:
             for name, m in layer.named_modules()
             if isinstance(m, nn.Linear)
         )
-        down = [i for name, i, o in linears if o == hf_config.hidden_size and name.startswith(("down", "fc2", "c_proj"))]
+        down = [
+            i for name, i, o in linears if o == hf_config.hidden_size and name.startswith(("down", "fc2", "c_proj"))
+        ]
         heads = hf_config.num_attention_heads
         return cls(
             hidden=hf_config.hidden_size,
@@ -156,7 +158,9 @@ class Gpu:
         if path.suffix == ".json" and path.is_file():
             content = json.loads(path.read_text(encoding="utf-8"))
         elif name.lower() in known:
-            content = json.loads(files(__package__).joinpath("gpus", f"{name.lower()}.json").read_text(encoding="utf-8"))
+            content = json.loads(
+                files(__package__).joinpath("gpus", f"{name.lower()}.json").read_text(encoding="utf-8")
+            )
         else:
             raise ConfigError(
                 f"--gpu is {name!r}; expected one of {', '.join(known)}, or the JSON file that "
@@ -182,4 +186,6 @@ class Gpu:
 
 def shipped_gpus() -> list[str]:
     """Names of the GPU types that come with the package."""
-    return sorted(p.name.removesuffix(".json") for p in files(__package__).joinpath("gpus").iterdir() if p.name.endswith(".json"))
+    return sorted(
+        p.name.removesuffix(".json") for p in files(__package__).joinpath("gpus").iterdir() if p.name.endswith(".json")
+    )

@@ -37,17 +37,24 @@ def fused_kernels(model: PreTrainedModel, config: RunConfig, device: torch.devic
     Before LoRA, which wraps the modules that liger looks for. It replaces functions of the model's module for the whole
     process, which is how liger works.
     """
-    if config.model.liger == "off" or device.type != "cuda":
+    if device.type != "cuda" or not liger_fits(config, model.config.model_type):
+        return False
+    from liger_kernel.transformers import monkey_patch
+
+    # The loss stays ours: it is over labelled rows, weighted, and a sum.
+    monkey_patch._apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
+    return True
+
+
+def liger_fits(config: RunConfig, model_type: str) -> bool:
+    """Whether liger-kernel is wanted, installed, and knows the model."""
+    if config.model.liger == "off":
         return False
     try:
         from liger_kernel.transformers import monkey_patch
     except ImportError:
         return False
-    if model.config.model_type not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
-        return False
-    # The loss stays ours: it is over labelled rows, weighted, and a sum.
-    monkey_patch._apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
-    return True
+    return model_type in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN
 
 
 def keep_resident(engine_config: dict[str, Any], shape: ModelShape, world: int, device: torch.device) -> bool:
@@ -126,18 +133,20 @@ class Recompute:
 
 
 def rehearse(engine: Any, recompute: Recompute, pack: Pack, layout: ParallelLayout, device: torch.device) -> str | None:
-    """With `auto`: one forward and backward pass on the longest pack, then keep what the memory left allows.
+    """On GPUs: one forward and backward pass on the longest pack; with `auto`, then keep what the memory left allows.
 
-    The loss is multiplied by zero, so no gradient and no weight changes. Collective. Returns a line for the reader,
-    None where nothing was to be decided (another policy, or no GPU).
+    What does not fit is found before the first step and not hours into a run. The loss is multiplied by zero, so no
+    gradient and no weight changes. Collective. Returns a line for the reader, None without GPUs.
     """
-    if not recompute.auto or device.type != "cuda":
+    if device.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats(device)
     engine.backward(engine(shard(pack, layout, device)) * 0.0, scale_wrt_gas=False)
     free = torch.tensor(free_bytes(device), device=device)
     dist.all_reduce(free, op=dist.ReduceOp.MIN)
     peak = torch.cuda.max_memory_allocated(device)
+    if not recompute.auto:
+        return f"longest pack ({pack.tokens:,} tokens) peaks at {peak / 2**30:.1f} GiB"
     size = torch.finfo(next(engine.module.parameters()).dtype).bits // 8
     on_device, on_host = recompute.spend(int(free), pack.tokens // layout.sp, size, device)
     torch.cuda.empty_cache()
