@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -65,8 +66,9 @@ def write_png(plan: Plan, question: Question, path: str | Path) -> None:
     axes = figure.subplots()
     left = 0.0
     for name, gib in memory_parts(plan, question).items():
-        free = {"color": "white", "edgecolor": "gray", "hatch": "//"} if name == FREE else {}
-        axes.barh([0], [gib], left=left, label=f"{name} {gib:.1f}", **free)
+        (bar,) = axes.barh([0], [gib], left=left, label=f"{name} {gib:.1f}")
+        if name == FREE:
+            bar.set(facecolor="white", edgecolor="gray", hatch="//")
         left += gib
     x = plan.setting
     axes.set(yticks=[], xlabel="GiB", xlim=(0, question.gpu.memory_gib))
@@ -81,8 +83,12 @@ def recipe(plan: Plan, question: Question, model: str) -> str:
     """The plan as a run config, ready but for the data."""
     x = plan.setting
     train: dict[str, Any] = {"recompute": x.recompute}
-    if x.host_gib:
-        train["offload_host_gib"] = x.host_gib
+    if plan.memory.host and x.host_gib:
+        train["offload_host_gib"] = min(x.host_gib, math.ceil(plan.memory.host * x.world / GIB))
+    if x.tile_tokens:
+        train["mlp_tile_tokens"] = x.tile_tokens
+    if x.kv_heads:
+        train["kv_heads_at_a_time"] = x.kv_heads
     content: dict[str, Any] = {
         "ds_config": plan.ds_config,
         "output_dir": "runs/planned",
@@ -112,6 +118,8 @@ def as_json(plan: Plan, question: Question) -> dict[str, Any]:
         "ds_config": plan.ds_config,
         "recompute": x.recompute,
         "offload_host_gib": x.host_gib,
+        "mlp_tile_tokens": x.tile_tokens,
+        "kv_heads_at_a_time": x.kv_heads,
         "peak_gib": round(plan.memory.peak_gib, 2),
         "peak_at": plan.memory.moment,
         "host_gib_per_rank": round(plan.memory.host / GIB, 2),

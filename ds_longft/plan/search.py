@@ -18,6 +18,29 @@ RESIDENT_SHARE = 0.35
 """ZeRO-3 with LoRA keeps gathered weights when whole copy and own shard take no more of a GPU (`train.speed`)."""
 
 
+TILE_TOKENS = 8192
+"""An MLP tile: large enough for the tensor cores, small beside a long shard."""
+
+
+def savers(setting: Setting, model: ModelSizes) -> Iterator[Setting]:
+    """The setting as it is, then with MLP tiles, then with heads in turns as well: each slower or less kept, at most."""
+    yield setting
+    if setting.tile_tokens is None and setting.local_tokens > TILE_TOKENS:
+        setting = replace(setting, tile_tokens=TILE_TOKENS)
+        yield setting
+    if setting.kv_heads is None and model.kv_heads > setting.sp:
+        yield replace(setting, kv_heads=1)
+
+
+def smallest_that_fits(model: ModelSizes, setting: Setting, gpu: Gpu, host_gib: float | None = None) -> Setting:
+    """The first of `savers` that fits; the last where none does."""
+    chosen = setting
+    for chosen in savers(setting, model):
+        if predict(model, chosen, gpu).fits(gpu, host_gib, setting.local_world or setting.world):
+            break
+    return chosen
+
+
 @dataclass(frozen=True)
 class Plan:
     """One setting with what is predicted of it."""
@@ -32,6 +55,10 @@ class Plan:
         """Recomputation and offload in a few words."""
         x = self.setting
         words = [x.recompute]
+        if x.tile_tokens:
+            words.append("tiles")
+        if x.kv_heads:
+            words.append("heads in turns")
         if x.host_gib:
             words.append(f"host {x.host_gib:.0f} GiB")
         return " + ".join([*words, self.ds_config.removeprefix("ds_configs/").removesuffix(".json")])
@@ -78,8 +105,8 @@ class Question:
             for way, ds_config in ways:
                 for recompute in ("auto", "full", "sqrt"):
                     yield replace(way, recompute=recompute), ds_config
-                if self.host_gib and not way.offload_params:
-                    yield replace(way, host_gib=self.host_gib), ds_config
+                    if self.host_gib and not way.offload_params:
+                        yield replace(way, recompute=recompute, host_gib=self.host_gib), ds_config
 
     def at(self, setting: Setting, tokens: int) -> Setting:
         """The same for packs of `tokens`."""
@@ -88,7 +115,7 @@ class Question:
 
     def plan(self, setting: Setting, ds_config: str, tokens: int) -> Plan | None:
         """The prediction at a length, None where it does not fit."""
-        setting = self.at(setting, tokens)
+        setting = smallest_that_fits(self.model, self.at(setting, tokens), self.gpu, self.host_gib)
         memory = predict(self.model, setting, self.gpu)
         if not memory.fits(self.gpu, self.host_gib, self.gpus):
             return None
@@ -98,11 +125,12 @@ class Question:
         """The longest pack that fits, to `LENGTH_STEP` tokens; None where not even the shortest does."""
         step = max(LENGTH_STEP, setting.sp)
         # Kept tensors only use what is left: they decide the speed of a length, not whether it fits.
-        bare = replace(setting, recompute="keep_attention", host_gib=0.0) if setting.recompute == "auto" else setting
+        bare = replace(setting, recompute="keep_attention") if setting.recompute == "auto" else setting
         low, high = 0, LONGEST // step
         while low < high:
             middle = (low + high + 1) // 2
-            memory = predict(self.model, self.at(bare, middle * step), self.gpu)
+            *_, least = savers(self.at(bare, middle * step), self.model)
+            memory = predict(self.model, least, self.gpu)
             low, high = (middle, high) if memory.fits(self.gpu, self.host_gib, self.gpus) else (low, middle - 1)
         return self.plan(setting, ds_config, low * step) if low else None
 

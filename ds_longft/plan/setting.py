@@ -109,6 +109,8 @@ class Setting:
     recompute: str = "auto"  # as train.recompute
     every: int = 2  # as train.recompute_every
     host_gib: float = 0.0  # host memory of a node for kept tensors
+    tile_tokens: int | None = None  # as train.mlp_tile_tokens
+    kv_heads: int | None = None  # as train.kv_heads_at_a_time
     local_world: int | None = None  # ranks of a node; None: all
     kernel: str = "flash-attn-4"
     fused: bool = True  # liger's norm, rotary embedding and gated activation

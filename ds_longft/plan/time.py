@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ds_longft.model.flops import visible_pairs
-from ds_longft.plan.memory import GROUPS, Keep, Sizes, trained_weights
+from ds_longft.plan.memory import segment_starts, trained_weights
 from ds_longft.plan.setting import Gpu, ModelSizes, Setting
+from ds_longft.plan.step import GROUPS, Keep, Sizes
 
 KERNEL_LAUNCHES_S = 1.5e-4
 """A layer's call: launches that nothing hides when the tensors are small, forward and backward together, per document
@@ -45,19 +47,22 @@ class StepTime:
 def predict_time(model: ModelSizes, setting: Setting, gpu: Gpu, keep: Sequence[Keep]) -> StepTime:
     """Seconds of one step of one pack, with the linears that `keep` says kept."""
     x, z = setting, Sizes(model, setting)
-    policy = x.recompute
-    forwards = {"none": 1, "keep_attention": 2, "auto": 2, "full": 2}.get(policy, 3)
-    once = policy in ("none", "keep_attention", "auto")
-    attention_forward = (1 if once else forwards) + _extra_forward(x)
+    forwards = layer_forwards(model, x)
+    keeping = x.recompute in ("none", "keep_attention", "auto")
+    again = sum(1 for k in keep if not (keeping and k.attention)) / model.layers  # layers that compute attention again
+    extra = _extra_forward(x)
+    attention_forward = 1 + again * (forwards - 1) + extra
     attention_s = attention_forward * attention(model, x, gpu, "forward") + attention(model, x, gpu, "backward")
 
     rate = gpu.gemm_tflops * 1e12 * gpu.sustained.get("gemm", 1.0)
     s = x.local_tokens
-    layer = 2 * model.layer_weights * s  # operations of one pass over a layer's linears
-    passes = forwards + _extra_forward(x) + (1 if x.lora_r is not None else 2)
-    kept = sum(2 * s * _elements(model, group) for k in keep for group in _kept_groups(k))
-    head = 2 * model.head_weights * s * x.targets * (2 + _extra_forward(x) if x.lora_r is not None else 4)
-    linear_s = (passes * layer * model.layers - kept + head) / rate
+    passes = forwards + extra + (1 if x.lora_r is not None else 2)
+    linears = passes * model.layer_weights * model.layers
+    if forwards > 1 and not model.norm_after_mlp:  # the last one is not computed again for its own backward pass
+        linears -= _elements(model, GROUPS[3]) * model.layers
+    linears -= sum(_elements(model, group) for k in keep for group in _kept_groups(k))
+    head = model.head_weights * x.targets * (2 + extra if x.lora_r is not None else 4)
+    linear_s = 2 * s * (linears + head) / rate
 
     moved = elementwise_bytes(model, z, forwards) * model.layers
     moved += lora_bytes(model, x, forwards) * model.layers
@@ -83,6 +88,16 @@ def predict_time(model: ModelSizes, setting: Setting, gpu: Gpu, keep: Sequence[K
         parts["optimizer"] = trained / (x.world if x.stage else 1) * 40 / (gpu.memory_gb_s * 1e9)
     parts["host copies"] = _host_copies(model, z, keep, sum(parts.values()), gpu)
     return StepTime({k: v for k, v in parts.items() if v}, x.tokens, x.world, x.sp)
+
+
+def layer_forwards(model: ModelSizes, setting: Setting) -> float:
+    """How often a layer runs forward, on average: 2 with recomputation, in segments 3 but for the last layer of each."""
+    if setting.recompute == "none":
+        return 1.0
+    if setting.recompute not in ("every_k", "sqrt"):
+        return 2.0
+    segments = len(segment_starts(model, setting))
+    return (3 * model.layers - segments) / model.layers
 
 
 def _extra_forward(setting: Setting) -> int:
@@ -122,13 +137,13 @@ def rate_at(table: Sequence[Sequence[float]], tokens: int) -> float:
     points = sorted((float(n), float(rate)) for n, rate in table)
     if tokens <= points[0][0]:
         return points[0][1] * math.sqrt(tokens / points[0][0])
-    for (n0, r0), (n1, r1) in zip(points, points[1:], strict=False):
+    for (n0, r0), (n1, r1) in pairwise(points):
         if tokens <= n1:
             return r0 + (r1 - r0) * math.log(tokens / n0) / math.log(n1 / n0)
     return points[-1][1]
 
 
-def elementwise_bytes(model: ModelSizes, z: Sizes, forwards: int) -> float:
+def elementwise_bytes(model: ModelSizes, z: Sizes, forwards: float) -> float:
     """Read and written by a layer's norms, rotary embedding, activation and residual adds."""
     forward = 2 * 2 * z.u + 2 * 3 * z.u + 3 * z.f + 2 * (z.q + z.k)
     backward = 2 * 3 * z.u + 2 * 3 * z.u + 5 * z.f + 2 * (z.q + z.k)
@@ -136,7 +151,7 @@ def elementwise_bytes(model: ModelSizes, z: Sizes, forwards: int) -> float:
     return wide * (forwards * forward + backward)
 
 
-def lora_bytes(model: ModelSizes, x: Setting, forwards: int) -> float:
+def lora_bytes(model: ModelSizes, x: Setting, forwards: float) -> float:
     """`linear._Linears`: x A' reads the input, adding reads and writes the output; backward reads dy twice."""
     if x.lora_r is None:
         return 0.0
@@ -154,7 +169,7 @@ def _elements(model: ModelSizes, names: tuple[str, ...]) -> int:
     return sum(i * o for n, i, o in model.linear_io if n in names)
 
 
-def _gathering(model: ModelSizes, x: Setting, gpu: Gpu, forwards: int) -> float:
+def _gathering(model: ModelSizes, x: Setting, gpu: Gpu, forwards: float) -> float:
     """ZeRO-3: released weights come once a pass; from the host, if they lie there. Nothing hidden is counted off."""
     if x.stage < 3 or (x.resident and not x.offload_params):
         return 0.0
@@ -165,8 +180,8 @@ def _gathering(model: ModelSizes, x: Setting, gpu: Gpu, forwards: int) -> float:
 
 def _host_copies(model: ModelSizes, z: Sizes, keep: Sequence[Keep], compute_s: float, gpu: Gpu) -> float:
     """What of the copies is not hidden: out during the forward pass (a third of the step), back during the rest."""
-    costs = (z.group(GROUPS[0]), z.group(GROUPS[1]), z.group(GROUPS[2]))
-    names = ("qkv", "o", "gate_up")
+    costs = (z.group(GROUPS[0]), z.group(GROUPS[1]), z.group(GROUPS[2]), z.q + z.lse, z.u)
+    names = ("qkv", "o", "gate_up", "attention", "input")
     size = sum(c for k in keep for c, n in zip(costs, names, strict=True) if getattr(k, n) == "host")
     copy_s = size / (gpu.host_gb_s * 1e9)
     return max(0.0, copy_s - compute_s / 3) + max(0.0, copy_s - compute_s * 2 / 3)

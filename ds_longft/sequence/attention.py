@@ -172,6 +172,7 @@ def _forward_in_turns(
                 lse = part_lse.new_empty(len(call.share.q), part_lse.shape[1])
             lse[mine.q.start - call.share.q.start : mine.q.stop - call.share.q.start] = part_lse
         heads_into([out], [part], [(x.q,) for x in shares], call.group, buffers, (False,))
+        del qg, kg, vg, part
     assert lse is not None
     return out, lse
 
@@ -198,11 +199,13 @@ def _backward_in_turns(
             heads = _repeat_kv(kg, vg, mine)
             dqg, dkg, dvg = call.kernel.backward(dog, qg, *heads, og, part, cu_seqlens, call.lengths, call.spec)
             grads = dqg, _sum_repeats(dkg, mine), _sum_repeats(dvg, mine)
+            del dqg, dkg, dvg
             if dsinks is not None and sinks is not None:
                 of = slice(mine.q.start, mine.q.stop)
                 dsinks[of] = _sinks_gradient(dog, og, part, sinks[of]).to(sinks.dtype)
         back = [(x.q, x.kv, x.kv) for x in shares]
         heads_into([dq, dk, dv], grads, back, call.group, buffers, (False, wide, wide))
+        del qg, kg, vg, og, dog, grads  # gone before the next turn's are made
     return dq, dk.to(k.dtype), dv.to(v.dtype), dsinks
 
 

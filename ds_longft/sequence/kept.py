@@ -52,13 +52,13 @@ class Unread(Kept):
         self.allowed = False
         self.used = False
         self.node: object = None  # the outputs' place in the autograd graph
-        self._like: list[Tensor] = []
+        self._shapes: list[torch.Size] = []
 
     def put(self, *tensors: Tensor) -> None:
         """Of (outputs, x A') only the last is kept."""
         *outs, xa = tensors
         self._value = (xa.detach(),)
-        self._like = [torch.empty_like(out, device="meta") for out in outs]
+        self._shapes = [out.shape for out in outs]
 
     def take(self) -> tuple[Tensor, ...] | None:
         """Outputs whose content is undefined, and x A'."""
@@ -66,7 +66,7 @@ class Unread(Kept):
         if value is None or not self.allowed:
             return None
         self.used = True
-        return *(torch.empty_like(out, device=value[0].device) for out in self._like), *value
+        return *(value[0].new_empty(shape) for shape in self._shapes), *value
 
 
 class HostStore:

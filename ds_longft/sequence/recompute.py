@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -62,9 +62,9 @@ class LayerKeep:
             return self._on_host("attention")
         return Kept() if self.attention == "device" else None
 
-    def input_slot(self) -> HostKept | None:
-        """Where the layer's input waits, if not on the device."""
-        return self._on_host("input") if self.input_on_host else None
+    def input_slot(self) -> Kept:
+        """Where the layer's input waits."""
+        return self._on_host("input") if self.input_on_host else Kept()
 
     def _on_host(self, name: str) -> HostKept:
         assert self.store is not None, f"layer {self.index}: no host memory for its {name}"
@@ -102,9 +102,15 @@ def apply_recompute(
 
 
 def _checkpointed(
-    run: Callable[..., Any], forward: Forward, keep: LayerKeep, hidden: Tensor, *args: Any, **kwargs: Any
+    run: Callable[..., Any],
+    forward: Forward,
+    keep: LayerKeep,
+    hidden: Tensor,
+    *args: Any,
+    inner: bool = False,
+    **kwargs: Any,
 ) -> Any:
-    """Checkpoint one call of a layer; what `keep` names is computed once."""
+    """Checkpoint one call of a layer; what `keep` names is computed once. `inner`: inside of another checkpoint."""
     if not torch.is_grad_enabled():
         return forward(hidden, *args, **kwargs)
     slots, unread = keep.slots(), Unread()
@@ -125,37 +131,32 @@ def _checkpointed(
         assert not unread.used, "the recomputation went on after the output that nothing should read"
         return out
 
-    out = _from(keep.input_slot(), run, layer, keep, hidden, *args, **kwargs)
+    if inner:  # torch saves its arguments by the hooks of the segment around it: they are recomputed too
+        out = run(layer, hidden, *args, **kwargs)
+    else:
+        out = _from(keep.input_slot(), run, layer, keep, hidden, *args, **kwargs)
     unread.allowed = _ends_with(out, unread.node)
     return out
 
 
 def _from(
-    source: HostKept | None, run: Callable[..., Any], layer: Forward, keep: LayerKeep, hidden: Tensor, *args: Any,
-    **kwargs: Any,
-) -> Any:  # fmt: skip
-    """Checkpoint `layer(hidden, ...)`, its input waiting in `source` where that is given.
+    source: Kept, run: Callable[..., Any], layer: Forward, keep: LayerKeep, hidden: Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    """Checkpoint `layer(hidden, ...)`, its input waiting in `source`.
 
-    torch keeps the arguments of a checkpointed call, so an input that is to leave the device is not one of them.
+    Not among the arguments of the checkpointed call: torch keeps those.
     """
-    first, needs_grad, again = [hidden], hidden.requires_grad, False
+    first, needs_grad = [hidden], hidden.requires_grad
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal again
-        recomputing, again = again, True
-        if recomputing and keep.store is not None:
-            keep.store.prefetch(keep.index)
-        if source is None:
-            return layer(*args, **kwargs)
-        if not recomputing:
+        if first:
             return layer(first.pop(), *args, **kwargs)
+        if keep.store is not None:
+            keep.store.prefetch(keep.index)
         taken = source.take()
         assert taken is not None, "a layer's input was asked for twice"
         return layer(taken[0].requires_grad_(needs_grad), *args, **kwargs)
 
-    if source is None:
-        del first[:]
-        return run(call, hidden, *args, **kwargs)
     out = run(call, *args, **kwargs)
     source.put(hidden)
     return out
@@ -206,7 +207,7 @@ class _Segment:
 
         def segment(x: Tensor) -> Any:
             for forward, keep, (more, named) in inner:
-                x = _checkpointed(self.run, forward, replace(keep, input_on_host=False, store=None), x, *more, **named)
+                x = _checkpointed(self.run, forward, keep, x, *more, inner=True, **named)
             forward, _, (more, named) = last
             return forward(x, *more, **named)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from ds_longft.plan.memory import Keep, Sizes, _Step, predict, spend
+from ds_longft.plan.memory import predict, spend
 from ds_longft.plan.setting import GIB, Gpu, Setting
+from ds_longft.plan.step import Keep, Sizes, Step
 from ds_longft.plan.timeline import Timeline
 from tests.unit.plan.shapes import LLAMA_8B, LLAMA_13B, QWEN_7B, SMOLLM2, sizes
 from tests.unit.plan.tracked import tracked_peak
@@ -30,6 +31,16 @@ CASES = {
     "as many kv as query heads: the exchange": (LLAMA_13B, 2, Setting(LONG, 2, 2, recompute="keep_attention"), None),
     "9 heads on 2 ranks, tied": (SMOLLM2, 2, Setting(LONG, 2, 2, recompute="keep_attention"), None),
     "every_k": (QWEN_7B, 4, Setting(LONG, 2, 2, recompute="every_k", every=2), None),
+    "tiles": (LLAMA_8B, 2, Setting(LONG, 2, 2, recompute="keep_attention", tile_tokens=4096), None),
+    "tiles, without liger": (LLAMA_8B, 2, Setting(LONG, 2, 2, recompute="full", tile_tokens=4096, fused=False), None),
+    "tiles, every weight": (LLAMA_8B, 2, Setting(LONG, 2, 2, lora_r=None, recompute="full", tile_tokens=4096), None),
+    "tiles, heads in turns": (LLAMA_8B, 2, Setting(LONG, 2, 2, recompute="full", tile_tokens=4096, kv_heads=1), None),
+    "the same on one rank": (LLAMA_8B, 2, Setting(LONG, 1, 1, recompute="full", tile_tokens=4096, kv_heads=2), None),
+    "28 heads on 8 ranks in turns": (QWEN_7B, 2, Setting(LONG, 8, 8, recompute="full", tile_tokens=1024, kv_heads=1), None),
+    "inputs on the host": (LLAMA_8B, 6, Setting(LONG, 2, 2, recompute="full", host_gib=99), (Keep(input="host"),) * 6),
+    "segments, inputs on the host": (LLAMA_8B, 6, Setting(LONG, 2, 2, recompute="every_k", host_gib=99), (Keep(input="host"), Keep()) * 3),
+    "attention on the host": (LLAMA_8B, 6, Setting(LONG, 2, 2, tile_tokens=4096, host_gib=99), (Keep(input="host", attention="host"),) * 6),
+    "linears on the host": (LLAMA_8B, 6, Setting(LONG, 2, 2, host_gib=99), (Keep("device", "host", "host"),) * 6),
     "packed": (LLAMA_8B, 2, Setting((16384,) * 8, 2, 2, recompute="keep_attention"), None),
 }  # fmt: skip
 
@@ -40,18 +51,19 @@ def test_every_tensor_of_a_step_is_counted(name: str) -> None:
     shape = {**shape, "num_hidden_layers": layers}
     measured, _, at = tracked_peak(shape, setting, keep)
     timeline = Timeline()
-    _Step(timeline, Sizes(sizes(shape), setting), keep or (Keep(),) * layers).run()
-    tolerance = 0.03 if setting.recompute == "none" else 0.005
+    Step(timeline, Sizes(sizes(shape), setting), keep or (Keep(),) * layers).run()
+    coarse = setting.recompute == "none" or any(k.o == "host" for k in keep or ())
+    tolerance = 0.03 if coarse else 0.006
     assert timeline.peak == pytest.approx(measured, rel=tolerance), f"{at}; predicted at {timeline.moment}"
 
 
 def test_nothing_is_left_after_a_step() -> None:
     timeline = Timeline()
     model = sizes(LLAMA_8B, num_hidden_layers=3)
-    _Step(
+    Step(
         timeline, Sizes(model, Setting(LONG, 2, 2, recompute="auto")), (Keep("device", "device", "device"),) * 3
     ).run()
-    assert set(timeline.live) == {"cos sin", "g"}
+    assert set(timeline.live) == {"cos sin", "g", "coming"}
 
 
 def test_weights_and_optimizer_by_zero_stage() -> None:
@@ -75,8 +87,8 @@ def test_auto_spends_what_is_left_and_no_more() -> None:
     memory = predict(model, Setting(LONG, 2, 2, stage=2), gpu)
     assert memory.fits(gpu)
     room = gpu.memory_gib * 0.94 - memory.outside / GIB
-    assert room - 4 < memory.peak_gib <= room
-    assert spend(model, Setting(LONG, 2, 2), -1.0) == ((Keep(),) * 32, 0.0)
+    assert room - 8 < memory.peak_gib <= room  # the last layer works on what is kept of it: less than base and kept
+    assert spend(model, Setting(LONG, 2, 2), (Keep(),) * 32, -1.0, 0.0) == ((Keep(),) * 32, 0.0)
 
 
 def test_host_memory_is_shared_by_the_ranks_of_a_node() -> None:

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from ds_longft.plan.memory import Keep, predict
+from ds_longft.plan.memory import predict
 from ds_longft.plan.setting import Gpu, Setting
+from ds_longft.plan.step import Keep
 from ds_longft.plan.time import predict_time, rate_at
 from tests.unit.plan.shapes import LLAMA_8B, sizes
 

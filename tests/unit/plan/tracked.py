@@ -27,10 +27,12 @@ from ds_longft.config import LoraConfig
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.lora import add_lora
 from ds_longft.objectives.sft import SftObjective
-from ds_longft.plan.memory import Keep
 from ds_longft.plan.setting import Setting
+from ds_longft.plan.step import Keep
 from ds_longft.sequence.attention import ULYSSES, register
+from ds_longft.sequence.kept import HostStore
 from ds_longft.sequence.linear import fuse_linears
+from ds_longft.sequence.mlp import tile_mlp
 from ds_longft.sequence.recompute import LayerKeep, apply_recompute
 
 
@@ -63,6 +65,22 @@ class Tracker(TorchDispatchMode):
 
     def _gone(self, size: int) -> None:
         self.now -= size
+
+
+class UncountedStore(HostStore):
+    """Its buffers are host memory, which is not counted."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        super().__init__(torch.device("cpu"))
+        self.tracker = tracker
+
+    def buffer(self, key: Any, like: Tensor) -> Tensor:
+        peak, at = self.tracker.peak, self.tracker.at
+        memory = super().buffer(key, like)
+        storage = memory.untyped_storage()
+        self.tracker.now -= self.tracker.seen[storage]
+        self.tracker.peak, self.tracker.at = peak, at
+        return memory
 
 
 class FlashLike:
@@ -161,15 +179,23 @@ def _step(shape: dict[str, Any], setting: Setting, keep: Sequence[Keep] | None) 
         with tracker, patch.object(nn.Module, "to", lambda module, *a, **k: module):
             model = add_lora(base, LoraConfig(r=setting.lora_r), seed=0)
         torch.set_default_dtype(torch.float32)
-    objective = SftObjective(model, ParallelLayout.create(setting.sp))
+    objective = SftObjective(model, ParallelLayout.create(setting.sp), kv_heads_at_a_time=setting.kv_heads)
     layers = list(base.get_decoder().layers)
     groups = [fuse_linears(layer) for layer in layers]
-    keeps = [LayerKeep(i) for i in range(len(layers))]
-    for kept, of_layer, wanted in zip(keeps, groups, keep or [Keep()] * len(layers), strict=True):
+    store = UncountedStore(tracker)
+    keeps = [LayerKeep(i, store=store) for i in range(len(layers))]
+    for kept, layer, of_layer, wanted in zip(keeps, layers, groups, keep or [Keep()] * len(layers), strict=True):
         for group in of_layer:
             where = {"q_proj": wanted.qkv, "o_proj": wanted.o, "gate_proj": wanted.gate_up}.get(group.names[0])
-            if where == "device":
-                kept.on_device.append(group)
+            if where:
+                (kept.on_device if where == "device" else kept.on_host).append(group)
+        kept.attention = wanted.attention or "nowhere"  # type: ignore[assignment]
+        kept.input_on_host = wanted.input == "host"
+        kept.last = next(g for g in of_layer if "down_proj" in g.names)
+        if setting.tile_tokens:
+            tiled = kept.last = tile_mlp(layer, of_layer, setting.tile_tokens)
+            if setting.fused and tiled is not None:
+                tiled.combine = SiluMul.apply
     apply_recompute(layers, setting.recompute, every=setting.every, keep=keeps)
     model.train()
     for p in model.parameters():
