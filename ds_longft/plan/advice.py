@@ -10,9 +10,10 @@ from transformers import PretrainedConfig
 
 from ds_longft.config import RunConfig
 from ds_longft.errors import GpuMemoryError, ModelError
-from ds_longft.plan.memory import predict
-from ds_longft.plan.search import RESIDENT_SHARE, Question
+from ds_longft.plan.memory import SPARE_SHARE, place, predict
+from ds_longft.plan.search import RESIDENT_SHARE, TILE_TOKENS, Question, smallest_that_fits
 from ds_longft.plan.setting import GIB, Gpu, ModelSizes, Setting
+from ds_longft.plan.step import Keep
 
 WORTH_GIB = 0.5
 """What saves less is not mentioned."""
@@ -46,21 +47,8 @@ class Adviser:
             model = ModelSizes.from_config(hf_config)
         except ModelError:  # a mixture of experts
             model = None
-        zero = engine_config.get("zero_optimization", {})
-        weights_gib = 2 * (model.weights if model else 0) / GIB * (1 + 1 / world)
-        setting = Setting(
-            lengths=(config.data.budget_tokens,),
-            sp=sp,
-            world=world,
-            lora_r=config.lora.r if config.lora else None,
-            stage=int(zero.get("stage", 0)),
-            resident=config.lora is not None and weights_gib <= RESIDENT_SHARE * memory_gib,
-            offload_optimizer="offload_optimizer" in zero,
-            offload_params="offload_param" in zero,
-            recompute=config.train.recompute,
-            every=config.train.recompute_every,
-            fused=fused,
-            kernel="flash-attn-4",
+        setting = setting_of_run(
+            config, engine_config, model, sp=sp, world=world, local_world=world, memory_gib=memory_gib, fused=fused
         )
         return cls(model, setting, memory_gib, config)
 
@@ -101,6 +89,11 @@ class Adviser:
         larger = next((d for d in range(x.sp + 1, x.world + 1) if x.world % d == 0 and d <= self.model.q_heads), None)
         if larger:
             yield f"sp: {larger}", replace(x, sp=larger), f" ({larger} GPUs share a sample)"
+        if x.tile_tokens is None and x.local_tokens > TILE_TOKENS:
+            away = replace(x, tile_tokens=TILE_TOKENS)
+            yield f"train.mlp_tile_tokens: {TILE_TOKENS}", away, " (the same speed)"
+        if x.kv_heads is None and self.model.kv_heads > x.sp:
+            yield "train.kv_heads_at_a_time: 1", replace(x, kv_heads=1), " (attention in turns)"
         if x.recompute in ("none", "keep_attention", "auto"):
             yield "train.recompute: full", replace(x, recompute="full"), " (attention runs forward twice)"
         if x.recompute != "sqrt":
@@ -126,3 +119,67 @@ class Adviser:
         if not 0 < tokens < self.setting.tokens:
             return []
         return [f"  data.max_length_tokens (and data.pack_tokens): {tokens}   is the longest pack predicted to fit"]
+
+
+def setting_of_run(
+    config: RunConfig,
+    engine_config: dict[str, Any],
+    model: ModelSizes | None,
+    *,
+    sp: int,
+    world: int,
+    local_world: int,
+    memory_gib: float,
+    fused: bool,
+) -> Setting:
+    """A run as the planner describes it, for its longest pack."""
+    zero = engine_config.get("zero_optimization", {})
+    weights_gib = 2 * (model.weights if model else 0) / GIB * (1 + 1 / world)
+    return Setting(
+        lengths=(config.data.budget_tokens,),
+        sp=sp,
+        world=world,
+        lora_r=config.lora.r if config.lora else None,
+        stage=int(zero.get("stage", 0)),
+        resident=config.lora is not None and weights_gib <= RESIDENT_SHARE * memory_gib,
+        offload_optimizer="offload_optimizer" in zero,
+        offload_params="offload_param" in zero,
+        recompute=config.train.recompute,
+        every=config.train.recompute_every,
+        host_gib=config.train.offload_host_gib,
+        local_world=local_world,
+        tile_tokens=config.train.mlp_tile_tokens,
+        kv_heads=config.train.kv_heads_at_a_time,
+        fused=fused,
+    )
+
+
+def choose_for_run(
+    config: RunConfig,
+    engine_config: dict[str, Any],
+    hf_config: PretrainedConfig,
+    *,
+    sp: int,
+    world: int,
+    local_world: int,
+    memory_gib: float,
+    fused: bool,
+) -> tuple[Setting, tuple[Keep, ...]] | None:
+    """With `auto` recomputation: tiles and turns only where the longest pack needs them; and what waits on the host.
+
+    None for a model that the planner does not describe: everything is then kept on the GPU. Call it before ZeRO-3 is
+    switched on for every model that is built.
+    """
+    try:
+        model = ModelSizes.from_config(hf_config)
+    except ModelError:
+        return None
+    setting = setting_of_run(
+        config, engine_config, model, sp=sp, world=world, local_world=local_world, memory_gib=memory_gib, fused=fused
+    )
+    gpu = replace(Gpu.load("h200"), memory_gib=memory_gib)
+    if setting.recompute == "auto":
+        setting = smallest_that_fits(model, setting, gpu)
+    outside = (gpu.context_gib + (gpu.nccl_gib if world > 1 else 0.0)) * GIB
+    keep, _ = place(model, setting, gpu.memory_gib * (1 - SPARE_SHARE) * GIB - outside)
+    return setting, keep

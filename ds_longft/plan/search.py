@@ -23,7 +23,7 @@ TILE_TOKENS = 8192
 
 
 def savers(setting: Setting, model: ModelSizes) -> Iterator[Setting]:
-    """The setting as it is, then with MLP tiles, then with heads in turns as well: each slower or less kept, at most."""
+    """The setting as it is, then with MLP tiles, then with heads in turns as well."""
     yield setting
     if setting.tile_tokens is None and setting.local_tokens > TILE_TOKENS:
         setting = replace(setting, tile_tokens=TILE_TOKENS)

@@ -62,7 +62,7 @@ class ModelSizes:
         experts = getattr(hf_config, "num_local_experts", None) or getattr(hf_config, "num_experts", None)
         if experts:
             raise ModelError(
-                f"{hf_config.model_type} is a mixture of experts ({experts} experts); plan describes dense models only. "
+                f"{hf_config.model_type} is a mixture of experts ({experts} experts); plan knows dense models only. "
                 f"Train it with train.recompute: auto, which measures instead"
             )
         with torch.device("meta"):

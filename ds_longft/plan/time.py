@@ -1,8 +1,8 @@
 """Seconds of one optimizer step on one GPU: operations over rates, bytes over bandwidths. Formulas in docs/plan.md.
 
-Counted: attention and matrix products (forward, recomputation, backward), LoRA's products and elementwise kernels by the
-bytes they move, the exchange, gathers of ZeRO-3, host copies that do not hide behind compute, the optimizer. Rates are a
-GPU type's (`Gpu`), times its sustained share.
+Counted: attention and matrix products (forward, recomputation, backward), LoRA's products and elementwise kernels by
+the bytes they move, the exchange, gathers of ZeRO-3, host copies that do not hide behind compute, the optimizer. Rates
+are a GPU type's (`Gpu`), times its sustained share.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def predict_time(model: ModelSizes, setting: Setting, gpu: Gpu, keep: Sequence[K
 
 
 def layer_forwards(model: ModelSizes, setting: Setting) -> float:
-    """How often a layer runs forward, on average: 2 with recomputation, in segments 3 but for the last layer of each."""
+    """How often a layer runs forward, on average: 2 with recomputation, in segments 3 but for their last layers."""
     if setting.recompute == "none":
         return 1.0
     if setting.recompute not in ("every_k", "sqrt"):

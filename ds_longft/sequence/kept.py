@@ -43,8 +43,8 @@ class Kept:
 class Unread(Kept):
     """For the last linears of a layer, whose outputs only feed the residual add: a recomputation needs no product.
 
-    Keeps x A' (a few bytes a token) and gives outputs without content. `allowed` is set after the first call, by whoever
-    has seen that nothing saves the outputs (`recompute._ends_with`).
+    Keeps x A' (a few bytes a token) and gives outputs without content. `allowed` is set after the first call, by
+    whoever has seen that nothing saves the outputs (`recompute._ends_with`).
     """
 
     def __init__(self) -> None:
@@ -169,7 +169,7 @@ class HostKept(Kept):
 def _copy(
     sources: tuple[Tensor, ...], targets: tuple[Tensor, ...], stream: torch.cuda.Stream | None
 ) -> torch.cuda.Event | None:
-    """Copy on `stream`, after what compute has been given so far; the event of its end, None where there are no streams.
+    """Copy on `stream`, after what compute has been given so far; the event of its end, None without streams (CPU).
 
     After compute, because sources are its results, and targets may be memory that earlier kernels still use.
     """

@@ -109,7 +109,9 @@ class _Tiled(torch.autograd.Function):
             if dx is not None and dpart is not None:
                 dx[rows] = dpart
             del dleaves, dpart, grads
-        weights = [s.to(t.dtype) if s is not None and t is not None else None for s, t in zip(sums, tensors, strict=True)]
+        weights = [
+            s.to(t.dtype) if s is not None and t is not None else None for s, t in zip(sums, tensors, strict=True)
+        ]
         return (dx.view(dout.shape) if dx is not None else None, None, None, *weights)
 
 

@@ -60,9 +60,7 @@ def test_every_tensor_of_a_step_is_counted(name: str) -> None:
 def test_nothing_is_left_after_a_step() -> None:
     timeline = Timeline()
     model = sizes(LLAMA_8B, num_hidden_layers=3)
-    Step(
-        timeline, Sizes(model, Setting(LONG, 2, 2, recompute="auto")), (Keep("device", "device", "device"),) * 3
-    ).run()
+    Step(timeline, Sizes(model, Setting(LONG, 2, 2, recompute="auto")), (Keep("device", "device", "device"),) * 3).run()
     assert set(timeline.live) == {"cos sin", "g", "coming"}
 
 
