@@ -1,7 +1,7 @@
 """`ds-longft plan --calibrate FILE`: this machine's rates, measured in about two minutes, as a file for `--gpu FILE`.
 
 One process measures products, attention kernels, elementwise bandwidth and host copies. The exchange needs two GPUs:
-started under a launcher, every rank takes part and rank 0 writes; alone, the links are those of the nearest shipped type.
+started under a launcher, every rank takes part and rank 0 writes; alone, the links are those of the nearest type.
 """
 
 from __future__ import annotations
@@ -149,8 +149,8 @@ def attention_rates(
         except (ModelError, RuntimeError) as error:  # a kernel that imports but was built for another GPU
             print(f"{kernel.name} does not run here: {str(error).splitlines()[0]}")
             return {}
-        rates["forward"].append([tokens, round(4 * pairs / forward, 1)])
-        rates["backward"].append([tokens, round(10 * pairs / backward, 1)])
+        rates["forward"].append([tokens, float(f"{4 * pairs / forward:.4g}")])
+        rates["backward"].append([tokens, float(f"{10 * pairs / backward:.4g}")])
     return rates
 
 

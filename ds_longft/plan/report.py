@@ -100,7 +100,7 @@ def recipe(plan: Plan, question: Question, model: str) -> str:
         "train": train,
     }
     head = (
-        f"# Planned for {question.gpus} x {question.gpu.name} ({question.gpu.source} rates), {x.tokens:,} tokens a pack:\n"
+        f"# Planned for {question.gpus} x {question.gpu.name} ({question.gpu.source}), {x.tokens:,} tokens a pack:\n"
         f"# peak {plan.memory.peak_gib:.1f} of {question.gpu.memory_gib:.1f} GiB, {plan.time.total_s:.1f} s a step, "
         f"{plan.time.tokens_per_s:,.0f} tokens/s of all GPUs, {x.dp} pack{'s' * (x.dp > 1)} a step.\n"
         f"#   deepspeed launch/train.py --config this.yaml --data.train my.jsonl\n"

@@ -314,18 +314,18 @@ class Step:
         """`attention.SpAttention.backward`: exchange, kernel, exchange back; all heads at once or in turns."""
         t, z, at = self.t, self.z, "attention, backward"
         turn, many, grads = z.turn, z.setting.sp > 1, z.qs + 2 * z.ks
-        if z.turns > 1:
-            t.hold("dq dk dv", z.q + 2 * z.k * (4 / z.setting.element_bytes if z.wide else 1))
+        if z.turns > 1:  # written over q, k and v
+            t.hold("dq dk dv", 2 * z.k * 4 / z.setting.element_bytes if z.wide else 0.0)
         if many:
             t.hold("send", turn * (z.send + 2 * z.q))
             t.hold("heads", turn * (3 * z.qs + 2 * z.kr), at=at)
-            if z.turns == 1:
-                t.drop("send")
+            t.drop("send")
             t.hold("repeated", turn * 2 * z.ks if z.repeated else 0.0)
         t.hold("grads", turn * grads, at=at)
         t.during(at, turn * z.kernel_backward())
         if z.turns > 1:
-            t.drop("send", "heads", "repeated", "grads")
+            t.during("join", turn * (z.qs + 2 * z.kr) if many else 0.0)
+            t.drop("heads", "repeated", "grads")
         elif many:
             t.drop("heads", "repeated")
             t.hold("join", z.qs + 2 * z.kr)
@@ -333,7 +333,9 @@ class Step:
             t.drop("join")
             t.hold("dq dk dv", z.q + 2 * z.k, at="the exchange after attention, backward")
             t.drop("grads", "received")
-        t.drop("q", "k", "v", f"attention {i}", "dattention")
+        if z.turns == 1:
+            t.drop("q", "k", "v")
+        t.drop(f"attention {i}", "dattention")
 
     def _backward(self, i: int) -> None:
         """One layer's backward pass; the gradient of its output is held as "g"."""
@@ -347,19 +349,20 @@ class Step:
         else:
             self._mlp_backward(i)
         self._norm_backward("norm2")
-        t.drop("h1", "dnorm2")  # added to g in place
+        t.drop("h1", "norm2", "dnorm2")  # added to g in place
         t.hold("dattention", z.q)
         self._weight_gradient("o_proj")
         t.drop("o a", f"kept o {i}")
         self._attention_backward(i)
-        t.drop(f"kept qkv {i}")
+        if z.turns == 1:
+            t.drop(f"kept qkv {i}")
         if not x.fused:
             t.during("the rotary embedding, backward", 3 * z.q)
         t.hold("dnorm1", z.u)
         self._weight_gradient("q_proj")
-        t.drop("dq dk dv", "grads", "norm1", "qkv a")
+        t.drop("dq dk dv", "grads", "q", "k", "v", "norm1", "qkv a")
         self._norm_backward("norm1")
-        t.drop("dnorm1", f"x{i}")
+        t.drop("dnorm1", f"x{i}", f"kept qkv {i}")
 
     def _mlp_backward(self, i: int) -> None:
         """Down, the gated activation, gate and up."""
@@ -381,13 +384,13 @@ class Step:
     def _tiled_backward(self) -> None:
         """`mlp._Tiled.backward`; gradients of weights are summed in float32."""
         t, z, x = self.t, self.z, self.z.setting
-        t.hold("dnorm2", z.u)
+        t.hold("dnorm2", 0.0)  # written over the norm's output
         if x.lora_r is None:
             elements = sum(i * o for n, i, o in z.model.linear_io if n in (*GROUPS[2], *GROUPS[3]))
             t.hold("sums", 4 * elements, TRAINABLE)
             t.during("weight gradients of a tile", (4 + x.element_bytes) * elements * 2 / 3, TRAINABLE)
         t.during("a tile of the MLP, backward", z.tile * ((4 if x.fused else 7) * z.f + z.u))
-        t.drop("norm2", "sums")
+        t.drop("sums")
 
     def _weight_gradient(self, name: str) -> None:
         """Full training: the gradient of a group's weights, until it lies in the bucket."""

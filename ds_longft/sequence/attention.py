@@ -181,17 +181,23 @@ def _backward_in_turns(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, cu_seqlens: Tensor, out: Tensor, lse: Tensor, dout: Tensor,
     call: _Call,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """`SpAttention.backward` in the same turns. A kv head that two ranks hold is summed in at least float32."""
+    """`SpAttention.backward` in the same turns. A kv head that two ranks hold is summed in at least float32.
+
+    Writes over q, k and v: nothing else keeps them, and autograd would object if something did.
+    """
     buffers = Buffers()
     wide = shared_heads(call.shares)
     dtype = torch.promote_types(k.dtype, torch.float32) if wide else k.dtype
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-    dk, dv = ((torch.zeros if wide else torch.empty)(x.shape, dtype=dtype, device=x.device) for x in (k, v))
+    # A turn has read its heads of q, k and v before it writes their gradients: those take their place.
+    dq, dk, dv = q, k, v
+    if wide:
+        dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (k, v))
     dsinks = torch.zeros_like(sinks) if sinks is not None else None
     for shares in call.turns:
         mine = shares[call.rank]
         ranges = [(x.q, x.kv, x.kv, x.q, x.q) for x in shares]
         qg, kg, vg, og, dog = tokens_to_heads([q, k, v, out, dout], ranges, call.group, buffers)
+        buffers.sent = None  # the kernel needs the memory
         grads = (qg, kg, vg)  # empty, where this rank has no head in this turn
         if mine.q:
             rows = slice(mine.q.start - call.share.q.start, mine.q.stop - call.share.q.start)

@@ -88,6 +88,7 @@ class Buffers:
         memory = getattr(self, name)
         if memory is None or memory.numel() < elements:
             setattr(self, name, None)
+            del memory  # before the larger one is made
             memory = like.new_empty(elements)
             setattr(self, name, memory)
         return memory[:elements]

@@ -3,8 +3,9 @@
 gate, up and their product are 14,336 features a token in a Llama-8B, four times over at the peak of a backward pass;
 with tiles only x, y and their gradients (4,096 each) are whole. Forward computes tile by tile and keeps x; backward
 computes gate and up of a tile again and is done with it. Inside a checkpointed layer the recomputation calls this a
-second time, for an output that only feeds the residual add: nothing is computed then (`kept.Unread`). So gate and up run
-forward twice and down once, as without tiles. Source: TiledMLP, arXiv 2506.13996, which runs all three forward three times.
+second time, for an output that only feeds the residual add: nothing is computed then (`kept.Unread`). So gate and up
+run forward twice and down once, as without tiles. Source: TiledMLP of arXiv 2506.13996, which runs all three of them
+forward three times.
 
 Gradients of all weights below the MLP, adapters too, are summed over tiles in at least float32 and leave once.
 """
@@ -32,6 +33,7 @@ class _Spec:
     combine: Combine  # act(gate) * up
     scales: tuple[tuple[float, ...], tuple[float, ...]]  # of gate and up, of down
     split: int  # how many of the tensors belong to gate and up
+    own_input: bool  # nothing but this MLP reads its input: the input's gradient is written over it
 
 
 class TiledMlp:
@@ -41,6 +43,7 @@ class TiledMlp:
         self.gate_up, self.down, self.tile_tokens = gate_up, down, tile_tokens
         self.plain = mlp.forward
         self.combine = _combine(mlp)
+        self.own_input = False
         self.kept: Kept | None = None  # set by whoever checkpoints the layer, for the call about to come
         mlp.forward = self
 
@@ -50,7 +53,9 @@ class TiledMlp:
         if any(getattr(m, "disable_adapters", False) or getattr(m, "merged", False) for m in modules):
             return self.plain(x)
         first, second = self.gate_up.tensors, self.down.tensors
-        spec = _Spec(self.tile_tokens, self.combine, (self.gate_up.scales, self.down.scales), len(first))
+        spec = _Spec(
+            self.tile_tokens, self.combine, (self.gate_up.scales, self.down.scales), len(first), self.own_input
+        )
         out: Tensor = _Tiled.apply(x, self.kept, spec, *first, *second)
         if isinstance(self.kept, Unread):
             self.kept.node = out.grad_fn
@@ -87,7 +92,8 @@ class _Tiled(torch.autograd.Function):
         first, second = tensors[: spec.split], tensors[spec.split :]
         needed = ctx.needs_input_grad[3:]
         dy = dout.reshape(x2.shape)
-        dx = torch.empty_like(x2) if ctx.needs_input_grad[0] else None
+        # Over the input, where a norm made it for this MLP alone; autograd objects if something else has kept it.
+        dx = (x2 if spec.own_input else torch.empty_like(x2)) if ctx.needs_input_grad[0] else None
         sums: list[Tensor | None] = [None] * len(tensors)
         for rows in _tiles(len(x2), spec.tile_tokens):
             gate, up, xa = linears_forward(x2[rows], spec.scales[0], first)
@@ -124,7 +130,12 @@ def tile_mlp(layer: nn.Module, groups: Sequence[LinearGroup], tile_tokens: int) 
     for module in layer.modules():
         ours = (getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj"))
         if all(a is b for a, b in zip(ours, (*gate_up.modules, *down.modules), strict=True)):
-            return TiledMlp(module, gate_up, down, tile_tokens)
+            tiled = TiledMlp(module, gate_up, down, tile_tokens)
+            names = {name for name, _ in layer.named_children()}
+            tiled.own_input = "pre_feedforward_layernorm" in names or (
+                "post_attention_layernorm" in names and "post_feedforward_layernorm" not in names
+            )
+            return tiled
     return None
 
 
@@ -134,11 +145,11 @@ def _combine(mlp: nn.Module) -> Combine:
     if kind == "LigerSwiGLUMLP":
         from liger_kernel.ops import LigerSiLUMulFunction
 
-        return LigerSiLUMulFunction.apply  # type: ignore[no-any-return]
+        return LigerSiLUMulFunction.apply
     if kind == "LigerGEGLUMLP":
         from liger_kernel.ops import LigerGELUMulFunction
 
-        return LigerGELUMulFunction.apply  # type: ignore[no-any-return]
+        return LigerGELUMulFunction.apply
     act: Any = mlp.act_fn
     return lambda gate, up: act(gate) * up
 

@@ -9,8 +9,8 @@
 | every_k | every k-th layer input, k layer inputs of one segment | 3, the last layer of a segment 2 |
 | sqrt | as every_k with k = sqrt(layers): the least memory | as every_k |
 
-Whatever is kept may lie in host memory instead (`LayerKeep`). The down projection runs forward once in all of them where
-its output only feeds the residual add.
+Whatever is kept may lie in host memory instead (`LayerKeep`). The down projection runs forward once in all of them
+where its output only feeds the residual add.
 Segments are nested: inside one, each layer is checkpointed again. Without that, a segment of k layers would keep all of
 their inner activations at once, about 25 layer inputs each, more than checkpointing every layer does.
 Source of the rule: Chen et al., arXiv 1604.06174; of keeping attention: DISTFLASHATTN, arXiv 2310.03294.
@@ -168,10 +168,11 @@ def _ends_with(out: Any, node: object) -> bool:
     added = tensor.grad_fn
     if node is None or added is None or added.name() != "AddBackward0":
         return False
-    for before, _ in added.next_functions:
-        while before is not None and before is not node and before.name().startswith(_HOOKS):
-            before = before.next_functions[0][0]
-        if before is node:
+    for term, _ in added.next_functions:
+        made_by = term
+        while made_by is not None and made_by is not node and made_by.name().startswith(_HOOKS):
+            made_by = made_by.next_functions[0][0]
+        if made_by is node:
             return True
     return False
 

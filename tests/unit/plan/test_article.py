@@ -62,7 +62,7 @@ def memory_of(model: ModelSizes, setting: Setting) -> float:
 def test_checkpointing_saves_more_than_lora_and_sqrt_most() -> None:
     yi = sizes(YI_9B)
     none, full, sqrt = (longest(yi, stage=2, recompute=r) for r in ("none", "full", "sqrt"))
-    assert 8 * none < full < sqrt
+    assert 3 * none < full < sqrt
 
 
 def test_without_lora_nothing_fits_on_one_gpu_and_its_gain_does_not_depend_on_the_length() -> None:
