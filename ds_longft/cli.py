@@ -69,9 +69,6 @@ COMMANDS = {
     "data tokenize": Command("ds_longft.data.commands:tokenize", "chats to token ids, once, into the cache"),
     "data stats": Command("ds_longft.data.commands:stats", "lengths, targets, packs and padding of a data set"),
     "data inspect": Command("ds_longft.data.commands:inspect", "show which tokens of a row are trained on"),
-    "data synth-code": Command(
-        "ds_longft.data.commands:synth_code", "make long code questions from Python's own source"
-    ),
     "plan": Command("ds_longft.plan.command:plan", "how long a sample fits, how fast it trains, as a recipe"),
     "verify": Command("ds_longft.verify.command:verify", "prove that your run trains what one process would", True),
     "export": Command("ds_longft.model.export:export", "a run's result as an ordinary Hugging Face folder"),

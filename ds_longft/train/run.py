@@ -23,7 +23,6 @@ from ds_longft.ds_config import DeepSpeedSettings
 from ds_longft.errors import EXIT_HANG, EXIT_REQUEUE, DataError, GpuMemoryError
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.flops import equal_cost_tokens, peak_tflops
-from ds_longft.model.flops import peak_tflops
 from ds_longft.model.load import load_config, load_tokenizer
 from ds_longft.model.lora import trainable_parameters
 from ds_longft.sequence.attention import ULYSSES
