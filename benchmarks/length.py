@@ -135,7 +135,7 @@ def compare(case: Case, measured: dict[str, Any], gpu: str, *, tiny: bool) -> di
     from transformers import AutoConfig
 
     from ds_longft.plan.memory import predict
-    from ds_longft.plan.search import RESIDENT_SHARE, smallest_that_fits
+    from ds_longft.plan.search import RESIDENT_SHARE, fastest_saver
     from ds_longft.plan.setting import GIB, Gpu, ModelSizes, Setting
     from ds_longft.plan.step import ATTENTION, LAYER_INPUTS, LINEARS, TRAINABLE, WEIGHTS
     from ds_longft.plan.time import predict_time
@@ -159,7 +159,7 @@ def compare(case: Case, measured: dict[str, Any], gpu: str, *, tiny: bool) -> di
         element_bytes=4 if tiny else 2,
     )
     if case.recompute == "auto":
-        setting = smallest_that_fits(model, setting, rates)
+        setting = fastest_saver(model, setting, rates)
     memory = predict(model, setting, rates)
     time = predict_time(model, setting, rates, memory.keep)
     beside = sum(memory.parts.get(part, 0.0) for part in (WEIGHTS, TRAINABLE, LAYER_INPUTS, ATTENTION, LINEARS))

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from ds_longft.config import RunConfig
 from ds_longft.errors import GpuMemoryError, ModelError
 from ds_longft.plan.memory import SPARE_SHARE, place, predict
-from ds_longft.plan.search import RESIDENT_SHARE, TILE_TOKENS, Question, smallest_that_fits
+from ds_longft.plan.search import RESIDENT_SHARE, TILE_TOKENS, Question, fastest_saver
 from ds_longft.plan.setting import GIB, Gpu, ModelSizes, Setting
 from ds_longft.plan.step import Keep
 
@@ -179,7 +179,7 @@ def choose_for_run(
     )
     gpu = replace(Gpu.load("h200"), memory_gib=memory_gib)
     if setting.recompute == "auto":
-        setting = smallest_that_fits(model, setting, gpu)
+        setting = fastest_saver(model, setting, gpu)
     outside = (gpu.context_gib + (gpu.nccl_gib if world > 1 else 0.0)) * GIB
     keep, _ = place(model, setting, gpu.memory_gib * (1 - SPARE_SHARE) * GIB - outside)
     return setting, keep
