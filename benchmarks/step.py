@@ -69,6 +69,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="full fine-tuning instead of LoRA r16 on all linears")
     parser.add_argument("--steps", type=int, default=3, help="the first is warming up")
     parser.add_argument("--host_gib", type=float, default=0.0, help="host memory for kept outputs")
+    parser.add_argument("--tile", type=int, help="train.mlp_tile_tokens")
+    parser.add_argument("--kv_heads", type=int, help="train.kv_heads_at_a_time")
     parser.add_argument("--liger", default="auto")
     parser.add_argument("--tag", default="")
     parser.add_argument("--profile", help="write a trace of the last step to this file and print the top kernels")
@@ -79,10 +81,13 @@ def arguments() -> argparse.Namespace:
 
 def document_lengths(args: argparse.Namespace) -> list[int]:
     """The pack's documents in tokens."""
-    if args.tokens:
-        return [args.tokens]
+    return [args.tokens] if args.tokens else lengths_of(args.documents)
+
+
+def lengths_of(documents: str) -> list[int]:
+    """`16384x8` or `70000,1000` -> lengths in tokens."""
     lengths: list[int] = []
-    for part in args.documents.split(","):
+    for part in documents.split(","):
         length, _, times = part.partition("x")
         lengths += [int(length)] * int(times or 1)
     return lengths
@@ -128,7 +133,12 @@ def main() -> None:
             "model": {"path": str(folder), "random_weights": True, "kernel": args.kernel, "liger": args.liger},
             "lora": None if args.full else {"r": 16, "alpha": 32},
             "data": {"train": ["unused.jsonl"], "max_length_tokens": tokens},
-            "train": {"recompute": args.recompute, "offload_host_gib": args.host_gib},
+            "train": {
+                "recompute": args.recompute,
+                "offload_host_gib": args.host_gib,
+                "mlp_tile_tokens": args.tile,
+                "kv_heads_at_a_time": args.kv_heads,
+            },
         }
     )
     settings = merge_ds_config(

@@ -69,6 +69,7 @@ COMMANDS = {
     "data tokenize": Command("ds_longft.data.commands:tokenize", "chats to token ids, once, into the cache"),
     "data stats": Command("ds_longft.data.commands:stats", "lengths, targets, packs and padding of a data set"),
     "data inspect": Command("ds_longft.data.commands:inspect", "show which tokens of a row are trained on"),
+    "plan": Command("ds_longft.plan.command:plan", "how long a sample fits, how fast it trains, as a recipe"),
     "verify": Command("ds_longft.verify.command:verify", "prove that your run trains what one process would", True),
     "eval perplexity": Command(
         "ds_longft.evaluate.perplexity:perplexity", "loss at every position of long texts, over several GPUs too"

@@ -218,8 +218,17 @@ class TrainConfig(Section):
     `auto`: as `keep_attention`, and with the GPU memory left the outputs of as many linears as fit."""
 
     offload_host_gib: float = Field(default=0.0, ge=0)
-    """Host memory a node may give to `recompute: auto` for what does not fit on its GPUs; pinned, copied beside the
-    compute. Pinning takes about 0.4 s a GiB at the start."""
+    """Host memory a node may give to what does not fit on its GPUs: inputs of layers (or segments), with
+    `keep_attention` and `auto` attention outputs, with `auto` outputs of linears. Pinned, copied beside the compute.
+    Pinning takes about 0.4 s a GiB at the start."""
+
+    mlp_tile_tokens: Tokens | None = None
+    """Compute MLPs so many of a rank's tokens at a time: less memory at the same speed, but no MLP output can be kept.
+    Left out: whole, or with `auto` recomputation what the longest pack needs."""
+
+    kv_heads_at_a_time: int | None = Field(default=None, gt=0)
+    """Exchange and compute attention so many of a rank's key/value heads (and their queries) at a time. Left out: all,
+    or with `auto` recomputation what the longest pack needs."""
 
     recompute_every: int = Field(default=2, gt=0)
     """Layers per segment for `every_k`."""

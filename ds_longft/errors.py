@@ -46,6 +46,10 @@ class CheckpointError(LongftError):
     """A checkpoint is missing, damaged, or belongs to another run."""
 
 
+class GpuMemoryError(LongftError):
+    """A GPU's memory does not hold a step. Seen by the rank it happened to, not by all ranks."""
+
+
 class NonFiniteError(LongftError):
     """Loss or gradient is NaN or infinite on some rank; the weights were not touched."""
 

@@ -17,11 +17,14 @@ from ds_longft.sequence.loss import ChunkedHead
 class SftObjective(nn.Module):
     """Holds the model (a PeftModel or a plain causal LM) and computes sum(w * ce) over this rank's targets."""
 
-    def __init__(self, model: nn.Module, layout: ParallelLayout, kernel: str = "auto") -> None:
+    def __init__(
+        self, model: nn.Module, layout: ParallelLayout, kernel: str = "auto", kv_heads_at_a_time: int | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.layout = layout
         self.kernel = kernel
+        self.kv_heads_at_a_time = kv_heads_at_a_time
         # PEFT changes linears in place; the plain causal LM under it still runs with its adapters.
         causal_lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         seen = causal_lm.config._attn_implementation
@@ -39,5 +42,6 @@ class SftObjective(nn.Module):
             documents=batch.documents,
             layout=self.layout,
             kernel=self.kernel,
+            kv_heads_at_a_time=self.kv_heads_at_a_time,
         ).last_hidden_state  # [1, s, D]
         return self._head[0](hidden[0, batch.target_rows], batch.targets, batch.target_weights)

@@ -22,7 +22,16 @@ from transformers.masking_utils import AttentionMaskInterface
 from ds_longft.batch import Documents
 from ds_longft.errors import ModelError
 from ds_longft.layout import ParallelLayout
-from ds_longft.sequence.exchange import HeadShare, deal_heads, heads_to_tokens, tokens_to_heads
+from ds_longft.sequence.exchange import (
+    Buffers,
+    HeadShare,
+    deal_heads,
+    deal_in_turns,
+    heads_into,
+    heads_to_tokens,
+    shared_heads,
+    tokens_to_heads,
+)
 from ds_longft.sequence.kept import Kept
 from ds_longft.sequence.kernels import AttentionSpec, Kernel, choose_kernel
 
@@ -76,6 +85,8 @@ class _Call:
     group: ProcessGroup | None
     shares: tuple[HeadShare, ...]
     share: HeadShare  # this rank's
+    turns: tuple[tuple[HeadShare, ...], ...] = ()  # where heads are worked on some at a time: the shares of each turn
+    rank: int = 0  # in the sp group
 
 
 class SpAttention(torch.autograd.Function):
@@ -98,6 +109,10 @@ class SpAttention(torch.autograd.Function):
         Returns out [s, Hq, d]. The log-sum-exp [h, S] of this rank's heads is saved beside it.
         """
         output = kept.take() if kept is not None else None
+        if output is None and call.turns:
+            output = _forward_in_turns(q, k, v, sinks, cu_seqlens, call)
+            if kept is not None:
+                kept.put(*output)
         if output is None:
             ranges = [(x.q, x.kv, x.kv) for x in call.shares]
             qg, kg, vg = tokens_to_heads([q, k, v], ranges, call.group)  # [S, h, d]
@@ -118,6 +133,8 @@ class SpAttention(torch.autograd.Function):
         """One exchange for q, k, v, out and dout; the kernel; one exchange back for the gradients."""
         q, k, v, sinks, cu_seqlens, out, lse = ctx.saved_tensors
         call: _Call = ctx.call
+        if call.turns:
+            return (*_backward_in_turns(q, k, v, sinks, cu_seqlens, out, lse, dout, call), None, None, None)
         ranges = [(x.q, x.kv, x.kv, x.q, x.q) for x in call.shares]
         qg, kg, vg, og, dog = tokens_to_heads([q, k, v, out, dout], ranges, call.group)  # [S, h, d]
         kg, vg = _repeat_kv(kg, vg, call.share)
@@ -133,6 +150,71 @@ class SpAttention(torch.autograd.Function):
         return (*grads, dsinks, None, None, None)
 
 
+def _forward_in_turns(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, cu_seqlens: Tensor, call: _Call
+) -> tuple[Tensor, Tensor]:
+    """`SpAttention.forward`, a few key/value heads and their queries at a time: out [s, Hq, d], lse [h, S].
+
+    The exchange and the kernel then need memory for those heads only.
+    """
+    buffers, out = Buffers(), torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse: Tensor | None = None
+    for shares in call.turns:
+        mine = shares[call.rank]
+        ranges = [(x.q, x.kv, x.kv) for x in shares]
+        qg, kg, vg = tokens_to_heads([q, k, v], ranges, call.group, buffers)  # [S, h of this turn, d]
+        part = qg
+        if mine.q:
+            part, part_lse = call.kernel.forward(qg, *_repeat_kv(kg, vg, mine), cu_seqlens, call.lengths, call.spec)
+            if sinks is not None:
+                part, part_lse = _add_sinks(part, part_lse, sinks[mine.q.start : mine.q.stop])
+            if lse is None:
+                lse = part_lse.new_empty(len(call.share.q), part_lse.shape[1])
+            lse[mine.q.start - call.share.q.start : mine.q.stop - call.share.q.start] = part_lse
+        heads_into([out], [part], [(x.q,) for x in shares], call.group, buffers, (False,))
+        del qg, kg, vg, part
+    assert lse is not None
+    return out, lse
+
+
+def _backward_in_turns(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, cu_seqlens: Tensor, out: Tensor, lse: Tensor, dout: Tensor,
+    call: _Call,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """`SpAttention.backward` in the same turns. A kv head that two ranks hold is summed in at least float32.
+
+    Writes over q, k and v: nothing else keeps them, and autograd would object if something did.
+    """
+    buffers = Buffers()
+    wide = shared_heads(call.shares)
+    dtype = torch.promote_types(k.dtype, torch.float32) if wide else k.dtype
+    # A turn has read its heads of q, k and v before it writes their gradients: those take their place.
+    dq, dk, dv = q, k, v
+    if wide:
+        dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (k, v))
+    dsinks = torch.zeros_like(sinks) if sinks is not None else None
+    for shares in call.turns:
+        mine = shares[call.rank]
+        ranges = [(x.q, x.kv, x.kv, x.q, x.q) for x in shares]
+        qg, kg, vg, og, dog = tokens_to_heads([q, k, v, out, dout], ranges, call.group, buffers)
+        buffers.sent = None  # the kernel needs the memory
+        grads = (qg, kg, vg)  # empty, where this rank has no head in this turn
+        if mine.q:
+            rows = slice(mine.q.start - call.share.q.start, mine.q.stop - call.share.q.start)
+            part = lse[rows].contiguous()
+            heads = _repeat_kv(kg, vg, mine)
+            dqg, dkg, dvg = call.kernel.backward(dog, qg, *heads, og, part, cu_seqlens, call.lengths, call.spec)
+            grads = dqg, _sum_repeats(dkg, mine), _sum_repeats(dvg, mine)
+            del dqg, dkg, dvg
+            if dsinks is not None and sinks is not None:
+                of = slice(mine.q.start, mine.q.stop)
+                dsinks[of] = _sinks_gradient(dog, og, part, sinks[of]).to(sinks.dtype)
+        back = [(x.q, x.kv, x.kv) for x in shares]
+        heads_into([dq, dk, dv], grads, back, call.group, buffers, (False, wide, wide))
+        del qg, kg, vg, og, dog, grads  # gone before the next turn's are made
+    return dq, dk.to(k.dtype), dv.to(v.dtype), dsinks
+
+
 def ulysses_attention(
     module: nn.Module,
     query: Tensor,
@@ -144,6 +226,7 @@ def ulysses_attention(
     layout: ParallelLayout | None = None,
     kernel: str = "auto",
     kept: Kept | None = None,
+    kv_heads_at_a_time: int | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -176,7 +259,10 @@ def ulysses_attention(
         kernel, device=q.device, dtype=q.dtype, head_dim=q.shape[-1], spec=spec, lengths=documents.lengths
     )
     shares = deal_heads(q.shape[1], k.shape[1], layout.sp)
-    call = _Call(documents.lengths, chosen, spec, layout.group, shares, shares[layout.sp_rank])
+    turns: tuple[tuple[HeadShare, ...], ...] = ()
+    if kv_heads_at_a_time is not None and kv_heads_at_a_time < max(len(share.kv) for share in shares):
+        turns = deal_in_turns(q.shape[1], k.shape[1], layout.sp, kv_heads_at_a_time)
+    call = _Call(documents.lengths, chosen, spec, layout.group, shares, shares[layout.sp_rank], turns, layout.sp_rank)
     out = SpAttention.apply(q, k, v, s_aux, documents.cu_seqlens, call, kept)
     return out[None], None
 

@@ -44,37 +44,80 @@ def deal_heads(q_heads: int, kv_heads: int, sp: int) -> tuple[HeadShare, ...]:
     assert q_heads % kv_heads == 0, (q_heads, kv_heads)
     assert 1 <= sp <= q_heads, (q_heads, sp)
     group = q_heads // kv_heads
-    shares = []
-    for rank in range(sp):
-        q = range(rank * q_heads // sp, (rank + 1) * q_heads // sp)
-        kv = range(q.start // group, (q.stop - 1) // group + 1)
-        # How many of this rank's query heads read each received kv head.
-        readers = [min(q.stop, (j + 1) * group) - max(q.start, j * group) for j in kv]
-        common = math.gcd(*readers)
-        repeat = tuple(i for i, n in enumerate(readers) for _ in range(n // common))
-        shares.append(HeadShare(q, kv, repeat if len(repeat) > len(kv) else None))
-    return tuple(shares)
+    return tuple(_share(range(i * q_heads // sp, (i + 1) * q_heads // sp), group) for i in range(sp))
+
+
+@lru_cache(maxsize=64)
+def deal_in_turns(q_heads: int, kv_heads: int, sp: int, kv_at_a_time: int) -> tuple[tuple[HeadShare, ...], ...]:
+    """The same shares, in turns: in each, a rank works on `kv_at_a_time` of its key/value heads and their queries.
+
+    Every rank takes part in every turn, with an empty share where it has fewer heads than another.
+    """
+    assert kv_at_a_time >= 1, kv_at_a_time
+    group = q_heads // kv_heads
+    shares = deal_heads(q_heads, kv_heads, sp)
+    turns = -(-max(len(share.kv) for share in shares) // kv_at_a_time)
+
+    def part(share: HeadShare, turn: int) -> HeadShare:
+        kv = share.kv[turn * kv_at_a_time : (turn + 1) * kv_at_a_time]
+        q = range(max(share.q.start, kv.start * group), min(share.q.stop, kv.stop * group))
+        return _share(q, group) if kv and q else HeadShare(range(0), range(0), None)
+
+    return tuple(tuple(part(share, turn) for share in shares) for turn in range(turns))
+
+
+def _share(q: range, group: int) -> HeadShare:
+    """The share of a rank with these query heads, `group` of which read one kv head."""
+    kv = range(q.start // group, (q.stop - 1) // group + 1)
+    # How many of this rank's query heads read each received kv head.
+    readers = [min(q.stop, (j + 1) * group) - max(q.start, j * group) for j in kv]
+    common = math.gcd(*readers)
+    repeat = tuple(i for i, n in enumerate(readers) for _ in range(n // common))
+    return HeadShare(q, kv, repeat if len(repeat) > len(kv) else None)
+
+
+@dataclass
+class Buffers:
+    """Memory for what is sent and received, made once and used by every turn."""
+
+    sent: Tensor | None = None
+    received: Tensor | None = None
+
+    def take(self, name: str, elements: int, like: Tensor) -> Tensor:
+        """`elements` of one of the two, enlarged where they are too few."""
+        memory = getattr(self, name)
+        if memory is None or memory.numel() < elements:
+            setattr(self, name, None)
+            del memory  # before the larger one is made
+            memory = like.new_empty(elements)
+            setattr(self, name, memory)
+        return memory[:elements]
 
 
 def tokens_to_heads(
-    tensors: Sequence[Tensor], ranges: Sequence[Sequence[range]], group: ProcessGroup | None
+    tensors: Sequence[Tensor],
+    ranges: Sequence[Sequence[range]],
+    group: ProcessGroup | None,
+    buffers: Buffers | None = None,
 ) -> list[Tensor]:
     """Exchange local tensors [s, H, d], all heads of some tokens, for [S, h, d], some heads of all tokens.
 
     `ranges[p][i]` are the heads of `tensors[i]` that rank p receives. The results are views of one received buffer
-    (stride of a token: all heads received), which the attention kernels read without a copy.
+    (stride of a token: all heads received), which the attention kernels read without a copy. With `buffers` they are
+    valid until the next exchange with the same.
     """
     if group is None:
-        return list(tensors)
+        return [t[:, heads.start : heads.stop] for t, heads in zip(tensors, ranges[0], strict=True)]
+    buffers = buffers or Buffers()
     me, world = dist.get_rank(group), len(ranges)
     s, _, d = tensors[0].shape
     widths = [sum(len(heads) for heads in per_rank) for per_rank in ranges]
     sizes = [s * width * d for width in widths]
-    send = tensors[0].new_empty(sum(sizes))
+    send = buffers.take("sent", sum(sizes), tensors[0])
     for per_rank, width, block in zip(ranges, widths, send.split(sizes), strict=True):
         parts = [t[:, heads.start : heads.stop] for t, heads in zip(tensors, per_rank, strict=True)]
         _join(parts, block.view(s, width, d))  # [s, heads for that rank, d]
-    received = send.new_empty(world * sizes[me])
+    received = buffers.take("received", world * sizes[me], tensors[0])
     dist.all_to_all_single(received, send, [sizes[me]] * world, sizes, group=group)
     # Rank order is token order, so [P, s, h, d] is already [S, h, d].
     return list(received.view(world * s, widths[me], d).split([len(heads) for heads in ranges[me]], dim=1))
@@ -89,25 +132,59 @@ def heads_to_tokens(
     """
     if group is None:
         return [t.contiguous() for t in tensors]
+    parts = _back(tensors, ranges, group, Buffers())
+    return [_assemble(blocks, [per_rank[i] for per_rank in ranges]) for i, blocks in enumerate(parts)]
+
+
+def heads_into(
+    totals: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    ranges: Sequence[Sequence[range]],
+    group: ProcessGroup | None,
+    buffers: Buffers,
+    summed: Sequence[bool],
+) -> None:
+    """The same for one turn: into `totals` [s, H, d] of all turns, written, or added to where `summed` says so."""
+    parts = [[t] for t in tensors] if group is None else _back(tensors, ranges, group, buffers)
+    for i, (total, blocks) in enumerate(zip(totals, parts, strict=True)):
+        for block, per_rank in zip(blocks, ranges, strict=True):
+            heads = per_rank[i]
+            place = total[:, heads.start : heads.stop]
+            if summed[i]:
+                place.add_(block)
+            else:
+                place.copy_(block)
+
+
+def shared_heads(shares: Sequence[HeadShare]) -> bool:
+    """Whether some key/value head is on two ranks."""
+    return any(b.kv.start < a.kv.stop for a, b in pairwise(shares))
+
+
+def _back(
+    tensors: Sequence[Tensor], ranges: Sequence[Sequence[range]], group: ProcessGroup, buffers: Buffers
+) -> list[list[Tensor]]:
+    """For each tensor the parts [s, h of rank p, d] that each rank p sent."""
     me, world = dist.get_rank(group), len(ranges)
     big_s, _, d = tensors[0].shape
     s = big_s // world
     widths = [sum(len(heads) for heads in per_rank) for per_rank in ranges]
     if len(tensors) == 1 and tensors[0].is_contiguous():
-        send = tensors[0]  # [S, h, d], already rank by rank
+        send = tensors[0].reshape(-1)  # [S, h, d], already rank by rank
     else:
-        send = _join(tensors, tensors[0].new_empty(big_s, widths[me], d))
+        send = buffers.take("sent", big_s * widths[me] * d, tensors[0])
+        _join(tensors, send.view(big_s, widths[me], d))
     sizes = [s * width * d for width in widths]
-    received = send.new_empty(sum(sizes))
-    dist.all_to_all_single(received, send.view(-1), sizes, [s * widths[me] * d] * world, group=group)
+    received = buffers.take("received", sum(sizes), tensors[0])
+    dist.all_to_all_single(received, send, sizes, [s * widths[me] * d] * world, group=group)
     blocks = [block.view(s, width, d) for block, width in zip(received.split(sizes), widths, strict=True)]
-    out, offsets = [], [0] * world
+    parts: list[list[Tensor]] = []
+    offsets = [0] * world
     for i in range(len(tensors)):
         heads = [per_rank[i] for per_rank in ranges]
-        parts = [b[:, o : o + len(h)] for b, o, h in zip(blocks, offsets, heads, strict=True)]  # [s, h of rank p, d]
+        parts.append([b[:, o : o + len(h)] for b, o, h in zip(blocks, offsets, heads, strict=True)])
         offsets = [o + len(h) for o, h in zip(offsets, heads, strict=True)]
-        out.append(_assemble(parts, heads))
-    return out
+    return parts
 
 
 def _join(parts: Sequence[Tensor], out: Tensor) -> Tensor:

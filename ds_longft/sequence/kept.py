@@ -1,8 +1,12 @@
 """What a checkpointed layer's first call leaves for its second: on the GPU, or in pinned host memory.
 
 Host copies go out on a stream of their own during the forward pass and come back on another during the backward pass,
-the next one in backward order already on its way while a layer is computed. At 131,072 tokens and sp 2 the gate
-and up outputs of a Llama-8B layer are 3.5 GiB a GPU: 70 ms over PCIe, against 350 ms of backward pass.
+those of the layer before already on their way while a layer is computed. At 131,072 tokens and sp 2 the gate and up
+outputs of a Llama-8B layer are 3.5 GiB a GPU: 70 ms over PCIe, against 350 ms of backward pass.
+
+Every device tensor belongs to the compute stream, also those the copy streams fill: it is allocated there, held by name
+until its copy is over, and freed there. So the allocator needs no events (`record_stream`) and no pool for each stream;
+with a nearly full GPU those make it free cached blocks and wait for the device.
 """
 
 from __future__ import annotations
@@ -11,6 +15,9 @@ from collections.abc import Hashable
 
 import torch
 from torch import Tensor
+
+LEAVING = 2
+"""Calls whose device tensors may still be on their way out; compute waits for older ones."""
 
 
 class Kept:
@@ -33,6 +40,35 @@ class Kept:
         return value
 
 
+class Unread(Kept):
+    """For the last linears of a layer, whose outputs only feed the residual add: a recomputation needs no product.
+
+    Keeps x A' (a few bytes a token) and gives outputs without content. `allowed` is set after the first call, by
+    whoever has seen that nothing saves the outputs (`recompute._ends_with`).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allowed = False
+        self.used = False
+        self.node: object = None  # the outputs' place in the autograd graph
+        self._shapes: list[torch.Size] = []
+
+    def put(self, *tensors: Tensor) -> None:
+        """Of (outputs, x A') only the last is kept."""
+        *outs, xa = tensors
+        self._value = (xa.detach(),)
+        self._shapes = [out.shape for out in outs]
+
+    def take(self) -> tuple[Tensor, ...] | None:
+        """Outputs whose content is undefined, and x A'."""
+        value = super().take()
+        if value is None or not self.allowed:
+            return None
+        self.used = True
+        return *(value[0].new_empty(shape) for shape in self._shapes), *value
+
+
 class HostStore:
     """Pinned host memory for kept tensors of one process, its two copy streams, and the order of what is out.
 
@@ -45,17 +81,39 @@ class HostStore:
         self.out = torch.cuda.Stream(device) if gpu else None
         self.back = torch.cuda.Stream(device) if gpu else None
         self.waiting: list[HostKept] = []  # in the order they went out
+        self.leaving: list[tuple[torch.cuda.Event | None, tuple[Tensor, ...]]] = []
         self._buffers: dict[Hashable, Tensor] = {}
 
-    def slot(self, key: Hashable) -> HostKept:
-        """A place for the tensors of one call; `key` names the buffer and is used by one call at a time."""
-        return HostKept(self, key)
+    def slot(self, layer: int, name: Hashable) -> HostKept:
+        """A place for the tensors of one call; used by one call of that layer at a time."""
+        return HostKept(self, layer, name)
+
+    def prefetch(self, layer: int) -> None:
+        """Start the copies back of what `layer` is about to ask for, and of the next layer before it that has any."""
+        self.settle(0)
+        for slot in self.waiting:
+            if slot.layer == layer:
+                slot.fetch()
+        earlier = max((slot.layer for slot in self.waiting if slot.layer < layer), default=None)
+        for slot in self.waiting:
+            if slot.layer == earlier:
+                slot.fetch()
+
+    def settle(self, allowed: int) -> None:
+        """Let go of device tensors that went out, but for the newest `allowed`; compute waits for their copies."""
+        while len(self.leaving) > allowed:
+            done, _ = self.leaving[0]
+            if done is not None:
+                torch.cuda.current_stream(self.device).wait_event(done)
+            del self.leaving[0]
 
     def buffer(self, key: Hashable, like: Tensor) -> Tensor:
         """Pinned memory shaped like `like`, reused between steps and grown where a pack is longer."""
         size = like.numel() * like.element_size()
         memory = self._buffers.get(key)
         if memory is None or memory.numel() < size:
+            if memory is not None and self.device.type == "cuda":
+                torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr()))
             memory = self._buffers[key] = torch.empty(size, dtype=torch.uint8)
             if self.device.type == "cuda":
                 # Not pin_memory=True: torch's pinned allocator rounds up to powers of two.
@@ -66,70 +124,61 @@ class HostStore:
 class HostKept(Kept):
     """Kept tensors that leave the device in between."""
 
-    def __init__(self, store: HostStore, key: Hashable) -> None:
+    def __init__(self, store: HostStore, layer: int, name: Hashable) -> None:
         super().__init__()
-        self.store, self.key = store, key
+        self.store, self.layer, self.name = store, layer, name
         self._host: tuple[Tensor, ...] | None = None
         self._done: torch.cuda.Event | None = None
 
     def put(self, *tensors: Tensor) -> None:
         """Start the copies to the host."""
+        store = self.store
         contiguous = tuple(t.detach().contiguous() for t in tensors)
-        self._host = tuple(self.store.buffer((self.key, i), t) for i, t in enumerate(contiguous))
-        self._done = self._copy(contiguous, self._host, self.store.out)
-        waiting = self.store.waiting
-        same = next((i for i, other in enumerate(waiting) if other.key == self.key), len(waiting))
-        del waiting[same:]  # left by a pass that had no backward
-        waiting.append(self)
+        self._host = tuple(store.buffer((self.layer, self.name, i), t) for i, t in enumerate(contiguous))
+        self._done = _copy(contiguous, self._host, store.out)
+        store.leaving.append((self._done, contiguous))
+        store.settle(LEAVING)
+        mine = (self.layer, self.name)
+        same = next((i for i, other in enumerate(store.waiting) if (other.layer, other.name) == mine), None)
+        if same is not None:  # left by a pass that had no backward
+            del store.waiting[same:]
+        store.waiting.append(self)
 
     def take(self) -> tuple[Tensor, ...] | None:
-        """Wait for the tensors to be back, and start on those that will be asked for next."""
+        """The tensors on the device; compute waits for them if it has to."""
         if self._host is None:
             return None
         self.fetch()
         if self._done is not None:
             torch.cuda.current_stream(self.store.device).wait_event(self._done)
         value, self._value, self._host = self._value, None, None
-        for t in value or ():
-            if t.is_cuda:
-                t.record_stream(torch.cuda.current_stream(t.device))
-        waiting = self.store.waiting
-        waiting.remove(self)
-        for following in waiting[-2:]:  # the rest of this layer, and the layer before it
-            following.fetch()
+        self.store.waiting.remove(self)
         return value
 
     def fetch(self) -> None:
         """Start the copies back, if they have not been started."""
         if self._value is not None or self._host is None:
             return
-        back = self.store.back
-        if back is not None:
+        self._value = tuple(torch.empty_like(t, device=self.store.device) for t in self._host)  # the compute stream's
+        if self.store.back is not None:
             assert self._done is not None
-            back.wait_event(self._done)  # out before back
-            with torch.cuda.stream(back):
-                self._value = tuple(torch.empty_like(t, device=self.store.device) for t in self._host)
-        else:
-            self._value = tuple(torch.empty_like(t) for t in self._host)
-        self._done = self._copy(self._host, self._value, back, after_current=False)
+            self.store.back.wait_event(self._done)  # out before back
+        self._done = _copy(self._host, self._value, self.store.back)
 
-    def _copy(
-        self,
-        sources: tuple[Tensor, ...],
-        targets: tuple[Tensor, ...],
-        stream: torch.cuda.Stream | None,
-        after_current: bool = True,
-    ) -> torch.cuda.Event | None:
-        """Copy on `stream`; returns the event of its end, None where there are no streams (CPU)."""
-        if stream is None:
-            for source, target in zip(sources, targets, strict=True):
-                target.copy_(source)
-            return None
-        if after_current:
-            stream.wait_stream(torch.cuda.current_stream(self.store.device))
-        with torch.cuda.stream(stream):
-            for source, target in zip(sources, targets, strict=True):
-                target.copy_(source, non_blocking=True)
-                if source.is_cuda:
-                    source.record_stream(stream)  # its memory is not reused before the copy is done
-            return stream.record_event()
+
+def _copy(
+    sources: tuple[Tensor, ...], targets: tuple[Tensor, ...], stream: torch.cuda.Stream | None
+) -> torch.cuda.Event | None:
+    """Copy on `stream`, after what compute has been given so far; the event of its end, None without streams (CPU).
+
+    After compute, because sources are its results, and targets may be memory that earlier kernels still use.
+    """
+    if stream is None:
+        for source, target in zip(sources, targets, strict=True):
+            target.copy_(source)
+        return None
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
+    with torch.cuda.stream(stream):
+        for source, target in zip(sources, targets, strict=True):
+            target.copy_(source, non_blocking=True)
+        return stream.record_event()

@@ -21,7 +21,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ds_longft.sequence.kept import Kept
+from ds_longft.sequence.kept import Kept, Unread
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of linears that Hugging Face models call one after the other with the same input."""
@@ -81,6 +81,16 @@ class LinearGroup:
         """Output features of all members: what keeping costs per token."""
         return sum(m.base.out_features for m in self.members)
 
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        """W, bias, A, B of each member, as `linears_forward` takes them."""
+        return [t for m in self.members for t in m.tensors()]
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """LoRA's factor of each member."""
+        return tuple(m.lora[2] if m.lora else 1.0 for m in self.members)
+
     def slot(self) -> Kept:
         """A place on the device to keep the outputs of one call."""
         return Kept(copy="q_proj" in self.names)
@@ -95,6 +105,8 @@ class LinearGroup:
                 self._input = None
             return out
         outs = _apply(self.members if i == 0 else self.members[i : i + 1], x, self.kept if i == 0 else None)
+        if isinstance(self.kept, Unread):
+            self.kept.node = outs[0].grad_fn
         if i == 0 and len(outs) > 1:
             self._input, self._waiting = x, dict(enumerate(outs[1:], 1))
         return outs[0]
@@ -113,20 +125,10 @@ class _Linears(torch.autograd.Function):
         ctx: Any, x: Tensor, kept: Kept | None, scales: tuple[float, ...], *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         """x [.., I] -> m outputs [.., O_i]. `tensors`: W, bias, A, B of each member."""
-        quads = _quads(tensors)
         x2 = x.reshape(-1, x.shape[-1])  # [t, I]
         saved = kept.take() if kept is not None else None
         if saved is None:
-            downs = [a for _, _, a, _ in quads if a is not None]
-            xa = x2 @ torch.cat(downs).t() if downs else x2.new_empty(0)  # [t, sum of r], one pass over x
-            parts = iter(_columns(xa, downs))
-            outs = []
-            for (w, bias, a, b), scale in zip(quads, scales, strict=True):
-                out = torch.addmm(bias, x2, w.t()) if bias is not None else x2 @ w.t()  # [t, O]
-                if a is not None:
-                    out.addmm_(next(parts), b.t(), alpha=scale)
-                outs.append(out)
-            saved = (*outs, xa)
+            saved = linears_forward(x2, scales, tensors)
             if kept is not None:
                 kept.put(*saved)
         *outs, xa = saved
@@ -138,32 +140,69 @@ class _Linears(torch.autograd.Function):
     def backward(ctx: Any, *douts: Tensor) -> tuple[Any, ...]:
         """Gradients of x, and of W and bias where they are trained, and of A and B."""
         x2, xa, *tensors = ctx.saved_tensors
-        quads, needed = _quads(tensors), ctx.needs_input_grad
+        needed = ctx.needs_input_grad
         dys = [dy.reshape(-1, dy.shape[-1]) for dy in douts]  # [t, O]
-        downs = [a for _, _, a, _ in quads if a is not None]
-        parts = iter(_columns(xa, downs))
-        dx = None
-        grads: list[Tensor | None] = []
-        dxas = []
-        for i, ((w, bias, a, b), dy, scale) in enumerate(zip(quads, dys, ctx.scales, strict=True)):
-            need_w, need_bias = needed[3 + 4 * i], needed[4 + 4 * i]
-            if needed[0]:
-                dx = dy @ w if dx is None else dx.addmm_(dy, w)
-            grads += [dy.t() @ x2 if need_w else None, dy.sum(0) if need_bias and bias is not None else None]
-            if a is None:
-                grads += [None, None]
-                continue
-            dxas.append((dy @ b).mul_(scale))  # [t, r]
-            grads += [None, (dy.t() @ next(parts)).mul_(scale)]  # A's comes below, B's is [O, r]
-        if dxas:
-            dxa = torch.cat(dxas, dim=1) if len(dxas) > 1 else dxas[0]  # [t, sum of r]
-            if dx is not None:
-                dx.addmm_(dxa, torch.cat(downs))
-            das = iter((dxa.t() @ x2).split([a.shape[0] for a in downs]))  # [r, I] each, one pass over x
-            for i, (_, _, a, _) in enumerate(quads):
-                if a is not None:
-                    grads[4 * i + 2] = next(das)
+        dx, grads = linears_backward(dys, x2, xa, ctx.scales, tensors, (needed[0], *needed[3:]))
         return (dx.view(ctx.shape) if dx is not None else None, None, None, *grads)
+
+
+def linears_forward(x2: Tensor, scales: Sequence[float], tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """x2 [t, I] -> the m outputs [t, O_i], and x A' [t, sum of r] of all adapters, one pass over x."""
+    quads = _quads(tensors)
+    xa = low_rank(x2, tensors)
+    parts = iter(_columns(xa, [a for _, _, a, _ in quads if a is not None]))
+    outs = []
+    for (w, bias, a, b), scale in zip(quads, scales, strict=True):
+        out = torch.addmm(bias, x2, w.t()) if bias is not None else x2 @ w.t()  # [t, O]
+        if a is not None:
+            out.addmm_(next(parts), b.t(), alpha=scale)
+        outs.append(out)
+    return (*outs, xa)
+
+
+def low_rank(x2: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
+    """x A' [t, sum of r] of all adapters of a group, one pass over x; empty without adapters."""
+    downs = [a for _, _, a, _ in _quads(tensors) if a is not None]
+    return x2 @ torch.cat(downs).t() if downs else x2.new_empty(0)
+
+
+def linears_backward(
+    dys: Sequence[Tensor],
+    x2: Tensor,
+    xa: Tensor,
+    scales: Sequence[float],
+    tensors: Sequence[Tensor | None],
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Gradients of x [t, I] and of each of `tensors`, from those of the outputs [t, O_i].
+
+    `needed`: of x, then of each of `tensors`. A frozen W costs nothing, A and B are always given.
+    """
+    quads = _quads(tensors)
+    downs = [a for _, _, a, _ in quads if a is not None]
+    parts = iter(_columns(xa, downs))
+    dx = None
+    grads: list[Tensor | None] = []
+    dxas = []
+    for i, ((w, bias, a, b), dy, scale) in enumerate(zip(quads, dys, scales, strict=True)):
+        need_w, need_bias = needed[1 + 4 * i], needed[2 + 4 * i]
+        if needed[0]:
+            dx = dy @ w if dx is None else dx.addmm_(dy, w)
+        grads += [dy.t() @ x2 if need_w else None, dy.sum(0) if need_bias and bias is not None else None]
+        if a is None:
+            grads += [None, None]
+            continue
+        dxas.append((dy @ b).mul_(scale))  # [t, r]
+        grads += [None, (dy.t() @ next(parts)).mul_(scale)]  # A's comes below, B's is [O, r]
+    if dxas:
+        dxa = torch.cat(dxas, dim=1) if len(dxas) > 1 else dxas[0]  # [t, sum of r]
+        if dx is not None:
+            dx.addmm_(dxa, torch.cat(downs))
+        das = iter((dxa.t() @ x2).split([a.shape[0] for a in downs]))  # [r, I] each, one pass over x
+        for i, (_, _, a, _) in enumerate(quads):
+            if a is not None:
+                grads[4 * i + 2] = next(das)
+    return dx, grads
 
 
 def _quads(tensors: Sequence[Tensor | None]) -> list[tuple[Any, Any, Any, Any]]:

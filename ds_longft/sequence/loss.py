@@ -23,7 +23,7 @@ from ds_longft.errors import ModelError
 from ds_longft.sequence.linear import Member, gather_with
 
 CHUNK_BYTES = 1 << 29
-"""Float32 logits of a chunk: 1,046 rows of a 128K vocabulary. Four such tensors are alive at once."""
+"""Float32 logits of a chunk: 1,046 rows of a 128K vocabulary. Three and a half such tensors are alive at once."""
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -78,13 +78,16 @@ class _FrozenHeadLoss(torch.autograd.Function):
             if grad is not None:
                 (dlogits,) = torch.autograd.grad(part, leaf)
                 torch.mm(dlogits, head.base.weight, out=grad[rows])
+                del dlogits
+            del logits, leaf, part  # a chunk's logits are gone before the next one's are made
         ctx.grad = grad
         return total
 
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
         """[t, D], scaled by what the sum is multiplied with."""
-        return ctx.grad * dtotal.to(ctx.grad.dtype), None, None, None, None, None
+        grad, ctx.grad = ctx.grad, None  # the loss outlives the backward pass: it must not hold a hidden state
+        return grad.mul_(dtotal.to(grad.dtype)), None, None, None, None, None
 
 
 def weighted_nll(

@@ -1,4 +1,4 @@
-"""Activation checkpointing: which decoder layers keep what for the backward pass.
+"""Activation checkpointing: which decoder layers keep what for the backward pass, and where.
 
 | policy | kept per token | forward passes of a layer |
 |---|---|---|
@@ -6,9 +6,11 @@
 | keep_attention | layer inputs, attention outputs | 2, attention 1 |
 | auto | as keep_attention, and outputs of as many linears as fit | 2, attention and kept linears 1 |
 | full | layer inputs | 2 |
-| every_k | every k-th layer input, k layer inputs of one segment | 3 |
-| sqrt | as every_k with k = sqrt(layers): the least memory | 3 |
+| every_k | every k-th layer input, k layer inputs of one segment | 3, the last layer of a segment 2 |
+| sqrt | as every_k with k = sqrt(layers): the least memory | as every_k |
 
+Whatever is kept may lie in host memory instead (`LayerKeep`). The down projection runs forward once in all of them
+where its output only feeds the residual add.
 Segments are nested: inside one, each layer is checkpointed again. Without that, a segment of k layers would keep all of
 their inner activations at once, about 25 layer inputs each, more than checkpointing every layer does.
 Source of the rule: Chen et al., arXiv 1604.06174; of keeping attention: DISTFLASHATTN, arXiv 2310.03294.
@@ -20,33 +22,53 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ds_longft.sequence.kept import HostStore, Kept
+from ds_longft.sequence.kept import HostKept, HostStore, Kept, Unread
 from ds_longft.sequence.linear import LinearGroup
+from ds_longft.sequence.mlp import TiledMlp
 
 Forward = Callable[..., Any]
+Place = Literal["device", "host", "nowhere"]
 
 
 @dataclass
 class LayerKeep:
-    """What is kept of one layer beside its input and its attention; may be changed between steps."""
+    """What is kept of one layer, and where; may be changed between steps."""
 
     index: int
     on_device: list[LinearGroup] = field(default_factory=list)
     on_host: list[LinearGroup] = field(default_factory=list)
-    store: HostStore | None = None  # where `on_host` goes
+    store: HostStore | None = None  # whatever goes to the host
+    attention: Place = "device"
+    input_on_host: bool = False
+    last: LinearGroup | TiledMlp | None = None
+    """What the layer ends with: its output is not computed again, unless something saves it."""
 
-    def slots(self) -> list[tuple[LinearGroup, Kept]]:
+    def slots(self) -> list[tuple[LinearGroup | TiledMlp, Kept]]:
         """A new slot for each group of one call: nothing stale can be taken."""
-        slots = [(group, group.slot()) for group in self.on_device]
+        slots: list[tuple[LinearGroup | TiledMlp, Kept]] = [(group, group.slot()) for group in self.on_device]
         if self.store is not None:
-            slots += [(group, self.store.slot((self.index, group.names))) for group in self.on_host]
+            slots += [(group, self.store.slot(self.index, group.names)) for group in self.on_host]
         return slots
+
+    def attention_slot(self) -> Kept | None:
+        """Where the attention's output waits; None: it is computed again."""
+        if self.attention == "host":
+            return self._on_host("attention")
+        return Kept() if self.attention == "device" else None
+
+    def input_slot(self) -> Kept:
+        """Where the layer's input waits."""
+        return self._on_host("input") if self.input_on_host else Kept()
+
+    def _on_host(self, name: str) -> HostKept:
+        assert self.store is not None, f"layer {self.index}: no host memory for its {name}"
+        return self.store.slot(self.index, name)
 
 
 def apply_recompute(
@@ -60,49 +82,115 @@ def apply_recompute(
     """Replace the forward of decoder layers by one that recomputes.
 
     Layers take hidden states [1, s, D] first and return them. `dropout`: the random state is saved and restored for
-    recomputation (needed only where something in a layer draws random numbers). `keep`: for `keep_attention` and
-    `auto`, what else of each layer is kept; read at each call.
+    recomputation (needed only where something in a layer draws random numbers). `keep`: what of each layer is kept
+    where; read at each call. Attention is kept by `keep_attention` and `auto` only.
     """
     run = partial(checkpoint, use_reentrant=False, preserve_rng_state=dropout)
+    keeps: Sequence[LayerKeep] = keep or [LayerKeep(i) for i in range(len(layers))]
     if policy == "none":
         return
+    if policy not in ("keep_attention", "auto"):
+        for each in keeps:
+            each.attention = "nowhere"
     if policy in ("every_k", "sqrt"):
         size = every if policy == "every_k" else max(1, round(math.sqrt(len(layers))))
         for start in range(0, len(layers), size):
-            _Segment(list(layers[start : start + size]), run)
+            _Segment(list(layers[start : start + size]), list(keeps[start : start + size]), run)
         return
-    keeps: Sequence[LayerKeep | None] = keep or [None] * len(layers)
     for layer, kept in zip(layers, keeps, strict=True):
-        layer.forward = partial(run, layer.forward) if policy == "full" else partial(_keeping, run, layer.forward, kept)
+        layer.forward = partial(_checkpointed, run, layer.forward, kept)
 
 
-def _keeping(run: Callable[..., Any], forward: Forward, keep: LayerKeep | None, *args: Any, **kwargs: Any) -> Any:
-    """Checkpoint one call of a layer, with its attention and the linears of `keep` computed once."""
+def _checkpointed(
+    run: Callable[..., Any],
+    forward: Forward,
+    keep: LayerKeep,
+    hidden: Tensor,
+    *args: Any,
+    inner: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """Checkpoint one call of a layer; what `keep` names is computed once. `inner`: inside of another checkpoint."""
     if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    slots = keep.slots() if keep is not None else []
+        return forward(hidden, *args, **kwargs)
+    slots, unread = keep.slots(), Unread()
+    if keep.last is not None:
+        slots.append((keep.last, unread))
+    attention = keep.attention_slot()
+    if attention is not None:
+        kwargs["kept"] = attention
 
-    def layer(*args: Any, **kwargs: Any) -> Any:
-        for group, slot in slots:
-            group.kept = slot
+    def layer(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        for holder, slot in slots:
+            holder.kept = slot
         try:
-            return forward(*args, **kwargs)
+            out = forward(x, *args, **kwargs)
         finally:
-            for group, _ in slots:
-                group.kept = None
+            for holder, _ in slots:
+                holder.kept = None
+        assert not unread.used, "the recomputation went on after the output that nothing should read"
+        return out
 
-    return run(layer, *args, **kwargs, kept=Kept())
+    if inner:  # torch saves its arguments by the hooks of the segment around it: they are recomputed too
+        out = run(layer, hidden, *args, **kwargs)
+    else:
+        out = _from(keep.input_slot(), run, layer, keep, hidden, *args, **kwargs)
+    unread.allowed = _ends_with(out, unread.node)
+    return out
+
+
+def _from(
+    source: Kept, run: Callable[..., Any], layer: Forward, keep: LayerKeep, hidden: Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    """Checkpoint `layer(hidden, ...)`, its input waiting in `source`.
+
+    Not among the arguments of the checkpointed call: torch keeps those.
+    """
+    first, needs_grad = [hidden], hidden.requires_grad
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if first:
+            return layer(first.pop(), *args, **kwargs)
+        if keep.store is not None:
+            keep.store.prefetch(keep.index)
+        taken = source.take()
+        assert taken is not None, "a layer's input was asked for twice"
+        return layer(taken[0].requires_grad_(needs_grad), *args, **kwargs)
+
+    out = run(call, *args, **kwargs)
+    source.put(hidden)
+    return out
+
+
+def _ends_with(out: Any, node: object) -> bool:
+    """Whether a layer's output is a sum of the output of `node` and something else: no one saves what is added."""
+    tensor = out[0] if isinstance(out, tuple) else out
+    added = tensor.grad_fn
+    if node is None or added is None or added.name() != "AddBackward0":
+        return False
+    for term, _ in added.next_functions:
+        made_by = term
+        while made_by is not None and made_by is not node and made_by.name().startswith(_HOOKS):
+            made_by = made_by.next_functions[0][0]
+        if made_by is node:
+            return True
+    return False
+
+
+_HOOKS = ("PreBackwardFunction", "PostBackwardFunction")
+"""DeepSpeed's ZeRO-3 wraps the outputs and inputs of modules in these; they keep nothing."""
 
 
 class _Segment:
     """Runs consecutive layers as one checkpoint without touching the model's own loop over them.
 
     The model calls its layers one by one; all but the last of a segment only note their arguments and hand the hidden
-    states on, the last one then runs the whole segment.
+    states on, the last one then runs the whole segment. In the segment's recomputation every layer but the last is
+    checkpointed again; the last one's backward pass comes first, so its tensors are kept at once.
     """
 
-    def __init__(self, layers: list[nn.Module], run: Callable[..., Any]) -> None:
-        self.run = run
+    def __init__(self, layers: list[nn.Module], keeps: list[LayerKeep], run: Callable[..., Any]) -> None:
+        self.run, self.keeps = run, keeps
         self.forwards: list[Forward] = [layer.forward for layer in layers]
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         for layer in layers[:-1]:
@@ -116,10 +204,14 @@ class _Segment:
     def _run_all(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         calls = [*self.calls, (args, kwargs)]
         self.calls = []
+        *inner, last = zip(self.forwards, self.keeps, calls, strict=True)
 
         def segment(x: Tensor) -> Any:
-            for forward, (more, named) in zip(self.forwards, calls, strict=True):
-                x = self.run(forward, x, *more, **named)
-            return x
+            for forward, keep, (more, named) in inner:
+                x = _checkpointed(self.run, forward, keep, x, *more, inner=True, **named)
+            forward, _, (more, named) = last
+            return forward(x, *more, **named)
 
-        return self.run(segment, hidden)
+        if not torch.is_grad_enabled():
+            return segment(hidden)
+        return _from(self.keeps[0].input_slot(), self.run, segment, self.keeps[0], hidden)

@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 
-from ds_longft.errors import LongftError
+from ds_longft.errors import GpuMemoryError, LongftError
 from ds_longft.train.interrupt import StopRequest
 from ds_longft.train.ranks import Launch, visible_gpus
 from ds_longft.train.secrets import redact
@@ -32,16 +32,18 @@ def main(argv: list[str] | None = None) -> int:
 
 def _guarded(argv: list[str], launch: Launch, status: Status, stop: StopRequest) -> int:
     """Train; whatever happens becomes an exit code."""
+    alone = False
     try:
         code = train(argv, launch, status, stop)
     except LongftError as e:
         code = status.failed(e, e.exit_code)
+        alone = isinstance(e, GpuMemoryError)  # other ranks wait for this one: it has to write for them
     except BaseException as e:  # crashed: say where, and do not wait for peers
         if isinstance(e, SystemExit):  # --help
             raise
         print(redact(traceback.format_exc()), file=sys.stderr)
         code = status.failed(e, 1)
-    status.write(code)
+    status.write(code, force=alone)
     if code and launch.rank:
         time.sleep(STATUS_FIRST_S)
     if code and launch.world > 1:

@@ -25,8 +25,9 @@ from ds_longft.model.load import load_config, load_model
 from ds_longft.model.lora import add_lora
 from ds_longft.model.rope import check_rope
 from ds_longft.objectives.sft import SftObjective
+from ds_longft.plan.advice import choose_for_run
 from ds_longft.sequence.attention import ULYSSES, register
-from ds_longft.train.speed import Recompute, fused_kernels, keep_resident
+from ds_longft.train.speed import Recompute, fused_kernels, keep_resident, liger_fits
 
 
 @dataclass
@@ -81,6 +82,22 @@ def build(
     stage = engine_config.get("zero_optimization", {}).get("stage", 0)
     if resident_if_fits and stage == 3 and config.lora is not None:
         keep_resident(engine_config, shape, layout.world, device)
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    train = config.train
+    tile_tokens, kv_heads, places = train.mlp_tile_tokens, train.kv_heads_at_a_time, None
+    if device.type == "cuda":
+        chosen = choose_for_run(
+            config,
+            engine_config,
+            hf_config,
+            sp=layout.sp,
+            world=layout.world,
+            local_world=local_world,
+            memory_gib=torch.cuda.get_device_properties(device).total_memory / 2**30,
+            fused=liger_fits(config, hf_config.model_type),
+        )
+        if chosen is not None:
+            tile_tokens, kv_heads, places = chosen[0].tile_tokens, chosen[0].kv_heads, chosen[1]
     base = load_model(
         config.model, hf_config, ds_engine_config=engine_config, dtype=dtype, device=device, seed=config.seed
     )
@@ -91,8 +108,8 @@ def build(
         model = add_lora(base, config.lora, seed=config.seed, revision=config.model.revision)
     if prepare is not None:
         prepare(model)
-    objective = SftObjective(model, layout, config.model.kernel)
-    recompute = Recompute.install(base, config, stage, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    objective = SftObjective(model, layout, config.model.kernel, kv_heads)
+    recompute = Recompute.install(base, config, stage, local_world, device, tile_tokens=tile_tokens, places=places)
     model.train()
     optimizer = None
     if "optimizer" not in engine_config:

@@ -20,7 +20,7 @@ from ds_longft.config import RunConfig, SourceConfig
 from ds_longft.data.loader import StepLoader
 from ds_longft.data.tokenize import TokenizedSet, tokenize_sources
 from ds_longft.ds_config import DeepSpeedSettings
-from ds_longft.errors import EXIT_HANG, EXIT_REQUEUE, DataError
+from ds_longft.errors import EXIT_HANG, EXIT_REQUEUE, DataError, GpuMemoryError
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.flops import equal_cost_tokens, peak_tflops
 from ds_longft.model.load import load_config, load_tokenizer
@@ -37,7 +37,7 @@ from ds_longft.train.metrics import Records, read_metrics, summary_table
 from ds_longft.train.model_check import check_model
 from ds_longft.train.ranks import Launch, join
 from ds_longft.train.secrets import tracked_config
-from ds_longft.train.speed import rehearse
+from ds_longft.train.speed import liger_fits, rehearse
 from ds_longft.train.trainer import Trainer
 from ds_longft.train.weights import ModelWriter, trained_fingerprint
 
@@ -73,8 +73,47 @@ def run(
     """Train and write everything a user takes away; returns 0, or 75 when asked to stop before the end.
 
     Raises:
-        LongftError: on every rank alike.
+        GpuMemoryError: on the rank whose GPU is full, with what would save memory.
+        LongftError: any other, on every rank alike.
     """
+    try:
+        return _run(config, settings, sp, launch, status, stop, started)
+    except torch.OutOfMemoryError as error:
+        raise memory_error(error, config, settings.engine, sp, launch.world, status.where) from error
+
+
+def memory_error(
+    error: torch.OutOfMemoryError, config: RunConfig, engine_config: dict[str, Any], sp: int, world: int, where: str
+) -> GpuMemoryError:
+    """The error with the planner's advice for this run."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    from ds_longft.plan.advice import Adviser
+
+    unset_hf_deepspeed_config()  # else the model without memory would be built as ZeRO-3 builds it
+    hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation=ULYSSES)
+    cuda = torch.cuda.is_available()
+    adviser = Adviser.for_run(
+        config,
+        engine_config,
+        hf_config,
+        sp=sp,
+        world=world,
+        memory_gib=torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30 if cuda else 0.0,
+        fused=liger_fits(config, hf_config.model_type),
+    )
+    return adviser.error(error, where)
+
+
+def _run(
+    config: RunConfig,
+    settings: DeepSpeedSettings,
+    sp: int,
+    launch: Launch,
+    status: Status,
+    stop: StopRequest,
+    started: float,
+) -> int:
     phases = Phases(started)
     cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     kernels = check_model(
@@ -90,6 +129,7 @@ def run(
     locks: list[FileLock] = []  # held until the process ends
     agreement.on_rank0(lambda: locks.append(lock_folder(folder)))
     status.folder = folder
+    status.where = "while the model was built"
     layout = ParallelLayout.create(sp)
     agreement.same(_what_ranks_share(config, settings.engine))
     phases.done("processes joined")
@@ -139,6 +179,7 @@ def run(
         write_data_facts(folder, train_set, eval_set, tokenizer, state.total_steps)
         records.say(_header(config, layout, device, train_loader, state, found[0] if found else None))
         records.say(f"{trainable_parameters(built.model)}; {kernels}")
+    status.where = "in the dry run of the longest pack, before the first step"
     kept = rehearse(built.engine, built.recompute, train_loader.longest_pack(0), layout, device)
     phases.done("rehearsed" if kept else "ready")
     if launch.rank == 0:
@@ -152,6 +193,7 @@ def run(
         if aside:
             records.say(f"checkpoints of later steps belong to another course, and are now called {', '.join(aside)}")
     status.training(state.step)
+    status.where = "in training"
     watchdog = Watchdog(folder, launch.rank, launch.world, hang_s, partial(_hung, status))
 
     writer = ModelWriter(built.model, tokenizer, agreement)

@@ -8,6 +8,7 @@ finds an out-of-memory error before the first step rather than hours into a run.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +18,13 @@ from transformers import PreTrainedModel
 
 from ds_longft.batch import Pack
 from ds_longft.config import RunConfig
+from ds_longft.errors import ModelError
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.flops import ModelShape
-from ds_longft.sequence.kept import HostStore
+from ds_longft.plan.step import Keep
+from ds_longft.sequence.kept import LEAVING, HostStore
 from ds_longft.sequence.linear import LinearGroup, fuse_linears, gather_with
+from ds_longft.sequence.mlp import tile_mlp
 from ds_longft.sequence.recompute import LayerKeep, apply_recompute
 from ds_longft.sequence.shard import shard
 
@@ -37,17 +41,24 @@ def fused_kernels(model: PreTrainedModel, config: RunConfig, device: torch.devic
     Before LoRA, which wraps the modules that liger looks for. It replaces functions of the model's module for the whole
     process, which is how liger works.
     """
-    if config.model.liger == "off" or device.type != "cuda":
+    if device.type != "cuda" or not liger_fits(config, model.config.model_type):
+        return False
+    from liger_kernel.transformers import monkey_patch
+
+    # The loss stays ours: it is over labelled rows, weighted, and a sum.
+    monkey_patch._apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
+    return True
+
+
+def liger_fits(config: RunConfig, model_type: str) -> bool:
+    """Whether liger-kernel is wanted, installed, and knows the model."""
+    if config.model.liger == "off":
         return False
     try:
         from liger_kernel.transformers import monkey_patch
     except ImportError:
         return False
-    if model.config.model_type not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
-        return False
-    # The loss stays ours: it is over labelled rows, weighted, and a sum.
-    monkey_patch._apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
-    return True
+    return model_type in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN
 
 
 def keep_resident(engine_config: dict[str, Any], shape: ModelShape, world: int, device: torch.device) -> bool:
@@ -69,23 +80,48 @@ class Recompute:
     """The recomputation of one model: its layers' linears, and which of them are kept."""
 
     auto: bool
-    host_bytes: int  # this rank's share of the host memory that may be used
+    host_bytes: int  # this rank's share of the host memory that may be used for linears
     groups: list[list[LinearGroup]] = field(default_factory=list)  # per layer, all of them
     keep: list[LayerKeep] = field(default_factory=list)  # per layer, read at each call
+    tiled: bool = False  # MLPs have no whole outputs that could be kept
 
     @classmethod
-    def install(cls, base: PreTrainedModel, config: RunConfig, stage: int, local_world: int) -> Recompute:
-        """Fuse the decoder layers' linears and put the run's recompute policy on the layers."""
+    def install(
+        cls,
+        base: PreTrainedModel,
+        config: RunConfig,
+        stage: int,
+        local_world: int,
+        device: torch.device,
+        *,
+        tile_tokens: int | None = None,
+        places: Sequence[Keep] | None = None,
+    ) -> Recompute:
+        """Fuse the decoder layers' linears, tile their MLPs, and put the run's recompute policy on the layers.
+
+        `places`: where each layer's input and attention output wait, as planned; left out: on the GPU.
+        Raises ModelError: tiles for a model without gate, up and down projections.
+        """
         layers = list(base.get_decoder().layers)
         policy = config.train.recompute
         made = cls(policy == "auto", int(config.train.offload_host_gib * 2**30) // local_world)
+        made.keep = [LayerKeep(i) for i in range(len(layers))]
         # Segments call layers outside of the gathering that a fused layer needs under ZeRO-3.
         if not (stage == 3 and policy in ("every_k", "sqrt")):
             made.groups = [fuse_linears(layer) for layer in layers]
-            if stage == 3:
-                for layer, groups in zip(layers, made.groups, strict=True):
+            for keep, layer, groups in zip(made.keep, layers, made.groups, strict=True):
+                if stage == 3:
                     gather_with(layer, (m for g in groups for m in g.members))
-        made.keep = [LayerKeep(i) for i in range(len(layers))]
+                keep.last = next((g for g in groups if g.names == ("down_proj",)), None)
+                if tile_tokens and (tiled := tile_mlp(layer, groups, tile_tokens)) is not None:
+                    keep.last, made.tiled = tiled, True
+        if config.train.mlp_tile_tokens and not made.tiled:
+            raise ModelError(
+                f"train.mlp_tile_tokens is {config.train.mlp_tile_tokens}, but the MLPs of {base.config.model_type} "
+                f"(recompute {policy}, ZeRO stage {stage}) cannot be tiled: leave it out"
+            )
+        if places is not None and any("host" in (p.input, p.attention) for p in places):
+            made._place(places, device)
         apply_recompute(
             layers,
             policy,
@@ -95,30 +131,45 @@ class Recompute:
         )
         return made
 
+    def _place(self, places: Sequence[Keep], device: torch.device) -> None:
+        """Layer inputs and attention outputs where the plan wants them."""
+        store = HostStore(device)
+        for keep, place in zip(self.keep, places, strict=True):
+            keep.store = store
+            keep.input_on_host = place.input == "host"
+            keep.attention = "host" if place.attention == "host" else "device" if place.attention else "nowhere"
+        self.host_bytes = 0  # linears would be worth less than what is there already
+
     def spend(self, free_bytes: int, local_tokens: int, element_bytes: int, device: torch.device) -> tuple[int, int]:
         """Keep outputs of as many linears as fit into `free_bytes` with packs of `local_tokens` per rank.
 
         A kept element saves the same time in every linear that reads the hidden states (2 * hidden size operations).
         q, k and v come first: they are what the host is not used for. Down projections are not kept, their output is
-        not needed again. What does not fit goes to the host as far as allowed; two groups of it are on the GPU at a
-        time. Returns the bytes spent on the device and on the host.
+        not needed again. Later layers stay on the device: what earlier ones send to the host has the longest time to go
+        and to come back. Two layers' share of it is on the GPU at a time. Returns the bytes spent on the device and on
+        the host.
         """
 
         def cost(group: LinearGroup) -> int:
             ranks = sum(m.lora[0].out_features for m in group.members if m.lora)
             return (group.out_features + ranks) * local_tokens * element_bytes
 
+        taboo = {"down_proj"} | ({"gate_proj"} if self.tiled else set())
         wanted = [(k, g) for k, groups in zip(self.keep, self.groups, strict=True) for g in groups]
-        wanted = sorted((x for x in wanted if "down_proj" not in x[1].names), key=lambda x: "q_proj" not in x[1].names)
+        wanted = [x for x in reversed(wanted) if not taboo.intersection(x[1].names)]
+        wanted.sort(key=lambda x: "q_proj" not in x[1].names)
         if self.host_bytes:
-            free_bytes -= 2 * max((cost(g) for _, g in wanted), default=0)
+            of_a_layer = {id(k): 0 for k in self.keep}
+            for keep, group in wanted:
+                of_a_layer[id(keep)] += 0 if "q_proj" in group.names else cost(group)
+            free_bytes -= LEAVING * max(of_a_layer.values(), default=0)
         on_device = on_host = 0
         store = HostStore(device) if self.host_bytes else None
         for keep, group in wanted:
             if on_device + cost(group) <= free_bytes:
                 keep.on_device.append(group)
                 on_device += cost(group)
-            elif "q_proj" not in group.names and on_host + cost(group) <= self.host_bytes:
+            elif free_bytes > 0 and "q_proj" not in group.names and on_host + cost(group) <= self.host_bytes:
                 keep.on_host.append(group)
                 keep.store = store
                 on_host += cost(group)
@@ -126,18 +177,20 @@ class Recompute:
 
 
 def rehearse(engine: Any, recompute: Recompute, pack: Pack, layout: ParallelLayout, device: torch.device) -> str | None:
-    """With `auto`: one forward and backward pass on the longest pack, then keep what the memory left allows.
+    """On GPUs: one forward and backward pass on the longest pack; with `auto`, then keep what the memory left allows.
 
-    The loss is multiplied by zero, so no gradient and no weight changes. Collective. Returns a line for the reader,
-    None where nothing was to be decided (another policy, or no GPU).
+    What does not fit is found before the first step and not hours into a run. The loss is multiplied by zero, so no
+    gradient and no weight changes. Collective. Returns a line for the reader, None without GPUs.
     """
-    if not recompute.auto or device.type != "cuda":
+    if device.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats(device)
     engine.backward(engine(shard(pack, layout, device)) * 0.0, scale_wrt_gas=False)
     free = torch.tensor(free_bytes(device), device=device)
     dist.all_reduce(free, op=dist.ReduceOp.MIN)
     peak = torch.cuda.max_memory_allocated(device)
+    if not recompute.auto:
+        return f"longest pack ({pack.tokens:,} tokens) peaks at {peak / 2**30:.1f} GiB"
     size = torch.finfo(next(engine.module.parameters()).dtype).bits // 8
     on_device, on_host = recompute.spend(int(free), pack.tokens // layout.sp, size, device)
     torch.cuda.empty_cache()

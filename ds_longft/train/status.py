@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ds_longft.errors import LongftError
+from ds_longft.errors import GpuMemoryError, LongftError
 from ds_longft.train.ranks import Launch
 from ds_longft.train.secrets import redact
 
@@ -33,6 +33,8 @@ class Status:
         self.folder: Path | None = None
         self.error: str | None = None
         self.first_step: int | None = None
+        self.where = "at the start"  # what the run is at, for messages
+        self.begun = time.time()
 
     def training(self, first_step: int) -> None:
         """Training begins after `first_step` steps of earlier runs."""
@@ -42,7 +44,7 @@ class Status:
     def failed(self, error: BaseException | str, code: int) -> int:
         """Note the error and show it once per node; returns `code`."""
         self.error = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
-        if isinstance(error, LongftError) and self.launch.local_rank == 0:
+        if isinstance(error, LongftError) and (self.launch.local_rank == 0 or isinstance(error, GpuMemoryError)):
             print(f"\n{redact(str(error))}\n", file=sys.stderr, flush=True)
         return code
 
@@ -50,6 +52,8 @@ class Status:
         """Leave the code (None: running) and the error beside the run's records, where there is a run."""
         if (self.launch.rank and not force) or self.folder is None or not self.folder.is_dir():
             return
+        if exit_code == 1 and self._peer_said_why():
+            return  # this rank only lost its peer
         content: dict[str, Any] = {
             "exit_code": exit_code,
             "error": self.error and redact(self.error),
@@ -57,6 +61,7 @@ class Status:
             "start": this_start(),
             "host": socket.gethostname(),
             "pid": os.getpid(),
+            "rank": self.launch.rank,
             "time": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
         tmp = self.folder / f".{STATUS}.{self.launch.rank}"
@@ -65,3 +70,14 @@ class Status:
             os.replace(tmp, self.folder / STATUS)
         except OSError as e:
             print(f"{STATUS} could not be written: {e}", file=sys.stderr)
+
+    def _peer_said_why(self) -> bool:
+        """Whether another rank of this run has left its reason."""
+        path = self.folder / STATUS if self.folder is not None else None
+        try:
+            if path is None or path.stat().st_mtime < self.begun:
+                return False
+            content = json.loads(path.read_text())
+        except (OSError, ValueError):
+            return False
+        return content.get("exit_code") is not None and content.get("rank") != self.launch.rank

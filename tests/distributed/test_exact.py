@@ -13,7 +13,10 @@ from ds_longft.layout import ParallelLayout
 from ds_longft.model.lora import add_lora
 from ds_longft.objectives.sft import SftObjective
 from ds_longft.sequence.attention import ULYSSES, register
-from ds_longft.sequence.recompute import apply_recompute
+from ds_longft.sequence.kept import HostStore
+from ds_longft.sequence.linear import fuse_linears
+from ds_longft.sequence.mlp import tile_mlp
+from ds_longft.sequence.recompute import LayerKeep, apply_recompute
 from ds_longft.sequence.shard import shard
 from tests.distributed.models import make_pack, reference_sum, relative_error, tiny_config, tiny_model
 
@@ -36,16 +39,24 @@ def prepared(model: Any, lora: bool | dict[str, Any]) -> Any:
 
 def gradients(
     rank: int, world: int, family: str, changes: dict[str, Any], lora: bool | dict[str, Any], policy: str, sample: bool,
-    sp: int, lengths: Lengths = PACKS,
+    sp: int, lengths: Lengths = PACKS, saving: dict[str, Any] | None = None,
 ) -> Any:  # fmt: skip
-    """Loss and every gradient of three packs of one step, on `world` ranks in groups of `sp`."""
+    """Loss and every gradient of three packs of one step, on `world` ranks in groups of `sp`.
+
+    `saving`: ways to save memory; see `install`.
+    """
     register()
     config = tiny_config(family, **changes)
     model = prepared(tiny_model(config, attn=ULYSSES, dtype=torch.float64), lora)
     layout = ParallelLayout.create(sp)
-    objective = SftObjective(model, layout)
+    saving = saving or {}
+    objective = SftObjective(model, layout, kv_heads_at_a_time=saving.get("kv_heads"))
     base = model.get_base_model() if lora else model
-    apply_recompute(list(base.get_decoder().layers), policy)
+    layers = list(base.get_decoder().layers)
+    if saving:
+        install(layers, policy, saving)
+    else:
+        apply_recompute(layers, policy)
     packs = [make_pack(each, seed=i, multiple=sp, sample_weighting=sample) for i, each in enumerate(lengths)]
     weight = sum(float(p.loss_weights.sum(dtype="float64")) for p in packs)
     total = torch.zeros((), dtype=torch.float64)
@@ -59,6 +70,22 @@ def gradients(
     for tensor in (total, *grads.values()):
         dist.all_reduce(tensor)
     return (float(total), grads) if rank == 0 else None
+
+
+def install(layers: list[Any], policy: str, saving: dict[str, Any]) -> None:
+    """Fused linears and what `saving` asks for: `tile` tokens, what lies on the `host`, what is kept of `linears`."""
+    groups = [fuse_linears(layer) for layer in layers]
+    store = HostStore(torch.device("cpu"))
+    keeps = [LayerKeep(i, store=store) for i in range(len(layers))]
+    host = saving.get("host", ())
+    for keep, layer, of_layer in zip(keeps, layers, groups, strict=True):
+        tiled = tile_mlp(layer, of_layer, saving["tile"]) if "tile" in saving else None
+        keep.last = tiled or next((g for g in of_layer if "down_proj" in g.names), None)
+        keep.input_on_host = "input" in host
+        keep.attention = "host" if "attention" in host else "device"
+        wanted = [g for g in of_layer if saving.get("linears") and "down_proj" not in g.names]
+        (keep.on_host if "linears" in host else keep.on_device).extend(wanted)
+    apply_recompute(layers, policy, keep=keeps)
 
 
 def reference(
@@ -122,6 +149,36 @@ def test_gradients_equal_one_process(pools, family, changes, lora, policy, sampl
     ours = pools(world).run(gradients, family, changes, lora, policy, sample, sp)[0]
     # Gemma's norms multiply by their weight in float32 whatever the model's dtype: those weights' gradients are float32 sums.
     assert_equal(ours, reference(family, changes, lora, sample), "norm" if family.startswith("gemma") else None)
+
+
+TILE, TURNS = {"tile": 7}, {"kv_heads": 1}
+SAVING = {
+    # name: family, config changes, LoRA, recompute policy, world, sp, ways to save
+    "tiles, LoRA": ("llama", {}, True, "keep_attention", 2, 2, TILE),
+    "tiles, every weight": ("llama", {}, False, "full", 2, 2, TILE),
+    "tiles longer than the shard": ("qwen3", {}, True, "auto", 2, 2, {"tile": 1000}),
+    "tiles, a norm after the MLP": ("gemma2", {"query_pre_attn_scalar": 8, "sliding_window": 13}, True, "full", 2, 2, TILE),
+    "tiles, without recomputation": ("llama", {}, True, "none", 2, 1, TILE),
+    "tiles in segments": ("llama", {"num_hidden_layers": 5}, True, "sqrt", 2, 2, TILE),
+    "the down projection once": ("llama", {}, True, "keep_attention", 2, 2, {"linears": False, "x": 0}),
+    "heads in turns": ("llama", {}, True, "keep_attention", 2, 2, {"kv_heads": 1}),
+    "heads in turns, one rank": ("qwen2", {}, False, "full", 2, 1, TURNS),
+    "heads in turns, 9 on 4 ranks": ("llama", {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 36}, False, "full", 4, 4, TURNS),
+    "heads in turns, 8 on 3 ranks": ("llama", {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 32, "head_dim": 4}, True, "auto", 3, 3, TURNS),
+    "heads in turns, one kv head": ("llama", {"num_attention_heads": 4, "num_key_value_heads": 1}, False, "none", 4, 4, TURNS),
+    "heads in turns, sinks": ("gpt_oss", {**SINKS, "num_attention_heads": 8, "num_key_value_heads": 4}, False, "keep_attention", 2, 2, TURNS),
+    "inputs on the host": ("llama", {"num_hidden_layers": 3}, True, "full", 2, 2, {"host": ("input",)}),
+    "inputs of segments on the host": ("llama", {"num_hidden_layers": 5}, False, "sqrt", 2, 2, {"host": ("input",)}),
+    "everything on the host": ("llama", {"num_hidden_layers": 3}, True, "auto", 2, 2, {"host": ("input", "attention", "linears"), "linears": True}),
+    "everything at once": ("llama", {"num_hidden_layers": 4}, True, "every_k", 2, 2, {"host": ("input",), **TILE, **TURNS}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAVING)
+def test_saving_memory_changes_nothing(pools, name):
+    family, changes, lora, policy, world, sp, saving = SAVING[name]
+    ours = pools(world).run(gradients, family, changes, lora, policy, False, sp, PACKS, saving)[0]
+    assert_equal(ours, reference(family, changes, lora, False), "norm" if family.startswith("gemma") else None)
 
 
 DYNAMIC = {

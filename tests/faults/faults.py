@@ -29,6 +29,10 @@ def _act(fault: dict[str, Any]) -> Any:
         os.kill(os.getpid(), getattr(signal, what))
     elif what == "raise":
         raise OSError(28, "No space left on device")
+    elif what == "oom":
+        import torch
+
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.50 GiB. GPU 1 has a total ...")
     else:
         raise AssertionError(what)
     return None

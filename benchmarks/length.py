@@ -1,0 +1,228 @@
+"""The plan against measurement, setting by setting, on the GPUs of this machine, and the working set per token.
+
+    python benchmarks/length.py --gpu h200 --append benchmarks/results.jsonl     every setting that these GPUs can run
+    python benchmarks/length.py --gpu h200 --only 1M                             those whose name holds "1M"
+    python benchmarks/length.py --tiny                                           a rehearsal on 2 CPU ranks
+
+Each setting is one start of benchmarks/step.py, so that one that runs out of memory costs only itself. Settings with
+`calibrating` were used to make the shipped H200 rates and count in no error. Prints a table; with --append one line a
+setting, and "plan peak error max", "plan time error max" (fractions over the others), "working set kib per token sp2",
+"longest tokens".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+K = 1024
+
+
+@dataclass(frozen=True)
+class Case:
+    """One setting, as step.py's arguments."""
+
+    name: str
+    documents: str  # as step.py takes them
+    gpus: int = 2
+    shape: str = "llama8b"
+    recompute: str = "auto"
+    stage: int = 2
+    full: bool = False
+    host_gib: float = 0.0
+    tile: int | None = None
+    kv_heads: int | None = None
+    layers: int | None = None
+    kernel: str = "flash-attn-4"
+    calibrating: bool = False
+
+    def arguments(self) -> list[str]:
+        """step.py's command line."""
+        config = {2: "ds_configs/zero2_sp.json", 3: "ds_configs/zero3_sp.json"}[self.stage]
+        words = ["--shape", self.shape, "--documents", self.documents, "--ds_config", config]
+        words += ["--recompute", self.recompute, "--host_gib", str(self.host_gib), "--kernel", self.kernel]
+        words += ["--full"] * self.full
+        for flag, value in (("--tile", self.tile), ("--kv_heads", self.kv_heads), ("--layers", self.layers)):
+            words += [flag, str(value)] if value is not None else []
+        return words
+
+
+CASES = (
+    Case("128K sp2", f"{128 * K}", calibrating=True),
+    Case("16K sp1", f"{16 * K}", gpus=1),
+    Case("64K sp1", f"{64 * K}", gpus=1),
+    Case("64K sp1 sqrt", f"{64 * K}", gpus=1, recompute="sqrt"),
+    Case("32K sp2", f"{32 * K}"),
+    Case("64K sp2 zero3", f"{64 * K}", stage=3),
+    Case("128K sp2 cudnn", f"{128 * K}", kernel="cudnn"),
+    Case("128K sp2 full recompute", f"{128 * K}", recompute="full"),
+    Case("128K sp2 host", f"{128 * K}", host_gib=180),
+    Case("128K sp2 tiles, turns", f"{128 * K}", recompute="keep_attention", tile=8 * K, kv_heads=1),
+    Case("128K sp2 full recompute, tiles, turns", f"{128 * K}", recompute="full", tile=8 * K, kv_heads=1),
+    Case("8 x 16K sp2", f"{16 * K}x8"),
+    Case("32 x 4K sp2", f"{4 * K}x32"),
+    Case("256K sp2 host", f"{256 * K}", host_gib=180),
+    Case("128K sp2 qwen7b", f"{128 * K}", shape="qwen7b"),
+    Case("64K sp1 qwen7b full recompute", f"{64 * K}", gpus=1, shape="qwen7b", recompute="full"),
+    Case("32K sp2 all weights, 16 layers", f"{32 * K}", stage=3, full=True, recompute="full", layers=16),
+    Case("512K sp1 host", f"{512 * K}", gpus=1, recompute="full", host_gib=110, tile=8 * K, kv_heads=1),
+    Case("1M sp2 host", f"{1024 * K}", recompute="full", host_gib=230, tile=8 * K, kv_heads=1),
+    Case("2M sp2 4 layers", f"{2048 * K}", recompute="full", host_gib=60, tile=8 * K, kv_heads=1, layers=4),
+)
+
+TINY = (
+    Case("tiny sp2", "256", shape="tiny", kernel="cpu"),
+    Case("tiny sp1 tiles", "128,64", gpus=1, shape="tiny", recompute="full", tile=32, kernel="cpu"),
+    Case("tiny sp2 turns, all weights", "64x4", shape="tiny", stage=3, full=True, kv_heads=1, kernel="cpu"),
+)
+
+
+def main() -> None:
+    """Measure, predict, compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", default="h200", help="rates of the prediction: a shipped type or a calibration file")
+    parser.add_argument("--gpus", type=int, default=2, help="GPUs here; settings that need more are left out")
+    parser.add_argument("--only", default="", help="settings whose name holds this")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--timeout_s", type=int, default=600)
+    parser.add_argument("--append", help="append results to this file")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes on CPU ranks: rehearses the script")
+    args = parser.parse_args()
+    cases = [c for c in (TINY if args.tiny else CASES) if args.only in c.name and c.gpus <= args.gpus]
+    lines = []
+    for case in cases:
+        measured = run(case, args.steps, args.timeout_s)
+        lines.append(compare(case, measured, args.gpu, tiny=args.tiny))
+        print(json.dumps(lines[-1]), flush=True)
+    lines += summary(lines)
+    print(table(lines))
+    if args.append:
+        with open(args.append, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def run(case: Case, steps: int, timeout_s: int) -> dict[str, Any]:
+    """step.py's result, or {"error": its last words}."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "result.jsonl"
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(case.gpus), "--standalone"]
+        command = [*launch, str(ROOT / "benchmarks/step.py"), *case.arguments(), "--steps", str(steps), "--append", out]
+        try:
+            done = subprocess.run(
+                list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return {"error": f"longer than {timeout_s} s"}
+        if done.returncode or not out.exists():
+            errors = [text for text in (done.stdout + done.stderr).splitlines() if "Error" in text or "memory" in text]
+            return {"error": (errors or ["no result"])[0][-300:]}
+        return dict(json.loads(out.read_text().splitlines()[-1]))
+
+
+def compare(case: Case, measured: dict[str, Any], gpu: str, *, tiny: bool) -> dict[str, Any]:
+    """One line: what was predicted, what was measured, how far apart."""
+    from step import SHAPES, lengths_of
+    from transformers import AutoConfig
+
+    from ds_longft.plan.memory import predict
+    from ds_longft.plan.search import RESIDENT_SHARE, fastest_saver
+    from ds_longft.plan.setting import GIB, Gpu, ModelSizes, Setting
+    from ds_longft.plan.step import ATTENTION, LAYER_INPUTS, LINEARS, TRAINABLE, WEIGHTS
+    from ds_longft.plan.time import predict_time
+
+    shape = {**SHAPES[case.shape], **({"num_hidden_layers": case.layers} if case.layers else {})}
+    model, rates = ModelSizes.from_config(AutoConfig.for_model(**shape)), Gpu.load(gpu)
+    kernel = case.kernel if case.kernel in rates.attention_tflops else next(iter(rates.attention_tflops))
+    setting = Setting(
+        lengths=tuple(lengths_of(case.documents)),
+        sp=case.gpus,
+        world=case.gpus,
+        lora_r=None if case.full else 16,
+        stage=case.stage,
+        resident=not case.full and 2 * model.weights / GIB * (1 + 1 / case.gpus) <= RESIDENT_SHARE * rates.memory_gib,
+        recompute=case.recompute,
+        host_gib=case.host_gib,
+        tile_tokens=case.tile,
+        kv_heads=case.kv_heads,
+        kernel=kernel,
+        fused=not tiny,
+        element_bytes=4 if tiny else 2,
+    )
+    if case.recompute == "auto":
+        setting = fastest_saver(model, setting, rates)
+    memory = predict(model, setting, rates)
+    time = predict_time(model, setting, rates, memory.keep)
+    beside = sum(memory.parts.get(part, 0.0) for part in (WEIGHTS, TRAINABLE, LAYER_INPUTS, ATTENTION, LINEARS))
+    line = {
+        "date": date.today().isoformat(),
+        "what": f"plan {case.name}",
+        "value": measured.get("value"),
+        "unit": "s",
+        "predicted_s": round(time.total_s, 3),
+        "peak_gib": measured.get("peak_gib"),
+        "predicted_peak_gib": round(memory.peak_gib, 2),
+        "predicted_host_gib": round(memory.host / GIB * case.gpus, 1),
+        "predicted_fits": memory.fits(rates),
+        "tokens": setting.tokens,
+        "calibrating": case.calibrating,
+        "rates": rates.name,
+        "predicted_working_kib_per_token": round((memory.peak - beside) / setting.local_tokens / 1024, 1),
+    }
+    if "error" in measured:
+        return {**line, "error": measured["error"]}
+    line |= {key: measured[key] for key in ("commit", "machine", "versions", "command")}
+    line["time_error"] = round(time.total_s / measured["value"] - 1, 4)
+    if measured["peak_gib"]:
+        line["peak_error"] = round(memory.peak_gib / measured["peak_gib"] - 1, 4)
+        if case.recompute == "full" and case.gpus == 2 and not (case.host_gib or case.full):
+            kib = (measured["peak_gib"] * GIB - beside) / setting.local_tokens / 1024
+            line["working_kib_per_token"] = round(kib, 1)
+    return line
+
+
+def summary(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The largest errors over settings that the rates were not made of; the smallest working set; the longest pack."""
+    ran = [line for line in lines if "error" not in line]
+    same = {key: ran[-1][key] for key in ("date", "commit", "machine", "versions")} if ran else {}
+    found: list[dict[str, Any]] = []
+    for key, what in (("peak_error", "plan peak error max"), ("time_error", "plan time error max")):
+        errors = [abs(line[key]) for line in ran if key in line and not line["calibrating"]]
+        if errors:
+            found.append({**same, "what": what, "value": max(errors), "unit": "fraction", "settings": len(errors)})
+    kib = [line["working_kib_per_token"] for line in ran if "working_kib_per_token" in line]
+    if kib:
+        found.append({**same, "what": "working set kib per token sp2", "value": min(kib), "unit": "KiB"})
+    if ran:
+        found.append({**same, "what": "longest tokens", "value": max(line["tokens"] for line in ran), "unit": "tokens"})
+    return found
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Measured and predicted side by side, as markdown."""
+    rows = ["| setting | s | predicted | off | peak GiB | predicted | off |", "|---|---|---|---|---|---|---|"]
+    for line in lines:
+        if "predicted_s" not in line:
+            rows.append(f"| {line['what']} | {line['value']} {line['unit']} | | | | | |")
+            continue
+        off = [f"{line[k]:+.1%}" if k in line else "-" for k in ("time_error", "peak_error")]
+        name = line["what"] + (" (calibrating)" if line["calibrating"] else "")
+        seen = line.get("error") or f"{line['value']:.2f}"
+        rows.append(
+            f"| {name} | {seen} | {line['predicted_s']:.2f} | {off[0]} | {line['peak_gib'] or '-'} | "
+            f"{line['predicted_peak_gib']:.1f} | {off[1]} |"
+        )
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    main()

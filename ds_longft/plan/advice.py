@@ -1,0 +1,185 @@
+"""When memory runs out: which key saves how much, predicted for this run, this model and these GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from ds_longft.config import RunConfig
+from ds_longft.errors import GpuMemoryError, ModelError
+from ds_longft.plan.memory import SPARE_SHARE, place, predict
+from ds_longft.plan.search import RESIDENT_SHARE, TILE_TOKENS, Question, fastest_saver
+from ds_longft.plan.setting import GIB, Gpu, ModelSizes, Setting
+from ds_longft.plan.step import Keep
+
+WORTH_GIB = 0.5
+"""What saves less is not mentioned."""
+
+MOST = 5  # lines of advice
+
+
+@dataclass(frozen=True)
+class Adviser:
+    """What is known of a run before its model is built; `model` is None where the planner does not describe it."""
+
+    model: ModelSizes | None
+    setting: Setting
+    memory_gib: float
+    config: RunConfig
+
+    @classmethod
+    def for_run(
+        cls,
+        config: RunConfig,
+        engine_config: dict[str, Any],
+        hf_config: PretrainedConfig,
+        *,
+        sp: int,
+        world: int,
+        memory_gib: float,
+        fused: bool,
+    ) -> Adviser:
+        """Call it before ZeRO-3 is switched on for every model that is built."""
+        try:
+            model = ModelSizes.from_config(hf_config)
+        except ModelError:  # a mixture of experts
+            model = None
+        setting = setting_of_run(
+            config, engine_config, model, sp=sp, world=world, local_world=world, memory_gib=memory_gib, fused=fused
+        )
+        return cls(model, setting, memory_gib, config)
+
+    def error(self, seen: BaseException, where: str) -> GpuMemoryError:
+        """What a user reads instead of a traceback."""
+        first = str(seen).strip().splitlines()[0] if str(seen).strip() else type(seen).__name__
+        lines = [f"out of GPU memory {where}: {first}"]
+        advice = [f"  {key}   saves about {saved:.1f} GiB a GPU{note}" for key, saved, note in self.savings()]
+        if advice:
+            lines += [
+                f"Packs of {self.setting.tokens:,} tokens, sp {self.setting.sp}. What saves memory, predicted:",
+                *advice,
+            ]
+        lines += self._length()
+        lines.append("`ds-longft plan` shows what fits before a run. The newest checkpoint is as it was.")
+        return GpuMemoryError("\n".join(lines))
+
+    def savings(self) -> list[tuple[str, float, str]]:
+        """(key and value, GiB saved at the peak, a note), most first."""
+        if self.model is None:
+            return [("train.recompute: sqrt", 0.0, " (the model's memory is not described)")]
+        now = self._peak(self.setting)
+        found = [(key, (now - self._peak(other)) / GIB, note) for key, other, note in self._others()]
+        return sorted((f for f in found if f[1] >= WORTH_GIB), key=lambda f: -f[1])[:MOST]
+
+    def _peak(self, setting: Setting) -> float:
+        assert self.model is not None
+        bare = replace(setting, recompute="keep_attention") if setting.recompute == "auto" else setting
+        return predict(self.model, bare, self._gpu()).peak
+
+    def _gpu(self) -> Gpu:
+        return replace(Gpu.load("h200"), memory_gib=self.memory_gib)  # memory only: its rates are not used
+
+    def _others(self) -> Iterator[tuple[str, Setting, str]]:
+        """Runs that differ in one key."""
+        x = self.setting
+        assert self.model is not None
+        larger = next((d for d in range(x.sp + 1, x.world + 1) if x.world % d == 0 and d <= self.model.q_heads), None)
+        if larger:
+            yield f"sp: {larger}", replace(x, sp=larger), f" ({larger} GPUs share a sample)"
+        if x.tile_tokens is None and x.local_tokens > TILE_TOKENS:
+            away = replace(x, tile_tokens=TILE_TOKENS)
+            yield f"train.mlp_tile_tokens: {TILE_TOKENS}", away, " (the same speed)"
+        if x.kv_heads is None and self.model.kv_heads > x.sp:
+            yield "train.kv_heads_at_a_time: 1", replace(x, kv_heads=1), " (attention in turns)"
+        if x.recompute in ("none", "keep_attention", "auto"):
+            yield "train.recompute: full", replace(x, recompute="full"), " (attention runs forward twice)"
+        if x.recompute != "sqrt":
+            yield "train.recompute: sqrt", replace(x, recompute="sqrt"), " (layers run forward three times)"
+        if x.world > 1 and x.stage < 3:
+            away = replace(x, stage=3, resident=False)
+            yield "ds_config: ds_configs/zero3_sp.json", away, " (weights split over all GPUs)"
+        if not x.offload_params:
+            away = replace(x, stage=3, resident=False, offload_optimizer=True, offload_params=True)
+            yield "ds_config: ds_configs/zero3_offload.json", away, " (weights and optimizer in host memory; slow)"
+        if not x.fused:
+            yield "pip install liger-kernel", replace(x, fused=True), " (norms and activations without float32 copies)"
+        if x.lora_r is None:
+            yield "lora: {r: 16}", replace(x, lora_r=16), " (adapters instead of all weights)"
+
+    def _length(self) -> list[str]:
+        """The longest pack that is predicted to fit as the run is set up."""
+        if self.model is None:
+            return []
+        question = Question(self.model, self._gpu(), self.setting.world, 0.0, lora_r=self.setting.lora_r)
+        longest = question.longest(replace(self.setting, offload_params=False), "")
+        tokens = longest.setting.tokens if longest else 0
+        if not 0 < tokens < self.setting.tokens:
+            return []
+        return [f"  data.max_length_tokens (and data.pack_tokens): {tokens}   is the longest pack predicted to fit"]
+
+
+def setting_of_run(
+    config: RunConfig,
+    engine_config: dict[str, Any],
+    model: ModelSizes | None,
+    *,
+    sp: int,
+    world: int,
+    local_world: int,
+    memory_gib: float,
+    fused: bool,
+) -> Setting:
+    """A run as the planner describes it, for its longest pack."""
+    zero = engine_config.get("zero_optimization", {})
+    weights_gib = 2 * (model.weights if model else 0) / GIB * (1 + 1 / world)
+    return Setting(
+        lengths=(config.data.budget_tokens,),
+        sp=sp,
+        world=world,
+        lora_r=config.lora.r if config.lora else None,
+        stage=int(zero.get("stage", 0)),
+        resident=config.lora is not None and weights_gib <= RESIDENT_SHARE * memory_gib,
+        offload_optimizer="offload_optimizer" in zero,
+        offload_params="offload_param" in zero,
+        recompute=config.train.recompute,
+        every=config.train.recompute_every,
+        host_gib=config.train.offload_host_gib,
+        local_world=local_world,
+        tile_tokens=config.train.mlp_tile_tokens,
+        kv_heads=config.train.kv_heads_at_a_time,
+        fused=fused,
+    )
+
+
+def choose_for_run(
+    config: RunConfig,
+    engine_config: dict[str, Any],
+    hf_config: PretrainedConfig,
+    *,
+    sp: int,
+    world: int,
+    local_world: int,
+    memory_gib: float,
+    fused: bool,
+) -> tuple[Setting, tuple[Keep, ...]] | None:
+    """With `auto` recomputation: tiles and turns only where the longest pack needs them; and what waits on the host.
+
+    None for a model that the planner does not describe: everything is then kept on the GPU. Call it before ZeRO-3 is
+    switched on for every model that is built.
+    """
+    try:
+        model = ModelSizes.from_config(hf_config)
+    except ModelError:
+        return None
+    setting = setting_of_run(
+        config, engine_config, model, sp=sp, world=world, local_world=local_world, memory_gib=memory_gib, fused=fused
+    )
+    gpu = replace(Gpu.load("h200"), memory_gib=memory_gib)
+    if setting.recompute == "auto":
+        setting = fastest_saver(model, setting, gpu)
+    outside = (gpu.context_gib + (gpu.nccl_gib if world > 1 else 0.0)) * GIB
+    keep, _ = place(model, setting, gpu.memory_gib * (1 - SPARE_SHARE) * GIB - outside)
+    return setting, keep

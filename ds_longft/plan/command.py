@@ -1,0 +1,155 @@
+"""`ds-longft plan`: how long a sample fits, how fast it trains, and the recipe for it. Needs no GPU and no weights."""
+
+from __future__ import annotations
+
+import json as json_text
+from typing import Literal
+
+from rich.console import Console
+
+from ds_longft.config import ModelConfig, parse_tokens
+from ds_longft.errors import ConfigError
+from ds_longft.plan import report
+from ds_longft.plan.search import Question, fastest, longest_of_each
+from ds_longft.plan.setting import Gpu, ModelSizes
+
+
+def plan(
+    model: str = "",
+    gpus: int = 8,
+    gpu: str = "h100-80",
+    host_gib: float = 0.0,
+    length: str | int | None = None,
+    lora: bool = False,
+    full: bool = False,
+    lora_r: int = 16,
+    objective: Literal["sft", "dpo"] = "sft",
+    kernel: str = "",
+    documents: int = 1,
+    targets: float = 1.0,
+    liger: Literal["auto", "off"] = "auto",
+    json: bool = False,
+    png: str | None = None,
+    calibrate: str | None = None,
+) -> None:
+    """Predict memory and time before a GPU is touched, from the model's config alone.
+
+    Without --length: the longest pack of each sp, recomputation and offload. With it: the fastest setting that fits, as
+    a run config on stdout, and where the memory goes. Formulas and their sources: docs/plan.md.
+
+    Args:
+        model: folder with a config.json, or a hub id (its config is fetched, no weights).
+        gpus: GPUs of one node.
+        gpu: h200, h100-80, a100-80, ... (a wrong name lists them), or a file that --calibrate wrote.
+        host_gib: host memory of the node that may be used; 0 for none.
+        length: tokens of a pack; 128K and 1M count in 1024s.
+        lora: adapters of rank --lora_r on all linears (the default).
+        full: train every weight.
+        lora_r: rank.
+        objective: sft, or dpo (a pack holds pairs; one more forward pass for the reference).
+        kernel: attention kernel; default the GPU's fastest.
+        documents: equal documents that share a pack.
+        targets: share of the tokens that have a target.
+        liger: off where liger-kernel is not installed or does not know the model.
+        json: print one JSON object.
+        png: write the memory chart to this file (with --length).
+        calibrate: measure this machine's GPU and write the rates to this JSON file (two minutes, needs the GPU).
+    """
+    if calibrate is not None:
+        from ds_longft.plan.calibrate import calibrate as measure
+
+        measure(calibrate)
+        return
+    question = _question(
+        model, gpus, gpu, host_gib, None if full and not lora else lora_r, objective, kernel, documents, targets, liger,
+        both=lora and full,
+    )  # fmt: skip
+    console = Console(soft_wrap=True, highlight=False)
+    if length is None:
+        plans = longest_of_each(question)
+        if json:
+            print(json_text.dumps({"longest": [report.as_json(p, question) for p in plans]}))
+        elif plans:
+            console.print(report.length_table(plans, question))
+        else:
+            raise ConfigError(_nothing_fits(question, model))
+        return
+    tokens = parse_tokens(length)
+    if not isinstance(tokens, int) or tokens < 1:
+        raise ConfigError(f"--length is {length!r}: give tokens, e.g. 65536, 128K or 1M")
+    best = fastest(question, tokens)
+    if best is None:
+        longest = max((p.setting.tokens for p in longest_of_each(question)), default=0)
+        raise ConfigError(
+            f"--length {tokens:,}: no setting fits {gpus} x {question.gpu.name}; the longest that does is {longest:,} "
+            f"tokens. More GPUs (--gpus), host memory (--host_gib) or a shorter sample"
+        )
+    if png:
+        report.write_png(best, question, png)
+    if json:
+        print(json_text.dumps(report.as_json(best, question)))
+        return
+    print(report.recipe(best, question, model), end="")
+    parts = report.memory_parts(best, question)
+    notes = [f"peak while at: {best.memory.moment}", report.bars(parts, question.gpu.memory_gib), "seconds of a step:"]
+    notes.append("  " + ", ".join(f"{name} {s:.2f}" for name, s in best.time.parts.items()))
+    Console(stderr=True, soft_wrap=True, highlight=False).print("\n".join(notes))
+
+
+def _question(
+    model: str,
+    gpus: int,
+    gpu: str,
+    host_gib: float,
+    lora_r: int | None,
+    objective: str,
+    kernel: str,
+    documents: int,
+    targets: float,
+    liger: str,
+    *,
+    both: bool,
+) -> Question:
+    """The arguments, checked together. Raises ConfigError with everything that is wrong."""
+    problems = []
+    if not model:
+        problems.append("--model is missing: a folder with a config.json, or a hub id")
+    if both:
+        problems.append("--lora and --full are both given: one of them")
+    if gpus < 1:
+        problems.append(f"--gpus is {gpus}: at least 1")
+    if host_gib < 0:
+        problems.append(f"--host_gib is {host_gib}: 0 or more")
+    if documents < 1 or not 0 < targets <= 1:
+        problems.append(f"--documents is {documents}, --targets {targets}: expected 1 or more, and a share above 0")
+    rates = None
+    try:
+        rates = Gpu.load(gpu)
+        if kernel and kernel not in rates.attention_tflops:
+            problems.append(f"--kernel is {kernel}: {rates.name} has rates for {', '.join(rates.attention_tflops)}")
+    except ConfigError as error:
+        problems += error.problems
+    if problems or rates is None:
+        raise ConfigError(problems)
+    from ds_longft.model.load import load_config
+
+    hf_config = load_config(ModelConfig(path=model), 1, attn_implementation="eager")
+    return Question(
+        model=ModelSizes.from_config(hf_config),
+        gpu=rates,
+        gpus=gpus,
+        host_gib=host_gib,
+        lora_r=lora_r,
+        objective=objective,
+        kernel=kernel,
+        fused=liger == "auto",
+        targets=targets,
+        documents=documents,
+    )
+
+
+def _nothing_fits(question: Question, model: str) -> str:
+    return (
+        f"{model} does not fit on {question.gpus} x {question.gpu.name} at any length: its weights alone are "
+        f"{2 * question.model.weights / 2**30:.1f} GiB. More GPUs, --lora, or a GPU with more memory"
+    )

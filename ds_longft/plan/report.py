@@ -1,0 +1,131 @@
+"""A plan for its reader: the table of longest lengths, the recipe, and the chart of where the memory goes."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from ds_longft.plan.setting import GIB
+from ds_longft.yaml_io import dump_yaml
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ds_longft.plan.search import Plan, Question
+
+BAR = 40  # characters of the GPU's whole memory
+FREE, OUTSIDE = "free", "CUDA and NCCL"
+
+
+def length_table(plans: list[Plan], question: Question) -> Table:
+    """Longest pack of each way, most tokens first within each sp."""
+    caption = (
+        f"{question.gpu.name} ({question.gpu.source}); reserve of 6 % not used; tokens/s of all {question.gpus} GPUs"
+    )
+    table = Table(
+        "sp", "longest pack", "recomputation, JSON", "peak GiB", "host GiB", "step s", "tokens/s", caption=caption
+    )
+    for p in sorted(plans, key=lambda p: (p.setting.sp, -p.setting.tokens)):
+        table.add_row(
+            str(p.setting.sp),
+            f"{p.setting.tokens:,}",
+            p.label,
+            f"{p.memory.peak_gib:.1f}",
+            f"{p.memory.host * p.setting.world / GIB:.0f}",
+            f"{p.time.total_s:.1f}",
+            f"{p.time.tokens_per_s:,.0f}",
+        )
+    return table
+
+
+def memory_parts(plan: Plan, question: Question) -> dict[str, float]:
+    """GiB of the GPU by what they are, from the largest; what is outside torch and what is free at the end."""
+    parts = {k: v / GIB for k, v in sorted(plan.memory.parts.items(), key=lambda item: -item[1]) if v > 0}
+    parts[OUTSIDE] = plan.memory.outside / GIB
+    parts[FREE] = question.gpu.memory_gib - sum(parts.values())
+    return parts
+
+
+def bars(parts: dict[str, float], total_gib: float) -> str:
+    """A line for each part: name, bar, GiB."""
+    width = max(map(len, parts))
+    return "\n".join(
+        f"  {name:<{width}} {'#' * round(BAR * gib / total_gib):<{BAR}} {gib:7.1f} GiB" for name, gib in parts.items()
+    )
+
+
+def write_png(plan: Plan, question: Question, path: str | Path) -> None:
+    """The same as one stacked bar, a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 2.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    left = 0.0
+    for name, gib in memory_parts(plan, question).items():
+        (bar,) = axes.barh([0], [gib], left=left, label=f"{name} {gib:.1f}")
+        if name == FREE:
+            bar.set(facecolor="white", edgecolor="gray", hatch="//")
+        left += gib
+    x = plan.setting
+    axes.set(yticks=[], xlabel="GiB", xlim=(0, question.gpu.memory_gib))
+    axes.set_title(
+        f"{x.tokens:,} tokens, sp {x.sp}, {plan.label}, {question.gpu.name}, at {plan.memory.moment}", fontsize=9
+    )
+    axes.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.35), fontsize=8, frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def recipe(plan: Plan, question: Question, model: str) -> str:
+    """The plan as a run config, ready but for the data."""
+    x = plan.setting
+    train: dict[str, Any] = {"recompute": x.recompute}
+    if plan.memory.host and x.host_gib:
+        train["offload_host_gib"] = min(x.host_gib, math.ceil(plan.memory.host * x.world / GIB))
+    if x.tile_tokens:
+        train["mlp_tile_tokens"] = x.tile_tokens
+    if x.kv_heads:
+        train["kv_heads_at_a_time"] = x.kv_heads
+    content: dict[str, Any] = {
+        "ds_config": plan.ds_config,
+        "output_dir": "runs/planned",
+        "sp": x.sp,
+        "model": {"path": model},
+        "lora": None if x.lora_r is None else {"r": x.lora_r, "alpha": 2 * x.lora_r},
+        "data": {"train": ["data/train.jsonl"], "max_length_tokens": x.tokens},
+        "optim": {"learning_rate": 1e-5 if x.lora_r is None else 1e-4},
+        "train": train,
+    }
+    head = (
+        f"# Planned for {question.gpus} x {question.gpu.name} ({question.gpu.source}), {x.tokens:,} tokens a pack:\n"
+        f"# peak {plan.memory.peak_gib:.1f} of {question.gpu.memory_gib:.1f} GiB, {plan.time.total_s:.1f} s a step, "
+        f"{plan.time.tokens_per_s:,.0f} tokens/s of all GPUs, {x.dp} pack{'s' * (x.dp > 1)} a step.\n"
+        f"#   deepspeed launch/train.py --config this.yaml --data.train my.jsonl\n"
+    )
+    return head + dump_yaml(content)
+
+
+def as_json(plan: Plan, question: Question) -> dict[str, Any]:
+    """A plan for machines; sizes in GiB, times in seconds."""
+    x = plan.setting
+    return {
+        "tokens": x.tokens,
+        "sp": x.sp,
+        "dp": x.dp,
+        "ds_config": plan.ds_config,
+        "recompute": x.recompute,
+        "offload_host_gib": x.host_gib,
+        "mlp_tile_tokens": x.tile_tokens,
+        "kv_heads_at_a_time": x.kv_heads,
+        "peak_gib": round(plan.memory.peak_gib, 2),
+        "peak_at": plan.memory.moment,
+        "host_gib_per_rank": round(plan.memory.host / GIB, 2),
+        "memory_gib": {k: round(v, 2) for k, v in memory_parts(plan, question).items()},
+        "step_s": round(plan.time.total_s, 3),
+        "step_parts_s": {k: round(v, 3) for k, v in plan.time.parts.items()},
+        "tokens_per_s": round(plan.time.tokens_per_s, 1),
+        "rates": question.gpu.source,
+    }

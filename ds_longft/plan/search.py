@@ -1,0 +1,164 @@
+"""Which settings fit: the longest length of each, and the fastest at a given length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from ds_longft.plan.memory import Memory, predict
+from ds_longft.plan.setting import Gpu, ModelSizes, Setting
+from ds_longft.plan.time import StepTime, predict_time
+
+LENGTH_STEP = 1024
+"""Lengths are searched in multiples of so many tokens."""
+
+LONGEST = 1 << 27
+
+WORTH_SAVING = 0.02
+"""Of a step: tiles and turns are taken for less only where nothing else fits. Below it predictions say nothing."""
+
+RESIDENT_SHARE = 0.35
+"""ZeRO-3 with LoRA keeps gathered weights when whole copy and own shard take no more of a GPU (`train.speed`)."""
+
+
+TILE_TOKENS = 8192
+"""An MLP tile: large enough for the tensor cores, small beside a long shard."""
+
+
+def savers(setting: Setting, model: ModelSizes) -> Iterator[Setting]:
+    """The setting as it is, then with MLP tiles, then with heads in turns as well."""
+    yield setting
+    if setting.tile_tokens is None and setting.local_tokens > TILE_TOKENS:
+        setting = replace(setting, tile_tokens=TILE_TOKENS)
+        yield setting
+    if setting.kv_heads is None and model.kv_heads > setting.sp:
+        yield replace(setting, kv_heads=1)
+
+
+def fastest_saver(model: ModelSizes, setting: Setting, gpu: Gpu, host_gib: float | None = None) -> Setting:
+    """The fastest of `savers` that fits: room for kept attention can be worth more than kept linears. The earlier one
+    unless a later one gains `WORTH_SAVING`; the last one where none fits.
+    """
+    best, least_s, chosen = setting, float("inf"), None
+    for best in savers(setting, model):
+        memory = predict(model, best, gpu)
+        if not memory.fits(gpu, host_gib, setting.local_world or setting.world):
+            continue
+        seconds = predict_time(model, best, gpu, memory.keep).total_s
+        if seconds < (1 - WORTH_SAVING) * least_s:
+            least_s, chosen = seconds, best
+    return chosen or best
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One setting with what is predicted of it."""
+
+    setting: Setting
+    memory: Memory
+    time: StepTime
+    ds_config: str  # the shipped JSON it stands for
+
+    @property
+    def label(self) -> str:
+        """Recomputation and offload in a few words."""
+        x = self.setting
+        words = [x.recompute]
+        if x.tile_tokens:
+            words.append("tiles")
+        if x.kv_heads:
+            words.append("heads in turns")
+        if x.host_gib:
+            words.append(f"host {x.host_gib:.0f} GiB")
+        return " + ".join([*words, self.ds_config.removeprefix("ds_configs/").removesuffix(".json")])
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked for: a model on some GPUs, one way to train, whatever is left open."""
+
+    model: ModelSizes
+    gpu: Gpu
+    gpus: int
+    host_gib: float  # of the node
+    lora_r: int | None = 16
+    objective: str = "sft"
+    kernel: str = ""  # "": the GPU's fastest
+    fused: bool = True
+    targets: float = 1.0
+    documents: int = 1  # equal documents of a pack
+
+    def settings(self) -> Iterator[tuple[Setting, str]]:
+        """Every way that is considered: sp, DeepSpeed JSON, recomputation, host memory. Lengths are not set yet."""
+        m, kernel = self.model, self.kernel or next(iter(self.gpu.attention_tflops))
+        weights = 2 * (m.weights + (m.head_weights if m.tied else 0)) * (1 + 1 / self.gpus)
+        resident = self.lora_r is not None and weights <= RESIDENT_SHARE * self.gpu.memory_gib * 2**30
+        for sp in (d for d in range(1, self.gpus + 1) if self.gpus % d == 0 and d <= m.q_heads):
+            base = Setting(
+                lengths=(LENGTH_STEP,),
+                sp=sp,
+                world=self.gpus,
+                lora_r=self.lora_r,
+                resident=resident,
+                kernel=kernel,
+                fused=self.fused,
+                targets=self.targets,
+                objective=self.objective,
+            )
+            ways = [(base, "ds_configs/zero3_sp.json")]
+            if self.lora_r is not None:
+                ways.append((replace(base, stage=2), "ds_configs/zero2_sp.json"))
+            else:
+                away = replace(base, offload_optimizer=True, offload_params=True)
+                ways.append((away, "ds_configs/zero3_offload.json"))
+            for way, ds_config in ways:
+                for recompute in ("auto", "full", "sqrt"):
+                    yield replace(way, recompute=recompute), ds_config
+                    if self.host_gib and not way.offload_params:
+                        yield replace(way, recompute=recompute, host_gib=self.host_gib), ds_config
+
+    def at(self, setting: Setting, tokens: int) -> Setting:
+        """The same for packs of `tokens`."""
+        share, rest = divmod(tokens, self.documents)
+        return replace(setting, lengths=(share + rest, *(share,) * (self.documents - 1)))
+
+    def plan(self, setting: Setting, ds_config: str, tokens: int) -> Plan | None:
+        """The prediction at a length, None where it does not fit."""
+        setting = fastest_saver(self.model, self.at(setting, tokens), self.gpu, self.host_gib)
+        memory = predict(self.model, setting, self.gpu)
+        if not memory.fits(self.gpu, self.host_gib, self.gpus):
+            return None
+        return Plan(setting, memory, predict_time(self.model, setting, self.gpu, memory.keep), ds_config)
+
+    def longest(self, setting: Setting, ds_config: str) -> Plan | None:
+        """The longest pack that fits, to `LENGTH_STEP` tokens; None where not even the shortest does."""
+        step = max(LENGTH_STEP, setting.sp)
+        # Kept tensors only use what is left: they decide the speed of a length, not whether it fits.
+        bare = replace(setting, recompute="keep_attention") if setting.recompute == "auto" else setting
+        low, high = 0, LONGEST // step
+        while low < high:
+            middle = (low + high + 1) // 2
+            *_, least = savers(self.at(bare, middle * step), self.model)
+            memory = predict(self.model, least, self.gpu)
+            low, high = (middle, high) if memory.fits(self.gpu, self.host_gib, self.gpus) else (low, middle - 1)
+        return self.plan(setting, ds_config, low * step) if low else None
+
+
+def longest_of_each(question: Question) -> list[Plan]:
+    """For each sp, recomputation and offload the longest pack, with the DeepSpeed JSON that allows most of it."""
+    best: dict[tuple[int, str, bool], Plan] = {}
+    for setting, ds_config in question.settings():
+        plan = question.longest(setting, ds_config)
+        if plan is None:
+            continue
+        key = (setting.sp, setting.recompute, setting.host_gib > 0)
+        seen = best.get(key)
+        if seen is None or plan.setting.tokens > seen.setting.tokens:
+            best[key] = plan
+    return list(best.values())
+
+
+def fastest(question: Question, tokens: int) -> Plan | None:
+    """The setting that trains most tokens a second at this length; None where nothing fits."""
+    plans = (question.plan(setting, ds_config, tokens) for setting, ds_config in question.settings())
+    return max((p for p in plans if p is not None), key=lambda p: p.time.tokens_per_s, default=None)

@@ -1,0 +1,193 @@
+"""What a prediction is made of: the model's sizes, one way to train it, and the GPU it runs on."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from ds_longft.errors import ConfigError, ModelError
+from ds_longft.model.flops import layer_windows
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Sizes of a dense decoder, as its code has them. All counts are elements."""
+
+    hidden: int  # D
+    inter: int  # I, input features of the down projection
+    layers: int  # L
+    q_heads: int
+    kv_heads: int
+    head_dim: int  # d
+    vocab: int  # V
+    weights: int  # every weight, embedding and head included; a tied matrix counts once
+    linear_io: tuple[tuple[str, int, int], ...]  # (name, in, out) of one layer's linears
+    windows: tuple[int | None, ...]  # per layer, tokens; None: full attention
+    tied: bool
+    norm_after_mlp: bool  # the MLP's output is needed again in the backward pass (Gemma 2 and 3)
+    max_positions: int
+
+    @property
+    def layer_weights(self) -> int:
+        """Elements of one layer's linear weights."""
+        return sum(i * o for _, i, o in self.linear_io)
+
+    @property
+    def head_weights(self) -> int:
+        """Elements of the output head, V * D."""
+        return self.vocab * self.hidden
+
+    def lora_weights(self, r: int) -> int:
+        """Adapter elements of rank r on every linear of every layer: r * (in + out)."""
+        return self.layers * sum(r * (i + o) for _, i, o in self.linear_io)
+
+    @classmethod
+    def from_config(cls, hf_config: PretrainedConfig) -> ModelSizes:
+        """Read off a model without memory ("meta") built from the config.
+
+        Raises:
+            ModelError: a mixture of experts, whose memory this model does not describe.
+        """
+        experts = getattr(hf_config, "num_local_experts", None) or getattr(hf_config, "num_experts", None)
+        if experts:
+            raise ModelError(
+                f"{hf_config.model_type} is a mixture of experts ({experts} experts); plan knows dense models only. "
+                f"Train it with train.recompute: auto, which measures instead"
+            )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), attn_implementation="eager")
+        layer = model.get_decoder().layers[0]
+        linears = tuple(
+            (name.rsplit(".", 1)[-1], m.in_features, m.out_features)
+            for name, m in layer.named_modules()
+            if isinstance(m, nn.Linear)
+        )
+        down = [
+            i for name, i, o in linears if o == hf_config.hidden_size and name.startswith(("down", "fc2", "c_proj"))
+        ]
+        heads = hf_config.num_attention_heads
+        return cls(
+            hidden=hf_config.hidden_size,
+            inter=down[0] if down else int(hf_config.intermediate_size),
+            layers=hf_config.num_hidden_layers,
+            q_heads=heads,
+            kv_heads=getattr(hf_config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads,
+            vocab=hf_config.vocab_size,
+            weights=sum(p.numel() for p in model.parameters()),
+            linear_io=linears,
+            windows=layer_windows(hf_config),
+            tied=bool(hf_config.tie_word_embeddings),
+            norm_after_mlp=hasattr(layer, "post_feedforward_layernorm"),
+            max_positions=int(getattr(hf_config, "max_position_embeddings", 0) or 0),
+        )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to train: what is chosen by the run config and the DeepSpeed JSON."""
+
+    lengths: tuple[int, ...]  # document lengths of one pack, tokens
+    sp: int = 1
+    world: int = 1
+    lora_r: int | None = 16  # None: every weight is trained
+    stage: int = 3  # ZeRO
+    resident: bool = True  # under ZeRO-3: gathered weights are never released
+    offload_optimizer: bool = False
+    offload_params: bool = False
+    recompute: str = "auto"  # as train.recompute
+    every: int = 2  # as train.recompute_every
+    host_gib: float = 0.0  # host memory of a node for kept tensors
+    tile_tokens: int | None = None  # as train.mlp_tile_tokens
+    kv_heads: int | None = None  # as train.kv_heads_at_a_time
+    local_world: int | None = None  # ranks of a node; None: all
+    kernel: str = "flash-attn-4"
+    fused: bool = True  # liger's norm, rotary embedding and gated activation
+    targets: float = 1.0  # share of the tokens that have a target
+    element_bytes: int = 2
+    objective: str = "sft"
+
+    @property
+    def tokens(self) -> int:
+        """S, tokens of a pack."""
+        return sum(self.lengths)
+
+    @property
+    def local_tokens(self) -> int:
+        """s = S / sp, rounded up as packs are padded."""
+        return -(-self.tokens // self.sp)
+
+    @property
+    def dp(self) -> int:
+        """Packs trained at the same time."""
+        return self.world // self.sp
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU type: memory, and rates that are either measured by `ds-longft plan --calibrate` or from data sheets."""
+
+    name: str
+    source: str  # "measured" or "datasheet"
+    about: str  # where the numbers come from
+    memory_gib: float  # as torch reports it
+    context_gib: float  # CUDA context and kernels' own memory, beside torch's
+    nccl_gib: float  # what communication adds when there is more than one rank
+    gemm_tflops: float  # bf16, a large product
+    attention_tflops: dict[str, dict[str, list[list[float]]]]  # kernel -> forward | backward -> [[tokens, TFLOP/s]]
+    memory_gb_s: float  # elementwise kernels, read + written
+    all_to_all_gb_s: float  # sent by each GPU
+    all_gather_gb_s: float  # received by each GPU
+    host_gb_s: float  # pinned copies, one direction, all GPUs of the node at once
+    sustained: dict[str, float]  # share of these rates in a step, where clocks fall: gemm, attention_forward, ...
+
+    @classmethod
+    def load(cls, name: str) -> Gpu:
+        """A shipped type by name, or a calibration file by path. Raises ConfigError with the known names."""
+        path = Path(name).expanduser()
+        known = shipped_gpus()
+        if path.suffix == ".json" and path.is_file():
+            content = json.loads(path.read_text(encoding="utf-8"))
+        elif name.lower() in known:
+            content = json.loads(
+                files(__package__).joinpath("gpus", f"{name.lower()}.json").read_text(encoding="utf-8")
+            )
+        else:
+            raise ConfigError(
+                f"--gpu is {name!r}; expected one of {', '.join(known)}, or the JSON file that "
+                f"`ds-longft plan --calibrate FILE` writes on your machine"
+            )
+        return cls.of(content)
+
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> Gpu:
+        """From the parsed JSON. Raises ConfigError naming keys that are missing or unknown."""
+        wanted = set(cls.__dataclass_fields__)
+        if wanted != set(content):
+            raise ConfigError(
+                f"calibration file: missing {sorted(wanted - set(content))}, unknown {sorted(set(content) - wanted)}"
+            )
+        return cls(**content)
+
+    @cached_property
+    def kernels(self) -> tuple[str, ...]:
+        """Names of the attention kernels it has rates for, the fastest first."""
+        return tuple(self.attention_tflops)
+
+
+def shipped_gpus() -> list[str]:
+    """Names of the GPU types that come with the package."""
+    return sorted(
+        p.name.removesuffix(".json") for p in files(__package__).joinpath("gpus").iterdir() if p.name.endswith(".json")
+    )

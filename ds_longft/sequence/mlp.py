@@ -1,0 +1,168 @@
+"""Gated MLPs over some of a rank's tokens at a time: no tensor of intermediate width for the whole shard.
+
+gate, up and their product are 14,336 features a token in a Llama-8B, four times over at the peak of a backward pass;
+with tiles only x, y and their gradients (4,096 each) are whole. Forward computes tile by tile and keeps x; backward
+computes gate and up of a tile again and is done with it. Inside a checkpointed layer the recomputation calls this a
+second time, for an output that only feeds the residual add: nothing is computed then (`kept.Unread`). So gate and up
+run forward twice and down once, as without tiles. Source: TiledMLP of arXiv 2506.13996, which runs all three of them
+forward three times.
+
+Gradients of all weights below the MLP, adapters too, are summed over tiles in at least float32 and leave once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_longft.sequence.kept import Kept, Unread
+from ds_longft.sequence.linear import LinearGroup, linears_backward, linears_forward, low_rank
+
+Combine = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class _Spec:
+    """Everything about one MLP that is not a tensor."""
+
+    tile_tokens: int
+    combine: Combine  # act(gate) * up
+    scales: tuple[tuple[float, ...], tuple[float, ...]]  # of gate and up, of down
+    split: int  # how many of the tensors belong to gate and up
+    own_input: bool  # nothing but this MLP reads its input: the input's gradient is written over it
+
+
+class TiledMlp:
+    """The forward of a module with gate_proj, up_proj and down_proj, `tile_tokens` tokens at a time."""
+
+    def __init__(self, mlp: nn.Module, gate_up: LinearGroup, down: LinearGroup, tile_tokens: int) -> None:
+        self.gate_up, self.down, self.tile_tokens = gate_up, down, tile_tokens
+        self.plain = mlp.forward
+        self.combine = _combine(mlp)
+        self.own_input = False
+        self.kept: Kept | None = None  # set by whoever checkpoints the layer, for the call about to come
+        mlp.forward = self
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [.., D] -> [.., D]."""
+        modules = (*self.gate_up.modules, *self.down.modules)
+        if any(getattr(m, "disable_adapters", False) or getattr(m, "merged", False) for m in modules):
+            return self.plain(x)
+        first, second = self.gate_up.tensors, self.down.tensors
+        spec = _Spec(
+            self.tile_tokens, self.combine, (self.gate_up.scales, self.down.scales), len(first), self.own_input
+        )
+        out: Tensor = _Tiled.apply(x, self.kept, spec, *first, *second)
+        if isinstance(self.kept, Unread):
+            self.kept.node = out.grad_fn
+        return out
+
+
+class _Tiled(torch.autograd.Function):
+    """y = down(act(gate(x)) * up(x)), row by row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kept: Kept | None, spec: _Spec, *tensors: Tensor | None) -> Tensor:
+        """x [.., D] -> [.., D]. `tensors`: W, bias, A, B of gate, up and down."""
+        x2 = x.reshape(-1, x.shape[-1])  # [t, D]
+        saved = kept.take() if kept is not None else None
+        if saved is None:
+            first, second = tensors[: spec.split], tensors[spec.split :]
+            out = torch.empty_like(x2)
+            for rows in _tiles(len(x2), spec.tile_tokens):
+                gate, up, _ = linears_forward(x2[rows], spec.scales[0], first)
+                out[rows] = linears_forward(spec.combine(gate, up), spec.scales[1], second)[0]
+            if kept is not None:
+                kept.put(out, x2.new_empty(0))
+        else:
+            out = saved[0]
+        ctx.save_for_backward(x2, *tensors)
+        ctx.spec = spec
+        return out.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+        """Gradients of x and of whatever is trained, a tile at a time."""
+        x2, *tensors = ctx.saved_tensors
+        spec: _Spec = ctx.spec
+        first, second = tensors[: spec.split], tensors[spec.split :]
+        needed = ctx.needs_input_grad[3:]
+        dy = dout.reshape(x2.shape)
+        # Over the input, where a norm made it for this MLP alone; autograd objects if something else has kept it.
+        dx = (x2 if spec.own_input else torch.empty_like(x2)) if ctx.needs_input_grad[0] else None
+        sums: list[Tensor | None] = [None] * len(tensors)
+        for rows in _tiles(len(x2), spec.tile_tokens):
+            gate, up, xa = linears_forward(x2[rows], spec.scales[0], first)
+            leaves = [gate.requires_grad_(), up.requires_grad_()]
+            with torch.enable_grad():
+                product = spec.combine(*leaves)  # [tile, I]
+            c = product.detach()
+            dc, grads = linears_backward(
+                [dy[rows]], c, low_rank(c, second), spec.scales[1], second, (True, *needed[spec.split :])
+            )
+            _add(sums, grads, spec.split)
+            del c
+            dleaves = torch.autograd.grad(product, leaves, dc)
+            del product, dc, gate, up, leaves
+            dpart, grads = linears_backward(
+                dleaves, x2[rows], xa, spec.scales[0], first, (dx is not None, *needed[: spec.split])
+            )
+            _add(sums, grads, 0)
+            if dx is not None and dpart is not None:
+                dx[rows] = dpart
+            del dleaves, dpart, grads
+        weights = [
+            s.to(t.dtype) if s is not None and t is not None else None for s, t in zip(sums, tensors, strict=True)
+        ]
+        return (dx.view(dout.shape) if dx is not None else None, None, None, *weights)
+
+
+def tile_mlp(layer: nn.Module, groups: Sequence[LinearGroup], tile_tokens: int) -> TiledMlp | None:
+    """Tile the gated MLP of a decoder layer whose linears are fused; None where the layer has none of that form."""
+    by_name = {group.names: group for group in groups}
+    gate_up, down = by_name.get(("gate_proj", "up_proj")), by_name.get(("down_proj",))
+    if gate_up is None or down is None:
+        return None
+    for module in layer.modules():
+        ours = (getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj"))
+        if all(a is b for a, b in zip(ours, (*gate_up.modules, *down.modules), strict=True)):
+            tiled = TiledMlp(module, gate_up, down, tile_tokens)
+            names = {name for name, _ in layer.named_children()}
+            tiled.own_input = "pre_feedforward_layernorm" in names or (
+                "post_attention_layernorm" in names and "post_feedforward_layernorm" not in names
+            )
+            return tiled
+    return None
+
+
+def _combine(mlp: nn.Module) -> Combine:
+    """act(gate) * up as the module computes it: liger's kernels in its modules, else two operations."""
+    kind = type(mlp).__name__
+    if kind == "LigerSwiGLUMLP":
+        from liger_kernel.ops import LigerSiLUMulFunction
+
+        return LigerSiLUMulFunction.apply
+    if kind == "LigerGEGLUMLP":
+        from liger_kernel.ops import LigerGELUMulFunction
+
+        return LigerGELUMulFunction.apply
+    act: Any = mlp.act_fn
+    return lambda gate, up: act(gate) * up
+
+
+def _tiles(tokens: int, tile_tokens: int) -> list[slice]:
+    return [slice(a, min(a + tile_tokens, tokens)) for a in range(0, tokens, tile_tokens)]
+
+
+def _add(sums: list[Tensor | None], grads: Sequence[Tensor | None], start: int) -> None:
+    """Add a tile's gradients, in at least float32."""
+    for i, grad in enumerate(grads, start):
+        if grad is None:
+            continue
+        wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        total = sums[i]
+        sums[i] = wide if total is None else total.add_(wide)

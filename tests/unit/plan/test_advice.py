@@ -1,0 +1,56 @@
+"""What is said when a GPU is full: keys of this run, with what each would save."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from ds_longft.config import RunConfig
+from ds_longft.errors import EXIT_CONFIG
+from ds_longft.plan.advice import Adviser
+from tests.unit.plan.shapes import LLAMA_8B, shape
+
+
+def adviser(of: dict[str, Any] = LLAMA_8B, *, world: int = 8, sp: int = 2, stage: int = 2, **keys: Any) -> Adviser:
+    config = RunConfig.model_validate({"data": {"max_length_tokens": "256K"}, **keys})
+    return Adviser.for_run(
+        config, {"zero_optimization": {"stage": stage}}, AutoConfig.for_model(**of),
+        sp=sp, world=world, memory_gib=79.1, fused=True,
+    )  # fmt: skip
+
+
+def test_savings_name_keys_and_are_ordered() -> None:
+    savings = adviser().savings()
+    keys = [key for key, _, _ in savings]
+    assert {"sp: 4", "train.recompute: full", "train.recompute: sqrt", "ds_config: ds_configs/zero3_sp.json"} <= set(
+        keys
+    )
+    assert [s for _, s, _ in savings] == sorted((s for _, s, _ in savings), reverse=True)
+    by = {key: saved for key, saved, _ in savings}
+    assert by["train.recompute: full"] == pytest.approx(32, rel=0.1)  # the attention output of 32 layers
+    assert 30 < by["sp: 4"] < 60  # half of everything that grows with the length
+    assert "lora: {r: 16}" in [key for key, _, _ in adviser(stage=3, lora=None).savings()]
+
+
+def test_nothing_is_advised_twice() -> None:
+    keys = [key for key, _, _ in adviser(sp=8, train={"recompute": "sqrt"}, stage=3).savings()]
+    assert not any(key.startswith(("sp:", "train.recompute: sqrt", "ds_config: ds_configs/zero3_sp")) for key in keys)
+
+
+def test_the_message() -> None:
+    error = adviser().error(
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore"), "in training"
+    )
+    assert error.exit_code == EXIT_CONFIG
+    assert "in training: CUDA out of memory. Tried to allocate 2.00 GiB" in str(error)
+    assert "sp: 4   saves about" in str(error)
+    assert "data.max_length_tokens" in str(error)
+
+
+def test_a_model_that_is_not_described() -> None:
+    mixture = shape("mixtral", num_hidden_layers=2, num_local_experts=4, sliding_window=None)
+    error = adviser(mixture).error(torch.OutOfMemoryError(), "in the dry run")
+    assert "train.recompute: sqrt" in str(error)

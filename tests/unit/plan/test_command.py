@@ -1,0 +1,76 @@
+"""`ds-longft plan` from the command line: a config alone, no weights, no GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+
+from ds_longft.cli import main
+from ds_longft.errors import EXIT_CONFIG
+from ds_longft.plan.setting import Gpu, shipped_gpus
+from ds_longft.settings import load_config
+from tests.unit.plan.shapes import LLAMA_8B
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> str:
+    AutoConfig.for_model(**{**LLAMA_8B, "max_position_embeddings": 131072}).save_pretrained(tmp_path / "llama")
+    return str(tmp_path / "llama")
+
+
+def test_a_table_of_the_longest_lengths(llama: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", llama, "--gpus", "2", "--gpu", "h200", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["longest"]
+    by = {(r["sp"], r["recompute"]): r for r in rows}
+    assert by[2, "sqrt"]["tokens"] > by[2, "full"]["tokens"] > by[2, "auto"]["tokens"] > by[1, "auto"]["tokens"]
+    assert all(r["memory_gib"]["free"] > 0.05 * 139.8 for r in rows)
+    assert main(["plan", "--model", llama, "--gpus", "1", "--gpu", "rtx4090"]) == 0
+    assert "longest pack" in capsys.readouterr().out
+
+
+def test_a_recipe_that_the_run_config_reads(llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    png = tmp_path / "memory.png"
+    assert main(["plan", "--model", llama, "--gpus", "8", "--length", "128K", "--png", str(png)]) == 0
+    printed = capsys.readouterr()
+    (tmp_path / "recipe.yaml").write_text(printed.out)
+    config = load_config(["--config", str(tmp_path / "recipe.yaml")])
+    assert config.data.max_length_tokens == 131072
+    assert config.sp in (1, 2, 4, 8)
+    assert "GiB" in printed.err
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--gpu", "h300"], "expected one of a100-40"),
+        (["--gpus", "0", "--lora", "--full"], "--gpus is 0: at least 1"),
+        (["--gpus", "1", "--gpu", "rtx4090", "--length", "1M"], "the longest that does is"),
+        (["--gpus", "1", "--gpu", "rtx4090", "--full"], "does not fit"),
+        (["--length", "long"], "give tokens"),
+        (["--kernel", "flash"], "has rates for"),
+    ],
+)
+def test_mistakes(llama: str, arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", llama, *arguments]) == EXIT_CONFIG
+    assert expected in capsys.readouterr().err
+
+
+def test_no_model_and_a_mixture_of_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan"]) == EXIT_CONFIG
+    assert "--model is missing" in capsys.readouterr().err
+    AutoConfig.for_model("mixtral", num_hidden_layers=2, sliding_window=None).save_pretrained(tmp_path)
+    assert main(["plan", "--model", str(tmp_path)]) == EXIT_CONFIG
+    assert "mixture of experts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", shipped_gpus())
+def test_shipped_rates_are_complete(name: str) -> None:
+    gpu = Gpu.load(name)
+    assert gpu.source in ("measured", "datasheet")
+    for kernel in gpu.attention_tflops.values():
+        assert set(kernel) == {"forward", "backward"}
+    assert 0 < gpu.sustained["gemm"] <= 1

@@ -1,0 +1,97 @@
+"""The memory model against the code itself: every tensor of a step at real sizes, counted under fake tensors."""
+
+from __future__ import annotations
+
+import pytest
+
+from ds_longft.plan.memory import predict, spend
+from ds_longft.plan.setting import GIB, Gpu, Setting
+from ds_longft.plan.step import Keep, Sizes, Step
+from ds_longft.plan.timeline import Timeline
+from tests.unit.plan.shapes import LLAMA_8B, LLAMA_13B, QWEN_7B, SMOLLM2, sizes
+from tests.unit.plan.tracked import tracked_peak
+
+LONG = (131072,)
+KEPT = (Keep("device", "device", "device"), Keep("device"), Keep("device", "", "device"), Keep())
+
+CASES = {
+    # name: shape, layers, setting, kept linears
+    "attention kept, sp 2": (LLAMA_8B, 4, Setting(LONG, 2, 2, recompute="keep_attention"), None),
+    "attention kept, sp 1": (LLAMA_8B, 2, Setting(LONG, 1, 1, recompute="keep_attention"), None),
+    "full": (LLAMA_8B, 2, Setting(LONG, 2, 2, recompute="full"), None),
+    "sqrt": (LLAMA_8B, 4, Setting(LONG, 2, 2, recompute="sqrt"), None),
+    "none": (LLAMA_8B, 2, Setting(LONG, 2, 2, recompute="none"), None),
+    "linears kept": (LLAMA_8B, 4, Setting(LONG, 2, 2, recompute="auto"), KEPT),
+    "without liger": (LLAMA_8B, 2, Setting(LONG, 2, 2, recompute="full", fused=False), None),
+    "without liger, linears kept": (LLAMA_8B, 4, Setting(LONG, 2, 2, recompute="auto", fused=False), KEPT),
+    "every weight trained": (LLAMA_8B, 2, Setting(LONG, 2, 2, lora_r=None, recompute="keep_attention"), None),
+    "every weight trained, short: the head": (LLAMA_8B, 2, Setting((16384,), lora_r=None, recompute="full"), None),
+    "few targets": (LLAMA_8B, 2, Setting(LONG, 2, 2, recompute="full", targets=0.1), None),
+    "28 heads on 8 ranks, biases": (QWEN_7B, 2, Setting(LONG, 8, 8, recompute="keep_attention"), None),
+    "as many kv as query heads: the exchange": (LLAMA_13B, 2, Setting(LONG, 2, 2, recompute="keep_attention"), None),
+    "9 heads on 2 ranks, tied": (SMOLLM2, 2, Setting(LONG, 2, 2, recompute="keep_attention"), None),
+    "every_k": (QWEN_7B, 4, Setting(LONG, 2, 2, recompute="every_k", every=2), None),
+    "tiles": (LLAMA_8B, 2, Setting(LONG, 2, 2, recompute="keep_attention", tile_tokens=4096), None),
+    "tiles, without liger": (LLAMA_8B, 2, Setting(LONG, 2, 2, recompute="full", tile_tokens=4096, fused=False), None),
+    "tiles, every weight": (LLAMA_8B, 2, Setting(LONG, 2, 2, lora_r=None, recompute="full", tile_tokens=4096), None),
+    "tiles, heads in turns": (LLAMA_8B, 2, Setting(LONG, 2, 2, recompute="full", tile_tokens=4096, kv_heads=1), None),
+    "the same on one rank": (LLAMA_8B, 2, Setting(LONG, 1, 1, recompute="full", tile_tokens=4096, kv_heads=2), None),
+    "28 heads on 8 ranks in turns": (QWEN_7B, 2, Setting(LONG, 8, 8, recompute="full", tile_tokens=1024, kv_heads=1), None),
+    "inputs on the host": (LLAMA_8B, 6, Setting(LONG, 2, 2, recompute="full", host_gib=99), (Keep(input="host"),) * 6),
+    "segments, inputs on the host": (LLAMA_8B, 6, Setting(LONG, 2, 2, recompute="every_k", host_gib=99), (Keep(input="host"), Keep()) * 3),
+    "attention on the host": (LLAMA_8B, 6, Setting(LONG, 2, 2, tile_tokens=4096, host_gib=99), (Keep(input="host", attention="host"),) * 6),
+    "linears on the host": (LLAMA_8B, 6, Setting(LONG, 2, 2, host_gib=99), (Keep("device", "host", "host"),) * 6),
+    "packed": (LLAMA_8B, 2, Setting((16384,) * 8, 2, 2, recompute="keep_attention"), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_tensor_of_a_step_is_counted(name: str) -> None:
+    shape, layers, setting, keep = CASES[name]
+    shape = {**shape, "num_hidden_layers": layers}
+    measured, _, at = tracked_peak(shape, setting, keep)
+    timeline = Timeline()
+    Step(timeline, Sizes(sizes(shape), setting), keep or (Keep(),) * layers).run()
+    coarse = setting.recompute == "none" or any(k.o == "host" for k in keep or ())
+    tolerance = 0.03 if coarse else 0.006
+    assert timeline.peak == pytest.approx(measured, rel=tolerance), f"{at}; predicted at {timeline.moment}"
+
+
+def test_nothing_is_left_after_a_step() -> None:
+    timeline = Timeline()
+    model = sizes(LLAMA_8B, num_hidden_layers=3)
+    Step(timeline, Sizes(model, Setting(LONG, 2, 2, recompute="auto")), (Keep("device", "device", "device"),) * 3).run()
+    assert set(timeline.live) == {"cos sin", "g", "coming"}
+
+
+def test_weights_and_optimizer_by_zero_stage() -> None:
+    model, gpu = sizes(LLAMA_8B), Gpu.load("h200")
+    weights = 2 * model.weights / GIB
+
+    def part(name: str, **changes: object) -> float:
+        setting = Setting((8192,), 2, 2, **{"recompute": "full", **changes})  # type: ignore[arg-type]
+        return predict(model, setting, gpu).parts[name] / GIB
+
+    lora = model.lora_weights(16)
+    assert lora == pytest.approx(41.9e6, rel=0.01)  # what PEFT prints for r 16 on all linears
+    assert part("weights", stage=2) == pytest.approx(weights, rel=0.01)
+    assert part("weights", stage=3) == pytest.approx(1.5 * weights, rel=0.01)  # resident: own half beside the whole
+    assert part("weights", stage=3, resident=False) == pytest.approx(weights / 2 + 2e9 / GIB, rel=0.01)
+    assert part("gradients and optimizer", stage=3, lora_r=None) > 7 * model.weights / GIB
+
+
+def test_auto_spends_what_is_left_and_no_more() -> None:
+    model, gpu = sizes(LLAMA_8B), Gpu.load("h200")
+    memory = predict(model, Setting(LONG, 2, 2, stage=2), gpu)
+    assert memory.fits(gpu)
+    room = gpu.memory_gib * 0.94 - memory.outside / GIB
+    assert room - 8 < memory.peak_gib <= room  # the last layer works on what is kept of it: less than base and kept
+    assert spend(model, Setting(LONG, 2, 2), (Keep(),) * 32, -1.0, 0.0) == ((Keep(),) * 32, 0.0)
+
+
+def test_host_memory_is_shared_by_the_ranks_of_a_node() -> None:
+    model, gpu = sizes(LLAMA_8B), Gpu.load("h200")
+    memory = predict(model, Setting(LONG, 2, 2, stage=2, host_gib=180), gpu)
+    assert 80 < memory.host / GIB <= 90
+    assert memory.fits(gpu, host_gib=180, local_world=2)
+    assert not memory.fits(gpu, host_gib=100, local_world=2)

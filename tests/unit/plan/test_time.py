@@ -1,0 +1,58 @@
+"""Predicted steps against steps measured on H200s that were not used to make the rates, and the formulas' limits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from ds_longft.plan.memory import predict
+from ds_longft.plan.setting import Gpu, Setting
+from ds_longft.plan.step import Keep
+from ds_longft.plan.time import predict_time, rate_at
+from tests.unit.plan.shapes import LLAMA_8B, sizes
+
+# Llama-8B shapes, LoRA r 16, ZeRO-2, recompute auto: seconds and GiB measured with benchmarks/step.py on H200s.
+MEASURED = {
+    "128K over two, cudnn": (Setting((131072,), 2, 2, stage=2, kernel="cudnn"), 20.08, 127.9),
+    "8 documents of 16K over two": (Setting((16384,) * 8, 2, 2, stage=2), 6.89, 128.0),
+    "64K on one": (Setting((65536,), 1, 1, stage=2), 11.28, 129.2),
+}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_predictions_meet_measured_steps(name: str) -> None:
+    setting, seconds, peak_gib = MEASURED[name]
+    model, gpu = sizes(LLAMA_8B), Gpu.load("h200")
+    memory = predict(model, setting, gpu)
+    assert memory.peak_gib == pytest.approx(peak_gib, rel=0.05)
+    assert predict_time(model, setting, gpu, memory.keep).total_s == pytest.approx(seconds, rel=0.10)
+
+
+def test_rates_between_and_beyond_the_measured_lengths() -> None:
+    table = [[16384, 400.0], [65536, 600.0]]
+    assert rate_at(table, 32768) == pytest.approx(500)
+    assert rate_at(table, 1 << 20) == 600
+    assert rate_at(table, 4096) == pytest.approx(200)
+
+
+def test_time_follows_the_work() -> None:
+    model, gpu = sizes(LLAMA_8B), Gpu.load("h200")
+    none = (Keep(),) * 32
+
+    def seconds(setting: Setting, part: str = "", keep: tuple[Keep, ...] = none) -> float:
+        time = predict_time(model, setting, gpu, keep)
+        return time.parts[part] if part else time.total_s
+
+    once = Setting((131072,), 2, 2, recompute="keep_attention")
+    again = replace(once, recompute="full")
+    assert seconds(again, "attention") / seconds(once, "attention") == pytest.approx(1.28, abs=0.05)  # 4.5 / 3.5
+    assert seconds(replace(once, lora_r=None), "matrix products") > 1.3 * seconds(once, "matrix products")
+    assert seconds(once, keep=(Keep("device", "device", "device"),) * 32) < seconds(once)
+    assert seconds(replace(once, objective="dpo")) > 1.1 * seconds(once)
+    assert seconds(replace(once, lengths=(65536,) * 2), "attention") < 0.6 * seconds(once, "attention")
+    assert predict_time(model, replace(once, sp=1), gpu, none).tokens_per_s > 0
+    slow = replace(gpu, host_gb_s=5.0)
+    on_host = (Keep("device", "host", "host"),) * 32
+    assert predict_time(model, once, slow, on_host).parts["host copies"] > 0
+    assert "host copies" not in predict_time(model, once, gpu, none).parts
