@@ -29,13 +29,13 @@ from ds_longft.config import DataConfig, SourceConfig
 from ds_longft.data.encode import EncodedRow, Encoder, Overlong
 from ds_longft.data.formats import detect_format, to_row
 from ds_longft.data.ledger import Entry, Kind, Ledger, Tally
-from ds_longft.data.pairs import EncodedPair, PairSet, encode_pairs, pairs_to_batch
+from ds_longft.data.pairs import PAIR_SCHEMA, EncodedPair, PairSet, encode_pairs, pairs_to_batch
 from ds_longft.data.preference import Pair, check_columns, to_pair
 from ds_longft.data.progress import Progress
 from ds_longft.data.readers import Block, Source, find_source, first_record, parse_block
 from ds_longft.data.rows import BadRow, Row
 from ds_longft.data.template import load_template
-from ds_longft.data.tokenized import TokenizedSet, to_record_batch
+from ds_longft.data.tokenized import SCHEMA, TokenizedSet, to_record_batch
 from ds_longft.errors import DataError
 
 __all__ = ["TokenizedSet", "tokenize_sources"]
