@@ -42,7 +42,7 @@ def test_a_right_run_passes(pools, tmp_path, world, stage, lora, dpo):
     assert [(f.check, f.what, f.measured, f.note) for f in found if f.ok is False] == []
     assert {f.check[0] for f in found} == set("1234567")
     assert facts["documents"] % 2 == 0
-    assert "ssistant" in text
+    assert text.endswith("<|im_end|>")
 
 
 def test_a_planted_fault_is_found(pools, tmp_path):
