@@ -2,6 +2,9 @@
 
     torchrun --nproc_per_node 2 benchmarks/step.py --tokens 131072            one document over two GPUs
     torchrun --nproc_per_node 2 benchmarks/step.py --documents 16384x8        packs
+    torchrun --nproc_per_node 2 benchmarks/step.py --objective dpo --tokens 131072         a pair, each answer with its
+                                                                              prompt 131072 tokens
+    torchrun --nproc_per_node 2 benchmarks/step.py --objective dpo --documents 32768x2 --reference precomputed
     python benchmarks/step.py --shape smollm2 --tokens 8192                   one GPU
     ... --profile trace.json                                                  and the top kernels of one step
 
@@ -19,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -60,7 +64,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shape", default="llama8b", choices=SHAPES)
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--tokens", type=int, help="one document of so many tokens")
-    parser.add_argument("--documents", help="document lengths: 16384x8, or 70000,1000,60000")
+    parser.add_argument(
+        "--documents", help="document lengths: 16384x8, or 70000,1000,60000; dpo: chosen, rejected, ..."
+    )
+    parser.add_argument("--objective", default="sft", choices=["sft", "dpo"])
+    parser.add_argument("--reference", default="auto", help="dpo.reference")
+    parser.add_argument("--passes", default="auto", help="dpo.passes")
     parser.add_argument("--sp", type=int, help="default: all ranks")
     parser.add_argument("--ds_config", default="ds_configs/zero3_sp.json")
     parser.add_argument("--kernel", default="auto")
@@ -81,7 +90,9 @@ def arguments() -> argparse.Namespace:
 
 def document_lengths(args: argparse.Namespace) -> list[int]:
     """The pack's documents in tokens."""
-    return [args.tokens] if args.tokens else lengths_of(args.documents)
+    if args.tokens:
+        return [args.tokens] * (2 if args.objective == "dpo" else 1)
+    return lengths_of(args.documents)
 
 
 def lengths_of(documents: str) -> list[int]:
@@ -111,15 +122,15 @@ def main() -> None:
     import transformers
     from transformers import AutoConfig
 
-    from ds_longft.batch import IGNORE_INDEX, Pack
+    from ds_longft.batch import IGNORE_INDEX, Pack, Pairs
     from ds_longft.config import RunConfig
     from ds_longft.ds_config import load_ds_config, merge_ds_config
     from ds_longft.layout import ParallelLayout
-    from ds_longft.model.flops import peak_tflops, step_flops
+    from ds_longft.model.flops import forward_flops, peak_tflops, step_flops
     from ds_longft.sequence.kernels import AttentionSpec, choose_kernel
-    from ds_longft.sequence.shard import shard
     from ds_longft.train.engine import build
-    from ds_longft.train.speed import rehearse
+    from ds_longft.train.speed import choose_passes, rehearse
+    from ds_longft.train.step import backpropagate_pack
 
     sp = args.sp or launch.world
     tokens = sum(lengths)
@@ -132,7 +143,13 @@ def main() -> None:
             "sp": sp,
             "model": {"path": str(folder), "random_weights": True, "kernel": args.kernel, "liger": args.liger},
             "lora": None if args.full else {"r": 16, "alpha": 32},
-            "data": {"train": ["unused.jsonl"], "max_length_tokens": tokens},
+            "data": {
+                "train": ["unused.jsonl"],
+                "max_length_tokens": max(lengths),
+                "pack_tokens": max(tokens, 2 * max(lengths)) if args.objective == "dpo" else tokens,
+            },
+            "objective": args.objective,
+            "dpo": {"reference": args.reference, "passes": args.passes} if args.objective == "dpo" else {},
             "train": {
                 "recompute": args.recompute,
                 "offload_host_gib": args.host_gib,
@@ -163,16 +180,21 @@ def main() -> None:
         cu_seqlens=cu.astype(np.int32),
         padding_tokens=0,
     )
-    weight = torch.tensor(float(pack.loss_weights.sum()), dtype=torch.float64, device=device)
+    targets = int(pack.loss_weights.sum())
+    if args.objective == "dpo":
+        counts = np.add.reduceat(pack.loss_weights, cu[:-1]).reshape(-1, 2)
+        known = -np.log(shape["vocab_size"]) * counts.astype(np.float64) if args.reference == "precomputed" else None
+        pack = replace(pack, pairs=Pairs(np.ones(len(counts), dtype=np.float32), known))
+    weight = torch.tensor(float(len(lengths) / 2 if pack.pairs else targets), dtype=torch.float64, device=device)
     dist.all_reduce(weight)
     total_weight = float(weight) / sp  # every sp rank counted its whole pack
+    passes = choose_passes(built.engine, args.passes, pack, layout, device)
     kept = rehearse(built.engine, built.recompute, pack, layout, device)
 
     def step() -> float:
-        batch = shard(pack, layout, device)
-        loss_sum = built.engine(batch)
-        total = loss_sum.detach().double()
-        built.engine.backward(loss_sum * (launch.world / total_weight), scale_wrt_gas=False)
+        total = (
+            backpropagate_pack(built.engine, pack, launch.world / total_weight, layout, device).reshape(-1)[0].double()
+        )
         dist.all_reduce(total)
         if args.grads and not hasattr(step, "saved"):
             step.saved = True  # type: ignore[attr-defined]
@@ -217,7 +239,10 @@ def main() -> None:
     kernel, reason = choose_kernel(
         args.kernel, device=device, dtype=dtype, head_dim=head_dim, spec=AttentionSpec(head_dim**-0.5), lengths=lengths
     )
-    flops = step_flops(built.shape, lengths, lora=not args.full, targets=int(pack.loss_weights.sum())) * layout.dp
+    flops = step_flops(built.shape, lengths, lora=not args.full, targets=targets)
+    if args.objective == "dpo" and built.engine.module.live_reference:
+        flops += forward_flops(built.shape, lengths, targets=targets)
+    flops *= layout.dp
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     peak_rate = peak_tflops(name)
     kind = "full" if args.full else "lora"
@@ -230,6 +255,7 @@ def main() -> None:
             "versions": {m.__name__: m.__version__ for m in (torch, deepspeed, transformers)},
             "command": f"torchrun --nproc_per_node {launch.world} benchmarks/step.py {' '.join(sys.argv[1:])}",
             "what": args.tag
+            or (f"dpo pair {max(lengths)} sp{sp} {kind}" if args.objective == "dpo" else "")
             or f"step {args.shape} {tokens} x{len(lengths)} sp{sp} dp{layout.dp} {kind} {kernel.name}",
             "value": round(step_s, 3),
             "unit": "s",
@@ -238,6 +264,8 @@ def main() -> None:
             "mfu": round(flops / step_s / launch.world / 1e12 / peak_rate, 4) if peak_rate else None,
             "kernel": f"{kernel.name}: {reason}",
             "recompute": kept or args.recompute,
+            **({"reference": built.engine.module.reference, "passes": built.engine.module.passes, "why": passes}
+               if args.objective == "dpo" else {}),
             "loss_first": round(losses[0], 5),
             "build_s": round(build_s, 1),
             "steps_s": [round(t, 3) for t in times],

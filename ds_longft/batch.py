@@ -1,6 +1,6 @@
-"""The nouns that travel from the data to the loss: `Pack`, `Documents`, `Batch`, `Step`.
+"""The nouns that travel from the data to the loss: `Pack`, `Pairs`, `Documents`, `Batch`, `Step`.
 
-Letters: S tokens of the whole pack, s = S / sp tokens of one rank's shard, N documents of a pack.
+Letters: S tokens of the whole pack, s = S / sp tokens of one rank's shard, N documents of a pack, P preference pairs.
 """
 
 from __future__ import annotations
@@ -18,6 +18,19 @@ IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
+class Pairs:
+    """The preference pairs of a pack: documents 2i and 2i + 1 of it are the chosen and the rejected answer of pair i,
+    each behind the prompt.
+    """
+
+    weights: NDArray[np.float32]  # [P], of each pair in the loss
+    reference: NDArray[np.float64] | None = None  # [P, 2] the reference's log-probabilities, where they are precomputed
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+
+@dataclass(frozen=True)
 class Pack:
     """One unit of work on the CPU: documents laid head to tail, complete before any sharding.
 
@@ -32,6 +45,7 @@ class Pack:
     cu_seqlens: NDArray[np.int32]  # [N + 1], 0 ... S
     padding_tokens: int  # how many of the S tokens are padding
     rows: tuple[int, ...] = ()  # which rows of the tokenized set lie in it, in order
+    pairs: Pairs | None = None  # of preference data; loss_weights are then 1 at each token of an answer
 
     @property
     def tokens(self) -> int:
@@ -68,6 +82,10 @@ class Batch:
     targets: torch.Tensor  # [t] int64
     target_weights: torch.Tensor  # [t] float32
     documents: Documents
+    rope_tokens: int | None = None  # RoPE types that go by the length go by this; None: by the longest document
+    target_documents: torch.Tensor | None = (
+        None  # [t] int64, the document each target lies in; where sums are by document
+    )
 
 
 @dataclass(frozen=True)
@@ -77,6 +95,6 @@ class Step:
     epoch: int
     index: int  # in the epoch
     packs: tuple[Pack, ...]  # this dp rank's, one per accumulation micro-step
-    total_weight: float  # sum of loss_weights over every pack of the step on every dp rank
+    total_weight: float  # sum of loss_weights (of pair weights) over every pack of the step on every dp rank
     tokens: int  # tokens without padding over every dp rank
     padding_tokens: int  # padding over every dp rank

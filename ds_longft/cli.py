@@ -69,6 +69,9 @@ COMMANDS = {
     "data tokenize": Command("ds_longft.data.commands:tokenize", "chats to token ids, once, into the cache"),
     "data stats": Command("ds_longft.data.commands:stats", "lengths, targets, packs and padding of a data set"),
     "data inspect": Command("ds_longft.data.commands:inspect", "show which tokens of a row are trained on"),
+    "data ref_logps": Command(
+        "ds_longft.train.ref_logps:ref_logps", "a reference's log-probabilities of preference pairs, once", True
+    ),
     "plan": Command("ds_longft.plan.command:plan", "how long a sample fits, how fast it trains, as a recipe"),
     "verify": Command("ds_longft.verify.command:verify", "prove that your run trains what one process would", True),
     "eval perplexity": Command(

@@ -107,9 +107,9 @@ class SourceConfig(Section):
     path: str
     """A JSON, JSONL or parquet file (.gz too), a folder of them, or a hub id."""
 
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "longalign", "grounded"] = (
-        "auto"
-    )
+    format: Literal[
+        "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "longalign", "grounded", "preference"
+    ] = "auto"
     """Row layout; `auto` recognises it by the first row's columns. `grounded`: a reference text and a dialogue about
     it."""
 
@@ -133,10 +133,11 @@ class DataConfig(Section):
     """Share of the training rows held out for the evaluation loss, chosen by `seed`."""
 
     max_length_tokens: Tokens = 131072
-    """Longest row. Longer ones are treated by `overlong`."""
+    """Longest row, or with `objective: dpo` longest prompt with one answer. Longer ones are treated by `overlong`."""
 
     pack_tokens: Tokens | None = None
-    """Token budget of one pack. Left out: `max_length_tokens`."""
+    """Token budget of one pack. Left out: `max_length_tokens`, with `objective: dpo` twice that (a pair lies in one
+    pack)."""
 
     packing: Literal["best_fit", "sorted", "none"] = "best_fit"
     """Documents lie head to tail in a pack, isolated from each other. `best_fit`: as few packs as possible. `sorted`:
@@ -162,8 +163,38 @@ class DataConfig(Section):
 
     @property
     def budget_tokens(self) -> int:
-        """Tokens of a full pack."""
+        """Tokens of a full pack of `objective: sft`; `RunConfig.budget_tokens` is right for every objective."""
         return self.pack_tokens or self.max_length_tokens
+
+
+class DpoConfig(Section):
+    """Preference training: `objective: dpo`. The loss is a weighted mean over the pairs of an optimizer step."""
+
+    beta: float = Field(default=0.1, gt=0)
+    """How strongly the model is held to the reference (with `simpo`, which has none: the scale of the rewards)."""
+
+    loss: Literal["sigmoid", "ipo", "simpo"] = "sigmoid"
+    """`sigmoid`: DPO. `ipo`: squared distance of the length-normalised margin to 1 / (2 beta). `simpo`: without a
+    reference, on length-normalised log-probabilities."""
+
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Share of the pairs taken to be labelled the wrong way round (cDPO); for `sigmoid` and `simpo`."""
+
+    simpo_gamma: float = Field(default=0.5, ge=0)
+    """Margin that `simpo` asks for between the two rewards."""
+
+    rpo_alpha: float = Field(default=0.0, ge=0)
+    """Weight of a supervised term: the chosen answer's mean loss per token, added to each pair (RPO)."""
+
+    reference: Literal["auto", "adapter_off", "precomputed", "model"] = "auto"
+    """Where the reference's log-probabilities come from. `adapter_off`: the same weights with LoRA switched off.
+    `precomputed`: `ds-longft data ref_logps` wrote them beside the tokenized set. `model`: a second, frozen copy of the
+    model. `auto`: `adapter_off` with LoRA, `model` without."""
+
+    passes: Literal["auto", "one", "two"] = "auto"
+    """`one`: both answers in one forward and backward pass. `two`: log-probabilities without a graph first, then a
+    forward and backward pass for each answer alone: the same gradient in half the activation memory, for one more
+    forward pass. `auto`: `one` where the longest pack fits so (measured before step 1)."""
 
 
 class OptimConfig(Section):
@@ -290,10 +321,14 @@ class RunConfig(Section):
     seed: int = 0
     """Data order, adapter initialisation, dropout."""
 
+    objective: Literal["sft", "dpo"] = "sft"
+    """`sft`: supervised fine-tuning on answers or text. `dpo`: preference pairs, see `dpo`."""
+
     model: ModelConfig = ModelConfig()
     lora: LoraConfig | None = LoraConfig()
     """null trains every weight."""
     data: DataConfig = DataConfig()
+    dpo: DpoConfig = DpoConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     log: LogConfig = LogConfig()
@@ -304,12 +339,14 @@ class RunConfig(Section):
         problems = []
         if self.data.eval and self.data.eval_fraction:
             problems.append("data.eval and data.eval_fraction are both set: keep one of them")
-        if self.data.budget_tokens < self.data.max_length_tokens:
+        least = self.documents_per_row * self.data.max_length_tokens
+        if self.budget_tokens < least:
+            of_pair = "twice " if self.objective == "dpo" else ""
             problems.append(
-                f"data.pack_tokens is {self.data.budget_tokens}, less than data.max_length_tokens "
-                f"({self.data.max_length_tokens}): the longest rows would fit in no pack; raise the first or lower the "
-                f"second"
+                f"data.pack_tokens is {self.budget_tokens}, less than {of_pair}data.max_length_tokens "
+                f"({least}): the longest rows would fit in no pack; raise the first or lower the second"
             )
+        problems += _objective_problems(self)
         if isinstance(self.sp, int) and self.sp < 1:
             problems.append(f"sp is {self.sp}: it counts GPUs, give 1 or more, or auto")
         if self.model.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", self.model.revision or ""):
@@ -322,3 +359,49 @@ class RunConfig(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    @property
+    def documents_per_row(self) -> int:
+        """A pair is two documents of one pack."""
+        return 2 if self.objective == "dpo" else 1
+
+    @property
+    def budget_tokens(self) -> int:
+        """Tokens of a full pack."""
+        return self.data.pack_tokens or self.documents_per_row * self.data.max_length_tokens
+
+
+def _objective_problems(config: RunConfig) -> list[str]:
+    """Keys of `dpo` that contradict each other, or would do nothing."""
+    dpo, sources = config.dpo, [*config.data.train, *config.data.eval]
+    if config.objective == "sft":
+        problems = [] if dpo == DpoConfig() else ["dpo has keys, but objective is sft: set objective to dpo"]
+        if any(source.format == "preference" for source in sources):
+            problems.append("data: a source has format preference, but objective is sft: set objective to dpo")
+        return problems
+    problems = [
+        f"data: {source.path} has format {source.format}, but objective is dpo: pairs have format preference"
+        for source in sources
+        if source.format not in ("auto", "preference")
+    ]
+    if config.data.weighting == "sample":
+        problems.append("data.weighting is sample, but with objective dpo each pair counts once: leave it out")
+    if config.lora is not None and config.lora.dropout:
+        problems.append(
+            f"lora.dropout is {config.lora.dropout:g}, but objective dpo compares log-probabilities of the model with "
+            f"those of its reference, which dropout would blur: set it to 0"
+        )
+    if dpo.label_smoothing and dpo.loss == "ipo":
+        problems.append(f"dpo.label_smoothing is {dpo.label_smoothing:g}, but dpo.loss ipo has no labels to smooth")
+    if dpo.loss != "simpo" and dpo.simpo_gamma != DpoConfig().simpo_gamma:
+        problems.append(f"dpo.simpo_gamma is {dpo.simpo_gamma:g}, but dpo.loss is {dpo.loss}: it is for simpo only")
+    if dpo.loss == "simpo" and dpo.reference != "auto":
+        problems.append(f"dpo.reference is {dpo.reference}, but dpo.loss simpo has no reference: leave it out")
+    if dpo.reference == "adapter_off" and config.lora is None:
+        problems.append("dpo.reference is adapter_off, but lora is null: set it to model or precomputed")
+    if dpo.reference == "model" and config.lora is not None:
+        problems.append(
+            "dpo.reference is model, but with LoRA the same weights without adapters are the reference: set it to "
+            "adapter_off (or auto), which needs no second model"
+        )
+    return problems

@@ -47,6 +47,12 @@ KEYS_OF_OTHER_TOOLS = {
     **dict.fromkeys(["wandb_name", "run_name", "wandb_run_id"], "log.name"),
     **dict.fromkeys(["report_to", "use_wandb"], "log.wandb"),
     **dict.fromkeys(["deepspeed", "deepspeed_config"], "ds_config"),
+    **dict.fromkeys(["rl", "stage", "rlhf_type", "trainer_type"], "objective"),
+    **dict.fromkeys(["pref_beta", "dpo_beta", "rl_beta"], "dpo.beta"),
+    **dict.fromkeys(["loss_type", "pref_loss", "dpo_loss"], "dpo.loss"),
+    **dict.fromkeys(["dpo_label_smoothing", "cdpo_label_smoothing"], "dpo.label_smoothing"),
+    **dict.fromkeys(["pref_ftx", "dpo_ftx", "rpo_alpha"], "dpo.rpo_alpha"),
+    **dict.fromkeys(["ref_model", "ref_model_name_or_path", "precompute_ref_log_probs"], "dpo.reference"),
 }
 EXPLANATIONS = {
     **dict.fromkeys(

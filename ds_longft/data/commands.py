@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_text
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from rich.markup import escape as rich_escape
 from rich.table import Table
 from rich.text import Text
 
-from ds_longft.config import RunConfig
+from ds_longft.config import RunConfig, SourceConfig
 from ds_longft.data.plan import plan_epoch
 from ds_longft.data.statistics import Statistics, statistics
 from ds_longft.data.tokenize import tokenize_sources
@@ -33,7 +34,7 @@ def tokenize(config: str, json: bool = False) -> None:
     """
     run, tokenizer = _read(config)
     parts = {
-        part: tokenize_sources(sources, tokenizer, run.data, progress=True)
+        part: _tokenized(run, sources, tokenizer)
         for part, sources in (("train", run.data.train), ("eval", run.data.eval))
         if sources
     }
@@ -65,7 +66,7 @@ def stats(
     run, tokenizer = _read(config)
     if dp < 1 or sp < 1:
         raise ConfigError(f"--dp is {dp}, --sp is {sp}: expected 1 or more")
-    rows = tokenize_sources(run.data.train, tokenizer, run.data, progress=True)
+    rows = _tokenized(run, run.data.train, tokenizer)
     found = statistics(rows, run.data, dp=dp, sp=sp, accumulation=run.train.gradient_accumulation_steps, seed=run.seed)
     note = f"{config}: dp {dp}, sp {sp}, weighting {run.data.weighting}"
     write_pages(found, html=html, png=png, title="Training data", note=note)
@@ -166,12 +167,12 @@ def inspect(
         json: print one JSON object instead.
     """
     run, tokenizer = _read(config)
-    rows = tokenize_sources(run.data.train, tokenizer, run.data, progress=True)
+    rows = _tokenized(run, run.data.train, tokenizer)
     numbers = [row]
     if pack is not None:
         plan = plan_epoch(
             rows.lengths,
-            budget_tokens=run.data.budget_tokens,
+            budget_tokens=run.budget_tokens,
             dp=1,
             accumulation=run.train.gradient_accumulation_steps,
             seed=run.seed,
@@ -183,10 +184,13 @@ def inspect(
         numbers = plan.packs[pack].tolist()
     elif not 0 <= row < len(rows):
         raise DataError(f"row {row} does not exist: the set has rows 0 to {len(rows) - 1}")
-    shown = [_parts(rows.row(number), tokenizer, run.data.weighting) for number in numbers]
+    shown = [
+        [part for one in rows.documents(number) for part in _parts(one, tokenizer, run.data.weighting)]
+        for number in numbers
+    ]
     facts: list[dict[str, Any]] = [
-        {"row": one.index, "origin": one.origin, "tokens": len(one.input_ids), "targets": one.targets}
-        for one in map(rows.row, numbers)
+        {"row": one.index, "origin": one.origin, "tokens": int(rows.lengths[number]), "targets": one.targets}
+        for number, one in zip(numbers, map(rows.row, numbers), strict=True)
     ]
     if json:
         documents = [
@@ -207,13 +211,13 @@ def inspect(
         line = f"{facts[0]['origin']}: {facts[0]['tokens']:,} tokens, {facts[0]['targets']:,} of them trained (green)"
     else:
         targets = sum(fact["targets"] for fact in facts)
-        used = f"{at:,} of {run.data.budget_tokens:,} tokens"
+        used = f"{at:,} of {run.budget_tokens:,} tokens"
         line = f"pack {pack}: {len(facts)} documents, {used}, {targets:,} trained (green)"
     console.print(f"\n{line}", markup=False)
 
 
 def _parts(one: TokenizedRow, tokenizer: Any, weighting: Weighting) -> list[tuple[str, float]]:
-    """(text, weight of its labels) of a row, piece by piece."""
+    """(text, weight of its labels) of a document, piece by piece."""
     parts: list[tuple[str, float]] = []
     at = 0
     spans = zip(one.span_start.tolist(), one.span_end.tolist(), one.label_weights(weighting), strict=True)
@@ -247,6 +251,11 @@ def _read(config: str) -> tuple[RunConfig, Any]:
         raise ConfigError(f"model.path is empty in {config}: it names the tokenizer")
     kwargs = {"revision": run.model.revision, "trust_remote_code": run.model.trust_remote_code}
     return run, load_tokenizer(run.model.path, **kwargs)
+
+
+def _tokenized(run: RunConfig, sources: Sequence[SourceConfig], tokenizer: Any) -> TokenizedSet:
+    pairs = run.objective == "dpo"
+    return tokenize_sources(sources, tokenizer, run.data, progress=True, pairs=pairs)
 
 
 def load_tokenizer(path: str, **kwargs: Any) -> Any:

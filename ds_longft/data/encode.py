@@ -25,7 +25,7 @@ class Overlong(BadRow):
 class EncodedRow:
     """Token ids of one row and its target spans, in tokens. Every span has a weight above 0."""
 
-    row: Row
+    row: Row  # as encoded: truncated where it was
     input_ids: NDArray[np.int32]  # [length]
     span_start: NDArray[np.int32]  # [spans] first token
     span_end: NDArray[np.int32]  # [spans] one past the last token
@@ -104,7 +104,8 @@ class Encoder:
                 for i, turn in enumerate(row.turns)
             ]
             rendered = self._render(turns)
-            encoded = _chat(row, rendered, self.tokenizer.encode(rendered.text, add_special_tokens=False))
+            cut = replace(row, turns=tuple(turns))
+            encoded = _chat(cut, rendered, self.tokenizer.encode(rendered.text, add_special_tokens=False))
             over = len(encoded.input_ids) - self.max_length_tokens
             if over <= 0:
                 return replace(encoded, truncated=True)

@@ -225,6 +225,10 @@ _TELLTALES: list[tuple[str, set[str]]] = [
 def detect_format(columns: Iterable[str], path: str) -> str:
     """Name of the layout that has these columns; `DataError` naming the columns when none has."""
     seen = set(columns)
+    if {"chosen", "rejected"} <= seen:
+        raise DataError(
+            f"{path} holds preference pairs (columns chosen, rejected), but objective is sft: set objective to dpo"
+        )
     for name, needed in _TELLTALES:
         if needed <= seen:
             return name

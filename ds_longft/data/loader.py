@@ -7,13 +7,15 @@ import queue
 import threading
 import time
 from collections.abc import Generator
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ds_longft.batch import Pack, Step
+from ds_longft.batch import Pack, Pairs, Step
 from ds_longft.config import DataConfig
 from ds_longft.data.pack import build_pack, filler_pack
+from ds_longft.data.pairs import PairSet
 from ds_longft.data.plan import EQUAL_COST_TOKENS, PackPlan, plan_epoch
 from ds_longft.data.tokenized import TokenizedSet
 
@@ -45,6 +47,8 @@ class StepLoader:
         """
         self.wait_s = 0.0
         """Seconds spent waiting for a step to be built, since the loader was made."""
+        self.budget_tokens = data.pack_tokens or tokenized.documents_per_row * data.max_length_tokens
+        """Tokens of a full pack."""
         self._tokenized = tokenized
         self._data = data
         self._dp, self._dp_rank, self._sp, self._accumulation = dp, dp_rank, sp, accumulation
@@ -57,7 +61,7 @@ class StepLoader:
         """Names the steps: equal on every rank, for any sp, and for any dp and accumulation of equal product."""
         data = self._data
         step = (self._dp * self._accumulation, self._seed, self._equal_cost_tokens)
-        settings = (data.budget_tokens, data.packing, data.weighting, *step)
+        settings = (self.budget_tokens, data.packing, data.weighting, *step)
         return hashlib.sha256(repr((self._tokenized.fingerprint, *settings)).encode()).hexdigest()[:16]
 
     def plan(self, epoch: int) -> PackPlan:
@@ -66,7 +70,7 @@ class StepLoader:
             self._plans = {
                 epoch: plan_epoch(
                     self._tokenized.lengths,
-                    budget_tokens=self._data.budget_tokens,
+                    budget_tokens=self.budget_tokens,
                     dp=self._dp,
                     accumulation=self._accumulation,
                     seed=self._seed,
@@ -147,7 +151,12 @@ class StepLoader:
         )
 
     def _pack(self, plan: PackPlan, number: int | None) -> Pack:
+        tokenized = self._tokenized
         if number is None:
-            return filler_pack(self._sp, self._pad_id)
-        rows = [self._tokenized.row(int(row)) for row in plan.packs[number]]
+            filler = filler_pack(self._sp, self._pad_id)
+            no_pairs = Pairs(np.zeros(0, dtype=np.float32))
+            return replace(filler, pairs=no_pairs) if isinstance(tokenized, PairSet) else filler
+        if isinstance(tokenized, PairSet):
+            return tokenized.pack(plan.packs[number].tolist(), pad_to_multiple=self._sp, pad_id=self._pad_id)
+        rows = [tokenized.row(int(row)) for row in plan.packs[number]]
         return build_pack(rows, pad_to_multiple=self._sp, pad_id=self._pad_id, weighting=self._data.weighting)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ds_longft.batch import IGNORE_INDEX, Pack
 from ds_longft.data.tokenized import TokenizedRow, Weighting
+
+Document = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]
+"""input_ids, labels, loss_weights of one document."""
 
 
 def build_pack(rows: Sequence[TokenizedRow], *, pad_to_multiple: int, pad_id: int, weighting: Weighting) -> Pack:
@@ -35,6 +40,35 @@ def build_pack(rows: Sequence[TokenizedRow], *, pad_to_multiple: int, pad_id: in
 def filler_pack(tokens: int, pad_id: int = 0) -> Pack:
     """A pack of padding alone, zero weight: keeps every rank at the same number of micro-steps."""
     return _blank([tokens], pad_id, tokens, ())
+
+
+def documents_of(pack: Pack) -> list[Document]:
+    """The documents of a pack, without its padding."""
+    borders = pack.cu_seqlens.tolist()
+    spans = list(pairwise(borders))
+    if pack.padding_tokens:
+        spans = spans[:-1]
+    return [(pack.input_ids[a:b], pack.labels[a:b], pack.loss_weights[a:b]) for a, b in spans]
+
+
+def pack_of(documents: Sequence[Document], multiple: int, pad_id: int = 0) -> Pack:
+    """Documents laid head to tail and padded to a multiple of `multiple` tokens."""
+    if not documents:
+        return filler_pack(multiple, pad_id)
+    padding = -sum(len(ids) for ids, _, _ in documents) % multiple
+    parts = list(documents)
+    if padding:
+        blank = filler_pack(padding, pad_id)
+        parts.append((blank.input_ids, blank.labels, blank.loss_weights))
+    lengths = [len(ids) for ids, _, _ in parts]
+    return Pack(
+        input_ids=np.concatenate([ids for ids, _, _ in parts]),
+        position_ids=np.concatenate([np.arange(n, dtype=np.int64) for n in lengths]),
+        labels=np.concatenate([labels for _, labels, _ in parts]),
+        loss_weights=np.concatenate([weights for _, _, weights in parts]),
+        cu_seqlens=np.cumsum([0, *lengths], dtype=np.int32),
+        padding_tokens=padding,
+    )
 
 
 def _blank(lengths: Sequence[int], pad_id: int, padding: int, rows: tuple[int, ...]) -> Pack:

@@ -78,9 +78,10 @@ def statistics(rows: TokenizedSet, data: DataConfig, *, dp: int, sp: int, accumu
     bottom = int(np.floor(np.log2(max(1, int(lengths.min())))))
     bounds = [1 << e for e in range(bottom + 1, max(top, bottom + 1) + 1)]
     classes = np.searchsorted(bounds, lengths)
+    budget_tokens = data.pack_tokens or rows.documents_per_row * data.max_length_tokens
     plan = plan_epoch(
         lengths,
-        budget_tokens=data.budget_tokens,
+        budget_tokens=budget_tokens,
         dp=dp,
         accumulation=accumulation,
         seed=seed,
@@ -114,11 +115,11 @@ def statistics(rows: TokenizedSet, data: DataConfig, *, dp: int, sp: int, accumu
         by_language=histogram(languages),
         tokens_by_length=np.bincount(classes, weights=lengths, minlength=len(bounds)).astype(int).tolist(),
         packs=Packs(
-            budget_tokens=data.budget_tokens,
+            budget_tokens=budget_tokens,
             packing=data.packing,
             packs=len(plan.packs),
             steps=len(plan),
-            filled=float(plan.pack_tokens.sum() / (len(plan.packs) * data.budget_tokens)),
+            filled=float(plan.pack_tokens.sum() / (len(plan.packs) * budget_tokens)),
             documents_per_pack=len(lengths) / len(plan.packs),
             padding_tokens=int((-plan.pack_tokens % sp).sum()),
             imbalance=float(plan.imbalance().mean()),

@@ -29,6 +29,8 @@ from ds_longft.config import DataConfig, SourceConfig
 from ds_longft.data.encode import EncodedRow, Encoder, Overlong
 from ds_longft.data.formats import detect_format, to_row
 from ds_longft.data.ledger import Entry, Kind, Ledger, Tally
+from ds_longft.data.pairs import PAIR_SCHEMA, EncodedPair, PairSet, encode_pairs, pairs_to_batch
+from ds_longft.data.preference import Pair, check_columns, to_pair
 from ds_longft.data.progress import Progress
 from ds_longft.data.readers import Block, Source, find_source, first_record, parse_block
 from ds_longft.data.rows import BadRow, Row
@@ -42,6 +44,7 @@ LAYOUT_VERSION = 2  # raise it when the same input gives other tokens, spans or 
 INLINE_BYTES = 4 << 20  # below this, starting processes takes longer than the work
 BLOCKS_UNDER_WAY = 3  # for each worker
 PART_BLOCKS = 64  # of about 1 MB each: what a killed process may have to do again
+PREFERENCE = "preference"
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,12 @@ class Result:
 
 
 def tokenize_sources(
-    sources: Sequence[SourceConfig], tokenizer: Any, data: DataConfig, *, progress: bool = False
+    sources: Sequence[SourceConfig],
+    tokenizer: Any,
+    data: DataConfig,
+    *,
+    progress: bool = False,
+    pairs: bool = False,
 ) -> TokenizedSet:
     """Tokenize sources, one after the other, or open the tokenized set of an earlier call with the same input.
 
@@ -73,6 +81,7 @@ def tokenize_sources(
         tokenizer: a fast Hugging Face tokenizer.
         data: `max_length_tokens`, `overlong`, `chat_template`, `workers`, `cache_dir`, `max_bad_fraction` are read.
         progress: show a bar on a terminal, or a line every few seconds elsewhere.
+        pairs: the rows are preference pairs; the result is a `PairSet`.
 
     Raises:
         DataError: nothing found or usable, too many bad rows, or a row too long with `overlong: error`.
@@ -83,7 +92,7 @@ def tokenize_sources(
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise DataError(f"{type(tokenizer).__name__} is not a fast tokenizer: the model folder needs a tokenizer.json")
     found = [find_source(source) for source in sources]
-    formats = [_format_of(source) for source in found]
+    formats = [_format_of(source, pairs) for source in found]
     encoder = _encoder(tokenizer, data, chats=any(name != "text" for name in formats))
     fingerprint = _fingerprint(found, formats, encoder)
     cache = Path(data.cache_dir).expanduser()
@@ -97,7 +106,8 @@ def tokenize_sources(
                 partial.rename(folder)
     tally = Tally(**json.loads((folder / "tally.json").read_text()))
     tally.check(data.max_bad_fraction, ledger)
-    return TokenizedSet.open(sorted(folder.glob("rows-*.arrow")), fingerprint, tally)
+    files = sorted(folder.glob("rows-*.arrow"))
+    return (PairSet if pairs else TokenizedSet).open(files, fingerprint, tally)
 
 
 def _encoder(tokenizer: Any, data: DataConfig, *, chats: bool) -> Encoder:
@@ -113,11 +123,15 @@ def _encoder(tokenizer: Any, data: DataConfig, *, chats: bool) -> Encoder:
     )
 
 
-def _format_of(source: Source) -> str:
+def _format_of(source: Source, pairs: bool) -> str:
     """The layout of a source: as configured, or recognised by its first readable row."""
     if source.config.format != "auto":
         return source.config.format
-    return detect_format(first_record(source), source.config.path)
+    record = first_record(source)
+    if pairs:
+        check_columns(record, source.config.path)
+        return PREFERENCE
+    return detect_format(record, source.config.path)
 
 
 def _fingerprint(sources: Sequence[Source], formats: Sequence[str], encoder: Encoder) -> str:
@@ -149,6 +163,7 @@ def _write(
     What goes wrong leaves nothing behind; a process that is killed or interrupted leaves its whole parts.
     """
     folder.mkdir(exist_ok=True)
+    schema = PAIR_SCHEMA if PREFERENCE in formats else SCHEMA
     size_bytes = sum(source.size_bytes for source in sources)
     whole = {int(file.stem.removeprefix("tally-")) for file in folder.glob("tally-*.json")}
     try:
@@ -156,7 +171,7 @@ def _write(
             tasks = ((i // PART_BLOCKS, *task) for i, task in enumerate(_tasks(sources, formats)))
             tasks = (task for task in tasks if task[0] not in whole)
             for part, of_part in groupby(_results(tasks, encoder, workers, size_bytes), key=itemgetter(0)):
-                _write_part(folder, part, ((at, result) for _, at, result in of_part), bar)
+                _write_part(folder, part, ((at, result) for _, at, result in of_part), bar, schema)
         _close(folder)
     except Overlong as too_long:
         shutil.rmtree(folder, ignore_errors=True)
@@ -174,10 +189,12 @@ def _write(
         raise
 
 
-def _write_part(folder: Path, part: int, results: Iterable[tuple[int, Result]], bar: Progress) -> None:
+def _write_part(
+    folder: Path, part: int, results: Iterable[tuple[int, Result]], bar: Progress, schema: pa.Schema
+) -> None:
     with (
         pa.OSFile(str(folder / f"rows-{part:05d}.arrow"), "wb") as sink,
-        pa.ipc.new_file(sink, SCHEMA) as writer,
+        pa.ipc.new_file(sink, schema) as writer,
         Ledger(folder / f"ledger-{part:05d}.jsonl") as ledger,
     ):
         tally = ledger.tally
@@ -268,7 +285,7 @@ def _run_in_worker(task: Task) -> Result:
 
 def encode_block(task: Task, encoder: Encoder) -> Result:
     """Parse, lay out and encode one block. Raises `Overlong` for the first row too long with `overlong: error`."""
-    rows: list[Row] = []
+    rows: list[Row | Pair] = []
     left_out: list[Entry] = []
     read = 0
     for origin, record in parse_block(task.block):
@@ -276,16 +293,28 @@ def encode_block(task: Task, encoder: Encoder) -> Result:
         try:
             if isinstance(record, BadRow):
                 raise record
-            rows.append(to_row(record, task.format, source=task.source, origin=origin))
+            if task.format == PREFERENCE:
+                rows.append(to_pair(record, source=task.source, origin=origin))
+            else:
+                rows.append(to_row(record, task.format, source=task.source, origin=origin))
         except BadRow as bad:
             left_out.append(Entry(origin, bad.reason, bad.detail))
-    encoded: list[EncodedRow] = []
-    for row, result in zip(rows, encoder.encode(rows), strict=True):
-        if isinstance(result, EncodedRow):
+    singles, pairs = [r for r in rows if isinstance(r, Row)], [r for r in rows if isinstance(r, Pair)]
+    results: Sequence[EncodedRow | EncodedPair | BadRow]
+    results = encode_pairs(encoder, pairs) if task.format == PREFERENCE else encoder.encode(singles)
+    encoded: list[EncodedRow | EncodedPair] = []
+    for row, result in zip(rows, results, strict=True):
+        if not isinstance(result, BadRow):
             encoded.append(result)
-        elif isinstance(result, Overlong) and encoder.overlong == "error":
-            raise Overlong(f"{row.origin}: {result.reason}", result.detail)
-        else:
-            kind: Kind = "overlong" if isinstance(result, Overlong) else "bad"
-            left_out.append(Entry(row.origin, result.reason, result.detail, kind))
-    return Result(to_record_batch(encoded), left_out, read, sum(row.truncated for row in encoded))
+            continue
+        origin = row.chosen.origin if isinstance(row, Pair) else row.origin
+        if isinstance(result, Overlong) and encoder.overlong == "error":
+            raise Overlong(f"{origin}: {result.reason}", result.detail)
+        kind: Kind = "overlong" if isinstance(result, Overlong) else "bad"
+        left_out.append(Entry(origin, result.reason, result.detail, kind))
+    batch = (
+        pairs_to_batch([r for r in encoded if isinstance(r, EncodedPair)])
+        if task.format == PREFERENCE
+        else to_record_batch([r for r in encoded if isinstance(r, EncodedRow)])
+    )
+    return Result(batch, left_out, read, sum(row.truncated for row in encoded))

@@ -66,6 +66,8 @@ def label_weights(span_weight: Any, row_weight: Any, targets: Any, weighting: We
 class TokenizedSet:
     """Rows of an Arrow file, or of a part of it. Cheap to open and to hold: the tokens stay on disk."""
 
+    documents_per_row = 1
+
     def __init__(self, table: pa.Table, fingerprint: str, tally: Tally, rows: NDArray[np.int64] | None = None) -> None:
         self._table = table
         self._rows = np.arange(table.num_rows, dtype=np.int64) if rows is None else rows
@@ -77,6 +79,10 @@ class TokenizedSet:
         """Memory-map Arrow files with columns `SCHEMA`, one behind the other."""
         tables = [pa.ipc.open_file(pa.memory_map(str(file))).read_all() for file in files]
         return cls(pa.concat_tables(tables or [SCHEMA.empty_table()]), fingerprint, tally)
+
+    def part(self, rows: NDArray[np.int64], fingerprint: str) -> TokenizedSet:
+        """Some of the rows, by their numbers in this set."""
+        return TokenizedSet(self._table, fingerprint, self.tally, self._rows[rows])
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -98,6 +104,10 @@ class TokenizedSet:
             targets=self._table.column("targets")[at].as_py(),
             origin=self._table.column("origin")[at].as_py(),
         )
+
+    def documents(self, index: int) -> tuple[TokenizedRow, ...]:
+        """Row `index` as the documents it becomes in a pack: one."""
+        return (self.row(index),)
 
     def column(self, name: str) -> NDArray[Any]:
         """A column of one value a row, e.g. `targets` or `source`, as numpy."""
@@ -158,7 +168,7 @@ class TokenizedSet:
         order = np.random.default_rng(seed).permutation(len(self))
         parts: Sequence[NDArray[np.int64]] = np.sort(order[held_out:]), np.sort(order[:held_out])
         train, evaluation = (
-            TokenizedSet(self._table, _digest(self.fingerprint, name, fraction, seed), self.tally, self._rows[part])
+            self.part(part, _digest(self.fingerprint, name, fraction, seed))
             for name, part in zip(("train", "eval"), parts, strict=True)
         )
         return train, evaluation

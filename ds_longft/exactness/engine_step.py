@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ds_longft.batch import Pack
 from ds_longft.layout import ParallelLayout
+from ds_longft.objectives.dpo import DpoObjective
 
 Backpropagate = Callable[[Any, Sequence[Pack], float, ParallelLayout, torch.device], Tensor]
 """The training loop's own forward and backward of one step: `train.step.backpropagate`."""
@@ -63,6 +64,22 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
             module.p = rate
 
 
+@contextmanager
+def live_reference(objective: nn.Module) -> Iterator[None]:
+    """Inside, an objective with precomputed log-probabilities computes them: they belong to whole answers, and packs
+    here are cut. Its reference is the model without adapters, in full fine-tuning the model itself (nothing is trained
+    yet).
+    """
+    precomputed = isinstance(objective, DpoObjective) and objective.reference == "precomputed"
+    if isinstance(objective, DpoObjective) and precomputed:
+        objective.reference = "adapter_off"
+    try:
+        yield
+    finally:
+        if isinstance(objective, DpoObjective) and precomputed:
+            objective.reference = "precomputed"
+
+
 def step_gradients(
     engine: Any,
     backpropagate: Backpropagate,
@@ -79,7 +96,8 @@ def step_gradients(
     usual, objective.layout = objective.layout, layout
     accumulation = _Accumulation(engine, len(packs))
     try:
-        loss_sum = backpropagate(accumulation, packs, total_weight, layout, device)
+        with live_reference(objective):
+            loss_sum = backpropagate(accumulation, packs, total_weight, layout, device)
         dist.all_reduce(loss_sum)
         grads = _whole_gradients(objective.model)
         engine.step()  # lets go of the gradients
@@ -92,18 +110,19 @@ class _Accumulation:
     """The engine with another number of micro-steps than its config names."""
 
     def __init__(self, engine: Any, micro_steps: int) -> None:
-        self.engine, self.micro_steps, self.done = engine, micro_steps, 0
+        self.engine, self.left = engine, micro_steps
+        engine.set_gradient_accumulation_boundary(self.left == 1)
 
-    def __call__(self, batch: Any) -> Any:
-        self.done += 1
-        self.engine.set_gradient_accumulation_boundary(self.done == self.micro_steps)
-        return self.engine(batch)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.engine(*args, **kwargs)
 
-    def backward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.engine.backward(*args, **kwargs)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
 
     def step(self) -> None:
         self.engine.step()
+        self.left -= 1
+        self.engine.set_gradient_accumulation_boundary(self.left == 1)
 
 
 def _whole_gradients(model: nn.Module) -> dict[str, Tensor]:

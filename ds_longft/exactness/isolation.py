@@ -28,8 +28,13 @@ def decoder_of(model: nn.Module) -> nn.Module:
 
 
 def check_borders(packs: Sequence[Pack], gather: Gather) -> Finding:
-    """Whether every row of the packs is a document of its own, as the data made them. Collective."""
-    merged = sum(gather(sum(len(p.rows) + bool(p.padding_tokens) - (len(p.cu_seqlens) - 1) for p in packs if p.rows)))
+    """Whether every row of the packs is a document of its own (a pair two), as the data made them. Collective."""
+    expected = (
+        len(p.rows) * (1 if p.pairs is None else 2) + bool(p.padding_tokens) - (len(p.cu_seqlens) - 1)
+        for p in packs
+        if p.rows
+    )
+    merged = sum(gather(sum(expected)))
     cause = f"{abs(merged)} borders between rows are missing in the packs' cu_seqlens: their rows would see each other"
     return Finding.judged(
         CHECK, "rows without a border to the next", merged == 0, str(merged), "0", cause, value=merged

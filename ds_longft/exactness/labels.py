@@ -89,5 +89,8 @@ def _count(packs: Sequence[Pack], layout: ParallelLayout) -> dict[str, Any]:
         count["trained"] += len(rows)
         count["trained_wrong"] += int((batch.targets.numpy() != pack.labels[rows]).sum())
         count["trained_wrong"] += int((batch.input_ids.numpy()[0] != pack.input_ids[layout.sp_rank * s :][:s]).sum())
-        count["trained_weight"] += float(batch.target_weights.double().sum())
+        if pack.pairs is None:
+            count["trained_weight"] += float(batch.target_weights.double().sum())
+        else:  # a pair counts by its own weight, and is trained by all ranks of a group together
+            count["trained_weight"] += float(pack.pairs.weights.sum(dtype=np.float64)) / layout.sp
     return count

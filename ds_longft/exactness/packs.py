@@ -3,63 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ds_longft.batch import IGNORE_INDEX, Pack
-from ds_longft.data.pack import filler_pack
-
-Document = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]
-"""input_ids, labels, loss_weights of one document."""
-
-
-def documents_of(pack: Pack) -> list[Document]:
-    """The documents of a pack, without its padding."""
-    borders = pack.cu_seqlens.tolist()
-    spans = list(pairwise(borders))
-    if pack.padding_tokens:
-        spans = spans[:-1]
-    return [(pack.input_ids[a:b], pack.labels[a:b], pack.loss_weights[a:b]) for a, b in spans]
-
-
-def pack_of(documents: Sequence[Document], multiple: int, pad_id: int = 0) -> Pack:
-    """Documents laid head to tail and padded to a multiple of `multiple` tokens."""
-    if not documents:
-        return filler_pack(multiple, pad_id)
-    padding = -sum(len(ids) for ids, _, _ in documents) % multiple
-    parts = list(documents)
-    if padding:
-        blank = filler_pack(padding, pad_id)
-        parts.append((blank.input_ids, blank.labels, blank.loss_weights))
-    lengths = [len(ids) for ids, _, _ in parts]
-    return Pack(
-        input_ids=np.concatenate([ids for ids, _, _ in parts]),
-        position_ids=np.concatenate([np.arange(n, dtype=np.int64) for n in lengths]),
-        labels=np.concatenate([labels for _, labels, _ in parts]),
-        loss_weights=np.concatenate([weights for _, _, weights in parts]),
-        cu_seqlens=np.cumsum([0, *lengths], dtype=np.int32),
-        padding_tokens=padding,
-    )
+from ds_longft.batch import IGNORE_INDEX, Pack, Pairs
+from ds_longft.data.pack import Document, documents_of, pack_of
 
 
 def shortened(pack: Pack, tokens: int, multiple: int) -> Pack:
-    """At most `tokens` tokens of a pack (and at least a few of each document), its documents in proportion."""
+    """At most `tokens` tokens of a pack (and at least a few of each document), its documents in proportion.
+
+    Pairs stay whole, and lose their precomputed log-probabilities: they belong to the uncut answers.
+    """
     documents = documents_of(pack)
-    total = sum(len(ids) for ids, _, _ in documents)
-    if total <= tokens or not documents:
-        return pack_of(documents, multiple)
-    most = max(1, tokens // 4)  # documents
-    documents = documents[:most]
-    total = sum(len(ids) for ids, _, _ in documents)
-    return pack_of([_window(d, max(2, len(d[0]) * tokens // total)) for d in documents], multiple)
+    per_row = 2 if pack.pairs is not None else 1
+    if sum(len(ids) for ids, _, _ in documents) > tokens:
+        documents = documents[: per_row * max(1, tokens // (4 * per_row))]
+        total = sum(len(ids) for ids, _, _ in documents)
+        documents = [_window(d, max(2, len(d[0]) * tokens // total)) for d in documents]
+    return _laid(documents, multiple, None if pack.pairs is None else pack.pairs.weights[: len(documents) // 2])
 
 
 def in_two(pack: Pack, multiple: int) -> tuple[Pack, Pack]:
-    """The documents of a pack dealt to two packs. With a single document the second holds padding alone."""
+    """The documents (the pairs) of a pack dealt to two packs. With a single one the second holds padding alone."""
     documents = documents_of(pack)
-    return pack_of(documents[::2], multiple), pack_of(documents[1::2], multiple)
+    if pack.pairs is None:
+        return pack_of(documents[::2], multiple), pack_of(documents[1::2], multiple)
+    pairs = list(zip(documents[::2], documents[1::2], strict=True))
+    first, second = (
+        _laid([d for pair in pairs[i::2] for d in pair], multiple, pack.pairs.weights[i::2]) for i in (0, 1)
+    )
+    return first, second
+
+
+def _laid(documents: Sequence[Document], multiple: int, weights: NDArray[np.float32] | None) -> Pack:
+    """Documents as a pack, of pairs where these have weights."""
+    pack = pack_of(documents, multiple)
+    return pack if weights is None else replace(pack, pairs=Pairs(weights))
 
 
 def two_documents(pack: Pack, multiple: int) -> Pack:
@@ -73,8 +55,9 @@ def two_documents(pack: Pack, multiple: int) -> Pack:
 
 
 def weight_of(packs: Sequence[Pack]) -> float:
-    """Sum of the loss weights, as the loss divides by it."""
-    return float(sum(pack.loss_weights.sum(dtype=np.float64) for pack in packs))
+    """Sum of the loss weights (the weights of pairs), as the loss divides by it."""
+    weights = (pack.loss_weights if pack.pairs is None else pack.pairs.weights for pack in packs)
+    return float(sum(w.sum(dtype=np.float64) for w in weights))
 
 
 def _window(document: Document, length: int) -> Document:

@@ -100,6 +100,13 @@ def equal_cost_tokens(shape: ModelShape, *, lora: bool) -> int:
     return round(per_weight * shape.body_weights / (6 * shape.attention_width * max(full, 1)))
 
 
+def forward_flops(shape: ModelShape, document_lengths: Sequence[int], *, targets: int) -> float:
+    """Operations of a forward pass alone, e.g. of the reference model of DPO, on all GPUs together."""
+    linear = 2 * (sum(document_lengths) * shape.body_weights + targets * shape.head_weights)
+    pairs = sum(visible_pairs(length, window) for window in shape.windows for length in document_lengths)
+    return float(linear + 4 * shape.attention_width * pairs)
+
+
 def visible_pairs(length_tokens: int, window_tokens: int | None) -> int:
     """Pairs (query, key) of one document under the causal mask, itself included, within the window."""
     window = min(window_tokens or length_tokens, length_tokens)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +64,20 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int, revision: s
         torch.manual_seed(seed)
         # PEFT would keep adapters of a bf16 model in fp32; the optimizer holds fp32 master weights already
         return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+@contextmanager
+def adapters_off(model: peft.PeftModel) -> Iterator[None]:
+    """Inside, the model is the one without adapters: LoRA adds nothing, `modules_to_save` are the originals.
+
+    For passes without gradient: PEFT freezes what it switches off. Fused linears and the chunked head look at PEFT's
+    own switch at each call.
+    """
+    model.base_model.disable_adapter_layers()
+    try:
+        yield
+    finally:
+        model.base_model.enable_adapter_layers()
 
 
 def trainable_parameters(model: nn.Module) -> ParameterCounts:

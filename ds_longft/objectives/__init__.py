@@ -1,1 +1,1 @@
-"""A batch -> weighted sums of token losses."""
+"""A batch -> weighted sums of token losses, and what becomes of them: supervised fine-tuning, preference pairs."""

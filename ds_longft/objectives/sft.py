@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from peft import PeftModel
 from torch import Tensor, nn
 
 from ds_longft.batch import Batch
 from ds_longft.layout import ParallelLayout
-from ds_longft.model.rope import set_rope_length
-from ds_longft.sequence.attention import ULYSSES
-from ds_longft.sequence.loss import ChunkedHead
+from ds_longft.objectives.forward import ShardedModel
 
 
 class SftObjective(nn.Module):
@@ -24,24 +19,8 @@ class SftObjective(nn.Module):
         self.model = model
         self.layout = layout
         self.kernel = kernel
-        self.kv_heads_at_a_time = kv_heads_at_a_time
-        # PEFT changes linears in place; the plain causal LM under it still runs with its adapters.
-        causal_lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        seen = causal_lm.config._attn_implementation
-        assert seen == ULYSSES, f"the model's attention is {seen}: every rank would attend to its own shard alone"
-        self._decoder = [causal_lm.get_decoder()]  # in a list: not a second registration of its parameters
-        self._head = [ChunkedHead.install(causal_lm, causal_lm.config)]
+        self._sharded = ShardedModel(model, kv_heads_at_a_time=kv_heads_at_a_time)
 
     def forward(self, batch: Batch) -> Tensor:
         """This rank's weighted sum, a scalar in at least float32; no collective beyond attention's."""
-        set_rope_length(self._decoder[0], batch.documents.max_length)  # the whole pack's, not this shard's
-        hidden = self._decoder[0](
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            documents=batch.documents,
-            layout=self.layout,
-            kernel=self.kernel,
-            kv_heads_at_a_time=self.kv_heads_at_a_time,
-        ).last_hidden_state  # [1, s, D]
-        return self._head[0](hidden[0, batch.target_rows], batch.targets, batch.target_weights)
+        return self._sharded.loss_sums(batch, self.layout, self.kernel)

@@ -26,7 +26,7 @@ def overview(facts: RunFacts) -> Pairs:
         ("trained", f"LoRA r {lora.r}, alpha {lora.alpha:g}, {_list(lora.targets)}" if lora else "all weights"),
         ("longest sample", f"{config.data.max_length_tokens:,} tokens"),
         ("RoPE", rope.type + (f" ({stretched})" if stretched else "") if rope.type != "none" else "the model's own"),
-        ("pack", f"{config.data.budget_tokens:,} tokens, {config.data.packing}, {config.data.weighting} weighting"),
+        ("pack", f"{config.budget_tokens:,} tokens, {config.data.packing}, {config.data.weighting} weighting"),
         ("learning rate", f"{config.optim.learning_rate:g}, {config.optim.schedule}"),
         ("recomputation", config.train.recompute),
         ("seed", str(config.seed)),

@@ -14,8 +14,8 @@ from ds_longft.batch import IGNORE_INDEX, Batch, Documents, Pack
 from ds_longft.layout import ParallelLayout
 
 
-def shard(pack: Pack, layout: ParallelLayout, device: torch.device) -> Batch:
-    """Slice [S] arrays into this rank's contiguous s = S / sp tokens.
+def shard(pack: Pack, layout: ParallelLayout, device: torch.device, *, by_document: bool = False) -> Batch:
+    """Slice [S] arrays into this rank's contiguous s = S / sp tokens. `by_document`: targets know their document.
 
     Copies are pinned and asynchronous on GPUs. Positions without a target are dropped here, on the host: finding them
     on the device would cost a synchronisation.
@@ -37,4 +37,10 @@ def shard(pack: Pack, layout: ParallelLayout, device: torch.device) -> Batch:
         targets=put(labels[rows]),  # [t]
         target_weights=put(weights[rows]),  # [t]
         documents=Documents(put(pack.cu_seqlens), tuple(np.diff(pack.cu_seqlens).tolist())),
+        target_documents=put(_document_of(rows + local.start, pack)) if by_document else None,  # [t]
     )
+
+
+def _document_of(tokens: NDArray[np.int64], pack: Pack) -> NDArray[np.int64]:
+    """The number of the document each token of the whole pack lies in."""
+    return np.searchsorted(pack.cu_seqlens, tokens, side="right").astype(np.int64) - 1

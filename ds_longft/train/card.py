@@ -62,7 +62,7 @@ def write_card(folder: Path, config: RunConfig, layout: ParallelLayout, history:
         "longest sample": f"{config.data.max_length_tokens:,} tokens",
         "RoPE change": config.model.rope.type,
         "ranks": f"{layout.world} (sp {layout.sp}, dp {layout.dp})",
-        "loss": f"sum(w * ce) / sum(w) over the optimizer step, {config.data.weighting} weighting",
+        "loss": _loss(config),
         "learning rate": f"{config.optim.learning_rate:g}, {config.optim.schedule}",
     }
     if steps:
@@ -70,6 +70,9 @@ def write_card(folder: Path, config: RunConfig, layout: ParallelLayout, history:
         facts["tokens"] = f"{steps[-1]['tokens_seen']:,}"
         label, value = training_loss(steps)
         facts[label] = value
+    accuracies = [r["eval_rewards/accuracies"] for r in evals if "eval_rewards/accuracies" in r]
+    if accuracies:
+        facts["held-out accuracy"] = f"{accuracies[0]:.2f} -> {accuracies[-1]:.2f}"
     if evals:
         facts["held-out loss"] = " -> ".join(
             f"{r['eval_loss']:.4f}" for r in (evals[:1] + evals[-1:] if len(evals) > 1 else evals)
@@ -89,3 +92,13 @@ def write_card(folder: Path, config: RunConfig, layout: ParallelLayout, history:
         f"---\n{head}\n---\n\n# {folder.name}\n\n| | |\n|---|---|\n{rows}\n\n{load}\n\n"
         "`config.yaml` beside this file runs the same training again; `metrics.jsonl` holds every step.\n"
     )
+
+
+def _loss(config: RunConfig) -> str:
+    if config.objective == "sft":
+        return f"sum(w * ce) / sum(w) over the optimizer step, {config.data.weighting} weighting"
+    dpo = config.dpo
+    more = f", label smoothing {dpo.label_smoothing:g}" if dpo.label_smoothing else ""
+    more += f", gamma {dpo.simpo_gamma:g}" if dpo.loss == "simpo" else ""
+    more += f", supervised term {dpo.rpo_alpha:g}" if dpo.rpo_alpha else ""
+    return f"preference pairs, {dpo.loss}, beta {dpo.beta:g}{more}"

@@ -7,6 +7,7 @@ averages gradients over all ranks alike, and one loss scale is right for all of 
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from ds_longft.model.flops import ModelShape
 from ds_longft.model.load import load_config, load_model
 from ds_longft.model.lora import add_lora
 from ds_longft.model.rope import check_rope
+from ds_longft.objectives.dpo import DpoObjective, reference_of
 from ds_longft.objectives.sft import SftObjective
 from ds_longft.plan.advice import choose_for_run
 from ds_longft.sequence.attention import ULYSSES, register
@@ -85,7 +87,7 @@ def build(
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     train = config.train
     tile_tokens, kv_heads, places = train.mlp_tile_tokens, train.kv_heads_at_a_time, None
-    if device.type == "cuda":
+    if device.type == "cuda" and config.objective == "sft":  # the planner knows no pairs
         chosen = choose_for_run(
             config,
             engine_config,
@@ -108,7 +110,16 @@ def build(
         model = add_lora(base, config.lora, seed=config.seed, revision=config.model.revision)
     if prepare is not None:
         prepare(model)
-    objective = SftObjective(model, layout, config.model.kernel, kv_heads)
+    objective: nn.Module
+    if config.objective == "dpo":
+        reference = None
+        if reference_of(config.dpo, lora=config.lora is not None) == "model":
+            reference = frozen_reference(config, engine_config, hf_config, dtype, device)
+        objective = DpoObjective(
+            model, layout, config.dpo, config.model.kernel, reference_model=reference, kv_heads_at_a_time=kv_heads
+        )
+    else:
+        objective = SftObjective(model, layout, config.model.kernel, kv_heads)
     recompute = Recompute.install(base, config, stage, local_world, device, tile_tokens=tile_tokens, places=places)
     model.train()
     optimizer = None
@@ -134,6 +145,27 @@ def build(
     seed_dropout(config.seed, layout.rank)
     check_rope(base, hf_config)  # again: casting the module's buffers to bf16 would round the frequencies
     return Built(engine, model, hf_config, shape, recompute)
+
+
+def frozen_reference(
+    config: RunConfig,
+    engine_config: dict[str, Any],
+    hf_config: PretrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> nn.Module:
+    """The model as it is before training, a second time: partitioned under ZeRO-3, never trained and never saved."""
+    model = load_model(
+        config.model,
+        copy.deepcopy(hf_config),
+        ds_engine_config=engine_config,
+        dtype=dtype,
+        device=device,
+        seed=config.seed,
+    )
+    check_rope(model, hf_config)
+    fused_kernels(model, config, device)
+    return model.requires_grad_(False)
 
 
 def seed_dropout(seed: int, rank: int) -> None:

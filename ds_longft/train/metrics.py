@@ -49,6 +49,8 @@ def step_line(record: Record, total_steps: int) -> str:
     """The console line of one step."""
     mfu = f" | MFU {record['mfu']:.1%}" if record.get("mfu") is not None else ""
     loss = "no targets" if record["loss"] is None else f"loss {record['loss']:.4f}"
+    if "rewards/accuracies" in record:
+        loss += f" | accuracy {record['rewards/accuracies']:.2f} | margin {record['rewards/margins']:.3f}"
     norm = "-" if record["grad_norm"] is None else f"{record['grad_norm']:.3f}"
     spike = f" (spike: {record['loss_spike']:.1f} deviations)" if "loss_spike" in record else ""
     return (
@@ -118,12 +120,16 @@ class Records:
             self.progress.update(self.task, completed=record["step"])
 
     def evaluation(self, record: Record) -> None:
-        """Record one evaluation: step, eval_loss, eval_targets, eval_s."""
+        """Record one evaluation: step, eval_loss, eval_targets, eval_s, of pairs also eval_rewards/... and
+        eval_logps/....
+        """
         if not self.active:
             return
         self._write(record)
+        accuracy = record.get("eval_rewards/accuracies")
+        of_pairs = "" if accuracy is None else f" | accuracy {accuracy:.2f}"
         self.console.print(
-            f"held-out loss at step {record['step']} | {record['eval_loss']:.4f} over "
+            f"held-out loss at step {record['step']} | {record['eval_loss']:.4f}{of_pairs} over "
             f"{record['eval_targets']:,} target tokens | {record['eval_s']:.1f} s"
         )
 
@@ -183,6 +189,7 @@ def plot_loss(records: list[Record], path: Path) -> None:
     """Training and evaluation loss over steps as a PNG."""
     train = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
     evals = [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r]
+    of_pairs = any("rewards/accuracies" in r for r in records)
     if not train:
         return
     import matplotlib
@@ -196,7 +203,7 @@ def plot_loss(records: list[Record], path: Path) -> None:
     if evals:
         ax.plot(*zip(*evals, strict=True), color="#d62728", marker="o", label="held out")
         ax.legend(frameon=False)
-    ax.set(xlabel="optimizer step", ylabel="loss per target token")
+    ax.set(xlabel="optimizer step", ylabel="loss per pair" if of_pairs else "loss per target token")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", alpha=0.3)
@@ -226,6 +233,9 @@ def summary_table(records: list[Record], folder: Path, minutes: float) -> Table:
             "held-out loss, first -> last",
             f"{evals[0]:.4f} -> {evals[-1]:.4f}" if len(evals) > 1 else f"{evals[0]:.4f}",
         )
+    accuracies = [r["eval_rewards/accuracies"] for r in records if "eval_rewards/accuracies" in r]
+    if accuracies:
+        table.add_row("held-out accuracy, first -> last", f"{accuracies[0]:.2f} -> {accuracies[-1]:.2f}")
     if steps:
         timed = steps[1:] or steps  # the first step includes warming up
         speed = sum(r["tokens_per_s_per_gpu"] for r in timed) / len(timed)

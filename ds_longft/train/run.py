@@ -18,6 +18,7 @@ from filelock import FileLock
 
 from ds_longft.config import RunConfig, SourceConfig
 from ds_longft.data.loader import StepLoader
+from ds_longft.data.pairs import PairSet
 from ds_longft.data.tokenize import TokenizedSet, tokenize_sources
 from ds_longft.ds_config import DeepSpeedSettings
 from ds_longft.errors import EXIT_HANG, EXIT_REQUEUE, DataError, GpuMemoryError
@@ -25,6 +26,7 @@ from ds_longft.layout import ParallelLayout
 from ds_longft.model.flops import equal_cost_tokens, peak_tflops
 from ds_longft.model.load import load_config, load_tokenizer
 from ds_longft.model.lora import trainable_parameters
+from ds_longft.objectives.dpo import reference_of
 from ds_longft.sequence.attention import ULYSSES
 from ds_longft.settings import dump_config
 from ds_longft.train.card import write_card
@@ -36,8 +38,9 @@ from ds_longft.train.lock import lock_folder
 from ds_longft.train.metrics import Records, read_metrics, summary_table
 from ds_longft.train.model_check import check_model
 from ds_longft.train.ranks import Launch, join
+from ds_longft.train.reference import load_reference
 from ds_longft.train.secrets import tracked_config
-from ds_longft.train.speed import liger_fits, rehearse
+from ds_longft.train.speed import choose_passes, liger_fits, rehearse
 from ds_longft.train.trainer import Trainer
 from ds_longft.train.weights import ModelWriter, trained_fingerprint
 
@@ -180,12 +183,15 @@ def _run(
         records.say(_header(config, layout, device, train_loader, state, found[0] if found else None))
         records.say(f"{trainable_parameters(built.model)}; {kernels}")
     status.where = "in the dry run of the longest pack, before the first step"
-    kept = rehearse(built.engine, built.recompute, train_loader.longest_pack(0), layout, device)
+    longest = train_loader.longest_pack(0)
+    passes = choose_passes(built.engine, config.dpo.passes, longest, layout, device)
+    kept = rehearse(built.engine, built.recompute, longest, layout, device)
     phases.done("rehearsed" if kept else "ready")
     if launch.rank == 0:
         records.say("start-up: " + phases.text())
-        if kept:
-            records.say(kept)
+        for line in (passes, kept):
+            if line:
+                records.say(line)
         if found is not None and found[1].world != layout.world:
             records.say(
                 f"{found[0].name} was written by {found[1].world} ranks: optimizer and weights were divided anew"
@@ -287,14 +293,20 @@ class Phases:
 def tokenized(config: RunConfig, tokenizer: Any, *, progress: bool) -> tuple[TokenizedSet, TokenizedSet | None]:
     """The training set and, where asked for, the held-out set; from the cache when nothing changed.
 
+    With `dpo.reference: precomputed`, each with its log-probabilities.
+
     Raises:
-        DataError: no usable row, or tokens that the model does not know.
+        DataError: no usable row, tokens that the model does not know, or log-probabilities that are missing.
     """
     hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation=ULYSSES)
+    pairs = config.objective == "dpo"
+    reference = pairs and reference_of(config.dpo, lora=config.lora is not None) == "precomputed"
 
     def make(sources: list[SourceConfig]) -> TokenizedSet:
-        made = tokenize_sources(sources, tokenizer, config.data, progress=progress)
+        made = tokenize_sources(sources, tokenizer, config.data, progress=progress, pairs=pairs)
         made.check_ids(hf_config.vocab_size)
+        if reference and isinstance(made, PairSet):
+            return made.with_reference(load_reference(config, made))
         return made
 
     train_set = make(config.data.train)
@@ -347,7 +359,7 @@ def _header(
         f"{layout.world} x {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}, "
         f"sp {layout.sp} (ranks that share a sample) x dp {layout.dp}",
         f"{loader.steps_per_epoch(0)} steps an epoch, {state.total_steps} in all; packs of up to "
-        f"{config.data.budget_tokens:,} tokens, {layout.dp * config.train.gradient_accumulation_steps} in each step",
+        f"{loader.budget_tokens:,} tokens, {layout.dp * config.train.gradient_accumulation_steps} in each step",
     ]
     if resumed:
         lines.append(f"resumed from {resumed} at step {state.step}")

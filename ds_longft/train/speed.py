@@ -18,15 +18,17 @@ from transformers import PreTrainedModel
 
 from ds_longft.batch import Pack
 from ds_longft.config import RunConfig
+from ds_longft.data.pairs import pair_sides
 from ds_longft.errors import ModelError
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.flops import ModelShape
+from ds_longft.objectives.dpo import DpoObjective
 from ds_longft.plan.step import Keep
 from ds_longft.sequence.kept import LEAVING, HostStore
 from ds_longft.sequence.linear import LinearGroup, fuse_linears, gather_with
 from ds_longft.sequence.mlp import tile_mlp
 from ds_longft.sequence.recompute import LayerKeep, apply_recompute
-from ds_longft.sequence.shard import shard
+from ds_longft.train.step import backpropagate_pack
 
 RESIDENT_SHARE = 0.35
 """Weights stay gathered under ZeRO-3 when whole copy and own shard together take no more of a GPU than this."""
@@ -185,20 +187,48 @@ def rehearse(engine: Any, recompute: Recompute, pack: Pack, layout: ParallelLayo
     if device.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats(device)
-    engine.backward(engine(shard(pack, layout, device)) * 0.0, scale_wrt_gas=False)
+    backpropagate_pack(engine, pack, 0.0, layout, device)
     free = torch.tensor(free_bytes(device), device=device)
     dist.all_reduce(free, op=dist.ReduceOp.MIN)
     peak = torch.cuda.max_memory_allocated(device)
     if not recompute.auto:
         return f"longest pack ({pack.tokens:,} tokens) peaks at {peak / 2**30:.1f} GiB"
     size = torch.finfo(next(engine.module.parameters()).dtype).bits // 8
-    on_device, on_host = recompute.spend(int(free), pack.tokens // layout.sp, size, device)
+    at_once = pack.tokens
+    if isinstance(engine.module, DpoObjective) and engine.module.passes == "two":
+        at_once = max(side.tokens for side in pair_sides(pack, layout.sp))
+    on_device, on_host = recompute.spend(int(free), at_once // layout.sp, size, device)
     torch.cuda.empty_cache()
     kept = sum(len(k.on_device) + len(k.on_host) for k in recompute.keep)
     return (
         f"longest pack ({pack.tokens:,} tokens) peaks at {peak / 2**30:.1f} GiB; {on_device / 2**30:.1f} GiB more "
         f"on the GPU and {on_host / 2**30:.1f} GiB on the host keep the outputs of {kept} of "
         f"{sum(map(len, recompute.groups))} groups of linears"
+    )
+
+
+def choose_passes(engine: Any, wanted: str, pack: Pack, layout: ParallelLayout, device: torch.device) -> str | None:
+    """`dpo.passes: auto`: one pass where the longest pack fits so. Collective; a line, None if nothing was open.
+
+    Measured in two passes, which need less: one pass holds the activations of both sides at once, so it takes at most
+    twice what two passes took beyond the memory that was in use before. Nothing can run out of memory by trying.
+    """
+    objective = engine.module
+    if not isinstance(objective, DpoObjective) or wanted != "auto" or device.type != "cuda":
+        return None
+    objective.passes = "two"
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    backpropagate_pack(engine, pack, 0.0, layout, device)
+    used = torch.cuda.max_memory_allocated(device) - before
+    spare = torch.tensor(free_bytes(device) - used, device=device)
+    dist.all_reduce(spare, op=dist.ReduceOp.MIN)
+    torch.cuda.empty_cache()
+    if int(spare) >= 0:
+        objective.passes = "one"
+    return (
+        f"dpo.passes auto: {objective.passes}; in two passes the longest pack ({pack.tokens:,} tokens) took "
+        f"{used / 2**30:.1f} GiB beyond the weights, both answers at once would leave {int(spare) / 2**30:.1f} GiB"
     )
 
 

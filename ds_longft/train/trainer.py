@@ -28,8 +28,8 @@ from ds_longft.data.loader import StepLoader
 from ds_longft.errors import CheckpointError, NonFiniteError
 from ds_longft.exactness.first_step import check_first_step, raise_if_wrong
 from ds_longft.layout import ParallelLayout
-from ds_longft.model.flops import step_flops
-from ds_longft.sequence.shard import shard
+from ds_longft.model.flops import forward_flops, step_flops
+from ds_longft.objectives.dpo import METRICS, DpoObjective
 from ds_longft.train.checkpoint import Checkpoints, TrainState, rng_state, set_rng_state
 from ds_longft.train.engine import Built
 from ds_longft.train.health import Watchdog, describe_packs, write_nonfinite
@@ -37,7 +37,7 @@ from ds_longft.train.interrupt import StopRequest
 from ds_longft.train.metrics import Records, peak_gib
 from ds_longft.train.ranks import Agreement
 from ds_longft.train.schedule import learning_rate
-from ds_longft.train.step import backpropagate, backpropagate_pack, loss_scale
+from ds_longft.train.step import backpropagate, backpropagate_pack, evaluate_pack, loss_scale
 
 FAILED_SAVES_IN_A_ROW = 2
 
@@ -126,7 +126,8 @@ class Trainer:
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         scale = loss_scale(step.total_weight, self.layout)
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # weighted loss, FLOPs, ranks that want to stop
+        # FLOPs, ranks that want to stop, weighted loss, metrics of pairs
+        sums = torch.zeros(3 + len(self.metric_names), dtype=torch.float64, device=self.device)
         losses = []
         random_state = rng_state()
         for i, pack in enumerate(step.packs):
@@ -136,13 +137,14 @@ class Trainer:
                     return False
                 engine.step()  # counts the micro-step; weights change only at the last one
             self.watchdog.enter(f"step {self.state.step + 1}, pack {i + 1} of {len(step.packs)}")
-            losses.append(backpropagate_pack(engine, pack, scale, self.layout, self.device))
-            sums[0] += losses[-1]
-            sums[1] += self._flops(pack)
-        sums[2] = float(self.stop.asked())
+            of_pack = backpropagate_pack(engine, pack, scale, self.layout, self.device).reshape(-1)
+            losses.append(of_pack[0])
+            sums[0] += self._flops(pack)
+            sums[2:] += of_pack
+        sums[1] = float(self.stop.asked())
         self.watchdog.enter(f"step {self.state.step + 1}, sums and update")
         dist.all_reduce(sums)
-        loss_total, flops, stop = sums.tolist()
+        flops, stop, loss_total, *metrics = sums.tolist()
         self.stopping = self.stopping or stop > 0
         nonfinite, norm = apply_step(engine, loss_total, skip=self.config.train.on_nonfinite == "skip")
         if nonfinite:
@@ -174,6 +176,7 @@ class Trainer:
                 "step_s": step_s,
                 "tokens_seen": self.state.tokens_seen,
                 "targets_weight": step.total_weight,
+                **self._means(metrics, step.total_weight),
                 **({"skipped": nonfinite} if nonfinite else {}),
             }
         )
@@ -207,7 +210,8 @@ class Trainer:
         started = time.monotonic()
         engine = self.built.engine
         engine.eval()
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # weighted loss, targets
+        # targets, weighted loss, metrics of pairs
+        sums = torch.zeros(2 + len(self.metric_names), dtype=torch.float64, device=self.device)
         weight = 0.0
         steps = self.eval_loader.steps(0)
         for step in steps:
@@ -216,9 +220,9 @@ class Trainer:
                 if self._agree_on_stopping():
                     break
                 self.watchdog.enter(f"evaluation after step {self.state.step}")
-                batch = shard(pack, self.layout, self.device)
-                sums[0] += engine(batch)
-                sums[1] += len(batch.targets)
+                of_pack, targets = evaluate_pack(engine, pack, self.layout, self.device)
+                sums[0] += targets
+                sums[1:] += of_pack
             if self.stopping:
                 break
         steps.close()
@@ -227,13 +231,14 @@ class Trainer:
             return  # eval_due is saved with the state: it is made up for after the resume
         self.state = replace(self.state, eval_due=False)
         dist.all_reduce(sums)
-        loss_total, targets = sums.tolist()
+        all_targets, loss_total, *metrics = sums.tolist()
         self.records.evaluation(
             {
                 "step": self.state.step,
                 "eval_loss": loss_total / weight,
-                "eval_targets": int(targets),
+                "eval_targets": round(all_targets),
                 "eval_s": time.monotonic() - started,
+                **self._means(metrics, weight, "eval_"),
             }
         )
 
@@ -276,7 +281,22 @@ class Trainer:
         lengths = np.diff(pack.cu_seqlens).tolist()
         useful = lengths[:-1] if pack.padding_tokens else lengths
         targets = int((pack.loss_weights != 0).sum())
-        return step_flops(self.built.shape, useful, lora=self.config.lora is not None, targets=targets) / self.layout.sp
+        flops = step_flops(self.built.shape, useful, lora=self.config.lora is not None, targets=targets)
+        objective = self.built.engine.module
+        if isinstance(objective, DpoObjective) and objective.live_reference:
+            flops += forward_flops(self.built.shape, useful, targets=targets)
+        return flops / self.layout.sp
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """What is recorded beside the loss."""
+        return METRICS if self.config.objective == "dpo" else ()
+
+    def _means(self, sums: list[float], weight: float, prefix: str = "") -> dict[str, float]:
+        """Metrics of a step: means over its pairs. None of a step without any, or with one that is no number."""
+        if not weight or not all(map(math.isfinite, sums)):
+            return {}
+        return {prefix + name: s / weight for name, s in zip(self.metric_names, sums, strict=True)}
 
 
 def apply_step(engine: Any, loss_total: float, *, skip: bool) -> tuple[str | None, float | None]:

@@ -6,7 +6,7 @@ loading of the weights and the placing of adapters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -81,19 +81,33 @@ def attention_name(hf_config: Any) -> str:
     return "eager" if softcap or hf_config.model_type == "gpt_oss" else "sdpa"
 
 
+Scales = Callable[[nn.Module, Pack], tuple[float, dict[int, float]]]
+"""For a pack of pairs: the sum of their losses, and what each document's token losses are multiplied with."""
+
+
 def reference_step(
-    model: nn.Module, packs: Sequence[Pack], total_weight: float, device: torch.device, rank: int, world: int
+    model: nn.Module,
+    packs: Sequence[Pack],
+    total_weight: float,
+    device: torch.device,
+    rank: int,
+    world: int,
+    pair_scales: Scales | None = None,
 ) -> Reference:
     """Loss and gradients of one step over `packs`; ranks share the packs out and add up. Collective."""
     token_losses = [np.zeros(pack.tokens) for pack in packs]
+    of_pairs = torch.zeros((), dtype=torch.float64, device=device)
     with without_dropout(model):
         for i in range(rank, len(packs), world):
+            loss_of_pairs, scales = pair_scales(model, packs[i]) if pair_scales is not None else (0.0, {})
+            of_pairs += loss_of_pairs
             for a, b, losses in document_losses(model, packs[i], device):
-                (losses.sum() / total_weight).backward()
+                (losses.sum() * scales.get(a, 1.0) / total_weight).backward()
                 token_losses[i][a:b] = losses.detach().double().cpu().numpy()
     losses_of_all = torch.from_numpy(np.concatenate(token_losses)).to(device)
     if world > 1:
         dist.all_reduce(losses_of_all)
+        dist.all_reduce(of_pairs)
     grads = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -107,7 +121,7 @@ def reference_step(
     whole = losses_of_all.cpu().numpy()
     borders = np.cumsum([0, *(pack.tokens for pack in packs)])
     return Reference(
-        Gradients(float(whole.sum()) / total_weight, grads),
+        Gradients((float(whole.sum()) if pair_scales is None else float(of_pairs)) / total_weight, grads),
         [whole[a:b] for a, b in pairwise(borders)],
     )
 

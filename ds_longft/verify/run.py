@@ -6,6 +6,7 @@ import gc
 import os
 import platform
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ds_longft.train.ranks import Launch, join
 from ds_longft.verify.command import Options
 from ds_longft.verify.engine_checks import check_engine
 from ds_longft.verify.kernel_error import check_kernels
+from ds_longft.verify.pairs import pair_scales
 from ds_longft.verify.reference import reference_model, reference_step
 from ds_longft.verify.report import print_report, trained_text
 from ds_longft.verify.saving import check_saved
@@ -65,7 +67,9 @@ def verify_model(subject: Subject, checks: frozenset[int]) -> tuple[list[Finding
     reference = None
     if checks & {1, 6}:
         model = reference_model(subject.config, subject.dtype, device)
-        reference = reference_step(model, packs, weight_of(packs), device, layout.rank, layout.world)
+        dpo = subject.config.dpo if subject.config.objective == "dpo" else None
+        scales = None if dpo is None else partial(pair_scales, dpo=dpo, device=device)
+        reference = reference_step(model, packs, weight_of(packs), device, layout.rank, layout.world, scales)
         del model
         _free()
     with tempfile.TemporaryDirectory(prefix="ds_longft-verify-") as work:

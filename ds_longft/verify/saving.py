@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ds_longft.batch import Pack
 from ds_longft.config import RunConfig
@@ -33,6 +34,7 @@ def check_saved(
     hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation="sdpa")
     hf_config._attn_implementation = attention_name(hf_config)
     if config.lora is None:
+        unset_hf_deepspeed_config()  # of the engine's models: this one is loaded by one rank alone
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=hf_config,

@@ -17,7 +17,12 @@ from ds_longft.yaml_io import load_yaml
 
 ALL = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 RECIPES = [path for path in ALL if "sources" not in load_yaml(path.read_text())]  # run configs; the others are mixes
-WINDOWS = {"sft_lora_128k": 131072, "sft_full_64k": 131072, "sft_lora_yarn": 40960}  # of the models they name
+WINDOWS = {
+    "sft_lora_128k": 131072,
+    "sft_full_64k": 131072,
+    "sft_lora_yarn": 40960,
+    "dpo_lora_64k": 131072,
+}  # of the models they name
 
 
 def read(path: Path, *more: str) -> RunConfig:

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 from ds_longft.model.flops import (
     ModelShape,
     equal_cost_tokens,
+    forward_flops,
     layer_windows,
     peak_tflops,
     step_flops,
@@ -93,6 +94,15 @@ def test_attention_costs_as_much_as_the_linears_at_its_length() -> None:
         linear = (4 if lora else 6) * length * shape.body_weights
         assert whole == pytest.approx(2 * linear, rel=1e-3)
     assert equal_cost_tokens(shape, lora=True) == 35_499
+
+
+def test_a_forward_pass_is_the_step_without_its_backward() -> None:
+    """2 of 4 operations a frozen weight, 1 of 3 parts of attention."""
+    shape = ModelShape(body_weights=1000, head_weights=300, windows=(None, 4), attention_width=16)
+    lengths, targets = (7, 10), 5
+    whole = step_flops(shape, lengths, lora=True, targets=targets)
+    linear = 4 * (17 * 1000 + 5 * 300)
+    assert forward_flops(shape, lengths, targets=targets) == linear / 2 + (whole - linear) / 3
 
 
 def test_peaks() -> None:

@@ -1,0 +1,50 @@
+"""A model on one rank's shard: from a batch to sums of token losses. What every objective runs on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor, nn
+
+from ds_longft.batch import Batch
+from ds_longft.layout import ParallelLayout
+from ds_longft.model.rope import set_rope_length
+from ds_longft.sequence.attention import ULYSSES
+from ds_longft.sequence.loss import ChunkedHead, DocumentRows
+
+
+class ShardedModel:
+    """The decoder and the chunked head of a PeftModel or a plain causal LM. Not a module: registers nothing."""
+
+    def __init__(self, model: nn.Module, *, kv_heads_at_a_time: int | None = None, adapters_off: bool = False) -> None:
+        """`adapters_off`: it will also run with PEFT's adapters switched off."""
+        self.kv_heads_at_a_time = kv_heads_at_a_time
+        # PEFT changes linears in place; the plain causal LM under it still runs with its adapters.
+        causal_lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        seen = causal_lm.config._attn_implementation
+        assert seen == ULYSSES, f"the model's attention is {seen}: every rank would attend to its own shard alone"
+        self.decoder = causal_lm.get_decoder()
+        self.head = ChunkedHead.install(causal_lm, causal_lm.config, adapters_off=adapters_off)
+
+    def loss_sums(self, batch: Batch, layout: ParallelLayout, kernel: str) -> Tensor:
+        """sum(w * ce) over this rank's targets, a scalar in at least float32; where the batch's targets know their
+        document, the sum of each document, [N] float64. No collective beyond attention's.
+        """
+        # The whole pack's longest document, not this shard's.
+        set_rope_length(self.decoder, batch.rope_tokens or batch.documents.max_length)
+        hidden = self.decoder(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            documents=batch.documents,
+            layout=layout,
+            kernel=kernel,
+            kv_heads_at_a_time=self.kv_heads_at_a_time,
+        ).last_hidden_state  # [1, s, D]
+        documents = None
+        if batch.target_documents is not None:
+            documents = DocumentRows(batch.target_documents, len(batch.documents.lengths))
+        rows = hidden[0, batch.target_rows]  # [t, D]
+        sums: Tensor = self.head(rows, batch.targets, batch.target_weights, documents)
+        return sums

@@ -1,0 +1,89 @@
+"""Precomputed log-probabilities: the same for any split over ranks, taken up where they stopped, refused where they do not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ds_longft.check import preflight
+from ds_longft.config import RunConfig
+from ds_longft.errors import ConfigError, DataError
+from tests.distributed.test_dpo_verify import pair_config
+
+
+def filled(rank: int, world: int, content: dict[str, Any], forget: list[int]) -> Any:
+    """(how many were computed, all values) after the pairs `forget` were lost."""
+    from ds_longft.data.tokenize import tokenize_sources
+    from ds_longft.layout import ParallelLayout
+    from ds_longft.model.load import load_tokenizer
+    from ds_longft.train.engine import build
+    from ds_longft.train.ranks import Agreement
+    from ds_longft.train.ref_logps import fill
+    from ds_longft.train.reference import load_reference, open_reference
+
+    config = RunConfig.model_validate(content)
+    settings, sp = preflight(config, world=world, local_world=world, device="cpu")
+    agreement, layout = Agreement(), ParallelLayout.create(sp)
+    tokenizer = load_tokenizer(config.model)
+    pairs: Any = agreement.rank0_first(lambda: tokenize_sources(config.data.train, tokenizer, config.data, pairs=True))
+    if forget:
+        agreement.on_rank0(lambda: open_reference(config, pairs).__setitem__(forget, np.nan))
+    built = build(config, settings.engine, layout, torch.device("cpu"))
+    result = fill(built.engine, config, pairs, layout, torch.device("cpu"), agreement)
+    built.engine.destroy()
+    return result["computed"], load_reference(config, pairs)
+
+
+def test_any_split_gives_the_same_and_a_second_start_does_what_is_missing(pools, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    content = pair_config(tmp_path / "a", reference="precomputed")
+    computed, whole = pools(2).run(filled, content, [])[0]
+    assert computed == 24
+    assert (whole < 0).all()
+    computed, again = pools(2).run(filled, content, [3, 17, 18])[0]
+    assert computed == 3
+    np.testing.assert_allclose(again, whole, rtol=1e-6)
+    content["data"]["cache_dir"] = str(tmp_path / "other")
+    content["sp"] = 1
+    computed, two_at_a_time = pools(2).run(filled, content, [])[0]
+    assert computed == 24
+    np.testing.assert_allclose(two_at_a_time, whole, rtol=1e-6)
+
+
+def test_a_file_of_another_model_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ds_longft.data.tokenize import tokenize_sources
+    from ds_longft.model.load import load_tokenizer
+    from ds_longft.train.reference import load_reference, open_reference
+
+    config = RunConfig.model_validate(pair_config(tmp_path, reference="precomputed"))
+    pairs: Any = tokenize_sources(config.data.train, load_tokenizer(config.model), config.data, pairs=True)
+    with pytest.raises(DataError, match="there are no log-probabilities"):
+        load_reference(config, pairs)
+    store = open_reference(config, pairs)
+    store[:-1] = -1.0
+    with pytest.raises(DataError, match="lacks 1 of 24 pairs"):
+        load_reference(config, pairs)
+    store[-1] = -2.0
+    store.flush()
+    assert load_reference(config, pairs)[-1, 0] == -2.0
+    weights = next((tmp_path / "model").glob("*.safetensors"))
+    weights.touch()
+    with pytest.raises(DataError, match="there are no log-probabilities"):
+        load_reference(config, pairs)
+
+
+def test_the_command_says_what_it_is_not_for(tmp_path: Path) -> None:
+    from ds_longft.train.ref_logps import read
+
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    keys = ["--data.train", str(tmp_path / "rows.jsonl")]
+    with pytest.raises(ConfigError, match="objective is sft"):
+        read(keys)
+    with pytest.raises(ConfigError, match="simpo has no reference"):
+        read([*keys, "--objective", "dpo", "--dpo.loss", "simpo"])
+    own, config = read([*keys, "--objective", "dpo", "--lora", "null", "--ranks", "2", "--json"])
+    assert (own.ranks, own.json, config.dpo.reference) == (2, True, "precomputed")
