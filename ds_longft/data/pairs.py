@@ -19,7 +19,7 @@ from ds_longft.batch import Pack, Pairs
 from ds_longft.data.encode import EncodedRow, Encoder, Overlong
 from ds_longft.data.ledger import Tally
 from ds_longft.data.pack import build_pack, documents_of, pack_of
-from ds_longft.data.preference import Pair
+from ds_longft.data.preferences import PreferenceRow
 from ds_longft.data.rows import BadRow
 from ds_longft.data.tokenized import SCHEMA, TokenizedRow, TokenizedSet, Weighting
 
@@ -54,14 +54,14 @@ class EncodedPair:
         return int(differs[0]) if len(differs) else n
 
 
-def encode_pairs(encoder: Encoder, pairs: Sequence[Pair]) -> list[EncodedPair | BadRow]:
+def encode_pairs(encoder: Encoder, pairs: Sequence[PreferenceRow]) -> list[EncodedPair | BadRow]:
     """One result a pair, in order: its tokens, or why it was left out.
 
     Each document may be `max_length_tokens` long. Where one is longer and `overlong` is truncate, the prompt is cut, in
     both alike.
     """
     whole = replace(encoder, overlong="drop")
-    encoded = whole.encode([row for pair in pairs for row in (pair.chosen, pair.rejected)])
+    encoded = whole.encode([row for pair in pairs for row in pair.documents])
     results: list[EncodedPair | BadRow] = []
     for pair, a, b in zip(pairs, encoded[::2], encoded[1::2], strict=True):
         bad = next((x for x in (a, b) if isinstance(x, BadRow)), None)
@@ -75,15 +75,15 @@ def encode_pairs(encoder: Encoder, pairs: Sequence[Pair]) -> list[EncodedPair | 
     return results
 
 
-def _truncated(encoder: Encoder, pair: Pair) -> EncodedPair | BadRow:
+def _truncated(encoder: Encoder, pair: PreferenceRow) -> EncodedPair | BadRow:
     """Both documents with the prompt cut so that the longer one fits."""
-    rows, whole = (pair.chosen, pair.rejected), replace(encoder, overlong="drop")
+    rows, whole = pair.documents, replace(encoder, overlong="drop")
     for row in rows:  # one of the two is the longer one
         (cut,) = encoder.encode([row])
         if isinstance(cut, BadRow):
             return cut
-        prompt = cut.row.turns[: pair.prompt_turns]
-        a, b = whole.encode([replace(row, turns=prompt + row.turns[pair.prompt_turns :]) for row in rows])
+        prompt = cut.row.turns[: len(pair.prompt)]
+        a, b = whole.encode([replace(row, turns=prompt + row.turns[len(pair.prompt) :]) for row in rows])
         if isinstance(a, EncodedRow) and isinstance(b, EncodedRow):
             return EncodedPair(replace(a, truncated=True), replace(b, truncated=True))
     return Overlong("too long, and the answers alone do not fit")

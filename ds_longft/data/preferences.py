@@ -7,11 +7,13 @@ On disk a pair is TRL's conversational form with an explicit prompt: `{"prompt":
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 from ds_longft.data.formats import language_of, text_of, turns_of, weight_of
-from ds_longft.data.rows import BadRow, Turn
+from ds_longft.data.rows import BadRow, Row, Turn
+from ds_longft.errors import DataError
 
 PROMPT_KEYS = ("prompt", "question", "instruction", "input")
 
@@ -28,10 +30,30 @@ class PreferenceRow:
     language: str | None = None
     weight: float = 1.0
 
+    @property
+    def documents(self) -> tuple[Row, Row]:
+        """The chosen and the rejected answer as complete rows; of the prompt, nothing is trained."""
+        prompt = tuple(replace(turn, weight=0.0) for turn in self.prompt)
+        chosen, rejected = (
+            Row(prompt + answer, self.source, self.origin, self.language, self.weight)
+            for answer in (self.chosen, self.rejected)
+        )
+        return chosen, rejected
+
 
 def is_preference(columns: Iterable[str]) -> bool:
     """Whether records with these columns are pairs."""
     return {"chosen", "rejected"} <= set(columns)
+
+
+def check_columns(columns: Iterable[str], path: str) -> None:
+    """Raise `DataError` unless a source has the columns of preference data."""
+    if not is_preference(columns):
+        raise DataError(
+            f"{path}: objective is dpo, but the rows have the columns {', '.join(sorted(columns)) or '(none)'}. "
+            "Expected prompt, chosen, rejected, or chosen and rejected alone that hold whole conversations; for "
+            "answers without a preference set objective to sft"
+        )
 
 
 def to_preference(record: dict[str, Any], *, source: str, origin: str) -> PreferenceRow:
@@ -44,8 +66,9 @@ def to_preference(record: dict[str, Any], *, source: str, origin: str) -> Prefer
     chosen, rejected = (_answer(record.get(key), key) for key in ("chosen", "rejected"))
     prompt = _prompt(record)
     if not prompt:
-        shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), 0)
-        prompt = chosen[:shared]
+        shared = sum(1 for _ in takewhile(lambda ab: ab[0] == ab[1], zip(chosen, rejected, strict=False)))
+        # Where one conversation is the other's beginning, its last answer is no prompt.
+        prompt = chosen[: max(0, min(shared, len(chosen) - 1, len(rejected) - 1))]
     chosen, rejected = (_without_prompt(turns, prompt) for turns in (chosen, rejected))
     system = next((key for key in ("system", "system_prompt") if record.get(key)), None)
     if system is not None and (not prompt or prompt[0].role != "system"):
@@ -103,7 +126,7 @@ def _check(prompt: list[Turn], chosen: list[Turn], rejected: list[Turn]) -> None
         if not turns:
             raise BadRow(f"{what} is empty")
         _check_turns(turns, "assistant", what)
-    if chosen == rejected:
+    if [(t.role, t.content.strip()) for t in chosen] == [(t.role, t.content.strip()) for t in rejected]:
         raise BadRow("chosen and rejected are the same")
 
 

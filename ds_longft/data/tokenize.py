@@ -30,7 +30,7 @@ from ds_longft.data.encode import EncodedRow, Encoder, Overlong
 from ds_longft.data.formats import detect_format, to_row
 from ds_longft.data.ledger import Entry, Kind, Ledger, Tally
 from ds_longft.data.pairs import PAIR_SCHEMA, EncodedPair, PairSet, encode_pairs, pairs_to_batch
-from ds_longft.data.preference import Pair, check_columns, to_pair
+from ds_longft.data.preferences import PreferenceRow, check_columns, to_preference
 from ds_longft.data.progress import Progress
 from ds_longft.data.readers import Block, Source, find_source, first_record, parse_block
 from ds_longft.data.rows import BadRow, Row
@@ -285,7 +285,7 @@ def _run_in_worker(task: Task) -> Result:
 
 def encode_block(task: Task, encoder: Encoder) -> Result:
     """Parse, lay out and encode one block. Raises `Overlong` for the first row too long with `overlong: error`."""
-    rows: list[Row | Pair] = []
+    rows: list[Row | PreferenceRow] = []
     left_out: list[Entry] = []
     read = 0
     for origin, record in parse_block(task.block):
@@ -294,12 +294,12 @@ def encode_block(task: Task, encoder: Encoder) -> Result:
             if isinstance(record, BadRow):
                 raise record
             if task.format == PREFERENCE:
-                rows.append(to_pair(record, source=task.source, origin=origin))
+                rows.append(to_preference(record, source=task.source, origin=origin))
             else:
                 rows.append(to_row(record, task.format, source=task.source, origin=origin))
         except BadRow as bad:
             left_out.append(Entry(origin, bad.reason, bad.detail))
-    singles, pairs = [r for r in rows if isinstance(r, Row)], [r for r in rows if isinstance(r, Pair)]
+    singles, pairs = [r for r in rows if isinstance(r, Row)], [r for r in rows if isinstance(r, PreferenceRow)]
     results: Sequence[EncodedRow | EncodedPair | BadRow]
     results = encode_pairs(encoder, pairs) if task.format == PREFERENCE else encoder.encode(singles)
     encoded: list[EncodedRow | EncodedPair] = []
@@ -307,7 +307,7 @@ def encode_block(task: Task, encoder: Encoder) -> Result:
         if not isinstance(result, BadRow):
             encoded.append(result)
             continue
-        origin = row.chosen.origin if isinstance(row, Pair) else row.origin
+        origin = row.origin
         if isinstance(result, Overlong) and encoder.overlong == "error":
             raise Overlong(f"{origin}: {result.reason}", result.detail)
         kind: Kind = "overlong" if isinstance(result, Overlong) else "bad"

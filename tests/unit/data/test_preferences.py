@@ -13,7 +13,7 @@ from ds_longft.batch import IGNORE_INDEX
 from ds_longft.config import DataConfig, SourceConfig
 from ds_longft.data.loader import StepLoader
 from ds_longft.data.pairs import PairSet, pair_sides
-from ds_longft.data.preference import to_pair
+from ds_longft.data.preferences import to_preference
 from ds_longft.data.rows import BadRow
 from ds_longft.data.tokenize import tokenize_sources
 from ds_longft.errors import DataError
@@ -25,8 +25,8 @@ MORE = [*ASK, *GOOD, {"role": "user", "content": "r"}]
 
 def turns(record: dict[str, Any]) -> list[list[tuple[str, str, bool]]]:
     """(role, content, whether it is trained) of both rows."""
-    pair = to_pair(record, source="x", origin="x:1")
-    return [[(t.role, t.content, t.trained) for t in row.turns] for row in (pair.chosen, pair.rejected)]
+    pair = to_preference(record, source="x", origin="x:1")
+    return [[(t.role, t.content, t.trained) for t in row.turns] for row in pair.documents]
 
 
 @pytest.mark.parametrize(
@@ -54,21 +54,24 @@ def test_answers_of_the_prompt_are_not_trained() -> None:
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        ({"prompt": "q", "chosen": "a", "rejected": " a "}, "chosen and rejected are equal"),
-        ({"chosen": ASK + GOOD, "rejected": ASK + GOOD}, "chosen and rejected are equal"),
-        ({"prompt": "q", "chosen": "", "rejected": "a"}, "chosen: empty answer"),
-        ({"prompt": "q", "chosen": "a", "rejected": None}, "rejected: completion is null or missing"),
-        ({"prompt": ASK, "chosen": [], "rejected": BAD}, "chosen: completion is empty"),
-        ({"chosen": ASK + GOOD, "rejected": [{"role": "user", "content": "r"}, *BAD]}, "prompts differ"),
-        ({"prompt": "q", "chosen": [{"role": "user", "content": "r"}, *GOOD], "rejected": BAD}, "prompts differ"),
+        ({"prompt": "q", "chosen": "a", "rejected": " a "}, "chosen and rejected are the same"),
+        ({"chosen": ASK + GOOD, "rejected": ASK + GOOD}, "chosen and rejected are the same"),
+        ({"prompt": "q", "chosen": "", "rejected": "a"}, "chosen holds an empty message"),
+        ({"prompt": "q", "chosen": "a", "rejected": None}, "rejected is null or missing"),
+        ({"prompt": ASK, "chosen": [], "rejected": BAD}, "chosen is empty"),
+        ({"chosen": ASK + GOOD, "rejected": [{"role": "user", "content": "r"}, *BAD]}, "no prompt"),
+        (
+            {"prompt": "q", "chosen": [{"role": "user", "content": "r"}, *GOOD], "rejected": BAD},
+            "wrong role order in chosen",
+        ),
         ({"chosen": "a", "rejected": "b"}, "no prompt"),
-        ({"prompt": "q", "chosen": 3, "rejected": "b"}, "chosen: completion is not a string"),
-        ({"chosen": [], "rejected": []}, "prompts differ"),
+        ({"prompt": "q", "chosen": 3, "rejected": "b"}, "chosen is not a string"),
+        ({"chosen": [], "rejected": []}, "no prompt"),
     ],
 )
 def test_bad_pairs(record: dict[str, Any], reason: str) -> None:
     with pytest.raises(BadRow) as bad:
-        to_pair(record, source="x", origin="x:1")
+        to_preference(record, source="x", origin="x:1")
     assert bad.value.reason == reason
 
 
@@ -114,7 +117,7 @@ def test_both_documents_are_whole_and_the_prompt_lies_on_disk_once(tokenized, to
 def test_bad_pairs_go_to_the_ledger(tokenized) -> None:
     same = {"prompt": "q", "chosen": "a", "rejected": "a"}
     rows = tokenized([pair(1), same, {"chosen": "x", "rejected": "y"}, pair(2)], max_bad_fraction=0.6)
-    assert rows.tally.bad == {"chosen and rejected are equal": 1, "no prompt": 1}
+    assert rows.tally.bad == {"chosen and rejected are the same": 1, "no prompt": 1}
     assert len(rows) == 2
 
 
