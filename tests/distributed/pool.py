@@ -29,6 +29,8 @@ def _rank_main(rank: int, world: int, port: int, pipe: Connection) -> None:
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false",
     )  # fmt: skip
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
     from ds_longft.layout import ParallelLayout
     from ds_longft.train.ranks import Launch, join
 
@@ -40,6 +42,7 @@ def _rank_main(rank: int, world: int, port: int, pipe: Connection) -> None:
             case, args = pipe.recv()
         except EOFError:  # the pool was stopped
             return
+        unset_hf_deepspeed_config()  # of an earlier case: it would partition the models of this one
         try:
             pipe.send((True, case(rank, world, *args)))
         except BaseException:

@@ -93,7 +93,7 @@ def _at_eval(fault: dict[str, Any]) -> None:
         holder.clear()
 
     trainer.Trainer._evaluate = evaluate  # type: ignore[method-assign]
-    _before(trainer, "shard", lambda *_: bool(holder) and holder[0] == fault["step"], fault)
+    _before(trainer, "evaluate_pack", lambda *_: bool(holder) and holder[0] == fault["step"], fault)
 
 
 def _at_save_prepare(fault: dict[str, Any]) -> None:

@@ -10,8 +10,8 @@ from transformers import AutoConfig
 
 from ds_longft.config import RunConfig
 from ds_longft.errors import EXIT_CONFIG
-from ds_longft.plan.advice import Adviser
-from tests.unit.plan.shapes import LLAMA_8B, shape
+from ds_longft.plan.advice import Adviser, choose_for_run
+from tests.unit.plan.shapes import LLAMA_8B, QWEN_7B, SMOLLM2, shape
 
 
 def adviser(of: dict[str, Any] = LLAMA_8B, *, world: int = 8, sp: int = 2, stage: int = 2, **keys: Any) -> Adviser:
@@ -54,3 +54,47 @@ def test_a_model_that_is_not_described() -> None:
     mixture = shape("mixtral", num_hidden_layers=2, num_local_experts=4, sliding_window=None)
     error = adviser(mixture).error(torch.OutOfMemoryError(), "in the dry run")
     assert "train.recompute: sqrt" in str(error)
+
+
+ROTARY = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
+FAMILIES = {
+    "llama": LLAMA_8B,
+    "smollm2": SMOLLM2,
+    "qwen2": QWEN_7B,
+    "qwen3": shape("qwen3", hidden_size=1024, num_hidden_layers=4),
+    "mistral": shape("mistral", sliding_window=4096, num_hidden_layers=4),
+    "phi3": {**shape("phi3", num_hidden_layers=4), "rope_parameters": ROTARY},
+    "gemma": shape("gemma", num_hidden_layers=4),
+    "gemma2": shape("gemma2", num_hidden_layers=4),
+    "gemma3_text": {"model_type": "gemma3_text", "num_hidden_layers": 7},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("memory_gib", [23.5, 139.8])
+@pytest.mark.parametrize(("world", "sp", "stage", "lora"), [(1, 1, 2, True), (2, 2, 3, True), (8, 4, 3, False)])
+def test_every_family_gets_a_choice(
+    family: str, memory_gib: float, world: int, sp: int, stage: int, lora: bool
+) -> None:
+    """A run asks before it loads the model: whatever the planner thinks, it must answer."""
+    hf_config = AutoConfig.for_model(**FAMILIES[family])
+    for length, host_gib in (("4K", 0), ("512K", 0), ("512K", 200)):
+        config = RunConfig.model_validate(
+            {
+                "data": {"max_length_tokens": length},
+                "lora": {"r": 16} if lora else None,
+                "train": {"offload_host_gib": host_gib},
+            }
+        )
+        chosen = choose_for_run(
+            config, {"zero_optimization": {"stage": stage}}, hf_config,
+            sp=sp, world=world, local_world=world, memory_gib=memory_gib, fused=True,
+        )  # fmt: skip
+        assert chosen is not None
+        setting, keep = chosen
+        assert len(keep) == hf_config.num_hidden_layers
+        on_host = any("host" in (place.input, place.attention) for place in keep)
+        assert host_gib or not on_host
+        if memory_gib > 100 and length == "4K":
+            assert setting.tile_tokens is None
+            assert setting.kv_heads is None
