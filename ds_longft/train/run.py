@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import platform
 import time
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,52 +12,34 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock
 
-from ds_longft.config import RunConfig, SourceConfig
+from ds_longft.config import RunConfig
 from ds_longft.data.loader import StepLoader
-from ds_longft.data.pairs import PairSet
-from ds_longft.data.tokenize import TokenizedSet, tokenize_sources
+from ds_longft.data.tokenized import TokenizedSet
 from ds_longft.ds_config import DeepSpeedSettings
-from ds_longft.errors import EXIT_HANG, EXIT_REQUEUE, DataError, GpuMemoryError
+from ds_longft.errors import EXIT_HANG, EXIT_REQUEUE, GpuMemoryError
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.flops import equal_cost_tokens, peak_tflops
 from ds_longft.model.load import load_config, load_tokenizer
 from ds_longft.model.lora import trainable_parameters
-from ds_longft.objectives.dpo import reference_of
 from ds_longft.sequence.attention import ULYSSES
-from ds_longft.settings import dump_config
 from ds_longft.train.card import write_card
 from ds_longft.train.checkpoint import Checkpoints, TrainState
 from ds_longft.train.data_facts import write_data_facts
 from ds_longft.train.health import Watchdog
 from ds_longft.train.interrupt import StopRequest
 from ds_longft.train.lock import lock_folder
+from ds_longft.train.made_of import what_ranks_share, write_facts
 from ds_longft.train.metrics import Records, read_metrics, summary_table
 from ds_longft.train.model_check import check_model
 from ds_longft.train.ranks import Launch, join
-from ds_longft.train.reference import load_reference
 from ds_longft.train.secrets import tracked_config
+from ds_longft.train.sets import tokenized
 from ds_longft.train.speed import choose_passes, liger_fits, rehearse
 from ds_longft.train.trainer import Trainer
 from ds_longft.train.weights import ModelWriter, trained_fingerprint
 
 if TYPE_CHECKING:
     from ds_longft.train.status import Status
-
-PACKAGES = (
-    "ds-longft",
-    "torch",
-    "deepspeed",
-    "transformers",
-    "peft",
-    "datasets",
-    "flash-attn",
-    "flash-attn-4",
-    "liger-kernel",
-)
-
-
-DECIDING_ENV = ("DS_ACCELERATOR", "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG")
-"""Environment variables that change what is computed."""
 
 
 def run(
@@ -134,7 +112,7 @@ def _run(
     status.folder = folder
     status.where = "while the model was built"
     layout = ParallelLayout.create(sp)
-    agreement.same(_what_ranks_share(config, settings.engine))
+    agreement.same(what_ranks_share(config, settings.engine))
     phases.done("processes joined")
 
     tokenizer = load_tokenizer(config.model)
@@ -178,7 +156,7 @@ def _run(
     wandb_id = agreement.broadcast(records.start_wandb(state.wandb_id, tracked))
     state = TrainState(**{**vars(state), "wandb_id": wandb_id})
     if launch.rank == 0:
-        _write_facts(folder, config, settings.engine, layout, device)
+        write_facts(folder, config, settings.engine, layout, device)
         write_data_facts(folder, train_set, eval_set, tokenizer, state.total_steps)
         records.say(_header(config, layout, device, train_loader, state, found[0] if found else None))
         records.say(f"{trainable_parameters(built.model)}; {kernels}")
@@ -242,23 +220,6 @@ def _run(
     return 0
 
 
-def _what_ranks_share(config: RunConfig, engine_config: dict[str, Any]) -> dict[str, str]:
-    """What decides the outcome and may differ between nodes: config, JSON, code, versions, environment."""
-
-    def digest(text: str) -> str:
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-    code = Path(__file__).resolve().parent.parent
-    sources = "".join(p.read_text(encoding="utf-8") for p in sorted(code.rglob("*.py")))
-    facts = {
-        "the run config": digest(dump_config(config)),
-        "the DeepSpeed JSON": digest(json.dumps(engine_config, sort_keys=True)),
-        f"the code in {code.name}": digest(sources),
-    }
-    facts |= {f"the version of {name}": v for name, v in _versions().items()}
-    return facts | {f"the environment variable {name}": os.environ.get(name, "(unset)") for name in DECIDING_ENV}
-
-
 def _hung(status: Status, message: str, lowest: bool) -> None:
     status.failed(message, EXIT_HANG)
     if lowest:
@@ -288,61 +249,6 @@ class Phases:
     def text(self) -> str:
         """All phases in one line."""
         return ", ".join(f"{name} {s:.1f} s" for name, s in self.seconds)
-
-
-def tokenized(config: RunConfig, tokenizer: Any, *, progress: bool) -> tuple[TokenizedSet, TokenizedSet | None]:
-    """The training set and, where asked for, the held-out set; from the cache when nothing changed.
-
-    With `dpo.reference: precomputed`, each with its log-probabilities.
-
-    Raises:
-        DataError: no usable row, tokens that the model does not know, or log-probabilities that are missing.
-    """
-    hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation=ULYSSES)
-    pairs = config.objective == "dpo"
-    reference = pairs and reference_of(config.dpo, lora=config.lora is not None) == "precomputed"
-
-    def make(sources: list[SourceConfig]) -> TokenizedSet:
-        made = tokenize_sources(sources, tokenizer, config.data, progress=progress, pairs=pairs)
-        made.check_ids(hf_config.vocab_size)
-        if reference and isinstance(made, PairSet):
-            return made.with_reference(load_reference(config, made))
-        return made
-
-    train_set = make(config.data.train)
-    if config.data.eval:
-        return train_set, make(config.data.eval)
-    if config.data.eval_fraction:
-        train_set, eval_set = train_set.split(config.data.eval_fraction, config.seed)
-        if not len(eval_set):
-            raise DataError(
-                f"data.eval_fraction {config.data.eval_fraction} of {len(train_set)} rows holds out none: raise it"
-            )
-        return train_set, eval_set
-    return train_set, None
-
-
-def _write_facts(
-    folder: Path, config: RunConfig, engine_config: dict[str, Any], layout: ParallelLayout, device: torch.device
-) -> None:
-    """What the run was made of: re-runnable config, resolved DeepSpeed JSON, versions and machine."""
-    (folder / "config.yaml").write_text(dump_config(config))
-    (folder / "ds_config.json").write_text(json.dumps(engine_config, indent=2) + "\n")
-    versions = {"python": platform.python_version(), **_versions()}
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    machine = {"device": gpu, "cores": os.cpu_count(), "world": layout.world, "sp": layout.sp, "dp": layout.dp}
-    (folder / "versions.json").write_text(json.dumps({"versions": versions, "machine": machine}, indent=2) + "\n")
-
-
-def _versions() -> dict[str, str]:
-    """Installed versions of the packages that make a run."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return versions
 
 
 def _header(

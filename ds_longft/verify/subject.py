@@ -24,7 +24,7 @@ from ds_longft.exactness.packs import shortened, weight_of
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.load import load_tokenizer, model_path
 from ds_longft.train.ranks import Agreement
-from ds_longft.train.run import tokenized
+from ds_longft.train.sets import tokenized
 
 DEFAULT_TOKENS = {"cuda": 8192, "cpu": 512}
 """Of each pack. Long enough for documents that lie across shards; the reference computes in float32."""

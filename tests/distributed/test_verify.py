@@ -227,7 +227,7 @@ def first_step(rank: int, world: int, content: dict[str, Any], fault: str | None
     from ds_longft.exactness.first_step import check_first_step, raise_if_wrong
     from ds_longft.model.load import load_tokenizer
     from ds_longft.train.engine import build
-    from ds_longft.train.run import tokenized
+    from ds_longft.train.sets import tokenized
     from ds_longft.train.step import backpropagate
 
     config = RunConfig.model_validate(content)

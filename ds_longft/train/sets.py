@@ -1,0 +1,41 @@
+"""The sets of a run: its sources tokenized, checked against the model, and divided into training and held-out rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ds_longft.config import RunConfig, SourceConfig
+from ds_longft.data.pairs import PairSet
+from ds_longft.data.tokenize import tokenize_sources
+from ds_longft.data.tokenized import TokenizedSet
+from ds_longft.model.load import load_config
+from ds_longft.objectives.dpo import reference_of
+from ds_longft.sequence.attention import ULYSSES
+from ds_longft.train.reference import load_reference
+
+
+def tokenized(config: RunConfig, tokenizer: Any, *, progress: bool) -> tuple[TokenizedSet, TokenizedSet | None]:
+    """The training set and, where asked for, the held-out set; from the cache when nothing changed.
+
+    With `dpo.reference: precomputed`, each with its log-probabilities.
+
+    Raises:
+        DataError: no usable row, tokens that the model does not know, or log-probabilities that are missing.
+    """
+    hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation=ULYSSES)
+    pairs = config.objective == "dpo"
+    reference = pairs and reference_of(config.dpo, lora=config.lora is not None) == "precomputed"
+
+    def make(sources: list[SourceConfig]) -> TokenizedSet:
+        made = tokenize_sources(sources, tokenizer, config.data, progress=progress, pairs=pairs)
+        made.check_ids(hf_config.vocab_size)
+        if reference and isinstance(made, PairSet):
+            return made.with_reference(load_reference(config, made))
+        return made
+
+    train_set = make(config.data.train)
+    if config.data.eval:
+        return train_set, make(config.data.eval)
+    if config.data.eval_fraction:
+        return train_set.split(config.data.eval_fraction, config.seed)
+    return train_set, None
