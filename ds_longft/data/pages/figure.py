@@ -79,7 +79,7 @@ def _shares(axis: Any, groups: Sequence[Group]) -> None:
     axis.set(title="share of each source", xlabel="%", yticks=places)
     axis.set_yticklabels(names)
     axis.invert_yaxis()
-    axis.legend(fontsize=8, frameon=False)
+    axis.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 1))  # bars may reach every corner
     _plain(axis)
 
 
@@ -92,6 +92,7 @@ def _packs(axis: Any, stats: Statistics) -> None:
         xlabel="% of a pack filled",
         ylabel="packs",
     )
+    axis.yaxis.get_major_locator().set_params(integer=True)
     _plain(axis)
 
 
