@@ -1,13 +1,24 @@
-"""Starts one process a rank on this machine and waits for them: for commands that need no launcher of the user's."""
+"""Commands that run on ranks and need no launcher of the user's: their flags, their processes, the end of each."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from typing import NoReturn
 
-from ds_longft.train.ranks import free_port
+from ds_longft.errors import ConfigError, LongftError
+from ds_longft.train.ranks import Launch, free_port
+
+
+class Flags(argparse.ArgumentParser):
+    """A command's own flags, the run config's left over; raises ConfigError instead of ending the process."""
+
+    def error(self, message: str) -> NoReturn:  # noqa: D102 - argparse's
+        raise ConfigError(f"{self.prog}: {message}")
 
 
 def launch_ranks(module: str, argv: list[str], *, ranks: int, gpus: int) -> int:
@@ -38,3 +49,18 @@ def launch_ranks(module: str, argv: list[str], *, ranks: int, gpus: int) -> int:
                 process.terminate()
         for process in processes:
             process.wait()
+
+
+def run_rank(main: Callable[[list[str]], int]) -> NoReturn:
+    """The whole of `python -m MODULE`: what the user can mend is said once a machine, every rank ends with the code."""
+    try:
+        code = main(sys.argv[1:])
+    except LongftError as error:
+        if Launch.from_environment().local_rank == 0:
+            print(f"\n{error}\n", file=sys.stderr, flush=True)
+        code = error.exit_code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code and "RANK" in os.environ:
+        os._exit(code)  # an ordinary exit can wait forever on the peers of an open process group
+    raise SystemExit(code)

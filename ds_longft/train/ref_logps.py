@@ -9,16 +9,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import time
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from ds_longft.config import RunConfig
-from ds_longft.errors import ConfigError, LongftError
+from ds_longft.errors import ConfigError
 from ds_longft.settings import load_config
+from ds_longft.train.launch import Flags, launch_ranks, run_rank
 from ds_longft.train.ranks import Launch, visible_gpus
 
 EPILOG = """\
@@ -34,11 +34,6 @@ FLUSH_S = 20.0
 """Written to the disk at least this often; what a crash loses is computed again."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"ds-longft data ref_logps: {message}")
-
-
 def ref_logps(*argv: str) -> None:
     """Compute the log-probabilities of preference pairs before training, for dpo.reference: precomputed."""
     code = main(list(argv))
@@ -48,7 +43,7 @@ def ref_logps(*argv: str) -> None:
 
 def read(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
     """The command's own flags, and the run config of the rest."""
-    parser = _Parser(
+    parser = Flags(
         prog="ds-longft data ref_logps",
         usage="ds-longft data ref_logps --config FILE.yaml [--ranks N] [--json]",
         description=ref_logps.__doc__,
@@ -76,8 +71,6 @@ def main(argv: list[str]) -> int:
     own, config = read(argv)
     gpus = visible_gpus()
     if "RANK" not in os.environ and "SLURM_STEP_ID" not in os.environ:
-        from ds_longft.train.launch import launch_ranks
-
         ranks = own.ranks or (config.sp if isinstance(config.sp, int) else gpus or 1)
         return launch_ranks("ds_longft.train.ref_logps", argv, ranks=ranks, gpus=gpus)
     if not gpus:
@@ -184,14 +177,4 @@ def fill(
 
 
 if __name__ == "__main__":
-    try:
-        code = main(sys.argv[1:])
-    except LongftError as error:
-        if Launch.from_environment().local_rank == 0:
-            print(f"\n{error}\n", file=sys.stderr, flush=True)
-        code = error.exit_code
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if code and "RANK" in os.environ:
-        os._exit(code)  # an ordinary exit can wait forever on the peers of an open process group
-    raise SystemExit(code)
+    run_rank(main)

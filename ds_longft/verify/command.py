@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import dataclass
-from typing import NoReturn
 
 from ds_longft.config import RunConfig, parse_tokens
 from ds_longft.errors import ConfigError
 from ds_longft.settings import load_config
+from ds_longft.train.launch import Flags, launch_ranks
 from ds_longft.train.ranks import Launch, visible_gpus
 
 EPILOG = """\
@@ -37,11 +37,6 @@ class Options:
     json: bool
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"ds-longft verify: {message}")
-
-
 def verify(*argv: str) -> None:
     """Prove on your own model, data and config that sp ranks train what one process would."""
     code = main(list(argv))
@@ -54,8 +49,6 @@ def main(argv: list[str]) -> int:
     options, config = read(argv)
     gpus = visible_gpus()
     if "RANK" not in os.environ and "SLURM_STEP_ID" not in os.environ:
-        from ds_longft.train.launch import launch_ranks
-
         return launch_ranks("ds_longft.verify", argv, ranks=_ranks(options, config, gpus), gpus=gpus)
     from ds_longft.verify.run import run
 
@@ -64,7 +57,7 @@ def main(argv: list[str]) -> int:
 
 def read(argv: list[str]) -> tuple[Options, RunConfig]:
     """Take verify's own flags off the command line; the rest is the run config's."""
-    parser = _Parser(
+    parser = Flags(
         prog="ds-longft verify",
         usage="ds-longft verify --config FILE.yaml [--sp N] [options]",
         description=verify.__doc__,
