@@ -193,10 +193,12 @@ class Step:
             self._attention(i, place)
         self._linears(i, "o", keep.o, {"o": z.u}, z.a, first)
         if not saving:
-            t.drop("q", "k", "v", "qkv a", "norm1")
+            t.drop("q", "k", "v", "qkv a")
+        if not saving or z.tile:  # made again in the backward pass (`remade.py`)
+            t.drop("norm1")
         t.hold("h1", z.u)
         t.drop("o")
-        if not first and not x.fused:
+        if not first and not x.fused and not z.tile:
             t.drop(f"x{i}")  # autograd has it in float32
         if not first:
             t.drop(f"kept o {i}")
@@ -219,13 +221,12 @@ class Step:
         t.hold("c", z.f, at="the MLP, forward")
         if not saving:
             t.drop("gate", "up", "silu", "gate_up a")
-        t.hold("down", z.u + z.a, at="the MLP, forward")
-        if not first:  # torch stops the recomputation here
-            t.drop("down")
-            t.hold("down a", z.a)
+        if not first:  # torch stops the recomputation here, and the output takes no memory (`kept.Unread`)
+            t.hold("down a", z.a, at="the MLP, forward")
             if not x.fused:
                 t.drop("h1")
             return
+        t.hold("down", z.u + z.a, at="the MLP, forward")
         self._input(i + 1)
         t.drop("down")
         if not saving:
@@ -233,14 +234,13 @@ class Step:
         self._end_of_layer(i, saving)
 
     def _tiled_forward(self, i: int, saving: bool, first: bool) -> None:
-        """`mlp._Tiled.forward`; a recomputation only makes room for an output that nothing reads."""
+        """`mlp._Tiled.forward`; a recomputation has an output that nothing reads and that takes no memory."""
         t, z = self.t, self.z
-        t.hold("down", z.u)
         if not first:
-            t.drop("down")
             if not z.setting.fused:
                 t.drop("h1")
             return
+        t.hold("down", z.u)
         t.during("a tile of the MLP, forward", z.tile * ((3 if z.setting.fused else 4) * z.f + z.u))
         self._input(i + 1)
         t.drop("down")
@@ -253,7 +253,7 @@ class Step:
             t.drop("h1", "norm2", "o a")
             return
         if not self.z.setting.fused:  # autograd has it in float32
-            t.drop(f"x{i}", "h1")
+            t.drop("h1", *([] if self.z.tile else [f"x{i}"]))
         for name in _OF_A_LAYER:
             if name in t.live:
                 t.live[f"{name} of {i}"] = t.live.pop(name)
@@ -358,9 +358,12 @@ class Step:
             t.drop(f"kept qkv {i}")
         if not x.fused:
             t.during("the rotary embedding, backward", 3 * z.q)
+        if z.tile:
+            t.during("norm1 again x32", 0.0 if x.fused else 3 * 4 / x.element_bytes * z.u)
+            t.hold("norm1 again", z.u)
         t.hold("dnorm1", z.u)
         self._weight_gradient("q_proj")
-        t.drop("dq dk dv", "grads", "q", "k", "v", "norm1", "qkv a")
+        t.drop("dq dk dv", "grads", "q", "k", "v", "norm1", "norm1 again", "qkv a")
         self._norm_backward("norm1")
         t.drop("dnorm1", f"x{i}", f"kept qkv {i}")
 

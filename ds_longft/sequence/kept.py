@@ -61,12 +61,12 @@ class Unread(Kept):
         self._shapes = [out.shape for out in outs]
 
     def take(self) -> tuple[Tensor, ...] | None:
-        """Outputs whose content is undefined, and x A'."""
+        """Outputs whose content is undefined and that take no memory, and x A'."""
         value = super().take()
         if value is None or not self.allowed:
             return None
         self.used = True
-        return *(value[0].new_empty(shape) for shape in self._shapes), *value
+        return *(value[0].new_empty(()).expand(shape) for shape in self._shapes), *value
 
 
 class HostStore:

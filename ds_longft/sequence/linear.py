@@ -22,6 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ds_longft.sequence.kept import Kept, Unread
+from ds_longft.sequence.remade import Remade
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of linears that Hugging Face models call one after the other with the same input."""
@@ -71,6 +72,7 @@ class LinearGroup:
     def __init__(self, names: Sequence[str], modules: Sequence[nn.Module], members: Sequence[Member]) -> None:
         self.names, self.modules, self.members = tuple(names), list(modules), list(members)
         self.kept: Kept | None = None  # set by whoever checkpoints the layer, for the call about to come
+        self.remade: Remade | None = None  # where the input can be made again in the backward pass
         self._input: Tensor | None = None
         self._waiting: dict[int, Tensor] = {}
         for i, module in enumerate(modules):
@@ -97,6 +99,7 @@ class LinearGroup:
 
     def _call(self, i: int, x: Tensor) -> Tensor:
         module = self.modules[i]
+        source = self.remade.source_of(x) if self.remade is not None and i == 0 else None
         if getattr(module, "disable_adapters", False) or getattr(module, "merged", False):
             return self.members[i].base(x)
         if i and x is self._input:
@@ -104,7 +107,8 @@ class LinearGroup:
             if not self._waiting:
                 self._input = None
             return out
-        outs = _apply(self.members if i == 0 else self.members[i : i + 1], x, self.kept if i == 0 else None)
+        made = (self.remade, source) if self.remade is not None and source is not None else None
+        outs = _apply(self.members if i == 0 else self.members[i : i + 1], x, self.kept if i == 0 else None, made)
         if isinstance(self.kept, Unread):
             self.kept.node = outs[0].grad_fn
         if i == 0 and len(outs) > 1:
@@ -112,9 +116,11 @@ class LinearGroup:
         return outs[0]
 
 
-def _apply(members: Sequence[Member], x: Tensor, kept: Kept | None) -> tuple[Tensor, ...]:
+def _apply(
+    members: Sequence[Member], x: Tensor, kept: Kept | None, made: tuple[Remade, Tensor] | None
+) -> tuple[Tensor, ...]:
     scales = tuple(m.lora[2] if m.lora else 1.0 for m in members)
-    return _Linears.apply(x, kept, scales, *(t for m in members for t in m.tensors()))
+    return _Linears.apply(x, kept, made, scales, *(t for m in members for t in m.tensors()))
 
 
 class _Linears(torch.autograd.Function):
@@ -122,9 +128,14 @@ class _Linears(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, kept: Kept | None, scales: tuple[float, ...], *tensors: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        kept: Kept | None,
+        made: tuple[Remade, Tensor] | None,
+        scales: tuple[float, ...],
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        """x [.., I] -> m outputs [.., O_i]. `tensors`: W, bias, A, B of each member."""
+        """x [.., I] -> m outputs [.., O_i]. `tensors`: W, bias, A, B of each member. `made`: x is made of this."""
         x2 = x.reshape(-1, x.shape[-1])  # [t, I]
         saved = kept.take() if kept is not None else None
         if saved is None:
@@ -132,18 +143,20 @@ class _Linears(torch.autograd.Function):
             if kept is not None:
                 kept.put(*saved)
         *outs, xa = saved
-        ctx.save_for_backward(x2, xa, *tensors)
-        ctx.scales, ctx.shape = scales, x.shape
+        ctx.save_for_backward(x2 if made is None else made[1], xa, *tensors)
+        ctx.scales, ctx.shape, ctx.remade = scales, x.shape, made[0] if made is not None else None
         return tuple(out.view(*x.shape[:-1], out.shape[-1]) for out in outs)
 
     @staticmethod
     def backward(ctx: Any, *douts: Tensor) -> tuple[Any, ...]:
         """Gradients of x, and of W and bias where they are trained, and of A and B."""
         x2, xa, *tensors = ctx.saved_tensors
+        if ctx.remade is not None:
+            x2 = ctx.remade.again(x2).reshape(-1, ctx.shape[-1])
         needed = ctx.needs_input_grad
         dys = [dy.reshape(-1, dy.shape[-1]) for dy in douts]  # [t, O]
-        dx, grads = linears_backward(dys, x2, xa, ctx.scales, tensors, (needed[0], *needed[3:]))
-        return (dx.view(ctx.shape) if dx is not None else None, None, None, *grads)
+        dx, grads = linears_backward(dys, x2, xa, ctx.scales, tensors, (needed[0], *needed[4:]))
+        return (dx.view(ctx.shape) if dx is not None else None, None, None, None, *grads)
 
 
 def linears_forward(x2: Tensor, scales: Sequence[float], tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:

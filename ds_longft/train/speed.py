@@ -28,6 +28,7 @@ from ds_longft.sequence.kept import LEAVING, HostStore
 from ds_longft.sequence.linear import LinearGroup, fuse_linears, gather_with
 from ds_longft.sequence.mlp import tile_mlp
 from ds_longft.sequence.recompute import LayerKeep, apply_recompute
+from ds_longft.sequence.remade import remake_first_input
 from ds_longft.train.step import backpropagate_pack
 
 RESIDENT_SHARE = 0.35
@@ -117,6 +118,9 @@ class Recompute:
                 keep.last = next((g for g in groups if g.names == ("down_proj",)), None)
                 if tile_tokens and (tiled := tile_mlp(layer, groups, tile_tokens)) is not None:
                     keep.last, made.tiled = tiled, True
+                    first = next((g for g in groups if "q_proj" in g.names), None)
+                    if first is not None:
+                        first.remade = remake_first_input(layer)
         if config.train.mlp_tile_tokens and not made.tiled:
             raise ModelError(
                 f"train.mlp_tile_tokens is {config.train.mlp_tile_tokens}, but the MLPs of {base.config.model_type} "

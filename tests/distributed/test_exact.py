@@ -17,6 +17,7 @@ from ds_longft.sequence.kept import HostStore
 from ds_longft.sequence.linear import fuse_linears
 from ds_longft.sequence.mlp import tile_mlp
 from ds_longft.sequence.recompute import LayerKeep, apply_recompute
+from ds_longft.sequence.remade import remake_first_input
 from ds_longft.sequence.shard import shard
 from tests.distributed.models import make_pack, reference_sum, relative_error, tiny_config, tiny_model
 
@@ -80,6 +81,8 @@ def install(layers: list[Any], policy: str, saving: dict[str, Any]) -> None:
     host = saving.get("host", ())
     for keep, layer, of_layer in zip(keeps, layers, groups, strict=True):
         tiled = tile_mlp(layer, of_layer, saving["tile"]) if "tile" in saving else None
+        for group in of_layer if tiled else ():
+            group.remade = remake_first_input(layer) if "q_proj" in group.names else None
         keep.last = tiled or next((g for g in of_layer if "down_proj" in g.names), None)
         keep.input_on_host = "input" in host
         keep.attention = "host" if "attention" in host else "device"

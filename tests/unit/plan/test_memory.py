@@ -37,6 +37,7 @@ CASES = {
     "tiles, heads in turns": (LLAMA_8B, 2, Setting(LONG, 2, 2, recompute="full", tile_tokens=4096, kv_heads=1), None),
     "the same on one rank": (LLAMA_8B, 2, Setting(LONG, 1, 1, recompute="full", tile_tokens=4096, kv_heads=2), None),
     "28 heads on 8 ranks in turns": (QWEN_7B, 2, Setting(LONG, 8, 8, recompute="full", tile_tokens=1024, kv_heads=1), None),
+    "a million tokens": (LLAMA_8B, 2, Setting((1 << 20,), 2, 2, recompute="full", tile_tokens=8192, kv_heads=1), None),
     "inputs on the host": (LLAMA_8B, 6, Setting(LONG, 2, 2, recompute="full", host_gib=99), (Keep(input="host"),) * 6),
     "segments, inputs on the host": (LLAMA_8B, 6, Setting(LONG, 2, 2, recompute="every_k", host_gib=99), (Keep(input="host"), Keep()) * 3),
     "attention on the host": (LLAMA_8B, 6, Setting(LONG, 2, 2, tile_tokens=4096, host_gib=99), (Keep(input="host", attention="host"),) * 6),
@@ -55,6 +56,14 @@ def test_every_tensor_of_a_step_is_counted(name: str) -> None:
     coarse = setting.recompute == "none" or any(k.o == "host" for k in keep or ())
     tolerance = 0.03 if coarse else 0.006
     assert timeline.peak == pytest.approx(measured, rel=tolerance), f"{at}; predicted at {timeline.moment}"
+
+
+def test_working_set_of_a_token() -> None:
+    """Beside layer inputs: Llama-8B, LoRA, everything in pieces. 53 KiB a token; 60 is the promise."""
+    shape, layers, setting, _ = CASES["a million tokens"]
+    measured, _, at = tracked_peak({**shape, "num_hidden_layers": layers}, setting, None)
+    inputs = layers * 8  # KiB a token
+    assert measured / setting.local_tokens / 1024 - inputs < 60, at
 
 
 def test_nothing_is_left_after_a_step() -> None:

@@ -34,6 +34,7 @@ from ds_longft.sequence.kept import HostStore
 from ds_longft.sequence.linear import fuse_linears
 from ds_longft.sequence.mlp import tile_mlp
 from ds_longft.sequence.recompute import LayerKeep, apply_recompute
+from ds_longft.sequence.remade import remake_first_input
 
 
 class Tracker(TorchDispatchMode):
@@ -194,6 +195,7 @@ def _step(shape: dict[str, Any], setting: Setting, keep: Sequence[Keep] | None) 
         kept.last = next(g for g in of_layer if "down_proj" in g.names)
         if setting.tile_tokens:
             tiled = kept.last = tile_mlp(layer, of_layer, setting.tile_tokens)
+            next(g for g in of_layer if "q_proj" in g.names).remade = remake_first_input(layer)
             if setting.fused and tiled is not None:
                 tiled.combine = SiluMul.apply
     apply_recompute(layers, setting.recompute, every=setting.every, keep=keeps)

@@ -1,0 +1,51 @@
+"""The input of a layer's first linears, made again in the backward pass instead of being kept.
+
+q, k and v read what the layer's norm made of the layer's input. LoRA's A (and W, in full training) needs that once
+more for its gradient, so autograd keeps it through the backward pass of MLP and attention: 8 KiB a token in a Llama-8B,
+where the whole working set was 61. The norm's own input is alive then anyway, and the norm runs once more: a read and a
+write of 8 KiB a token, under 1 ms a layer at 131,072 tokens on an H200.
+
+The norm's weight is then read outside of its module: under ZeRO-3 only where that stays gathered
+(stage3_param_persistence_threshold, which a norm's few thousand elements are under).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Remade:
+    """Remembers of each call of a norm what went in and what came out, until linears ask for it."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        self._forward: Any = norm.forward
+        self._weights = list(norm.parameters())
+        self._last: tuple[Tensor, Tensor] | None = None
+        norm.forward = self
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The norm."""
+        out: Tensor = self._forward(x)
+        self._last = x, out
+        return out
+
+    def source_of(self, out: Tensor) -> Tensor | None:
+        """The norm's input if its last output was `out`; asked once a call."""
+        last, self._last = self._last, None
+        gathered = all(getattr(weight, "ds_persist", True) for weight in self._weights)
+        return last[0] if last is not None and last[1] is out and gathered else None
+
+    def again(self, source: Tensor) -> Tensor:
+        """What the norm made of `source`, without a graph."""
+        with torch.no_grad():
+            made: Tensor = self._forward(source)
+        return made
+
+
+def remake_first_input(layer: nn.Module) -> Remade | None:
+    """Remember the norm at the entrance of a decoder layer; None where the layer begins with something else."""
+    norm = getattr(layer, "input_layernorm", None)
+    return Remade(norm) if isinstance(norm, nn.Module) else None
