@@ -110,7 +110,8 @@ def _masked(
     if window is not None:
         visible &= columns > rows - window
     if softcap is None and sinks is None:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=visible if n > 1 else None, scale=scale)
+        mask = visible if n > 1 or window is not None else None
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     scores = (query.float() @ key.float().transpose(2, 3)) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)

@@ -21,7 +21,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ds_longft.config import ModelConfig
 from ds_longft.errors import ModelError
-from ds_longft.model.rope import apply_rope
+from ds_longft.model.rope import apply_rope, restore_rope
 from ds_longft.model.supported import check_class_supported, check_supported
 
 
@@ -83,6 +83,7 @@ def load_model(
     else:
         loaded = _pretrained_model(model, hf_config, ds_engine_config, dtype, device)
     check_class_supported(type(loaded), hf_config.model_type)
+    restore_rope(loaded, hf_config)
     return loaded.train()
 
 

@@ -104,6 +104,20 @@ def check_rope(model: nn.Module, hf_config: PretrainedConfig, longest_document_t
     return worst
 
 
+def restore_rope(model: nn.Module, hf_config: PretrainedConfig) -> None:
+    """Frequencies in float32 again, where building the model rounded them.
+
+    zero.Init makes every float tensor in the model's dtype, also the frequencies. transformers 5.23 computes them again
+    after loading, 5.17 does not: theirs differ by up to 2e-3 from the config's. The module itself makes the new ones.
+    """
+    for rotary, _, prefix in list(_rotary_modules(model, hf_config)):
+        rounded = getattr(rotary, f"{prefix}inv_freq")
+        if rounded.dtype != torch.float32:
+            fresh = type(rotary)(rotary.config)
+            for name, buffer in fresh.named_buffers(recurse=False):
+                setattr(rotary, name, buffer.to(rounded.device))
+
+
 def set_rope_length(model: nn.Module, longest_document_tokens: int) -> bool:
     """Fix the inverse frequencies as a full-sequence forward over that longest document would choose them.
 

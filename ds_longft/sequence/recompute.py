@@ -144,11 +144,12 @@ def _from(
 ) -> Any:
     """Checkpoint `layer(hidden, ...)`, its input waiting in `source`.
 
-    Not among the arguments of the checkpointed call: torch keeps those.
+    Not among the arguments of the checkpointed call: torch keeps those. An empty tensor is: torch restores the random
+    state of its arguments' device only, and dropout must draw the same mask again.
     """
     first, needs_grad = [hidden], hidden.requires_grad
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(_: Tensor, *args: Any, **kwargs: Any) -> Any:
         if first:
             return layer(first.pop(), *args, **kwargs)
         if keep.store is not None:
@@ -157,7 +158,7 @@ def _from(
         assert taken is not None, "a layer's input was asked for twice"
         return layer(taken[0].requires_grad_(needs_grad), *args, **kwargs)
 
-    out = run(call, *args, **kwargs)
+    out = run(call, hidden.new_empty(0), *args, **kwargs)
     source.put(hidden)
     return out
 

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from ds_longft.config import ModelConfig, RopeConfig
 from ds_longft.errors import ModelError
 from ds_longft.model.load import load_config, load_model
-from ds_longft.model.rope import apply_rope, check_rope, set_rope_length
+from ds_longft.model.rope import apply_rope, check_rope, restore_rope, set_rope_length
 from ds_longft.model.rope_formulas import rope_parts
 from tests.unit.model.tiny import FAMILIES, WINDOW, tiny_config
 
@@ -179,3 +179,19 @@ def test_a_stretched_model_is_not_stretched_twice() -> None:
         apply_rope(tiny_config("llama", rope_parameters=dict(LLAMA3)), RopeConfig(type="yarn"), LONG)
     with pytest.raises(ModelError, match=r"already stretched with rope type 'longrope'"):
         apply_rope(tiny_config("llama", rope_parameters=dict(LONGROPE)), RopeConfig(type="abf"), LONG)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rounded_frequencies_are_made_again(family: str) -> None:
+    """As zero.Init leaves them with transformers 5.17."""
+    config = tiny_config(family)
+    model = build(config)
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if name.endswith("inv_freq"):
+                setattr(module, name, buffer.to(torch.bfloat16))
+    with pytest.raises(ModelError, match="differ from the config"):
+        check_rope(model, config)
+    restore_rope(model, config)
+    assert check_rope(model, config) < 1e-6
+    assert {b.dtype for b in frequencies(model).values()} == {torch.float32}
