@@ -22,8 +22,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.work import ROOT, lengths_of, shape_of
 
 K = 1024
 
@@ -131,7 +132,6 @@ def run(case: Case, steps: int, timeout_s: int) -> dict[str, Any]:
 
 def compare(case: Case, measured: dict[str, Any], gpu: str, *, tiny: bool) -> dict[str, Any]:
     """One line: what was predicted, what was measured, how far apart."""
-    from step import SHAPES, lengths_of
     from transformers import AutoConfig
 
     from ds_longft.plan.memory import predict
@@ -140,7 +140,7 @@ def compare(case: Case, measured: dict[str, Any], gpu: str, *, tiny: bool) -> di
     from ds_longft.plan.step import ATTENTION, LAYER_INPUTS, LINEARS, TRAINABLE, WEIGHTS
     from ds_longft.plan.time import predict_time
 
-    shape = {**SHAPES[case.shape], **({"num_hidden_layers": case.layers} if case.layers else {})}
+    shape = shape_of(case.shape, case.layers)
     model, rates = ModelSizes.from_config(AutoConfig.for_model(**shape)), Gpu.load(gpu)
     kernel = case.kernel if case.kernel in rates.attention_tflops else next(iter(rates.attention_tflops))
     setting = Setting(

@@ -18,45 +18,33 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-SHAPES = {
-    "llama8b": {
-        "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 1 << 22,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
-    },
-    "qwen7b": {
-        "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 1 << 22,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-    },
-    "smollm2": {
-        "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 1 << 22,
-        "tie_word_embeddings": True,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
-    },
-    "tiny": {
-        "model_type": "llama", "vocab_size": 1024, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 1 << 22,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
-    },
-}  # fmt: skip
+from benchmarks.work import (
+    ADAPTER,
+    SEED,
+    SHAPES,
+    append,
+    fingerprint,
+    lengths_of,
+    peak_gib,
+    provenance,
+    sample,
+    save_gradients,
+    shape_of,
+    step_seconds,
+)
+from ds_longft.batch import Pack
 
 
 def arguments() -> argparse.Namespace:
@@ -65,7 +53,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--tokens", type=int, help="one document of so many tokens")
     parser.add_argument(
-        "--documents", help="document lengths: 16384x8, or 70000,1000,60000; dpo: chosen, rejected, ..."
+        "--documents",
+        help="document lengths: 16384x8, or 70000,1000,60000, or longalign:131072 (a draw a step); dpo: chosen, "
+        "rejected, ...",
     )
     parser.add_argument("--objective", default="sft", choices=["sft", "dpo"])
     parser.add_argument("--reference", default="auto", help="dpo.reference")
@@ -84,24 +74,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tag", default="")
     parser.add_argument("--profile", help="write a trace of the last step to this file and print the top kernels")
     parser.add_argument("--append", help="append the result to this file")
-    parser.add_argument("--grads", help="rank 0 writes the first step's LoRA-B gradients here (safetensors)")
+    parser.add_argument("--fingerprint", action="store_true", help="name the weights that the first step starts from")
+    parser.add_argument("--grads", help="rank 0 writes gradients of the first step here (safetensors)")
     return parser.parse_args()
 
 
-def document_lengths(args: argparse.Namespace) -> list[int]:
+def document_lengths(args: argparse.Namespace, step: int = 0) -> list[int]:
     """The pack's documents in tokens."""
     if args.tokens:
         return [args.tokens] * (2 if args.objective == "dpo" else 1)
-    return lengths_of(args.documents)
-
-
-def lengths_of(documents: str) -> list[int]:
-    """`16384x8` or `70000,1000` -> lengths in tokens."""
-    lengths: list[int] = []
-    for part in documents.split(","):
-        length, _, times = part.partition("x")
-        lengths += [int(length)] * int(times or 1)
-    return lengths
+    return lengths_of(args.documents, step)
 
 
 def main() -> None:
@@ -122,7 +104,6 @@ def main() -> None:
     import transformers
     from transformers import AutoConfig
 
-    from ds_longft.batch import IGNORE_INDEX, Pack, Pairs
     from ds_longft.config import RunConfig
     from ds_longft.ds_config import load_ds_config, merge_ds_config
     from ds_longft.layout import ParallelLayout
@@ -134,19 +115,21 @@ def main() -> None:
 
     sp = args.sp or launch.world
     tokens = sum(lengths)
-    shape = {**SHAPES[args.shape], **({"num_hidden_layers": args.layers} if args.layers else {})}
+    longest = max(max(document_lengths(args, i)) for i in range(args.steps))
+    shape = shape_of(args.shape, args.layers)
     folder = Path(tempfile.gettempdir()) / f"shape-{args.shape}-{args.layers}-{launch.rank}"
     AutoConfig.for_model(**shape).save_pretrained(folder)
     config = RunConfig.model_validate(
         {
             "ds_config": args.ds_config,
             "sp": sp,
+            "seed": SEED,
             "model": {"path": str(folder), "random_weights": True, "kernel": args.kernel, "liger": args.liger},
-            "lora": None if args.full else {"r": 16, "alpha": 32},
+            "lora": None if args.full else ADAPTER,
             "data": {
                 "train": ["unused.jsonl"],
-                "max_length_tokens": max(lengths),
-                "pack_tokens": max(tokens, 2 * max(lengths)) if args.objective == "dpo" else tokens,
+                "max_length_tokens": longest,
+                "pack_tokens": max(tokens, 2 * longest) if args.objective == "dpo" else tokens,
             },
             "objective": args.objective,
             "dpo": {"reference": args.reference, "passes": args.passes} if args.objective == "dpo" else {},
@@ -162,42 +145,38 @@ def main() -> None:
         load_ds_config(args.ds_config), config, world=launch.world, device=device.type, hidden_size=shape["hidden_size"]
     )
     layout = ParallelLayout.create(sp)
-    started = time.time()
-    built = build(config, settings.engine, layout, device, resident_if_fits=settings.resident_if_fits)
+    started, start = time.time(), list[str]()
+    built = build(
+        config,
+        settings.engine,
+        layout,
+        device,
+        resident_if_fits=settings.resident_if_fits,
+        prepare=lambda model: start.append(fingerprint(model)) if args.fingerprint else None,
+    )
     build_s = time.time() - started
 
-    rng = np.random.default_rng(1 + layout.dp_rank)
-    ids = rng.integers(0, shape["vocab_size"], tokens)
-    cu = np.cumsum([0, *lengths])
-    labels = np.append(ids[1:], IGNORE_INDEX)
-    labels[cu[1:] - 1] = IGNORE_INDEX
-    labels[rng.random(tokens) >= args.targets] = IGNORE_INDEX
-    pack = Pack(
-        input_ids=ids,
-        position_ids=np.concatenate([np.arange(n) for n in lengths]),
-        labels=labels,
-        loss_weights=(labels != IGNORE_INDEX).astype(np.float32),
-        cu_seqlens=cu.astype(np.int32),
-        padding_tokens=0,
-    )
+    def prepare(step: int) -> tuple[Pack, float]:
+        """The step's pack of this rank, and the sum of weights over the packs of all ranks."""
+        pack = sample(document_lengths(args, step), shape["vocab_size"], dp_rank=layout.dp_rank, targets=args.targets)
+        if args.objective == "dpo":
+            pack = with_pairs(pack, shape["vocab_size"], args.reference)
+        weight = len(pack.pairs) if pack.pairs else pack.loss_weights.sum()
+        total = torch.tensor(float(weight), dtype=torch.float64, device=device)
+        dist.all_reduce(total)
+        return pack, float(total) / sp  # every sp rank counted its whole pack
+
+    pack, total_weight = prepare(0)
     targets = int(pack.loss_weights.sum())
-    if args.objective == "dpo":
-        counts = np.add.reduceat(pack.loss_weights, cu[:-1]).reshape(-1, 2)
-        known = -np.log(shape["vocab_size"]) * counts.astype(np.float64) if args.reference == "precomputed" else None
-        pack = replace(pack, pairs=Pairs(np.ones(len(counts), dtype=np.float32), known))
-    weight = torch.tensor(float(len(lengths) / 2 if pack.pairs else targets), dtype=torch.float64, device=device)
-    dist.all_reduce(weight)
-    total_weight = float(weight) / sp  # every sp rank counted its whole pack
     passes = choose_passes(built.engine, args.passes, pack, layout, device)
     kept = rehearse(built.engine, built.recompute, pack, layout, device)
 
-    def step() -> float:
+    def step(pack: Pack, total_weight: float) -> float:
         total = (
             backpropagate_pack(built.engine, pack, launch.world / total_weight, layout, device).reshape(-1)[0].double()
         )
         dist.all_reduce(total)
-        if args.grads and not hasattr(step, "saved"):
-            step.saved = True  # type: ignore[attr-defined]
+        if args.grads and not losses:
             save_gradients(built.model, args.grads, launch.rank)
         built.engine.step()
         return float(total) / total_weight
@@ -206,15 +185,16 @@ def main() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    times, losses = [], []
+    times, losses = list[float](), list[float]()
     for i in range(args.steps):
+        pack, total_weight = prepare(i)
         synchronize()
         begin = time.time()
         if args.profile and i == args.steps - 1:
             from torch.profiler import ProfilerActivity, profile
 
             with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU], record_shapes=True) as prof:
-                losses.append(step())
+                losses.append(step(pack, total_weight))
                 synchronize()
             if launch.rank == 0:
                 print(
@@ -223,23 +203,24 @@ def main() -> None:
                 print(shape_table(prof))
                 prof.export_chrome_trace(args.profile)
         else:
-            losses.append(step())
+            losses.append(step(pack, total_weight))
         synchronize()
         times.append(time.time() - begin)
         if i == 0 and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         if launch.rank == 0:
             print(f"step {i} loss {losses[-1]:.4f} {times[-1]:.2f} s", flush=True)
-    timed = sorted(times[1 : -1 if args.profile else None] or times[-1:])
-    step_s = timed[len(timed) // 2]
-    peak = torch.tensor(torch.cuda.max_memory_allocated() if device.type == "cuda" else 0, device=device)
-    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    timed = range(1, args.steps - bool(args.profile)) or range(args.steps - 1, args.steps)
+    step_s = step_seconds(times[timed.start : timed.stop], args.documents)
+    peak = peak_gib(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     head_dim = built.hf_config.hidden_size // built.hf_config.num_attention_heads
     kernel, reason = choose_kernel(
         args.kernel, device=device, dtype=dtype, head_dim=head_dim, spec=AttentionSpec(head_dim**-0.5), lengths=lengths
     )
-    flops = step_flops(built.shape, lengths, lora=not args.full, targets=targets)
+    flops = fmean(
+        step_flops(built.shape, document_lengths(args, i), lora=not args.full, targets=targets) for i in timed
+    )
     if args.objective == "dpo" and built.engine.module.live_reference:
         flops += forward_flops(built.shape, lengths, targets=targets)
     flops *= layout.dp
@@ -247,20 +228,16 @@ def main() -> None:
     peak_rate = peak_tflops(name)
     kind = "full" if args.full else "lora"
     if launch.rank == 0:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+        torchrun = f"torchrun --nproc_per_node {launch.world} benchmarks/step.py"
         result = {
-            "date": date.today().isoformat(),
-            "commit": commit.stdout.strip() or os.environ.get("COMMIT"),
-            "machine": f"{launch.world} x {name}",
-            "versions": {m.__name__: m.__version__ for m in (torch, deepspeed, transformers)},
-            "command": f"torchrun --nproc_per_node {launch.world} benchmarks/step.py {' '.join(sys.argv[1:])}",
+            **provenance(launch.world, torch, deepspeed, transformers, script=torchrun),
             "what": args.tag
             or (f"dpo pair {max(lengths)} sp{sp} {kind}" if args.objective == "dpo" else "")
             or f"step {args.shape} {tokens} x{len(lengths)} sp{sp} dp{layout.dp} {kind} {kernel.name}",
             "value": round(step_s, 3),
             "unit": "s",
             "tokens_per_s_per_gpu": round(tokens * layout.dp / step_s / launch.world, 1),
-            "peak_gib": round(float(peak) / 2**30, 2),
+            "peak_gib": peak,
             "mfu": round(flops / step_s / launch.world / 1e12 / peak_rate, 4) if peak_rate else None,
             "kernel": f"{kernel.name}: {reason}",
             "recompute": kept or args.recompute,
@@ -269,11 +246,11 @@ def main() -> None:
             "loss_first": round(losses[0], 5),
             "build_s": round(build_s, 1),
             "steps_s": [round(t, 3) for t in times],
+            **({"fingerprint": start[0]} if start else {}),
         }  # fmt: skip
         print(json.dumps(result), flush=True)
         if args.append:
-            with open(args.append, "a", encoding="utf-8") as file:
-                file.write(json.dumps(result) + "\n")
+            append(args.append, result)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -288,19 +265,13 @@ def shape_table(prof: Any) -> str:
     )
 
 
-def save_gradients(model: object, path: str, rank: int) -> None:
-    """Every LoRA-B gradient as the engine has it after reduction, whole, in float32."""
-    from deepspeed.utils import safe_get_full_grad
-    from safetensors.torch import save_file
+def with_pairs(pack: Pack, vocab_size: int, reference: str) -> Pack:
+    """The documents two by two as preference pairs; `precomputed`: to the reference all tokens are equally likely."""
+    from ds_longft.batch import Pairs
 
-    grads = {}
-    for name, parameter in model.named_parameters():  # type: ignore[attr-defined]
-        if "lora_B" in name:
-            grad = safe_get_full_grad(parameter)
-            if rank == 0 and grad is not None:
-                grads[name] = grad.detach().float().cpu().contiguous()
-    if rank == 0:
-        save_file(grads, path)
+    counts = np.add.reduceat(pack.loss_weights, pack.cu_seqlens[:-1]).reshape(-1, 2)
+    known = -np.log(vocab_size) * counts.astype(np.float64) if reference == "precomputed" else None
+    return replace(pack, pairs=Pairs(np.ones(len(counts), dtype=np.float32), known))
 
 
 if __name__ == "__main__":

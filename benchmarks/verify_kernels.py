@@ -22,7 +22,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.step import SHAPES
+from benchmarks.work import SHAPES
 from ds_longft.train.ranks import visible_gpus
 from tests.tokenizer import tiny_tokenizer
 

@@ -1,0 +1,275 @@
+"""Our step, the peer's step on the same sample, and the floor of the kernels: one table for the GPUs of this machine.
+
+    python benchmarks/compare.py --append benchmarks/results.jsonl      every row that these GPUs can run
+    python benchmarks/compare.py --only "131072 sp2" --steps 2          rows whose name holds this
+    python benchmarks/compare.py --layers 4 --steps 1 --grads           are the gradients the same? seconds a row
+    python benchmarks/compare.py --tiny --grads                         a rehearsal on 2 CPU ranks
+
+Each measurement is a start of its own (step.py, peer_alst.py, ceilings.py), so that one that runs out of memory costs
+only its own cell. A row fails, and with it the command, when the two did not start from the same weights, or when the
+first losses differ by more than 1e-4 of it (bf16; 1e-6 in the rehearsal's fp32). With --grads every LoRA-B gradient
+is compared too (norms and keys in full fine-tuning): cosine at least 0.999, norm within 1%.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.work import ROOT, append, compare_gradients
+from ds_longft.train.ranks import visible_gpus
+
+# our kernel, and transformers' name of the same one
+FA4 = ("flash-attn-4", "flash_attention_4")
+CUDNN = ("cudnn", "sdpa")  # torch's sdpa takes cuDNN on these GPUs
+ON_CPU = ("cpu", "sdpa")
+
+PASS = {
+    # largest relative difference of losses, least cosine, largest relative difference of a gradient's norm
+    "bf16": (1e-4, 0.999, 0.01),
+    "fp32": (1e-6, 1 - 1e-6, 1e-4),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One step, as both sides' arguments."""
+
+    name: str
+    documents: str
+    gpus: int = 2
+    sp: int = 2
+    kernels: tuple[str, str] = FA4
+    full: bool = False
+    shape: str = "llama8b"
+
+    def ours(self) -> list[str]:
+        """step.py's arguments; LoRA keeps its frozen weights whole on each GPU."""
+        config = "ds_configs/zero3_sp.json" if self.full else "ds_configs/zero2_sp.json"
+        return [*self._same(), "--kernel", self.kernels[0], "--ds_config", config, "--fingerprint"]
+
+    def peer(self) -> list[str]:
+        """peer_alst.py's arguments."""
+        return [*self._same(), "--attn", self.kernels[1], "--fingerprint"]
+
+    def floor(self) -> list[str]:
+        """ceilings.py's arguments."""
+        return [*self._same(), "--kernel", self.kernels[0]]
+
+    def _same(self) -> list[str]:
+        full = ["--full"] * self.full
+        return ["--shape", self.shape, "--documents", self.documents, "--sp", str(self.sp), *full]
+
+
+ROWS = (
+    Row("131072 sp2 lora fa4", "131072"),
+    Row("131072 sp2 lora cudnn", "131072", kernels=CUDNN),
+    Row("8x16384 sp2 lora fa4", "16384x8"),
+    Row("longalign 131072 sp2 lora fa4", "longalign:131072"),
+    Row("16x8192 packs dp2", "8192x8", sp=1),
+    Row("65536 sp2 full", "65536", full=True),
+    Row("65536 sp1 lora fa4", "65536", gpus=1, sp=1),
+    Row("65536 sp1 lora cudnn", "65536", gpus=1, sp=1, kernels=CUDNN),
+    Row("4x16384 sp1 lora fa4", "16384x4", gpus=1, sp=1),
+    Row("longalign 65536 sp1 lora fa4", "longalign:65536", gpus=1, sp=1),
+    Row("131072 sp1 lora fa4", "131072", gpus=1, sp=1),
+)
+
+TINY = (
+    Row("256 sp2 lora", "256", kernels=ON_CPU, shape="tiny"),
+    Row("256 sp2 full", "256", kernels=ON_CPU, shape="tiny", full=True),
+    Row("8x64 packs dp2", "64x4", sp=1, kernels=ON_CPU, shape="tiny"),
+    Row("longalign 512 sp1 lora", "longalign:512", gpus=1, sp=1, kernels=ON_CPU, shape="tiny"),
+)
+
+
+def main() -> None:
+    """Measure row by row, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="rows whose name holds this")
+    parser.add_argument("--gpus", type=int, help="rows that need no more than these; default: all of this machine")
+    parser.add_argument("--steps", type=int, default=3, help="the first is warming up")
+    parser.add_argument("--layers", type=int, help="fewer layers than the model has")
+    parser.add_argument("--peer_stage", type=int, default=3, help="ZeRO stage of the peer; its tutorial's is 3")
+    parser.add_argument("--grads", action="store_true", help="compare gradients of the first step")
+    parser.add_argument("--timeout_s", type=int, default=900, help="of one measurement")
+    parser.add_argument("--append", help="append results to this file")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes on 2 CPU ranks: rehearses everything")
+    args = parser.parse_args()
+    gpus = args.gpus or (2 if args.tiny else visible_gpus())
+    rows = [row for row in (TINY if args.tiny else ROWS) if args.only in row.name and row.gpus <= gpus]
+    if not rows:
+        raise SystemExit(f"no row whose name holds {args.only!r} runs on {gpus} GPUs; names: {[r.name for r in ROWS]}")
+    results = []
+    for row in rows:
+        results += [measured := measure(row, args)]
+        lines = measured["lines"]
+        for line in lines:
+            print(json.dumps(line), flush=True)
+        if args.append:
+            append(args.append, *(line for line in lines if "error" not in line))
+        print(f"{row.name}: {measured['elapsed_s']:.0f} s, {', '.join(measured['wrong']) or 'ok'}", flush=True)
+    print("\n" + table(results))
+    raise SystemExit(any(result["wrong"] for result in results))
+
+
+def measure(row: Row, args: argparse.Namespace) -> dict[str, Any]:
+    """The row's result lines, what is wrong with it, and how long it took."""
+    begin = time.monotonic()
+    common = ["--steps", str(args.steps), *(["--layers", str(args.layers)] if args.layers else [])]
+    with tempfile.TemporaryDirectory() as folder:
+        at = Path(folder)
+        grads = {side: ["--grads", str(at / f"{side}.safetensors")] if args.grads else [] for side in ("ours", "peer")}
+        ours = start("step.py", row.gpus, [*row.ours(), *common, *grads["ours"]], at, args.timeout_s)
+        peer = start(
+            "peer_alst.py",
+            row.gpus,
+            [*row.peer(), "--stage", str(args.peer_stage), *common, *grads["peer"]],
+            at,
+            args.timeout_s,
+        )
+        floor = start("ceilings.py", 0, [*row.floor(), *common], at, args.timeout_s)
+        compared = None
+        if args.grads and not ("error" in ours or "error" in peer):
+            compared = compare_gradients(at / "ours.safetensors", at / "peer.safetensors")
+    elapsed_s = time.monotonic() - begin
+    lines = result_lines(row, args, ours, peer, floor, compared)
+    return {
+        "row": row,
+        "lines": lines,
+        "wrong": wrong(ours, peer, floor, compared, PASS["fp32" if args.tiny else "bf16"]),
+        "elapsed_s": elapsed_s,
+    }
+
+
+def start(script: str, ranks: int, arguments: list[str], folder: Path, timeout_s: int) -> dict[str, Any]:
+    """A script's result, or {"error": its last words}. `ranks` 0: without a launcher."""
+    out = folder / f"{script}.jsonl"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else []
+    command = [sys.executable, *launcher, str(ROOT / "benchmarks" / script), *arguments, "--append", str(out)]
+    log = folder / f"{script}.log"
+    try:
+        with log.open("wb") as sink:
+            subprocess.run(command, cwd=ROOT, stdout=sink, stderr=sink, timeout=timeout_s, check=False)
+    except subprocess.TimeoutExpired:
+        return {"error": f"longer than {timeout_s} s"}
+    if out.exists():  # written last: what goes wrong when ranks part costs no result
+        return dict(json.loads(out.read_text().splitlines()[-1]))
+    words = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+    print("\n".join(words[-40:]), file=sys.stderr, flush=True)
+    errors = [line for line in words if "Error" in line or "out of memory" in line]
+    return {"error": (errors or words or ["no result"])[0][-300:]}
+
+
+def result_lines(
+    row: Row,
+    args: argparse.Namespace,
+    ours: dict[str, Any],
+    peer: dict[str, Any],
+    floor: dict[str, Any],
+    compared: dict[str, Any] | None,
+) -> list[dict[str, Any]]:
+    """Lines for results.jsonl: the step with its peer, its share of the floor, and how far gradients are apart."""
+    name = row.name + (f", {args.layers} layers" if args.layers else "")
+    if "error" in ours:
+        return [{"what": f"step {name}", "error": ours["error"], "peer_value": peer.get("value")}]
+    same = {key: ours[key] for key in ("date", "commit", "machine", "versions")}
+    same["command"] = " ".join(["python benchmarks/compare.py", *sys.argv[1:]])
+    step = {
+        **same,
+        "what": f"step {name}",
+        "value": ours["value"],
+        "unit": "s",
+        "peer_value": peer.get("value"),
+        "ratio": round(peer["value"] / ours["value"], 3) if "value" in peer else None,
+        "loss": ours["loss_first"],
+        "peer_loss": peer.get("loss_first"),
+        "peak_gib": ours["peak_gib"],
+        "peer_peak_gib": peer.get("peak_gib"),
+        "floor_share": round(floor["value"] / ours["value"], 3) if "value" in floor else None,
+        "tokens_per_s_per_gpu": ours["tokens_per_s_per_gpu"],
+        "mfu": ours["mfu"],
+        "kernel": ours["kernel"],
+        "recompute": ours["recompute"],
+        "steps_s": ours["steps_s"],
+        "peer_steps_s": peer.get("steps_s"),
+        "peer": peer.get("error") or f"DeepSpeed ALST, Liger, PEFT, ZeRO-{args.peer_stage}: {peer['command']}",
+    }
+    lines = [step]
+    if "value" in floor:
+        lines.append(
+            {
+                **same,
+                "what": f"floor share {name}",
+                "value": step["floor_share"],
+                "unit": "share",
+                "floor_s": floor["value"],
+                **{key: floor[key] for key in floor if key.endswith(("_ms", "_tflops"))},
+            }
+        )
+    if compared and "error" not in compared:
+        worst = compared["worst_cosine"]
+        lines.append({**same, "what": f"gradients {name}", "value": worst, "unit": "worst cosine", **compared})
+    return lines
+
+
+def wrong(
+    ours: dict[str, Any],
+    peer: dict[str, Any],
+    floor: dict[str, Any],
+    compared: dict[str, Any] | None,
+    bounds: tuple[float, float, float],
+) -> list[str]:
+    """Everything that speaks against the row, empty where nothing does."""
+    found = [f"{who}: {r['error']}" for who, r in (("ours", ours), ("peer", peer), ("floor", floor)) if "error" in r]
+    if "error" in ours or "error" in peer:
+        return found
+    loss, cosine, norm = bounds
+    if ours["fingerprint"] != peer["fingerprint"]:
+        found.append("the weights at the start differ")
+    apart = abs(ours["loss_first"] / peer["loss_first"] - 1)
+    if apart > loss:
+        found.append(f"losses {ours['loss_first']} and {peer['loss_first']} are {apart:.1e} apart")
+    if compared and "error" in compared:
+        found.append(f"gradients: {compared['error']}")
+    elif compared and (compared["worst_cosine"] < cosine or compared["worst_norm_error"] > norm):
+        found.append(
+            f"gradients: cosine {compared['worst_cosine']} of {compared['worst_cosine_of']}, norm off by "
+            f"{compared['worst_norm_error']} of {compared['worst_norm_error_of']}"
+        )
+    return found
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """One row a step, as markdown."""
+    rows = [
+        "| step | ours s | peer s | ratio | floor share | loss | peer loss | GiB | peer GiB | cosine | norm off | s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        of_kind = {line["what"].split()[0]: line for line in result["lines"]}
+        step, grads = of_kind["step"], of_kind.get("gradients", {})
+        cells = [step.get(key) for key in ("value", "peer_value", "ratio", "floor_share", "loss", "peer_loss")]
+        cells += [
+            step.get("peak_gib"),
+            step.get("peer_peak_gib"),
+            grads.get("worst_cosine"),
+            grads.get("worst_norm_error"),
+        ]
+        shown = " | ".join("-" if cell is None else str(cell) for cell in [*cells, round(result["elapsed_s"])])
+        rows.append(f"| {result['row'].name} | {shown} |")
+        rows += [f"| | {problem} |" for problem in result["wrong"]]
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    main()

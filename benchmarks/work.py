@@ -1,0 +1,199 @@
+"""What the step benchmarks share: model shapes, samples, the proof of an equal start, gradients, result lines.
+
+Ours (step.py) and the peer (peer_alst.py) train the tokens made here, from the weights and adapters that
+one seed gives.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+from statistics import fmean, median
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from ds_longft.batch import IGNORE_INDEX, Pack
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SEED = 0  # of the weights and of the adapters
+ADAPTER = {"r": 16, "alpha": 32}  # on all linears, no dropout
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama8b": {
+        "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 1 << 22,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+    },
+    "qwen7b": {
+        "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 1 << 22,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    },
+    "smollm2": {
+        "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 1 << 22,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
+    },
+    "tiny": {
+        "model_type": "llama", "vocab_size": 1024, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 1 << 22,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
+    },
+}  # fmt: skip
+
+
+def shape_of(name: str, layers: int | None) -> dict[str, Any]:
+    """The model config, with another number of layers where one is given."""
+    return {**SHAPES[name], **({"num_hidden_layers": layers} if layers else {})}
+
+
+def lengths_of(documents: str, step: int = 0) -> list[int]:
+    """`16384x8`, `70000,1000` or `longalign:131072` -> document lengths; the last draws anew for each step."""
+    if documents.startswith("longalign:"):
+        return longalign_draw(int(documents.removeprefix("longalign:")), seed=step)
+    lengths: list[int] = []
+    for part in documents.split(","):
+        length, _, times = part.partition("x")
+        lengths += [int(length)] * int(times or 1)
+    return lengths
+
+
+def longalign_draw(tokens: int, seed: int) -> list[int]:
+    """A full pack of documents of 1K to 64K tokens, their lengths spread as LongAlign's are, any number of tokens.
+
+    The last document is cut so that the pack is full. Small packs (rehearsals) get documents of 1/64 to 1/2 of it.
+    """
+    shortest, longest = min(1024, tokens // 64), min(65536, tokens // 2)
+    rng, lengths = np.random.default_rng(seed), list[int]()
+    while sum(lengths) < tokens:
+        drawn = int(np.clip(np.exp(rng.normal(np.log(longest / 6), 0.9)), shortest, longest))
+        lengths.append(min(drawn, tokens - sum(lengths)))
+    return lengths
+
+
+def sample(lengths: list[int], vocab_size: int, *, dp_rank: int, targets: float = 1.0) -> Pack:
+    """One pack of random tokens, the same wherever it is made; labels shifted inside each document.
+
+    `targets`: share of the tokens that are trained. The last token of a document never is.
+    """
+    tokens = sum(lengths)
+    rng = np.random.default_rng(1 + dp_rank)
+    ids = rng.integers(0, vocab_size, tokens)
+    cu = np.cumsum([0, *lengths])
+    labels = np.append(ids[1:], IGNORE_INDEX)
+    labels[cu[1:] - 1] = IGNORE_INDEX
+    labels[rng.random(tokens) >= targets] = IGNORE_INDEX
+    return Pack(
+        input_ids=ids,
+        position_ids=np.concatenate([np.arange(n) for n in lengths]),
+        labels=labels,
+        loss_weights=(labels != IGNORE_INDEX).astype(np.float32),
+        cu_seqlens=cu.astype(np.int32),
+        padding_tokens=0,
+    )
+
+
+def fingerprint(model: Any) -> str:
+    """Of all weights, whole and before the engine partitions them: equal where two models start alike.
+
+    Sums in float64: a weight held in float32 here and in bf16 there counts as equal when its value is.
+    """
+    sums = sorted((name, float(p.detach().double().abs().sum())) for name, p in model.named_parameters())
+    return hashlib.sha256(repr(sums).encode()).hexdigest()[:16]
+
+
+def compared(name: str) -> bool:
+    """Whether this parameter's gradient is compared: LoRA's B (A's is zero at first); norms and keys of full tuning."""
+    return "lora_B" in name or (name.endswith(("norm.weight", "k_proj.weight")) and "lora" not in name)
+
+
+def save_gradients(model: Any, path: str, rank: int) -> None:
+    """The compared gradients as the engine has them after reduction, whole, in float32. Collective."""
+    from deepspeed.utils import safe_get_full_grad
+    from safetensors.torch import save_file
+
+    grads = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and compared(name):
+            grad = safe_get_full_grad(parameter)
+            if rank == 0 and grad is not None:
+                grads[name] = grad.detach().float().cpu().contiguous()
+    if rank == 0:
+        save_file(grads, path)
+
+
+def compare_gradients(ours: Path, peer: Path) -> dict[str, Any]:
+    """The worst cosine and the worst norm difference over all modules of two files of `save_gradients`."""
+    from safetensors.torch import load_file
+
+    one, other = load_file(ours), load_file(peer)
+    if one.keys() != other.keys():
+        return {"error": f"other parameters: {sorted(one.keys() ^ other.keys())[:4]}"}
+    rows = []
+    for name, mine in one.items():
+        a, b = mine.double().flatten(), other[name].double().flatten()
+        lengths = float(a.norm()), float(b.norm())
+        if not 0 < min(lengths) <= max(lengths) < math.inf:
+            return {"error": f"{name}: gradients of norm {lengths[0]:.3e} and {lengths[1]:.3e}"}
+        rows.append((float(a @ b) / math.prod(lengths), abs(lengths[0] / lengths[1] - 1), name))
+    cosine, norm = min(rows), max(rows, key=lambda row: row[1])
+    return {
+        "modules": len(rows),
+        "worst_cosine": round(cosine[0], 7),
+        "worst_cosine_of": cosine[2],
+        "worst_norm_error": round(norm[1], 7),
+        "worst_norm_error_of": norm[2],
+    }
+
+
+def step_seconds(times: list[float], documents: str | None) -> float:
+    """Of the timed steps: the median of equal ones, the mean where each step had its own draw of documents."""
+    return fmean(times) if documents and documents.startswith("longalign:") else median(times)
+
+
+def peak_gib(device: Any) -> float | None:
+    """The highest peak of any rank since the last reset, None without GPUs. Collective."""
+    import torch
+    import torch.distributed as dist
+
+    if device.type != "cuda":
+        return None
+    peak = torch.tensor(torch.cuda.max_memory_allocated(device), device=device)
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    return round(float(peak) / 2**30, 2)
+
+
+def provenance(ranks: int, *modules: ModuleType, script: str = "") -> dict[str, Any]:
+    """What every line of results.jsonl says about where it comes from. `COMMIT` counts where there is no git."""
+    import torch
+
+    head = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {
+        "date": date.today().isoformat(),
+        "commit": head.stdout.strip() or os.environ.get("COMMIT"),
+        "machine": f"{ranks} x {name}",
+        "versions": {m.__name__: m.__version__ for m in modules},
+        "command": " ".join([script or "python benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def append(path: str | Path, *results: dict[str, Any]) -> None:
+    """One JSON object a line behind those already there."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(result) + "\n" for result in results))

@@ -1,0 +1,100 @@
+"""The benchmarks compare what they say they compare: the same sample, the same start, every gradient."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.compare import PASS, wrong
+from benchmarks.work import compare_gradients, compared, fingerprint, lengths_of, sample
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_lengths_of_documents_as_they_are_written() -> None:
+    assert lengths_of("16384x2,1000") == [16384, 16384, 1000]
+    first, second = lengths_of("longalign:131072", 0), lengths_of("longalign:131072", 1)
+    assert sum(first) == sum(second) == 131072
+    assert first != second
+    assert first == lengths_of("longalign:131072", 0)
+    assert max(first + second) <= 65536
+
+
+def test_sample_has_no_target_across_documents() -> None:
+    pack = sample([5, 3, 8], 100, dp_rank=0)
+    assert pack.position_ids.tolist() == [*range(5), *range(3), *range(8)]
+    assert (np.flatnonzero(pack.labels == -100) == [4, 7, 15]).all()
+    assert (pack.labels[:4] == pack.input_ids[1:5]).all()
+    assert pack.loss_weights.sum() == 13
+    assert (pack.input_ids != sample([5, 3, 8], 100, dp_rank=1).input_ids).any()
+
+
+def test_fingerprint_sees_one_weight_and_no_type() -> None:
+    model = torch.nn.Linear(4, 4).bfloat16()
+    before = fingerprint(model)
+    assert fingerprint(model.float()) == before
+    with torch.no_grad():
+        model.weight[2, 1] += 0.5
+    assert fingerprint(model) != before
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda g: g, None),
+        (lambda g: 1.02 * g, "norm off by 0.02"),
+        (lambda g: -g, "cosine -1.0 of b.lora_B"),
+        (lambda g: 0 * g, "norm 0.000e+00"),
+    ],
+)
+def test_one_wrong_gradient_among_right_ones_is_found(tmp_path: Path, change, problem: str | None) -> None:
+    ours = {name: torch.randn(8, 16, generator=torch.Generator().manual_seed(1)) for name in ("a.lora_B", "b.lora_B")}
+    save_file(ours, tmp_path / "ours")
+    save_file({**ours, "b.lora_B": change(ours["b.lora_B"])}, tmp_path / "peer")
+    result = {"fingerprint": "same", "loss_first": 2.0}
+    found = wrong(result, result, {}, compare_gradients(tmp_path / "peer", tmp_path / "ours"), PASS["bf16"])
+    if problem is None:
+        assert not found
+    else:
+        assert problem in found[0]
+
+
+def test_other_weights_or_another_loss_are_found() -> None:
+    ours = {"fingerprint": "a", "loss_first": 2.0}
+    assert "weights" in wrong(ours, {**ours, "fingerprint": "b"}, {}, None, PASS["bf16"])[0]
+    assert "apart" in wrong(ours, {**ours, "loss_first": 2.001}, {}, None, PASS["bf16"])[0]
+    assert wrong(ours, {"error": "out of memory"}, {}, None, PASS["bf16"]) == ["peer: out of memory"]
+
+
+def test_compared_are_trained_parameters_with_a_gradient() -> None:
+    assert compared("base_model.model.model.layers.0.mlp.up_proj.lora_B.default.weight")
+    assert compared("model.layers.0.self_attn.k_proj.weight")
+    assert compared("model.norm.weight")
+    assert not compared("base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight")
+    assert not compared("model.embed_tokens.weight")
+
+
+@pytest.mark.slow
+def test_our_step_and_the_peers_have_the_same_loss_and_gradients(tmp_path: Path) -> None:
+    """One sample over two CPU ranks in float32, each side a process group of its own."""
+    out = tmp_path / "results.jsonl"
+    command = [sys.executable, "benchmarks/compare.py", "--tiny", "--grads", "--steps", "1", "--only", "256 sp2 lora"]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--append", str(out)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    lines = {line["what"]: line for line in map(json.loads, out.read_text().splitlines())}
+    gradients = lines["gradients 256 sp2 lora"]
+    assert gradients["modules"] == 14  # seven linears in each of two layers
+    assert gradients["worst_cosine"] > 1 - 1e-6
+    assert gradients["worst_norm_error"] < 1e-4
+    assert lines["floor share 256 sp2 lora"]["floor_s"] > 0
