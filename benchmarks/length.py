@@ -52,7 +52,7 @@ class Case:
         config = {2: "ds_configs/zero2_sp.json", 3: "ds_configs/zero3_sp.json"}[self.stage]
         words = ["--shape", self.shape, "--documents", self.documents, "--ds_config", config]
         words += ["--recompute", self.recompute, "--host_gib", str(self.host_gib), "--kernel", self.kernel]
-        words += ["--full"] * self.full
+        words += ["--full"] * self.full + ["--no_rehearsal"] * (self.recompute != "auto")
         for flag, value in (("--tile", self.tile), ("--kv_heads", self.kv_heads), ("--layers", self.layers)):
             words += [flag, str(value)] if value is not None else []
         return words
@@ -76,7 +76,10 @@ CASES = (
     Case("128K sp2 qwen7b", f"{128 * K}", shape="qwen7b"),
     Case("64K sp1 qwen7b full recompute", f"{64 * K}", gpus=1, shape="qwen7b", recompute="full"),
     Case("32K sp2 all weights, 16 layers", f"{32 * K}", stage=3, full=True, recompute="full", layers=16),
-    Case("512K sp1 host", f"{512 * K}", gpus=1, recompute="full", host_gib=110, tile=8 * K, kv_heads=1),
+    Case("128K sp1 full recompute, tiles, turns", f"{128 * K}", gpus=1, recompute="full", tile=8 * K, kv_heads=1),
+    Case("8 x 64K sp1 host", f"{64 * K}x8", gpus=1, recompute="keep_attention", host_gib=100, tile=8 * K, kv_heads=1),
+    Case("512K sp1 4 layers", f"{512 * K}", gpus=1, recompute="full", tile=8 * K, kv_heads=1, layers=4),
+    Case("512K sp1 host", f"{512 * K}", gpus=1, recompute="keep_attention", host_gib=100, tile=8 * K, kv_heads=1),
     Case("1M sp2 host", f"{1024 * K}", recompute="full", host_gib=230, tile=8 * K, kv_heads=1),
     Case("2M sp2 4 layers", f"{2048 * K}", recompute="full", host_gib=60, tile=8 * K, kv_heads=1, layers=4),
 )
@@ -94,7 +97,7 @@ def main() -> None:
     parser.add_argument("--gpu", default="h200", help="rates of the prediction: a shipped type or a calibration file")
     parser.add_argument("--gpus", type=int, default=2, help="GPUs here; settings that need more are left out")
     parser.add_argument("--only", default="", help="settings whose name holds this")
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2, help="the first is warming up")
     parser.add_argument("--timeout_s", type=int, default=600)
     parser.add_argument("--append", help="append results to this file")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on CPU ranks: rehearses the script")
@@ -174,6 +177,7 @@ def compare(case: Case, measured: dict[str, Any], gpu: str, *, tiny: bool) -> di
         "predicted_host_gib": round(memory.host / GIB * case.gpus, 1),
         "predicted_fits": memory.fits(rates),
         "tokens": setting.tokens,
+        "sp": case.gpus,
         "calibrating": case.calibrating,
         "rates": rates.name,
         "predicted_working_kib_per_token": round((memory.peak - beside) / setting.local_tokens / 1024, 1),
@@ -184,7 +188,7 @@ def compare(case: Case, measured: dict[str, Any], gpu: str, *, tiny: bool) -> di
     line["time_error"] = round(time.total_s / measured["value"] - 1, 4)
     if measured["peak_gib"]:
         line["peak_error"] = round(memory.peak_gib / measured["peak_gib"] - 1, 4)
-        if case.recompute == "full" and case.gpus == 2 and not (case.host_gib or case.full):
+        if case.recompute == "full" and not (case.host_gib or case.full):
             kib = (measured["peak_gib"] * GIB - beside) / setting.local_tokens / 1024
             line["working_kib_per_token"] = round(kib, 1)
     return line
@@ -199,9 +203,10 @@ def summary(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         errors = [abs(line[key]) for line in ran if key in line and not line["calibrating"]]
         if errors:
             found.append({**same, "what": what, "value": max(errors), "unit": "fraction", "settings": len(errors)})
-    kib = [line["working_kib_per_token"] for line in ran if "working_kib_per_token" in line]
-    if kib:
-        found.append({**same, "what": "working set kib per token sp2", "value": min(kib), "unit": "KiB"})
+    for sp in (1, 2):
+        kib = [x["working_kib_per_token"] for x in ran if "working_kib_per_token" in x and x["sp"] == sp]
+        if kib:
+            found.append({**same, "what": f"working set kib per token sp{sp}", "value": min(kib), "unit": "KiB"})
     if ran:
         found.append({**same, "what": "longest tokens", "value": max(line["tokens"] for line in ran), "unit": "tokens"})
     return found

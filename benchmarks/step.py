@@ -67,6 +67,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--targets", type=float, default=1.0, help="share of the tokens that are trained")
     parser.add_argument("--full", action="store_true", help="full fine-tuning instead of LoRA r16 on all linears")
     parser.add_argument("--steps", type=int, default=3, help="the first is warming up")
+    parser.add_argument("--no_rehearsal", action="store_true", help="no dry run first; auto keeps no linears then")
     parser.add_argument("--host_gib", type=float, default=0.0, help="host memory for kept outputs")
     parser.add_argument("--tile", type=int, help="train.mlp_tile_tokens")
     parser.add_argument("--kv_heads", type=int, help="train.kv_heads_at_a_time")
@@ -169,7 +170,7 @@ def main() -> None:
     pack, total_weight = prepare(0)
     targets = int(pack.loss_weights.sum())
     passes = choose_passes(built.engine, args.passes, pack, layout, device)
-    kept = rehearse(built.engine, built.recompute, pack, layout, device)
+    kept = None if args.no_rehearsal else rehearse(built.engine, built.recompute, pack, layout, device)
 
     def step(pack: Pack, total_weight: float) -> float:
         total = (
