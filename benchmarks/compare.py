@@ -95,7 +95,7 @@ TINY = (
 def main() -> None:
     """Measure row by row, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="rows whose name holds this")
+    parser.add_argument("--only", default="", help="the row of this name, or rows whose name holds it")
     parser.add_argument("--gpus", type=int, help="rows that need no more than these; default: all of this machine")
     parser.add_argument("--steps", type=int, default=3, help="the first is warming up")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
@@ -107,6 +107,7 @@ def main() -> None:
     args = parser.parse_args()
     gpus = args.gpus or (2 if args.tiny else visible_gpus())
     rows = [row for row in (TINY if args.tiny else ROWS) if args.only in row.name and row.gpus <= gpus]
+    rows = [row for row in rows if row.name == args.only] or rows
     if not rows:
         raise SystemExit(f"no row whose name holds {args.only!r} runs on {gpus} GPUs; names: {[r.name for r in ROWS]}")
     results = []

@@ -177,7 +177,7 @@ def peak_gib(device: Any) -> float | None:
 
 
 def provenance(ranks: int, *modules: ModuleType, script: str = "") -> dict[str, Any]:
-    """What every line of results.jsonl says about where it comes from. `COMMIT` counts where there is no git."""
+    """What every line of results.jsonl says about where it comes from. `COMMIT` names it where there is no git."""
     import torch
 
     head = subprocess.run(
@@ -186,7 +186,7 @@ def provenance(ranks: int, *modules: ModuleType, script: str = "") -> dict[str, 
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     return {
         "date": date.today().isoformat(),
-        "commit": head.stdout.strip() or os.environ.get("COMMIT"),
+        "commit": os.environ.get("COMMIT") or head.stdout.strip(),
         "machine": f"{ranks} x {name}",
         "versions": {m.__name__: m.__version__ for m in modules},
         "command": " ".join([script or "python benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
