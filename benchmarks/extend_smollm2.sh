@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
 # SmolLM2-135M-Instruct from 8,192 to 131,072 tokens: data, training under sp, evaluation before and after, report. One
-# command does it all; run again, it goes on where it stopped.
+# command does it all; run again, it goes on where it stopped. ONLY=data, ONLY=train or ONLY=eval does a part, so that the
+# data can be made on a machine without a GPU.
 #
 #   TEXTS=/path/to/longdocs benchmarks/extend_smollm2.sh                    # one GPU, or all GPUs of the machine
 #   TEXTS=... MODE=lora ROPE=yarn benchmarks/extend_smollm2.sh              # the other variants
 #   LENGTH=2048 LENGTHS=512,1024 ROWS=8 STEPS=2 TRIALS=1 SHORT=2 benchmarks/extend_smollm2.sh        # rehearsal on a CPU, built-in text
 #
-# TEXTS holds longdocs_*.jsonl.gz with columns text, collection, lang. Results: RUN/report.html and lines on stdout for
-# results.jsonl.
+# TEXTS holds longdocs_*.jsonl.gz with columns text, collection, lang; the collection HELD_OUT is not trained on but
+# evaluated on. Results: DATA/stats.html, RUN/report.html, and lines on stdout for results.jsonl.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
 TEXTS=${TEXTS:-}
+HELD_OUT="Shakespeare plays (sample)"   # excluded by recipes/extend_smollm2_data.yaml
+ONLY=${ONLY:-all}    # data, train, eval or all
 LENGTH=${LENGTH:-131072}
 ROWS=${ROWS:-380}
 STEPS=${STEPS:-120}
@@ -26,25 +29,34 @@ DATA=${DATA:-data/extend_smollm2_$LENGTH}
 MODEL=~/.cache/ds_longft/quickstart/SmolLM2-135M-Instruct
 longft() { "$PYTHON" -m ds_longft.cli "$@"; }
 
+part() { [ "$ONLY" = all ] || [ "$ONLY" = "$1" ]; }
+part data || part train || part eval || { echo "ONLY is $ONLY: expected data, train, eval or all" >&2; exit 64; }
+
 $PYTHON -c "from ds_longft.model.smollm2 import prepare_smollm2; prepare_smollm2('~/.cache/ds_longft/quickstart')"
-[ -f "$DATA/needles.jsonl" ] || $PYTHON benchmarks/extend_smollm2.py data "$DATA" $MODEL "$LENGTH" ${TEXTS:+--texts "$TEXTS"} --rows "$ROWS"
+if part data && [ ! -f "$DATA/run.yaml" ]; then
+  if [ -z "$TEXTS" ]; then $PYTHON benchmarks/extend_smollm2.py texts "$DATA/texts" "$LENGTH"; fi
+  # Makes the rows, mixes them, tokenises them into the cache that training reads, and shows the packs in stats.html.
+  longft data mix recipes/extend_smollm2_data.yaml --root "${TEXTS:-$DATA/texts}" --out "$DATA" --tokenizer "$MODEL" \
+    --max_length_tokens "$LENGTH" --total_rows "$((2 * ROWS))"
+fi
 
 keys=(--config recipes/extend_smollm2.yaml --output_dir "$RUN" --sp "$RANKS" --data.max_length_tokens "$LENGTH"
-  --data.train "$DATA/texts.jsonl,$DATA/needles.jsonl" --train.max_steps "$STEPS" --train.save_every_steps "$((STEPS / 2))")
+  --data.train "$(realpath -m "$DATA/train.jsonl")" --train.max_steps "$STEPS" --train.save_every_steps "$((STEPS / 2))")
 if [ "$ROPE" = yarn ]; then keys+=(--model.rope.type yarn --model.rope.theta null --model.rope.factor 16); fi
 if [ "$MODE" = lora ]; then
   keys+=(--lora.r 64 --lora.alpha 128 --optim.learning_rate 1e-3)
 fi
-if [ ! -f "$RUN/model.safetensors" ] && [ ! -f "$RUN/adapter_model.safetensors" ]; then
+if part train && [ ! -f "$RUN/model.safetensors" ] && [ ! -f "$RUN/adapter_model.safetensors" ]; then
   if [ "$RANKS" -gt 1 ]; then deepspeed --num_gpus "$RANKS" --module ds_longft.train "${keys[@]}"
   else $PYTHON -m ds_longft.train "${keys[@]}"; fi
 fi
 
+part eval || exit 0
 held_out=() stacks=()
 if [ -n "$TEXTS" ]; then
   plays="$TEXTS/longdocs_en_public_domain.jsonl.gz"
-  held_out=(--text "$plays" --where "collection=Shakespeare plays (sample)")
-  stacks=(--haystack_en "$plays" --where "collection=Shakespeare plays (sample)")
+  held_out=(--text "$plays" --where "collection=$HELD_OUT")
+  stacks=(--haystack_en "$plays" --where "collection=$HELD_OUT")
 fi
 lengths=${LENGTHS:-$((LENGTH / 16)),$((LENGTH / 4)),$((LENGTH / 2)),$LENGTH}
 for before in --before ""; do

@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import os
 import re
+from glob import glob
 from pathlib import Path
 from typing import Any
 
-from ds_longft.config import RunConfig, SourceConfig
+from ds_longft.config import RunConfig, SourceConfig, is_pattern
 from ds_longft.ds_config import DeepSpeedSettings, Device, load_ds_config, merge_ds_config
 from ds_longft.errors import ConfigError
 
@@ -286,8 +287,11 @@ def _data_problems(config: RunConfig) -> list[str]:
 
 def _is_missing(source: SourceConfig) -> bool:
     """Whether a path that can only be meant locally does not exist."""
+    path = Path(source.path).expanduser()
+    if is_pattern(source.path):
+        return not path.exists() and not glob(str(path))
     is_hub_id = HUB_ID.fullmatch(source.path) and not source.path.endswith(DATA_SUFFIXES)
-    return not is_hub_id and not Path(source.path).expanduser().exists()
+    return not is_hub_id and not path.exists()
 
 
 def _output_problems(output_dir: str) -> list[str]:

@@ -65,6 +65,12 @@ COMMANDS = {
         "ds_longft.data.synth.commands:needle", "questions about long texts, answers checked by program"
     ),
     "data synth code": Command("ds_longft.data.synth.commands:code", "long code questions from Python's own source"),
+    "data synth stretches": Command(
+        "ds_longft.data.synth.text_commands:stretches", "long texts cut into plain rows of many lengths"
+    ),
+    "data synth numbers": Command(
+        "ds_longft.data.synth.text_commands:numbers", "numbers hidden in long texts, asked for one or several at a time"
+    ),
     "data mix": Command("ds_longft.data.recipe_commands:mix", "a training set of many sources, by a recipe"),
     "data tokenize": Command("ds_longft.data.commands:tokenize", "chats to token ids, once, into the cache"),
     "data stats": Command("ds_longft.data.commands:stats", "lengths, targets, packs and padding of a data set"),

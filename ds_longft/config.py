@@ -96,6 +96,11 @@ class LoraConfig(Section):
     """Whole modules trained and saved beside the adapters, e.g. [embed_tokens, lm_head]."""
 
 
+def is_pattern(path: str) -> bool:
+    """Whether a path may stand for several files, as texts_*.jsonl does; a file really called so comes first."""
+    return any(mark in path for mark in "*?[")
+
+
 class SourceConfig(Section):
     """One set of rows. A bare path stands for `{path: ...}`, so that `--data.train a.jsonl,b.jsonl` works."""
 
@@ -105,7 +110,7 @@ class SourceConfig(Section):
         return {"path": value} if isinstance(value, str) else value
 
     path: str
-    """A JSON, JSONL or parquet file (.gz too), a folder of them, or a hub id."""
+    """A JSON, JSONL or parquet file (.gz too), a folder of them, a pattern (texts_*.jsonl), or a hub id."""
 
     format: Literal[
         "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "longalign", "grounded", "preference"

@@ -24,6 +24,7 @@ from ds_longft.data.preferences import PreferenceRow, is_preference, to_preferen
 from ds_longft.data.progress import Progress
 from ds_longft.data.readers import Source, find_source, first_record, parse_block
 from ds_longft.data.rows import BadRow, Row, Turn
+from ds_longft.data.where import EVERY_ROW, Where
 
 PREFERENCE = "preference"  # the layout of pairs, beside those of `formats.FORMATS`
 
@@ -70,9 +71,9 @@ def layout_of(source: Source) -> str:
 
 
 def usable_records(
-    source: Source, layout: str, ledger: Ledger, *, name: str, progress: bool = False
+    source: Source, layout: str, ledger: Ledger, *, name: str, where: Where = EVERY_ROW, progress: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Every usable row of a source as it is written to disk; the others are counted and listed in the ledger.
+    """Every usable row that `where` takes, as it is written to disk; unusable ones are counted and listed.
 
     Memory: one block of rows, and 8 bytes of digest for each row that has an id.
     """
@@ -81,6 +82,8 @@ def usable_records(
     with Progress(f"reading {name}", source.size_bytes, show=progress) as bar:
         for block in source.blocks():
             for origin, record in parse_block(block):
+                if isinstance(record, dict) and not where.takes(record):
+                    continue
                 tally.read += 1
                 try:
                     if isinstance(record, BadRow):

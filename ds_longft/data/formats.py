@@ -92,6 +92,9 @@ def _system(row: dict[str, Any]) -> list[Turn]:
 
 
 def _messages(row: dict[str, Any]) -> list[Turn]:
+    """A chat; plain text where the row has `text` instead, so that one file may hold both kinds."""
+    if "messages" not in row and "text" in row:
+        return _plain_text(row)
     return turns_of(_list(row.get("messages"), "messages"), "role", "content")
 
 

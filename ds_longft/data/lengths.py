@@ -7,6 +7,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ds_longft.data.rows import Turn
 from ds_longft.data.template import load_template
 
@@ -37,6 +40,16 @@ class Lengths:
             han = len(_HAN.findall(text))
             return math.ceil(han / HAN_PER_TOKEN + (len(text) - han) / CHARS_PER_TOKEN)
         return len(self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def starts(self, text: str) -> NDArray[np.int64]:
+        """[tokens] the character at which each token of a text begins."""
+        if self._tokenizer is None:
+            han = np.zeros(len(text), dtype=bool)
+            han[[match.start() for match in _HAN.finditer(text)]] = True
+            tokens = np.cumsum(np.where(han, 1 / HAN_PER_TOKEN, 1 / CHARS_PER_TOKEN))
+            return np.searchsorted(tokens, np.arange(self.text(text))).clip(0, max(0, len(text) - 1))
+        offsets = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).offsets
+        return np.fromiter((start for start, _ in offsets), dtype=np.int64, count=len(offsets))
 
     def rows(self, rows: Sequence[Sequence[Turn]]) -> list[int]:
         """Tokens of each row. Raises `BadRow` where the chat template refuses one."""

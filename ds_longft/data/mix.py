@@ -68,7 +68,7 @@ def mix_sources(
             path.unlink(missing_ok=True)
             if len(rows):
                 with written_whole(path) as file:
-                    file.writelines(pool.records(rng.permutation(rows).tolist()))
+                    file.writelines(pool.records(_chat_first(rng.permutation(rows).tolist(), pool)))
     finally:
         spool.unlink(missing_ok=True)
     mixed = _report(pool, train, held_out, recipe, folder, tally, exact=lengths.exact)
@@ -76,6 +76,12 @@ def mix_sources(
         json.dumps({**asdict(mixed), "recipe": recipe.model_dump(mode="json")}, indent=1, ensure_ascii=False)
     )
     return mixed
+
+
+def _chat_first(order: list[int], pool: Pool) -> list[int]:
+    """The rows with a chat in front: the first row tells a file's layout, and among chats there may be plain texts."""
+    at = next((i for i, row in enumerate(order) if not pool.is_text[row]), 0)
+    return [order[at], *order[:at], *order[at + 1 :]]
 
 
 def _without_duplicates(pool: Pool, recipe: Recipe, ledger: Ledger) -> NDArray[np.int64]:

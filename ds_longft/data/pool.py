@@ -12,7 +12,7 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from ds_longft.config import SourceConfig
+from ds_longft.config import SourceConfig, is_pattern
 from ds_longft.data.convert import PREFERENCE, layout_of, usable_records
 from ds_longft.data.formats import to_row
 from ds_longft.data.ledger import Entry, Ledger
@@ -21,12 +21,15 @@ from ds_longft.data.readers import find_source
 from ds_longft.data.recipe import MixSource, Recipe
 from ds_longft.data.rows import BadRow, Row
 from ds_longft.data.similar import anchors, signature
+from ds_longft.data.synth import numbers
 from ds_longft.data.synth.code import write_code_set
 from ds_longft.data.synth.needle import needle_rows
 from ds_longft.data.synth.refgpt8x import hide_references
-from ds_longft.data.synth.sources import read_dialogues, read_documents
+from ds_longft.data.synth.sources import Document, read_dialogues, read_documents
+from ds_longft.data.synth.stretches import stretch_rows
 from ds_longft.errors import DataError
 
+QUESTIONS = 3  # about one context
 MEASURED_TOGETHER = 64  # rows; the tokenizer works on them in parallel
 
 
@@ -40,6 +43,7 @@ class Pool:
     origin: list[str] = field(default_factory=list)
     language: list[str] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    is_text: list[bool] = field(default_factory=list)
     part: list[str] = field(default_factory=list)  # "train" or "eval" where it is decided already, else ""
     anchors: list[NDArray[np.uint64]] = field(default_factory=list)
     signatures: list[NDArray[np.uint64]] = field(default_factory=list)
@@ -96,49 +100,63 @@ def _records(
         layout = layout_of(where)
         if layout == PREFERENCE:
             raise DataError(f"source {source.name} holds preference pairs: convert them with `ds-longft data convert`")
-        for record in usable_records(where, layout, ledger, name=source.name, progress=progress):
+        taken = 0
+        for record in usable_records(where, layout, ledger, name=source.name, where=source.filter, progress=progress):
             yield record, ""
+            taken += 1
+        source.filter.refuse_nothing(taken, source.path)
         return
-    rows, held_out = source.rows or 0, recipe.held_out
+    rows, held_out = recipe.made_rows(source), recipe.held_out
     if source.synth == "refgpt8x":
-        dialogues = read_dialogues(found, ledger)
+        dialogues = read_dialogues(found, ledger, source.filter)
         for part in ("train", "eval"):
             own = [d for d in dialogues if (_is_held_out(d.reference, held_out)) == (part == "eval")]
             count = min(len(own), _count(rows, held_out, part))
             made = hide_references(own, rows=count, seed=recipe.seed, name=source.name) if count else iter(())
             yield from ((record, part) for record in made)
         return
-    documents = read_documents(found, ledger)
+    documents = read_documents(found, ledger, source.filter)
     for part in ("train", "eval"):
         texts = [d for d in documents if _is_held_out(d.text, held_out) == (part == "eval")]
         count = _count(rows, held_out, part)
         if not texts or not count:
             continue
-        made = needle_rows(
-            texts,
-            rows=count,
-            context_tokens=source.context_tokens or recipe.max_length_tokens,
-            seed=recipe.seed,
-            name=source.name,
-            questions=source.questions,
-            lengths=lengths,
-        )
         try:
-            yield from ((record, part) for record in made)
+            yield from ((record, part) for record in _about_texts(texts, count, source, recipe, lengths))
         except DataError:
             if part == "train":
                 raise  # a few held-out texts may well be too short
 
 
+def _about_texts(
+    texts: Sequence[Document], rows: int, source: MixSource, recipe: Recipe, lengths: Lengths
+) -> Iterator[dict[str, Any]]:
+    """Samples made of documents."""
+    every: dict[str, Any] = {
+        "rows": rows,
+        "context_tokens": source.context_tokens or recipe.max_length_tokens,
+        "seed": recipe.seed,
+        "name": source.name,
+        "lengths": lengths,
+    }
+    if source.synth == "needle":
+        return needle_rows(texts, questions=source.questions or QUESTIONS, **every)
+    every |= {"languages": recipe.languages, "sizes": source.sizes}
+    if source.synth == "stretches":
+        return stretch_rows(texts, **every)
+    every |= {"questions": source.questions or numbers.QUESTIONS, "at_once": source.at_once or numbers.AT_ONCE}
+    return numbers.number_rows(texts, **every)
+
+
 def _code(source: MixSource, recipe: Recipe, ledger: Ledger) -> Iterator[tuple[dict[str, Any], str]]:
     for part in ("train", "eval"):
-        count = _count(source.rows or 0, recipe.held_out, part)
+        count = _count(recipe.made_rows(source), recipe.held_out, part)
         if not count:
             continue
         path = ledger.path.with_name(f".{source.name}.{part}.jsonl")
         tokens = source.context_tokens or recipe.max_length_tokens
         write_code_set(
-            path, rows=count, context_tokens=tokens, questions=source.questions, seed=recipe.seed,
+            path, rows=count, context_tokens=tokens, questions=source.questions or QUESTIONS, seed=recipe.seed,
             part="train" if part == "train" else "eval",
         )  # fmt: skip
         try:
@@ -152,10 +170,13 @@ def _code(source: MixSource, recipe: Recipe, ledger: Ledger) -> Iterator[tuple[d
 def local(source: MixSource, root: Path | None) -> SourceConfig:
     """The source with its path below `root`, where there is something.
 
-    Tried are `root`/path, `root`/path.* and, so that files can stand in for hub ids, `root`/name and `root`/name.*.
+    Tried are `root`/path (for a pattern this alone), `root`/path.* and, so that files can stand in for hub ids,
+    `root`/name and `root`/name.*.
     """
     if root is None or Path(source.path).is_absolute():
         return source
+    if is_pattern(source.path):
+        return source.model_copy(update={"path": str(root / source.path)})
     for stem in (source.path, source.name):
         found = [root / stem, *sorted((root / stem).parent.glob(f"{Path(stem).name}.*"))]
         path = next((path for path in found if path.exists()), None)
@@ -203,6 +224,7 @@ def _add(
         pool.origin.append(origin)
         pool.language.append(row.language or "und")
         pool.tokens.append(tokens)
+        pool.is_text.append(row.is_text)
         pool.part.append(part)
         pool.anchors.append(anchors(row.turns) if recipe.held_out else np.zeros(0, dtype=np.uint64))
         if recipe.near_duplicates is not None:

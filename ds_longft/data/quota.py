@@ -12,6 +12,7 @@ from ds_longft.errors import DataError
 
 ROUNDS = 300
 TOLERANCE = 0.002  # of the total
+HALF_A_ROW = 0.5  # shares of few rows cannot be met more finely
 BISECTIONS = 40
 
 
@@ -52,7 +53,7 @@ def quotas(available: NDArray[np.int64], margins: Sequence[Margin], total: int |
     what it has. Raises `DataError` when not a single row can be taken.
     """
     most = min(int(available.sum()), total or int(available.sum()))
-    best = _rake(available, margins, most)
+    best = _rake(available, margins, most, at_least=HALF_A_ROW)
     low, high = 0.0, float(most)
     for _ in range(BISECTIONS if best is None else 0):
         middle = (low + high) / 2
@@ -68,8 +69,10 @@ def quotas(available: NDArray[np.int64], margins: Sequence[Margin], total: int |
     return _whole(best, available, margins)
 
 
-def _rake(available: NDArray[np.int64], margins: Sequence[Margin], total: float) -> NDArray[np.float64] | None:
-    """[cells] the fit for this total, or None where there is none."""
+def _rake(
+    available: NDArray[np.int64], margins: Sequence[Margin], total: float, at_least: float = 0.0
+) -> NDArray[np.float64] | None:
+    """[cells] the fit for this total, or None where there is none. `at_least`: rows that any share may miss."""
     top = available.astype(np.float64)
     cells = top * min(1.0, total / max(1.0, top.sum()))
     everything = Margin("", np.ones(len(top), dtype=bool), share=1.0)
@@ -85,7 +88,7 @@ def _rake(available: NDArray[np.int64], margins: Sequence[Margin], total: float)
                 cells[margin.cells] = np.minimum(cells[margin.cells] * (wish / now), top[margin.cells])
             elif wish > 0:
                 return None
-        if worst <= TOLERANCE * total:
+        if worst <= max(TOLERANCE * total, at_least):
             return cells
     return None
 

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from glob import glob
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +22,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ds_longft.config import SourceConfig
+from ds_longft.config import SourceConfig, is_pattern
 from ds_longft.data.records import MAX_EXPANSION, Bomb, Metered, Record, array_elements, lines
 from ds_longft.data.rows import BadRow
 from ds_longft.errors import DataError
@@ -78,11 +79,16 @@ class Source:
 
 
 def find_source(config: SourceConfig) -> Source:
-    """Files of a local path, or the hub set of that id.
+    """Files of a local path or pattern, or the hub set of that id.
 
     Raises `DataError` when there is neither, naming what was looked for.
     """
     path = Path(config.path).expanduser()
+    if is_pattern(config.path) and not path.exists():
+        files = [Path(p) for p in sorted(glob(str(path))) if _suffix(Path(p)) in SUFFIXES]
+        if not files:
+            raise DataError(f"no file fits {config.path!r}: expected {', '.join(SUFFIXES)} (.gz too)")
+        return Source(config, tuple(files))
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and _suffix(p) in SUFFIXES and p.name[0] != ".")
         if not files:

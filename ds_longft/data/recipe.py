@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+from math import ceil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from ds_longft.config import Section, SourceConfig, Tokens
+from ds_longft.data.synth.row_plan import size_parts
+from ds_longft.data.where import Where
 from ds_longft.errors import ConfigError
 from ds_longft.messages import dotted
 from ds_longft.settings import read_config_file
 from ds_longft.spellings import nearest
+
+Synth = Literal["none", "refgpt8x", "needle", "code", "stretches", "numbers"]
+# Keys that say something about some kinds of samples alone.
+OF_KINDS: dict[str, tuple[Synth, ...]] = {
+    "questions": ("needle", "code", "numbers"),
+    "at_once": ("numbers",),
+    "sizes": ("stretches", "numbers"),
+    "context_tokens": ("needle", "code", "stretches", "numbers"),
+    "where": ("none", "refgpt8x", "needle", "stretches", "numbers"),
+    "exclude": ("none", "refgpt8x", "needle", "stretches", "numbers"),
+}
+
+
+def _names(given: Any) -> Any:
+    """YAML reads the size 1 as a number."""
+    return {str(key): value for key, value in given.items()} if isinstance(given, dict) else given
 
 
 class MixSource(SourceConfig):
@@ -23,29 +42,59 @@ class MixSource(SourceConfig):
     name: str
     """Written to each row as `source`."""
 
-    synth: Literal["none", "refgpt8x", "needle", "code"] = "none"
-    """Make long samples of this set instead of taking its rows: true references hidden among near ones, needles in its
-    texts, or questions about the Python standard library."""
+    where: dict[str, str] = Field(default={})
+    """Take only rows with these values in these columns, e.g. {lang: en}."""
+
+    exclude: dict[str, str] = Field(default={})
+    """Leave out rows with any of these values, e.g. a collection that is kept for the evaluation."""
+
+    synth: Synth = "none"
+    """Make long samples of this set instead of taking its rows: true references hidden among near ones, questions about
+    its texts, questions about the Python standard library, stretches of its texts as they are, or numbers hidden in
+    them and asked for."""
 
     rows: int | None = Field(default=None, gt=0)
-    """At most so many rows; with `synth`, how many are made."""
+    """At most so many rows; with `synth`, how many are made. Left out there: `share` of the recipe's `total_rows`."""
 
     share: float | None = Field(default=None, gt=0, le=1)
     """Share of the mix."""
 
     context_tokens: Tokens | None = None
-    """`synth: needle|code`: longest row. Left out: the recipe's `max_length_tokens`."""
+    """`synth: needle|code|stretches|numbers`: longest row. Left out: the recipe's `max_length_tokens`."""
 
-    questions: int = Field(default=3, ge=1)
-    """`synth: needle|code`: questions about one context."""
+    questions: int | None = Field(default=None, ge=1)
+    """`synth: needle|code|numbers`: questions about one context. Left out: 3, or 8 numbers."""
+
+    at_once: int | None = Field(default=None, ge=1)
+    """`synth: numbers`: up to so many are asked for in one turn. Left out: 4."""
+
+    sizes: Annotated[dict[str, float] | None, BeforeValidator(_names)] = None
+    """`synth: stretches|numbers`: part of the longest row -> share of the rows, e.g. {1/4: 3, 1/2: 2, 1: 2}. Left out:
+    halves of halves down to 1/32. The languages of made rows follow the recipe's `languages`."""
 
     @model_validator(mode="after")
     def _fits(self) -> MixSource:
+        problems = []
         if self.synth != "code" and not self.path:
-            raise ValueError("path is missing: a file, a folder or a hub id")
-        if self.synth != "none" and self.rows is None:
-            raise ValueError(f"rows is missing: how many samples to make with synth: {self.synth}")
+            problems.append("path is missing: a file, a folder, a pattern or a hub id")
+        if self.synth != "none" and self.rows is None and self.share is None:
+            problems.append(f"rows is missing: how many samples to make with synth: {self.synth}")
+        for key, kinds in OF_KINDS.items():
+            if getattr(self, key) not in (None, {}) and self.synth not in kinds:
+                problems.append(f"{key} has no effect with synth: {self.synth}, only with {', '.join(kinds)}")
+        if self.sizes is not None:
+            try:
+                size_parts(self.sizes)
+            except ConfigError as error:
+                problems += str(error).splitlines()
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
+
+    @property
+    def filter(self) -> Where:
+        """Which of its rows are taken."""
+        return Where(self.where, self.exclude)
 
 
 class Band(Section):
@@ -94,7 +143,12 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
-        problems = []
+        problems = [
+            f"sources: {source.name} has a share and no rows: give it rows, or the recipe total_rows, to say how many "
+            "samples to make"
+            for source in self.sources
+            if source.synth != "none" and source.rows is None and self.total_rows is None
+        ]
         names = [source.name for source in self.sources]
         problems += [f"sources: the name {name} stands twice" for name in sorted(set(names)) if names.count(name) > 1]
         for key, shares in (
@@ -115,6 +169,11 @@ class Recipe(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def made_rows(self, source: MixSource) -> int:
+        """How many samples to make of a source with `synth`: its rows, or its share of the mix, rounded up."""
+        assert source.rows or (source.share and self.total_rows), "the validators saw to it"
+        return source.rows or ceil((source.share or 0) * (self.total_rows or 0))
 
 
 def read_recipe(path: str, **given: Any) -> Recipe:

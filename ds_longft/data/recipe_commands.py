@@ -71,6 +71,8 @@ def mix(
     *,
     root: str | None = None,
     tokenizer: str | None = None,
+    max_length_tokens: int | str | None = None,
+    total_rows: int | None = None,
     seed: int | None = None,
     json: bool = False,
 ) -> None:
@@ -84,10 +86,14 @@ def mix(
         out: folder to write.
         root: where relative paths of the recipe are looked for, and files named like its sources (NAME.jsonl, ...).
         tokenizer: model folder or hub id to count lengths with. Left out: the recipe's; else they are estimated.
+        max_length_tokens: longest row instead of the recipe's, e.g. 128K.
+        total_rows: rows of the mix instead of the recipe's.
         seed: instead of the recipe's.
         json: print one JSON object instead of tables.
     """
-    found = read_recipe(recipe, tokenizer=tokenizer, seed=seed)
+    found = read_recipe(
+        recipe, tokenizer=tokenizer, seed=seed, max_length_tokens=max_length_tokens, total_rows=total_rows
+    )
     if root is not None and not Path(root).expanduser().is_dir():
         raise ConfigError(f"--root is {root}: there is no such folder")
     loaded = load_tokenizer(found.tokenizer) if found.tokenizer else None

@@ -40,7 +40,7 @@ from ds_longft.errors import DataError
 
 __all__ = ["TokenizedSet", "tokenize_sources"]
 
-LAYOUT_VERSION = 2  # raise it when the same input gives other tokens, spans or columns
+LAYOUT_VERSION = 3  # raise it when the same input gives other tokens, spans or columns
 INLINE_BYTES = 4 << 20  # below this, starting processes takes longer than the work
 BLOCKS_UNDER_WAY = 3  # for each worker
 PART_BLOCKS = 64  # of about 1 MB each: what a killed process may have to do again

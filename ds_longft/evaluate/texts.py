@@ -18,7 +18,8 @@ from typing import Any, Literal
 from ds_longft.config import SourceConfig
 from ds_longft.data.readers import SUFFIXES, read_rows
 from ds_longft.data.rows import BadRow
-from ds_longft.errors import ConfigError, DataError
+from ds_longft.data.where import Where, parse_where
+from ds_longft.errors import DataError
 
 Language = Literal["en", "zh"]
 
@@ -54,12 +55,10 @@ def read_texts(path: str | None, language: Language, *, where: str | None = None
     """
     if path is None:
         return [english(characters) if language == "en" else chinese(characters)]
-    key, _, wanted = (where or "").partition("=")
-    if where is not None and not (key and wanted):
-        raise ConfigError(f"--where is {where!r}, expected column=value, e.g. lang=en")
+    taken = Where(parse_where("--where", where))
     found = Path(path).expanduser()
     files = sorted(p for p in found.rglob("*") if p.is_file()) if found.is_dir() else [found]
-    texts = list(chain.from_iterable(_file_texts(file, key, wanted) for file in files if _is_text(file)))
+    texts = list(chain.from_iterable(_file_texts(file, taken) for file in files if _is_text(file)))
     if not texts:
         kept = f" with {where}" if where else ""
         raise DataError(f"{path} holds no text{kept}: expected {', '.join(PLAIN + SUFFIXES)} (.gz too)")
@@ -70,16 +69,15 @@ def _is_text(file: Path) -> bool:
     return bool({*PLAIN, *SUFFIXES} & set(file.suffixes)) and not file.name.startswith(".")
 
 
-def _file_texts(file: Path, key: str, wanted: str) -> Iterator[str]:
+def _file_texts(file: Path, taken: Where) -> Iterator[str]:
     if file.suffix in PLAIN:
         yield file.read_text(encoding="utf-8", errors="replace")
         return
     for origin, row in read_rows(SourceConfig(path=str(file))):
         if isinstance(row, BadRow):
             raise DataError(f"{origin}: {row}")
-        if key and str(row.get(key)) != wanted:
-            continue
-        yield _row_text(origin, row)
+        if taken.takes(row):
+            yield _row_text(origin, row)
 
 
 def _row_text(origin: str, row: dict[str, Any]) -> str:

@@ -13,15 +13,16 @@ import numpy as np
 from ds_longft.config import SourceConfig, parse_tokens
 from ds_longft.data.commands import load_tokenizer
 from ds_longft.data.convert import written_whole
+from ds_longft.data.formats import to_row
 from ds_longft.data.ledger import Ledger
 from ds_longft.data.lengths import Lengths
 from ds_longft.data.recipe_commands import reasons
-from ds_longft.data.rows import Turn
 from ds_longft.data.synth.code import Part, write_code_set
 from ds_longft.data.synth.needle import needle_rows
 from ds_longft.data.synth.needle_tasks import TASKS, Task
 from ds_longft.data.synth.refgpt8x import MEAN_REFERENCES, hide_references, sentence_embedder
 from ds_longft.data.synth.sources import read_dialogues, read_documents
+from ds_longft.data.where import Where, parse_where
 from ds_longft.errors import ConfigError
 
 
@@ -61,7 +62,7 @@ def refgpt8x(
             mean_references=mean_references,
             embed=sentence_embedder(embedding) if embedding else None,
         )
-        _write_made(made, out, Lengths(), ledger, json)
+        write_made(made, out, Lengths(), ledger, json)
 
 
 def needle(
@@ -72,6 +73,8 @@ def needle(
     context_tokens: int | str = "32K",
     questions: int = 3,
     tasks: str = ",".join(TASKS),
+    where: str | None = None,
+    exclude: str | None = None,
     tokenizer: str | None = None,
     seed: int = 0,
     name: str = "needle",
@@ -89,6 +92,8 @@ def needle(
         context_tokens: longest row, e.g. 128K; lengths are drawn between it and a quarter of it.
         questions: asked of one context, one after the other.
         tasks: which of them, comma separated.
+        where: column=value, rows of the source to take.
+        exclude: column=value, rows of the source to leave out.
         tokenizer: folder or hub id of a model, to count lengths exactly. Left out: lengths are estimated.
         seed: the same seed gives the same rows.
         name: written to each row as its source.
@@ -99,11 +104,12 @@ def needle(
     if unknown or rows < 1 or questions < 1:
         seen = f"--tasks is {tasks}, --rows is {rows}, --questions is {questions}"
         raise ConfigError(f"{seen}: expected tasks among {', '.join(TASKS)}, and numbers of 1 or more")
-    longest = _tokens(context_tokens)
+    longest = context_length(context_tokens)
     lengths = Lengths(load_tokenizer(tokenizer) if tokenizer else None)
+    taken = Where(parse_where("--where", where), parse_where("--exclude", exclude))
     with Ledger(Path(f"{out}.ledger.jsonl")) as ledger:
         made = needle_rows(
-            read_documents(SourceConfig(path=source), ledger),
+            read_documents(SourceConfig(path=source), ledger, taken),
             rows=rows,
             context_tokens=longest,
             seed=seed,
@@ -112,7 +118,7 @@ def needle(
             tasks=chosen,
             lengths=lengths,
         )
-        _write_made(made, out, lengths, ledger, json)
+        write_made(made, out, lengths, ledger, json)
 
 
 def code(
@@ -138,7 +144,7 @@ def code(
         tokenizer: folder or hub id of a model, to fill the length exactly. Left out: lengths are estimated.
         json: print one JSON object instead of a line.
     """
-    tokens = _tokens(context_tokens)
+    tokens = context_length(context_tokens)
     if questions < 1:
         raise ConfigError(f"--questions is {questions}: expected 1 or more")
     if part not in ("train", "eval"):
@@ -154,22 +160,21 @@ def code(
     print(f"{done.path}: {done.rows} rows of {done.shortest_tokens:,} to {done.longest_tokens:,} tokens{about}")
 
 
-def _tokens(given: int | str) -> int:
+def context_length(given: int | str) -> int:
+    """Tokens of --context_tokens. Raises ConfigError."""
     tokens = parse_tokens(given)
     if not isinstance(tokens, int) or tokens <= 0:
         raise ConfigError(f"--context_tokens is {given!r}: expected a number of tokens, e.g. 4096 or 128K")
     return tokens
 
 
-def _write_made(made: Iterator[dict[str, Any]], out: str, lengths: Lengths, ledger: Ledger, json: bool) -> None:
-    """Write made rows and say how long they are."""
+def write_made(made: Iterator[dict[str, Any]], out: str, lengths: Lengths, ledger: Ledger, json: bool) -> None:
+    """Write made rows, chats or plain texts, and say how long they are."""
     tokens = []
     with written_whole(Path(out)) as file:
         for record in made:
-            turns = [
-                Turn("assistant" if m["role"] == "assistant" else "user", m["content"]) for m in record["messages"]
-            ]
-            tokens += lengths.rows([turns])
+            row = to_row(record, "messages", source="", origin="")
+            tokens += lengths.rows([row.turns])
             file.write(json_text.dumps(record, ensure_ascii=False) + "\n")
     facts = {
         "path": out,

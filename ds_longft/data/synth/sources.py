@@ -12,6 +12,7 @@ from ds_longft.data.language import detect_language
 from ds_longft.data.ledger import Entry, Ledger
 from ds_longft.data.readers import find_source, first_record, parse_block
 from ds_longft.data.rows import BadRow, Turn
+from ds_longft.data.where import EVERY_ROW, Where
 from ds_longft.errors import DataError
 
 T = TypeVar("T")
@@ -36,11 +37,11 @@ class Dialogue:
     id: str
 
 
-def read_documents(config: SourceConfig, ledger: Ledger | None = None) -> list[Document]:
+def read_documents(config: SourceConfig, ledger: Ledger | None = None, where: Where = EVERY_ROW) -> list[Document]:
     """The documents of a set: plain texts, or the references of dialogues. Unusable rows go to the ledger.
 
     Raises:
-        DataError: the set holds neither.
+        DataError: the set holds neither, or no row that `where` takes.
     """
     layout = _layout(config)
     if layout not in ("text", "grounded"):
@@ -54,14 +55,16 @@ def read_documents(config: SourceConfig, ledger: Ledger | None = None) -> list[D
             text, _ = grounded(record)
         return Document(text, _language(record, [Turn("text", text)]), _id(record, origin))
 
-    return list(_read(config, document, ledger))
+    documents = list(_read(config, document, ledger, where))
+    where.refuse_nothing(len(documents), config.path)
+    return documents
 
 
-def read_dialogues(config: SourceConfig, ledger: Ledger | None = None) -> list[Dialogue]:
+def read_dialogues(config: SourceConfig, ledger: Ledger | None = None, where: Where = EVERY_ROW) -> list[Dialogue]:
     """The dialogues of a set that come with a reference. Unusable rows go to the ledger.
 
     Raises:
-        DataError: the set has no references.
+        DataError: the set has no references, or no row that `where` takes.
     """
     if _layout(config) != "grounded":
         raise DataError(
@@ -75,7 +78,9 @@ def read_dialogues(config: SourceConfig, ledger: Ledger | None = None) -> list[D
         kept = tuple(turns[: len(row.turns)])
         return Dialogue(reference.strip(), kept, _language(record, kept), _id(record, origin))
 
-    return list(_read(config, dialogue, ledger))
+    dialogues = list(_read(config, dialogue, ledger, where))
+    where.refuse_nothing(len(dialogues), config.path)
+    return dialogues
 
 
 def _layout(config: SourceConfig) -> str:
@@ -84,9 +89,13 @@ def _layout(config: SourceConfig) -> str:
     return detect_format(first_record(find_source(config)), config.path)
 
 
-def _read(config: SourceConfig, made_of: Callable[[dict[str, object], str], T], ledger: Ledger | None) -> Iterator[T]:
+def _read(
+    config: SourceConfig, made_of: Callable[[dict[str, object], str], T], ledger: Ledger | None, where: Where
+) -> Iterator[T]:
     for block in find_source(config).blocks():
         for origin, record in parse_block(block):
+            if isinstance(record, dict) and not where.takes(record):
+                continue
             if ledger is not None:
                 ledger.tally.read += 1
             try:

@@ -214,3 +214,72 @@ def test_the_open_recipe_on_real_texts(tmp_path):
     assert kinds["language", "zh"]["share"] == pytest.approx(0.1, abs=0.01)
     assert done.train_rows > 500
     assert done.eval_rows > 5
+
+
+def test_the_demonstration_recipe_makes_stretches_and_numbers(tmp_path, tokenizer, capsys):
+    """Columns choose the rows, shares hold to the row, and chats and plain texts of one file are both trained."""
+    texts = [
+        {"text": make(200, seed), "lang": lang, "collection": "a"}
+        for lang, make in (("en", english), ("zh", chinese)) for seed in range(8)
+    ]  # fmt: skip
+    texts += [{"text": "Kept for the evaluation. " * 500, "lang": "en", "collection": "Shakespeare plays (sample)"}]
+    write(tmp_path / "root" / "longdocs_one.jsonl.gz", texts[::2])
+    write(tmp_path / "root" / "longdocs_two.jsonl", texts[1::2])
+    (tmp_path / "root" / "notes.txt").write_text("not of the pattern")
+    tokenizer.save_pretrained(tmp_path / "model")
+    words = ["--root", str(tmp_path / "root"), "--out", str(tmp_path / "out"), "--tokenizer", str(tmp_path / "model")]
+    words += ["--total_rows", "26", "--max_length_tokens", "4K"]
+    assert main(["data", "mix", str(RECIPES / "extend_smollm2_data.yaml"), *words]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out" / "train.jsonl").read_text().splitlines()]
+    assert Counter((row["source"], row["language"]) for row in rows) == {
+        ("stretches", "en"): 11, ("stretches", "zh"): 2, ("numbers", "en"): 11, ("numbers", "zh"): 2,
+    }  # fmt: skip
+    assert "messages" in rows[0]
+    assert not any("Kept for the evaluation" in json.dumps(row) for row in rows)
+    capsys.readouterr()
+    assert main(["data", "stats", str(tmp_path / "out" / "run.yaml"), "--json"]) == 0
+    stats = json.loads(capsys.readouterr().out)
+    assert (stats["rows"], stats["bad_rows"]) == (26, 0)
+    trained = {group["name"]: group["targets"] / group["tokens"] for group in stats["sources"]}
+    assert trained["stretches"] > 0.99
+    assert 0 < trained["numbers"] < 0.2
+
+
+def test_columns_choose_rows_of_any_source(tmp_path, two_languages):
+    rows = [chat(english(3, i), "a") | {"set": f"s{i % 4}", "part": i % 2} for i in range(40)]
+    write(tmp_path / "a.jsonl", rows)
+    source = {"name": "a", "path": "a.jsonl", "where": {"part": "1"}, "exclude": {"set": "s3"}}
+    assert len(mixed(tmp_path, [source], held_out=0, near_duplicates=None)[1]) == 10
+    with pytest.raises(DataError, match=r"a\.jsonl holds no row that is taken by where set=s9: correct"):
+        mixed(tmp_path, [{**source, "where": {"set": "s9"}, "exclude": {}}])
+    write(tmp_path / "docs.jsonl", [{"text": english(300, i), "lang": "en"} for i in range(4)])
+    made = {"name": "n", "path": "docs.jsonl", "synth": "numbers", "rows": 3}
+    with pytest.raises(DataError, match=r"docs\.jsonl holds no row that is taken by exclude lang=en"):
+        mixed(tmp_path, [{**made, "exclude": {"lang": "en"}}])
+
+
+def test_keys_without_effect_and_missing_totals_are_refused():
+    def problems(source, **keys):
+        return pytest.raises(ValueError, match=keys.pop("match")), {
+            "sources": [{"name": "a", "path": "a.jsonl", **source}], "max_length_tokens": 4096, **keys,
+        }  # fmt: skip
+
+    for source, match in (
+        (
+            {"synth": "stretches", "rows": 3, "at_once": 2},
+            "at_once has no effect with synth: stretches, only with numbers",
+        ),
+        ({"sizes": {"1": 1}}, "sizes has no effect with synth: none"),
+        ({"synth": "numbers", "rows": 3, "sizes": {"3/2": 1}}, "expected parts of the longest row"),
+        ({"synth": "code", "rows": 3, "exclude": {"a": "b"}}, "exclude has no effect"),
+        ({"synth": "numbers", "share": 0.5}, "a has a share and no rows: give it rows, or the recipe total_rows"),
+    ):
+        expected, recipe = problems(source, match=match)
+        with expected:
+            Recipe.model_validate(recipe)
+    sizes = Recipe.model_validate({
+        "sources": [{"name": "a", "path": "a", "synth": "numbers", "share": 0.5, "sizes": {"1/2": 1, 1: 2}}],
+        "max_length_tokens": 4096, "total_rows": 11,
+    })  # fmt: skip
+    assert sizes.sources[0].sizes == {"1/2": 1, "1": 2}
+    assert sizes.made_rows(sizes.sources[0]) == 6

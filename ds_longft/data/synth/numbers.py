@@ -1,0 +1,117 @@
+"""Numbers hidden in running text and asked for afterwards, one at a time or several at once, in several turns.
+
+One long text yields several trained answers that way; where they stand, and how they are told, is drawn.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ds_longft.data.lengths import Lengths
+from ds_longft.data.rows import Turn
+from ds_longft.data.synth.number_wordings import SPEECH, Speech, facts_about
+from ds_longft.data.synth.row_plan import plan_rows
+from ds_longft.data.synth.sources import Document
+from ds_longft.data.synth.stretches import RunningText, fill, running_texts
+from ds_longft.errors import DataError
+
+QUESTIONS = 8
+AT_ONCE = 4
+MAX_QUESTIONS = 12  # names of a kind in the shortest list
+TOKENS_A_QUESTION = 160  # with what is hidden and answered; shorter rows get fewer questions
+SENTENCE_END = re.compile(r"[.!?](?=\s)|[。！？\n]")
+
+Messages = list[dict[str, str]]
+
+
+def number_rows(
+    documents: Sequence[Document],
+    *,
+    rows: int,
+    context_tokens: int,
+    seed: int,
+    name: str,
+    questions: int = QUESTIONS,
+    at_once: int = AT_ONCE,
+    languages: Mapping[str, float] | None = None,
+    sizes: Mapping[str, float] | None = None,
+    lengths: Lengths | None = None,
+) -> Iterator[dict[str, Any]]:
+    """`rows` rows in `messages` form; the same seed gives the same rows.
+
+    Args:
+        documents: English and Chinese texts to hide numbers in, cut as in `stretch_rows`; others are left out.
+        context_tokens: longest row.
+        questions: how many numbers are hidden, each asked for once; fewer in rows too short for them.
+        at_once: up to so many are asked for in one turn; half of the turns ask for one.
+        languages: shares of the rows, by language code; left out, as there is text.
+        sizes: part of the longest row -> share of the rows; left out, `row_plan.SIZES`.
+        lengths: how tokens are counted; estimated when left out.
+
+    Raises:
+        DataError: no English or Chinese text, or less of it than the longest row has tokens.
+    """
+    lengths = lengths or Lengths()
+    running = running_texts([d for d in documents if d.language in SPEECH], lengths)
+    if not running:
+        raise DataError("no numbers can be hidden: the documents hold no English or Chinese text")
+    rng = random.Random(f"numbers {seed}")
+    amounts = {language: text.tokens for language, text in running.items()}
+    planned = plan_rows(rows, amounts, context_tokens, rng, languages=languages, sizes=sizes)
+    for number, (language, tokens) in enumerate(planned):
+        count = max(1, min(questions, tokens // TOKENS_A_QUESTION - 1))
+        messages = _row(running[language], SPEECH[language], tokens, count, at_once, lengths, rng)
+        yield {"messages": messages, "source": name, "language": language, "id": f"{name}-{seed}-{number}"}
+
+
+def _row(
+    text: RunningText, speech: Speech, tokens: int, count: int, at_once: int, lengths: Lengths, rng: random.Random
+) -> Messages:
+    """A chat of at most, and nearly, so many tokens."""
+    facts = facts_about(speech, count, rng)
+    depths = [rng.random() for _ in facts]
+    head = rng.choice(speech.heads)
+    turns = _turns(facts, speech, at_once, rng)
+    start = text.place(tokens, rng)
+
+    def make(room: int) -> Messages:
+        hidden = hide(text.cut(start, room), [fact[0] for fact in facts], depths, speech.blank)
+        first, *others = turns
+        return [{"role": "user", "content": f"{head}{hidden}\n\n{first['content']}"}, *others]
+
+    def measure(messages: Messages) -> int:
+        return lengths.rows([[Turn("assistant" if i % 2 else "user", m["content"]) for i, m in enumerate(messages)]])[0]
+
+    around = measure(make(0))
+    return fill(make, measure, tokens, tokens - around)
+
+
+def _turns(facts: Sequence[tuple[str, str, str]], speech: Speech, at_once: int, rng: random.Random) -> Messages:
+    """Questions and answers in another order than in the text: `123`, or `123, 456`."""
+    counts = [1] * max(1, at_once - 1) + list(range(2, at_once + 1))
+    left = rng.sample(list(facts), len(facts))
+    messages: Messages = []
+    while left:
+        count = rng.choice(counts)
+        asked, left = left[:count], left[count:]
+        template = rng.choice(speech.one if len(asked) == 1 else speech.several)
+        question = template.format(q=speech.blank.join(fact[1] for fact in asked))
+        messages += [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": ", ".join(fact[2] for fact in asked)},
+        ]
+    return messages
+
+
+def hide(text: str, sentences: Sequence[str], depths: Sequence[float], blank: str) -> str:
+    """The text with each sentence behind the sentence end before its depth (0 to 1), or at its beginning."""
+    ends = [0, *(match.end() for match in SENTENCE_END.finditer(text))]
+    parts, before = [], 0
+    for depth, sentence in sorted(zip(depths, sentences, strict=True)):
+        place = max(end for end in ends if end <= depth * len(text))
+        parts += [text[before:place], blank, sentence, blank]
+        before = place
+    return "".join([*parts, text[before:]])

@@ -1,0 +1,49 @@
+"""Which rows of a set are taken, by the values of their columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ds_longft.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Where:
+    """Takes rows that have every value of `where` and none of `exclude` (column -> value, compared as text)."""
+
+    where: Mapping[str, str] = field(default_factory=dict)
+    exclude: Mapping[str, str] = field(default_factory=dict)
+
+    def takes(self, record: Mapping[str, Any]) -> bool:
+        """Whether a row is taken. A column that a row does not have is equal to nothing."""
+        return all(_is(record, *pair) for pair in self.where.items()) and not any(
+            _is(record, *pair) for pair in self.exclude.items()
+        )
+
+    def refuse_nothing(self, rows: int, path: str) -> None:
+        """Raises DataError where rows were chosen and none was there."""
+        if rows == 0 and (self.where or self.exclude):
+            raise DataError(f"{path} holds no row that is taken by {self}: correct the column or the value")
+
+    def __str__(self) -> str:
+        parts = [(name, pairs) for name, pairs in (("where", self.where), ("exclude", self.exclude)) if pairs]
+        return " and ".join(f"{name} " + ", ".join(f"{k}={v}" for k, v in pairs.items()) for name, pairs in parts)
+
+
+EVERY_ROW = Where()
+
+
+def parse_where(flag: str, given: str | None) -> dict[str, str]:
+    """`column=value` of a command line flag. Raises ConfigError."""
+    if given is None:
+        return {}
+    column, _, value = given.partition("=")
+    if not (column and value):
+        raise ConfigError(f"{flag} is {given!r}, expected column=value, e.g. lang=en")
+    return {column: value}
+
+
+def _is(record: Mapping[str, Any], column: str, value: str) -> bool:
+    return column in record and str(record[column]) == value

@@ -1,0 +1,213 @@
+"""Stretches and hidden numbers: lengths filled to the token, shares kept, answers that stand in the text, other words than the evaluation's."""
+
+import random
+import re
+from collections import Counter
+
+import pytest
+
+from ds_longft.data.formats import to_row
+from ds_longft.data.lengths import Lengths
+from ds_longft.data.synth.number_wordings import SPEECH, facts_about
+from ds_longft.data.synth.numbers import MAX_QUESTIONS, hide, number_rows
+from ds_longft.data.synth.row_plan import apportion, language_shares, plan_rows
+from ds_longft.data.synth.sources import Document
+from ds_longft.data.synth.stretches import running_texts, stretch_rows
+from ds_longft.errors import ConfigError, DataError
+from ds_longft.evaluate import facts as asked_in_evaluation
+from tests.unit.data.texts import chinese, english
+
+LONGEST = 4096
+SHARES = {"zh": 0.15}
+
+
+@pytest.fixture(scope="module")
+def documents():
+    made = [Document(english(120, seed), "en", f"en{seed}") for seed in range(12)]
+    return made + [Document(chinese(150, seed), "zh", f"zh{seed}") for seed in range(12)]
+
+
+@pytest.fixture(scope="module")
+def made(documents, tokenizer):
+    """Rows of both kinds, lengths counted by a tokenizer."""
+    settings = {"rows": 64, "context_tokens": LONGEST, "seed": 0, "languages": SHARES, "lengths": Lengths(tokenizer)}
+    return {
+        "stretches": list(stretch_rows(documents, name="s", **settings)),
+        "numbers": list(number_rows(documents, name="n", **settings)),
+    }
+
+
+def tokens_of(row, lengths):
+    return lengths.rows([to_row(row, "messages", source="", origin="").turns])[0]
+
+
+def test_rows_have_the_planned_lengths_to_a_few_tokens_and_languages(made, tokenizer):
+    lengths = Lengths(tokenizer)
+    sizes = (512, 512, 512, 1024, 2048, 4096)  # 1/32 and 1/16 of 4,096 are below the shortest
+    for rows in made.values():
+        assert Counter(row["language"] for row in rows) == {"zh": 10, "en": 54}
+        seen = Counter()
+        for row in rows:
+            tokens = tokens_of(row, lengths)
+            size = next(size for size in sizes if tokens <= size)
+            assert size - 12 <= tokens
+            seen[size] += 1
+        assert seen == pytest.approx({512: 36, 1024: 12, 2048: 8, 4096: 8}, abs=1)
+        assert len({row["id"] for row in rows}) == 64
+
+
+def test_stretches_stand_in_the_texts_as_they_are(made, documents):
+    whole = {lang: "\n\n".join(d.text for d in documents if d.language == lang) for lang in ("en", "zh")}
+    for row in made["stretches"]:
+        assert row["text"] in whole[row["language"]] + "\n\n"
+    assert len({row["text"][:50] for row in made["stretches"]}) > 50
+
+
+def test_each_answer_stands_in_the_text_beside_the_name_that_is_asked_for(made):
+    turns, depths = Counter(), []
+    for row in made["numbers"]:
+        messages = row["messages"]
+        assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
+        context, _, first = messages[0]["content"].rpartition("\n\n")
+        questions = [first, *(m["content"] for m in messages[2::2])]
+        speech = SPEECH[row["language"]]
+        patterns = [telling_patterns(telling) for telling in speech.tellings]
+        hidden = {}
+        for i, (statement, _) in enumerate(patterns):
+            for found in statement.finditer(context):
+                hidden[i, found["n"]] = found["v"]
+                depths += [found.start() / len(context)] if len(context) > 5000 else []
+        answered = 0
+        for question, reply in zip(questions, (m["content"] for m in messages[1::2]), strict=True):
+            asked = sorted(
+                (found.start(), (i, found["n"]))
+                for i, (_, pattern) in enumerate(patterns)
+                for found in pattern.finditer(question)
+            )
+            assert reply == ", ".join(hidden[key] for _, key in asked)
+            turns[len(asked)] += 1
+            answered += len(asked)
+        assert answered == len(hidden)
+    assert set(turns) == {1, 2, 3, 4}
+    quarters = Counter(int(4 * depth) for depth in depths)
+    assert all(quarters[i] > 0.15 * len(depths) for i in range(4)), quarters
+
+
+def telling_patterns(telling):
+    """Patterns that read a statement and a question back."""
+    names = "|".join(re.escape(name) for name in all_names(telling.kind))
+
+    def pattern(template):
+        return re.compile(re.escape(template).replace(r"\{n\}", f"(?P<n>{names})", 1).replace(r"\{v\}", r"(?P<v>\d+)"))
+
+    return pattern(telling.statement), pattern(telling.question)
+
+
+def all_names(kind):
+    names = set()
+    for speech in SPEECH.values():
+        if kind != "person":
+            names |= set(speech.places if kind == "place" else speech.things)
+        elif speech.family_name_first:
+            names |= {last + first for first in speech.first_names for last in speech.last_names}
+        else:
+            names |= {f"{first} {last}" for first in speech.first_names for last in speech.last_names}
+    return sorted(names, key=len, reverse=True)
+
+
+def test_training_asks_with_other_words_and_names_than_the_evaluation():
+    """No name in common, no noun of its questions, no four words (six characters of Chinese) in a row."""
+    trained = {
+        lang: [
+            text
+            for telling in speech.tellings
+            for text in (telling.statement, telling.question)
+        ] + [*speech.heads, *speech.one, *speech.several]
+        for lang, speech in SPEECH.items()
+    }  # fmt: skip
+    evaluated = {
+        lang: [text for w in asked_in_evaluation.WORDINGS[lang] for text in (w.statement, w.link, w.question)]
+        + [asked_in_evaluation.HEAD[lang], *(asked_in_evaluation.ASK[lang, several] for several in (False, True))]
+        for lang in SPEECH
+    }
+    for lang, words in (("en", 4), ("zh", 6)):
+        shared = runs(trained[lang], words) & runs(evaluated[lang], words)
+        assert not shared
+    nouns = {"en": "locker|badge|harbour|register|boat|visitor", "zh": "储物柜|访客|港口|登记|船"}
+    for lang, pattern in nouns.items():
+        assert not re.search(pattern, " ".join(trained[lang]), re.IGNORECASE)
+        assert all(re.search(pattern, w.question, re.IGNORECASE) for w in asked_in_evaluation.WORDINGS[lang])
+    names = {part for speech in SPEECH.values() for part in (*speech.first_names, *speech.last_names, *speech.places)}
+    names |= {thing for speech in SPEECH.values() for thing in speech.things}
+    lists = (asked_in_evaluation.FIRST_EN, asked_in_evaluation.LAST_EN, asked_in_evaluation.FIRST_ZH)
+    assert not names & {name for part in (*lists, asked_in_evaluation.LAST_ZH) for name in part}
+
+
+def runs(texts, count):
+    """Every run of so many words, or characters of Chinese, in any of the texts; what is filled in stands for itself."""
+    found = set()
+    for text in texts:
+        words = re.findall(r"[\u4e00-\u9fff]|\{\w+\}|[\w']+", text.lower())
+        words = ["_" if word.startswith("{") else word for word in words]
+        found |= {tuple(words[i : i + count]) for i in range(len(words) - count + 1)}
+    return {run for run in found if run.count("_") < count - 1}
+
+
+def test_the_seed_decides_and_lengths_can_be_estimated(documents):
+    settings = {"rows": 6, "context_tokens": 1500, "name": "n"}
+    for make in (stretch_rows, number_rows):
+        rows = list(make(documents, seed=0, **settings))
+        assert list(make(documents, seed=0, **settings)) == rows
+        assert list(make(documents, seed=1, **settings)) != rows
+        assert all(400 < tokens_of(row, Lengths()) <= 1500 for row in rows)
+    assert number_rows(documents, seed=0, at_once=1, **settings) != rows
+    single = list(number_rows(documents, seed=0, at_once=1, questions=5, sizes={"1": 1}, **settings))
+    assert all(len(row["messages"]) == 10 for row in single)
+
+
+def test_half_of_the_rows_tell_all_numbers_in_the_same_words():
+    rng = random.Random(0)
+    rows = [facts_about(SPEECH["en"], MAX_QUESTIONS, rng) for _ in range(200)]
+    same = [len({re.sub(r"[A-Z]\w+|\d+", "", statement) for statement, _, _ in row}) <= 2 for row in rows]
+    assert 60 <= sum(same) <= 140
+    assert all(len({fact[2] for fact in row}) == MAX_QUESTIONS for row in rows)
+    assert {len(fact[2]) for row in rows for fact in row} == {4, 5, 6, 7, 8}
+
+
+def test_sentences_are_hidden_behind_sentence_ends():
+    text = "One. Two is 3.14! 三。Four"
+    assert hide(text, ["A."], [0.0], " ") == " A. One. Two is 3.14! 三。Four"
+    assert hide(text, ["B.", "A."], [1.0, 0.5], " ") == "One. A.  Two is 3.14! 三。 B. Four"
+
+
+def test_shares_are_kept_to_the_row():
+    assert apportion(10, {"a": 3, "b": 3, "c": 2}) == {"a": 4, "b": 4, "c": 2}
+    assert apportion(0, {"a": 1}) == {"a": 0}
+    assert language_shares({"en": 30, "zh": 50, "fr": 10}, {"zh": 0.2}) == pytest.approx(
+        {"zh": 0.2, "en": 0.6, "fr": 0.2}
+    )
+    assert language_shares({"en": 3}, {"zh": 0.2}) == {"en": 1.0}, "all of the rows, as the only one"
+    assert language_shares({"zh": 3}, {"en": 1.0}) == {"zh": 1.0}
+    planned = Counter(plan_rows(20, {"en": 1}, 65536, random.Random(0), sizes={"1/4": 3, "1": 1}))
+    assert planned == {("en", 16384): 15, ("en", 65536): 5}
+    with pytest.raises(ConfigError, match=r"sizes: seen 2: 1, expected parts of the longest row between 0 and 1"):
+        plan_rows(20, {"en": 1}, 65536, random.Random(0), sizes={"2": 1})
+
+
+def test_texts_that_are_too_short_or_foreign_are_named(documents):
+    with pytest.raises(DataError, match=r"hold 1\d,\d+ tokens together, a stretch of 1,000,000 was wanted"):
+        list(stretch_rows(documents[:3], rows=1, context_tokens=1_000_000, sizes={"1": 1}, seed=0, name="s"))
+    with pytest.raises(DataError, match="no English or Chinese text"):
+        next(number_rows([Document("un texte", "fr", "0")], rows=1, context_tokens=1000, seed=0, name="n"))
+    with pytest.raises(DataError, match="leave no room for text"):
+        list(number_rows(documents, rows=1, context_tokens=30, seed=0, name="n"))
+
+
+def test_a_stretch_goes_on_in_the_next_document_of_its_language(documents, tokenizer):
+    text = running_texts(documents, Lengths(tokenizer))["en"]
+    assert text.cut(0, text.tokens).count("\n\n") >= 12
+    assert text.cut(0, 100) == text.text[: text.starts[100]]
+    rng = random.Random(0)
+    starts = [text.place(1000, rng) for _ in range(50)]
+    assert all(start <= text.starts[-1000] for start in starts)
+    assert text.place(text.tokens, rng) == 0
