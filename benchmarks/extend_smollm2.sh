@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SmolLM2-135M-Instruct from 8,192 to 131,072 tokens: data, training under sp, evaluation before and after, report. One
-# command does it all; run again, it goes on where it stopped. ONLY=data, ONLY=train or ONLY=eval does a part, so that the
-# data can be made on a machine without a GPU.
+# command does it all; run again, it goes on where it stopped. ONLY=data, train, before or after does a part, so that the
+# data can be made on a machine without a GPU. PARALLEL=1 runs the evaluations of a model side by side.
 #
 #   TEXTS=/path/to/longdocs benchmarks/extend_smollm2.sh                    # one GPU, or all GPUs of the machine
 #   TEXTS=... MODE=lora ROPE=yarn benchmarks/extend_smollm2.sh              # the other variants
@@ -14,11 +14,13 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
 TEXTS=${TEXTS:-}
 HELD_OUT="Shakespeare plays (sample)"   # excluded by recipes/extend_smollm2_data.yaml
-ONLY=${ONLY:-all}    # data, train, eval or all
+ONLY=${ONLY:-all}    # data, train, before, after (evaluation and report) or all
 LENGTH=${LENGTH:-131072}
-ROWS=${ROWS:-380}
-STEPS=${STEPS:-120}
-TRIALS=${TRIALS:-4}
+ROWS=${ROWS:-260}
+STEPS=${STEPS:-100}
+TRIALS=${TRIALS:-4}   # questions at each length and depth, twice as many with four numbers at once
+TRIALS_BEFORE=${TRIALS_BEFORE:-$TRIALS}
+PARALLEL=${PARALLEL:-0}
 SHORT=${SHORT:-64}     # texts of 512 tokens for the short-text loss
 MODE=${MODE:-full}   # full or lora
 ROPE=${ROPE:-abf}    # abf or yarn
@@ -30,7 +32,7 @@ MODEL=~/.cache/ds_longft/quickstart/SmolLM2-135M-Instruct
 longft() { "$PYTHON" -m ds_longft.cli "$@"; }
 
 part() { [ "$ONLY" = all ] || [ "$ONLY" = "$1" ]; }
-part data || part train || part eval || { echo "ONLY is $ONLY: expected data, train, eval or all" >&2; exit 64; }
+part data || part train || part before || part after || { echo "ONLY is $ONLY: expected data, train, before, after or all" >&2; exit 64; }
 
 $PYTHON -c "from ds_longft.model.smollm2 import prepare_smollm2; prepare_smollm2('~/.cache/ds_longft/quickstart')"
 if part data && [ ! -f "$DATA/run.yaml" ]; then
@@ -51,7 +53,6 @@ if part train && [ ! -f "$RUN/model.safetensors" ] && [ ! -f "$RUN/adapter_model
   else $PYTHON -m ds_longft.train "${keys[@]}"; fi
 fi
 
-part eval || exit 0
 held_out=() stacks=()
 if [ -n "$TEXTS" ]; then
   plays="$TEXTS/longdocs_en_public_domain.jsonl.gz"
@@ -59,12 +60,25 @@ if [ -n "$TEXTS" ]; then
   stacks=(--haystack_en "$plays" --where "collection=$HELD_OUT")
 fi
 lengths=${LENGTHS:-$((LENGTH / 16)),$((LENGTH / 4)),$((LENGTH / 2)),$LENGTH}
-for before in --before ""; do
-  longft eval perplexity "$RUN" --length "$LENGTH" --texts 2 --join --sp "$RANKS" "${held_out[@]}" $before
-  longft eval needle "$RUN" --lengths "$lengths" --trials "$TRIALS" "${stacks[@]}" $before
-  longft eval needle "$RUN" --lengths "$lengths" --trials "$((TRIALS * 2))" --form multi "${stacks[@]}" $before
-  longft eval needle "$RUN" --lengths "${lengths%%,*},${lengths##*,}" --depths 10,50,90 --trials "$TRIALS" --languages zh --name needle-zh $before
-  longft eval short "$RUN" --texts "$SHORT" "${held_out[@]}" $before
-done
+ends="${lengths%%,*},${lengths##*,}"
+
+jobs=()
+go() {
+  if [ "$PARALLEL" = 0 ]; then longft eval "$@"; return; fi
+  longft eval "$@" & jobs+=($!)
+}
+evaluate() { # evaluate TRIALS [--before]
+  local trials=$1; shift
+  go needle "$RUN" --lengths "$lengths" --trials "$trials" "${stacks[@]}" "$@"
+  go needle "$RUN" --lengths "$lengths" --trials "$((trials * 2))" --form multi "${stacks[@]}" "$@"
+  go needle "$RUN" --lengths "$ends" --depths 10,50,90 --trials "$trials" --languages zh --name needle-zh "$@"
+  go perplexity "$RUN" --length "$LENGTH" --texts 2 --join --sp "$RANKS" "${held_out[@]}" "$@"
+  go short "$RUN" --texts "$SHORT" "${held_out[@]}" "$@"
+  for job in "${jobs[@]}"; do wait "$job"; done
+  jobs=()
+}
+if part before; then evaluate "$TRIALS_BEFORE" --before; fi
+part after || exit 0
+evaluate "$TRIALS"
 longft report "$RUN"
 $PYTHON benchmarks/extend_smollm2.py results "$RUN" "benchmarks/extend_smollm2.sh MODE=$MODE ROPE=$ROPE LENGTH=$LENGTH"
