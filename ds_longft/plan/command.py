@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_text
+import sys
 from typing import Literal
 
 from rich.console import Console
@@ -12,6 +13,9 @@ from ds_longft.errors import ConfigError
 from ds_longft.plan import report
 from ds_longft.plan.search import Question, fastest, longest_of_each
 from ds_longft.plan.setting import Gpu, ModelSizes
+
+FILE_WIDTH = 200
+"""Width where the output is no terminal: rows stay on one line, as `grep` and `sort` want them."""
 
 
 def plan(
@@ -64,7 +68,7 @@ def plan(
         model, gpus, gpu, host_gib, None if full and not lora else lora_r, objective, kernel, documents, targets, liger,
         both=lora and full,
     )  # fmt: skip
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else FILE_WIDTH)
     if length is None:
         plans = longest_of_each(question)
         if json:

@@ -62,7 +62,7 @@ class RunFacts:
     engine: dict[str, Any]
     """The DeepSpeed JSON as resolved."""
     plan: dict[str, Any] | None
-    """What `ds-longft plan --json` foresaw, where it was kept as RUN/plan.json."""
+    """What the planner foresaw, RUN/plan.json: written by the run on a GPU, or `ds-longft plan --json` kept there."""
     status: str
     error: str | None
     checkpoints: list[str]

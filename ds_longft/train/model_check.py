@@ -11,8 +11,10 @@ from ds_longft.sequence.attention import ULYSSES
 from ds_longft.sequence.kernels import AttentionSpec, choose_kernel, kernel_by_name
 
 
-def check_model(config: RunConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """See that the model, the length and a kernel for each kind of layer fit; returns a line about the kernels.
+def check_model(config: RunConfig, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """See that the model, the length and a kernel for each kind of layer fit.
+
+    Returns the name of the first layer's kernel, and a line about all of them.
 
     Raises:
         ModelError: a model that cannot be split, a length outside its positions, a kernel that is unknown or cannot do
@@ -24,7 +26,7 @@ def check_model(config: RunConfig, device: torch.device, dtype: torch.dtype) -> 
     heads = hf_config.num_attention_heads
     head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads
     softcap = getattr(hf_config, "attn_logit_softcapping", None)
-    lines = {}
+    names, lines = [], {}
     for window in dict.fromkeys(layer_windows(hf_config)):
         kernel, reason = choose_kernel(
             config.model.kernel,
@@ -34,5 +36,6 @@ def check_model(config: RunConfig, device: torch.device, dtype: torch.dtype) -> 
             spec=AttentionSpec(head_dim**-0.5, window, softcap),
             lengths=(config.data.max_length_tokens,),
         )
+        names.append(kernel.name)
         lines[f"{kernel.name} ({reason})"] = True
-    return "attention kernel: " + "; ".join(lines)
+    return names[0], "attention kernel: " + "; ".join(lines)

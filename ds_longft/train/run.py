@@ -21,6 +21,7 @@ from ds_longft.layout import ParallelLayout
 from ds_longft.model.flops import equal_cost_tokens, peak_tflops
 from ds_longft.model.load import load_config, load_tokenizer
 from ds_longft.model.lora import trainable_parameters
+from ds_longft.plan.of_run import foresee_run, write_plan
 from ds_longft.sequence.attention import ULYSSES
 from ds_longft.train.card import write_card
 from ds_longft.train.checkpoint import Checkpoints, TrainState
@@ -97,7 +98,7 @@ def _run(
 ) -> int:
     phases = Phases(started)
     cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    kernels = check_model(
+    kernel, kernels = check_model(
         config,
         torch.device("cuda", launch.local_rank) if cuda else torch.device("cpu"),
         torch.bfloat16 if settings.engine["bf16"]["enabled"] else torch.float32,
@@ -119,6 +120,8 @@ def _run(
     train_set, eval_set = agreement.rank0_first(lambda: tokenized(config, tokenizer, progress=launch.rank == 0))
     phases.done("data tokenised")
 
+    if launch.rank == 0:
+        write_plan(folder, _foreseen(config, settings.engine, layout, device, kernel))
     from ds_longft.train.engine import build  # imports deepspeed
 
     built = build(config, settings.engine, layout, device, resident_if_fits=settings.resident_if_fits)
@@ -218,6 +221,22 @@ def _run(
     dist.destroy_process_group()
     watchdog.stop()
     return 0
+
+
+def _foreseen(
+    config: RunConfig, engine_config: dict[str, Any], layout: ParallelLayout, device: torch.device, kernel: str
+) -> dict[str, Any] | None:
+    """The planner's prediction; none on a CPU, where the memory of a whole process is what is measured."""
+    if device.type != "cuda":
+        return None
+    hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation="eager")
+    properties = torch.cuda.get_device_properties(device)
+    return foresee_run(
+        config, engine_config, hf_config,
+        sp=layout.sp, world=layout.world, local_world=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        device_name=properties.name, memory_gib=properties.total_memory / 2**30,
+        kernel=kernel, fused=liger_fits(config, hf_config.model_type),
+    )  # fmt: skip
 
 
 def _hung(status: Status, message: str, lowest: bool) -> None:

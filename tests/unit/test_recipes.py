@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+from jinja2 import Template
 
 from ds_longft import quickstart
 from ds_longft.check import check_run
 from ds_longft.config import RunConfig
 from ds_longft.data.recipe import read_recipe
+from ds_longft.data.synth.numbers import number_rows
+from ds_longft.data.synth.sources import Document
 from ds_longft.ds_config import load_ds_config, merge_ds_config
 from ds_longft.errors import ConfigError
 from ds_longft.settings import dump_config, load_config
@@ -79,3 +83,17 @@ def test_prepare_leaves_other_configs_alone(tmp_path: Path) -> None:
     config = load_config(["--model.path", str(tmp_path / "model"), "--data.train", str(tmp_path / "my.jsonl")])
     quickstart.prepare(config, str(tmp_path / "cache"))
     assert not (tmp_path / "cache").exists()
+
+
+def test_the_harness_task_reads_what_synth_numbers_writes() -> None:
+    """lm-evaluation-harness renders the columns of a row, and looks for the number in the reply."""
+    task = load_yaml((RECIPES[0].parent / "lm_eval" / "longft_numbers.yaml").read_text())
+    documents = [Document("A sentence of ten words stands here again and again. " * 400, "en", "0")]
+    made = number_rows(documents, rows=4, context_tokens=900, seed=0, name="n", questions=1, at_once=1, sizes={"1": 1})
+    (regex,) = [f["regex_pattern"] for f in task["filter_list"][0]["filter"] if f["function"] == "regex"]
+    for row in made:
+        prompt, target = (Template(task[key]).render(**row) for key in ("doc_to_text", "doc_to_target"))
+        assert prompt == row["messages"][0]["content"]
+        assert target == row["messages"][1]["content"]
+        assert re.findall(regex, f"It is {target}.")[0] == target
+    assert (task["output_type"], task["test_split"]) == ("generate_until", *task["dataset_kwargs"]["data_files"])

@@ -28,7 +28,12 @@ def test_a_table_of_the_longest_lengths(llama: str, capsys: pytest.CaptureFixtur
     assert by[2, "sqrt"]["tokens"] > by[2, "full"]["tokens"] > by[2, "auto"]["tokens"] > by[1, "auto"]["tokens"]
     assert all(r["memory_gib"]["free"] > 0.05 * 139.8 for r in rows)
     assert main(["plan", "--model", llama, "--gpus", "1", "--gpu", "rtx4090"]) == 0
-    assert "longest pack" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "longest pack" in table
+    rows = [line.strip("│ ").split("│") for line in table.splitlines() if line.startswith("│")]
+    assert rows
+    assert all(row[0].strip().isdigit() and len(row) == 7 for row in rows), "a row a line, in a file as well"
+    assert "…" not in table
 
 
 def test_a_recipe_that_the_run_config_reads(llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,89 @@
+"""RUN/plan.json: what the planner foresees of a run that is about to start, for the report to lay beside what came."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from ds_longft.config import RunConfig
+from ds_longft.plan.advice import choose_for_run
+from ds_longft.plan.memory import predict
+from ds_longft.plan.report import as_json
+from ds_longft.plan.search import Plan, Question
+from ds_longft.plan.setting import Gpu, ModelSizes, shipped_gpus
+from ds_longft.plan.time import predict_time
+
+MADE_BY = "made_by"
+US = "the run itself, when it started"
+SAME_MEMORY = 0.05  # of what the type has: drivers reserve a little more or less
+TIMES = ("step_s", "step_parts_s", "tokens_per_s", "rates")
+
+
+def write_plan(folder: Path, foreseen: dict[str, Any] | None) -> None:
+    """Write plan.json, or take away that of an earlier start. One that the user put there stays."""
+    file = folder / "plan.json"
+    if file.exists() and MADE_BY not in json.loads(file.read_text(encoding="utf-8")):
+        return
+    if foreseen is None:
+        file.unlink(missing_ok=True)
+    else:
+        file.write_text(json.dumps({MADE_BY: US, **foreseen}, indent=1) + "\n", encoding="utf-8")
+
+
+def foresee_run(
+    config: RunConfig,
+    engine_config: dict[str, Any],
+    hf_config: PretrainedConfig,
+    *,
+    sp: int,
+    world: int,
+    local_world: int,
+    device_name: str,
+    memory_gib: float,
+    kernel: str,
+    fused: bool,
+) -> dict[str, Any] | None:
+    """What `ds-longft plan --json` prints, for this run: the longest pack as one document, every token a target.
+
+    `kernel`: of its attention. Seconds only for GPU types that have rates. None where the planner does not describe the
+    run: pairs, mixtures of experts. Call it before ZeRO-3 is switched on for every model that is built.
+    """
+    if config.objective != "sft":
+        return None
+    chosen = choose_for_run(
+        config, engine_config, hf_config,
+        sp=sp, world=world, local_world=local_world, memory_gib=memory_gib, fused=fused,
+    )  # fmt: skip
+    if chosen is None:
+        return None
+    known = gpu_type(device_name, memory_gib)
+    has_rates = known is not None and kernel in known.attention_tflops
+    gpu = replace(known or Gpu.load("h200"), memory_gib=memory_gib)
+    model, setting = ModelSizes.from_config(hf_config), replace(chosen[0], kernel=kernel)
+    memory = predict(model, setting, gpu)
+    rated = setting if has_rates else replace(setting, kernel=gpu.kernels[0])
+    plan = Plan(setting, memory, predict_time(model, rated, gpu, memory.keep), config.ds_config)
+    found = as_json(plan, Question(model, gpu, world, setting.host_gib))
+    if not has_rates:
+        return {key: value for key, value in found.items() if key not in TIMES}
+    packs = config.train.gradient_accumulation_steps
+    return found | {"step_s": round(packs * plan.time.total_s, 3), "packs_a_step": packs * setting.dp}
+
+
+def gpu_type(device_name: str, memory_gib: float) -> Gpu | None:
+    """The shipped type of a GPU as torch calls it, e.g. "NVIDIA A100-SXM4-80GB"; None where there is none like it."""
+    for name in shipped_gpus():
+        gpu = Gpu.load(name)
+        same_memory = abs(memory_gib - gpu.memory_gib) <= SAME_MEMORY * gpu.memory_gib
+        if same_memory and chip(name) in device_name.upper() and "PCIE" not in device_name.upper():
+            return gpu
+    return None
+
+
+def chip(name: str) -> str:
+    """a100-80 -> A100, rtx4090 -> 4090."""
+    return name.partition("-")[0].upper().removeprefix("RTX")
