@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from ds_longft.config import Section, SourceConfig, Tokens
+from ds_longft.data.synth.numbers import MAX_QUESTIONS
 from ds_longft.data.synth.row_plan import size_parts
 from ds_longft.data.where import Where
 from ds_longft.errors import ConfigError
@@ -82,6 +83,8 @@ class MixSource(SourceConfig):
         for key, kinds in OF_KINDS.items():
             if getattr(self, key) not in (None, {}) and self.synth not in kinds:
                 problems.append(f"{key} has no effect with synth: {self.synth}, only with {', '.join(kinds)}")
+        if self.synth == "numbers" and (self.questions or 1) > MAX_QUESTIONS:
+            problems.append(f"questions is {self.questions}: synth: numbers has names for {MAX_QUESTIONS} at most")
         if self.sizes is not None:
             try:
                 size_parts(self.sizes)

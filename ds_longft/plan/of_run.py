@@ -26,7 +26,7 @@ TIMES = ("step_s", "step_parts_s", "tokens_per_s", "rates")
 def write_plan(folder: Path, foreseen: dict[str, Any] | None) -> None:
     """Write plan.json, or take away that of an earlier start. One that the user put there stays."""
     file = folder / "plan.json"
-    if file.exists() and MADE_BY not in json.loads(file.read_text(encoding="utf-8")):
+    if file.exists() and f'"{MADE_BY}"' not in file.read_text(encoding="utf-8", errors="replace"):
         return
     if foreseen is None:
         file.unlink(missing_ok=True)

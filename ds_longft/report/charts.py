@@ -13,6 +13,7 @@ from html import escape
 
 WIDTH, HEIGHT = 640, 240
 LEFT, RIGHT, TOP, BOTTOM = 70, 14, 14, 44
+EDGE = 24  # half of a label
 MAX_POINTS = 400  # of a line; more are averaged, which a screen could not show anyway
 
 
@@ -60,7 +61,8 @@ def line_chart(
     for tick in ticks(x0, x1, count=6):
         if x0 <= tick <= x1:
             x, _ = at(tick, y0)
-            parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{shown(tick)}</text>')
+            anchor = "end" if x > WIDTH - RIGHT - EDGE else "middle"  # the last label stays inside the picture
+            parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="{anchor}">{shown(tick)}</text>')
     if level:
         _, y = at(x0, level[1])
         parts.append(f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
@@ -128,7 +130,10 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def shown(value: float) -> str:
-    """A number for an axis: 131072 as 128K."""
+    """A number for an axis, short enough to stand beside it: 131072 as 128K, 0.00015 as 1.5e-4."""
+    if 0 < abs(value) < 0.001:
+        mantissa, _, exponent = f"{value:.2e}".partition("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
     if value and value % 1024 == 0 and abs(value) >= 4096:
         return f"{value / 1024:.0f}K"
     if abs(value) >= 1000:

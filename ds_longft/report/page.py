@@ -77,7 +77,7 @@ def _training(facts: RunFacts) -> str:
 
     held_out = Line("held out", _held_out(facts, "eval_loss"), 1)
     planned = facts.plan and facts.plan.get("peak_gib")
-    level = ("planned", float(planned)) if isinstance(planned, int | float) else None
+    level = (f"planned {planned:.1f}", float(planned)) if isinstance(planned, int | float) else None
     step = "optimizer step"
     charts = [
         line_chart([line("loss", "training"), held_out], name="Loss", x_label=step, y_label="per target token or pair"),
@@ -155,7 +155,7 @@ def _evaluation(evaluation: Evaluation) -> str:
     elif evaluation.kind == "needle":
         languages = dict.fromkeys(language for _, r in results for language in r["grid"])
         grids = [grid for language in languages for grid in _heat(results, language)]
-        picture = f"<div class=pair>{''.join(f'<div class=wide>{grid}</div>' for grid in grids)}</div>"
+        picture = f"<div class=heats>{''.join(f'<div class=wide>{grid}</div>' for grid in grids)}</div>"
     long = len(rows) > 12
     return notes + picture + (_details(f"{len(rows)} numbers", table) if long and picture else table) + made
 
@@ -172,7 +172,7 @@ def _heat(results: Sequence[tuple[str, dict[str, Any]]], language: str) -> Itera
         grid = result["grid"].get(language, [])
         rows = [(f"{100 * depth:g} %", values) for depth, values in zip(result["depths"], grid, strict=False)]
         if rows:
-            yield heat_table(columns, rows, name=f"{label}, {language}: exact answers, %", corner="depth")
+            yield heat_table(columns, rows, name=f"{label}, {language}: exact, %", corner="depth")
 
 
 def _samples(facts: RunFacts) -> str:

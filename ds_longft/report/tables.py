@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -124,14 +125,14 @@ def _figures(result: dict[str, Any]) -> dict[str, float | None]:
         return figures | {"loss, all positions": result["loss"]}
     if kind.startswith("needle"):
         exact = {
-            f"{language} {int(size):,} tokens, exact %": value
+            f"{language} {int(size):,}: exact %": value
             for language, sizes in result["exact_percent"].items()
             for size, value in sizes.items()
         }
         if kind == "needle":
             return exact
         return exact | {
-            f"{language} {int(size):,} tokens, found %": value
+            f"{language} {int(size):,}: found %": value
             for language, sizes in result["found_percent"].items()
             for size, value in sizes.items()
         }
@@ -164,30 +165,41 @@ def _list(value: Any) -> str:
 
 
 def reproduce(facts: RunFacts) -> list[str]:
-    """Commands that make the run and its evaluations again."""
-    config = facts.folder / "config.yaml"
+    """Commands that make the run and its evaluations again, quoted for a shell."""
     world = facts.machine.get("world", 1)
-    launcher = f"deepspeed --num_gpus {world}" if world > 1 else "python"
-    module = "--module ds_longft.train" if world > 1 else "-m ds_longft.train"
-    lines = [
-        f"{launcher} {module} --config {config} --sp {facts.machine.get('sp', 1)} --output_dir {facts.folder}-again"
-    ]
-    flags = {"text": "text", "length_tokens": "length", "texts": "texts", "buckets": "buckets", "where": "where"}
-    needles = {"lengths": "lengths", "trials": "trials", "languages": "languages", "facts": "facts", "seed": "seed"}
+    launcher = ["deepspeed", "--num_gpus", str(world), "--module"] if world > 1 else ["python", "-m"]
+    again, sp = f"{facts.folder}-again", str(facts.machine.get("sp", 1))
+    config = str(facts.folder / "config.yaml")
+    commands = [[*launcher, "ds_longft.train", "--config", config, "--sp", sp, "--output_dir", again]]
     for evaluation in facts.evaluations:
         for label, result in evaluation.pair:
-            settings, kind = result["settings"], result["kind"]
-            name = kind.partition("-")[0]
-            words = [f"ds-longft eval {'longbench run' if name == 'longbench' else name} {facts.folder}-again"]
-            if name == "needle":
-                words += [f"--form {settings['form']}"] if settings["form"] != "single" else []
-                words += [f"--{flag} {_list(settings[key]).replace(' ', '')}" for key, flag in needles.items()]
-                words += [f"--haystack_{k} {v}" for k, v in settings["haystacks"].items() if v != "built in"]
-            for key, flag in flags.items() if name in ("perplexity", "short") else ():
-                value = settings.get(key)
-                if value is not None and not str(value).startswith("built in"):
-                    words.append(f"--{flag} {value}")
-            words += ["--join"] if settings.get("join") else []
-            words += [f"--name {evaluation.name}"] if evaluation.name != kind else []
-            lines.append(" ".join([*words, *(["--before"] if label == "before" else [])]))
-    return lines
+            kind = result["kind"]
+            words = _needle_words if kind.startswith("needle") else _text_words
+            called = "longbench run" if kind.startswith("longbench") else kind.partition("-")[0]
+            name = ["--name", evaluation.name] if evaluation.name != kind else []
+            before = ["--before"] if label == "before" else []
+            commands.append(["ds-longft", "eval", *called.split(), again, *words(result["settings"]), *name, *before])
+    return [shlex.join(command) for command in commands]
+
+
+def _needle_words(settings: dict[str, Any]) -> list[str]:
+    flags = {key: _list(settings[key]).replace(" ", "") for key in ("lengths", "trials", "languages", "seed")}
+    if settings["form"] == "single":
+        flags["depths"] = ",".join(f"{100 * depth:g}" for depth in settings["depths"])
+    else:
+        flags |= {"form": settings["form"], "facts": str(settings["facts"])}
+    flags |= {f"haystack_{k}": path for k, path in settings["haystacks"].items() if path != "built in"}
+    if settings.get("where"):
+        flags["where"] = settings["where"]
+    return [word for flag, value in flags.items() for word in (f"--{flag}", value)]
+
+
+def _text_words(settings: dict[str, Any]) -> list[str]:
+    same = ("text", "texts", "buckets", "where", "tasks", "limit")
+    flags = {"length_tokens": "length", "max_length_tokens": "max_length"} | dict(zip(same, same, strict=True))
+    words = [f"--{flag}" for flag in ("join", "e") if settings.get(flag)]
+    for key, flag in flags.items():
+        value = settings.get(key)
+        if value is not None and not str(value).startswith("built in"):
+            words += [f"--{flag}", ",".join(value) if isinstance(value, list) else str(value)]
+    return words

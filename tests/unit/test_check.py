@@ -69,6 +69,14 @@ def test_a_good_run_passes(folder: Path) -> None:
     assert ds.engine["train_batch_size"] == 8
 
 
+def test_a_pattern_stands_for_files(folder: Path) -> None:
+    for name in ("part_1.jsonl", "part_2.jsonl", "part[3].jsonl"):
+        (folder / name).write_text("{}\n")
+    for pattern in ("part_*.jsonl", "part[3].jsonl"):
+        config = config_in(folder, data={"train": [str(folder / pattern)]})
+        check_run(config, world=8, local_world=8, ds=settings(), model_config=read_model_config(config))
+
+
 def test_a_hub_model_and_a_hub_set_wait_for_the_load(folder: Path) -> None:
     config = config_in(folder, model={"path": "Qwen/Qwen3-8B"}, data={"train": ["THUDM/LongAlign-10k"]})
     check_run(config, world=2, local_world=2, ds=settings(), model_config=read_model_config(config))
@@ -117,6 +125,7 @@ def test_more_ranks_than_heads_names_the_largest_sp(folder: Path) -> None:
         ({"data": {"train": ["/no/where.jsonl"]}}, "data.train: there is no /no/where.jsonl"),
         ({"data": {"train": ["missing.parquet"]}}, "data.train: there is no missing.parquet"),
         ({"data": {"eval": ["./missing"]}}, "data.eval: there is no ./missing"),
+        ({"data": {"train": ["/no/where_*.jsonl"]}}, "data.train: there is no /no/where_*.jsonl"),
         ({"data": {"chat_template": "missing.jinja"}}, "data.chat_template: there is no file missing.jinja"),
         ({"data": {"max_length_tokens": 8193}}, "data.max_length_tokens is 8193, the model's window is 8192 tokens"),
         ({"model": {"path": ""}}, "model.path is empty"),

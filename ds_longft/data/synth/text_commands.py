@@ -63,7 +63,7 @@ def numbers(
     rows: int = 1000,
     context_tokens: int | str = "32K",
     questions: int = hidden.QUESTIONS,
-    at_once: int = hidden.AT_ONCE,
+    at_once: int | None = None,
     sizes: str | None = None,
     languages: str | None = None,
     where: str | None = None,
@@ -83,7 +83,7 @@ def numbers(
         rows: how many.
         context_tokens: longest row, e.g. 128K.
         questions: numbers hidden in a row; fewer in rows too short for them.
-        at_once: up to so many are asked for in one turn; half of the turns ask for one.
+        at_once: up to so many are asked for in one turn; half of the turns ask for one. Left out: 4, or all.
         sizes: part of the longest row and its share, e.g. 1/4:3,1/2:2,1:2. Left out: halves of halves down to 1/32.
         languages: shares of the rows, e.g. zh:0.15; others as there is text.
         where: column=value, rows of the source to take.
@@ -94,6 +94,7 @@ def numbers(
         json: print one JSON object instead of a line.
     """
     shared = _shared(rows, context_tokens, sizes, languages, seed, name, tokenizer)
+    at_once = min(hidden.AT_ONCE, questions) if at_once is None else at_once
     if not 1 <= at_once <= questions <= hidden.MAX_QUESTIONS:
         seen = f"--questions is {questions}, --at_once is {at_once}"
         raise ConfigError(f"{seen}: expected 1 to {hidden.MAX_QUESTIONS}, and no more at once than there are")

@@ -271,6 +271,7 @@ def test_keys_without_effect_and_missing_totals_are_refused():
         ),
         ({"sizes": {"1": 1}}, "sizes has no effect with synth: none"),
         ({"synth": "numbers", "rows": 3, "sizes": {"3/2": 1}}, "expected parts of the longest row"),
+        ({"synth": "numbers", "rows": 3, "questions": 13}, "questions is 13: synth: numbers has names for 12 at most"),
         ({"synth": "code", "rows": 3, "exclude": {"a": "b"}}, "exclude has no effect"),
         ({"synth": "numbers", "share": 0.5}, "a has a share and no rows: give it rows, or the recipe total_rows"),
     ):

@@ -88,3 +88,12 @@ def test_empty_folder_and_unknown_ending(tmp_path):
         read(tmp_path)
     with pytest.raises(DataError, match="unknown ending"):
         read(tmp_path / "a.csv")
+
+
+def test_a_pattern_takes_its_files_in_order(tmp_path):
+    for name, number in (("b_2.jsonl", 2), ("b_1.jsonl", 1), ("b_3.txt", 3), ("c.jsonl", 4), ("b_[0].jsonl", 0)):
+        (tmp_path / name).write_text(json.dumps({"text": str(number)}) + "\n")
+    assert [row["text"] for _, row in read(tmp_path / "b_*")] == ["1", "2", "0"]
+    assert [row["text"] for _, row in read(tmp_path / "b_[0].jsonl")] == ["0"], "a file of that very name"
+    with pytest.raises(DataError, match=r"no file fits .*x_\*"):
+        read(tmp_path / "x_*")

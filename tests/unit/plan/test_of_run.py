@@ -90,3 +90,6 @@ def test_the_users_own_plan_stays(tmp_path: Path) -> None:
     file.write_text('{"peak_gib": 3.0}')
     write_plan(tmp_path, {"peak_gib": 4.0})
     assert json.loads(file.read_text()) == {"peak_gib": 3.0}
+    file.write_text("{")
+    write_plan(tmp_path, {"peak_gib": 4.0})
+    assert file.read_text() == "{", "whatever it is"

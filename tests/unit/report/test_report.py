@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -12,11 +14,12 @@ from typing import Any
 
 import pytest
 
-from ds_longft.cli import main
+from ds_longft.cli import COMMANDS, bind_arguments, main
 from ds_longft.report.charts import Line, line_chart, shown, thin, ticks
 from ds_longft.report.facts import gather_facts
 from ds_longft.report.markdown import markdown_page
 from ds_longft.report.page import html_page
+from ds_longft.report.tables import reproduce
 from ds_longft.settings import dump_config, load_config
 
 VOID = {"meta", "link", "br", "img", "line", "polyline", "circle", "input", "hr"}
@@ -145,7 +148,7 @@ def test_the_page_is_whole_and_fetches_nothing(run: Path) -> None:
 
 def test_markdown_has_the_same_facts(run: Path) -> None:
     text = markdown_page(gather_facts(run))
-    for words in ("| base model | some/model |", "| en 131,072 tokens, exact % | 0.0 | 95.5 | +95.5 |", "torch 2.11"):
+    for words in ("| base model | some/model |", "| en 131,072: exact % | 0.0 | 95.5 | +95.5 |", "torch 2.11"):
         assert words in text
     assert "--before" in text
     assert all(len(line.split("|")) > 3 for line in text.splitlines() if line.startswith("|"))
@@ -217,11 +220,34 @@ def test_charts_answer_to_the_keyboard(run: Path, tmp_path: Path) -> None:
     assert "visibility: visible" in dom
 
 
+def test_the_commands_under_again_are_commands(run: Path) -> None:
+    """What the page prints is taken by the program: every flag exists, and values with blanks are quoted."""
+    plays = {"where": "collection=Shakespeare plays (sample)", "haystacks": {"en": "my plays.jsonl.gz"}}
+    for name, more in (("needle-zh", {"depths": [0.1, 0.5]}), ("needle-multi", {"form": "multi", "facts": 4} | plays)):
+        result = needle_result("some/model", 0.0)
+        result |= {"kind": "needle-multi" if "form" in more else "needle", "settings": result["settings"] | more}
+        (run / "eval" / f"{name}.json").write_text(json.dumps(result))
+    commands = [shlex.split(line) for line in reproduce(gather_facts(run))]
+    assert commands[0][:5] == ["deepspeed", "--num_gpus", "2", "--module", "ds_longft.train"]
+    given = {}
+    for words in commands[1:]:
+        name = f"eval {words[2]}"
+        module, _, function = COMMANDS[name].target.partition(":")
+        arguments = bind_arguments(getattr(importlib.import_module(module), function), name, words[3:])
+        given[" ".join(words)] = arguments
+    (single,) = [a for line, a in given.items() if "--name needle-zh" in line]
+    assert "--depths='10,50'" in single
+    assert not any("facts" in word for word in single), "refused with one needle"
+    (multi,) = [a for line, a in given.items() if "--form multi" in line]
+    assert {"--where='collection=Shakespeare plays (sample)'", "--facts=4"} <= set(multi)
+    assert not any("depths" in word for word in multi)
+
+
 def test_charts() -> None:
     assert ticks(0, 10) == [0, 2.5, 5, 7.5, 10]
     assert ticks(3.02, 3.2)[0] <= 3.02
     assert ticks(5, 5)[-1] > 5
-    assert [shown(v) for v in (0, 131072, 0.00025, 1500, 1.5)] == ["0", "128K", "0.00025", "1,500", "1.5"]
+    assert [shown(v) for v in (0, 131072, 0.00025, 1500, 1.5)] == ["0", "128K", "2.5e-4", "1,500", "1.5"]
     assert len(thin([(i, i) for i in range(5000)])) <= 400
     assert thin([(0, 1.0), (1, float("nan"))]) == [(0, 1.0)]
     assert line_chart([Line("x", [])], name="n", x_label="", y_label="") == ""

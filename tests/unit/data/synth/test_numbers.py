@@ -1,11 +1,13 @@
 """Stretches and hidden numbers: lengths filled to the token, shares kept, answers that stand in the text, other words than the evaluation's."""
 
+import json
 import random
 import re
 from collections import Counter
 
 import pytest
 
+from ds_longft.cli import main
 from ds_longft.data.formats import to_row
 from ds_longft.data.lengths import Lengths
 from ds_longft.data.synth.number_wordings import SPEECH, facts_about
@@ -211,3 +213,47 @@ def test_a_stretch_goes_on_in_the_next_document_of_its_language(documents, token
     starts = [text.place(1000, rng) for _ in range(50)]
     assert all(start <= text.starts[-1000] for start in starts)
     assert text.place(text.tokens, rng) == 0
+
+
+def test_the_commands(documents, tmp_path, capsys, tokenizer):
+    rows = [{"text": d.text, "lang": d.language, "kept": "no"} for d in documents]
+    rows.append({"text": "Not this one. " * 900, "lang": "en", "kept": "yes"})
+    for number in range(2):
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows[number::2]]
+        (tmp_path / f"texts_{number}.jsonl").write_text("\n".join(lines))
+    tokenizer.save_pretrained(tmp_path / "model")
+    words = [str(tmp_path / "texts_*.jsonl"), str(tmp_path / "out.jsonl"), "--rows", "20", "--context_tokens", "2K"]
+    words += ["--exclude", "kept=yes", "--languages", "zh:0.25", "--sizes", "1/2:1,1:1", "--json"]
+    for name in ("stretches", "numbers"):
+        assert main(["data", "synth", name, *words, "--tokenizer", str(tmp_path / "model")]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert facts["rows"] == 20
+        assert facts["exact_lengths"]
+        assert 1000 < facts["shortest_tokens"] <= 1024
+        assert 2030 < facts["longest_tokens"] <= 2048
+        made = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+        assert Counter(row["language"] for row in made) == {"en": 15, "zh": 5}
+        assert not any("Not this one" in json.dumps(row) for row in made)
+    assert main(["data", "synth", "numbers", *words, "--where", "lang=zh"]) == 0
+    capsys.readouterr()
+    assert '"en"' not in (tmp_path / "out.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--sizes", "1/2"], "--sizes is '1/2': expected names and shares, e.g. 1/4:3,1:1"),
+        (["--sizes", "2:1"], "sizes: seen 2: 1.0, expected parts of the longest row"),
+        (["--languages", "en:0.9,zh:0.2"], "the shares add up to more than 1"),
+        (["--where", "lang"], "--where is 'lang', expected column=value"),
+        (["--questions", "13"], "--questions is 13, --at_once is 4: expected 1 to 12"),
+        (["--questions", "2", "--at_once", "3"], "and no more at once than there are"),
+        (["--rows", "0"], "--rows is 0: expected 1 or more"),
+        (["--where", "lang=fr"], "holds no row that is taken by where lang=fr"),
+    ],
+)
+def test_mistakes_on_the_command_line(flags, expected, documents, tmp_path, capsys):
+    (tmp_path / "t.jsonl").write_text(json.dumps({"text": documents[0].text, "lang": "en"}))
+    assert main(["data", "synth", "numbers", str(tmp_path / "t.jsonl"), str(tmp_path / "out.jsonl"), *flags]) == 64
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()
