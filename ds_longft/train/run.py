@@ -28,7 +28,7 @@ from ds_longft.train.data_facts import write_data_facts
 from ds_longft.train.health import Watchdog
 from ds_longft.train.interrupt import StopRequest
 from ds_longft.train.lock import lock_folder
-from ds_longft.train.made_of import what_ranks_share, write_facts
+from ds_longft.train.made_of import what_decides_the_loss, what_ranks_share, write_facts
 from ds_longft.train.metrics import Records, read_metrics, summary_table
 from ds_longft.train.model_check import check_model
 from ds_longft.train.ranks import Launch, join
@@ -143,13 +143,15 @@ def _run(
         world=layout.world,
         fingerprint=train_loader.fingerprint,
         trained=trained_fingerprint(built.model),
+        loss=what_decides_the_loss(config),
     )
     found = checkpoints.find(config.train.resume)
     if found is not None:
         path, saved = found
-        checkpoints.check_same_run(path, saved, fingerprint=state.fingerprint, trained=state.trained)
+        checkpoints.check_same_run(path, saved, state)
         checkpoints.load(built.engine, path, saved)
-        state = TrainState(**{**vars(saved), "total_steps": state.total_steps, "world": layout.world})
+        now = {"total_steps": state.total_steps, "world": layout.world, "loss": state.loss}
+        state = TrainState(**{**vars(saved), **now})
     aside = checkpoints.set_aside_after(state.step)
     records = Records(folder, config.log, total_steps=state.total_steps, first_step=state.step, active=launch.rank == 0)
     tracked = tracked_config(config, {"world": layout.world, "dp": layout.dp, "total_steps": state.total_steps})
