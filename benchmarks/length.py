@@ -44,6 +44,8 @@ class Case:
     kv_heads: int | None = None
     layers: int | None = None
     kernel: str = "flash-attn-4"
+    reference: str = "none"  # of pairs, as dpo.reference; none: supervised
+    passes: str = "one"
     calibrating: bool = False
 
     def arguments(self) -> list[str]:
@@ -52,6 +54,8 @@ class Case:
         words = ["--shape", self.shape, "--documents", self.documents, "--ds_config", config]
         words += ["--recompute", self.recompute, "--host_gib", str(self.host_gib), "--kernel", self.kernel]
         words += ["--full"] * self.full
+        if self.reference != "none":
+            words += ["--objective", "dpo", "--reference", self.reference, "--passes", self.passes]
         for flag, value in (("--tile", self.tile), ("--kv_heads", self.kv_heads), ("--layers", self.layers)):
             words += [flag, str(value)] if value is not None else []
         return words
@@ -75,6 +79,19 @@ CASES = (
     Case("128K sp2 qwen7b", f"{128 * K}", shape="qwen7b"),
     Case("64K sp1 qwen7b full recompute", f"{64 * K}", gpus=1, shape="qwen7b", recompute="full"),
     Case("32K sp2 all weights, 16 layers", f"{32 * K}", stage=3, full=True, recompute="full", layers=16),
+    Case("pair 2 x 64K sp2 one pass", f"{64 * K}x2", reference="adapter_off"),
+    Case("pair 2 x 64K sp2 two passes", f"{64 * K}x2", reference="adapter_off", passes="two"),
+    Case("pair 2 x 128K sp2 auto", f"{128 * K}x2", reference="adapter_off", passes="auto"),
+    Case("4 pairs 2 x 16K sp2 precomputed", f"{16 * K}x8", reference="precomputed"),
+    Case(
+        "pair 2 x 16K sp2 all weights, 16 layers",
+        f"{16 * K}x2",
+        stage=3,
+        full=True,
+        recompute="full",
+        layers=16,
+        reference="model",
+    ),
     Case("512K sp1 host", f"{512 * K}", gpus=1, recompute="full", host_gib=110, tile=8 * K, kv_heads=1),
     Case("1M sp2 host", f"{1024 * K}", recompute="full", host_gib=230, tile=8 * K, kv_heads=1),
     Case("2M sp2 4 layers", f"{2048 * K}", recompute="full", host_gib=60, tile=8 * K, kv_heads=1, layers=4),
@@ -83,6 +100,7 @@ CASES = (
 TINY = (
     Case("tiny sp2", "256", shape="tiny", kernel="cpu"),
     Case("tiny sp1 tiles", "128,64", gpus=1, shape="tiny", recompute="full", tile=32, kernel="cpu"),
+    Case("tiny pair sp2 two passes", "64x2", shape="tiny", reference="adapter_off", passes="two", kernel="cpu"),
     Case("tiny sp2 turns, all weights", "64x4", shape="tiny", stage=3, full=True, kv_heads=1, kernel="cpu"),
 )
 
@@ -137,7 +155,7 @@ def compare(case: Case, measured: dict[str, Any], gpu: str, *, tiny: bool) -> di
     from ds_longft.plan.memory import predict
     from ds_longft.plan.search import RESIDENT_SHARE, fastest_saver
     from ds_longft.plan.setting import GIB, Gpu, ModelSizes, Setting
-    from ds_longft.plan.step import ATTENTION, LAYER_INPUTS, LINEARS, TRAINABLE, WEIGHTS
+    from ds_longft.plan.step import ATTENTION, LAYER_INPUTS, LINEARS, REFERENCE, TRAINABLE, WEIGHTS
     from ds_longft.plan.time import predict_time
 
     shape = {**SHAPES[case.shape], **({"num_hidden_layers": case.layers} if case.layers else {})}
@@ -157,12 +175,16 @@ def compare(case: Case, measured: dict[str, Any], gpu: str, *, tiny: bool) -> di
         kernel=kernel,
         fused=not tiny,
         element_bytes=4 if tiny else 2,
+        reference=case.reference,
+        passes=case.passes,
     )
     if case.recompute == "auto":
         setting = fastest_saver(model, setting, rates)
     memory = predict(model, setting, rates)
     time = predict_time(model, setting, rates, memory.keep)
-    beside = sum(memory.parts.get(part, 0.0) for part in (WEIGHTS, TRAINABLE, LAYER_INPUTS, ATTENTION, LINEARS))
+    beside = sum(
+        memory.parts.get(part, 0.0) for part in (WEIGHTS, REFERENCE, TRAINABLE, LAYER_INPUTS, ATTENTION, LINEARS)
+    )
     line = {
         "date": date.today().isoformat(),
         "what": f"plan {case.name}",
@@ -176,7 +198,7 @@ def compare(case: Case, measured: dict[str, Any], gpu: str, *, tiny: bool) -> di
         "tokens": setting.tokens,
         "calibrating": case.calibrating,
         "rates": rates.name,
-        "predicted_working_kib_per_token": round((memory.peak - beside) / setting.local_tokens / 1024, 1),
+        "predicted_working_kib_per_token": round((memory.peak - beside) / setting.of_a_pass.local_tokens / 1024, 1),
     }
     if "error" in measured:
         return {**line, "error": measured["error"]}

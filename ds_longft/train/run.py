@@ -60,6 +60,8 @@ def run(
     try:
         return _run(config, settings, sp, launch, status, stop, started)
     except torch.OutOfMemoryError as error:
+        if status.passes is not None:
+            config = config.model_copy(update={"dpo": config.dpo.model_copy(update={"passes": status.passes})})
         raise memory_error(error, config, settings.engine, sp, launch.world, status.where) from error
 
 
@@ -163,9 +165,10 @@ def _run(
         records.say(_header(config, layout, device, train_loader, state, found[0] if found else None))
         records.say(f"{trainable_parameters(built.model)}; {kernels}")
     status.where = "in the dry run of the longest pack, before the first step"
-    longest = train_loader.longest_pack(0)
-    passes = choose_passes(built.engine, config.dpo.passes, longest, layout, device)
-    kept = rehearse(built.engine, built.recompute, longest, layout, device)
+    passes = choose_passes(built.engine, config.dpo.passes, train_loader.fullest_pack(0), layout, device)
+    status.passes = getattr(built.engine.module, "passes", None)  # of preference pairs
+    fullest = train_loader.fullest_pack(0, of_a_side=status.passes == "two")
+    kept = rehearse(built.engine, built.recompute, fullest, layout, device)
     phases.done("rehearsed" if kept else "ready")
     if launch.rank == 0:
         records.say("start-up: " + phases.text())

@@ -16,9 +16,9 @@ from ds_longft.config import DpoConfig
 from ds_longft.layout import ParallelLayout
 from ds_longft.objectives.dpo import METRICS, DpoObjective
 from ds_longft.sequence.attention import ULYSSES, register
-from ds_longft.sequence.linear import fuse_linears
 from ds_longft.sequence.recompute import apply_recompute
 from ds_longft.train.pairs import backpropagate_pairs, evaluate_pairs, reference_logps
+from ds_longft.train.speed import fuse_and_tile
 from tests.distributed.dpo_cases import PairLengths, pair_pack, reference_step
 from tests.distributed.models import tiny_config, tiny_model
 from tests.distributed.test_exact import assert_equal, prepared
@@ -62,10 +62,11 @@ def one_step(
     layout = ParallelLayout.create(sp)
     objective = DpoObjective(model, layout, DpoConfig(**dpo), reference_model=second)
     layers = list((model.get_base_model() if lora else model).get_decoder().layers)
-    if policy == "fused":
-        for layer in layers:
-            fuse_linears(layer)
-    apply_recompute(layers, {"fused": "keep_attention"}.get(policy, policy))
+    if policy in ("fused", "tiles"):
+        of_second = list(second.get_decoder().layers) if second is not None else []
+        for layer in layers + of_second:
+            fuse_and_tile(layer, 0, 7 if policy == "tiles" else None)
+    apply_recompute(layers, {"fused": "keep_attention", "tiles": "full"}.get(policy, policy))
     engine = PlainEngine(objective)
     made = [pair_pack(each, seed=i, multiple=sp, weights=WEIGHTS[i]) for i, each in enumerate(packs)]
     if dpo.get("reference") == "precomputed":
@@ -128,6 +129,8 @@ CASES = [
     ({"passes": "two", "loss": "simpo", "beta": 2.0, "label_smoothing": 0.1}, False, {}, "sqrt", 4, 2),
     ({"passes": "one"}, False, TIED, "keep_attention", 4, 4),
     ({"passes": "two"}, False, {}, "full", 2, 1),
+    ({"passes": "one"}, True, {}, "tiles", 2, 2),
+    ({"passes": "two"}, False, {}, "tiles", 2, 2),
     ({"passes": "one", "reference": "precomputed"}, True, {}, "fused", 2, 2),
     ({"passes": "two", "reference": "precomputed"}, False, {}, "keep_attention", 4, 2),
     ({"passes": "two", "reference": "precomputed"}, WHOLE_HEAD, {}, "fused", 3, 3),
