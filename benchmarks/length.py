@@ -45,6 +45,8 @@ class Case:
     kv_heads: int | None = None
     layers: int | None = None
     kernel: str = "flash-attn-4"
+    reference: str = "none"  # of pairs, as dpo.reference; none: supervised
+    passes: str = "one"
     calibrating: bool = False
 
     def arguments(self) -> list[str]:
@@ -53,6 +55,8 @@ class Case:
         words = ["--shape", self.shape, "--documents", self.documents, "--ds_config", config]
         words += ["--recompute", self.recompute, "--host_gib", str(self.host_gib), "--kernel", self.kernel]
         words += ["--full"] * self.full + ["--no_rehearsal"] * (self.recompute != "auto")
+        if self.reference != "none":
+            words += ["--objective", "dpo", "--reference", self.reference, "--passes", self.passes]
         for flag, value in (("--tile", self.tile), ("--kv_heads", self.kv_heads), ("--layers", self.layers)):
             words += [flag, str(value)] if value is not None else []
         return words
@@ -80,6 +84,19 @@ CASES = (
     Case("8 x 64K sp1 host", f"{64 * K}x8", gpus=1, recompute="keep_attention", host_gib=100, tile=8 * K, kv_heads=1),
     Case("512K sp1 4 layers", f"{512 * K}", gpus=1, recompute="full", tile=8 * K, kv_heads=1, layers=4),
     Case("512K sp1 host", f"{512 * K}", gpus=1, recompute="keep_attention", host_gib=100, tile=8 * K, kv_heads=1),
+    Case("pair 2 x 64K sp2 one pass", f"{64 * K}x2", reference="adapter_off"),
+    Case("pair 2 x 64K sp2 two passes", f"{64 * K}x2", reference="adapter_off", passes="two"),
+    Case("pair 2 x 128K sp2 auto", f"{128 * K}x2", reference="adapter_off", passes="auto"),
+    Case("4 pairs 2 x 16K sp2 precomputed", f"{16 * K}x8", reference="precomputed"),
+    Case(
+        "pair 2 x 16K sp2 all weights, 16 layers",
+        f"{16 * K}x2",
+        stage=3,
+        full=True,
+        recompute="full",
+        layers=16,
+        reference="model",
+    ),
     Case("1M sp2 host", f"{1024 * K}", recompute="full", host_gib=230, tile=8 * K, kv_heads=1),
     Case("2M sp2 4 layers", f"{2048 * K}", recompute="full", host_gib=60, tile=8 * K, kv_heads=1, layers=4),
 )
@@ -87,6 +104,7 @@ CASES = (
 TINY = (
     Case("tiny sp2", "256", shape="tiny", kernel="cpu"),
     Case("tiny sp1 tiles", "128,64", gpus=1, shape="tiny", recompute="full", tile=32, kernel="cpu"),
+    Case("tiny pair sp2 two passes", "64x2", shape="tiny", reference="adapter_off", passes="two", kernel="cpu"),
     Case("tiny sp2 turns, all weights", "64x4", shape="tiny", stage=3, full=True, kv_heads=1, kernel="cpu"),
 )
 
@@ -140,7 +158,7 @@ def compare(case: Case, measured: dict[str, Any], gpu: str, *, tiny: bool) -> di
     from ds_longft.plan.memory import predict
     from ds_longft.plan.search import RESIDENT_SHARE, fastest_saver
     from ds_longft.plan.setting import GIB, Gpu, ModelSizes, Setting
-    from ds_longft.plan.step import ATTENTION, LAYER_INPUTS, LINEARS, TRAINABLE, WEIGHTS
+    from ds_longft.plan.step import ATTENTION, LAYER_INPUTS, LINEARS, REFERENCE, TRAINABLE, WEIGHTS
     from ds_longft.plan.time import predict_time
 
     shape = shape_of(case.shape, case.layers)
@@ -160,12 +178,16 @@ def compare(case: Case, measured: dict[str, Any], gpu: str, *, tiny: bool) -> di
         kernel=kernel,
         fused=not tiny,
         element_bytes=4 if tiny else 2,
+        reference=case.reference,
+        passes=case.passes,
     )
     if case.recompute == "auto":
         setting = fastest_saver(model, setting, rates)
     memory = predict(model, setting, rates)
     time = predict_time(model, setting, rates, memory.keep)
-    beside = sum(memory.parts.get(part, 0.0) for part in (WEIGHTS, TRAINABLE, LAYER_INPUTS, ATTENTION, LINEARS))
+    beside = sum(
+        memory.parts.get(part, 0.0) for part in (WEIGHTS, REFERENCE, TRAINABLE, LAYER_INPUTS, ATTENTION, LINEARS)
+    )
     line = {
         "date": date.today().isoformat(),
         "what": f"plan {case.name}",
@@ -180,7 +202,7 @@ def compare(case: Case, measured: dict[str, Any], gpu: str, *, tiny: bool) -> di
         "sp": case.gpus,
         "calibrating": case.calibrating,
         "rates": rates.name,
-        "predicted_working_kib_per_token": round((memory.peak - beside) / setting.local_tokens / 1024, 1),
+        "predicted_working_kib_per_token": round((memory.peak - beside) / setting.of_a_pass.local_tokens / 1024, 1),
     }
     if "error" in measured:
         return {**line, "error": measured["error"]}

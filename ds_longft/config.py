@@ -199,7 +199,8 @@ class DpoConfig(Section):
     passes: Literal["auto", "one", "two"] = "auto"
     """`one`: both answers in one forward and backward pass. `two`: log-probabilities without a graph first, then a
     forward and backward pass for each answer alone: the same gradient in half the activation memory, for one more
-    forward pass. `auto`: `one` where the longest pack fits so (measured before step 1)."""
+    forward pass. `auto`: on GPUs the faster one of those that fit, as `ds-longft plan` predicts; `one` is measured
+    before step 1, and given up where it would not fit. On a CPU `one`."""
 
 
 class OptimConfig(Section):

@@ -89,10 +89,19 @@ class StepLoader:
         """Where a row came from: file:line."""
         return self._tokenized.row(row).origin
 
-    def longest_pack(self, epoch: int) -> Pack:
-        """The pack with the most tokens of an epoch, for finding out what fits."""
-        plan = self.plan(epoch)
-        return self._pack(plan, int(np.argmax(plan.pack_tokens)))
+    def fullest_pack(self, epoch: int, *, of_a_side: bool = False) -> Pack:
+        """The pack with the most tokens of an epoch, for finding out what fits.
+
+        `of_a_side`: the pack of pairs whose chosen, or whose rejected documents have the most tokens together. What two
+        passes hold at once is one side, and the longest pair need not have the longest answer.
+        """
+        plan, tokenized = self.plan(epoch), self._tokenized
+        tokens = plan.pack_tokens
+        if of_a_side:
+            assert isinstance(tokenized, PairSet), "only pairs have sides"
+            sides = tokenized.side_lengths
+            tokens = np.asarray([sides[rows].sum(axis=0).max() for rows in plan.packs])
+        return self._pack(plan, int(np.argmax(tokens)))
 
     def steps(self, epoch: int, start: int = 0) -> Generator[Step]:
         """Steps `start`, `start + 1`, ... of an epoch, built a few steps ahead.

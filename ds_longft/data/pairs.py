@@ -167,6 +167,12 @@ class PairSet(TokenizedSet):
             document(np.concatenate([row.input_ids[:shared], row.input_ids[cut:]]), slice(spans, None)),
         )
 
+    @property
+    def side_lengths(self) -> NDArray[np.int64]:
+        """[rows, 2] tokens of the chosen and of the rejected document of each pair."""
+        both, shared, chosen = (self.column(name) for name in ("length", "shared_tokens", "chosen_tokens"))
+        return np.stack([shared + chosen, both - chosen - shared], axis=1).astype(np.int64)
+
     def weight_sums(self, weighting: Weighting) -> NDArray[np.float64]:
         """[rows] the weight of each pair in the loss."""
         return self.column("row_weight").astype(np.float64)

@@ -70,7 +70,7 @@ class DpoObjective(nn.Module):
         self.dpo = dpo
         self.reference = reference_of(dpo, lora=isinstance(model, PeftModel))
         assert (self.reference == "model") == (reference_model is not None)
-        self.passes: Literal["one", "two"] = "two" if dpo.passes == "two" else "one"  # auto: decided by a rehearsal
+        self.passes: Literal["one", "two"] = "two" if dpo.passes == "two" else "one"  # auto: whoever plans the run
         heads = kv_heads_at_a_time
         self._sharded = ShardedModel(model, kv_heads_at_a_time=heads, adapters_off=isinstance(model, PeftModel))
         self._reference = None

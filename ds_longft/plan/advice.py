@@ -10,8 +10,9 @@ from transformers import PretrainedConfig
 
 from ds_longft.config import RunConfig
 from ds_longft.errors import GpuMemoryError, ModelError
+from ds_longft.objectives.dpo import Reference, reference_of
 from ds_longft.plan.memory import SPARE_SHARE, place, predict
-from ds_longft.plan.search import RESIDENT_SHARE, TILE_TOKENS, Question, fastest_saver
+from ds_longft.plan.search import RESIDENT_SHARE, TILE_TOKENS, Question, fastest_of, passes_of, savers
 from ds_longft.plan.setting import GIB, Gpu, ModelSizes, Setting
 from ds_longft.plan.step import Keep
 
@@ -50,6 +51,8 @@ class Adviser:
         setting = setting_of_run(
             config, engine_config, model, sp=sp, world=world, local_world=world, memory_gib=memory_gib, fused=fused
         )
+        if setting.passes == "auto":  # until it is settled a run makes two passes
+            setting = replace(setting, passes="two")
         return cls(model, setting, memory_gib, config)
 
     def error(self, seen: BaseException, where: str) -> GpuMemoryError:
@@ -89,7 +92,12 @@ class Adviser:
         larger = next((d for d in range(x.sp + 1, x.world + 1) if x.world % d == 0 and d <= self.model.q_heads), None)
         if larger:
             yield f"sp: {larger}", replace(x, sp=larger), f" ({larger} GPUs share a sample)"
-        if x.tile_tokens is None and x.local_tokens > TILE_TOKENS:
+        if x.passes == "one" and self.config.objective == "dpo":
+            yield "dpo.passes: two", replace(x, passes="two"), " (one answer at a time; one more forward pass)"
+        if x.reference == "model":
+            away = replace(x, reference="precomputed")
+            yield "dpo.reference: precomputed", away, " (first `ds-longft data ref_logps`; no second model)"
+        if x.tile_tokens is None and x.of_a_pass.local_tokens > TILE_TOKENS:
             away = replace(x, tile_tokens=TILE_TOKENS)
             yield f"train.mlp_tile_tokens: {TILE_TOKENS}", away, " (the same speed)"
         if x.kv_heads is None and self.model.kv_heads > x.sp:
@@ -107,17 +115,31 @@ class Adviser:
         if not x.fused:
             yield "pip install liger-kernel", replace(x, fused=True), " (norms and activations without float32 copies)"
         if x.lora_r is None:
-            yield "lora: {r: 16}", replace(x, lora_r=16), " (adapters instead of all weights)"
+            reference: Reference = "adapter_off" if x.reference == "model" else x.reference
+            away = replace(x, lora_r=16, reference=reference)
+            yield "lora: {r: 16}", away, " (adapters instead of all weights)"
 
     def _length(self) -> list[str]:
         """The longest pack that is predicted to fit as the run is set up."""
         if self.model is None:
             return []
-        question = Question(self.model, self._gpu(), self.setting.world, 0.0, lora_r=self.setting.lora_r)
+        question = Question(
+            self.model,
+            self._gpu(),
+            self.setting.world,
+            0.0,
+            lora_r=self.setting.lora_r,
+            objective=self.config.objective,
+        )
         longest = question.longest(replace(self.setting, offload_params=False), "")
-        tokens = longest.setting.tokens if longest else 0
-        if not 0 < tokens < self.setting.tokens:
+        tokens = question.length(longest.setting) if longest else 0
+        if not 0 < tokens < question.length(self.setting):
             return []
+        if self.config.objective == "dpo":
+            return [
+                f"  data.max_length_tokens: {tokens} (and data.pack_tokens: {2 * tokens})   are the longest pair and "
+                f"pack predicted to fit"
+            ]
         return [f"  data.max_length_tokens (and data.pack_tokens): {tokens}   is the longest pack predicted to fit"]
 
 
@@ -132,11 +154,12 @@ def setting_of_run(
     memory_gib: float,
     fused: bool,
 ) -> Setting:
-    """A run as the planner describes it, for its longest pack."""
+    """A run as the planner describes it, for its longest pack: one document, or one pair."""
     zero = engine_config.get("zero_optimization", {})
     weights_gib = 2 * (model.weights if model else 0) / GIB * (1 + 1 / world)
+    pairs, rows = config.objective == "dpo", config.documents_per_row
     return Setting(
-        lengths=(config.data.budget_tokens,),
+        lengths=(-(-config.budget_tokens // rows),) * rows,
         sp=sp,
         world=world,
         lora_r=config.lora.r if config.lora else None,
@@ -151,6 +174,8 @@ def setting_of_run(
         tile_tokens=config.train.mlp_tile_tokens,
         kv_heads=config.train.kv_heads_at_a_time,
         fused=fused,
+        reference=reference_of(config.dpo, lora=config.lora is not None) if pairs else "none",
+        passes=config.dpo.passes if pairs else "one",
     )
 
 
@@ -165,7 +190,8 @@ def choose_for_run(
     memory_gib: float,
     fused: bool,
 ) -> tuple[Setting, tuple[Keep, ...]] | None:
-    """With `auto` recomputation: tiles and turns only where the longest pack needs them; and what waits on the host.
+    """With `auto` recomputation: tiles and turns only where the longest pack needs them; with `dpo.passes: auto` one
+    pass or two; and what waits on the host.
 
     None for a model that the planner does not describe: everything is then kept on the GPU. Call it before ZeRO-3 is
     switched on for every model that is built.
@@ -178,8 +204,8 @@ def choose_for_run(
         config, engine_config, model, sp=sp, world=world, local_world=local_world, memory_gib=memory_gib, fused=fused
     )
     gpu = replace(Gpu.load("h200"), memory_gib=memory_gib)
-    if setting.recompute == "auto":
-        setting = fastest_saver(model, setting, gpu)
+    ways = savers(setting, model) if setting.recompute == "auto" else passes_of(setting)
+    setting = fastest_of(ways, model, gpu)
     outside = (gpu.context_gib + (gpu.nccl_gib if world > 1 else 0.0)) * GIB
     keep, _ = place(model, setting, gpu.memory_gib * (1 - SPARE_SHARE) * GIB - outside)
     return setting, keep

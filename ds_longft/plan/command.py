@@ -8,10 +8,11 @@ from typing import Literal
 
 from rich.console import Console
 
-from ds_longft.config import ModelConfig, parse_tokens
+from ds_longft.config import DpoConfig, ModelConfig, parse_tokens
 from ds_longft.errors import ConfigError
+from ds_longft.objectives.dpo import reference_of
 from ds_longft.plan import report
-from ds_longft.plan.search import Question, fastest, longest_of_each
+from ds_longft.plan.search import Question, alternatives, fastest, longest_of_each
 from ds_longft.plan.setting import Gpu, ModelSizes
 
 FILE_WIDTH = 200
@@ -28,6 +29,8 @@ def plan(
     full: bool = False,
     lora_r: int = 16,
     objective: Literal["sft", "dpo"] = "sft",
+    reference: Literal["auto", "adapter_off", "precomputed", "model"] = "auto",
+    passes: Literal["auto", "one", "two"] = "auto",
     kernel: str = "",
     documents: int = 1,
     targets: float = 1.0,
@@ -41,18 +44,24 @@ def plan(
     Without --length: the longest pack of each sp, recomputation and offload. With it: the fastest setting that fits, as
     a run config on stdout, and where the memory goes. Formulas and their sources: docs/plan.md.
 
+    With --objective dpo a pack holds a pair: two documents, prompt and chosen, prompt and rejected answer. Each of them
+    has --length tokens (data.max_length_tokens), so the pack has twice as many.
+
     Args:
         model: folder with a config.json, or a hub id (its config is fetched, no weights).
         gpus: GPUs of one node.
         gpu: h200, h100-80, a100-80, ... (a wrong name lists them), or a file that --calibrate wrote.
         host_gib: host memory of the node that may be used; 0 for none.
-        length: tokens of a pack; 128K and 1M count in 1024s.
+        length: tokens of a pack, with dpo of each document of a pair; 128K and 1M count in 1024s.
         lora: adapters of rank --lora_r on all linears (the default).
         full: train every weight.
         lora_r: rank.
-        objective: sft, or dpo (a pack holds pairs; one more forward pass for the reference).
+        objective: sft, or dpo (preference pairs, see above).
+        reference: with dpo, as dpo.reference; auto is adapter_off, and model with --full. A loss without one (simpo)
+            costs what precomputed costs.
+        passes: with dpo, as dpo.passes; auto considers both.
         kernel: attention kernel; default the GPU's fastest.
-        documents: equal documents that share a pack.
+        documents: equal documents that share a pack and its --length; with dpo equal pairs.
         targets: share of the tokens that have a target.
         liger: off where liger-kernel is not installed or does not know the model.
         json: print one JSON object.
@@ -65,8 +74,8 @@ def plan(
         measure(calibrate)
         return
     question = _question(
-        model, gpus, gpu, host_gib, None if full and not lora else lora_r, objective, kernel, documents, targets, liger,
-        both=lora and full,
+        model, gpus, gpu, host_gib, None if full and not lora else lora_r, objective, reference, passes, kernel,
+        documents, targets, liger, both=lora and full,
     )  # fmt: skip
     console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else FILE_WIDTH)
     if length is None:
@@ -83,20 +92,24 @@ def plan(
         raise ConfigError(f"--length is {length!r}: give tokens, e.g. 65536, 128K or 1M")
     best = fastest(question, tokens)
     if best is None:
-        longest = max((p.setting.tokens for p in longest_of_each(question)), default=0)
+        longest = max((question.length(p.setting) for p in longest_of_each(question)), default=0)
         raise ConfigError(
             f"--length {tokens:,}: no setting fits {gpus} x {question.gpu.name}; the longest that does is {longest:,} "
-            f"tokens. More GPUs (--gpus), host memory (--host_gib) or a shorter sample"
+            f"tokens{' in each document of a pair' * (objective == 'dpo')}. More GPUs (--gpus), host memory "
+            f"(--host_gib) or a shorter sample"
         )
+    others = alternatives(question, best)
     if png:
         report.write_png(best, question, png)
     if json:
-        print(json_text.dumps(report.as_json(best, question)))
+        instead = {key: p and report.as_json(p, question) for key, p in others.items()}
+        print(json_text.dumps(report.as_json(best, question) | ({"instead": instead} if instead else {})))
         return
     print(report.recipe(best, question, model), end="")
     parts = report.memory_parts(best, question)
     notes = [f"peak while at: {best.memory.moment}", report.bars(parts, question.gpu.memory_gib), "seconds of a step:"]
     notes.append("  " + ", ".join(f"{name} {s:.2f}" for name, s in best.time.parts.items()))
+    notes += report.instead(others)
     Console(stderr=True, soft_wrap=True, highlight=False).print("\n".join(notes))
 
 
@@ -107,6 +120,8 @@ def _question(
     host_gib: float,
     lora_r: int | None,
     objective: str,
+    reference: Literal["auto", "adapter_off", "precomputed", "model"],
+    passes: Literal["auto", "one", "two"],
     kernel: str,
     documents: int,
     targets: float,
@@ -126,6 +141,15 @@ def _question(
         problems.append(f"--host_gib is {host_gib}: 0 or more")
     if documents < 1 or not 0 < targets <= 1:
         problems.append(f"--documents is {documents}, --targets {targets}: expected 1 or more, and a share above 0")
+    pairs = objective == "dpo"
+    wrong = "model" if lora_r is not None else "adapter_off"
+    if reference == wrong:
+        problems.append(
+            f"--reference is {reference}, but {'adapters are' if lora_r is not None else 'every weight is'} trained: "
+            f"{'adapter_off' if wrong == 'model' else 'model'} or precomputed"
+        )
+    if not pairs and (reference, passes) != ("auto", "auto"):
+        problems.append("--reference and --passes are for preference pairs: add --objective dpo")
     rates = None
     try:
         rates = Gpu.load(gpu)
@@ -145,6 +169,8 @@ def _question(
         host_gib=host_gib,
         lora_r=lora_r,
         objective=objective,
+        reference=reference_of(DpoConfig(reference=reference), lora=lora_r is not None) if pairs else "none",
+        passes=passes,
         kernel=kernel,
         fused=liger == "auto",
         targets=targets,

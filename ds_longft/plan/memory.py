@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ds_longft.plan.setting import GIB, Gpu, ModelSizes, Setting
-from ds_longft.plan.step import GROUPS, TRAINABLE, WEIGHTS, Keep, Sizes, Step
+from ds_longft.plan.step import GROUPS, REFERENCE, TRAINABLE, WEIGHTS, Keep, Sizes, Step
 from ds_longft.plan.timeline import Timeline
 from ds_longft.sequence.kept import LEAVING
 
@@ -45,7 +45,12 @@ class Memory:
 
 
 def predict(model: ModelSizes, setting: Setting, gpu: Gpu) -> Memory:
-    """The peak of one step, with tensors placed as the run places them (`place`, `spend`)."""
+    """The peak of one step, with tensors placed as the run places them (`place`, `spend`).
+
+    Of pairs it is the peak of a forward and backward pass with its graph: passes without a graph (the reference, and
+    the log-probabilities ahead of two passes) make the same tensors, and keep none of them.
+    """
+    setting = setting.of_a_pass
     outside = (gpu.context_gib + (gpu.nccl_gib if setting.world > 1 else 0.0)) * GIB
     room = gpu.memory_gib * (1 - SPARE_SHARE) * GIB - outside
     keep, host = place(model, setting, room)
@@ -64,6 +69,7 @@ def place(model: ModelSizes, setting: Setting, room: float) -> tuple[tuple[Keep,
     Later layers stay on the GPU: what the first ones send away has the longest time to go and to come back. Without
     host memory everything that the policy keeps stays on the GPU. Also the bytes on this rank's host.
     """
+    setting = setting.of_a_pass
     allowed, count = host_share(setting), model.layers
     plain = (Keep(),) * count
     if not allowed or setting.recompute == "none" or step_timeline(model, setting, plain).peak <= room:
@@ -133,7 +139,12 @@ def host_bytes(model: ModelSizes, setting: Setting) -> float:
     """Pinned host memory of a rank for what the DeepSpeed JSON offloads."""
     trained = trained_weights(model, setting) / setting.world
     states = (12 + 4) * trained if setting.offload_optimizer else 0.0  # master, two moments, gradient, float32
-    return states + (2 * model.weights / setting.world if setting.offload_params else 0.0)
+    return states + (2 * models(setting) * model.weights / setting.world if setting.offload_params else 0.0)
+
+
+def models(setting: Setting) -> int:
+    """How many models lie in memory: with `reference: model` a frozen one beside the trained one."""
+    return 2 if setting.reference == "model" else 1
 
 
 def trained_weights(model: ModelSizes, setting: Setting) -> int:
@@ -144,14 +155,14 @@ def trained_weights(model: ModelSizes, setting: Setting) -> int:
 def fixed(model: ModelSizes, setting: Setting) -> dict[str, float]:
     """Bytes held all the time: weights, and what belongs to the trained ones (DeepSpeed 0.19.8, bf16).
 
-    Weights 2 bytes; master and two moments 12 bytes a trained element, split over ranks from stage 1; gradients 2,
-    split from stage 2; reduce buckets of 2 bytes.
+    Weights 2 bytes, a frozen reference's too; master and two moments 12 bytes a trained element, split over ranks from
+    stage 1; gradients 2, split from stage 2; reduce buckets of 2 bytes.
     """
     e, world, trained = setting.element_bytes, setting.world, trained_weights(model, setting)
-    whole = weights = float(e * model.weights)
+    whole = own = weights = float(e * model.weights)
     if setting.stage == 3:
         own = 0.0 if setting.offload_params else whole / world
-        gathered = whole if setting.resident else e * min(model.weights, MAX_LIVE_PARAMETERS)
+        gathered = whole if setting.resident else e * min(models(setting) * model.weights, MAX_LIVE_PARAMETERS)
         weights = own + gathered
     split_states = world if setting.stage >= 1 else 1
     split_gradients = world if setting.stage >= 2 else 1
@@ -161,7 +172,7 @@ def fixed(model: ModelSizes, setting: Setting) -> dict[str, float]:
     buffers = (2 if setting.stage >= 2 else 1) * e * bucket
     if setting.lora_r is not None:
         weights += e * trained / (world if setting.stage == 3 else 1)
-    return {WEIGHTS: weights, TRAINABLE: states + gradients + buffers}
+    return {WEIGHTS: weights, REFERENCE: (models(setting) - 1) * own, TRAINABLE: states + gradients + buffers}
 
 
 def step_timeline(model: ModelSizes, setting: Setting, keep: tuple[Keep, ...]) -> Timeline:

@@ -11,26 +11,34 @@ from ds_longft.plan.setting import GIB
 from ds_longft.yaml_io import dump_yaml
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from ds_longft.plan.search import Plan, Question
 
+LEARNING_RATES = {("sft", True): 1e-4, ("sft", False): 1e-5, ("dpo", True): 5e-6, ("dpo", False): 5e-7}
+"""Where to begin, by objective and whether adapters are trained."""
+
 BAR = 40  # characters of the GPU's whole memory
 FREE, OUTSIDE = "free", "CUDA and NCCL"
 
+PAIRS = "a pair is two documents of this length, prompt and chosen and prompt and rejected answer, in one pack"
+
 
 def length_table(plans: list[Plan], question: Question) -> Table:
-    """Longest pack of each way, most tokens first within each sp."""
+    """Longest pack of each way, most tokens first within each sp; of pairs, the longest documents."""
     caption = (
         f"{question.gpu.name} ({question.gpu.source}); reserve of 6 % not used; tokens/s of all {question.gpus} GPUs"
     )
-    table = Table(
-        "sp", "longest pack", "recomputation, JSON", "peak GiB", "host GiB", "step s", "tokens/s", caption=caption
-    )
+    longest = "longest pack"
+    if question.objective == "dpo":
+        longest = "longest documents"
+        caption += f"\n{PAIRS}; reference: {question.reference}; one pass where not said"
+    table = Table("sp", longest, "recomputation, JSON", "peak GiB", "host GiB", "step s", "tokens/s", caption=caption)
     for p in sorted(plans, key=lambda p: (p.setting.sp, -p.setting.tokens)):
         table.add_row(
             str(p.setting.sp),
-            f"{p.setting.tokens:,}",
+            f"{question.length(p.setting):,}",
             p.label,
             f"{p.memory.peak_gib:.1f}",
             f"{p.memory.host * p.setting.world / GIB:.0f}",
@@ -73,10 +81,17 @@ def write_png(plan: Plan, question: Question, path: str | Path) -> None:
     x = plan.setting
     axes.set(yticks=[], xlabel="GiB", xlim=(0, question.gpu.memory_gib))
     axes.set_title(
-        f"{x.tokens:,} tokens, sp {x.sp}, {plan.label}, {question.gpu.name}, at {plan.memory.moment}", fontsize=9
+        f"{length_in_words(plan, question)}, sp {x.sp}, {plan.label}, {question.gpu.name}, at {plan.memory.moment}",
+        fontsize=9,
     )
     axes.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.35), fontsize=8, frameon=False)
     figure.savefig(path, dpi=120)
+
+
+def length_in_words(plan: Plan, question: Question) -> str:
+    """Tokens of a pack; of pairs those of its documents too."""
+    tokens = f"{plan.setting.tokens:,} tokens"
+    return tokens if question.objective == "sft" else f"pairs of 2 x {question.length(plan.setting):,} = {tokens}"
 
 
 def recipe(plan: Plan, question: Question, model: str) -> str:
@@ -89,23 +104,38 @@ def recipe(plan: Plan, question: Question, model: str) -> str:
         train["mlp_tile_tokens"] = x.tile_tokens
     if x.kv_heads:
         train["kv_heads_at_a_time"] = x.kv_heads
+    pairs = question.objective == "dpo"
     content: dict[str, Any] = {
         "ds_config": plan.ds_config,
         "output_dir": "runs/planned",
         "sp": x.sp,
+        **({"objective": "dpo", "dpo": {"reference": x.reference, "passes": x.passes}} if pairs else {}),
         "model": {"path": model},
         "lora": None if x.lora_r is None else {"r": x.lora_r, "alpha": 2 * x.lora_r},
-        "data": {"train": ["data/train.jsonl"], "max_length_tokens": x.tokens},
-        "optim": {"learning_rate": 1e-5 if x.lora_r is None else 1e-4},
+        "data": {"train": ["data/train.jsonl"], "max_length_tokens": question.length(x)},
+        "optim": {"learning_rate": LEARNING_RATES[question.objective, x.lora_r is not None]},
         "train": train,
     }
     head = (
-        f"# Planned for {question.gpus} x {question.gpu.name} ({question.gpu.source}), {x.tokens:,} tokens a pack:\n"
+        f"# Planned for {question.gpus} x {question.gpu.name} ({question.gpu.source}), "
+        f"{length_in_words(plan, question)} a pack:\n"
         f"# peak {plan.memory.peak_gib:.1f} of {question.gpu.memory_gib:.1f} GiB, {plan.time.total_s:.1f} s a step, "
         f"{plan.time.tokens_per_s:,.0f} tokens/s of all GPUs, {x.dp} pack{'s' * (x.dp > 1)} a step.\n"
-        f"#   deepspeed launch/train.py --config this.yaml --data.train my.jsonl\n"
     )
-    return head + dump_yaml(content)
+    if x.reference == "precomputed":
+        head += "#   ds-longft data ref_logps --config this.yaml --data.train my.jsonl\n"
+    return head + "#   deepspeed launch/train.py --config this.yaml --data.train my.jsonl\n" + dump_yaml(content)
+
+
+def instead(others: Mapping[str, Plan | None]) -> list[str]:
+    """A line for each key of `search.alternatives`."""
+    lines = [
+        f"  {key}: {p.time.tokens_per_s:,.0f} tokens/s, peak {p.memory.peak_gib:.1f} GiB, sp {p.setting.sp}, {p.label}"
+        if p
+        else f"  {key}: does not fit"
+        for key, p in others.items()
+    ]
+    return ["the fastest at this length with", *lines] if lines else []
 
 
 def as_json(plan: Plan, question: Question) -> dict[str, Any]:
@@ -113,6 +143,7 @@ def as_json(plan: Plan, question: Question) -> dict[str, Any]:
     x = plan.setting
     return {
         "tokens": x.tokens,
+        "max_length_tokens": question.length(x),
         "sp": x.sp,
         "dp": x.dp,
         "ds_config": plan.ds_config,
@@ -120,6 +151,7 @@ def as_json(plan: Plan, question: Question) -> dict[str, Any]:
         "offload_host_gib": x.host_gib,
         "mlp_tile_tokens": x.tile_tokens,
         "kv_heads_at_a_time": x.kv_heads,
+        **({"passes": x.passes, "reference": x.reference} if question.objective == "dpo" else {}),
         "peak_gib": round(plan.memory.peak_gib, 2),
         "peak_at": plan.memory.moment,
         "host_gib_per_rank": round(plan.memory.host / GIB, 2),

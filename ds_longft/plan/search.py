@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from ds_longft.objectives.dpo import Reference
 from ds_longft.plan.memory import Memory, predict
-from ds_longft.plan.setting import Gpu, ModelSizes, Setting
+from ds_longft.plan.setting import Gpu, ModelSizes, Passes, Setting
 from ds_longft.plan.time import StepTime, predict_time
 
 LENGTH_STEP = 1024
@@ -25,10 +26,22 @@ TILE_TOKENS = 8192
 """An MLP tile: large enough for the tensor cores, small beside a long shard."""
 
 
+def passes_of(setting: Setting) -> list[Setting]:
+    """`passes: auto` settled both ways, one pass first; anything else is settled already."""
+    if setting.passes != "auto":
+        return [setting]
+    return [replace(setting, passes="one"), replace(setting, passes="two")]
+
+
 def savers(setting: Setting, model: ModelSizes) -> Iterator[Setting]:
-    """The setting as it is, then with MLP tiles, then with heads in turns as well."""
+    """The setting as it is, then with MLP tiles, then with heads in turns as well: first in one pass, then in two."""
+    for settled in passes_of(setting):
+        yield from _tiles_and_turns(settled, model)
+
+
+def _tiles_and_turns(setting: Setting, model: ModelSizes) -> Iterator[Setting]:
     yield setting
-    if setting.tile_tokens is None and setting.local_tokens > TILE_TOKENS:
+    if setting.tile_tokens is None and setting.of_a_pass.local_tokens > TILE_TOKENS:
         setting = replace(setting, tile_tokens=TILE_TOKENS)
         yield setting
     if setting.kv_heads is None and model.kv_heads > setting.sp:
@@ -36,18 +49,21 @@ def savers(setting: Setting, model: ModelSizes) -> Iterator[Setting]:
 
 
 def fastest_saver(model: ModelSizes, setting: Setting, gpu: Gpu, host_gib: float | None = None) -> Setting:
-    """The fastest of `savers` that fits: room for kept attention can be worth more than kept linears. The earlier one
-    unless a later one gains `WORTH_SAVING`; the last one where none fits.
-    """
-    best, least_s, chosen = setting, float("inf"), None
-    for best in savers(setting, model):
-        memory = predict(model, best, gpu)
-        if not memory.fits(gpu, host_gib, setting.local_world or setting.world):
+    """The fastest of `savers` that fits: room for kept attention can be worth more than kept linears."""
+    return fastest_of(savers(setting, model), model, gpu, host_gib)
+
+
+def fastest_of(settings: Iterable[Setting], model: ModelSizes, gpu: Gpu, host_gib: float | None = None) -> Setting:
+    """The fastest that fits: the earlier one unless a later one gains `WORTH_SAVING`; the last one where none fits."""
+    least_s, chosen = float("inf"), None
+    for each in settings:
+        memory = predict(model, each, gpu)
+        if not memory.fits(gpu, host_gib, each.local_world or each.world):
             continue
-        seconds = predict_time(model, best, gpu, memory.keep).total_s
+        seconds = predict_time(model, each, gpu, memory.keep).total_s
         if seconds < (1 - WORTH_SAVING) * least_s:
-            least_s, chosen = seconds, best
-    return chosen or best
+            least_s, chosen = seconds, each
+    return chosen or each
 
 
 @dataclass(frozen=True)
@@ -68,6 +84,8 @@ class Plan:
             words.append("tiles")
         if x.kv_heads:
             words.append("heads in turns")
+        if x.passes == "two":
+            words.append("two passes")
         if x.host_gib:
             words.append(f"host {x.host_gib:.0f} GiB")
         return " + ".join([*words, self.ds_config.removeprefix("ds_configs/").removesuffix(".json")])
@@ -83,10 +101,17 @@ class Question:
     host_gib: float  # of the node
     lora_r: int | None = 16
     objective: str = "sft"
+    reference: Reference = "none"  # of pairs
+    passes: Passes = "auto"  # of pairs; auto: both are considered
     kernel: str = ""  # "": the GPU's fastest
     fused: bool = True
     targets: float = 1.0
-    documents: int = 1  # equal documents of a pack
+    documents: int = 1  # equal documents of a pack, or equal pairs of one
+
+    @property
+    def documents_per_row(self) -> int:
+        """A pair is two documents of one pack, each as long as is asked for."""
+        return 2 if self.objective == "dpo" else 1
 
     def settings(self) -> Iterator[tuple[Setting, str]]:
         """Every way that is considered: sp, DeepSpeed JSON, recomputation, host memory. Lengths are not set yet."""
@@ -103,7 +128,8 @@ class Question:
                 kernel=kernel,
                 fused=self.fused,
                 targets=self.targets,
-                objective=self.objective,
+                reference=self.reference,
+                passes=self.passes if self.objective == "dpo" else "one",
             )
             ways = [(base, "ds_configs/zero3_sp.json")]
             if self.lora_r is not None:
@@ -113,14 +139,20 @@ class Question:
                 ways.append((away, "ds_configs/zero3_offload.json"))
             for way, ds_config in ways:
                 for recompute in ("auto", "full", "sqrt"):
-                    yield replace(way, recompute=recompute), ds_config
-                    if self.host_gib and not way.offload_params:
-                        yield replace(way, recompute=recompute, host_gib=self.host_gib), ds_config
+                    for settled in passes_of(replace(way, recompute=recompute)):
+                        yield settled, ds_config
+                        if self.host_gib and not way.offload_params:
+                            yield replace(settled, host_gib=self.host_gib), ds_config
 
     def at(self, setting: Setting, tokens: int) -> Setting:
-        """The same for packs of `tokens`."""
+        """The same for packs of `tokens`; of pairs, for `tokens` of chosen and as many of rejected documents."""
         share, rest = divmod(tokens, self.documents)
-        return replace(setting, lengths=(share + rest, *(share,) * (self.documents - 1)))
+        rows = (share + rest, *(share,) * (self.documents - 1))
+        return replace(setting, lengths=tuple(n for n in rows for _ in range(self.documents_per_row)))
+
+    def length(self, setting: Setting) -> int:
+        """What `at` was asked for: tokens of a pack, of pairs those of one side."""
+        return setting.tokens // self.documents_per_row
 
     def plan(self, setting: Setting, ds_config: str, tokens: int) -> Plan | None:
         """The prediction at a length, None where it does not fit."""
@@ -145,13 +177,13 @@ class Question:
 
 
 def longest_of_each(question: Question) -> list[Plan]:
-    """For each sp, recomputation and offload the longest pack, with the DeepSpeed JSON that allows most of it."""
-    best: dict[tuple[int, str, bool], Plan] = {}
+    """For each sp, recomputation, offload and number of passes the longest pack, with the JSON that allows most."""
+    best: dict[tuple[int, str, bool, str], Plan] = {}
     for setting, ds_config in question.settings():
         plan = question.longest(setting, ds_config)
         if plan is None:
             continue
-        key = (setting.sp, setting.recompute, setting.host_gib > 0)
+        key = (setting.sp, setting.recompute, setting.host_gib > 0, setting.passes)
         seen = best.get(key)
         if seen is None or plan.setting.tokens > seen.setting.tokens:
             best[key] = plan
@@ -162,3 +194,19 @@ def fastest(question: Question, tokens: int) -> Plan | None:
     """The setting that trains most tokens a second at this length; None where nothing fits."""
     plans = (question.plan(setting, ds_config, tokens) for setting, ds_config in question.settings())
     return max((p for p in plans if p is not None), key=lambda p: p.time.tokens_per_s, default=None)
+
+
+def alternatives(question: Question, plan: Plan) -> dict[str, Plan | None]:
+    """Of pairs: the fastest setting at the plan's length with the other number of passes, and with the reference from
+    elsewhere, by the key that asks for it; None where nothing fits.
+    """
+    if question.objective == "sft":
+        return {}
+    passes: Passes = "two" if plan.setting.passes == "one" else "one"
+    live: Reference = "adapter_off" if question.lora_r is not None else "model"
+    reference: Reference = live if question.reference == "precomputed" else "precomputed"
+    others = {
+        f"dpo.passes: {passes}": replace(question, passes=passes),
+        f"dpo.reference: {reference}": replace(question, reference=reference),
+    }
+    return {key: fastest(other, question.length(plan.setting)) for key, other in others.items()}

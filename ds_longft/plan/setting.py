@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -16,8 +16,11 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ds_longft.errors import ConfigError, ModelError
 from ds_longft.model.flops import layer_windows
+from ds_longft.objectives.dpo import Reference
 
 GIB = 2**30
+
+Passes = Literal["one", "two", "auto"]
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class ModelSizes:
 class Setting:
     """One way to train: what is chosen by the run config and the DeepSpeed JSON."""
 
-    lengths: tuple[int, ...]  # document lengths of one pack, tokens
+    lengths: tuple[int, ...]  # document lengths of one pack, tokens; of pairs: chosen, rejected, chosen, ...
     sp: int = 1
     world: int = 1
     lora_r: int | None = 16  # None: every weight is trained
@@ -116,7 +119,8 @@ class Setting:
     fused: bool = True  # liger's norm, rotary embedding and gated activation
     targets: float = 1.0  # share of the tokens that have a target
     element_bytes: int = 2
-    objective: str = "sft"
+    reference: Reference = "none"  # of pairs: where the reference's log-probabilities come from
+    passes: Passes = "one"  # of pairs, as dpo.passes; "auto" is counted as one until `search.savers` settles it
 
     @property
     def tokens(self) -> int:
@@ -127,6 +131,13 @@ class Setting:
     def local_tokens(self) -> int:
         """s = S / sp, rounded up as packs are padded."""
         return -(-self.tokens // self.sp)
+
+    @property
+    def of_a_pass(self) -> Setting:
+        """What one forward and backward pass works on: the pack, or of pairs in two passes their longer side."""
+        if self.passes != "two":
+            return self
+        return replace(self, lengths=max(self.lengths[::2], self.lengths[1::2], key=sum), passes="one")
 
     @property
     def dp(self) -> int:

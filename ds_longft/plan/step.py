@@ -18,6 +18,7 @@ from ds_longft.sequence.loss import CHUNK_BYTES
 
 LAYER_INPUTS, ATTENTION, LINEARS = "layer inputs", "kept attention", "kept linears"
 WEIGHTS, TRAINABLE, WORK, HEAD = "weights", "gradients and optimizer", "working set", "head and loss"
+REFERENCE = "reference model"
 TRANSIT = "to and from the host"
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))

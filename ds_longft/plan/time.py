@@ -1,8 +1,8 @@
 """Seconds of one optimizer step on one GPU: operations over rates, bytes over bandwidths. Formulas in docs/plan.md.
 
 Counted: attention and matrix products (forward, recomputation, backward), LoRA's products and elementwise kernels by
-the bytes they move, the exchange, gathers of ZeRO-3, host copies that do not hide behind compute, the optimizer. Rates
-are a GPU type's (`Gpu`), times its sustained share.
+the bytes they move, the exchange, gathers of ZeRO-3, host copies that do not hide behind compute, the optimizer; of
+pairs also the passes without a gradient. Rates are a GPU type's (`Gpu`), times its sustained share.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ KERNEL_LAUNCHES_S = 1.5e-4
 for kernels that are launched once a document. An estimate."""
 
 PER_DOCUMENT = ("cudnn",)
+
+WITHOUT_GRADIENT = "passes without gradient"
 
 
 @dataclass(frozen=True)
@@ -45,49 +47,59 @@ class StepTime:
 
 
 def predict_time(model: ModelSizes, setting: Setting, gpu: Gpu, keep: Sequence[Keep]) -> StepTime:
-    """Seconds of one step of one pack, with the linears that `keep` says kept."""
-    x, z = setting, Sizes(model, setting)
+    """Seconds of one step of one pack, with the linears that `keep` says kept.
+
+    Of pairs in two passes everything but the optimizer happens twice, for one side of the pairs each.
+    """
+    x = setting.of_a_pass
+    z, times = Sizes(model, x), 2 if setting.passes == "two" else 1
     forwards = layer_forwards(model, x)
     keeping = x.recompute in ("none", "keep_attention", "auto")
     again = sum(1 for k in keep if not (keeping and k.attention)) / model.layers  # layers that compute attention again
-    extra = _extra_forward(x)
-    attention_forward = 1 + again * (forwards - 1) + extra
+    attention_forward = 1 + again * (forwards - 1)
     attention_s = attention_forward * attention(model, x, gpu, "forward") + attention(model, x, gpu, "backward")
 
-    rate = gpu.gemm_tflops * 1e12 * gpu.sustained.get("gemm", 1.0)
-    s = x.local_tokens
-    passes = forwards + extra + (1 if x.lora_r is not None else 2)
+    passes = forwards + (1 if x.lora_r is not None else 2)
     linears = passes * model.layer_weights * model.layers
     if forwards > 1 and not model.norm_after_mlp:  # the last one is not computed again for its own backward pass
         linears -= _elements(model, GROUPS[3]) * model.layers
     linears -= sum(_elements(model, group) for k in keep for group in _kept_groups(k))
-    head = model.head_weights * x.targets * (2 + extra if x.lora_r is not None else 4)
-    linear_s = 2 * s * (linears + head) / rate
+    head = model.head_weights * x.targets * (2 if x.lora_r is not None else 4)
 
     moved = elementwise_bytes(model, z, forwards) * model.layers
     moved += lora_bytes(model, x, forwards) * model.layers
     parts = {
         "attention": attention_s,
-        "matrix products": linear_s,
+        "matrix products": _products(x, gpu, linears + head),
         "elementwise and LoRA": moved / (gpu.memory_gb_s * 1e9),
-        "launches": KERNEL_LAUNCHES_S * model.layers * (len(x.lengths) if x.kernel in PER_DOCUMENT else 1),
+        "launches": _launches(model, x),
+        "exchange": _exchange(model, z, gpu, attention_forward * (z.send + z.q) + z.send + 2 * z.q + z.send),
+        "gathering weights": _gathering(model, x, gpu, min(forwards + 1, 3)),
     }
-    if x.sp > 1:
-        away = (x.sp - 1) / x.sp
-        forward = z.send + z.q
-        backward = z.send + 2 * z.q + z.send
-        exchanged = (attention_forward * forward + backward) * away * model.layers
-        copies = 2 * (attention_forward * forward + backward) * 2 * model.layers  # read and written, both ways
-        parts["exchange"] = exchanged / (gpu.all_to_all_gb_s * 1e9) + copies / (gpu.memory_gb_s * 1e9)
-    if x.world > 1 or x.offload_params:
-        parts["gathering weights"] = _gathering(model, x, gpu, forwards)
+    parts = {name: times * seconds for name, seconds in parts.items()}
     trained = trained_weights(model, x)
     if x.offload_optimizer:  # gradients out, weights back, Adam on the host at about 5 GB/s an element's 16 bytes
         parts["optimizer"] = trained / x.world * (4 / (gpu.host_gb_s * 1e9) + 16 / 2e10)
     else:
         parts["optimizer"] = trained / (x.world if x.stage else 1) * 40 / (gpu.memory_gb_s * 1e9)
-    parts["host copies"] = _host_copies(model, z, keep, sum(parts.values()), gpu)
-    return StepTime({k: v for k, v in parts.items() if v}, x.tokens, x.world, x.sp)
+    parts["host copies"] = times * _host_copies(z, keep, sum(parts.values()) / times, gpu)
+    live = x.reference in ("adapter_off", "model")
+    ahead = [False] * live + [True] * (setting.passes == "two")  # of each: whether adapters are on
+    parts[WITHOUT_GRADIENT] = times * sum(without_gradient(model, x, gpu, adapters=on) for on in ahead)
+    return StepTime({k: v for k, v in parts.items() if v}, setting.tokens, x.world, x.sp)
+
+
+def without_gradient(model: ModelSizes, x: Setting, gpu: Gpu, *, adapters: bool) -> float:
+    """Seconds of one forward pass that keeps nothing: the reference's, or the model's own ahead of two passes."""
+    z = Sizes(model, x)
+    moved = elementwise_bytes(model, z, 1, backward=False)
+    if adapters:
+        moved += lora_bytes(model, x, 1, backward=False)
+    seconds = attention(model, x, gpu, "forward")
+    seconds += _products(x, gpu, model.layer_weights * model.layers + model.head_weights * x.targets)
+    seconds += moved * model.layers / (gpu.memory_gb_s * 1e9)
+    seconds += _launches(model, x) / 3 + _exchange(model, z, gpu, z.send + z.q)
+    return seconds + _gathering(model, x, gpu, 1)
 
 
 def layer_forwards(model: ModelSizes, setting: Setting) -> float:
@@ -98,11 +110,6 @@ def layer_forwards(model: ModelSizes, setting: Setting) -> float:
         return 2.0
     segments = len(segment_starts(model, setting))
     return (3 * model.layers - segments) / model.layers
-
-
-def _extra_forward(setting: Setting) -> int:
-    """DPO's reference: the same pack once more without gradient."""
-    return 1 if setting.objective == "dpo" else 0
 
 
 def attention(model: ModelSizes, setting: Setting, gpu: Gpu, direction: str) -> float:
@@ -143,22 +150,40 @@ def rate_at(table: Sequence[Sequence[float]], tokens: int) -> float:
     return points[-1][1]
 
 
-def elementwise_bytes(model: ModelSizes, z: Sizes, forwards: float) -> float:
+def elementwise_bytes(model: ModelSizes, z: Sizes, forwards: float, *, backward: bool = True) -> float:
     """Read and written by a layer's norms, rotary embedding, activation and residual adds."""
-    forward = 2 * 2 * z.u + 2 * 3 * z.u + 3 * z.f + 2 * (z.q + z.k)
-    backward = 2 * 3 * z.u + 2 * 3 * z.u + 5 * z.f + 2 * (z.q + z.k)
+    forth = 2 * 2 * z.u + 2 * 3 * z.u + 3 * z.f + 2 * (z.q + z.k)
+    back = 2 * 3 * z.u + 2 * 3 * z.u + 5 * z.f + 2 * (z.q + z.k)
     wide = 1 if z.setting.fused else 2.5  # float32 copies of transformers' own norm and rotary embedding
-    return wide * (forwards * forward + backward)
+    return wide * (forwards * forth + backward * back)
 
 
-def lora_bytes(model: ModelSizes, x: Setting, forwards: float) -> float:
+def lora_bytes(model: ModelSizes, x: Setting, forwards: float, *, backward: bool = True) -> float:
     """`linear._Linears`: x A' reads the input, adding reads and writes the output; backward reads dy twice."""
     if x.lora_r is None:
         return 0.0
-    per_token = sum(forwards * 2 * o + 2 * o for _, _, o in model.linear_io)
+    per_token = sum(forwards * 2 * o + backward * 2 * o for _, _, o in model.linear_io)
     inputs = {group: next((i for n, i, _ in model.linear_io if n in group), 0) for group in GROUPS}
-    per_token += sum((forwards + 3) * i for i in inputs.values())
+    per_token += sum((forwards + backward * 3) * i for i in inputs.values())
     return x.local_tokens * x.element_bytes * per_token
+
+
+def _products(x: Setting, gpu: Gpu, weights: float) -> float:
+    """Matrix products of a rank's tokens with so many weights."""
+    return 2 * x.local_tokens * weights / (gpu.gemm_tflops * 1e12 * gpu.sustained.get("gemm", 1.0))
+
+
+def _launches(model: ModelSizes, x: Setting) -> float:
+    return KERNEL_LAUNCHES_S * model.layers * (len(x.lengths) if x.kernel in PER_DOCUMENT else 1)
+
+
+def _exchange(model: ModelSizes, z: Sizes, gpu: Gpu, of_a_layer: float) -> float:
+    """So many bytes of each layer to and from the other ranks, read and written on both ends."""
+    sp = z.setting.sp
+    if sp == 1:
+        return 0.0
+    exchanged, copies = of_a_layer * (sp - 1) / sp * model.layers, 2 * of_a_layer * 2 * model.layers
+    return exchanged / (gpu.all_to_all_gb_s * 1e9) + copies / (gpu.memory_gb_s * 1e9)
 
 
 def _kept_groups(keep: Keep) -> list[tuple[str, ...]]:
@@ -169,16 +194,16 @@ def _elements(model: ModelSizes, names: tuple[str, ...]) -> int:
     return sum(i * o for n, i, o in model.linear_io if n in names)
 
 
-def _gathering(model: ModelSizes, x: Setting, gpu: Gpu, forwards: float) -> float:
+def _gathering(model: ModelSizes, x: Setting, gpu: Gpu, passes: float) -> float:
     """ZeRO-3: released weights come once a pass; from the host, if they lie there. Nothing hidden is counted off."""
-    if x.stage < 3 or (x.resident and not x.offload_params):
+    if x.stage < 3 or (not x.offload_params and (x.resident or x.world == 1)):
         return 0.0
-    whole = x.element_bytes * model.weights * min(forwards + 1, 3)
+    whole = x.element_bytes * model.weights * passes
     seconds = whole * (x.world - 1) / x.world / (gpu.all_gather_gb_s * 1e9)
     return seconds + (whole / x.world / (gpu.host_gb_s * 1e9) if x.offload_params else 0.0)
 
 
-def _host_copies(model: ModelSizes, z: Sizes, keep: Sequence[Keep], compute_s: float, gpu: Gpu) -> float:
+def _host_copies(z: Sizes, keep: Sequence[Keep], compute_s: float, gpu: Gpu) -> float:
     """What of the copies is not hidden: out during the forward pass (a third of the step), back during the rest."""
     costs = (z.group(GROUPS[0]), z.group(GROUPS[1]), z.group(GROUPS[2]), z.q + z.lse, z.u)
     names = ("qkv", "o", "gate_up", "attention", "input")

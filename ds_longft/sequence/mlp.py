@@ -51,7 +51,7 @@ class TiledMlp:
         """x [.., D] -> [.., D]."""
         modules = (*self.gate_up.modules, *self.down.modules)
         if any(getattr(m, "disable_adapters", False) or getattr(m, "merged", False) for m in modules):
-            return self.plain(x)
+            return self._plain(x)
         first, second = self.gate_up.tensors, self.down.tensors
         spec = _Spec(
             self.tile_tokens, self.combine, (self.gate_up.scales, self.down.scales), len(first), self.own_input
@@ -60,6 +60,18 @@ class TiledMlp:
         if isinstance(self.kept, Unread):
             self.kept.node = out.grad_fn
         return out
+
+    def _plain(self, x: Tensor) -> Tensor:
+        """The module's own forward, adapters switched off or merged; in tiles too where no gradient is wanted (the
+        reference of preference pairs), or it would have a higher peak than training.
+        """
+        if torch.is_grad_enabled():
+            return self.plain(x)
+        x2 = x.reshape(-1, x.shape[-1])  # [t, D]
+        out = torch.empty_like(x2)
+        for rows in _tiles(len(x2), self.tile_tokens):
+            out[rows] = self.plain(x2[rows])
+        return out.view(x.shape)
 
 
 class _Tiled(torch.autograd.Function):

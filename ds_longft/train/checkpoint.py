@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class TrainState:
     trained: str  # of the trainable parameters' names and shapes
     wandb_id: str | None = None
     eval_due: bool = False  # stopped before the evaluation that belongs to `step`
+    loss: dict[str, Any] = field(default_factory=dict)  # key -> value of what decides it; {}: not written down yet
 
 
 class Checkpoints:
@@ -184,20 +185,25 @@ class Checkpoints:
             raise CheckpointError(f"DeepSpeed found nothing to load in {path}/{ENGINE}")
         set_rng_state(load_file(path / f"rng-{self.agreement.rank:05d}.safetensors"))
 
-    def check_same_run(self, path: Path, state: TrainState, *, fingerprint: str, trained: str) -> None:
-        """Refuse to continue a run whose data, their order or trained weights changed.
+    def check_same_run(self, path: Path, state: TrainState, new: TrainState) -> None:
+        """Refuse to continue a run whose data, their order, trained weights or loss changed.
 
         Raises:
             CheckpointError: lists everything that changed.
         """
         changed = []
-        if state.fingerprint != fingerprint:
+        if state.fingerprint != new.fingerprint:
             changed.append(
                 "the data, its order or the packs of a step (data.*, seed, dp x train.gradient_accumulation_steps) "
                 "changed"
             )
-        if state.trained != trained:
+        if state.trained != new.trained:
             changed.append("the trained parameters (lora.*, model.path) changed")
+        changed += [
+            f"{key} was {value} and is {new.loss[key]} now"
+            for key, value in state.loss.items()
+            if key in new.loss and new.loss[key] != value
+        ]
         if changed:
             raise CheckpointError(
                 f"{path} cannot be continued exactly: {'; '.join(changed)}. "

@@ -14,6 +14,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ds_longft.errors import CheckpointError
 from ds_longft.train.ranks import Agreement
 
@@ -31,6 +33,7 @@ def load_for_other_world(engine: Any, path: Path, tag: str, agreement: Agreement
         return
     joined = path.parent / f".universal-{path.name}"
     agreement.on_rank0(lambda: _join(path / tag, joined / tag))
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
     try:
         engine._config.load_universal_checkpoint = True
         loaded, _ = engine.load_checkpoint(str(joined), tag=tag, load_module_strict=False)
@@ -41,6 +44,13 @@ def load_for_other_world(engine: Any, path: Path, tag: str, agreement: Agreement
             shutil.rmtree(joined, ignore_errors=True)
     if loaded is None:
         raise CheckpointError(f"DeepSpeed found nothing to load in the universal form of {path}")
+    # DeepSpeed 0.19.8 hands the first group's settings to all (norms would be decayed like matrices), and one counter
+    # of steps, which each group then counts up.
+    for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    for state in engine.optimizer.optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
 
 
 def _join(source: Path, target: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import deepspeed
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ds_longft.config import OptimConfig, RunConfig
@@ -29,7 +29,7 @@ from ds_longft.objectives.dpo import DpoObjective, reference_of
 from ds_longft.objectives.sft import SftObjective
 from ds_longft.plan.advice import choose_for_run
 from ds_longft.sequence.attention import ULYSSES, register
-from ds_longft.train.speed import Recompute, fused_kernels, keep_resident, liger_fits
+from ds_longft.train.speed import Recompute, fuse_and_tile, fused_kernels, keep_resident, liger_fits
 
 
 @dataclass
@@ -87,7 +87,8 @@ def build(
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     train = config.train
     tile_tokens, kv_heads, places = train.mlp_tile_tokens, train.kv_heads_at_a_time, None
-    if device.type == "cuda" and config.objective == "sft":  # the planner knows no pairs
+    passes = config.dpo.passes
+    if device.type == "cuda":
         chosen = choose_for_run(
             config,
             engine_config,
@@ -100,6 +101,7 @@ def build(
         )
         if chosen is not None:
             tile_tokens, kv_heads, places = chosen[0].tile_tokens, chosen[0].kv_heads, chosen[1]
+            passes = chosen[0].passes
     base = load_model(
         config.model, hf_config, ds_engine_config=engine_config, dtype=dtype, device=device, seed=config.seed
     )
@@ -115,9 +117,13 @@ def build(
         reference = None
         if reference_of(config.dpo, lora=config.lora is not None) == "model":
             reference = frozen_reference(config, engine_config, hf_config, dtype, device)
+            if tile_tokens:  # its forward pass would have the highest peak
+                for layer in reference.get_decoder().layers:
+                    fuse_and_tile(layer, stage, tile_tokens)
         objective = DpoObjective(
             model, layout, config.dpo, config.model.kernel, reference_model=reference, kv_heads_at_a_time=kv_heads
         )
+        objective.passes = "two" if passes == "two" else "one"
     else:
         objective = SftObjective(model, layout, config.model.kernel, kv_heads)
     recompute = Recompute.install(base, config, stage, local_world, device, tile_tokens=tile_tokens, places=places)
@@ -153,7 +159,7 @@ def frozen_reference(
     hf_config: PretrainedConfig,
     dtype: torch.dtype,
     device: torch.device,
-) -> nn.Module:
+) -> PreTrainedModel:
     """The model as it is before training, a second time: partitioned under ZeRO-3, never trained and never saved."""
     model = load_model(
         config.model,
@@ -165,7 +171,8 @@ def frozen_reference(
     )
     check_rope(model, hf_config)
     fused_kernels(model, config, device)
-    return model.requires_grad_(False)
+    model.requires_grad_(False)
+    return model
 
 
 def seed_dropout(seed: int, rank: int) -> None:

@@ -29,7 +29,7 @@ from ds_longft.train.data_facts import write_data_facts
 from ds_longft.train.health import Watchdog
 from ds_longft.train.interrupt import StopRequest
 from ds_longft.train.lock import lock_folder
-from ds_longft.train.made_of import what_ranks_share, write_facts
+from ds_longft.train.made_of import what_decides_the_loss, what_ranks_share, write_facts
 from ds_longft.train.metrics import Records, read_metrics, summary_table
 from ds_longft.train.model_check import check_model
 from ds_longft.train.ranks import Launch, join
@@ -61,6 +61,8 @@ def run(
     try:
         return _run(config, settings, sp, launch, status, stop, started)
     except torch.OutOfMemoryError as error:
+        if status.passes is not None:
+            config = config.model_copy(update={"dpo": config.dpo.model_copy(update={"passes": status.passes})})
         raise memory_error(error, config, settings.engine, sp, launch.world, status.where) from error
 
 
@@ -146,13 +148,15 @@ def _run(
         world=layout.world,
         fingerprint=train_loader.fingerprint,
         trained=trained_fingerprint(built.model),
+        loss=what_decides_the_loss(config),
     )
     found = checkpoints.find(config.train.resume)
     if found is not None:
         path, saved = found
-        checkpoints.check_same_run(path, saved, fingerprint=state.fingerprint, trained=state.trained)
+        checkpoints.check_same_run(path, saved, state)
         checkpoints.load(built.engine, path, saved)
-        state = TrainState(**{**vars(saved), "total_steps": state.total_steps, "world": layout.world})
+        now = {"total_steps": state.total_steps, "world": layout.world, "loss": state.loss}
+        state = TrainState(**{**vars(saved), **now})
     aside = checkpoints.set_aside_after(state.step)
     records = Records(folder, config.log, total_steps=state.total_steps, first_step=state.step, active=launch.rank == 0)
     tracked = tracked_config(config, {"world": layout.world, "dp": layout.dp, "total_steps": state.total_steps})
@@ -164,9 +168,10 @@ def _run(
         records.say(_header(config, layout, device, train_loader, state, found[0] if found else None))
         records.say(f"{trainable_parameters(built.model)}; {kernels}")
     status.where = "in the dry run of the longest pack, before the first step"
-    longest = train_loader.longest_pack(0)
-    passes = choose_passes(built.engine, config.dpo.passes, longest, layout, device)
-    kept = rehearse(built.engine, built.recompute, longest, layout, device)
+    passes = choose_passes(built.engine, config.dpo.passes, train_loader.fullest_pack(0), layout, device)
+    status.passes = getattr(built.engine.module, "passes", None)  # of preference pairs
+    fullest = train_loader.fullest_pack(0, of_a_side=status.passes == "two")
+    kept = rehearse(built.engine, built.recompute, fullest, layout, device)
     phases.done("rehearsed" if kept else "ready")
     if launch.rank == 0:
         records.say("start-up: " + phases.text())

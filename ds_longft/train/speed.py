@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from transformers import PreTrainedModel
 
 from ds_longft.batch import Pack
@@ -26,7 +27,7 @@ from ds_longft.objectives.dpo import DpoObjective
 from ds_longft.plan.step import Keep
 from ds_longft.sequence.kept import LEAVING, HostStore
 from ds_longft.sequence.linear import LinearGroup, fuse_linears, gather_with
-from ds_longft.sequence.mlp import tile_mlp
+from ds_longft.sequence.mlp import TiledMlp, tile_mlp
 from ds_longft.sequence.recompute import LayerKeep, apply_recompute
 from ds_longft.sequence.remade import remake_first_input
 from ds_longft.train.step import backpropagate_pack
@@ -111,16 +112,11 @@ class Recompute:
         made.keep = [LayerKeep(i) for i in range(len(layers))]
         # Segments call layers outside of the gathering that a fused layer needs under ZeRO-3.
         if not (stage == 3 and policy in ("every_k", "sqrt")):
-            made.groups = [fuse_linears(layer) for layer in layers]
-            for keep, layer, groups in zip(made.keep, layers, made.groups, strict=True):
-                if stage == 3:
-                    gather_with(layer, (m for g in groups for m in g.members))
-                keep.last = next((g for g in groups if g.names == ("down_proj",)), None)
-                if tile_tokens and (tiled := tile_mlp(layer, groups, tile_tokens)) is not None:
-                    keep.last, made.tiled = tiled, True
-                    first = next((g for g in groups if "q_proj" in g.names), None)
-                    if first is not None:
-                        first.remade = remake_first_input(layer)
+            for keep, layer in zip(made.keep, layers, strict=True):
+                groups, tiled = fuse_and_tile(layer, stage, tile_tokens)
+                made.groups.append(groups)
+                keep.last = tiled or next((g for g in groups if g.names == ("down_proj",)), None)
+                made.tiled = made.tiled or tiled is not None
         if config.train.mlp_tile_tokens and not made.tiled:
             raise ModelError(
                 f"train.mlp_tile_tokens is {config.train.mlp_tile_tokens}, but the MLPs of {base.config.model_type} "
@@ -182,16 +178,39 @@ class Recompute:
         return on_device, on_host
 
 
+def fuse_and_tile(layer: nn.Module, stage: int, tile_tokens: int | None) -> tuple[list[LinearGroup], TiledMlp | None]:
+    """Fuse a decoder layer's linears. With `tile_tokens`: tile its MLP if it has gate, up and down, and make the input
+    of q, k and v again instead of keeping it.
+    """
+    groups = fuse_linears(layer)
+    if stage == 3:
+        gather_with(layer, (m for g in groups for m in g.members))
+    if tile_tokens is None:
+        return groups, None
+    for group in groups:
+        if "q_proj" in group.names:
+            group.remade = remake_first_input(layer)
+    return groups, tile_mlp(layer, groups, tile_tokens)
+
+
+def dry_pass(engine: Any, pack: Pack, layout: ParallelLayout, device: torch.device) -> None:
+    """Forward and backward of a pack that leave nothing behind: no gradient, as the loss is multiplied by zero, and the
+    random state as it was. Dropout would otherwise draw other masks after a resume than in a run that was not stopped.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        backpropagate_pack(engine, pack, 0.0, layout, device)
+
+
 def rehearse(engine: Any, recompute: Recompute, pack: Pack, layout: ParallelLayout, device: torch.device) -> str | None:
     """On GPUs: one forward and backward pass on the longest pack; with `auto`, then keep what the memory left allows.
 
-    What does not fit is found before the first step and not hours into a run. The loss is multiplied by zero, so no
-    gradient and no weight changes. Collective. Returns a line for the reader, None without GPUs.
+    What does not fit is found before the first step and not hours into a run. Collective. Returns a line for the
+    reader, None without GPUs.
     """
     if device.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats(device)
-    backpropagate_pack(engine, pack, 0.0, layout, device)
+    dry_pass(engine, pack, layout, device)
     free = torch.tensor(free_bytes(device), device=device)
     dist.all_reduce(free, op=dist.ReduceOp.MIN)
     peak = torch.cuda.max_memory_allocated(device)
@@ -212,18 +231,23 @@ def rehearse(engine: Any, recompute: Recompute, pack: Pack, layout: ParallelLayo
 
 
 def choose_passes(engine: Any, wanted: str, pack: Pack, layout: ParallelLayout, device: torch.device) -> str | None:
-    """`dpo.passes: auto`: one pass where the longest pack fits so. Collective; a line, None if nothing was open.
+    """`dpo.passes: auto`: the plan's choice, and where that is one pass, whether the longest pack fits so. Collective;
+    a line, None if nothing was open.
 
-    Measured in two passes, which need less: one pass holds the activations of both sides at once, so it takes at most
-    twice what two passes took beyond the memory that was in use before. Nothing can run out of memory by trying.
+    The plan (`plan.advice.choose_for_run`) has put its choice into the objective: one pass where it is predicted to fit
+    and two are not faster for what they leave free. Measured in two passes, which need less: one pass holds the
+    activations of both sides at once, so it takes at most twice what two passes took beyond the memory that was in use
+    before. Nothing can run out of memory by trying.
     """
     objective = engine.module
     if not isinstance(objective, DpoObjective) or wanted != "auto" or device.type != "cuda":
         return None
+    if objective.passes == "two":
+        return "dpo.passes auto: two, as `ds-longft plan` predicts"
     objective.passes = "two"
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    backpropagate_pack(engine, pack, 0.0, layout, device)
+    dry_pass(engine, pack, layout, device)
     used = torch.cuda.max_memory_allocated(device) - before
     spare = torch.tensor(free_bytes(device) - used, device=device)
     dist.all_reduce(spare, op=dist.ReduceOp.MIN)

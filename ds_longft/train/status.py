@@ -34,6 +34,7 @@ class Status:
         self.error: str | None = None
         self.first_step: int | None = None
         self.where = "at the start"  # what the run is at, for messages
+        self.passes: str | None = None  # what dpo.passes: auto was settled to, for messages
         self.begun = time.time()
 
     def training(self, first_step: int) -> None:

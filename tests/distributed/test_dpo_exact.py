@@ -16,12 +16,12 @@ from ds_longft.config import DpoConfig
 from ds_longft.layout import ParallelLayout
 from ds_longft.objectives.dpo import METRICS, DpoObjective
 from ds_longft.sequence.attention import ULYSSES, register
-from ds_longft.sequence.linear import fuse_linears
 from ds_longft.sequence.recompute import apply_recompute
 from ds_longft.train.pairs import backpropagate_pairs, evaluate_pairs, reference_logps
+from ds_longft.train.speed import fuse_and_tile
 from tests.distributed.dpo_cases import PairLengths, pair_pack, reference_step
 from tests.distributed.models import tiny_config, tiny_model
-from tests.distributed.test_exact import assert_equal, prepared
+from tests.distributed.test_exact import assert_equal, install, prepared
 
 PACKS: tuple[PairLengths, ...] = ([(20, 5, 9), (3, 30, 1)], [(1, 1, 40)], [(17, 8, 8), (2, 3, 4), (30, 1, 2)])
 WEIGHTS = ([1.0, 0.5], [2.0], None)
@@ -60,12 +60,17 @@ def one_step(
         second = shaken(copy.deepcopy(base)).requires_grad_(False)
     model = prepared(base, lora)
     layout = ParallelLayout.create(sp)
-    objective = DpoObjective(model, layout, DpoConfig(**dpo), reference_model=second)
+    turns = 1 if policy == "host" else None
+    objective = DpoObjective(model, layout, DpoConfig(**dpo), reference_model=second, kv_heads_at_a_time=turns)
     layers = list((model.get_base_model() if lora else model).get_decoder().layers)
-    if policy == "fused":
-        for layer in layers:
-            fuse_linears(layer)
-    apply_recompute(layers, {"fused": "keep_attention"}.get(policy, policy))
+    if policy in ("fused", "tiles"):
+        of_second = list(second.get_decoder().layers) if second is not None else []
+        for layer in layers + of_second:
+            fuse_and_tile(layer, 0, 7 if policy == "tiles" else None)
+    if policy == "host":  # as a run is set up whose longest pair hardly fits
+        install(layers, "auto", {"tile": 7, "host": ("input", "attention")})
+    else:
+        apply_recompute(layers, {"fused": "keep_attention", "tiles": "full"}.get(policy, policy))
     engine = PlainEngine(objective)
     made = [pair_pack(each, seed=i, multiple=sp, weights=WEIGHTS[i]) for i, each in enumerate(packs)]
     if dpo.get("reference") == "precomputed":
@@ -128,6 +133,10 @@ CASES = [
     ({"passes": "two", "loss": "simpo", "beta": 2.0, "label_smoothing": 0.1}, False, {}, "sqrt", 4, 2),
     ({"passes": "one"}, False, TIED, "keep_attention", 4, 4),
     ({"passes": "two"}, False, {}, "full", 2, 1),
+    ({"passes": "one"}, True, {}, "tiles", 2, 2),
+    ({"passes": "two"}, False, {}, "tiles", 2, 2),
+    ({"passes": "one"}, True, {}, "host", 2, 2),
+    ({"passes": "two"}, True, {}, "host", 2, 1),
     ({"passes": "one", "reference": "precomputed"}, True, {}, "fused", 2, 2),
     ({"passes": "two", "reference": "precomputed"}, False, {}, "keep_attention", 4, 2),
     ({"passes": "two", "reference": "precomputed"}, WHOLE_HEAD, {}, "fused", 3, 3),

@@ -14,11 +14,9 @@ from ds_longft.model.lora import add_lora
 from ds_longft.objectives.sft import SftObjective
 from ds_longft.sequence.attention import ULYSSES, register
 from ds_longft.sequence.kept import HostStore
-from ds_longft.sequence.linear import fuse_linears
-from ds_longft.sequence.mlp import tile_mlp
 from ds_longft.sequence.recompute import LayerKeep, apply_recompute
-from ds_longft.sequence.remade import remake_first_input
 from ds_longft.sequence.shard import shard
+from ds_longft.train.speed import fuse_and_tile
 from tests.distributed.models import make_pack, reference_sum, relative_error, tiny_config, tiny_model
 
 Lengths = tuple[list[int], ...]
@@ -75,14 +73,11 @@ def gradients(
 
 def install(layers: list[Any], policy: str, saving: dict[str, Any]) -> None:
     """Fused linears and what `saving` asks for: `tile` tokens, what lies on the `host`, what is kept of `linears`."""
-    groups = [fuse_linears(layer) for layer in layers]
+    fused = [fuse_and_tile(layer, 2, saving.get("tile")) for layer in layers]
     store = HostStore(torch.device("cpu"))
     keeps = [LayerKeep(i, store=store) for i in range(len(layers))]
     host = saving.get("host", ())
-    for keep, layer, of_layer in zip(keeps, layers, groups, strict=True):
-        tiled = tile_mlp(layer, of_layer, saving["tile"]) if "tile" in saving else None
-        for group in of_layer if tiled else ():
-            group.remade = remake_first_input(layer) if "q_proj" in group.names else None
+    for keep, (of_layer, tiled) in zip(keeps, fused, strict=True):
         keep.last = tiled or next((g for g in of_layer if "down_proj" in g.names), None)
         keep.input_on_host = "input" in host
         keep.attention = "host" if "attention" in host else "device"

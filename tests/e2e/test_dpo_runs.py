@@ -107,11 +107,18 @@ def test_a_precomputed_reference_in_two_passes_on_one_process(
     codes, run = launcher.run(tmp_path / "out", *keys, world=1)
     assert codes == [0], run.text()
     assert losses(tmp_path / "out") == pytest.approx(losses(whole), rel=1e-5)
+    expected = trace(tmp_path / "out")
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / "out" / f"checkpoint-{step}")
+    codes, run = launcher.run(tmp_path / "out", *keys, world=1)
+    assert codes == [0], run.text()
+    assert "at step 2" in run.text()
+    assert trace(tmp_path / "out") == expected
 
 
 def test_all_weights_against_a_frozen_copy(launcher: Launcher, tmp_path: Path) -> None:
     keys = ["--lora", "null", "--train.max_steps", "3", "--optim.learning_rate", "1e-3"]
-    codes, run = launcher.run(tmp_path / "two", "--sp", "2", *keys)
+    codes, run = launcher.run(tmp_path / "two", "--sp", "2", "--train.mlp_tile_tokens", "64", *keys)
     assert codes == [0, 0], run.text()
     codes, run = launcher.run(tmp_path / "one", *keys, world=1)
     assert codes == [0], run.text()
@@ -127,3 +134,5 @@ def test_a_loss_that_is_not_finite_is_skipped(launcher: Launcher, tmp_path: Path
     )
     assert codes == [0, 0], run.text()
     assert [r["step"] for r in records(tmp_path / "out") if "skipped" in r] == [3]
+    report = json.loads((tmp_path / "out" / "nonfinite-step-3.json").read_text())
+    assert all("train.jsonl:" in origin for r in report["ranks"] for pack in r["packs"] for origin in pack["origins"])

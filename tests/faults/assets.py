@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -16,8 +17,22 @@ TEMPLATE = (
 ROWS = 10
 
 
+def pair_of(row: dict[str, Any]) -> dict[str, str]:
+    """A chat as a preference pair: its answer, and a longer one."""
+    question, answer = (message["content"] for message in row["messages"])
+    return {"prompt": question, "chosen": answer, "rejected": answer.replace("It is", "You might ask whether it was")}
+
+
+def pair_keys(config: Path) -> tuple[str, ...]:
+    """Command line that makes preference training of the job: the same steps, one pair a pack, in two passes."""
+    return (
+        *("--objective", "dpo", "--data.train", str(config.parent / "pairs.jsonl")),
+        *("--dpo.passes", "two", "--lora.dropout", "0"),
+    )
+
+
 def write_job(folder: Path) -> Path:
-    """Model, tokenizer, data and run.yaml in `folder`; returns run.yaml.
+    """Model, tokenizer, data and run.yaml in `folder`; returns run.yaml. Beside it pairs.jsonl, see `pair_keys`.
 
     Two ranks, 8 training rows, 2 rows held out, 2 packs a step: 4 steps an epoch, 8 in all. Dropout, so that a resume
     with another random state is seen in the loss.
@@ -58,6 +73,7 @@ def write_job(folder: Path) -> Path:
         for i in range(ROWS)
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair_of(row)) + "\n" for row in rows))
     run = {
         "ds_config": str(Path(__file__).resolve().parents[2] / "ds_configs" / "zero3_sp.json"),
         "output_dir": str(folder / "out"),

@@ -73,6 +73,35 @@ def _at_update(fault: dict[str, Any]) -> None:
     _before(trainer, "apply_step", lambda *_: holder == [fault["step"]], fault)
 
 
+def _at_side(fault: dict[str, Any]) -> None:
+    """In two passes over pairs: in training step `step`, the chosen documents behind it and the rejected ones ahead."""
+    from contextlib import contextmanager
+
+    from ds_longft.train import pairs
+    from ds_longft.train.trainer import Trainer
+
+    holder: list[int] = []
+    original, of_a_step = pairs._two_backwards, Trainer._train_step
+
+    def train_step(self: Any, step: Any) -> bool:
+        holder[:] = [self.state.step + 1]
+        return of_a_step(self, step)
+
+    @contextmanager
+    def two_backwards(engine: Any) -> Any:
+        with original(engine) as boundary:
+
+            def before(side: int) -> None:
+                if side == 1 and holder == [fault["step"]]:
+                    _act(fault)
+                boundary(side)
+
+            yield before
+
+    Trainer._train_step = train_step  # type: ignore[method-assign]
+    pairs._two_backwards = two_backwards
+
+
 def _at_start(fault: dict[str, Any]) -> None:
     """After everything is loaded, before the first step."""
     from ds_longft.train.trainer import Trainer

@@ -141,6 +141,20 @@ def loader(
     return StepLoader(rows, data=data, dp=dp, dp_rank=rank, sp=sp, accumulation=accumulation, seed=0, pad_id=0)
 
 
+def test_the_fullest_pack_of_a_side_is_not_the_longest_pack(tokenized) -> None:
+    """What two passes hold at once is one side: a pair with one long answer is more than a longer pair of two."""
+    even, long, short = (pair(i, words=0) for i in range(3))
+    even["chosen"], even["rejected"] = "a" * 100, "b" * 100
+    long["chosen"], long["rejected"] = "a" * 150, "b"
+    rows = tokenized([even, long, short])
+    lengths = [[len(document.input_ids) for document in rows.documents(i)] for i in range(3)]
+    assert rows.side_lengths.tolist() == lengths
+    assert rows.part(np.array([2, 0]), "part").side_lengths.tolist() == [lengths[2], lengths[0]]
+    packs = loader(rows, packing="none")
+    assert packs.fullest_pack(0).rows == (0,)
+    assert packs.fullest_pack(0, of_a_side=True).rows == (1,)
+
+
 @pytest.mark.parametrize("packing", ["best_fit", "none"])
 def test_a_pair_lies_in_one_pack_and_counts_by_its_weight(tokenized, packing: str) -> None:
     rows = tokenized([pair(i, words=i, weight=1 + i % 2) for i in range(9)])

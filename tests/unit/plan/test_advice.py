@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +13,9 @@ from transformers import AutoConfig
 from ds_longft.config import RunConfig
 from ds_longft.errors import EXIT_CONFIG
 from ds_longft.plan.advice import Adviser, choose_for_run
-from tests.unit.plan.shapes import LLAMA_8B, QWEN_7B, SMOLLM2, shape
+from ds_longft.plan.search import Question, fastest
+from ds_longft.plan.setting import Gpu, Setting
+from tests.unit.plan.shapes import LLAMA_8B, QWEN_7B, SMOLLM2, shape, sizes
 
 
 def adviser(of: dict[str, Any] = LLAMA_8B, *, world: int = 8, sp: int = 2, stage: int = 2, **keys: Any) -> Adviser:
@@ -56,6 +60,48 @@ def test_a_model_that_is_not_described() -> None:
     assert "train.recompute: sqrt" in str(error)
 
 
+def test_pairs() -> None:
+    def savings(passes: str, **keys: Any) -> dict[str, float]:
+        dpo = {"objective": "dpo", "dpo": {"passes": passes}, "data": {"max_length_tokens": "128K"}}
+        return {key: saved for key, saved, _ in adviser(**dpo, **keys).savings()}
+
+    one = savings("one")
+    assert one["dpo.passes: two"] == pytest.approx(one["sp: 4"], rel=0.05)  # half of what grows with the length
+    assert "dpo.passes: two" not in savings("auto") | savings("two")  # two passes are what has been tried
+    full = savings("two", lora=None, stage=2, sp=8)
+    assert full["dpo.reference: precomputed"] == pytest.approx(2 * 8.03e9 / 2**30, rel=0.01)
+    assert not any(key.startswith("dpo") for key in savings("two", sp=8))
+    error = adviser(sp=8, objective="dpo", dpo={"passes": "two"}, data={"max_length_tokens": "4M"}).error(
+        torch.OutOfMemoryError(), "in the dry run"
+    )
+    found = re.search(r"max_length_tokens: (\d+) \(and data.pack_tokens: (\d+)\)", str(error))
+    assert found is not None
+    assert int(found[2]) == 2 * int(found[1]) < 2 << 22
+
+
+@pytest.mark.parametrize(("length", "memory_gib", "passes"), [("32K", 139.8, "one"), ("128K", 79.1, "two")])
+def test_the_run_takes_the_passes_that_the_plan_names(length: str, memory_gib: float, passes: str) -> None:
+    """One judgement: `dpo.passes: auto` on these GPUs, and `ds-longft plan` for them."""
+
+    def chosen(**keys: Any) -> Setting:
+        config = RunConfig.model_validate({"objective": "dpo", "data": {"max_length_tokens": length}, **keys})
+        found = choose_for_run(
+            config, {"zero_optimization": {"stage": 2}}, AutoConfig.for_model(**LLAMA_8B),
+            sp=1, world=1, local_world=1, memory_gib=memory_gib, fused=True,
+        )  # fmt: skip
+        assert found is not None
+        return found[0]
+
+    of_run = chosen()
+    assert of_run.passes == passes
+    gpu = replace(Gpu.load("h200"), memory_gib=memory_gib)
+    plan = fastest(Question(sizes(LLAMA_8B), gpu, 1, 0.0, objective="dpo", reference="adapter_off"), of_run.tokens // 2)
+    assert plan is not None
+    assert plan.setting.passes == passes
+    asked_for = chosen(dpo={"passes": "two"}, train={"recompute": "full"})
+    assert (asked_for.passes, asked_for.tile_tokens, asked_for.kv_heads) == ("two", None, None)
+
+
 ROTARY = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
 FAMILIES = {
     "llama": LLAMA_8B,
@@ -78,9 +124,10 @@ def test_every_family_gets_a_choice(
 ) -> None:
     """A run asks before it loads the model: whatever the planner thinks, it must answer."""
     hf_config = AutoConfig.for_model(**FAMILIES[family])
-    for length, host_gib in (("4K", 0), ("512K", 0), ("512K", 200)):
+    for length, host_gib, objective in (("4K", 0, "sft"), ("512K", 0, "dpo"), ("512K", 200, "sft")):
         config = RunConfig.model_validate(
             {
+                "objective": objective,
                 "data": {"max_length_tokens": length},
                 "lora": {"r": 16} if lora else None,
                 "train": {"offload_host_gib": host_gib},

@@ -48,9 +48,51 @@ def test_a_recipe_that_the_run_config_reads(llama: str, tmp_path: Path, capsys: 
     assert png.read_bytes().startswith(b"\x89PNG")
 
 
+def test_pairs_as_long_as_samples(llama: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A pair's documents are each as long as is asked for: twice the tokens in a pack, unless it makes two passes."""
+
+    def longest(*arguments: str) -> dict[tuple[int, str, str], int]:
+        assert main(["plan", "--model", llama, "--gpus", "2", "--gpu", "h200", "--json", *arguments]) == 0
+        rows = json.loads(capsys.readouterr().out)["longest"]
+        return {(r["sp"], r["recompute"], r.get("passes", "one")): r["max_length_tokens"] for r in rows}
+
+    pairs, samples = longest("--objective", "dpo"), longest()
+    for sp, recompute, _ in samples:
+        one, two, sample = (pairs[sp, recompute, "one"], pairs[sp, recompute, "two"], samples[sp, recompute, "one"])
+        assert one == pytest.approx(sample / 2, rel=0.01)
+        assert two == sample  # LoRA switched off is the reference: nothing else lies in memory
+    assert set(longest("--objective", "dpo", "--passes", "two")) == {key for key in pairs if key[2] == "two"}
+
+
+def test_a_recipe_for_pairs(llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--gpus", "8", "--length", "64K", "--objective", "dpo"]
+    for more, reference in (
+        ([], "adapter_off"),
+        (["--full"], "model"),
+        (["--reference", "precomputed"], "precomputed"),
+    ):
+        assert main(["plan", "--model", llama, *arguments, *more]) == 0
+        printed = capsys.readouterr()
+        (tmp_path / "recipe.yaml").write_text(printed.out)
+        config = load_config(["--config", str(tmp_path / "recipe.yaml")])
+        assert (config.objective, config.dpo.reference) == ("dpo", reference)
+        assert config.dpo.passes in ("one", "two")
+        assert (config.data.max_length_tokens, config.budget_tokens) == (65536, 131072)
+        assert "pairs of 2 x 65,536 = 131,072 tokens" in printed.out
+        assert ("data ref_logps" in printed.out) == (reference == "precomputed")
+        assert f"dpo.passes: {'two' if config.dpo.passes == 'one' else 'one'}: " in printed.err
+        assert f"dpo.reference: {'adapter_off' if reference == 'precomputed' else 'precomputed'}: " in printed.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
+        (["--objective", "dpo", "--reference", "model"], "adapters are trained: adapter_off or precomputed"),
+        (
+            ["--objective", "dpo", "--full", "--reference", "adapter_off"],
+            "every weight is trained: model or precomputed",
+        ),
+        (["--passes", "two"], "add --objective dpo"),
         (["--gpu", "h300"], "expected one of a100-40"),
         (["--gpus", "0", "--lora", "--full"], "--gpus is 0: at least 1"),
         (["--gpus", "1", "--gpu", "rtx4090", "--length", "1M"], "the longest that does is"),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from ds_longft.plan.memory import predict, spend
+from ds_longft.plan.search import savers
 from ds_longft.plan.setting import GIB, Gpu, Setting
 from ds_longft.plan.step import Keep, Sizes, Step
 from ds_longft.plan.timeline import Timeline
@@ -12,6 +15,7 @@ from tests.unit.plan.shapes import LLAMA_8B, LLAMA_13B, QWEN_7B, SMOLLM2, sizes
 from tests.unit.plan.tracked import tracked_peak
 
 LONG = (131072,)
+PAIR = (65536, 65536)
 KEPT = (Keep("device", "device", "device"), Keep("device"), Keep("device", "", "device"), Keep())
 
 CASES = {
@@ -43,6 +47,12 @@ CASES = {
     "attention on the host": (LLAMA_8B, 6, Setting(LONG, 2, 2, tile_tokens=4096, host_gib=99), (Keep(input="host", attention="host"),) * 6),
     "linears on the host": (LLAMA_8B, 6, Setting(LONG, 2, 2, host_gib=99), (Keep("device", "host", "host"),) * 6),
     "packed": (LLAMA_8B, 2, Setting((16384,) * 8, 2, 2, recompute="keep_attention"), None),
+    "a pair, one pass": (LLAMA_8B, 2, Setting(PAIR, 2, 2, recompute="keep_attention", reference="adapter_off"), None),
+    "a pair, two passes": (LLAMA_8B, 2, Setting(PAIR, 2, 2, recompute="keep_attention", reference="adapter_off", passes="two"), None),
+    "pairs, precomputed, two passes": (LLAMA_8B, 4, Setting((16384,) * 8, 2, 2, reference="precomputed", passes="two"), KEPT),
+    "a pair, every weight, a frozen copy": (LLAMA_8B, 2, Setting(PAIR, 2, 2, lora_r=None, recompute="full", reference="model"), None),
+    "the same in two passes and tiles": (LLAMA_8B, 2, Setting(PAIR, 2, 2, lora_r=None, recompute="full", tile_tokens=4096, reference="model", passes="two"), None),
+    "a pair, inputs on the host, in tiles": (LLAMA_8B, 6, Setting(PAIR, 2, 2, recompute="full", tile_tokens=4096, kv_heads=1, host_gib=99, reference="adapter_off"), (Keep(input="host"),) * 6),
 }  # fmt: skip
 
 
@@ -52,7 +62,7 @@ def test_every_tensor_of_a_step_is_counted(name: str) -> None:
     shape = {**shape, "num_hidden_layers": layers}
     measured, _, at = tracked_peak(shape, setting, keep)
     timeline = Timeline()
-    Step(timeline, Sizes(sizes(shape), setting), keep or (Keep(),) * layers).run()
+    Step(timeline, Sizes(sizes(shape), setting.of_a_pass), keep or (Keep(),) * layers).run()
     coarse = setting.recompute == "none" or any(k.o == "host" for k in keep or ())
     tolerance = 0.03 if coarse else 0.006
     assert timeline.peak == pytest.approx(measured, rel=tolerance), f"{at}; predicted at {timeline.moment}"
@@ -104,3 +114,25 @@ def test_host_memory_is_shared_by_the_ranks_of_a_node() -> None:
     assert 80 < memory.host / GIB <= 90
     assert memory.fits(gpu, host_gib=180, local_world=2)
     assert not memory.fits(gpu, host_gib=100, local_world=2)
+
+
+def test_a_frozen_reference_takes_the_weights_once_more() -> None:
+    model, gpu = sizes(LLAMA_8B), Gpu.load("h200")
+    full = Setting((8192,) * 2, 8, 8, lora_r=None, recompute="full", resident=False, reference="model", passes="two")
+    memory, without = predict(model, full, gpu), predict(model, replace(full, reference="precomputed"), gpu)
+    assert memory.parts["reference model"] == 2 * model.weights / 8
+    assert memory.peak - without.peak == memory.parts["reference model"]
+    assert predict(model, replace(full, stage=2), gpu).parts["reference model"] == 2 * model.weights
+    away = replace(full, offload_params=True)
+    assert "reference model" not in {part for part, size in predict(model, away, gpu).parts.items() if size}
+    assert predict(model, away, gpu).host == 2 * predict(model, replace(away, reference="none"), gpu).host
+
+
+def test_two_passes_hold_the_longer_side() -> None:
+    model = sizes(LLAMA_8B)
+    pair = Setting((20000, 30000, 1000, 5000), 2, 2, passes="two", recompute="full")
+    assert pair.of_a_pass.lengths == (30000, 5000)
+    assert pair.of_a_pass.of_a_pass == pair.of_a_pass
+    assert replace(pair, passes="auto").of_a_pass.tokens == 56000  # counted as one until it is settled
+    settled = [(s.passes, bool(s.tile_tokens), bool(s.kv_heads)) for s in savers(replace(pair, passes="auto"), model)]
+    assert settled == [(p, t, k) for p in ("one", "two") for t, k in ((False, False), (True, False), (True, True))]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from ds_longft.plan.memory import predict
 from ds_longft.plan.setting import Gpu, Setting
 from ds_longft.plan.step import Keep
-from ds_longft.plan.time import predict_time, rate_at
+from ds_longft.plan.time import WITHOUT_GRADIENT, StepTime, predict_time, rate_at
 from tests.unit.plan.shapes import LLAMA_8B, sizes
 
 # Llama-8B shapes, LoRA r 16, ZeRO-2, recompute auto: seconds and GiB measured with benchmarks/step.py on H200s.
@@ -49,10 +50,30 @@ def test_time_follows_the_work() -> None:
     assert seconds(again, "attention") / seconds(once, "attention") == pytest.approx(1.28, abs=0.05)  # 4.5 / 3.5
     assert seconds(replace(once, lora_r=None), "matrix products") > 1.3 * seconds(once, "matrix products")
     assert seconds(once, keep=(Keep("device", "device", "device"),) * 32) < seconds(once)
-    assert seconds(replace(once, objective="dpo")) > 1.1 * seconds(once)
     assert seconds(replace(once, lengths=(65536,) * 2), "attention") < 0.6 * seconds(once, "attention")
     assert predict_time(model, replace(once, sp=1), gpu, none).tokens_per_s > 0
     slow = replace(gpu, host_gb_s=5.0)
     on_host = (Keep("device", "host", "host"),) * 32
     assert predict_time(model, once, slow, on_host).parts["host copies"] > 0
     assert "host copies" not in predict_time(model, once, gpu, none).parts
+
+
+def test_pairs_cost_their_passes_without_gradient() -> None:
+    model, gpu = sizes(LLAMA_8B), Gpu.load("h200")
+    keep = (Keep(),) * 32
+    pair = Setting((65536,) * 2, 2, 2, recompute="keep_attention", reference="adapter_off")
+
+    def times(**changes: Any) -> StepTime:
+        return predict_time(model, replace(pair, **changes), gpu, keep)
+
+    known, one, two = times(reference="precomputed"), times(), times(passes="two")
+    assert known.parts == times(reference="none").parts  # simpo
+    reference_s = one.total_s - known.total_s
+    assert reference_s == pytest.approx(one.parts[WITHOUT_GRADIENT])
+    assert 0.2 < reference_s / known.total_s < 0.35  # forward alone; the rest is forward, most of it again, backward
+    assert two.parts[WITHOUT_GRADIENT] == pytest.approx(2 * reference_s, rel=0.02)  # and the model's own
+    assert two.total_s - two.parts[WITHOUT_GRADIENT] == pytest.approx(known.total_s, rel=0.01)
+    assert two.tokens == one.tokens == 131072
+    split = {"stage": 3, "resident": False, "lora_r": None, "reference": "model"}
+    gathered = [times(**split, passes=p).parts["gathering weights"] for p in ("one", "two")]
+    assert gathered[1] == 2 * gathered[0]  # each side gathers the weights for itself

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -22,19 +23,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ds_longft.batch import Batch, Documents
-from ds_longft.config import LoraConfig
+from ds_longft.batch import IGNORE_INDEX, Batch, Documents, Pack, Pairs
+from ds_longft.config import DpoConfig, LoraConfig
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.lora import add_lora
+from ds_longft.objectives.dpo import DpoObjective
 from ds_longft.objectives.sft import SftObjective
 from ds_longft.plan.setting import Setting
 from ds_longft.plan.step import Keep
 from ds_longft.sequence.attention import ULYSSES, register
 from ds_longft.sequence.kept import HostStore
-from ds_longft.sequence.linear import fuse_linears
-from ds_longft.sequence.mlp import tile_mlp
 from ds_longft.sequence.recompute import LayerKeep, apply_recompute
-from ds_longft.sequence.remade import remake_first_input
+from ds_longft.train.pairs import backpropagate_pairs
+from ds_longft.train.speed import fuse_and_tile
+from tests.distributed.test_dpo_exact import PlainEngine
 
 
 class Tracker(TorchDispatchMode):
@@ -180,30 +182,42 @@ def _step(shape: dict[str, Any], setting: Setting, keep: Sequence[Keep] | None) 
         with tracker, patch.object(nn.Module, "to", lambda module, *a, **k: module):
             model = add_lora(base, LoraConfig(r=setting.lora_r), seed=0)
         torch.set_default_dtype(torch.float32)
-    objective = SftObjective(model, ParallelLayout.create(setting.sp), kv_heads_at_a_time=setting.kv_heads)
+    layout = ParallelLayout.create(setting.sp)
+    pairs = setting.reference != "none" or setting.passes == "two"
+    objective: Any
+    if pairs:
+        with tracker:
+            second = _frozen(config, setting) if setting.reference == "model" else None
+        dpo = DpoConfig(passes=setting.passes, reference=setting.reference)
+        heads = setting.kv_heads
+        objective = DpoObjective(model, layout, dpo, reference_model=second, kv_heads_at_a_time=heads)
+    else:
+        objective = SftObjective(model, layout, kv_heads_at_a_time=setting.kv_heads)
     layers = list(base.get_decoder().layers)
-    groups = [fuse_linears(layer) for layer in layers]
+    fused = [fuse_and_tile(layer, 2, setting.tile_tokens) for layer in layers]
     store = UncountedStore(tracker)
     keeps = [LayerKeep(i, store=store) for i in range(len(layers))]
-    for kept, layer, of_layer, wanted in zip(keeps, layers, groups, keep or [Keep()] * len(layers), strict=True):
+    for kept, (of_layer, tiled), wanted in zip(keeps, fused, keep or [Keep()] * len(layers), strict=True):
         for group in of_layer:
             where = {"q_proj": wanted.qkv, "o_proj": wanted.o, "gate_proj": wanted.gate_up}.get(group.names[0])
             if where:
                 (kept.on_device if where == "device" else kept.on_host).append(group)
         kept.attention = wanted.attention or "nowhere"  # type: ignore[assignment]
         kept.input_on_host = wanted.input == "host"
-        kept.last = next(g for g in of_layer if "down_proj" in g.names)
-        if setting.tile_tokens:
-            tiled = kept.last = tile_mlp(layer, of_layer, setting.tile_tokens)
-            next(g for g in of_layer if "q_proj" in g.names).remade = remake_first_input(layer)
-            if setting.fused and tiled is not None:
-                tiled.combine = SiluMul.apply
+        kept.last = tiled or next(g for g in of_layer if "down_proj" in g.names)
+        if setting.fused and tiled is not None:
+            tiled.combine = SiluMul.apply
     apply_recompute(layers, setting.recompute, every=setting.every, keep=keeps)
     model.train()
     for p in model.parameters():
         if p.requires_grad:  # the engine takes a gradient into its bucket as soon as it is there
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     held = tracker.now
+    if pairs:
+        with tracker, patch("torch.from_numpy", _like):
+            tracker.peak = held
+            backpropagate_pairs(PlainEngine(objective), _pack(setting), 0.5, layout, torch.device("cpu"))
+        return float(tracker.peak - held), float(held), tracker.at
     s = setting.local_tokens
     with tracker:
         rows = torch.arange(int(s * setting.targets))
@@ -220,3 +234,40 @@ def _step(shape: dict[str, Any], setting: Setting, keep: Sequence[Keep] | None) 
         loss = objective(batch)
         (loss * 0.5).backward()
     return float(tracker.peak - inputs), float(held), tracker.at
+
+
+def _frozen(config: Any, setting: Setting) -> nn.Module:
+    """The reference model beside the trained one, as `engine.build` makes it."""
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=ULYSSES)
+    if setting.fused:
+        like_liger(model)
+    for layer in model.get_decoder().layers:
+        _, tiled = fuse_and_tile(layer, 2, setting.tile_tokens)
+        if setting.fused and tiled is not None:
+            tiled.combine = SiluMul.apply
+    return model.requires_grad_(False)
+
+
+def _like(array: np.ndarray) -> Tensor:
+    """A fake tensor of the array's shape and type."""
+    return torch.empty(array.shape, dtype=getattr(torch, array.dtype.name))
+
+
+def _pack(setting: Setting) -> Pack:
+    """Pairs of these lengths, the last tokens of each document trained."""
+    tokens, zeros = setting.tokens, np.zeros(setting.tokens, dtype=np.int64)
+    labels = np.full(tokens, IGNORE_INDEX)
+    cu = np.cumsum([0, *setting.lengths]).astype(np.int32)
+    for end, length in zip(cu[1:], setting.lengths, strict=True):
+        labels[end - int(setting.targets * length) : end] = 0
+    count = len(setting.lengths) // 2
+    known = np.zeros((count, 2)) if setting.reference == "precomputed" else None
+    return Pack(
+        input_ids=zeros,
+        position_ids=zeros,
+        labels=labels,
+        loss_weights=(labels != IGNORE_INDEX).astype(np.float32),
+        cu_seqlens=cu,
+        padding_tokens=-tokens % setting.sp,
+        pairs=Pairs(np.ones(count, dtype=np.float32), known),
+    )

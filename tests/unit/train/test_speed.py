@@ -1,0 +1,52 @@
+"""What decides between one pass and two, as far as it needs no GPU: what is open, and what the plan has said."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import nn
+
+from ds_longft.layout import ParallelLayout
+from ds_longft.objectives.dpo import DpoObjective
+from ds_longft.train import speed
+
+
+def objective(passes: Literal["one", "two"]) -> DpoObjective:
+    made = DpoObjective.__new__(DpoObjective)
+    nn.Module.__init__(made)
+    made.passes = passes
+    return made
+
+
+@pytest.mark.parametrize(
+    ("wanted", "planned", "device", "says"),
+    [
+        ("auto", "two", "cuda", "dpo.passes auto: two"),
+        ("two", "two", "cuda", None),
+        ("one", "one", "cuda", None),
+        ("auto", "one", "cpu", None),
+    ],
+)
+def test_what_is_settled_is_not_measured(
+    monkeypatch: pytest.MonkeyPatch, wanted: str, planned: Any, device: str, says: str | None
+) -> None:
+    def measured(*_: Any) -> None:
+        raise AssertionError("a rehearsal was run")
+
+    monkeypatch.setattr(speed, "backpropagate_pack", measured)
+    engine, pack = SimpleNamespace(module=objective(planned)), SimpleNamespace(tokens=8)
+    line = speed.choose_passes(engine, wanted, pack, ParallelLayout(1, 0, 1), torch.device(device))  # type: ignore[arg-type]
+    assert line is None if says is None else (line or "").startswith(says)
+    assert engine.module.passes == planned
+
+
+def test_a_dry_pass_draws_no_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run draws dropout from the state that a checkpoint restored before the rehearsal."""
+    drawn: list[torch.Tensor] = []
+    monkeypatch.setattr(speed, "backpropagate_pack", lambda *_: drawn.append(torch.rand(3)))
+    torch.manual_seed(0)
+    speed.dry_pass(None, SimpleNamespace(tokens=8), ParallelLayout(1, 0, 1), torch.device("cpu"))  # type: ignore[arg-type]
+    torch.testing.assert_close(torch.rand(3), drawn[0])
