@@ -79,7 +79,7 @@ def test_pairs() -> None:
     assert int(found[2]) == 2 * int(found[1]) < 2 << 22
 
 
-@pytest.mark.parametrize(("length", "memory_gib", "passes"), [("32K", 139.8, "one"), ("128K", 79.1, "two")])
+@pytest.mark.parametrize(("length", "memory_gib", "passes"), [("32K", 139.8, "one"), ("104K", 79.1, "two")])
 def test_the_run_takes_the_passes_that_the_plan_names(length: str, memory_gib: float, passes: str) -> None:
     """One judgement: `dpo.passes: auto` on these GPUs, and `ds-longft plan` for them."""
 
