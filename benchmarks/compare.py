@@ -202,6 +202,7 @@ def result_lines(
         "kernel": ours["kernel"],
         "recompute": ours["recompute"],
         "steps_s": ours["steps_s"],
+        "ours": ours["command"],
         "peer_steps_s": peer.get("steps_s"),
         "peer": peer.get("error") or f"DeepSpeed ALST, Liger, PEFT, ZeRO-{args.peer_stage}: {peer['command']}",
     }

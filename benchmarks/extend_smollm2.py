@@ -22,7 +22,10 @@ DOCUMENT_CHARS = 20_000
 
 
 def texts(out: str, length: int) -> None:
-    """Write built-in text in two languages, enough for stretches of `length` tokens, as longdocs_built_in.jsonl."""
+    """Write built-in text in two languages, enough for stretches of `length` tokens, as longdocs_built_in.jsonl.
+
+    And a few short chats as instruct_built_in.jsonl.
+    """
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "longdocs_built_in.jsonl").open("w", encoding="utf-8") as file:
@@ -31,6 +34,10 @@ def texts(out: str, length: int) -> None:
             for start in range(0, len(text), DOCUMENT_CHARS):
                 row = {"text": text[start : start + DOCUMENT_CHARS], "lang": language, "collection": "built in"}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    with (folder / "instruct_built_in.jsonl").open("w", encoding="utf-8") as file:
+        for a in range(100):
+            turns = [("user", f"What is {a} + {a + 7}?"), ("assistant", f"{a} + {a + 7} is {2 * a + 7}.")]
+            file.write(json.dumps({"messages": [{"role": r, "content": c} for r, c in turns], "lang": "en"}) + "\n")
 
 
 def results(run: str, command: str) -> None:

@@ -7,8 +7,8 @@
 #   TEXTS=... MODE=lora ROPE=yarn benchmarks/extend_smollm2.sh              # the other variants
 #   LENGTH=2048 LENGTHS=512,1024 ROWS=8 STEPS=2 TRIALS=1 SHORT=2 benchmarks/extend_smollm2.sh        # rehearsal on a CPU, built-in text
 #
-# TEXTS holds longdocs_*.jsonl.gz with columns text, collection, lang; the collection HELD_OUT is not trained on but
-# evaluated on. Results: DATA/stats.html, RUN/report.html, and lines on stdout for results.jsonl.
+# TEXTS holds longdocs_*.jsonl.gz with columns text, collection, lang, of which the collection HELD_OUT is not trained on but
+# evaluated on, and instruct_*.jsonl.gz with messages. Results: DATA/stats.html, RUN/report.html, and lines on stdout for results.jsonl.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
@@ -16,8 +16,8 @@ TEXTS=${TEXTS:-}
 HELD_OUT="Shakespeare plays (sample)"   # excluded by recipes/extend_smollm2_data.yaml
 ONLY=${ONLY:-all}    # data, train, before, after (evaluation and report) or all
 LENGTH=${LENGTH:-131072}
-ROWS=${ROWS:-260}
-STEPS=${STEPS:-100}
+ROWS=${ROWS:-520}
+STEPS=${STEPS:-200}
 TRIALS=${TRIALS:-4}   # questions at each length and depth, twice as many with four numbers at once
 TRIALS_BEFORE=${TRIALS_BEFORE:-$TRIALS}
 PARALLEL=${PARALLEL:-0}

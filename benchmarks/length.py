@@ -2,6 +2,7 @@
 
     python benchmarks/length.py --gpu h200 --append benchmarks/results.jsonl     every setting that these GPUs can run
     python benchmarks/length.py --gpu h200 --only 1M                             those whose name holds "1M"
+    python benchmarks/length.py --again benchmarks/results.jsonl                 today's plan against steps timed before
     python benchmarks/length.py --tiny                                           a rehearsal on 2 CPU ranks
 
 Each setting is one start of benchmarks/step.py, so that one that runs out of memory costs only itself. Settings with
@@ -14,9 +15,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -24,7 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.work import ROOT, lengths_of, shape_of
+from benchmarks.work import ROOT, append, lengths_of, shape_of
 
 K = 1024
 
@@ -101,6 +104,9 @@ CASES = (
     Case("2M sp2 4 layers", f"{2048 * K}", recompute="full", host_gib=60, tile=8 * K, kv_heads=1, layers=4),
 )
 
+MADE_RATES = ("step 131072 sp2 lora fa4", "step smollm2 131072 sp1 full fa4")
+"""Steps that the shipped H200 rates and `plan.time` were made with; they count in no error."""
+
 TINY = (
     Case("tiny sp2", "256", shape="tiny", kernel="cpu"),
     Case("tiny sp1 tiles", "128,64", gpus=1, shape="tiny", recompute="full", tile=32, kernel="cpu"),
@@ -118,19 +124,61 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="the first is warming up")
     parser.add_argument("--timeout_s", type=int, default=600)
     parser.add_argument("--append", help="append results to this file")
+    parser.add_argument(
+        "--again", metavar="RESULTS", help="predict the steps of this file on this type of GPU; runs nothing"
+    )
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on CPU ranks: rehearses the script")
     args = parser.parse_args()
-    cases = [c for c in (TINY if args.tiny else CASES) if args.only in c.name and c.gpus <= args.gpus]
-    lines = []
-    for case in cases:
-        measured = run(case, args.steps, args.timeout_s)
-        lines.append(compare(case, measured, args.gpu, tiny=args.tiny))
-        print(json.dumps(lines[-1]), flush=True)
-    lines += summary(lines)
-    print(table(lines))
+    if args.again:
+        again = timed_before(Path(args.again), args.gpu)
+        lines = [compare(case, line, args.gpu, tiny=False) for case, line in again if args.only in case.name]
+        found = summary(lines)
+        print(table(lines + found))
+    else:
+        lines = []
+        for case in (c for c in (TINY if args.tiny else CASES) if args.only in c.name and c.gpus <= args.gpus):
+            measured = run(case, args.steps, args.timeout_s)
+            lines.append(compare(case, measured, args.gpu, tiny=args.tiny))
+            print(json.dumps(lines[-1]), flush=True)
+        found = summary(lines)
+        print(table(lines + found))
+        found = lines + found
     if args.append:
-        with open(args.append, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
+        append(args.append, *found)
+
+
+def timed_before(results: Path, gpu: str) -> Iterator[tuple[Case, dict[str, Any]]]:
+    """Settings that step.py has timed on this type of GPU, by itself or for compare.py, and what it found."""
+    from benchmarks import step
+    from ds_longft.plan.setting import Gpu
+
+    for text in results.read_text(encoding="utf-8").splitlines():
+        line = json.loads(text)
+        launch, found, words = line.get("ours", line.get("command", "")).partition("benchmarks/step.py ")
+        if not found or len(line.get("steps_s", [])) < 2 or not line["machine"].endswith(Gpu.load(gpu).name):
+            continue
+        a = step.arguments(shlex.split(words))
+        documents = a.documents or ",".join([str(a.tokens)] * (2 if a.objective == "dpo" else 1))
+        yield (
+            Case(
+                name=line["what"],
+                documents=documents,
+                gpus=int(launch.split("--nproc_per_node")[1].split()[0]),
+                shape=a.shape,
+                recompute=a.recompute,
+                stage=3 if "zero3" in a.ds_config else 2,
+                full=a.full,
+                host_gib=a.host_gib,
+                tile=a.tile,
+                kv_heads=a.kv_heads,
+                layers=a.layers,
+                kernel=line["kernel"].partition(":")[0],
+                reference=line.get("reference", "none"),
+                passes=line.get("passes", "auto"),
+                calibrating=line["what"] in MADE_RATES,
+            ),
+            line,
+        )
 
 
 def run(case: Case, steps: int, timeout_s: int) -> dict[str, Any]:
@@ -200,6 +248,7 @@ def compare(case: Case, measured: dict[str, Any], gpu: str, *, tiny: bool) -> di
         "predicted_fits": memory.fits(rates),
         "tokens": setting.tokens,
         "sp": case.gpus,
+        "layers": case.layers,
         "calibrating": case.calibrating,
         "rates": rates.name,
         "predicted_working_kib_per_token": round((memory.peak - beside) / setting.of_a_pass.local_tokens / 1024, 1),
@@ -229,8 +278,9 @@ def summary(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         kib = [x["working_kib_per_token"] for x in ran if "working_kib_per_token" in x and x["sp"] == sp]
         if kib:
             found.append({**same, "what": f"working set kib per token sp{sp}", "value": min(kib), "unit": "KiB"})
-    if ran:
-        found.append({**same, "what": "longest tokens", "value": max(line["tokens"] for line in ran), "unit": "tokens"})
+    whole = [line["tokens"] for line in ran if line["layers"] is None]
+    if whole:
+        found.append({**same, "what": "longest tokens", "value": max(whole), "unit": "tokens"})
     return found
 
 

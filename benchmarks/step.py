@@ -47,7 +47,8 @@ from benchmarks.work import (
 from ds_longft.batch import Pack
 
 
-def arguments() -> argparse.Namespace:
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """Of this process, or of a command line that is given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama8b", choices=SHAPES)
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
@@ -77,7 +78,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--append", help="append the result to this file")
     parser.add_argument("--fingerprint", action="store_true", help="name the weights that the first step starts from")
     parser.add_argument("--grads", help="rank 0 writes gradients of the first step here (safetensors)")
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def document_lengths(args: argparse.Namespace, step: int = 0) -> list[int]:
@@ -207,7 +208,7 @@ def main() -> None:
             losses.append(step(pack, total_weight))
         synchronize()
         times.append(time.time() - begin)
-        if i == 0 and device.type == "cuda":
+        if i == 0 and args.steps > 1 and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         if launch.rank == 0:
             print(f"step {i} loss {losses[-1]:.4f} {times[-1]:.2f} s", flush=True)

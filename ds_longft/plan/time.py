@@ -25,6 +25,13 @@ PER_DOCUMENT = ("cudnn",)
 
 WITHOUT_GRADIENT = "passes without gradient"
 
+NARROW_HEADS = 0.25
+"""Narrower heads use less of the tensor cores: rates fall with this power of head size / 128. From one step with heads
+of 64 on an H200 (SmolLM2, 131,072 tokens, flash-attn-4)."""
+
+HALF_RATE_TOKENS = 600
+"""Document length at which an attention kernel has half of its rate. An estimate."""
+
 
 @dataclass(frozen=True)
 class StepTime:
@@ -120,7 +127,7 @@ def attention(model: ModelSizes, setting: Setting, gpu: Gpu, direction: str) -> 
     heads = -(-model.q_heads // setting.sp)
     per_pair = (4 if direction == "forward" else 10) * heads * model.head_dim
     share = gpu.sustained.get(f"attention_{direction}", 1.0)
-    narrow = min(1.0, model.head_dim / 128) ** 0.5  # narrower heads use less of the tensor cores; an estimate
+    narrow = min(1.0, model.head_dim / 128) ** NARROW_HEADS
     table = gpu.attention_tflops[setting.kernel][direction]
     counts: dict[int, int] = {}
     for length in setting.lengths:
@@ -139,11 +146,12 @@ def attention(model: ModelSizes, setting: Setting, gpu: Gpu, direction: str) -> 
 def rate_at(table: Sequence[Sequence[float]], tokens: int) -> float:
     """TFLOP/s at a document length: linear in log(tokens) between the measured lengths.
 
-    Below the shortest of them it falls with the square root of the length, above the longest it stays.
+    Below the shortest of them it falls as n / (n + HALF_RATE_TOKENS), above the longest it stays.
     """
     points = sorted((float(n), float(rate)) for n, rate in table)
     if tokens <= points[0][0]:
-        return points[0][1] * math.sqrt(tokens / points[0][0])
+        shortest, rate = points[0]
+        return rate * tokens / (tokens + HALF_RATE_TOKENS) * (shortest + HALF_RATE_TOKENS) / shortest
     for (n0, r0), (n1, r1) in pairwise(points):
         if tokens <= n1:
             return r0 + (r1 - r0) * math.log(tokens / n0) / math.log(n1 / n0)

@@ -90,8 +90,12 @@ def _row(
 
 
 def _turns(facts: Sequence[tuple[str, str, str]], speech: Speech, at_once: int, rng: random.Random) -> Messages:
-    """Questions and answers in another order than in the text: `123`, or `123, 456`."""
-    counts = [1] * max(1, at_once - 1) + list(range(2, at_once + 1))
+    """Questions and answers in another order than in the text: `123`, or `123, 456`.
+
+    A third of the turns asks for as many as may be asked at once. Drawn evenly, what is left of a row made those rare,
+    and a model trained so answered four questions with three numbers.
+    """
+    counts = [1] * (2 * at_once - 2) + list(range(2, at_once)) + [at_once] * at_once
     left = rng.sample(list(facts), len(facts))
     messages: Messages = []
     while left:
