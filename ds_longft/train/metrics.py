@@ -25,6 +25,7 @@ Record = dict[str, Any]
 FILE_WIDTH = 180  # of the last table where there is no terminal to ask
 SPIKE_WINDOW_STEPS = 50  # what a loss is compared with
 SPIKE_DEVIATIONS = 5.0  # far outside of what steps over different rows differ by
+LATE_SHARE = 0.1  # of a step: a rank that is further behind at its end is named
 
 
 def peak_gib(device: torch.device) -> float:
@@ -53,11 +54,13 @@ def step_line(record: Record, total_steps: int) -> str:
         loss += f" | accuracy {record['rewards/accuracies']:.2f} | margin {record['rewards/margins']:.3f}"
     norm = "-" if record["grad_norm"] is None else f"{record['grad_norm']:.3f}"
     spike = f" (spike: {record['loss_spike']:.1f} deviations)" if "loss_spike" in record else ""
+    late = record.get("rank_spread_s", 0.0)
+    behind = f" (rank {record['last_rank']} {late:.2f} s behind)" if late > LATE_SHARE * record["step_s"] else ""
     return (
         f"step {record['step']}/{total_steps} | {loss}{spike} | grad norm {norm} | lr {record['learning_rate']:.2e} | "
         f"{record['tokens_per_s_per_gpu']:,.0f} tok/s/GPU{mfu} | peak {record['peak_gib']:.1f} GiB | "
         f"padding {record['padding_percent']:.1f}% | data wait {record['data_wait_percent']:.1f}% | "
-        f"{record['step_s']:.2f} s"
+        f"{record['step_s']:.2f} s{behind}"
     )
 
 

@@ -143,6 +143,9 @@ class Trainer:
             sums[2:] += of_pack
         sums[1] = float(self.stop.asked())
         self.watchdog.enter(f"step {self.state.step + 1}, sums and update")
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the sums are read below anyway
+        arrived = time.time()  # hosts' clocks, which NTP keeps within milliseconds
         dist.all_reduce(sums)
         flops, stop, loss_total, *metrics = sums.tolist()
         self.stopping = self.stopping or stop > 0
@@ -157,9 +160,11 @@ class Trainer:
             tokens_seen=self.state.tokens_seen + step.tokens,
         )
         step_s = time.monotonic() - started + wait_s
-        slowest = torch.tensor([peak_gib(self.device), wait_s], dtype=torch.float64, device=self.device)
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        peak, wait_s = slowest.tolist()
+        mine = torch.tensor([peak_gib(self.device), wait_s, arrived], dtype=torch.float64, device=self.device)
+        ranks = mine.new_empty(self.layout.world, len(mine))
+        dist.all_gather_into_tensor(ranks.view(-1), mine)
+        peak, wait_s, _ = ranks.amax(0).tolist()
+        behind = ranks[:, 2] - ranks[:, 2].amin()
         achieved_tflops = flops / step_s / self.layout.world / 1e12
         self.records.step(
             {
@@ -174,6 +179,8 @@ class Trainer:
                 "padding_percent": 100 * step.padding_tokens / max(1, step.tokens + step.padding_tokens),
                 "data_wait_percent": 100 * min(1.0, wait_s / step_s),
                 "step_s": step_s,
+                "rank_spread_s": float(behind.max()),
+                "last_rank": int(behind.argmax()),
                 "tokens_seen": self.state.tokens_seen,
                 "targets_weight": step.total_weight,
                 **self._means(metrics, step.total_weight),

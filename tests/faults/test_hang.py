@@ -1,7 +1,11 @@
-"""F11: a rank that makes no progress. Stacks of all living ranks, the section and the rank that lags, exit 71."""
+"""F11: a rank that makes no progress. Stacks of all living ranks, the section and the rank that lags, exit 71.
+
+F12: a rank that is slow is named, and nothing else happens.
+"""
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 
@@ -36,6 +40,18 @@ def test_stopped_rank(launcher: Launcher, tmp_path: Path) -> None:
     assert "step 3" in status(output)["error"]
     run.signal(signal.SIGKILL)
     run.wait()
+
+
+def test_slow_rank(launcher: Launcher, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    codes, run = launcher.run(output, faults={1: {"point": "step", "step": 3, "do": "sleep", "seconds": 0.7}})
+    assert codes == [0, 0], run.text()
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    late = {r["step"]: (r["last_rank"], r["rank_spread_s"]) for r in lines if "step_s" in r}
+    assert late[3][0] == 1
+    assert late[3][1] > 0.6
+    assert all(spread < 0.6 for step, (_, spread) in late.items() if step != 3)
+    assert "(rank 1 0." in run.text(0)
 
 
 def test_message_names_the_rank_behind() -> None:
