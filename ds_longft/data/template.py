@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from ds_longft.data.rows import BadRow, Role, Turn
 from ds_longft.errors import ConfigError
@@ -68,6 +67,9 @@ class ChatTemplate:
         return Rendered(text, tuple((start, self._with_turn_end(text, start, end), w) for start, end, w in trained))
 
     def _render(self, turns: Sequence[Turn], *, marks: bool = False) -> tuple[str, list[tuple[int, int]]]:
+        # here, not above: transformers takes longer to import than everything else a tokenising process needs
+        from transformers.utils.chat_template_utils import render_jinja_template
+
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         try:
             texts, spans = render_jinja_template(

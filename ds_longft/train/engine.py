@@ -68,13 +68,15 @@ def build(
     device: torch.device,
     *,
     prepare: Callable[[nn.Module], None] | None = None,
+    loaded: Callable[[], None] | None = None,
     resident_if_fits: bool = False,
 ) -> Built:
     """Load the model and wrap it in a DeepSpeed engine.
 
     `engine_config` is the merged DeepSpeed JSON without "auto". Every rank draws the same adapter initialisation.
     `resident_if_fits`: the JSON leaves it to us whether ZeRO-3 keeps frozen weights gathered.
-    `prepare` is called with the model, adapters in place, before the optimizer copies its weights.
+    `prepare` is called with the model, adapters in place, before the optimizer copies its weights, `loaded` when that
+    model stands.
     """
     register()
     unset_hf_deepspeed_config()  # of an earlier ZeRO-3 model of this process, if there is one
@@ -110,6 +112,8 @@ def build(
     fused_kernels(base, config, device)
     if config.lora is not None:
         model = add_lora(base, config.lora, seed=config.seed, revision=config.model.revision)
+    if loaded is not None:
+        loaded()
     if prepare is not None:
         prepare(model)
     objective: nn.Module

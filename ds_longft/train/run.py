@@ -105,6 +105,9 @@ def _run(
         torch.device("cuda", launch.local_rank) if cuda else torch.device("cpu"),
         torch.bfloat16 if settings.engine["bf16"]["enabled"] else torch.float32,
     )
+    from ds_longft.train.engine import build  # imports deepspeed: after the checks, which are quick to refuse
+
+    phases.done("checks and imports")
     hang_s = 60 * config.train.hang_minutes
     # The watchdog comes first; start-up, where ranks read a model at different speeds, has half an hour at least.
     device, agreement = join(launch, timeout_s=max(hang_s, 1800.0) + 60)
@@ -124,10 +127,15 @@ def _run(
 
     if launch.rank == 0:
         write_plan(folder, _foreseen(config, settings.engine, layout, device, kernel))
-    from ds_longft.train.engine import build  # imports deepspeed
-
-    built = build(config, settings.engine, layout, device, resident_if_fits=settings.resident_if_fits)
-    phases.done("model built")
+    built = build(
+        config,
+        settings.engine,
+        layout,
+        device,
+        resident_if_fits=settings.resident_if_fits,
+        loaded=lambda: phases.done("model loaded"),
+    )
+    phases.done("engine built")
 
     def loader(part: TokenizedSet, accumulation: int) -> StepLoader:
         return StepLoader(
@@ -174,7 +182,7 @@ def _run(
     kept = rehearse(built.engine, built.recompute, fullest, layout, device)
     phases.done("rehearsed" if kept else "ready")
     if launch.rank == 0:
-        records.say("start-up: " + phases.text())
+        records.say(f"start-up {time.monotonic() - started:.1f} s: {phases.text()}")
         for line in (passes, kept):
             if line:
                 records.say(line)
@@ -184,7 +192,7 @@ def _run(
             )
         if aside:
             records.say(f"checkpoints of later steps belong to another course, and are now called {', '.join(aside)}")
-    status.training(state.step)
+    status.training(state.step, phases.seconds)
     status.where = "in training"
     watchdog = Watchdog(folder, launch.rank, launch.world, hang_s, partial(_hung, status))
 
@@ -262,17 +270,17 @@ class Phases:
 
     def __init__(self, started: float) -> None:
         self.last = started
-        self.seconds: list[tuple[str, float]] = []
+        self.seconds: dict[str, float] = {}
 
     def done(self, phase: str) -> None:
         """Close a phase."""
         now = time.monotonic()
-        self.seconds.append((phase, now - self.last))
+        self.seconds[phase] = round(now - self.last, 2)
         self.last = now
 
     def text(self) -> str:
         """All phases in one line."""
-        return ", ".join(f"{name} {s:.1f} s" for name, s in self.seconds)
+        return ", ".join(f"{name} {s:.1f} s" for name, s in self.seconds.items())
 
 
 def _header(

@@ -33,13 +33,14 @@ class Status:
         self.folder: Path | None = None
         self.error: str | None = None
         self.first_step: int | None = None
+        self.start_up_s: dict[str, float] | None = None
         self.where = "at the start"  # what the run is at, for messages
         self.passes: str | None = None  # what dpo.passes: auto was settled to, for messages
         self.begun = time.time()
 
-    def training(self, first_step: int) -> None:
-        """Training begins after `first_step` steps of earlier runs."""
-        self.first_step = first_step
+    def training(self, first_step: int, start_up_s: dict[str, float]) -> None:
+        """Training begins after `first_step` steps of earlier runs; the phases of the start-up took so many seconds."""
+        self.first_step, self.start_up_s = first_step, start_up_s
         self.write(None)
 
     def failed(self, error: BaseException | str, code: int) -> int:
@@ -59,6 +60,7 @@ class Status:
             "exit_code": exit_code,
             "error": self.error and redact(self.error),
             "first_step": self.first_step,
+            "start_up_s": self.start_up_s,
             "start": this_start(),
             "host": socket.gethostname(),
             "pid": os.getpid(),

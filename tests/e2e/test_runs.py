@@ -53,6 +53,17 @@ def test_console_and_files_of_a_run(sp2: tuple[Path, str]) -> None:
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_start_up_is_told_by_phase(sp2: tuple[Path, str]) -> None:
+    """On the console and in the status; the phases are all of it, none is left out."""
+    output, console = sp2
+    phases = json.loads((output / "run_status.json").read_text())["start_up_s"]
+    named = ["checks and imports", "processes joined", "data tokenised", "model loaded", "engine built", "ready"]
+    assert list(phases) == named
+    total, parts = re.search(r"^start-up ([\d.]+) s: (.*)$", console, re.MULTILINE).groups()  # type: ignore[union-attr]
+    assert sum(phases.values()) == pytest.approx(float(total), abs=0.2)
+    assert parts == ", ".join(f"{name} {seconds:.1f} s" for name, seconds in phases.items())
+
+
 def test_loss_falls(sp2: tuple[Path, str]) -> None:
     output, _ = sp2
     held_out = [row[2] for row in trace(output) if row[1] == "eval"]
