@@ -98,6 +98,8 @@ def recipe(plan: Plan, question: Question, model: str) -> str:
     """The plan as a run config, ready but for the data."""
     x = plan.setting
     train: dict[str, Any] = {"recompute": x.recompute}
+    if x.recompute == "every_k":
+        train["recompute_every"] = x.every
     if plan.memory.host and x.host_gib:
         train["offload_host_gib"] = min(x.host_gib, math.ceil(plan.memory.host * x.world / GIB))
     if x.tile_tokens:
@@ -148,6 +150,7 @@ def as_json(plan: Plan, question: Question) -> dict[str, Any]:
         "dp": x.dp,
         "ds_config": plan.ds_config,
         "recompute": x.recompute,
+        **({"recompute_every": x.every} if x.recompute == "every_k" else {}),
         "offload_host_gib": x.host_gib,
         "mlp_tile_tokens": x.tile_tokens,
         "kv_heads_at_a_time": x.kv_heads,

@@ -22,6 +22,10 @@ RESIDENT_SHARE = 0.35
 """ZeRO-3 with LoRA keeps gathered weights when whole copy and own shard take no more of a GPU (`train.speed`)."""
 
 
+RECOMPUTE = (("auto", 2), ("full", 2), ("every_k", 2), ("every_k", 3), ("every_k", 4), ("sqrt", 2))
+"""`train.recompute` and `train.recompute_every` that are considered. Short segments leave less of one segment on the
+GPU while their many inputs wait on the host; long ones leave few inputs where there is no host memory."""
+
 TILE_TOKENS = 8192
 """An MLP tile: large enough for the tensor cores, small beside a long shard."""
 
@@ -41,7 +45,8 @@ def savers(setting: Setting, model: ModelSizes) -> Iterator[Setting]:
 
 def _tiles_and_turns(setting: Setting, model: ModelSizes) -> Iterator[Setting]:
     yield setting
-    if setting.tile_tokens is None and setting.of_a_pass.local_tokens > TILE_TOKENS:
+    segments = setting.stage == 3 and setting.recompute in ("every_k", "sqrt")  # not tiled there (`train.speed`)
+    if setting.tile_tokens is None and setting.of_a_pass.local_tokens > TILE_TOKENS and not segments:
         setting = replace(setting, tile_tokens=TILE_TOKENS)
         yield setting
     if setting.kv_heads is None and model.kv_heads > setting.sp:
@@ -79,7 +84,7 @@ class Plan:
     def label(self) -> str:
         """Recomputation and offload in a few words."""
         x = self.setting
-        words = [x.recompute]
+        words = [f"every {x.every} layers" if x.recompute == "every_k" else x.recompute]
         if x.tile_tokens:
             words.append("tiles")
         if x.kv_heads:
@@ -132,14 +137,14 @@ class Question:
                 passes=self.passes if self.objective == "dpo" else "one",
             )
             ways = [(base, "ds_configs/zero3_sp.json")]
-            if self.lora_r is not None:
-                ways.append((replace(base, stage=2), "ds_configs/zero2_sp.json"))
+            if self.lora_r is not None:  # first: where weights stay whole anyway, it holds no second copy of a part
+                ways.insert(0, (replace(base, stage=2), "ds_configs/zero2_sp.json"))
             else:
                 away = replace(base, offload_optimizer=True, offload_params=True)
                 ways.append((away, "ds_configs/zero3_offload.json"))
             for way, ds_config in ways:
-                for recompute in ("auto", "full", "sqrt"):
-                    for settled in passes_of(replace(way, recompute=recompute)):
+                for recompute, every in RECOMPUTE:
+                    for settled in passes_of(replace(way, recompute=recompute, every=every)):
                         yield settled, ds_config
                         if self.host_gib and not way.offload_params:
                             yield replace(settled, host_gib=self.host_gib), ds_config

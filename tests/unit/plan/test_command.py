@@ -10,9 +10,11 @@ from transformers import AutoConfig
 
 from ds_longft.cli import main
 from ds_longft.errors import EXIT_CONFIG
+from ds_longft.plan.report import recipe
+from ds_longft.plan.search import Question, fastest, longest_of_each
 from ds_longft.plan.setting import Gpu, shipped_gpus
 from ds_longft.settings import load_config
-from tests.unit.plan.shapes import LLAMA_8B
+from tests.unit.plan.shapes import LLAMA_8B, sizes
 
 
 @pytest.fixture
@@ -121,3 +123,24 @@ def test_shipped_rates_are_complete(name: str) -> None:
     for kernel in gpu.attention_tflops.values():
         assert set(kernel) == {"forward", "backward"}
     assert 0 < gpu.sustained["gemm"] <= 1
+
+
+def test_host_memory_is_used_up_before_a_length_is_refused() -> None:
+    """Llama-8B on two H200s with 256 GiB beside them: 2,097,152 tokens, where whole layer inputs stop at 1.5 million."""
+    question = Question(sizes(LLAMA_8B), Gpu.load("h200"), 2, 256.0)
+    plan = fastest(question, 1 << 21)
+    assert plan is not None
+    assert (plan.setting.recompute, plan.ds_config) == ("every_k", "ds_configs/zero2_sp.json")
+    assert 200 < 2 * plan.memory.host / 2**30 <= 256
+    assert f"recompute_every: {plan.setting.every}" in recipe(plan, question, "m")
+    longest = {p.setting.recompute: p.setting.tokens for p in longest_of_each(question) if p.setting.host_gib}
+    assert longest["every_k"] > 1.2 * longest["sqrt"] > 1.5 * longest["full"]
+
+
+def test_segments_are_not_tiled_under_zero_3() -> None:
+    """`train.speed` refuses that: a plan of it would not start."""
+    question = Question(sizes(LLAMA_8B), Gpu.load("h200"), 2, 0.0, lora_r=None)
+    for plan in longest_of_each(question):
+        assert not (
+            plan.setting.stage == 3 and plan.setting.recompute in ("every_k", "sqrt") and plan.setting.tile_tokens
+        )
