@@ -11,8 +11,16 @@ from transformers import PretrainedConfig
 from ds_longft.config import RunConfig
 from ds_longft.errors import GpuMemoryError, ModelError
 from ds_longft.objectives.dpo import Reference, reference_of
-from ds_longft.plan.memory import SPARE_SHARE, place, predict
-from ds_longft.plan.search import RESIDENT_SHARE, TILE_TOKENS, Question, fastest_of, passes_of, savers
+from ds_longft.plan.memory import SPARE_SHARE, host_bytes, place, predict
+from ds_longft.plan.search import (
+    RESIDENT_SHARE,
+    TILE_TOKENS,
+    Question,
+    fastest_of,
+    fastest_saver,
+    last_resorts,
+    passes_of,
+)
 from ds_longft.plan.setting import GIB, Gpu, ModelSizes, Setting
 from ds_longft.plan.step import Keep
 
@@ -190,8 +198,8 @@ def choose_for_run(
     memory_gib: float,
     fused: bool,
 ) -> tuple[Setting, tuple[Keep, ...]] | None:
-    """With `auto` recomputation: tiles and turns only where the longest pack needs them; with `dpo.passes: auto` one
-    pass or two; and what waits on the host.
+    """With `auto` recomputation: tiles, turns and more recomputation only where the longest pack needs them; with
+    `dpo.passes: auto` one pass or two; and what waits on the host.
 
     None for a model that the planner does not describe: everything is then kept on the GPU. Call it before ZeRO-3 is
     switched on for every model that is built.
@@ -204,8 +212,13 @@ def choose_for_run(
         config, engine_config, model, sp=sp, world=world, local_world=local_world, memory_gib=memory_gib, fused=fused
     )
     gpu = replace(Gpu.load("h200"), memory_gib=memory_gib)
-    ways = savers(setting, model) if setting.recompute == "auto" else passes_of(setting)
-    setting = fastest_of(ways, model, gpu)
+    if setting.recompute == "auto":
+        host_gib = config.train.offload_host_gib + host_bytes(model, setting) * local_world / GIB
+        asked, setting = setting, fastest_saver(model, setting, gpu, host_gib)
+        if not predict(model, setting, gpu).fits(gpu, host_gib, local_world):
+            setting = fastest_of(last_resorts(asked, model), model, gpu, host_gib)
+    else:
+        setting = fastest_of(passes_of(setting), model, gpu)
     outside = (gpu.context_gib + (gpu.nccl_gib if world > 1 else 0.0)) * GIB
     keep, _ = place(model, setting, gpu.memory_gib * (1 - SPARE_SHARE) * GIB - outside)
     return setting, keep

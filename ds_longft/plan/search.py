@@ -53,6 +53,16 @@ def _tiles_and_turns(setting: Setting, model: ModelSizes) -> Iterator[Setting]:
         yield replace(setting, kv_heads=1)
 
 
+def last_resorts(setting: Setting, model: ModelSizes) -> Iterator[Setting]:
+    """What `recompute: auto` turns to where keeping attention does not fit: everything again, then segments.
+
+    Not segments under ZeRO-3: there they would be without fused linears and tiles (`train.speed`).
+    """
+    for recompute, every in RECOMPUTE[1:]:
+        if recompute == "full" or setting.stage != 3:
+            yield from savers(replace(setting, recompute=recompute, every=every), model)
+
+
 def fastest_saver(model: ModelSizes, setting: Setting, gpu: Gpu, host_gib: float | None = None) -> Setting:
     """The fastest of `savers` that fits: room for kept attention can be worth more than kept linears."""
     return fastest_of(savers(setting, model), model, gpu, host_gib)

@@ -89,7 +89,8 @@ def build(
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     train = config.train
     tile_tokens, kv_heads, places = train.mlp_tile_tokens, train.kv_heads_at_a_time, None
-    passes = config.dpo.passes
+    policy: str = train.recompute
+    every, passes = train.recompute_every, config.dpo.passes
     if device.type == "cuda":
         chosen = choose_for_run(
             config,
@@ -102,8 +103,9 @@ def build(
             fused=liger_fits(config, hf_config.model_type),
         )
         if chosen is not None:
-            tile_tokens, kv_heads, places = chosen[0].tile_tokens, chosen[0].kv_heads, chosen[1]
-            passes = chosen[0].passes
+            planned, places = chosen
+            tile_tokens, kv_heads = planned.tile_tokens, planned.kv_heads
+            policy, every, passes = planned.recompute, planned.every, planned.passes
     base = load_model(
         config.model, hf_config, ds_engine_config=engine_config, dtype=dtype, device=device, seed=config.seed
     )
@@ -130,7 +132,9 @@ def build(
         objective.passes = "two" if passes == "two" else "one"
     else:
         objective = SftObjective(model, layout, config.model.kernel, kv_heads)
-    recompute = Recompute.install(base, config, stage, local_world, device, tile_tokens=tile_tokens, places=places)
+    recompute = Recompute.install(
+        base, config, stage, local_world, device, policy=policy, every=every, tile_tokens=tile_tokens, places=places
+    )
     model.train()
     optimizer = None
     if "optimizer" not in engine_config:

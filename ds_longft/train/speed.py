@@ -83,7 +83,7 @@ def keep_resident(engine_config: dict[str, Any], shape: ModelShape, world: int, 
 class Recompute:
     """The recomputation of one model: its layers' linears, and which of them are kept."""
 
-    auto: bool
+    policy: str  # train.recompute, or what its `auto` turned to
     host_bytes: int  # this rank's share of the host memory that may be used for linears
     groups: list[list[LinearGroup]] = field(default_factory=list)  # per layer, all of them
     keep: list[LayerKeep] = field(default_factory=list)  # per layer, read at each call
@@ -98,17 +98,19 @@ class Recompute:
         local_world: int,
         device: torch.device,
         *,
+        policy: str,
+        every: int,
         tile_tokens: int | None = None,
         places: Sequence[Keep] | None = None,
     ) -> Recompute:
-        """Fuse the decoder layers' linears, tile their MLPs, and put the run's recompute policy on the layers.
+        """Fuse the decoder layers' linears, tile their MLPs, and put the recompute policy on the layers.
 
+        `policy`, `every`: as in the config, or what was planned where that says auto.
         `places`: where each layer's input and attention output wait, as planned; left out: on the GPU.
         Raises ModelError: tiles for a model without gate, up and down projections.
         """
         layers = list(base.get_decoder().layers)
-        policy = config.train.recompute
-        made = cls(policy == "auto", int(config.train.offload_host_gib * 2**30) // local_world)
+        made = cls(policy, int(config.train.offload_host_gib * 2**30) // local_world)
         made.keep = [LayerKeep(i) for i in range(len(layers))]
         # Segments call layers outside of the gathering that a fused layer needs under ZeRO-3.
         if not (stage == 3 and policy in ("every_k", "sqrt")):
@@ -127,7 +129,7 @@ class Recompute:
         apply_recompute(
             layers,
             policy,
-            every=config.train.recompute_every,
+            every=every,
             dropout=config.lora is not None and config.lora.dropout > 0,
             keep=made.keep,
         )
@@ -214,8 +216,10 @@ def rehearse(engine: Any, recompute: Recompute, pack: Pack, layout: ParallelLayo
     free = torch.tensor(free_bytes(device), device=device)
     dist.all_reduce(free, op=dist.ReduceOp.MIN)
     peak = torch.cuda.max_memory_allocated(device)
-    if not recompute.auto:
-        return f"longest pack ({pack.tokens:,} tokens) peaks at {peak / 2**30:.1f} GiB"
+    if recompute.policy != "auto":
+        return (
+            f"recomputation {recompute.policy}: longest pack ({pack.tokens:,} tokens) peaks at {peak / 2**30:.1f} GiB"
+        )
     size = torch.finfo(next(engine.module.parameters()).dtype).bits // 8
     at_once = pack.tokens
     if isinstance(engine.module, DpoObjective) and engine.module.passes == "two":

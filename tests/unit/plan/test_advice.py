@@ -145,3 +145,26 @@ def test_every_family_gets_a_choice(
         if memory_gib > 100 and length == "4K":
             assert setting.tile_tokens is None
             assert setting.kv_heads is None
+
+
+def test_auto_recomputes_more_where_nothing_else_fits() -> None:
+    """Llama-8B on one H200: 424K tokens are too many for kept attention, 1M for every layer's input beside 120 GiB."""
+
+    def chosen(length: str, host_gib: float = 0.0, stage: int = 2) -> Setting:
+        config = RunConfig.model_validate(
+            {"data": {"max_length_tokens": length}, "train": {"offload_host_gib": host_gib}}
+        )
+        found = choose_for_run(
+            config, {"zero_optimization": {"stage": stage}}, AutoConfig.for_model(**LLAMA_8B),
+            sp=1, world=1, local_world=1, memory_gib=139.8, fused=True,
+        )  # fmt: skip
+        assert found is not None
+        return found[0]
+
+    assert chosen("128K").recompute == "auto"
+    assert chosen("320K").recompute == "full"
+    assert chosen("320K", stage=3).recompute == "full"
+    million = chosen("1M", host_gib=120)
+    assert million.recompute == "every_k"
+    assert million.tile_tokens == 8192
+    assert chosen("1M", host_gib=120, stage=3).recompute == "full"  # no segments there, and nothing fits
