@@ -216,7 +216,7 @@ def test_the_open_recipe_on_real_texts(tmp_path):
     assert done.eval_rows > 5
 
 
-def test_the_demonstration_recipe_makes_stretches_and_numbers(tmp_path, tokenizer, capsys):
+def test_the_demonstration_recipe_makes_stretches_numbers_and_takes_chats(tmp_path, tokenizer, capsys):
     """Columns choose the rows, shares hold to the row, and chats and plain texts of one file are both trained."""
     texts = [
         {"text": make(200, seed), "lang": lang, "collection": "a"}
@@ -225,21 +225,21 @@ def test_the_demonstration_recipe_makes_stretches_and_numbers(tmp_path, tokenize
     texts += [{"text": "Kept for the evaluation. " * 500, "lang": "en", "collection": "Shakespeare plays (sample)"}]
     write(tmp_path / "root" / "longdocs_one.jsonl.gz", texts[::2])
     write(tmp_path / "root" / "longdocs_two.jsonl", texts[1::2])
+    write(tmp_path / "root" / "instruct_short.jsonl", [chat(english(3, i), "a") for i in range(20)])
     (tmp_path / "root" / "notes.txt").write_text("not of the pattern")
     tokenizer.save_pretrained(tmp_path / "model")
     words = ["--root", str(tmp_path / "root"), "--out", str(tmp_path / "out"), "--tokenizer", str(tmp_path / "model")]
-    words += ["--total_rows", "26", "--max_length_tokens", "4K"]
+    words += ["--total_rows", "40", "--max_length_tokens", "4K"]
     assert main(["data", "mix", str(RECIPES / "extend_smollm2_data.yaml"), *words]) == 0
     rows = [json.loads(line) for line in (tmp_path / "out" / "train.jsonl").read_text().splitlines()]
-    assert Counter((row["source"], row["language"]) for row in rows) == {
-        ("stretches", "en"): 11, ("stretches", "zh"): 2, ("numbers", "en"): 11, ("numbers", "zh"): 2,
-    }  # fmt: skip
-    assert "messages" in rows[0]
+    assert Counter(row["source"] for row in rows) == {"stretches": 17, "numbers": 17, "chats": 6}
+    assert Counter(row["language"] for row in rows) == {"en": 34, "zh": 6}
+    assert {"messages" in row for row in rows} == {True, False}
     assert not any("Kept for the evaluation" in json.dumps(row) for row in rows)
     capsys.readouterr()
     assert main(["data", "stats", str(tmp_path / "out" / "run.yaml"), "--json"]) == 0
     stats = json.loads(capsys.readouterr().out)
-    assert (stats["rows"], stats["bad_rows"]) == (26, 0)
+    assert (stats["rows"], stats["bad_rows"]) == (40, 0)
     trained = {group["name"]: group["targets"] / group["tokens"] for group in stats["sources"]}
     assert trained["stretches"] > 0.99
     assert 0 < trained["numbers"] < 0.2
