@@ -41,7 +41,7 @@ CASES = {
     "tiles, heads in turns": (LLAMA_8B, 2, Setting(LONG, 2, 2, recompute="full", tile_tokens=4096, kv_heads=1), None),
     "the same on one rank": (LLAMA_8B, 2, Setting(LONG, 1, 1, recompute="full", tile_tokens=4096, kv_heads=2), None),
     "28 heads on 8 ranks in turns": (QWEN_7B, 2, Setting(LONG, 8, 8, recompute="full", tile_tokens=1024, kv_heads=1), None),
-    "a million tokens": (LLAMA_8B, 2, Setting((1 << 20,), 2, 2, recompute="full", tile_tokens=8192, kv_heads=1), None),
+    "a million tokens": (LLAMA_8B, 2, Setting((1 << 20,), 2, 2, recompute="full", tile_tokens=32768, kv_heads=1), None),
     "inputs on the host": (LLAMA_8B, 6, Setting(LONG, 2, 2, recompute="full", host_gib=99), (Keep(input="host"),) * 6),
     "segments, inputs on the host": (LLAMA_8B, 6, Setting(LONG, 2, 2, recompute="every_k", host_gib=99), (Keep(input="host"), Keep()) * 3),
     "attention on the host": (LLAMA_8B, 6, Setting(LONG, 2, 2, tile_tokens=4096, host_gib=99), (Keep(input="host", attention="host"),) * 6),
