@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import sys
 import time
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -15,6 +15,9 @@ from typing import Any
 
 import fire
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.work import commit
 from ds_longft.evaluate.texts import chinese, english
 
 CHARACTERS_A_TOKEN = {"en": 6, "zh": 2}  # more than SmolLM2's tokenizer takes
@@ -44,10 +47,9 @@ def results(run: str, command: str) -> None:
     """One line for each number of the demonstration, out of RUN/eval."""
     folder = Path(run)
     machine = json.loads((folder / "versions.json").read_text())
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
     head = {
         "date": time.strftime("%Y-%m-%d"),
-        "commit": commit.strip(),
+        "commit": commit(),
         "machine": f"{machine['machine']['world']} x {machine['machine']['device']}",
         "versions": machine["versions"],
         "command": command,
@@ -72,8 +74,9 @@ def results(run: str, command: str) -> None:
     for number, value in enumerate(after["loss_by_eighth"], start=1):
         name = "last eighth" if number == 8 else f"eighth {number}"
         line(f"loss {tokens} {name} minus {shown}", value - base, "nats/token")
-    for language, sizes in result("needle")["exact_percent"].items():
-        for size, value in sizes.items():
+    line(f"loss {shown}", base, "nats/token")
+    for language, name in (("en", "needle"), ("zh", "needle-zh")):
+        for size, value in result(name)["exact_percent"][language].items():
             line(f"needle {size} exact match" + ("" if language == "en" else f" {language}"), value, "%")
     for size, value in result("needle-multi")["exact_percent"]["en"].items():
         line(f"needle {size} four at once exact match", value, "%")

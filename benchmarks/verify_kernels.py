@@ -22,7 +22,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.work import SHAPES
+from benchmarks.work import SHAPES, append, commit, shape_of
 from ds_longft.train.ranks import visible_gpus
 from tests.tokenizer import tiny_tokenizer
 
@@ -66,8 +66,7 @@ def main() -> None:
                 failed |= not row["ok"]
                 print(json.dumps(row), flush=True)
                 if args.append:
-                    with open(args.append, "a", encoding="utf-8") as file:
-                        file.write(json.dumps(row) + "\n")
+                    append(args.append, row)
     raise SystemExit(int(failed))
 
 
@@ -75,7 +74,7 @@ def write_run(folder: Path, shape: str, layers: int, ranks: int) -> Path:
     """Config of the model (no weights), its tokenizer, texts, and run.yaml: LoRA with dropout, ZeRO-3."""
     from transformers import AutoConfig
 
-    AutoConfig.for_model(**{**SHAPES[shape], "num_hidden_layers": layers}).save_pretrained(folder / "model")
+    AutoConfig.for_model(**shape_of(shape, layers)).save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
     modules = sorted(Path(json.__file__).parents[1].glob("*.py"))[:60]
     rows = [{"text": path.read_text(encoding="utf-8", errors="replace")[:20000]} for path in modules]
@@ -108,10 +107,9 @@ def result(report: dict[str, Any], dtype: str, kernel: str, args: argparse.Names
         for check in ("1", "7")
     }
     leaks = [f["value"] for f in found if f["what"].startswith("states of other documents")]
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "date": date.today().isoformat(),
-        "commit": head.stdout.strip() or None,
+        "commit": commit(),
         "machine": f"{ranks} x {report['device']}",
         "versions": {m.__name__: m.__version__ for m in (torch, deepspeed, transformers)},
         "command": " ".join(["python", *sys.argv]),

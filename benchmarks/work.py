@@ -177,20 +177,26 @@ def peak_gib(device: Any) -> float | None:
 
 
 def provenance(ranks: int, *modules: ModuleType, script: str = "") -> dict[str, Any]:
-    """What every line of results.jsonl says about where it comes from. `COMMIT` names it where there is no git."""
+    """What every line of results.jsonl says about where it comes from."""
     import torch
 
-    head = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=ROOT
-    )
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     return {
         "date": date.today().isoformat(),
-        "commit": os.environ.get("COMMIT") or head.stdout.strip(),
+        "commit": commit(),
         "machine": f"{ranks} x {name}",
         "versions": {m.__name__: m.__version__ for m in modules},
         "command": " ".join([script or "python benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+
+
+def commit() -> str:
+    """The code's; `COMMIT` names it where there is no git."""
+    head = ["git", "rev-parse", "--short", "HEAD"]
+    return (
+        os.environ.get("COMMIT")
+        or subprocess.run(head, capture_output=True, text=True, check=False, cwd=ROOT).stdout.strip()
+    )
 
 
 def append(path: str | Path, *results: dict[str, Any]) -> None:
