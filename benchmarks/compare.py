@@ -100,6 +100,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="the first is warming up")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--peer_stage", type=int, default=3, help="ZeRO stage of the peer; its tutorial's is 3")
+    parser.add_argument("--host_gib", type=float, default=0.0, help="host memory in which ours may keep outputs")
+    parser.add_argument("--no_peer", action="store_true", help="ours and the floor only")
     parser.add_argument("--grads", action="store_true", help="compare gradients of the first step")
     parser.add_argument("--timeout_s", type=int, default=900, help="of one measurement")
     parser.add_argument("--append", help="append results to this file")
@@ -130,17 +132,15 @@ def measure(row: Row, args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         at = Path(folder)
         grads = {side: ["--grads", str(at / f"{side}.safetensors")] if args.grads else [] for side in ("ours", "peer")}
-        ours = start("step.py", row.gpus, [*row.ours(), *common, *grads["ours"]], at, args.timeout_s)
-        peer = start(
-            "peer_alst.py",
-            row.gpus,
-            [*row.peer(), "--stage", str(args.peer_stage), *common, *grads["peer"]],
-            at,
-            args.timeout_s,
-        )
+        host = ["--host_gib", str(args.host_gib)] if args.host_gib else []
+        ours = start("step.py", row.gpus, [*row.ours(), *host, *common, *grads["ours"]], at, args.timeout_s)
+        stage = ["--stage", str(args.peer_stage)]
+        peer = {}
+        if not args.no_peer:
+            peer = start("peer_alst.py", row.gpus, [*row.peer(), *stage, *common, *grads["peer"]], at, args.timeout_s)
         floor = start("ceilings.py", 0, [*row.floor(), *common], at, args.timeout_s)
         compared = None
-        if args.grads and not ("error" in ours or "error" in peer):
+        if args.grads and "value" in ours and "value" in peer:
             compared = compare_gradients(at / "ours.safetensors", at / "peer.safetensors")
     elapsed_s = time.monotonic() - begin
     lines = result_lines(row, args, ours, peer, floor, compared)
@@ -181,6 +181,7 @@ def result_lines(
 ) -> list[dict[str, Any]]:
     """Lines for results.jsonl: the step with its peer, its share of the floor, and how far gradients are apart."""
     name = row.name + (f", {args.layers} layers" if args.layers else "")
+    name += f", {args.host_gib:g} GiB of host memory" if args.host_gib else ""
     if "error" in ours:
         return [{"what": f"step {name}", "error": ours["error"], "peer_value": peer.get("value")}]
     same = {key: ours[key] for key in ("date", "commit", "machine", "versions")}
@@ -204,8 +205,10 @@ def result_lines(
         "steps_s": ours["steps_s"],
         "ours": ours["command"],
         "peer_steps_s": peer.get("steps_s"),
-        "peer": peer.get("error") or f"DeepSpeed ALST, Liger, PEFT, ZeRO-{args.peer_stage}: {peer['command']}",
+        "peer": peer.get("error") or f"DeepSpeed ALST, Liger, PEFT, ZeRO-{args.peer_stage}: {peer.get('command')}",
     }
+    if not peer:
+        step = {key: value for key, value in step.items() if not (key.startswith("peer") or key == "ratio")}
     lines = [step]
     if "value" in floor:
         lines.append(
@@ -233,7 +236,7 @@ def wrong(
 ) -> list[str]:
     """Everything that speaks against the row, empty where nothing does."""
     found = [f"{who}: {r['error']}" for who, r in (("ours", ours), ("peer", peer), ("floor", floor)) if "error" in r]
-    if "error" in ours or "error" in peer:
+    if not peer or "error" in ours or "error" in peer:
         return found
     loss, cosine, norm = bounds
     if ours["fingerprint"] != peer["fingerprint"]:

@@ -14,6 +14,7 @@ from ds_longft.plan.setting import ModelSizes, Setting
 from ds_longft.plan.timeline import Timeline
 from ds_longft.sequence.exchange import deal_heads
 from ds_longft.sequence.kept import LEAVING
+from ds_longft.sequence.linear import folds
 from ds_longft.sequence.loss import CHUNK_BYTES
 
 LAYER_INPUTS, ATTENTION, LINEARS = "layer inputs", "kept attention", "kept linears"
@@ -86,6 +87,14 @@ class Sizes:
         x = self.setting
         outs = [o for name, _, o in self.model.linear_io if name in names]
         return x.local_tokens * x.element_bytes * (sum(outs) + len(outs) * (x.lora_r or 0))
+
+    def beside(self, share: float = 1.0) -> float:
+        """Copies of dy and W with the low-rank columns, for down's gradient of its input (`linear.folds`)."""
+        m, x = self.model, self.setting
+        tokens = round(share * x.local_tokens)
+        if x.lora_r is None or not folds(tokens, m.hidden, m.inter):
+            return 0.0
+        return (m.hidden + x.lora_r) * (tokens + m.inter) * x.element_bytes
 
     def kernel_backward(self) -> float:
         """Float32 workspace of an attention kernel's backward pass, beside dq, dk and dv (kernels' sources)."""
@@ -371,7 +380,9 @@ class Step:
     def _mlp_backward(self, i: int) -> None:
         """Down, the gated activation, gate and up."""
         t, z, x = self.t, self.z, self.z.setting
+        t.hold("beside", z.beside())
         t.hold("dc", z.f, at="the MLP, backward")
+        t.drop("beside")
         self._weight_gradient("down_proj")
         t.drop("c", "down a")
         if not x.fused:
@@ -393,7 +404,7 @@ class Step:
             elements = sum(i * o for n, i, o in z.model.linear_io if n in (*GROUPS[2], *GROUPS[3]))
             t.hold("sums", 4 * elements, TRAINABLE)
             t.during("weight gradients of a tile", (4 + x.element_bytes) * elements * 2 / 3, TRAINABLE)
-        t.during("a tile of the MLP, backward", z.tile * ((4 if x.fused else 7) * z.f + z.u))
+        t.during("a tile of the MLP, backward", z.tile * ((4 if x.fused else 7) * z.f + z.u) + z.beside(z.tile))
         t.drop("sums")
 
     def _weight_gradient(self, name: str) -> None:

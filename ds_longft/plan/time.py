@@ -16,6 +16,7 @@ from ds_longft.model.flops import visible_pairs
 from ds_longft.plan.memory import segment_starts, trained_weights
 from ds_longft.plan.setting import Gpu, ModelSizes, Setting
 from ds_longft.plan.step import GROUPS, Keep, Sizes
+from ds_longft.sequence.linear import folds
 
 KERNEL_LAUNCHES_S = 1.5e-4
 """A layer's call: launches that nothing hides when the tensors are small, forward and backward together, per document
@@ -167,12 +168,20 @@ def elementwise_bytes(model: ModelSizes, z: Sizes, forwards: float, *, backward:
 
 
 def lora_bytes(model: ModelSizes, x: Setting, forwards: float, *, backward: bool = True) -> float:
-    """`linear._Linears`: x A' reads the input, adding reads and writes the output; backward reads dy twice."""
+    """`linear._Linears`: x A' reads the input, adding reads and writes the output; backward reads dy twice and x once,
+    and adds to dx. Where the term is folded into the product, its input is copied instead.
+    """
     if x.lora_r is None:
         return 0.0
-    per_token = sum(forwards * 2 * o + backward * 2 * o for _, _, o in model.linear_io)
-    inputs = {group: next((i for n, i, _ in model.linear_io if n in group), 0) for group in GROUPS}
-    per_token += sum((forwards + backward * 3) * i for i in inputs.values())
+    tokens, per_token = min(x.local_tokens, x.tile_tokens or x.local_tokens), 0.0
+    for group in GROUPS:
+        shapes = [(i, o) for name, i, o in model.linear_io if name in group]
+        if not shapes:
+            continue
+        inner, outer = shapes[0][0], sum(o for _, o in shapes)
+        per_token += forwards * (inner + 2 * (inner if folds(tokens, inner, outer) else outer))
+        folded = len(shapes) == 1 and folds(tokens, outer, inner)
+        per_token += backward * (2 * outer + inner + 2 * (outer if folded else inner))
     return x.local_tokens * x.element_bytes * per_token
 
 

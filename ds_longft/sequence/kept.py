@@ -11,13 +11,19 @@ with a nearly full GPU those make it free cached blocks and wait for the device.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Hashable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 LEAVING = 2
 """Calls whose device tensors may still be on their way out; compute waits for older ones."""
+
+TOUCHING = 8
+"""Threads that bring host memory in, of each rank."""
 
 
 class Kept:
@@ -112,12 +118,10 @@ class HostStore:
         size = like.numel() * like.element_size()
         memory = self._buffers.get(key)
         if memory is None or memory.numel() < size:
-            if memory is not None and self.device.type == "cuda":
+            gpu = self.device.type == "cuda"
+            if memory is not None and gpu:
                 torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr()))
-            memory = self._buffers[key] = torch.empty(size, dtype=torch.uint8)
-            if self.device.type == "cuda":
-                # Not pin_memory=True: torch's pinned allocator rounds up to powers of two.
-                torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0))
+            memory = self._buffers[key] = _pinned(size) if gpu else torch.empty(size, dtype=torch.uint8)
         return memory[:size].view(like.dtype).view(like.shape)
 
 
@@ -164,6 +168,23 @@ class HostKept(Kept):
             assert self._done is not None
             self.store.back.wait_event(self._done)  # out before back
         self._done = _copy(self._host, self._value, self.store.back)
+
+
+def _pinned(size: int) -> Tensor:
+    """So many bytes of pinned host memory, in large pages where the system gives them.
+
+    Not pin_memory=True: torch's pinned allocator rounds up to powers of two. Every page is brought in before, by
+    several threads: pinning does it page by page in one.
+    """
+    pages = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without large pages
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    memory = torch.frombuffer(pages, dtype=torch.uint8)
+    with ThreadPoolExecutor(TOUCHING) as pool:
+        list(pool.map(lambda part: part[:: mmap.PAGESIZE].zero_(), memory.chunk(TOUCHING)))
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0))
+    return memory
 
 
 def _copy(

@@ -2,7 +2,8 @@
 
 PEFT computes base(x) + B(A(x)) * scale with a copy for each term, and reads x again for each of q, k, v. Here linears
 that read the same input are one group: one product with all their A matrices, the base product, then the low-rank term
-added in place. The arithmetic is PEFT's; the adapters stay PEFT's modules, so saving and loading know nothing of this.
+added in place. Where outputs are much wider than inputs it is no term of its own but more columns of the base product
+(`folds`). The arithmetic is PEFT's; the adapters stay PEFT's modules, so saving and loading know nothing of this.
 What is not plain LoRA (dropout, DoRA, several or merged adapters, other layer types) keeps PEFT's own path.
 
 Letters: t tokens, I input and O output features, r rank, m members of a group.
@@ -163,14 +164,36 @@ def linears_forward(x2: Tensor, scales: Sequence[float], tensors: Sequence[Tenso
     """x2 [t, I] -> the m outputs [t, O_i], and x A' [t, sum of r] of all adapters, one pass over x."""
     quads = _quads(tensors)
     xa = low_rank(x2, tensors)
-    parts = iter(_columns(xa, [a for _, _, a, _ in quads if a is not None]))
-    outs = []
+    adapted = sum(len(w) for w, _, a, _ in quads if a is not None)
+    wide = _beside(x2, xa) if folds(len(x2), x2.shape[1], adapted) else None  # [t, I + R]
+    outs, start = [], 0
     for (w, bias, a, b), scale in zip(quads, scales, strict=True):
-        out = torch.addmm(bias, x2, w.t()) if bias is not None else x2 @ w.t()  # [t, O]
+        own = slice(start, start + (0 if a is None else len(a)))  # this member's columns of x A'
+        start = own.stop
+        if a is not None and wide is not None:
+            columns = b.new_zeros(len(b), xa.shape[1])
+            columns[:, own] = b * scale
+            outs.append(F.linear(wide, _beside(w, columns), bias))  # [t, O]
+            continue
+        out = F.linear(x2, w, bias)  # [t, O]
         if a is not None:
-            out.addmm_(next(parts), b.t(), alpha=scale)
+            out.addmm_(xa[:, own], b.t(), alpha=scale)
         outs.append(out)
     return (*outs, xa)
+
+
+def folds(tokens: int, inner: int, outer: int) -> bool:
+    """Whether y [tokens, outer] = x W' + u B', x [tokens, inner], is computed as one product [x | u] [W | B]'.
+
+    That spares reading and writing y once more, for copies of x and of W. On an H200, 65,536 tokens, 4,096 to 14,336
+    features, rank 16: adding takes 1.58 ms after a product of 10.2 ms; copies 0.75 ms for gate and up together.
+    """
+    return tokens * outer > 2 * inner * (tokens + outer)
+
+
+def _beside(x: Tensor, columns: Tensor) -> Tensor:
+    """[n, I], [n, R] -> [n, I + R], R filled up to a multiple of 8: fast kernels want rows of 16 bytes."""
+    return torch.cat([x, columns, x.new_zeros(len(x), -columns.shape[1] % 8)], dim=1)
 
 
 def low_rank(x2: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
@@ -194,28 +217,36 @@ def linears_backward(
     quads = _quads(tensors)
     downs = [a for _, _, a, _ in quads if a is not None]
     parts = iter(_columns(xa, downs))
-    dx = None
     grads: list[Tensor | None] = []
     dxas = []
-    for i, ((w, bias, a, b), dy, scale) in enumerate(zip(quads, dys, scales, strict=True)):
+    for i, ((_, bias, a, b), dy, scale) in enumerate(zip(quads, dys, scales, strict=True)):
         need_w, need_bias = needed[1 + 4 * i], needed[2 + 4 * i]
-        if needed[0]:
-            dx = dy @ w if dx is None else dx.addmm_(dy, w)
         grads += [dy.t() @ x2 if need_w else None, dy.sum(0) if need_bias and bias is not None else None]
         if a is None:
             grads += [None, None]
             continue
         dxas.append((dy @ b).mul_(scale))  # [t, r]
         grads += [None, (dy.t() @ next(parts)).mul_(scale)]  # A's comes below, B's is [O, r]
-    if dxas:
-        dxa = torch.cat(dxas, dim=1) if len(dxas) > 1 else dxas[0]  # [t, sum of r]
-        if dx is not None:
-            dx.addmm_(dxa, torch.cat(downs))
+    dxa = torch.cat(dxas, dim=1) if len(dxas) > 1 else dxas[0] if dxas else None  # [t, sum of r]
+    if dxa is not None:
         das = iter((dxa.t() @ x2).split([a.shape[0] for a in downs]))  # [r, I] each, one pass over x
         for i, (_, _, a, _) in enumerate(quads):
             if a is not None:
                 grads[4 * i + 2] = next(das)
-    return dx, grads
+    return _input_gradient(dys, [w for w, *_ in quads], dxa, downs) if needed[0] else None, grads
+
+
+def _input_gradient(
+    dys: Sequence[Tensor], weights: Sequence[Tensor], dxa: Tensor | None, downs: Sequence[Tensor]
+) -> Tensor:
+    """dx [t, I]: the sum of dy_i W_i, and dxa [t, sum of r] times the A of all members."""
+    if dxa is not None and len(dys) == 1 and folds(len(dys[0]), *weights[0].shape):
+        rest = downs[0].new_zeros(-len(downs[0]) % 8, downs[0].shape[1])
+        return _beside(dys[0], dxa) @ torch.cat([weights[0], downs[0], rest])  # [t, O + R] [O + R, I]
+    dx = dys[0] @ weights[0]
+    for dy, w in zip(dys[1:], weights[1:], strict=True):
+        dx.addmm_(dy, w)
+    return dx if dxa is None else dx.addmm_(dxa, torch.cat(tuple(downs)))
 
 
 def _quads(tensors: Sequence[Tensor | None]) -> list[tuple[Any, Any, Any, Any]]:

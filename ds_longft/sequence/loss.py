@@ -57,8 +57,9 @@ def logit_transform(config: PretrainedConfig) -> Transform:
 def _chunk_losses(logits: Tensor, targets: Tensor, weights: Tensor, transform: Transform) -> Tensor:
     """Weighted cross-entropy of a chunk: logits [rows, V] -> [rows] in at least float32."""
     logits = transform(logits)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, targets, reduction="none") * weights
+    # Not of `logits.to(float32)`: on GPUs the conversion is part of this kernel, and of the one of its backward pass.
+    log_p = torch.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return F.nll_loss(log_p, targets, reduction="none") * weights
 
 
 @dataclass(frozen=True)
