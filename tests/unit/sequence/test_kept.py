@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ds_longft.sequence.kept import LEAVING, HostStore, Unread
+from ds_longft.sequence.kept import LEAVING, HostStore, Unread, _pinned
 from ds_longft.sequence.linear import fuse_linears
 from ds_longft.sequence.mlp import tile_mlp
 from ds_longft.sequence.recompute import LayerKeep, apply_recompute
@@ -106,3 +107,20 @@ def test_the_down_projection_is_computed_again_only_where_its_output_is_read() -
     assert down_rows(4, after=False) == 10
     assert down_rows(None, after=True) == 20
     assert down_rows(4, after=True) == 20
+
+
+@pytest.mark.parametrize("size", [1, 5000, 1 << 20])
+def test_pinned_memory_is_registered_whole(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    registered = []
+
+    class Runtime:
+        @staticmethod
+        def cudaHostRegister(start: int, size: int, flags: int) -> int:
+            registered.append((start, size))
+            return 0
+
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda code: None)  # there is none in a build for CPUs
+    memory = _pinned(size)
+    assert memory.numel() == size
+    assert registered == [(memory.data_ptr(), size)]
