@@ -232,7 +232,7 @@ def test_the_demonstration_recipe_makes_stretches_numbers_and_takes_chats(tmp_pa
     words += ["--total_rows", "40", "--max_length_tokens", "4K"]
     assert main(["data", "mix", str(RECIPES / "extend_smollm2_data.yaml"), *words]) == 0
     rows = [json.loads(line) for line in (tmp_path / "out" / "train.jsonl").read_text().splitlines()]
-    assert Counter(row["source"] for row in rows) == {"stretches": 17, "numbers": 17, "chats": 6}
+    assert Counter(row["source"] for row in rows) == {"stretches": 10, "numbers": 24, "chats": 6}
     assert Counter(row["language"] for row in rows) == {"en": 34, "zh": 6}
     assert {"messages" in row for row in rows} == {True, False}
     assert not any("Kept for the evaluation" in json.dumps(row) for row in rows)
