@@ -82,6 +82,8 @@ ROWS = (
     Row("4x16384 sp1 lora fa4", "16384x4", gpus=1, sp=1),
     Row("longalign 65536 sp1 lora fa4", "longalign:65536", gpus=1, sp=1),
     Row("131072 sp1 lora fa4", "131072", gpus=1, sp=1),
+    Row("8x8192 packs dp1", "8192x8", gpus=1, sp=1),
+    Row("65536 sp1 full", "65536", gpus=1, sp=1, full=True),  # --layers 8: 16 bytes a weight beside the activations
 )
 
 TINY = (

@@ -4,7 +4,7 @@
 # data can be made on a machine without a GPU. PARALLEL=1 runs the evaluations of a model side by side.
 #
 #   TEXTS=/path/to/longdocs benchmarks/extend_smollm2.sh                    # one GPU, or all GPUs of the machine
-#   TEXTS=... MODE=lora ROPE=yarn benchmarks/extend_smollm2.sh              # the other variants
+#   TEXTS=... MODE=lora ROPE=yarn benchmarks/extend_smollm2.sh              # the other variants; arguments are keys of the run
 #   LENGTH=2048 LENGTHS=512,1024 ROWS=8 STEPS=2 TRIALS=1 SHORT=2 benchmarks/extend_smollm2.sh        # rehearsal on a CPU, built-in text
 #
 # TEXTS holds longdocs_*.jsonl.gz with columns text, collection, lang, of which the collection HELD_OUT is not trained on but
@@ -16,8 +16,8 @@ TEXTS=${TEXTS:-}
 HELD_OUT="Shakespeare plays (sample)"   # excluded by recipes/extend_smollm2_data.yaml
 ONLY=${ONLY:-all}    # data, train, before, after (evaluation and report) or all
 LENGTH=${LENGTH:-131072}
-ROWS=${ROWS:-520}
-STEPS=${STEPS:-180}
+ROWS=${ROWS:-2000}
+STEPS=${STEPS:-220}
 TRIALS=${TRIALS:-4}   # questions at each length and depth, twice as many with four numbers at once
 TRIALS_BEFORE=${TRIALS_BEFORE:-$TRIALS}
 PARALLEL=${PARALLEL:-0}
@@ -39,15 +39,14 @@ if part data && [ ! -f "$DATA/run.yaml" ]; then
   if [ -z "$TEXTS" ]; then $PYTHON benchmarks/extend_smollm2.py texts "$DATA/texts" "$LENGTH"; fi
   # Makes the rows, mixes them, tokenises them into the cache that training reads, and shows the packs in stats.html.
   longft data mix recipes/extend_smollm2_data.yaml --root "${TEXTS:-$DATA/texts}" --out "$DATA" --tokenizer "$MODEL" \
-    --max_length_tokens "$LENGTH" --total_rows "$((2 * ROWS))"
+    --max_length_tokens "$LENGTH" --total_rows "$ROWS"
 fi
 
 keys=(--config recipes/extend_smollm2.yaml --output_dir "$RUN" --sp "$RANKS" --data.max_length_tokens "$LENGTH"
   --data.train "$(realpath -m "$DATA/train.jsonl")" --train.max_steps "$STEPS" --train.save_every_steps "$((STEPS / 2))")
-if [ "$ROPE" = yarn ]; then keys+=(--model.rope.type yarn --model.rope.theta null --model.rope.factor 16); fi
-if [ "$MODE" = lora ]; then
-  keys+=(--lora.r 64 --lora.alpha 128 --optim.learning_rate 1e-3)
-fi
+if [ "$ROPE" = yarn ]; then keys+=(--model.rope.type yarn --model.rope.theta null --model.rope.factor "$((LENGTH > 8192 ? LENGTH / 8192 : 16))"); fi
+if [ "$MODE" = lora ]; then keys+=(--lora.r 64 --lora.alpha 128 --optim.learning_rate 1e-3); fi
+keys+=("$@")
 if part train && [ ! -f "$RUN/model.safetensors" ] && [ ! -f "$RUN/adapter_model.safetensors" ]; then
   if [ "$RANKS" -gt 1 ]; then deepspeed --num_gpus "$RANKS" --module ds_longft.train "${keys[@]}"
   else $PYTHON -m ds_longft.train "${keys[@]}"; fi

@@ -141,7 +141,7 @@ def _about_texts(
     }
     if source.synth == "needle":
         return needle_rows(texts, questions=source.questions or QUESTIONS, **every)
-    every |= {"languages": recipe.languages, "sizes": source.sizes}
+    every |= {"languages": recipe.languages if source.languages is None else source.languages, "sizes": source.sizes}
     if source.synth == "stretches":
         return stretch_rows(texts, **every)
     every |= {"questions": source.questions or numbers.QUESTIONS, "at_once": source.at_once or numbers.AT_ONCE}

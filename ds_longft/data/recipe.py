@@ -23,6 +23,7 @@ OF_KINDS: dict[str, tuple[Synth, ...]] = {
     "questions": ("needle", "code", "numbers"),
     "at_once": ("numbers",),
     "sizes": ("stretches", "numbers"),
+    "languages": ("stretches", "numbers"),
     "context_tokens": ("needle", "code", "stretches", "numbers"),
     "where": ("none", "refgpt8x", "needle", "stretches", "numbers"),
     "exclude": ("none", "refgpt8x", "needle", "stretches", "numbers"),
@@ -71,7 +72,11 @@ class MixSource(SourceConfig):
 
     sizes: Annotated[dict[str, float] | None, BeforeValidator(_names)] = None
     """`synth: stretches|numbers`: part of the longest row -> share of the rows, e.g. {1/4: 3, 1/2: 2, 1: 2}. Left out:
-    halves of halves down to 1/32. The languages of made rows follow the recipe's `languages`."""
+    halves of halves down to 1/32."""
+
+    languages: dict[str, float] | None = None
+    """`synth: stretches|numbers`: share of the rows made, by language code. Left out: the recipe's `languages`; more
+    where other sources have too little of one."""
 
     @model_validator(mode="after")
     def _fits(self) -> MixSource:
@@ -85,6 +90,10 @@ class MixSource(SourceConfig):
                 problems.append(f"{key} has no effect with synth: {self.synth}, only with {', '.join(kinds)}")
         if self.synth == "numbers" and (self.questions or 1) > MAX_QUESTIONS:
             problems.append(f"questions is {self.questions}: synth: numbers has names for {MAX_QUESTIONS} at most")
+        if sum((self.languages or {}).values()) > 1.000001:
+            problems.append(
+                f"languages: the shares add up to {sum((self.languages or {}).values()):.3f}, expected 1 at most"
+            )
         if self.sizes is not None:
             try:
                 size_parts(self.sizes)

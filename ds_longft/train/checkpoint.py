@@ -53,6 +53,7 @@ class TrainState:
     wandb_id: str | None = None
     eval_due: bool = False  # stopped before the evaluation that belongs to `step`
     loss: dict[str, Any] = field(default_factory=dict)  # key -> value of what decides it; {}: not written down yet
+    base: str = ""  # of the weights before training; "": not written down, or out of reach
 
 
 class Checkpoints:
@@ -186,7 +187,7 @@ class Checkpoints:
         set_rng_state(load_file(path / f"rng-{self.agreement.rank:05d}.safetensors"))
 
     def check_same_run(self, path: Path, state: TrainState, new: TrainState) -> None:
-        """Refuse to continue a run whose data, their order, trained weights or loss changed.
+        """Refuse to continue a run whose data, their order, base model, trained weights or loss changed.
 
         Raises:
             CheckpointError: lists everything that changed.
@@ -199,6 +200,8 @@ class Checkpoints:
             )
         if state.trained != new.trained:
             changed.append("the trained parameters (lora.*, model.path) changed")
+        if state.base and new.base and state.base != new.base:
+            changed.append("model.path leads to other weights than those the run began with")
         changed += [
             f"{key} was {value} and is {new.loss[key]} now"
             for key, value in state.loss.items()

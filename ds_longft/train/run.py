@@ -37,7 +37,7 @@ from ds_longft.train.secrets import tracked_config
 from ds_longft.train.sets import tokenized
 from ds_longft.train.speed import choose_passes, liger_fits, rehearse
 from ds_longft.train.trainer import Trainer
-from ds_longft.train.weights import ModelWriter, trained_fingerprint
+from ds_longft.train.weights import ModelWriter, start_fingerprint, trained_fingerprint
 
 if TYPE_CHECKING:
     from ds_longft.train.status import Status
@@ -157,13 +157,14 @@ def _run(
         fingerprint=train_loader.fingerprint,
         trained=trained_fingerprint(built.model),
         loss=what_decides_the_loss(config),
+        base=agreement.broadcast(start_fingerprint(built.model)),
     )
     found = checkpoints.find(config.train.resume)
     if found is not None:
         path, saved = found
         checkpoints.check_same_run(path, saved, state)
         checkpoints.load(built.engine, path, saved)
-        now = {"total_steps": state.total_steps, "world": layout.world, "loss": state.loss}
+        now = {"total_steps": state.total_steps, "world": layout.world, "loss": state.loss, "base": state.base}
         state = TrainState(**{**vars(saved), **now})
     aside = checkpoints.set_aside_after(state.step)
     records = Records(folder, config.log, total_steps=state.total_steps, first_step=state.step, active=launch.rank == 0)

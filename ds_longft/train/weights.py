@@ -19,6 +19,21 @@ def trained_fingerprint(model: nn.Module) -> str:
     return hashlib.sha256(repr(sorted(shapes)).encode()).hexdigest()[:16]
 
 
+def start_fingerprint(model: nn.Module) -> str:
+    """Hash of the first four elements of each frozen weight, of every weight where none is frozen; before training.
+
+    Another model of the same shapes has other ones. Rounded to bf16, so that the type it is loaded in does not count.
+    Of rank 0's share, which under ZeRO-3 holds the first elements whatever the number of ranks. "" where weights lie
+    on NVMe.
+    """
+    weights = list(model.parameters())
+    shares = [getattr(p, "ds_tensor", p) for p in [p for p in weights if not p.requires_grad] or weights]
+    if any(getattr(getattr(share, "status", None), "name", "") == "NOT_AVAILABLE" for share in shares):
+        return ""
+    heads = [share.detach().flatten()[:4].to("cpu", torch.bfloat16) for share in shares]
+    return hashlib.sha256(torch.cat(heads).view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+
+
 def gather_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """Every parameter and buffer whole on the CPU of rank 0, {} elsewhere; one parameter at a time under ZeRO-3.
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
+from safetensors.torch import load_file, save_file
 
 from tests.faults.ranks import Launcher, checkpoints, status, trace
 
@@ -102,6 +104,21 @@ def test_changed_run_is_refused(launcher: Launcher, finished: Path, keys: tuple[
     assert "cannot be continued exactly" in run.text(0)
     assert checkpoints(finished) == [6, 8]
     assert set(before) <= {p.name for p in finished.iterdir()}
+
+
+def test_another_base_model_is_refused(launcher: Launcher, finished: Path, tmp_path: Path) -> None:
+    """F20: other weights of the same shapes, as an -Instruct beside its base; the same ones elsewhere are no other."""
+    model = Path(yaml.safe_load((finished / "config.yaml").read_text())["model"]["path"])
+    moved = Path(shutil.copytree(model, tmp_path / "moved"))
+    codes, run = launcher.run(finished, "--model.path", str(moved))
+    assert codes == [0, 0], run.text()
+    weights = load_file(moved / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] *= 1.01
+    save_file(weights, moved / "model.safetensors", {"format": "pt"})
+    codes, run = launcher.run(finished, "--model.path", str(moved))
+    assert codes == [64, 64], run.text()
+    assert "model.path leads to other weights than those the run began with" in run.text(0)
+    assert checkpoints(finished) == [6, 8]
 
 
 def test_one_failed_save_is_survived(launcher: Launcher, golden: Path, tmp_path: Path) -> None:

@@ -42,7 +42,10 @@ def test_loads_and_survives_a_round_trip(path: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", [path for path in ALL if path not in RECIPES], ids=lambda p: p.stem)
 def test_a_mix_loads(path: Path) -> None:
-    assert set(read_recipe(str(path)).languages) == {"zh"}
+    recipe = read_recipe(str(path))
+    assert {lang for shares in (recipe.languages, *(s.languages or {} for s in recipe.sources)) for lang in shares} == {
+        "zh"
+    }
     assert read_recipe(f"recipes/{path.name}").sources, "found from anywhere"
 
 

@@ -92,16 +92,21 @@ EN = Speech(
     first_names=(
         "Adam", "Beatrix", "Carlos", "Dora", "Edwin", "Fiona", "Gustav", "Hanna", "Ivan", "Julia", "Karim", "Leila",
         "Marcus", "Nora", "Oscar", "Paula", "Rafael", "Sonja", "Tobias", "Ursula", "Victor", "Wilma", "Xenia", "Zoltan",
+        "Alvaro", "Bettina", "Cedric", "Doreen", "Emil", "Frida", "Gavin", "Helga", "Isaac", "Jasmin", "Kaspar",
+        "Lucia", "Milos", "Nadine", "Otto", "Petra",
     ),
     last_names=(
         "Archer", "Bishop", "Carver", "Draper", "Ellison", "Fletcher", "Granger", "Harper", "Iverson", "Joyner",
         "Keller", "Lambert", "Mercer", "Novak", "Osborne", "Parker", "Quigley", "Ramsey", "Sawyer", "Thatcher",
-        "Underwood", "Vaughan", "Weaver", "Zimmer",
+        "Underwood", "Vaughan", "Weaver", "Zimmer", "Ashford", "Brandt", "Cordell", "Dalton", "Emerson", "Foster",
+        "Goddard", "Hensley", "Irving", "Jarvis", "Kendall", "Larkin", "Monroe", "Nash", "Orwell", "Porter",
     ),
     family_name_first=False,
     things=(
         "Heron", "Falcon", "Juniper", "Granite", "Comet", "Lantern", "Orchid", "Saffron", "Thunder", "Velvet",
-        "Walnut", "Zephyr", "Amber", "Beacon", "Cobalt", "Dynamo", "Ember", "Glacier", "Indigo", "Maple",
+        "Walnut", "Zephyr", "Amber", "Beacon", "Cobalt", "Dynamo", "Ember", "Glacier", "Indigo", "Maple", "Nebula",
+        "Obsidian", "Pelican", "Quartz", "Raven", "Sable", "Topaz", "Umbra", "Viper", "Willow", "Cedar", "Drift",
+        "Eclipse", "Flint", "Gazelle", "Hazel", "Ivory", "Jasper", "Kestrel", "Lotus",
     ),
 )  # fmt: skip
 ZH = Speech(
@@ -122,16 +127,20 @@ ZH = Speech(
     several=("{q}", "{q}请按提问的次序写出这些数字，中间用逗号隔开。"),
     places=(
         "北京", "上海", "广州", "成都", "西安", "南京", "武汉", "杭州", "昆明", "青岛", "长沙", "福州", "沈阳", "兰州",
-        "桂林", "拉萨", "大连", "厦门", "合肥", "贵阳",
+        "桂林", "拉萨", "大连", "厦门", "合肥", "贵阳", "苏州", "宁波", "无锡", "济南", "洛阳", "太原", "南昌", "银川",
+        "西宁", "海口", "珠海", "温州", "扬州", "徐州", "大同", "包头", "吉林", "丹东", "开封", "宜昌",
     ),
     first_names=(
         "一鸣", "佳琪", "嘉豪", "静怡", "浩然", "梦洁", "天佑", "欣然", "宏伟", "婉清", "书恒", "可欣", "新宇", "美玲",
-        "泽民", "诗涵",
+        "泽民", "诗涵", "伟强", "佩玲", "家豪", "思敏", "博远", "晶莹", "光耀", "雪莲", "凯文", "紫薇", "正阳", "素云",
+        "鹏飞", "桂英", "启航", "巧珍", "松涛", "翠屏", "世杰", "采薇", "景行", "若曦", "维新", "冬梅",
     ),
-    last_names=tuple("刘黄林徐高马罗梁宋谢唐邓曹彭曾萧"),
+    last_names=tuple("刘黄林徐高马罗梁宋谢唐邓曹彭曾萧田董袁潘于邱蔡余杜叶程魏薛阎苏丁任卢姚钟姜崔谭陆"),
     family_name_first=True,
     things=(
-        "白鹭", "青松", "晨星", "长虹", "流云", "寒梅", "飞鱼", "金桂", "朝阳", "碧波", "红杉", "秋月",
+        "白鹭", "青松", "晨星", "长虹", "流云", "寒梅", "飞鱼", "金桂", "朝阳", "碧波", "红杉", "秋月", "雪峰", "银河",
+        "翠竹", "黄鹂", "紫荆", "玉兰", "苍鹰", "海燕", "北斗", "丹霞", "清泉", "古槐", "麒麟", "凤凰", "天鹅", "珊瑚",
+        "琥珀", "翡翠", "明珠", "火炬", "磐石", "彩蝶", "春雷", "夏荷", "惊涛", "远帆", "灵芝", "云雀",
     ),
 )  # fmt: skip
 SPEECH: dict[str, Speech] = {"en": EN, "zh": ZH}

@@ -232,8 +232,8 @@ def test_the_demonstration_recipe_makes_stretches_numbers_and_takes_chats(tmp_pa
     words += ["--total_rows", "40", "--max_length_tokens", "4K"]
     assert main(["data", "mix", str(RECIPES / "extend_smollm2_data.yaml"), *words]) == 0
     rows = [json.loads(line) for line in (tmp_path / "out" / "train.jsonl").read_text().splitlines()]
-    assert Counter(row["source"] for row in rows) == {"stretches": 10, "numbers": 24, "chats": 6}
-    assert Counter(row["language"] for row in rows) == {"en": 34, "zh": 6}
+    assert Counter(row["source"] for row in rows) == {"stretches": 8, "numbers": 24, "chats": 8}
+    assert Counter(row["language"] for row in rows) == {"en": 33, "zh": 7}
     assert {"messages" in row for row in rows} == {True, False}
     assert not any("Kept for the evaluation" in json.dumps(row) for row in rows)
     capsys.readouterr()
@@ -271,7 +271,12 @@ def test_keys_without_effect_and_missing_totals_are_refused():
         ),
         ({"sizes": {"1": 1}}, "sizes has no effect with synth: none"),
         ({"synth": "numbers", "rows": 3, "sizes": {"3/2": 1}}, "expected parts of the longest row"),
-        ({"synth": "numbers", "rows": 3, "questions": 13}, "questions is 13: synth: numbers has names for 12 at most"),
+        (
+            {"synth": "needle", "rows": 3, "languages": {"zh": 0.1}},
+            "languages has no effect with synth: needle, only with",
+        ),
+        ({"synth": "numbers", "rows": 3, "languages": {"zh": 0.7, "en": 0.7}}, "languages: the shares add up to 1.400"),
+        ({"synth": "numbers", "rows": 3, "questions": 41}, "questions is 41: synth: numbers has names for 40 at most"),
         ({"synth": "code", "rows": 3, "exclude": {"a": "b"}}, "exclude has no effect"),
         ({"synth": "numbers", "share": 0.5}, "a has a share and no rows: give it rows, or the recipe total_rows"),
     ):

@@ -66,7 +66,7 @@ def test_stretches_stand_in_the_texts_as_they_are(made, documents):
 
 
 def test_each_answer_stands_in_the_text_beside_the_name_that_is_asked_for(made):
-    turns, depths = Counter(), []
+    turns = Counter()
     for row in made["numbers"]:
         messages = row["messages"]
         assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
@@ -78,7 +78,6 @@ def test_each_answer_stands_in_the_text_beside_the_name_that_is_asked_for(made):
         for i, (statement, _) in enumerate(patterns):
             for found in statement.finditer(context):
                 hidden[i, found["n"]] = found["v"]
-                depths += [found.start() / len(context)] if len(context) > 5000 else []
         answered = 0
         for question, reply in zip(questions, (m["content"] for m in messages[1::2]), strict=True):
             asked = sorted(
@@ -91,8 +90,30 @@ def test_each_answer_stands_in_the_text_beside_the_name_that_is_asked_for(made):
             answered += len(asked)
         assert answered == len(hidden)
     assert set(turns) == {1, 2, 3, 4}
+
+
+def test_numbers_lie_evenly_over_the_text(documents, tokenizer):
+    settings = {"sizes": {"1": 1}, "questions": 40, "at_once": 1, "lengths": Lengths(tokenizer)}
+    depths = []
+    for row in number_rows(documents, rows=24, context_tokens=LONGEST, seed=0, name="n", **settings):
+        messages = row["messages"]
+        text = messages[0]["content"]
+        depths += [text.index(m["content"]) / len(text) for m in messages[1::2]]
     quarters = Counter(int(4 * depth) for depth in depths)
-    assert all(quarters[i] > 0.15 * len(depths) for i in range(4)), quarters
+    assert len(depths) > 200
+    assert all(abs(quarters[i] / len(depths) - 0.25) < 0.1 for i in range(4)), quarters
+
+
+def test_short_rows_hide_fewer_numbers_and_stay_half_text(documents, tokenizer):
+    lengths = Lengths(tokenizer)
+    rows = list(number_rows(documents, rows=40, context_tokens=LONGEST, seed=0, name="n", questions=32,
+                            sizes={"1/8": 1, "1/2": 1}, lengths=lengths))  # fmt: skip
+    answers = {512: [], 2048: []}
+    for row in rows:
+        numbers = [number for m in row["messages"][1::2] for number in m["content"].split(", ")]
+        answers[512 if tokens_of(row, lengths) <= 512 else 2048] += [len(numbers)]
+    assert min(answers[512]) >= 1
+    assert max(answers[512]) < min(answers[2048]) <= max(answers[2048]) < 32
 
 
 def telling_patterns(telling):
@@ -246,7 +267,7 @@ def test_the_commands(documents, tmp_path, capsys, tokenizer):
         (["--sizes", "2:1"], "sizes: seen 2: 1.0, expected parts of the longest row"),
         (["--languages", "en:0.9,zh:0.2"], "the shares add up to more than 1"),
         (["--where", "lang"], "--where is 'lang', expected column=value"),
-        (["--questions", "13"], "--questions is 13, --at_once is 4: expected 1 to 12"),
+        (["--questions", "41"], "--questions is 41, --at_once is 4: expected 1 to 40"),
         (["--questions", "2", "--at_once", "3"], "and no more at once than there are"),
         (["--rows", "0"], "--rows is 0: expected 1 or more"),
         (["--where", "lang=fr"], "holds no row that is taken by where lang=fr"),
