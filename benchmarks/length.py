@@ -256,7 +256,8 @@ def compare(case: Case, measured: dict[str, Any], gpu: str, *, tiny: bool) -> di
     if "error" in measured:
         return {**line, "error": measured["error"]}
     line |= {key: measured[key] for key in ("commit", "machine", "versions", "command")}
-    line["time_error"] = round(time.total_s / measured["value"] - 1, 4)
+    if len(measured["steps_s"]) > 1:  # the first builds kernels and pins host memory
+        line["time_error"] = round(time.total_s / measured["value"] - 1, 4)
     if measured["peak_gib"]:
         line["peak_error"] = round(memory.peak_gib / measured["peak_gib"] - 1, 4)
         if case.recompute == "full" and not (case.host_gib or case.full):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -38,7 +39,13 @@ def main() -> None:
     parser.add_argument("--append", help="append results to this file")
     args = parser.parse_args()
     folder = Path(args.folder).expanduser().resolve()
-    model = write_model(folder / args.shape, args.shape)
+    model = folder / args.shape
+    if not (model / "tokenizer_config.json").exists():
+        writer = multiprocessing.get_context("spawn").Process(target=write_model, args=(model, args.shape))
+        writer.start()  # a process of its own: what it held of the GPU is free again when it has ended
+        writer.join()
+        if writer.exitcode:
+            raise SystemExit(f"the model could not be written to {model}")
     config = write_run(folder, model, args.tokens)
     starts = [("from page cache", False)]
     if drop_page_cache():
@@ -52,19 +59,17 @@ def main() -> None:
             append(args.append, result)
 
 
-def write_model(folder: Path, shape: str) -> Path:
-    """Random weights in bf16 as safetensors, and a tokenizer, if they are not there."""
+def write_model(folder: Path, shape: str) -> None:
+    """Random weights in bf16 as safetensors, and a tokenizer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from tests.tokenizer import tiny_tokenizer
 
-    if not (folder / "tokenizer_config.json").exists():
-        with torch.device("cuda" if visible_gpus() else "cpu"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES[shape]), dtype=torch.bfloat16)
-        model.save_pretrained(folder)
-        tiny_tokenizer().save_pretrained(folder)
-    return folder
+    with torch.device("cuda" if visible_gpus() else "cpu"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES[shape]), dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
 
 
 def write_run(folder: Path, model: Path, tokens: int) -> Path:

@@ -1,4 +1,4 @@
-"""`ds-longft plan --calibrate FILE`: this machine's rates, measured in about two minutes, as a file for `--gpu FILE`.
+"""`ds-longft plan --calibrate FILE`: this machine's rates, measured in under a minute, as a file for `--gpu FILE`.
 
 One process measures products, attention kernels, elementwise bandwidth and host copies. The exchange needs two GPUs:
 started under a launcher, every rank takes part and rank 0 writes; alone, the links are those of the nearest type.
@@ -127,7 +127,10 @@ def products(
 def attention_rates(
     kernel: Any, device: torch.device, lengths: tuple[int, ...] = LENGTHS_TOKENS, heads: tuple[int, int, int] = HEADS
 ) -> dict[str, list[list[float]]]:
-    """[tokens, TFLOP/s] of one document, forward and backward; empty where the kernel does not run here."""
+    """[tokens of a document, TFLOP/s], forward and backward; empty where the kernel does not run here.
+
+    In packs of the longest length: one short document by itself does not fill a GPU, and nobody trains that.
+    """
     q_heads, kv_heads, d = heads
     spec = AttentionSpec(d**-0.5)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -138,14 +141,16 @@ def attention_rates(
         return {}
     rates: dict[str, list[list[float]]] = {"forward": [], "backward": []}
     for tokens in lengths:
-        q, dout = (torch.randn(tokens, q_heads, d, device=device, dtype=dtype) for _ in range(2))
-        k, v = (torch.randn(tokens, kv_heads, d, device=device, dtype=dtype) for _ in range(2))
-        cu = torch.tensor([0, tokens], device=device, dtype=torch.int32)
-        pairs = q_heads * d * tokens * (tokens + 1) / 2 / 1e12
+        docs = max(lengths) // tokens
+        q, dout = (torch.randn(docs * tokens, q_heads, d, device=device, dtype=dtype) for _ in range(2))
+        k, v = (torch.randn(docs * tokens, kv_heads, d, device=device, dtype=dtype) for _ in range(2))
+        cu = torch.arange(docs + 1, device=device, dtype=torch.int32) * tokens
+        pairs = docs * q_heads * d * tokens * (tokens + 1) / 2 / 1e12
+        own = (cu, (tokens,) * docs, spec)
         try:
-            out, lse = kernel.forward(q, k, v, cu, (tokens,), spec)
-            forward = timed(lambda: kernel.forward(q, k, v, cu, (tokens,), spec), device)  # noqa: B023 - called here
-            backward = timed(lambda: kernel.backward(dout, q, k, v, out, lse, cu, (tokens,), spec), device)  # noqa: B023
+            out, lse = kernel.forward(q, k, v, *own)
+            forward = timed(lambda: kernel.forward(q, k, v, *own), device)  # noqa: B023 - called here
+            backward = timed(lambda: kernel.backward(dout, q, k, v, out, lse, *own), device)  # noqa: B023
         except (ModelError, RuntimeError) as error:  # a kernel that imports but was built for another GPU
             print(f"{kernel.name} does not run here: {str(error).splitlines()[0]}")
             return {}

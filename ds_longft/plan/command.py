@@ -66,7 +66,7 @@ def plan(
         liger: off where liger-kernel is not installed or does not know the model.
         json: print one JSON object.
         png: write the memory chart to this file (with --length).
-        calibrate: measure this machine's GPU and write the rates to this JSON file (two minutes, needs the GPU).
+        calibrate: measure this machine's GPU and write the rates to this JSON file (under a minute, needs the GPU).
     """
     if calibrate is not None:
         from ds_longft.plan.calibrate import calibrate as measure

@@ -43,14 +43,16 @@ def foresee_run(
     world: int,
     local_world: int,
     device_name: str,
+    total_gib: float,
     memory_gib: float,
     kernel: str,
     fused: bool,
 ) -> dict[str, Any] | None:
     """What `ds-longft plan --json` prints, for this run: the longest pack as one document, every token a target.
 
-    `kernel`: of its attention. Seconds only for GPU types that have rates. None where the planner does not describe the
-    run: pairs, mixtures of experts. Call it before ZeRO-3 is switched on for every model that is built.
+    `total_gib`: of a GPU, `memory_gib`: of that, for this run. `kernel`: of its attention. Seconds only for GPU types
+    that have rates. None where the planner does not describe the run: pairs, mixtures of experts. Call it before ZeRO-3
+    is switched on for every model that is built.
     """
     if config.objective != "sft":
         return None
@@ -60,7 +62,7 @@ def foresee_run(
     )  # fmt: skip
     if chosen is None:
         return None
-    known = gpu_type(device_name, memory_gib)
+    known = gpu_type(device_name, total_gib)
     has_rates = known is not None and kernel in known.attention_tflops
     gpu = replace(known or Gpu.load("h200"), memory_gib=memory_gib)
     model, setting = ModelSizes.from_config(hf_config), replace(chosen[0], kernel=kernel)

@@ -94,6 +94,18 @@ class LinearGroup:
         """LoRA's factor of each member."""
         return tuple(m.lora[2] if m.lora else 1.0 for m in self.members)
 
+    def unhook(self) -> None:
+        """Under ZeRO-3, after its initialize: take its hooks off these modules, the layer gathers their weights
+        (`gather_with`).
+
+        A hook hands its module a new tensor for the input. Siblings then look as if they read different inputs and are
+        computed twice: 31 % more operations in a Llama-8B's linears, and twice the memory of a step (DeepSpeed 0.19.8).
+        """
+        for module in self.modules:
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for key in [k for k, hook in hooks.items() if hook.__module__.startswith("deepspeed.")]:
+                    del hooks[key]
+
     def slot(self) -> Kept:
         """A place on the device to keep the outputs of one call."""
         return Kept(copy="q_proj" in self.names)
@@ -108,6 +120,7 @@ class LinearGroup:
             if not self._waiting:
                 self._input = None
             return out
+        self._input, self._waiting = None, {}
         made = (self.remade, source) if self.remade is not None and source is not None else None
         outs = _apply(self.members if i == 0 else self.members[i : i + 1], x, self.kept if i == 0 else None, made)
         if isinstance(self.kept, Unread):
@@ -275,18 +288,17 @@ def fuse_linears(layer: nn.Module) -> list[LinearGroup]:
     return groups
 
 
-def gather_with(module: nn.Module, members: Iterable[Member]) -> None:
-    """Under ZeRO-3: gather the weights of all members when `module` is entered, as one collective. Else nothing.
+def gather_with(module: nn.Module, weights: Iterable[Tensor | None]) -> None:
+    """Under ZeRO-3: gather these weights when `module` is entered, as one collective. Else nothing.
 
     Not a ZeRO-3 leaf: that reduces gradients when the module's input has its gradient, before those of the adapters
     exist (DeepSpeed 0.19.8).
     """
     import deepspeed
 
-    for member in members:
-        for tensor in member.tensors():
-            if tensor is not None:
-                deepspeed.zero.register_external_parameter(module, tensor)
+    for weight in weights:
+        if weight is not None:
+            deepspeed.zero.register_external_parameter(module, weight)
 
 
 def _groups_of(parent: nn.Module) -> Iterator[tuple[str, ...]]:

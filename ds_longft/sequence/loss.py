@@ -200,7 +200,7 @@ class ChunkedHead:
             else None
         )
         head.forward = cls(head, member, config, off)
-        gather_with(head, [member] if off is None else [member, off])
+        gather_with(head, (weight for one in (member, off) if one is not None for weight in one.tensors()))
         return head
 
 

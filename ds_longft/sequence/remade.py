@@ -5,8 +5,7 @@ more for its gradient, so autograd keeps it through the backward pass of MLP and
 where the whole working set was 61. The norm's own input is alive then anyway, and the norm runs once more: a read and a
 write of 8 KiB a token, under 1 ms a layer at 131,072 tokens on an H200.
 
-The norm's weight is then read outside of its module: under ZeRO-3 only where that stays gathered
-(stage3_param_persistence_threshold, which a norm's few thousand elements are under).
+The norm's weight is then read outside of its module: under ZeRO-3 the layer has to gather it (`linear.gather_with`).
 """
 
 from __future__ import annotations
@@ -22,21 +21,27 @@ class Remade:
 
     def __init__(self, norm: nn.Module) -> None:
         self._forward: Any = norm.forward
-        self._weights = list(norm.parameters())
-        self._last: tuple[Tensor, Tensor] | None = None
+        self.weights = list(norm.parameters())
+        self._last: tuple[Tensor, Tensor, int] | None = None  # input, output, version of the output
         norm.forward = self
 
     def __call__(self, x: Tensor) -> Tensor:
         """The norm."""
         out: Tensor = self._forward(x)
-        self._last = x, out
+        self._last = x, out, out._version
         return out
 
     def source_of(self, out: Tensor) -> Tensor | None:
-        """The norm's input if its last output was `out`; asked once a call."""
-        last, self._last = self._last, None
-        gathered = all(getattr(weight, "ds_persist", True) for weight in self._weights)
-        return last[0] if last is not None and last[1] is out and gathered else None
+        """The norm's input if its last output was `out`, or `out` with another graph, and nobody has written into it;
+        asked once a call.
+
+        DeepSpeed's ZeRO-3 detaches what modules return, so that it is another tensor of the same memory.
+        """
+        if self._last is None:
+            return None
+        (source, made, version), self._last = self._last, None
+        same = made.untyped_storage()._cdata == out.untyped_storage()._cdata and made.shape == out.shape
+        return source if same and made.stride() == out.stride() and out._version == version else None
 
     def again(self, source: Tensor) -> Tensor:
         """What the norm made of `source`, without a graph."""

@@ -29,6 +29,7 @@ from ds_longft.objectives.dpo import DpoObjective, reference_of
 from ds_longft.objectives.sft import SftObjective
 from ds_longft.plan.advice import choose_for_run
 from ds_longft.sequence.attention import ULYSSES, register
+from ds_longft.sequence.linear import LinearGroup
 from ds_longft.train.speed import Recompute, fuse_and_tile, fused_kernels, keep_resident, liger_fits
 
 
@@ -70,11 +71,13 @@ def build(
     prepare: Callable[[nn.Module], None] | None = None,
     loaded: Callable[[], None] | None = None,
     resident_if_fits: bool = False,
+    memory_gib: float | None = None,
 ) -> Built:
     """Load the model and wrap it in a DeepSpeed engine.
 
     `engine_config` is the merged DeepSpeed JSON without "auto". Every rank draws the same adapter initialisation.
     `resident_if_fits`: the JSON leaves it to us whether ZeRO-3 keeps frozen weights gathered.
+    `memory_gib`: of each GPU, for this run to plan with; left out, all of it.
     `prepare` is called with the model, adapters in place, before the optimizer copies its weights, `loaded` when that
     model stands.
     """
@@ -99,7 +102,7 @@ def build(
             sp=layout.sp,
             world=layout.world,
             local_world=local_world,
-            memory_gib=torch.cuda.get_device_properties(device).total_memory / 2**30,
+            memory_gib=memory_gib or torch.cuda.get_device_properties(device).total_memory / 2**30,
             fused=liger_fits(config, hf_config.model_type),
         )
         if chosen is not None:
@@ -119,13 +122,14 @@ def build(
     if prepare is not None:
         prepare(model)
     objective: nn.Module
+    groups: list[LinearGroup] = []
     if config.objective == "dpo":
         reference = None
         if reference_of(config.dpo, lora=config.lora is not None) == "model":
             reference = frozen_reference(config, engine_config, hf_config, dtype, device)
             if tile_tokens:  # its forward pass would have the highest peak
                 for layer in reference.get_decoder().layers:
-                    fuse_and_tile(layer, stage, tile_tokens)
+                    groups += fuse_and_tile(layer, stage, tile_tokens)[0]
         objective = DpoObjective(
             model, layout, config.dpo, config.model.kernel, reference_model=reference, kv_heads_at_a_time=kv_heads
         )
@@ -156,6 +160,9 @@ def build(
         model_parameters=None if optimizer is not None else param_groups(model, config.optim.weight_decay),
         config={"zero_allow_untested_optimizer": True, **engine_config},
     )
+    if stage == 3:
+        for group in [*groups, *(group for layer in recompute.groups for group in layer)]:
+            group.unhook()
     seed_dropout(config.seed, layout.rank)
     check_rope(base, hf_config)  # again: casting the module's buffers to bf16 would round the frequencies
     return Built(engine, model, hf_config, shape, recompute)

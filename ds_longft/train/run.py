@@ -35,7 +35,7 @@ from ds_longft.train.model_check import check_model
 from ds_longft.train.ranks import Launch, join
 from ds_longft.train.secrets import tracked_config
 from ds_longft.train.sets import tokenized
-from ds_longft.train.speed import choose_passes, liger_fits, rehearse
+from ds_longft.train.speed import choose_passes, liger_fits, own_memory_gib, rehearse
 from ds_longft.train.trainer import Trainer
 from ds_longft.train.weights import ModelWriter, start_fingerprint, trained_fingerprint
 
@@ -125,14 +125,16 @@ def _run(
     train_set, eval_set = agreement.rank0_first(lambda: tokenized(config, tokenizer, progress=launch.rank == 0))
     phases.done("data tokenised")
 
+    memory_gib, taken_gib = own_memory_gib(device)
     if launch.rank == 0:
-        write_plan(folder, _foreseen(config, settings.engine, layout, device, kernel))
+        write_plan(folder, _foreseen(config, settings.engine, layout, device, kernel, memory_gib))
     built = build(
         config,
         settings.engine,
         layout,
         device,
         resident_if_fits=settings.resident_if_fits,
+        memory_gib=memory_gib,
         loaded=lambda: phases.done("model loaded"),
     )
     phases.done("engine built")
@@ -176,6 +178,10 @@ def _run(
         write_data_facts(folder, train_set, eval_set, tokenizer, state.total_steps)
         records.say(_header(config, layout, device, train_loader, state, found[0] if found else None))
         records.say(f"{trainable_parameters(built.model)}; {kernels}")
+        if taken_gib:
+            records.say(
+                f"other processes hold {taken_gib:.1f} GiB of a GPU (nvidia-smi names them): planned without it"
+            )
     status.where = "in the dry run of the longest pack, before the first step"
     passes = choose_passes(built.engine, config.dpo.passes, train_loader.fullest_pack(0), layout, device)
     status.passes = getattr(built.engine.module, "passes", None)  # of preference pairs
@@ -238,17 +244,22 @@ def _run(
 
 
 def _foreseen(
-    config: RunConfig, engine_config: dict[str, Any], layout: ParallelLayout, device: torch.device, kernel: str
+    config: RunConfig,
+    engine_config: dict[str, Any],
+    layout: ParallelLayout,
+    device: torch.device,
+    kernel: str,
+    memory_gib: float | None,
 ) -> dict[str, Any] | None:
     """The planner's prediction; none on a CPU, where the memory of a whole process is what is measured."""
-    if device.type != "cuda":
+    if memory_gib is None:
         return None
     hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation="eager")
     properties = torch.cuda.get_device_properties(device)
     return foresee_run(
         config, engine_config, hf_config,
         sp=layout.sp, world=layout.world, local_world=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        device_name=properties.name, memory_gib=properties.total_memory / 2**30,
+        device_name=properties.name, total_gib=properties.total_memory / 2**30, memory_gib=memory_gib,
         kernel=kernel, fused=liger_fits(config, hf_config.model_type),
     )  # fmt: skip
 

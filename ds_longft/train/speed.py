@@ -24,6 +24,7 @@ from ds_longft.errors import ModelError
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.flops import ModelShape
 from ds_longft.objectives.dpo import DpoObjective
+from ds_longft.plan.setting import GIB, Gpu
 from ds_longft.plan.step import Keep
 from ds_longft.sequence.kept import LEAVING, HostStore
 from ds_longft.sequence.linear import LinearGroup, fuse_linears, gather_with
@@ -185,14 +186,17 @@ def fuse_and_tile(layer: nn.Module, stage: int, tile_tokens: int | None) -> tupl
     of q, k and v again instead of keeping it.
     """
     groups = fuse_linears(layer)
+    weights = [weight for group in groups for weight in group.tensors]
+    tiled = None
+    if tile_tokens is not None:
+        for group in groups:
+            if "q_proj" in group.names:
+                group.remade = remake_first_input(layer)
+                weights += group.remade.weights if group.remade is not None else []
+        tiled = tile_mlp(layer, groups, tile_tokens)
     if stage == 3:
-        gather_with(layer, (m for g in groups for m in g.members))
-    if tile_tokens is None:
-        return groups, None
-    for group in groups:
-        if "q_proj" in group.names:
-            group.remade = remake_first_input(layer)
-    return groups, tile_mlp(layer, groups, tile_tokens)
+        gather_with(layer, weights)
+    return groups, tiled
 
 
 def dry_pass(engine: Any, pack: Pack, layout: ParallelLayout, device: torch.device) -> None:
@@ -269,3 +273,20 @@ def free_bytes(device: torch.device) -> int:
     free, total = torch.cuda.mem_get_info(device)
     others = total - free - torch.cuda.memory_reserved(device)  # the context, NCCL, other processes
     return max(0, int(total * (1 - SPARE_SHARE)) - others - torch.cuda.max_memory_allocated(device))
+
+
+def own_memory_gib(device: torch.device) -> tuple[float | None, float]:
+    """What this run may plan with on each GPU, and what other processes hold of one. Collective; (None, 0) on CPUs.
+
+    The smallest of all ranks' GPUs: what is chosen by it must be the same everywhere. What is in use and not by torch
+    is the run's own up to what the planner counts for context and NCCL.
+    """
+    if device.type != "cuda":
+        return None, 0.0
+    free, total = torch.cuda.mem_get_info(device)
+    rates = Gpu.load("h200")  # of any type: contexts differ little
+    outside = total - free - torch.cuda.memory_reserved(device) - (rates.context_gib + rates.nccl_gib) * GIB
+    least = torch.tensor([total - max(0.0, outside), -max(0.0, outside)], dtype=torch.float64, device=device)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    own, others = (float(x) / GIB for x in least)
+    return own, -others

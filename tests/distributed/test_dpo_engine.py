@@ -62,7 +62,7 @@ def one_step(
         for layer in layers:
             groups = fuse_linears(layer)
             if stage == 3:
-                gather_with(layer, (m for group in groups for m in group.members))
+                gather_with(layer, (weight for group in groups for weight in group.tensors))
     apply_recompute(layers, {"fused": "keep_attention"}.get(policy, policy))
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     engine, *_ = deepspeed.initialize(

@@ -71,7 +71,7 @@ def one_step(
             keep.on_device, keep.on_host, keep.store = own[:1], own[1:], store
         if stage == 3:
             for layer, own in zip(layers, groups, strict=True):
-                gather_with(layer, (m for g in own for m in g.members))
+                gather_with(layer, (weight for g in own for weight in g.tensors))
     apply_recompute(layers, {"fused": "keep_attention"}.get(policy, policy), keep=keeps if policy == "auto" else None)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     engine, *_ = deepspeed.initialize(
@@ -85,6 +85,8 @@ def one_step(
             "steps_per_print": 10**9,
         },
     )
+    for group in (group for own in groups for group in own):
+        group.unhook()
     packs = packs_of_step(accumulation, layout.dp, sp, sample, only_first_half)
     weight = sum(float(p.loss_weights.sum(dtype="float64")) for p in packs)
     total = torch.zeros((), dtype=torch.float64)

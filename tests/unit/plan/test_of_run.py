@@ -17,7 +17,9 @@ from tests.unit.plan.shapes import LLAMA_8B, SMOLLM2, shape
 
 
 def foreseen(of: dict[str, Any] = SMOLLM2, *, kernel: str = "flash-attn-4", **keys: Any) -> dict[str, Any] | None:
-    device = {"device_name": "NVIDIA H200", "memory_gib": 139.8} | {k: keys.pop(k) for k in list(keys) if k in DEVICE}
+    device = {"device_name": "NVIDIA H200", "total_gib": 139.8, "memory_gib": 139.8} | {
+        k: keys.pop(k) for k in list(keys) if k in DEVICE
+    }
     config = RunConfig.model_validate({"data": {"max_length_tokens": "128K"}, "lora": None, **keys})
     return foresee_run(
         config, {"zero_optimization": {"stage": 2}}, AutoConfig.for_model(**of),
@@ -25,7 +27,7 @@ def foreseen(of: dict[str, Any] = SMOLLM2, *, kernel: str = "flash-attn-4", **ke
     )  # fmt: skip
 
 
-DEVICE = ("device_name", "memory_gib")
+DEVICE = ("device_name", "total_gib", "memory_gib")
 
 
 def test_it_is_the_prediction_of_the_planner() -> None:
@@ -47,7 +49,7 @@ def test_it_is_the_prediction_of_the_planner() -> None:
 
 def test_without_rates_only_memory_is_foreseen() -> None:
     for found in (
-        foreseen(LLAMA_8B, device_name="NVIDIA H20", memory_gib=95.0, lora={"r": 16}),
+        foreseen(LLAMA_8B, device_name="NVIDIA H20", total_gib=95.0, memory_gib=95.0, lora={"r": 16}),
         foreseen(LLAMA_8B, kernel="math", lora={"r": 16}),
     ):
         assert found is not None

@@ -74,13 +74,15 @@ def test_what_the_norm_did_not_make_is_kept() -> None:
     assert any(t.shape == output.shape and torch.equal(t, output * 2) for t in kept)
 
 
-def test_a_weight_that_is_not_always_gathered_is_left_alone() -> None:
+def test_the_output_is_known_without_its_graph_but_not_once_written_over() -> None:
     layer = Layer()
-    for weight in layer.input_layernorm.parameters():
-        weight.ds_persist = False  # type: ignore[attr-defined]
     remade = remake_first_input(layer)
     assert remade is not None
-    out = layer.input_layernorm(torch.zeros(2, 8, dtype=torch.float64))
+    x = torch.zeros(2, 8, dtype=torch.float64)
+    assert remade.source_of(layer.input_layernorm(x).detach()) is x
+    out = layer.input_layernorm(x).detach()
+    assert remade.source_of(out.mul_(2)) is None
+    layer.input_layernorm(x)
     assert remade.source_of(out) is None
 
 
