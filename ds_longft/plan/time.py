@@ -59,26 +59,18 @@ def predict_time(model: ModelSizes, setting: Setting, gpu: Gpu, keep: Sequence[K
 
     Of pairs in two passes everything but the optimizer happens twice, for one side of the pairs each.
     """
-    x = setting.of_a_pass
-    z, times = Sizes(model, x), 2 if setting.passes == "two" else 1
-    forwards = layer_forwards(model, x)
+    x, times = setting.of_a_pass, 2 if setting.passes == "two" else 1
+    z, forwards = Sizes(model, x), layer_forwards(model, x)
     keeping = x.recompute in ("none", "keep_attention", "auto")
     again = sum(1 for k in keep if not (keeping and k.attention)) / model.layers  # layers that compute attention again
     attention_forward = 1 + again * (forwards - 1)
     attention_s = attention_forward * attention(model, x, gpu, "forward") + attention(model, x, gpu, "backward")
 
-    passes = forwards + (1 if x.lora_r is not None else 2)
-    linears = passes * model.layer_weights * model.layers
-    if forwards > 1 and not model.norm_after_mlp:  # the last one is not computed again for its own backward pass
-        linears -= _elements(model, GROUPS[3]) * model.layers
-    linears -= sum(_elements(model, group) for k in keep for group in _kept_groups(k))
-    head = model.head_weights * x.targets * (2 if x.lora_r is not None else 4)
-
     moved = elementwise_bytes(model, z, forwards) * model.layers
     moved += lora_bytes(model, x, forwards) * model.layers
     parts = {
         "attention": attention_s,
-        "matrix products": _products(x, gpu, linears + head),
+        "matrix products": _products(x, gpu, multiplied_weights(model, x, keep)),
         "elementwise and LoRA": moved / (gpu.memory_gb_s * 1e9),
         "launches": _launches(model, x),
         "exchange": _exchange(model, z, gpu, attention_forward * (z.send + z.q) + z.send + 2 * z.q + z.send),
@@ -91,10 +83,28 @@ def predict_time(model: ModelSizes, setting: Setting, gpu: Gpu, keep: Sequence[K
     else:
         parts["optimizer"] = trained / (x.world if x.stage else 1) * 40 / (gpu.memory_gb_s * 1e9)
     parts["host copies"] = times * _host_copies(z, keep, sum(parts.values()) / times, gpu)
-    live = x.reference in ("adapter_off", "model")
-    ahead = [False] * live + [True] * (setting.passes == "two")  # of each: whether adapters are on
+    ahead = passes_ahead(setting)
     parts[WITHOUT_GRADIENT] = times * sum(without_gradient(model, x, gpu, adapters=on) for on in ahead)
     return StepTime({k: v for k, v in parts.items() if v}, setting.tokens, x.world, x.sp)
+
+
+def multiplied_weights(model: ModelSizes, x: Setting, keep: Sequence[Keep]) -> float:
+    """Weights that each local token meets in the products of one pass forward, again and back; adapters apart."""
+    forwards = layer_forwards(model, x)
+    passes = forwards + (1 if x.lora_r is not None else 2)
+    linears = passes * model.layer_weights * model.layers
+    if forwards > 1 and not model.norm_after_mlp:  # the last one is not computed again for its own backward pass
+        linears -= _elements(model, GROUPS[3]) * model.layers
+    if x.lora_r is not None:  # nothing before the first layer's q, k and v is trained
+        linears -= _elements(model, GROUPS[0])
+    linears -= sum(_elements(model, group) for k in keep for group in _kept_groups(k))
+    return linears + model.head_weights * x.targets * (2 if x.lora_r is not None else 4)
+
+
+def passes_ahead(setting: Setting) -> list[bool]:
+    """Of each forward pass without gradient that pairs need first: whether adapters are on."""
+    live = setting.reference in ("adapter_off", "model")
+    return [False] * live + [True] * (setting.passes == "two")
 
 
 def without_gradient(model: ModelSizes, x: Setting, gpu: Gpu, *, adapters: bool) -> float:
@@ -104,10 +114,15 @@ def without_gradient(model: ModelSizes, x: Setting, gpu: Gpu, *, adapters: bool)
     if adapters:
         moved += lora_bytes(model, x, 1, backward=False)
     seconds = attention(model, x, gpu, "forward")
-    seconds += _products(x, gpu, model.layer_weights * model.layers + model.head_weights * x.targets)
+    seconds += _products(x, gpu, forward_weights(model, x))
     seconds += moved * model.layers / (gpu.memory_gb_s * 1e9)
     seconds += _launches(model, x) / 3 + _exchange(model, z, gpu, z.send + z.q)
     return seconds + _gathering(model, x, gpu, 1)
+
+
+def forward_weights(model: ModelSizes, x: Setting) -> float:
+    """Weights that each local token meets in one forward pass."""
+    return model.layer_weights * model.layers + model.head_weights * x.targets
 
 
 def layer_forwards(model: ModelSizes, setting: Setting) -> float:

@@ -34,6 +34,7 @@ from ds_longft.sequence.mlp import TiledMlp
 
 Forward = Callable[..., Any]
 Place = Literal["device", "host", "nowhere"]
+Holder = LinearGroup | TiledMlp
 
 
 @dataclass
@@ -46,15 +47,19 @@ class LayerKeep:
     store: HostStore | None = None  # whatever goes to the host
     attention: Place = "device"
     input_on_host: bool = False
-    last: LinearGroup | TiledMlp | None = None
+    last: Holder | None = None
     """What the layer ends with: its output is not computed again, unless something saves it."""
 
-    def slots(self) -> list[tuple[LinearGroup | TiledMlp, Kept]]:
+    def slots(self) -> list[tuple[Holder, Kept]]:
         """A new slot for each group of one call: nothing stale can be taken."""
-        slots: list[tuple[LinearGroup | TiledMlp, Kept]] = [(group, group.slot()) for group in self.on_device]
+        slots: list[tuple[Holder, Kept]] = [(group, group.slot()) for group in self.on_device]
         if self.store is not None:
             slots += [(group, self.store.slot(self.index, group.names)) for group in self.on_host]
         return slots
+
+    def last_slot(self, unread: Unread) -> list[tuple[Holder, Kept]]:
+        """`unread` for what the layer ends with, if that is known."""
+        return [(self.last, unread)] if self.last is not None else []
 
     def attention_slot(self) -> Kept | None:
         """Where the attention's output waits; None: it is computed again."""
@@ -113,29 +118,31 @@ def _checkpointed(
     """Checkpoint one call of a layer; what `keep` names is computed once. `inner`: inside of another checkpoint."""
     if not torch.is_grad_enabled():
         return forward(hidden, *args, **kwargs)
-    slots, unread = keep.slots(), Unread()
-    if keep.last is not None:
-        slots.append((keep.last, unread))
+    unread = Unread()
     attention = keep.attention_slot()
     if attention is not None:
         kwargs["kept"] = attention
-
-    def layer(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        for holder, slot in slots:
-            holder.kept = slot
-        try:
-            out = forward(x, *args, **kwargs)
-        finally:
-            for holder, _ in slots:
-                holder.kept = None
-        assert not unread.used, "the recomputation went on after the output that nothing should read"
-        return out
-
+    layer = partial(_with_slots, forward, [*keep.slots(), *keep.last_slot(unread)], unread)
     if inner:  # torch saves its arguments by the hooks of the segment around it: they are recomputed too
         out = run(layer, hidden, *args, **kwargs)
     else:
         out = _from(keep.input_slot(), run, layer, keep, hidden, *args, **kwargs)
     unread.allowed = _ends_with(out, unread.node)
+    return out
+
+
+def _with_slots(
+    forward: Forward, slots: Sequence[tuple[Holder, Kept]], unread: Unread, x: Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    """Call a layer that puts into these slots, or takes from them what an earlier call has put there."""
+    for holder, slot in slots:
+        holder.kept = slot
+    try:
+        out = forward(x, *args, **kwargs)
+    finally:
+        for holder, _ in slots:
+            holder.kept = None
+    assert not unread.used, "the recomputation went on after the output that nothing should read"
     return out
 
 
@@ -206,13 +213,17 @@ class _Segment:
         calls = [*self.calls, (args, kwargs)]
         self.calls = []
         *inner, last = zip(self.forwards, self.keeps, calls, strict=True)
+        unread = Unread()
+        slots = self.keeps[-1].last_slot(unread) if torch.is_grad_enabled() else []
 
         def segment(x: Tensor) -> Any:
             for forward, keep, (more, named) in inner:
                 x = _checkpointed(self.run, forward, keep, x, *more, inner=True, **named)
             forward, _, (more, named) = last
-            return forward(x, *more, **named)
+            return _with_slots(forward, slots, unread, x, *more, **named)
 
         if not torch.is_grad_enabled():
             return segment(hidden)
-        return _from(self.keeps[0].input_slot(), self.run, segment, self.keeps[0], hidden)
+        out = _from(self.keeps[0].input_slot(), self.run, segment, self.keeps[0], hidden)
+        unread.allowed = _ends_with(out, unread.node)
+        return out

@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -21,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ds_longft.batch import IGNORE_INDEX, Batch, Documents, Pack, Pairs
@@ -39,12 +41,22 @@ from ds_longft.train.speed import fuse_and_tile
 from tests.distributed.test_dpo_exact import PlainEngine
 
 
+@dataclass(frozen=True)
+class Tracked:
+    """What a step took."""
+
+    peak: float  # bytes of activations above what the model holds
+    held: float  # bytes of the model itself
+    at: str  # the op at the peak
+    operations: int  # of matrix products
+
+
 class Tracker(TorchDispatchMode):
-    """Bytes of all storages made while it is active, now and at the peak."""
+    """Bytes of all storages made while it is active, now and at the peak; operations of matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.operations = 0
         self.at = ""
         self.seen: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
@@ -53,6 +65,11 @@ class Tracker(TorchDispatchMode):
         for t in tree_iter(out):
             if isinstance(t, Tensor):
                 self._count(t, str(func))
+        packet = func._overloadpacket
+        if packet in (torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            self.operations += 2 * args[1].shape[0] * args[1].shape[1] * args[2].shape[1]
+        elif packet in flop_registry:
+            self.operations += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
         return out
 
     def _count(self, tensor: Tensor, name: str) -> None:
@@ -149,10 +166,8 @@ def like_liger(model: nn.Module) -> None:
             module.forward = lambda x, m=module: m.down_proj(SiluMul.apply(m.gate_proj(x), m.up_proj(x)))
 
 
-def tracked_peak(
-    shape: dict[str, Any], setting: Setting, keep: Sequence[Keep] | None = None
-) -> tuple[float, float, str]:
-    """(peak of the activations above what the model holds, bytes of the model itself, the op at the peak)."""
+def tracked_step(shape: dict[str, Any], setting: Setting, keep: Sequence[Keep] | None = None) -> Tracked:
+    """One step of a model of that shape at real sizes, under fake tensors."""
     register()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=setting.world)
     try:
@@ -167,7 +182,7 @@ def tracked_peak(
         dist.destroy_process_group()
 
 
-def _step(shape: dict[str, Any], setting: Setting, keep: Sequence[Keep] | None) -> tuple[float, float, str]:
+def _step(shape: dict[str, Any], setting: Setting, keep: Sequence[Keep] | None) -> Tracked:
     config = AutoConfig.for_model(**shape)
     config.use_cache = False
     tracker = Tracker()
@@ -217,7 +232,7 @@ def _step(shape: dict[str, Any], setting: Setting, keep: Sequence[Keep] | None) 
         with tracker, patch("torch.from_numpy", _like):
             tracker.peak = held
             backpropagate_pairs(PlainEngine(objective), _pack(setting), 0.5, layout, torch.device("cpu"))
-        return float(tracker.peak - held), float(held), tracker.at
+        return Tracked(tracker.peak - held, held, tracker.at, tracker.operations)
     s = setting.local_tokens
     with tracker:
         rows = torch.arange(int(s * setting.targets))
@@ -233,7 +248,7 @@ def _step(shape: dict[str, Any], setting: Setting, keep: Sequence[Keep] | None) 
         tracker.peak = tracker.now
         loss = objective(batch)
         (loss * 0.5).backward()
-    return float(tracker.peak - inputs), float(held), tracker.at
+    return Tracked(tracker.peak - inputs, held, tracker.at, tracker.operations)
 
 
 def _frozen(config: Any, setting: Setting) -> nn.Module:
