@@ -68,8 +68,8 @@ go() {
 }
 evaluate() { # evaluate TRIALS [--before]
   local trials=$1; shift
-  go needle "$RUN" --lengths "$lengths" --trials "$trials" "${stacks[@]}" "$@"
-  go needle "$RUN" --lengths "$lengths" --trials "$((trials * 2))" --form multi "${stacks[@]}" "$@"
+  go needle "$RUN" --lengths "$lengths" --trials "$trials" --gpus "$RANKS" "${stacks[@]}" "$@"
+  go needle "$RUN" --lengths "$lengths" --trials "$((trials * 2))" --form multi --gpus "$RANKS" "${stacks[@]}" "$@"
   go needle "$RUN" --lengths "$ends" --depths 10,50,90 --trials "$trials" --languages zh --name needle-zh "$@"
   go perplexity "$RUN" --length "$LENGTH" --texts 2 --join --sp "$RANKS" "${held_out[@]}" "$@"
   go short "$RUN" --texts "$SHORT" "${held_out[@]}" "$@"

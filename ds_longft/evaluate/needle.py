@@ -9,39 +9,34 @@ from __future__ import annotations
 import json as json_text
 import random
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from rich.console import Console
 from rich.table import Table
 
 from ds_longft.config import parse_tokens
 from ds_longft.errors import ConfigError
-from ds_longft.evaluate.facts import Form, judge, make_needle
+from ds_longft.evaluate.facts import Form, make_needle
+from ds_longft.evaluate.grid import (
+    ANSWER_TOKENS,
+    Ask,
+    Grid,
+    batches,
+    default_lengths,
+    judged,
+    samples,
+    spread,
+    summarize,
+)
 from ds_longft.evaluate.haystack import Haystack, build_prompt
 from ds_longft.evaluate.texts import Language, read_texts
 
-ANSWER_TOKENS = 40  # of each number asked for: a short sentence around it is no mistake
+if TYPE_CHECKING:
+    from ds_longft.evaluate.crew import Crew
+
 MAX_FACTS = 16
 CHARACTERS_A_TOKEN = 6  # more than any tokenizer takes, for the length of the built-in text
-
-
-@dataclass(frozen=True)
-class Ask:
-    """One question of the grid."""
-
-    language: Language
-    length_tokens: int
-    depth: float | None  # None: the sentences lie all over the text
-    trial: int
-
-    @property
-    def key(self) -> str:
-        """Names its row."""
-        place = "-" if self.depth is None else f"{self.depth:g}"
-        return f"{self.language}/{self.length_tokens}/{place}/{self.trial}"
 
 
 def needle(
@@ -59,6 +54,7 @@ def needle(
     batch_tokens: int | str = "128K",
     chunk_tokens: int | str = "8K",
     seed: int = 0,
+    gpus: int = 1,
     before: bool = False,
     base: str | None = None,
     out: str | None = None,
@@ -68,7 +64,7 @@ def needle(
     """Hide facts in long text at every depth, ask for them, and count exact answers.
 
     The result goes to RUN/eval/needle.json with a heatmap beside it (needle-before.json with --before). Stopped and
-    started again with the same settings, it goes on. One GPU, or the CPU.
+    started again with the same settings, it goes on. With --gpus N every GPU answers its share; each holds the model.
 
     Args:
         model: output folder of a run, adapter, model folder or hub id.
@@ -84,80 +80,97 @@ def needle(
         batch_tokens: prompts of one length are read together up to so many tokens.
         chunk_tokens: tokens of a prompt that are read at a time.
         seed: the same seed asks the same questions.
+        gpus: how many GPUs of this machine to use; on a CPU, processes.
         before: evaluate the model that the run MODEL started from.
         base: the base model of an adapter, where it has moved.
         out: folder of the results. Left out: RUN/eval, or eval/<model>.
         name: of the result. Left out: needle, needle-multi or needle-hop.
         json: print one JSON object instead of tables.
     """
-    from ds_longft.evaluate import results
-    from ds_longft.evaluate.cached_attention import CACHED, register
-    from ds_longft.evaluate.generate import end_ids, generate
-    from ds_longft.evaluate.subject import find_subject, load_subject, one_device, subject_tokenizer
+    arguments = {key: value for key, value in locals().items() if value not in (None, False)}
+    from ds_longft.evaluate.crew import Crew, start_ranks
 
-    register()
     spoken = _languages(languages)
-    fractions = _depths(depths) if form == "single" else [None]
+    fractions: list[float | None] = _depths(depths) if form == "single" else [None]
     if trials < 1:
         raise ConfigError(f"--trials is {trials}: expected 1 or more")
     if not 2 <= facts <= MAX_FACTS:
         raise ConfigError(f"--facts is {facts}: expected 2 to {MAX_FACTS}")
+    if start_ranks("needle", "--gpus", gpus, arguments):
+        return
     batch, chunk = tokens_of("--batch_tokens", batch_tokens), tokens_of("--chunk_tokens", chunk_tokens)
-    asked_lengths = None if lengths is None else token_list("--lengths", lengths)
+    sizes = None if lengths is None else token_list("--lengths", lengths)
+    grid = Grid(form, facts, sizes, fractions, trials, spoken, {"en": haystack_en, "zh": haystack_zh}, where, seed)
+    with Crew.of_launch() as crew:
+        made = _measure(crew, grid, model, batch, chunk, before=before, base=base, out=out, name=name, quiet=json)
+    if made is None:
+        return
+    result, path = made
+    if json:
+        print(json_text.dumps(result, ensure_ascii=False))
+        return
+    _show(result, path, path.with_suffix(".png") if form == "single" else None)
+
+
+def _measure(
+    crew: Crew,
+    grid: Grid,
+    model: str,
+    batch_tokens: int,
+    chunk_tokens: int,
+    *,
+    before: bool,
+    base: str | None,
+    out: str | None,
+    name: str | None,
+    quiet: bool,
+) -> tuple[dict[str, Any], Path] | None:
+    """The result and its file on the process that writes, None on the others."""
+    from ds_longft.evaluate import results
+    from ds_longft.evaluate.cached_attention import CACHED, register
+    from ds_longft.evaluate.generate import end_ids, generate
+    from ds_longft.evaluate.subject import find_subject, load_subject, subject_tokenizer
+
+    register()
     subject = find_subject(model, before=before, base=base)
     tokenizer = subject_tokenizer(subject)
-    loaded = load_subject(subject, one_device(), attention=CACHED)
-    sizes = asked_lengths or default_lengths(loaded.window)
-    files = {"en": haystack_en, "zh": haystack_zh}
+    loaded = load_subject(subject, crew.device, attention=CACHED)
+    sizes = grid.sizes or default_lengths(loaded.window)
+    longest = max(sizes)
     stacks = {
         language: Haystack.make(
-            tokenizer, read_texts(files[language], language, where=where, characters=CHARACTERS_A_TOKEN * max(sizes))
+            tokenizer,
+            read_texts(grid.files[language], language, where=grid.where, characters=CHARACTERS_A_TOKEN * longest),
         )
-        for language in spoken
+        for language in grid.languages
     }
-    asks = [
-        Ask(language, size, depth, trial)
-        for language in spoken
-        for size in sizes
-        for depth in fractions
-        for trial in range(trials)
-    ]
-    settings = {
-        "weights": results.weights_identity(subject),
-        "form": form,
-        "facts": 1 if form == "single" else facts,
-        "lengths": sizes,
-        "depths": fractions,
-        "trials": trials,
-        "languages": spoken,
-        "haystacks": {language: files[language] or "built in" for language in spoken},
-        "where": where,
-        "seed": seed,
-        "answer_tokens": ANSWER_TOKENS,
-    }
-    kind = "needle" if form == "single" else f"needle-{form}"
+    asks = grid.asks(sizes)
+    kind = "needle" if grid.form == "single" else f"needle-{grid.form}"
     folder, file = results.result_folder(subject, out), results.result_name(name, kind, before)
-    rows = results.Rows(folder, file, settings, total=len(asks))
-    if loaded.window is not None and max(sizes) > loaded.window and not json:
-        print(f"note: {max(sizes):,} tokens lie beyond the model's window of {loaded.window:,}", flush=True)
+    opened: list[results.Rows] = []  # on the process that writes
+
+    def open_rows() -> set[str]:
+        settings = {"weights": results.weights_identity(subject), **grid.settings(sizes)}
+        opened.append(results.Rows(folder, file, settings, total=len(asks)))
+        if loaded.window is not None and longest > loaded.window and not quiet:
+            print(f"note: {longest:,} tokens lie beyond the model's window of {loaded.window:,}", flush=True)
+        return {row["key"] for row in opened[0].rows}
+
+    done = crew.first(open_rows)
     stops = end_ids(loaded, tokenizer)
-    for group in _batches([ask for ask in asks if not rows.has(ask.key)], batch):
+
+    def answer(group: list[Ask]) -> list[dict[str, Any]]:
         prompts, needles = [], []
         for ask in group:
-            rng = random.Random(f"{seed} {form} {ask.key}")
-            hidden = make_needle(form, ask.language, facts, rng)
-            places = [ask.depth] if ask.depth is not None else _spread(len(hidden.sentences), rng)
+            rng = random.Random(f"{grid.seed} {grid.form} {ask.key}")
+            hidden = make_needle(grid.form, ask.language, grid.facts, rng)
+            places = [ask.depth] if ask.depth is not None else spread(len(hidden.sentences), rng)
             prompts.append(
                 build_prompt(
-                    tokenizer,
-                    stacks[ask.language],
-                    hidden,
-                    ask.language,
-                    tokens=ask.length_tokens,
-                    depths=places,
-                    rng=rng,
+                    tokenizer, stacks[ask.language], hidden, ask.language,
+                    tokens=ask.length_tokens, depths=places, rng=rng,
                 )
-            )
+            )  # fmt: skip
             needles.append(hidden)
         started = time.monotonic()
         replies = generate(
@@ -165,64 +178,28 @@ def needle(
             [p.ids for p in prompts],
             max_new_tokens=ANSWER_TOKENS * len(needles[0].answers),
             stop_ids=stops,
-            chunk_tokens=chunk,
+            chunk_tokens=chunk_tokens,
         )
         seconds = (time.monotonic() - started) / len(group)
-        for ask, prompt, hidden, reply in zip(group, prompts, needles, replies, strict=True):
-            text = tokenizer.decode(reply, skip_special_tokens=True).strip()
-            exact, share = judge(hidden.answers, text)
-            rows.add(
-                {
-                    "key": ask.key,
-                    "language": ask.language,
-                    "length_tokens": ask.length_tokens,
-                    "depth": ask.depth,
-                    "stands_at": [round(d, 4) for d in prompt.depths],
-                    "hidden": list(hidden.sentences),
-                    "question": hidden.question.strip(),
-                    "answers": list(hidden.answers),
-                    "reply": text,
-                    "exact": exact,
-                    "found_share": round(share, 4),
-                    "seconds": round(seconds, 3),
-                }
-            )
-    summary = summarize(rows.rows, sizes, fractions, spoken)
-    result = rows.finish(kind, subject.shown, summary | {"form": form, "samples": _samples(rows.rows)})
-    heatmap = folder / f"{file}.png"
-    if form == "single":
+        texts = [tokenizer.decode(reply, skip_special_tokens=True).strip() for reply in replies]
+        return [
+            judged(*of_one, seconds) for of_one in zip(group, [p.depths for p in prompts], needles, texts, strict=True)
+        ]
+
+    groups = batches([ask for ask in asks if ask.key not in done], batch_tokens, crew.launch.world)
+    for made in crew.share_out(groups, answer):
+        for row in made:
+            opened[0].add(row)
+    if not opened:
+        return None
+    rows = opened[0]
+    summary = summarize(rows.rows, sizes, grid.depths, grid.languages)
+    result = rows.finish(kind, subject.shown, summary | {"form": grid.form, "samples": samples(rows.rows)})
+    if grid.form == "single":
         from ds_longft.evaluate.heatmap import draw_heatmap
 
-        draw_heatmap(result, heatmap)
-    if json:
-        print(json_text.dumps(result, ensure_ascii=False))
-        return
-    _show(result, rows.result_path, heatmap if form == "single" else None)
-
-
-def summarize(
-    rows: Sequence[dict[str, Any]], sizes: Sequence[int], depths: Sequence[float | None], languages: Sequence[str]
-) -> dict[str, Any]:
-    """Exact answers in percent: by language and length, and the grid by depth (rows) and length (columns)."""
-    by_length: dict[str, dict[str, float]] = {}
-    found: dict[str, dict[str, float]] = {}
-    grid: dict[str, list[list[float]]] = {}
-    for language in languages:
-        mine = [row for row in rows if row["language"] == language]
-        of_length = {size: [row for row in mine if row["length_tokens"] == size] for size in sizes}
-        by_length[language] = {str(size): _percent([r["exact"] for r in of_length[size]]) for size in sizes}
-        found[language] = {str(size): _percent([r["found_share"] for r in of_length[size]]) for size in sizes}
-        grid[language] = [
-            [_percent([r["exact"] for r in of_length[size] if r["depth"] == depth]) for size in sizes]
-            for depth in depths
-        ]
-    return {"exact_percent": by_length, "found_percent": found, "grid": grid, "lengths": sizes, "depths": depths}
-
-
-def default_lengths(window: int | None) -> list[int]:
-    """The window and four halvings of it, not below 1K."""
-    largest = window or 8192
-    return sorted({max(1024, largest >> i) for i in range(5)})
+        draw_heatmap(result, folder / f"{file}.png")
+    return result, rows.result_path
 
 
 def tokens_of(flag: str, value: int | str) -> int:
@@ -255,34 +232,6 @@ def _languages(value: str) -> list[Language]:
     if not spoken or not set(spoken) <= set(get_args(Language)):
         raise ConfigError(f"--languages is {value!r}: expected en, zh, or en,zh")
     return spoken
-
-
-def _spread(count: int, rng: random.Random) -> list[float]:
-    """One place in each of `count` equal parts of the text."""
-    return [(i + rng.random()) / count for i in range(count)]
-
-
-def _batches(asks: list[Ask], batch_tokens: int) -> list[list[Ask]]:
-    """Questions of one length together, short ones first."""
-    groups: list[list[Ask]] = []
-    for size in sorted({ask.length_tokens for ask in asks}):
-        same = [ask for ask in asks if ask.length_tokens == size]
-        count = max(1, batch_tokens // size)
-        groups += [same[i : i + count] for i in range(0, len(same), count)]
-    return groups
-
-
-def _percent(values: Sequence[float]) -> float:
-    return round(100 * sum(values) / len(values), 1) if values else 0.0
-
-
-def _samples(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Some rows to read: the longest prompts, wrong answers first."""
-    keys = ("language", "length_tokens", "stands_at", "hidden", "question", "answers", "reply", "exact")
-    chosen = sorted(rows, key=lambda row: (row["exact"], -row["length_tokens"]))
-    wrong = [row for row in chosen if not row["exact"]][:4]
-    right = [row for row in chosen if row["exact"]][:4]
-    return [{key: row[key] for key in keys} for row in wrong + right]
 
 
 def _show(result: dict[str, Any], path: Path, heatmap: Path | None) -> None:

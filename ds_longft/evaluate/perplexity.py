@@ -18,10 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ds_longft.batch import IGNORE_INDEX, Pack
-from ds_longft.errors import ConfigError, DataError, LongftError
+from ds_longft.errors import ConfigError, DataError
+from ds_longft.evaluate.crew import said_once, start_ranks
 from ds_longft.evaluate.needle import CHARACTERS_A_TOKEN, tokens_of
 from ds_longft.evaluate.texts import Language, encode, read_texts, token_stream
-from ds_longft.train.ranks import Launch, visible_gpus
+from ds_longft.train.ranks import Launch
 
 SHOWN_PARTS = 8
 
@@ -71,32 +72,15 @@ def perplexity(
     if sp < 1 or buckets < 1 or texts < 1:
         raise ConfigError(f"--sp {sp}, --buckets {buckets}, --texts {texts}: each should be 1 or more")
     arguments = {key: value for key, value in locals().items() if value not in (None, False)}
-    if sp > 1 and "RANK" not in os.environ and "SLURM_STEP_ID" not in os.environ:
-        _start_ranks(arguments, sp)
+    if start_ranks("perplexity", "--sp", sp, arguments):
         return
     launch = Launch.from_environment()
     if launch.world % sp:
         raise ConfigError(f"--sp is {sp}, which does not divide the {launch.world} ranks of this launch")
-    try:
+    with said_once(launch.rank):
         result = _measure(launch, **{**arguments, "length": length and tokens_of("--length", length)})
-    except LongftError:
-        if launch.rank == 0:
-            raise  # the command line shows it
-        os._exit(64)
     if launch.rank == 0:
         _show(result, json)
-
-
-def _start_ranks(arguments: dict[str, Any], ranks: int) -> None:
-    from ds_longft.train.launch import launch_ranks
-
-    gpus = visible_gpus()
-    if gpus and ranks > gpus:
-        raise ConfigError(f"--sp is {ranks}, this machine has {gpus} GPUs")
-    argv = [f"--{key}={value}" for key, value in arguments.items()]
-    code = launch_ranks("ds_longft.cli", ["eval", "perplexity", *argv], ranks=ranks, gpus=gpus)
-    if code:
-        raise SystemExit(code)
 
 
 def _measure(

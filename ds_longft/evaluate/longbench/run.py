@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json as json_text
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ds_longft.errors import ConfigError
 from ds_longft.evaluate.longbench.data import find_copy, read_prompts, read_task
@@ -12,6 +13,9 @@ from ds_longft.evaluate.longbench.metrics import check_packages
 from ds_longft.evaluate.longbench.score import print_scores, scores_by_length, task_scores
 from ds_longft.evaluate.longbench.tasks import TASKS, Task, averages
 from ds_longft.evaluate.needle import tokens_of
+
+if TYPE_CHECKING:
+    from ds_longft.evaluate.crew import Crew
 
 RESERVED_TOKENS = 500  # of the window, for the chat template and the answer, as in LongBench's own list
 
@@ -26,6 +30,7 @@ def run(
     max_length: int | str | None = None,
     limit: int | None = None,
     chunk_tokens: int | str = "8K",
+    gpus: int = 1,
     before: bool = False,
     base: str | None = None,
     out: str | None = None,
@@ -35,7 +40,8 @@ def run(
     """Answer LongBench greedily as its own code does, and score the answers.
 
     Answers go to RUN/eval/longbench.rows.jsonl as they are made (`eval longbench score` reads them too), scores to
-    RUN/eval/longbench.json. Stopped and started again with the same settings, it goes on. One GPU, or the CPU.
+    RUN/eval/longbench.json. Stopped and started again with the same settings, it goes on. With --gpus N every GPU
+    answers its share; each holds the model.
 
     Args:
         model: output folder of a run, adapter, model folder or hub id.
@@ -46,73 +52,115 @@ def run(
         max_length: prompt tokens; the middle of longer ones is cut. Left out: the window less 500.
         limit: only the first so many rows of each task.
         chunk_tokens: tokens of a prompt that are read at a time.
+        gpus: how many GPUs of this machine to use; on a CPU, processes.
         before: evaluate the model that the run MODEL started from.
         base: the base model of an adapter, where it has moved.
         out: folder of the results. Left out: RUN/eval, or eval/<model>.
         name: of the result. Left out: longbench, or longbench-e.
         json: print one JSON object instead of tables.
     """
-    from ds_longft.evaluate import results
-    from ds_longft.evaluate.cached_attention import CACHED, register
-    from ds_longft.evaluate.generate import end_ids, generate
-    from ds_longft.evaluate.subject import find_subject, load_subject, one_device, subject_tokenizer
+    arguments = {key: value for key, value in locals().items() if value not in (None, False)}
+    from ds_longft.evaluate.crew import Crew, start_ranks
 
-    register()
     chosen = choose_tasks(tasks, e=e)
     check_packages()
-    chunk = tokens_of("--chunk_tokens", chunk_tokens)
+    if start_ranks("longbench run", "--gpus", gpus, arguments):
+        return
     copy = find_copy(data)
     templates = read_prompts(copy, prompts)
     sets = {task.name: read_task(copy, task.name + ("_e" if e else ""))[:limit] for task in chosen}
-    subject = find_subject(model, before=before, base=base)
-    tokenizer = subject_tokenizer(subject)
-    loaded = load_subject(subject, one_device(), attention=CACHED)
-    longest = tokens_of("--max_length", max_length) if max_length else (loaded.window or 8192) - RESERVED_TOKENS
-    settings = {
-        "weights": results.weights_identity(subject),
-        "tasks": [task.name for task in chosen],
-        "e": e,
-        "max_length_tokens": longest,
-        "limit": limit,
-    }
-    kind = "longbench-e" if e else "longbench"
-    folder, file = results.result_folder(subject, out), results.result_name(name, kind, before)
-    rows = results.Rows(folder, file, settings, total=sum(map(len, sets.values())))
-    done = {row["key"] for row in rows.rows}
-    stops = end_ids(loaded, tokenizer)
-    newline = tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]
-    for task in chosen:
-        for i, row in enumerate(sets[task.name]):
-            key = f"{task.name}/{i}"
-            if key in done:
-                continue
-            ids = prompt_ids(tokenizer, templates[task.name].format(**row), task, longest)
-            line_by_line = task.name == "samsum"  # one dialogue's summary is one line
-            reply = generate(
-                loaded,
-                [ids],
-                max_new_tokens=task.max_new_tokens,
-                stop_ids=stops | set(newline) if line_by_line else stops,
-                chunk_tokens=chunk,
-                min_new_tokens=1 if line_by_line else 0,
-            )[0]
-            rows.add(
-                {
-                    "key": key,
-                    "dataset": task.name,
-                    "pred": tokenizer.decode(reply, skip_special_tokens=True),
-                    "answers": row["answers"],
-                    "all_classes": row.get("all_classes"),
-                    "length": row.get("length"),
-                    "prompt_tokens": len(ids),
-                }
-            )
-    result = rows.finish(kind, subject.shown, _scores(rows.rows, e))
+    longest = tokens_of("--max_length", max_length) if max_length else None
+    chunk = tokens_of("--chunk_tokens", chunk_tokens)
+    asked = Asked(chosen, sets, templates, longest, {"tasks": [t.name for t in chosen], "e": e, "limit": limit})
+    with Crew.of_launch() as crew:
+        made = _measure(crew, asked, model, chunk, before=before, base=base, out=out, name=name)
+    if made is None:
+        return
+    result, path = made
     if json:
         print(json_text.dumps(result, ensure_ascii=False))
         return
     print_scores(result)
-    print(Path(rows.result_path))
+    print(path)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked."""
+
+    tasks: list[Task]
+    rows: dict[str, list[dict[str, Any]]]  # by task
+    templates: dict[str, str]
+    max_length: int | None  # prompt tokens; None: the window less RESERVED_TOKENS
+    settings: dict[str, Any]
+
+
+def _measure(
+    crew: Crew,
+    asked: Asked,
+    model: str,
+    chunk_tokens: int,
+    *,
+    before: bool,
+    base: str | None,
+    out: str | None,
+    name: str | None,
+) -> tuple[dict[str, Any], Path] | None:
+    """The result and its file on the process that writes, None on the others."""
+    from ds_longft.evaluate import results
+    from ds_longft.evaluate.cached_attention import CACHED, register
+    from ds_longft.evaluate.generate import end_ids, generate
+    from ds_longft.evaluate.subject import find_subject, load_subject, subject_tokenizer
+
+    register()
+    subject = find_subject(model, before=before, base=base)
+    tokenizer = subject_tokenizer(subject)
+    loaded = load_subject(subject, crew.device, attention=CACHED)
+    longest = asked.max_length or (loaded.window or 8192) - RESERVED_TOKENS
+    e = asked.settings["e"]
+    kind = "longbench-e" if e else "longbench"
+    folder, file = results.result_folder(subject, out), results.result_name(name, kind, before)
+    opened: list[results.Rows] = []  # on the process that writes
+
+    def open_rows() -> set[str]:
+        settings = {"weights": results.weights_identity(subject), **asked.settings, "max_length_tokens": longest}
+        opened.append(results.Rows(folder, file, settings, total=sum(map(len, asked.rows.values()))))
+        return {row["key"] for row in opened[0].rows}
+
+    done = crew.first(open_rows)
+    stops = end_ids(loaded, tokenizer)
+    newline = tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]
+
+    def answer(one: tuple[Task, int]) -> dict[str, Any]:
+        task, i = one
+        row = asked.rows[task.name][i]
+        ids = prompt_ids(tokenizer, asked.templates[task.name].format(**row), task, longest)
+        line_by_line = task.name == "samsum"  # one dialogue's summary is one line
+        reply = generate(
+            loaded,
+            [ids],
+            max_new_tokens=task.max_new_tokens,
+            stop_ids=stops | set(newline) if line_by_line else stops,
+            chunk_tokens=chunk_tokens,
+            min_new_tokens=1 if line_by_line else 0,
+        )[0]
+        return {
+            "key": f"{task.name}/{i}",
+            "dataset": task.name,
+            "pred": tokenizer.decode(reply, skip_special_tokens=True),
+            "answers": row["answers"],
+            "all_classes": row.get("all_classes"),
+            "length": row.get("length"),
+            "prompt_tokens": len(ids),
+        }
+
+    todo = [(task, i) for task in asked.tasks for i in range(len(asked.rows[task.name]))]
+    for made in crew.share_out([(task, i) for task, i in todo if f"{task.name}/{i}" not in done], answer):
+        opened[0].add(made)
+    if not opened:
+        return None
+    rows = opened[0]
+    return rows.finish(kind, subject.shown, _scores(rows.rows, e)), rows.result_path
 
 
 def choose_tasks(names: str, *, e: bool) -> list[Task]:

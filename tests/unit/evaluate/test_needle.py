@@ -11,7 +11,7 @@ import pytest
 
 from ds_longft.cli import main
 from ds_longft.errors import ConfigError, DataError
-from ds_longft.evaluate import needle as needle_module
+from ds_longft.evaluate import grid as grid_module
 from ds_longft.evaluate.facts import judge, make_needle
 from ds_longft.evaluate.haystack import Haystack, build_prompt
 from ds_longft.evaluate.texts import chinese, english, read_texts
@@ -127,9 +127,17 @@ def test_the_grid_is_resumed_and_drawn(
     assert len((out / "needle.rows.jsonl").read_text().splitlines()) == len(lines)
     assert main([*argv, "--json", "--seed", "1"]) == 0  # other settings begin anew
     assert json.loads(capsys.readouterr().out)["rows_made_now"] == 8
+    # several processes ask the same questions, and leave the same rows in the same order
+    assert main([*argv, "--gpus", "2", "--out", str(tmp_path / "two")]) == 0
+    assert "needle en" not in capsys.readouterr().out, "it was not this process that did it"
+    shared = [json.loads(line) for line in (tmp_path / "two" / "needle.rows.jsonl").read_text().splitlines()]
+    alone = [json.loads(line) for line in lines]
+    for row in shared + alone:
+        row.pop("seconds", None)
+    assert shared == alone
     # right answers are counted where they belong
     verdicts = iter([False, False, True, False])  # trials of 600 tokens, then of 1,024
-    monkeypatch.setattr(needle_module, "judge", lambda answers, reply: (next(verdicts), 0.5))
+    monkeypatch.setattr(grid_module, "judge", lambda answers, reply: (next(verdicts), 0.5))
     assert main([*argv, "--json", "--seed", "2", "--form", "multi", "--facts", "2"]) == 0
     third = json.loads(capsys.readouterr().out)
     assert third["exact_percent"]["en"] == {"600": 0.0, "1024": 50.0}
@@ -143,9 +151,17 @@ def test_the_grid_is_resumed_and_drawn(
         (["--depths", "0,200"], "--depths is"),
         (["--languages", "de"], "--languages is 'de'"),
         (["--facts", "1"], "--facts is 1"),
+        (["--gpus", "0"], "--gpus is 0: expected 1 or more"),
         (["--before"], "no output folder of a run"),
     ],
 )
 def test_mistakes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], said: str) -> None:
     assert main(["eval", "needle", str(tmp_path), *flags]) == 64
     assert said in capsys.readouterr().err
+
+
+def test_the_code_of_a_rank_that_fails(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["eval", "needle", str(tmp_path), "--gpus", "2"])
+    assert ended.value.code == 64
+    assert capfd.readouterr().err.count("model.path: no tokenizer can be read from") == 1, "said once, by rank 0"

@@ -72,6 +72,8 @@ def test_commands_on_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[
     rows = Path(out, "longbench.rows.jsonl")
     assert main(["eval", "longbench", "score", str(rows), "--json"]) == 0  # the rows alone give the same scores
     assert json.loads(capsys.readouterr().out)["scores"] == result["scores"]
+    assert main([*argv, "--out", str(tmp_path / "two"), "--gpus", "2"]) == 0
+    assert (tmp_path / "two" / "longbench.rows.jsonl").read_text() == rows.read_text()
     assert main(["eval", "short", str(model), "--texts", "2", "--length", "64", "--out", out, "--json"]) == 0
     short = json.loads(capsys.readouterr().out)
     assert short["questions"] == 60
