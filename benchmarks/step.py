@@ -112,7 +112,7 @@ def main() -> None:
     from ds_longft.model.flops import forward_flops, peak_tflops, step_flops
     from ds_longft.sequence.kernels import AttentionSpec, choose_kernel
     from ds_longft.train.engine import build
-    from ds_longft.train.speed import choose_passes, rehearse
+    from ds_longft.train.speed import choose_passes, own_memory_gib, rehearse
     from ds_longft.train.step import backpropagate_pack
 
     sp = args.sp or launch.world
@@ -154,6 +154,7 @@ def main() -> None:
         layout,
         device,
         resident_if_fits=settings.resident_if_fits,
+        memory_gib=own_memory_gib(device)[0],
         prepare=lambda model: start.append(fingerprint(model)) if args.fingerprint else None,
     )
     build_s = time.time() - started

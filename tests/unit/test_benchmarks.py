@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.compare import PASS, wrong
+from benchmarks.longest import longest
 from benchmarks.work import compare_gradients, compared, fingerprint, lengths_of, sample
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,6 +27,15 @@ def test_lengths_of_documents_as_they_are_written() -> None:
     assert first != second
     assert first == lengths_of("longalign:131072", 0)
     assert max(first + second) <= 65536
+
+
+@pytest.mark.parametrize(("limit", "found"), [(100, 96), (64, 64), (63, 0), (250, 240), (1000, 240)])
+def test_the_longest_that_fits(limit: int, found: int) -> None:
+    """16 by 16 from 64 to below 256, the lowest first, none twice."""
+    tried: list[int] = []
+    assert longest(lambda n: (tried.append(n), n <= limit)[1], 64, 256, 16) == found
+    assert tried[0] == 64
+    assert len(set(tried)) == len(tried) <= 5
 
 
 def test_sample_has_no_target_across_documents() -> None:
