@@ -63,27 +63,32 @@ def run(
     except torch.OutOfMemoryError as error:
         if status.passes is not None:
             config = config.model_copy(update={"dpo": config.dpo.model_copy(update={"passes": status.passes})})
-        raise memory_error(error, config, settings.engine, sp, launch.world, status.where) from error
+        raise memory_error(error, config, settings.engine, sp, launch.world, status.where, status.memory_gib) from error
 
 
 def memory_error(
-    error: torch.OutOfMemoryError, config: RunConfig, engine_config: dict[str, Any], sp: int, world: int, where: str
+    error: torch.OutOfMemoryError,
+    config: RunConfig,
+    engine_config: dict[str, Any],
+    sp: int,
+    world: int,
+    where: str,
+    memory_gib: float | None,
 ) -> GpuMemoryError:
-    """The error with the planner's advice for this run."""
+    """The error with the planner's advice for this run. `memory_gib`: as from `own_memory_gib`."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     from ds_longft.plan.advice import Adviser
 
     unset_hf_deepspeed_config()  # else the model without memory would be built as ZeRO-3 builds it
     hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation=ULYSSES)
-    cuda = torch.cuda.is_available()
     adviser = Adviser.for_run(
         config,
         engine_config,
         hf_config,
         sp=sp,
         world=world,
-        memory_gib=torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30 if cuda else 0.0,
+        memory_gib=memory_gib or 0.0,
         fused=liger_fits(config, hf_config.model_type),
     )
     return adviser.error(error, where)
@@ -125,16 +130,16 @@ def _run(
     train_set, eval_set = agreement.rank0_first(lambda: tokenized(config, tokenizer, progress=launch.rank == 0))
     phases.done("data tokenised")
 
-    memory_gib, taken_gib = own_memory_gib(device)
+    status.memory_gib, taken_gib = own_memory_gib(device)
     if launch.rank == 0:
-        write_plan(folder, _foreseen(config, settings.engine, layout, device, kernel, memory_gib))
+        write_plan(folder, _foreseen(config, settings.engine, layout, device, kernel, status.memory_gib))
     built = build(
         config,
         settings.engine,
         layout,
         device,
         resident_if_fits=settings.resident_if_fits,
-        memory_gib=memory_gib,
+        memory_gib=status.memory_gib,
         loaded=lambda: phases.done("model loaded"),
     )
     phases.done("engine built")

@@ -36,6 +36,7 @@ class Status:
         self.start_up_s: dict[str, float] | None = None
         self.where = "at the start"  # what the run is at, for messages
         self.passes: str | None = None  # what dpo.passes: auto was settled to, for messages
+        self.memory_gib: float | None = None  # of each GPU, for this run
         self.begun = time.time()
 
     def training(self, first_step: int, start_up_s: dict[str, float]) -> None:
