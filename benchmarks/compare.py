@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.work import ROOT, append, compare_gradients
+from benchmarks.work import append, compare_gradients, start
 from ds_longft.train.ranks import visible_gpus
 
 # our kernel, and transformers' name of the same one
@@ -152,25 +151,6 @@ def measure(row: Row, args: argparse.Namespace) -> dict[str, Any]:
         "wrong": wrong(ours, peer, floor, compared, PASS["fp32" if args.tiny else "bf16"]),
         "elapsed_s": elapsed_s,
     }
-
-
-def start(script: str, ranks: int, arguments: list[str], folder: Path, timeout_s: int) -> dict[str, Any]:
-    """A script's result, or {"error": its last words}. `ranks` 0: without a launcher."""
-    out = folder / f"{script}.jsonl"
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else []
-    command = [sys.executable, *launcher, str(ROOT / "benchmarks" / script), *arguments, "--append", str(out)]
-    log = folder / f"{script}.log"
-    try:
-        with log.open("wb") as sink:
-            subprocess.run(command, cwd=ROOT, stdout=sink, stderr=sink, timeout=timeout_s, check=False)
-    except subprocess.TimeoutExpired:
-        return {"error": f"longer than {timeout_s} s"}
-    if out.exists():  # written last: what goes wrong when ranks part costs no result
-        return dict(json.loads(out.read_text().splitlines()[-1]))
-    words = [line.strip() for line in log.read_text(errors="replace").splitlines()]
-    print("\n".join(words[-40:]), file=sys.stderr, flush=True)
-    errors = [line for line in words if "Error" in line or "out of memory" in line]
-    return {"error": (errors or words or ["no result"])[0][-300:]}
 
 
 def result_lines(

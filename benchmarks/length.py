@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.work import ROOT, append, lengths_of, shape_of
+from benchmarks.work import append, lengths_of, shape_of, start
 
 K = 1024
 
@@ -184,19 +183,7 @@ def timed_before(results: Path, gpu: str) -> Iterator[tuple[Case, dict[str, Any]
 def run(case: Case, steps: int, timeout_s: int) -> dict[str, Any]:
     """step.py's result, or {"error": its last words}."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "result.jsonl"
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(case.gpus), "--standalone"]
-        command = [*launch, str(ROOT / "benchmarks/step.py"), *case.arguments(), "--steps", str(steps), "--append", out]
-        try:
-            done = subprocess.run(
-                list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False
-            )
-        except subprocess.TimeoutExpired:
-            return {"error": f"longer than {timeout_s} s"}
-        if done.returncode or not out.exists():
-            errors = [text for text in (done.stdout + done.stderr).splitlines() if "Error" in text or "memory" in text]
-            return {"error": (errors or ["no result"])[0][-300:]}
-        return dict(json.loads(out.read_text().splitlines()[-1]))
+        return start("step.py", case.gpus, [*case.arguments(), "--steps", str(steps)], Path(folder), timeout_s)
 
 
 def compare(case: Case, measured: dict[str, Any], gpu: str, *, tiny: bool) -> dict[str, Any]:

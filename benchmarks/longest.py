@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.work import ROOT, SHAPES, append
+from benchmarks.work import SHAPES, append, start
 from ds_longft.config import parse_tokens
 from ds_longft.train.ranks import visible_gpus
 
@@ -107,21 +106,8 @@ def probe(side: str, tokens: int, ranks: int, args: argparse.Namespace) -> dict[
     else:
         words += ["--tiled_mlp", "--offload_ckpt", *(["--attn", "flash_attention_4"] if cuda else [])]
     script = {"ours": "step.py", "peer": "peer_alst.py"}[side]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "result.jsonl"
-        command = [*launcher, str(ROOT / "benchmarks" / script), *words, "--append", str(out)]
-        try:
-            done = subprocess.run(
-                command, cwd=ROOT, capture_output=True, text=True, errors="replace", timeout=args.timeout_s, check=False
-            )
-        except subprocess.TimeoutExpired:
-            return {"error": f"longer than {args.timeout_s} s"}
-        if out.exists():
-            return dict(json.loads(out.read_text().splitlines()[-1]))
-        words = [line.strip() for line in (done.stdout + done.stderr).splitlines()]
-        errors = [line for line in words if "out of memory" in line] or [line for line in words if "Error" in line]
-        return {"error": (errors or words or ["no result"])[-1][-200:]}
+        return start(script, ranks, words, Path(folder), args.timeout_s)
 
 
 def hold(leave_gib: float | None) -> list[Any]:

@@ -199,6 +199,25 @@ def commit() -> str:
     )
 
 
+def start(script: str, ranks: int, arguments: list[str], folder: Path, timeout_s: int) -> dict[str, Any]:
+    """A script's result, or {"error": its last words}. `ranks` 0: without a launcher."""
+    out = folder / f"{script}.jsonl"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else []
+    command = [sys.executable, *launcher, str(ROOT / "benchmarks" / script), *arguments, "--append", str(out)]
+    log = folder / f"{script}.log"
+    try:
+        with log.open("wb") as sink:
+            subprocess.run(command, cwd=ROOT, stdout=sink, stderr=sink, timeout=timeout_s, check=False)
+    except subprocess.TimeoutExpired:
+        return {"error": f"longer than {timeout_s} s"}
+    if out.exists():  # written last: what goes wrong when ranks part costs no result
+        return dict(json.loads(out.read_text().splitlines()[-1]))
+    words = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+    print("\n".join(words[-40:]), file=sys.stderr, flush=True)
+    errors = [line for line in words if "Error" in line or "out of memory" in line]
+    return {"error": (errors or words or ["no result"])[0][-300:]}
+
+
 def append(path: str | Path, *results: dict[str, Any]) -> None:
     """One JSON object a line behind those already there."""
     with open(path, "a", encoding="utf-8") as file:

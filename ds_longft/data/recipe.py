@@ -90,10 +90,8 @@ class MixSource(SourceConfig):
                 problems.append(f"{key} has no effect with synth: {self.synth}, only with {', '.join(kinds)}")
         if self.synth == "numbers" and (self.questions or 1) > MAX_QUESTIONS:
             problems.append(f"questions is {self.questions}: synth: numbers has names for {MAX_QUESTIONS} at most")
-        if sum((self.languages or {}).values()) > 1.000001:
-            problems.append(
-                f"languages: the shares add up to {sum((self.languages or {}).values()):.3f}, expected 1 at most"
-            )
+        if (total := sum((self.languages or {}).values())) > 1.000001:
+            problems.append(f"languages: the shares add up to {total:.3f}, expected 1 at most")
         if self.sizes is not None:
             try:
                 size_parts(self.sizes)

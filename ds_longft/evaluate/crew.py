@@ -90,11 +90,6 @@ class Crew:
                 crew._agreement.gather(None)  # whoever leaves first could end the others
                 dist.destroy_process_group()
 
-    @property
-    def writes(self) -> bool:
-        """Whether this process keeps the rows and shows the result."""
-        return self.launch.rank == 0
-
     def first(self, work: Callable[[], Made]) -> Made:
         """What `work` gives on rank 0, on every rank."""
         return work() if self._agreement is None else self._agreement.on_rank0(work)
@@ -108,5 +103,5 @@ class Crew:
         for start in range(0, len(items), world):
             made = [work(item) for item in items[start : start + world][self.launch.rank : self.launch.rank + 1]]
             parts = [made] if self._agreement is None else self._agreement.gather(made)
-            if self.writes:
+            if self.launch.rank == 0:
                 yield from (one for part in parts for one in part)

@@ -6,7 +6,6 @@ answer, and only the right number counts.
 
 from __future__ import annotations
 
-import json as json_text
 import random
 import time
 from pathlib import Path
@@ -96,20 +95,16 @@ def needle(
         raise ConfigError(f"--trials is {trials}: expected 1 or more")
     if not 2 <= facts <= MAX_FACTS:
         raise ConfigError(f"--facts is {facts}: expected 2 to {MAX_FACTS}")
-    if start_ranks("needle", "--gpus", gpus, arguments):
-        return
     batch, chunk = tokens_of("--batch_tokens", batch_tokens), tokens_of("--chunk_tokens", chunk_tokens)
     sizes = None if lengths is None else token_list("--lengths", lengths)
+    if start_ranks("needle", "--gpus", gpus, arguments):
+        return
+    from ds_longft.evaluate import results  # brings torch: not in a process that only starts others
+
     grid = Grid(form, facts, sizes, fractions, trials, spoken, {"en": haystack_en, "zh": haystack_zh}, where, seed)
     with Crew.of_launch() as crew:
         made = _measure(crew, grid, model, batch, chunk, before=before, base=base, out=out, name=name, quiet=json)
-    if made is None:
-        return
-    result, path = made
-    if json:
-        print(json_text.dumps(result, ensure_ascii=False))
-        return
-    _show(result, path, path.with_suffix(".png") if form == "single" else None)
+    results.show(made, json, _show)
 
 
 def _measure(
@@ -234,7 +229,7 @@ def _languages(value: str) -> list[Language]:
     return spoken
 
 
-def _show(result: dict[str, Any], path: Path, heatmap: Path | None) -> None:
+def _show(result: dict[str, Any], path: Path) -> None:
     console = Console()
     several = result["form"] != "single"
     for language, values in result["exact_percent"].items():
@@ -247,4 +242,5 @@ def _show(result: dict[str, Any], path: Path, heatmap: Path | None) -> None:
         if several:
             table.add_row("share found", *(f"{v:.1f}" for v in result["found_percent"][language].values()))
         console.print(table)
-    console.print(f"{path}" + (f", {heatmap.name}" if heatmap else ""), soft_wrap=True, highlight=False)
+    heatmap = "" if several else f", {path.with_suffix('.png').name}"
+    console.print(f"{path}{heatmap}", soft_wrap=True, highlight=False)

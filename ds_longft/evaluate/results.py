@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,18 @@ def result_folder(subject: Subject, out: str | None) -> Path:
 def result_name(name: str | None, kind: str, before: bool) -> str:
     """File name of a result, without its ending."""
     return (name or kind) + (BEFORE if before else "")
+
+
+def show(
+    made: tuple[dict[str, Any], Path] | None, as_json: bool, tables: Callable[[dict[str, Any], Path], None]
+) -> None:
+    """A result and its file, as one JSON object or for people; nothing where another process has it."""
+    if made is None:
+        return
+    if as_json:
+        print(json.dumps(made[0], ensure_ascii=False))
+    else:
+        tables(*made)
 
 
 def weights_identity(subject: Subject) -> list[Any]:

@@ -270,9 +270,14 @@ def choose_passes(engine: Any, wanted: str, pack: Pack, layout: ParallelLayout, 
 
 def free_bytes(device: torch.device) -> int:
     """GPU memory that the highest peak so far left unused, less a reserve; never negative."""
+    total, outside = total_and_outside_torch(device)
+    return max(0, int(total * (1 - SPARE_SHARE)) - outside - torch.cuda.max_memory_allocated(device))
+
+
+def total_and_outside_torch(device: torch.device) -> tuple[int, int]:
+    """Bytes of a GPU, and those in use that torch knows nothing of: the context, NCCL, other processes."""
     free, total = torch.cuda.mem_get_info(device)
-    others = total - free - torch.cuda.memory_reserved(device)  # the context, NCCL, other processes
-    return max(0, int(total * (1 - SPARE_SHARE)) - others - torch.cuda.max_memory_allocated(device))
+    return total, total - free - torch.cuda.memory_reserved(device)
 
 
 def own_memory_gib(device: torch.device) -> tuple[float | None, float]:
@@ -283,10 +288,10 @@ def own_memory_gib(device: torch.device) -> tuple[float | None, float]:
     """
     if device.type != "cuda":
         return None, 0.0
-    free, total = torch.cuda.mem_get_info(device)
+    total, outside = total_and_outside_torch(device)
     rates = Gpu.load("h200")  # of any type: contexts differ little
-    outside = total - free - torch.cuda.memory_reserved(device) - (rates.context_gib + rates.nccl_gib) * GIB
-    least = torch.tensor([total - max(0.0, outside), -max(0.0, outside)], dtype=torch.float64, device=device)
+    taken = max(0.0, outside - (rates.context_gib + rates.nccl_gib) * GIB)
+    least = torch.tensor([total - taken, -taken], dtype=torch.float64, device=device)
     dist.all_reduce(least, op=dist.ReduceOp.MIN)
     own, others = (float(x) / GIB for x in least)
     return own, -others

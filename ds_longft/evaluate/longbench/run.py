@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_text
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,22 +63,22 @@ def run(
 
     chosen = choose_tasks(tasks, e=e)
     check_packages()
-    if start_ranks("longbench run", "--gpus", gpus, arguments):
-        return
-    copy = find_copy(data)
-    templates = read_prompts(copy, prompts)
-    sets = {task.name: read_task(copy, task.name + ("_e" if e else ""))[:limit] for task in chosen}
     longest = tokens_of("--max_length", max_length) if max_length else None
     chunk = tokens_of("--chunk_tokens", chunk_tokens)
-    asked = Asked(chosen, sets, templates, longest, {"tasks": [t.name for t in chosen], "e": e, "limit": limit})
+    if start_ranks("longbench run", "--gpus", gpus, arguments):
+        return
+    from ds_longft.evaluate import results  # brings torch: not in a process that only starts others
+
     with Crew.of_launch() as crew:
+        copy = find_copy(data)
+        templates = read_prompts(copy, prompts)
+        sets = {task.name: read_task(copy, task.name + ("_e" if e else ""))[:limit] for task in chosen}
+        asked = Asked(chosen, sets, templates, longest, {"tasks": [t.name for t in chosen], "e": e, "limit": limit})
         made = _measure(crew, asked, model, chunk, before=before, base=base, out=out, name=name)
-    if made is None:
-        return
-    result, path = made
-    if json:
-        print(json_text.dumps(result, ensure_ascii=False))
-        return
+    results.show(made, json, _show)
+
+
+def _show(result: dict[str, Any], path: Path) -> None:
     print_scores(result)
     print(path)
 

@@ -152,6 +152,7 @@ def test_the_grid_is_resumed_and_drawn(
         (["--languages", "de"], "--languages is 'de'"),
         (["--facts", "1"], "--facts is 1"),
         (["--gpus", "0"], "--gpus is 0: expected 1 or more"),
+        (["--gpus", "2", "--lengths", "many"], "--lengths is 'many'"),
         (["--before"], "no output folder of a run"),
     ],
 )
