@@ -6,7 +6,9 @@
 
 Public APIs only, put together as ALST's tutorial does: sequence parallelism registered for the model's attention,
 gradient checkpointing, Liger's kernels and fused loss, losses of the ranks weighted by their targets. Documents of a
-pack are told apart by positions that restart, which the flash kernels heed and torch's sdpa under ALST does not.
+pack are told apart by positions that restart, which torch's sdpa under ALST does not heed; the flash kernels get the
+lengths besides, as transformers' DataCollatorWithFlattening gives them: derived from positions, the longest would be a
+tensor where flash-attn-4 wants an int.
 The weights, the adapter and the tokens are those of benchmarks/step.py (see work.py). Prints one JSON line.
 """
 
@@ -97,13 +99,14 @@ def main() -> None:
     )
     build_s = time.time() - started
 
-    def inputs(step: int) -> dict[str, torch.Tensor]:
+    def inputs(step: int) -> dict[str, Any]:
         """This rank's part of the sample: token ids, positions and labels already shifted, each [1, s]."""
         pack = sample(lengths_of(args.documents, step), shape["vocab_size"], dp_rank=rank // sp)
         local = pack.tokens // sp
         part = slice(rank % sp * local, (rank % sp + 1) * local)
         arrays = {"input_ids": pack.input_ids, "position_ids": pack.position_ids, "shift_labels": pack.labels}
-        return {name: torch.from_numpy(array[part]).to(device)[None] for name, array in arrays.items()}
+        batch = {name: torch.from_numpy(array[part]).to(device)[None] for name, array in arrays.items()}
+        return batch | (documents_of(pack, device) if args.attn.startswith("flash") else {})
 
     offload: Any = contextlib.nullcontext
     if args.offload_ckpt:
@@ -111,7 +114,7 @@ def main() -> None:
             get_checkpoint_hidden_states_offloading_ctx_manager as offload,
         )
 
-    def step(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def step(batch: dict[str, Any]) -> torch.Tensor:
         with offload():
             # The model asks for `labels` to compute a loss at all; what it uses are the shifted ones.
             out = engine(**batch, labels=batch["shift_labels"], num_items_in_batch=None, use_cache=False)
@@ -167,6 +170,18 @@ def main() -> None:
             append(args.append, result)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def documents_of(pack: Any, device: Any) -> dict[str, Any]:
+    """transformers' keywords for flash attention, of the whole pack: `cu_seq_lens_*` int32 [N + 1], lengths int."""
+    import torch
+
+    cu_seq_lens = torch.from_numpy(pack.cu_seqlens).to(device, torch.int32)
+    longest = int(cu_seq_lens.diff().max())
+    return {
+        **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), cu_seq_lens),
+        **dict.fromkeys(("max_length_q", "max_length_k"), longest),
+    }
 
 
 def build_model(args: argparse.Namespace, shape: dict[str, Any], sp: int, device: Any) -> tuple[Any, Any]:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from datetime import date
@@ -23,6 +24,9 @@ import numpy as np
 from ds_longft.batch import IGNORE_INDEX, Pack
 
 ROOT = Path(__file__).resolve().parent.parent
+
+RAISED = re.compile(r"(\[rank\d+\]:\s*)?[\w.]*(Error|Exception)\b")
+"""Begins the last line of a traceback, and no warning that tells of an error."""
 
 SEED = 0  # of the weights and of the adapters
 ADAPTER = {"r": 16, "alpha": 32}  # on all linears, no dropout
@@ -214,8 +218,8 @@ def start(script: str, ranks: int, arguments: list[str], folder: Path, timeout_s
         return dict(json.loads(out.read_text().splitlines()[-1]))
     words = [line.strip() for line in log.read_text(errors="replace").splitlines()]
     print("\n".join(words[-40:]), file=sys.stderr, flush=True)
-    errors = [line for line in words if "Error" in line or "out of memory" in line]
-    return {"error": (errors or words or ["no result"])[0][-300:]}
+    errors = [line for line in words if RAISED.match(line)]
+    return {"error": (errors[:1] or words[-1:] or ["no result"])[0][:300]}
 
 
 def append(path: str | Path, *results: dict[str, Any]) -> None:

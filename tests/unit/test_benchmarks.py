@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from benchmarks.compare import PASS, wrong
 from benchmarks.longest import longest
-from benchmarks.work import compare_gradients, compared, fingerprint, lengths_of, sample
+from benchmarks.work import compare_gradients, compared, fingerprint, lengths_of, sample, start
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -82,6 +82,13 @@ def test_other_weights_or_another_loss_are_found() -> None:
     assert "weights" in wrong(ours, {**ours, "fingerprint": "b"}, {}, None, PASS["bf16"])[0]
     assert "apart" in wrong(ours, {**ours, "loss_first": 2.001}, {}, None, PASS["bf16"])[0]
     assert wrong(ours, {"error": "out of memory"}, {}, None, PASS["bf16"]) == ["peer: out of memory"]
+
+
+def test_what_stopped_a_measurement_is_named_and_not_a_warning_before_it(tmp_path: Path) -> None:
+    script = tmp_path / "broken.py"
+    script.write_text("print('op rope could not be imported: ImportError: no tanh')\nraise MemoryError('out of memory')\n")
+    for ranks in (0, 1):  # torchrun raises behind it
+        assert start(str(script), ranks, [], tmp_path, 60) == {"error": "MemoryError: out of memory"}
 
 
 def test_compared_are_trained_parameters_with_a_gradient() -> None:

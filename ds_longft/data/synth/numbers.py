@@ -1,6 +1,7 @@
 """Numbers hidden in running text and asked for afterwards, one at a time or several at once, in several turns.
 
-One long text yields several trained answers that way; where they stand, and how they are told, is drawn.
+One long text yields several trained answers that way; where they stand but for the edges, and how they are told, is
+drawn.
 """
 
 from __future__ import annotations
@@ -83,12 +84,22 @@ def _row(
 
     while True:
         facts = facts_about(speech, count, rng)
-        depths = [rng.random() for _ in facts]
+        depths = _depths(count, rng)
         turns = _turns(facts, speech, at_once, rng)
         around = measure(make(0))
         if around <= tokens // 2 or count == 1:
             return fill(make, measure, tokens, tokens - around)
         count = max(1, min(count - 1, count * tokens // (2 * around)))
+
+
+def _depths(count: int, rng: random.Random) -> list[float]:
+    """Where the numbers stand, 0 to 1; of several, one before the first sentence and one behind the last.
+
+    A few dozen places drawn from 131,072 tokens do not meet the edges: a model trained on such rows found all single
+    numbers in that window but those before the first sentence (12 of 16).
+    """
+    edges = [0.0, 1.0] if count > 2 else []
+    return edges + [rng.random() for _ in range(count - len(edges))]
 
 
 def _turns(facts: Sequence[tuple[str, str, str]], speech: Speech, at_once: int, rng: random.Random) -> Messages:

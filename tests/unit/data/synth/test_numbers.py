@@ -11,7 +11,7 @@ from ds_longft.cli import main
 from ds_longft.data.formats import to_row
 from ds_longft.data.lengths import Lengths
 from ds_longft.data.synth.number_wordings import SPEECH, facts_about
-from ds_longft.data.synth.numbers import MAX_QUESTIONS, hide, number_rows
+from ds_longft.data.synth.numbers import MAX_QUESTIONS, SENTENCE_END, hide, number_rows
 from ds_longft.data.synth.row_plan import apportion, language_shares, plan_rows
 from ds_longft.data.synth.sources import Document
 from ds_longft.data.synth.stretches import running_texts, stretch_rows
@@ -102,6 +102,22 @@ def test_numbers_lie_evenly_over_the_text(documents, tokenizer):
     quarters = Counter(int(4 * depth) for depth in depths)
     assert len(depths) > 200
     assert all(abs(quarters[i] / len(depths) - 0.25) < 0.1 for i in range(4)), quarters
+
+
+def test_of_several_numbers_one_stands_before_the_first_sentence_and_one_behind_the_last(made):
+    several = 0
+    for row in made["numbers"]:
+        messages = row["messages"]
+        numbers = [number for m in messages[1::2] for number in m["content"].split(", ")]
+        if len(numbers) < 3:
+            continue
+        context, _, _ = messages[0]["content"].rpartition("\n\n")
+        head = next(head for head in SPEECH[row["language"]].heads if context.startswith(head))
+        places = sorted(context.index(number) for number in numbers)
+        assert not SENTENCE_END.search(context[len(head) : places[0]])
+        assert len(SENTENCE_END.findall(context[places[-1] :])) < 3  # its own, and of what the cut left of the next
+        several += 1
+    assert several > 20
 
 
 def test_short_rows_hide_fewer_numbers_and_stay_half_text(documents, tokenizer):
