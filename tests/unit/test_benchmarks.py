@@ -86,7 +86,9 @@ def test_other_weights_or_another_loss_are_found() -> None:
 
 def test_what_stopped_a_measurement_is_named_and_not_a_warning_before_it(tmp_path: Path) -> None:
     script = tmp_path / "broken.py"
-    script.write_text("print('op rope could not be imported: ImportError: no tanh')\nraise MemoryError('out of memory')\n")
+    script.write_text(
+        "print('op rope could not be imported: ImportError: no tanh')\nraise MemoryError('out of memory')\n"
+    )
     for ranks in (0, 1):  # torchrun raises behind it
         assert start(str(script), ranks, [], tmp_path, 60) == {"error": "MemoryError: out of memory"}
 
