@@ -38,12 +38,13 @@ class Evaluation:
         return [(label, r) for label, r in (("before", self.before), ("after", self.after)) if r is not None]
 
     @property
-    def comparable(self) -> bool:
-        """Whether both were made with the same settings, the weights aside."""
+    def differences(self) -> dict[str, tuple[Any, Any]]:
+        """Settings, the weights aside, that before and after were not made with alike: name -> (before, after)."""
         if self.after is None or self.before is None:
-            return True
-        ours, theirs = ({k: v for k, v in r["settings"].items() if k != "weights"} for _, r in self.pair)
-        return bool(ours == theirs)
+            return {}
+        before, after = self.before["settings"], self.after["settings"]
+        names = [name for name in before | after if name != "weights"]
+        return {name: (before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,16 @@ from collections.abc import Sequence
 
 from ds_longft.report.facts import RunFacts
 from ds_longft.report.page import TITLES
-from ds_longft.report.tables import Pairs, data_rows, evaluation_rows, overview, progress, reproduce, settings_line
+from ds_longft.report.tables import (
+    Pairs,
+    data_rows,
+    differences_line,
+    evaluation_rows,
+    overview,
+    progress,
+    reproduce,
+    settings_line,
+)
 
 
 def markdown_page(facts: RunFacts) -> str:
@@ -21,9 +30,9 @@ def markdown_page(facts: RunFacts) -> str:
         name = title if evaluation.name == evaluation.kind else f"{title}: {evaluation.name}"
         columns, rows = evaluation_rows(evaluation)
         made = "\n".join(f"- {label}: {result['model']}; {settings_line(result)}" for label, result in evaluation.pair)
-        parts.append(f"### {name}\n\n{_table(columns, rows)}\n\n{made}")
+        parts += [f"### {name}", differences_line(evaluation), _table(columns, rows), made]
     parts.append("### Again\n\n```\n" + "\n".join(reproduce(facts)) + "\n```")
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _pairs(pairs: Pairs) -> str:

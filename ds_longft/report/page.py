@@ -12,6 +12,7 @@ from ds_longft.report.facts import Evaluation, RunFacts
 from ds_longft.report.tables import (
     Pairs,
     data_rows,
+    differences_line,
     evaluation_rows,
     overview,
     progress,
@@ -134,7 +135,8 @@ def _data(facts: RunFacts) -> str:
 
 def _evaluation(evaluation: Evaluation) -> str:
     results = evaluation.pair
-    notes = "" if evaluation.comparable else "<p class=bad>Before and after were made with different settings.</p>"
+    different = differences_line(evaluation)
+    notes = f"<p class=bad>{escape(different)}</p>" if different else ""
     made = _details(
         "How it was made",
         "".join(

@@ -156,6 +156,12 @@ def settings_line(result: dict[str, Any]) -> str:
     return "; ".join(f"{key.replace('_', ' ')} {_list(value)}" for key, value in shown.items())
 
 
+def differences_line(evaluation: Evaluation) -> str:
+    """Which settings before and after do not share; empty where they share all."""
+    told = [f"{name.replace('_', ' ')} {_list(a)} and {_list(b)}" for name, (a, b) in evaluation.differences.items()]
+    return f"Before and after were made with different settings: {'; '.join(told)}." if told else ""
+
+
 def _list(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key}: {v}" for key, v in value.items())

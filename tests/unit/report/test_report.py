@@ -187,7 +187,8 @@ def test_before_and_after_of_different_settings_are_marked(run: Path) -> None:
     other = needle_result("base", 0.0)
     other["settings"]["trials"] = 9
     (run / "eval" / "needle-before.json").write_text(json.dumps(other))
-    assert "different settings" in html_page(gather_facts(run))
+    for page in (html_page(gather_facts(run)), markdown_page(gather_facts(run))):
+        assert page.count("made with different settings: trials 9 and ") == 1
 
 
 def test_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
