@@ -67,6 +67,18 @@ class Member:
         return cls(layer.base_layer, (layer.lora_A[name], layer.lora_B[name], layer.scaling[name]))
 
 
+def unhook(modules: Iterable[nn.Module]) -> None:
+    """Take ZeRO-3's hooks off these modules: nothing of theirs is gathered on their call any more.
+
+    The hooks also write down which module is called when, and ranks whose lists differ stop or hang: what is called
+    once a tile, as often as this rank's pack is long, must have none.
+    """
+    for module in modules:
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [k for k, hook in hooks.items() if hook.__module__.startswith("deepspeed.")]:
+                del hooks[key]
+
+
 class LinearGroup:
     """Linears that read the same input, computed together on the first one's call."""
 
@@ -95,16 +107,14 @@ class LinearGroup:
         return tuple(m.lora[2] if m.lora else 1.0 for m in self.members)
 
     def unhook(self) -> None:
-        """Under ZeRO-3, after its initialize: take its hooks off these modules, the layer gathers their weights
-        (`gather_with`).
+        """Under ZeRO-3, after its initialize: take its hooks off these modules and all below them, the layer gathers
+        their weights (`gather_with`).
 
         A hook hands its module a new tensor for the input. Siblings then look as if they read different inputs and are
         computed twice: 31 % more operations in a Llama-8B's linears, and twice the memory of a step (DeepSpeed 0.19.8).
         """
         for module in self.modules:
-            for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                for key in [k for k, hook in hooks.items() if hook.__module__.startswith("deepspeed.")]:
-                    del hooks[key]
+            unhook(module.modules())
 
     def slot(self) -> Kept:
         """A place on the device to keep the outputs of one call."""

@@ -29,7 +29,7 @@ from ds_longft.objectives.dpo import DpoObjective, reference_of
 from ds_longft.objectives.sft import SftObjective
 from ds_longft.plan.advice import choose_for_run
 from ds_longft.sequence.attention import ULYSSES, register
-from ds_longft.sequence.linear import LinearGroup
+from ds_longft.sequence.linear import LinearGroup, unhook
 from ds_longft.train.speed import Recompute, fuse_and_tile, fused_kernels, keep_resident, liger_fits
 
 
@@ -163,6 +163,7 @@ def build(
     if stage == 3:
         for group in [*groups, *(group for layer in recompute.groups for group in layer)]:
             group.unhook()
+        unhook(m for m in engine.module.modules() if next(m.parameters(), None) is None)  # activations, in tiles
     seed_dropout(config.seed, layout.rank)
     check_rope(base, hf_config)  # again: casting the module's buffers to bf16 would round the frequencies
     return Built(engine, model, hf_config, shape, recompute)
