@@ -106,6 +106,11 @@ def main(argv: list[str] | None = None) -> int:
     except LongftError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print(
+            "interrupted: the same command uses what was finished (tokenised parts, evaluation rows)", file=sys.stderr
+        )
+        return 130
 
 
 def show_config(*argv: str) -> None:

@@ -24,10 +24,13 @@ def parse_tokens(value: Any) -> Any:
 Tokens = Annotated[int, BeforeValidator(parse_tokens), Field(gt=0)]
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Section(BaseModel):
     """Base of every section: unknown keys are refused, values never change after reading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class RopeConfig(Section):
@@ -77,7 +80,7 @@ class LoraConfig(Section):
     r: int = Field(default=16, gt=0)
     """Rank."""
 
-    alpha: float = 32
+    alpha: float = Field(default=32, gt=0)
     """Scale: the update is multiplied by alpha / r (alpha / sqrt(r) with `rslora`)."""
 
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -109,7 +112,7 @@ class SourceConfig(Section):
     def _bare_path(cls, value: Any) -> Any:
         return {"path": value} if isinstance(value, str) else value
 
-    path: str
+    path: str = Field(min_length=1)
     """A JSON, JSONL or parquet file (.gz too), a folder of them, a pattern (texts_*.jsonl), or a hub id."""
 
     format: Literal[
@@ -212,7 +215,7 @@ class OptimConfig(Section):
     learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate."""
 
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """AdamW moments."""
 
     eps: float = Field(default=1e-8, gt=0)
@@ -325,7 +328,7 @@ class RunConfig(Section):
     sp: int | Literal["auto"] = "auto"
     """GPUs that share one sample. `auto`: the JSON's `sequence_parallel_size`, else all ranks of a node."""
 
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Data order, adapter initialisation, dropout."""
 
     objective: Literal["sft", "dpo"] = "sft"

@@ -7,7 +7,6 @@ in `to_row`.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -25,8 +24,10 @@ ROLE_NAMES: dict[str, Role] = {
     "assistant": "assistant",
     "gpt": "assistant",
 }
+REASONING = ("reasoning_content", "reasoning", "thinking")  # where chat services put what was thought
+WEIGHTS = (1e-6, 1e6)  # products of a row's and a message's, summed over a row, stay exact enough in float32
 LANGUAGES = {"chinese": "zh", "english": "en", "cn": "zh", "中文": "zh", "英文": "en"}  # as published sets write them
-ZERO_WIDTH = dict.fromkeys(map(ord, "\u200b\u200c\u200d\ufeff"))
+ZERO_WIDTH = dict.fromkeys(map(ord, "\u200b\ufeff"))  # the two joiners (200c, 200d) are part of Persian words and emoji
 
 
 def text_of(value: Any, what: str) -> str:
@@ -54,11 +55,11 @@ def _content(value: Any) -> str:
 
 
 def weight_of(value: Any, what: str) -> float:
-    """A weight of 0 or more; 1 where none is given. Raises `BadRow`."""
+    """A weight of 0, or one that float32 holds; 1 where none is given. Raises `BadRow`."""
     if value is None:
         return 1.0
-    if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-        raise BadRow(f"{what} is not a number of 0 or more", f"seen {value!r}")
+    if not isinstance(value, (int, float)) or not (value == 0 or WEIGHTS[0] <= value <= WEIGHTS[1]):
+        raise BadRow(f"{what} is not 0 or a number from {WEIGHTS[0]:g} to {WEIGHTS[1]:g}", f"seen {str(value)[:40]}")
     return float(value)
 
 
@@ -81,12 +82,18 @@ def turns_of(messages: list[Any], role_key: str, content_key: str) -> list[Turn]
             raise BadRow("unknown role", f"seen {name!r}, known are {', '.join(ROLE_NAMES)}")
         if message.get("tool_calls"):
             raise BadRow("tool calls cannot be trained")
+        for key in REASONING:
+            if message.get(key):
+                raise BadRow(
+                    "reasoning beside the answer cannot be trained", f"seen {key!r}: write it into the content"
+                )
         weight = weight_of(message.get("weight"), "weight of a message")
         turns.append(Turn(ROLE_NAMES[name], _content(message.get(content_key)), weight))
     return turns
 
 
 def _system(row: dict[str, Any]) -> list[Turn]:
+    """The turn of a column beside the messages."""
     key = "system" if row.get("system") else "system_prompt"
     return [Turn("system", text_of(row[key], key))] if row.get(key) else []
 
@@ -95,7 +102,10 @@ def _messages(row: dict[str, Any]) -> list[Turn]:
     """A chat; plain text where the row has `text` instead, so that one file may hold both kinds."""
     if "messages" not in row and "text" in row:
         return _plain_text(row)
-    return turns_of(_list(row.get("messages"), "messages"), "role", "content")
+    turns = turns_of(_list(row.get("messages"), "messages"), "role", "content")
+    if row.get("tools"):
+        raise BadRow("tools cannot be trained")
+    return turns if turns[0].role == "system" else _system(row) + turns
 
 
 def _longalign(row: dict[str, Any]) -> list[Turn]:
@@ -170,7 +180,9 @@ def _grounded(row: dict[str, Any]) -> list[Turn]:
     reference, turns = grounded(row)
     if not reference.strip():
         raise BadRow("empty reference")
-    return [replace(turns[0], content=f"{reference.rstrip()}\n\n{turns[0].content}"), *turns[1:]]
+    first = next((i for i, turn in enumerate(turns) if turn.role == "user"), 0)
+    asked = replace(turns[first], content=f"{reference.rstrip()}\n\n{turns[first].content}")
+    return [*turns[:first], asked, *turns[first + 1 :]]
 
 
 _REFGPT_TURN = re.compile(r"<(Human|Assistant)\s*(\d+)>\s*[:：]?\s*")

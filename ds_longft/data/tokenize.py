@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
+import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -18,6 +20,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -40,7 +43,7 @@ from ds_longft.errors import DataError
 
 __all__ = ["TokenizedSet", "tokenize_sources"]
 
-LAYOUT_VERSION = 3  # raise it when the same input gives other tokens, spans or columns
+LAYOUT_VERSION = 4  # raise it when the same input gives other tokens, spans or columns
 INLINE_BYTES = 4 << 20  # below this, starting processes takes longer than the work
 BLOCKS_UNDER_WAY = 3  # for each worker
 PART_BLOCKS = 64  # of about 1 MB each: what a killed process may have to do again
@@ -277,8 +280,17 @@ def _start_worker(encoder: Encoder) -> None:
     # One core each, as a pool of one thread: without a pool the tokenizers library takes a quarter more CPU time
     # for the same texts (benchmarks/tokenise.py).
     os.environ.update(TOKENIZERS_PARALLELISM="true", RAYON_NUM_THREADS="1")
+    # A killed parent leaves workers waiting for ever, with the caller's stdout open.
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     global _worker_encoder  # noqa: PLW0603  the way a process pool hands its workers what they all need
     _worker_encoder = encoder
+
+
+def _end_with(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _run_in_worker(task: Task) -> Result:

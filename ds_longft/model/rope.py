@@ -32,6 +32,11 @@ def window_tokens(hf_config: PretrainedConfig) -> int | None:
     return getattr(hf_config, "max_position_embeddings", None)
 
 
+def positions_end(hf_config: PretrainedConfig) -> int | None:
+    """The longest document that can be trained without `model.rope`, in tokens; None where any can."""
+    return None if _length_dependent_layers(hf_config) else window_tokens(hf_config)
+
+
 def apply_rope(hf_config: PretrainedConfig, rope: RopeConfig, max_length_tokens: int) -> None:
     """Stretch `hf_config` in place to `max_length_tokens`: the change is in the built model and in what is saved.
 
@@ -43,9 +48,10 @@ def apply_rope(hf_config: PretrainedConfig, rope: RopeConfig, max_length_tokens:
     window = window_tokens(hf_config)
     parts = rope_parts(hf_config)
     if rope.type == "none":
-        if window is not None and max_length_tokens > window and not _length_dependent_layers(hf_config):
+        end = positions_end(hf_config)
+        if end is not None and max_length_tokens > end:
             raise ModelError(
-                f"data.max_length_tokens is {max_length_tokens}, the model's window is {window} tokens: lower the "
+                f"data.max_length_tokens is {max_length_tokens}, the model's window is {end} tokens: lower the "
                 f"first, or stretch the window with model.rope.type (yarn, abf, linear or dynamic)"
             )
         return

@@ -6,7 +6,8 @@ layer would restart its state on every rank, a chunked or encoder mask would be 
 
 from __future__ import annotations
 
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ds_longft.errors import ModelError
@@ -44,6 +45,21 @@ def check_supported(hf_config: PretrainedConfig) -> None:
         check_class_supported(MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)], name)
     elif "AutoModelForCausalLM" not in getattr(hf_config, "auto_map", {}):
         raise ModelError(f"{name} has no causal language model class in transformers ({AutoModelForCausalLM.__name__})")
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers of its decoder, first to last.
+
+    Raises:
+        ModelError: they are not where transformers' newer models have them (GPT-2 and its age), or there are none.
+    """
+    layers = getattr(model.get_decoder(), "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not len(layers):
+        raise ModelError(
+            f"{model.config.model_type} ({type(model).__name__}) has no list of decoder layers named `layers`: models "
+            f"laid out like Llama, Qwen, Mistral, Gemma or Phi can be trained"
+        )
+    return list(layers)
 
 
 def check_class_supported(model_class: type, name: str) -> None:

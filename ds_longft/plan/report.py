@@ -30,6 +30,10 @@ def length_table(plans: list[Plan], question: Question) -> Table:
     caption = (
         f"{question.gpu.name} ({question.gpu.source}); reserve of 6 % not used; tokens/s of all {question.gpus} GPUs"
     )
+    if question.model.max_positions:
+        caption += (
+            f"\nthe model's window is {question.model.max_positions:,} tokens; for longer documents set model.rope.type"
+        )
     longest = "longest pack"
     if question.objective == "dpo":
         longest = "longest documents"
@@ -107,14 +111,16 @@ def recipe(plan: Plan, question: Question, model: str) -> str:
     if x.kv_heads:
         train["kv_heads_at_a_time"] = x.kv_heads
     pairs = question.objective == "dpo"
+    max_length, window = question.length(x), question.model.max_positions
+    stretch: dict[str, Any] = {"rope": {"type": "abf"}} if window and max_length > window else {}
     content: dict[str, Any] = {
         "ds_config": plan.ds_config,
         "output_dir": "runs/planned",
         "sp": x.sp,
         **({"objective": "dpo", "dpo": {"reference": x.reference, "passes": x.passes}} if pairs else {}),
-        "model": {"path": model},
+        "model": {"path": model, **stretch},
         "lora": None if x.lora_r is None else {"r": x.lora_r, "alpha": 2 * x.lora_r},
-        "data": {"train": ["data/train.jsonl"], "max_length_tokens": question.length(x)},
+        "data": {"train": ["data/train.jsonl"], "max_length_tokens": max_length},
         "optim": {"learning_rate": LEARNING_RATES[question.objective, x.lora_r is not None]},
         "train": train,
     }
@@ -124,6 +130,10 @@ def recipe(plan: Plan, question: Question, model: str) -> str:
         f"# peak {plan.memory.peak_gib:.1f} of {question.gpu.memory_gib:.1f} GiB, {plan.time.total_s:.1f} s a step, "
         f"{plan.time.tokens_per_s:,.0f} tokens/s of all GPUs, {x.dp} pack{'s' * (x.dp > 1)} a step.\n"
     )
+    if stretch:
+        head += (
+            f"# The model's window is {window:,} tokens: model.rope stretches it, and training has to teach its use.\n"
+        )
     if x.reference == "precomputed":
         head += "#   ds-longft data ref_logps --config this.yaml --data.train my.jsonl\n"
     return head + "#   deepspeed launch/train.py --config this.yaml --data.train my.jsonl\n" + dump_yaml(content)

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ds_longft.errors import ConfigError, ModelError
 from ds_longft.model.flops import layer_windows
+from ds_longft.model.rope import positions_end
+from ds_longft.model.supported import decoder_layers
 from ds_longft.objectives.dpo import Reference
 
 GIB = 2**30
@@ -39,7 +41,7 @@ class ModelSizes:
     windows: tuple[int | None, ...]  # per layer, tokens; None: full attention
     tied: bool
     norm_after_mlp: bool  # the MLP's output is needed again in the backward pass (Gemma 2 and 3)
-    max_positions: int
+    max_positions: int  # documents longer than this need model.rope; 0: none is too long
 
     @property
     def layer_weights(self) -> int:
@@ -70,7 +72,7 @@ class ModelSizes:
             )
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), attn_implementation="eager")
-        layer = model.get_decoder().layers[0]
+        layer = decoder_layers(model)[0]
         linears = tuple(
             (name.rsplit(".", 1)[-1], m.in_features, m.out_features)
             for name, m in layer.named_modules()
@@ -93,7 +95,7 @@ class ModelSizes:
             windows=layer_windows(hf_config),
             tied=bool(hf_config.tie_word_embeddings),
             norm_after_mlp=hasattr(layer, "post_feedforward_layernorm"),
-            max_positions=int(getattr(hf_config, "max_position_embeddings", 0) or 0),
+            max_positions=positions_end(hf_config) or 0,
         )
 
 

@@ -25,6 +25,7 @@ from ds_longft.model.flops import ModelShape
 from ds_longft.model.load import load_config, load_model
 from ds_longft.model.lora import add_lora
 from ds_longft.model.rope import check_rope
+from ds_longft.model.supported import decoder_layers
 from ds_longft.objectives.dpo import DpoObjective, reference_of
 from ds_longft.objectives.sft import SftObjective
 from ds_longft.plan.advice import choose_for_run
@@ -128,7 +129,7 @@ def build(
         if reference_of(config.dpo, lora=config.lora is not None) == "model":
             reference = frozen_reference(config, engine_config, hf_config, dtype, device)
             if tile_tokens:  # its forward pass would have the highest peak
-                for layer in reference.get_decoder().layers:
+                for layer in decoder_layers(reference):
                     groups += fuse_and_tile(layer, stage, tile_tokens)[0]
         objective = DpoObjective(
             model, layout, config.dpo, config.model.kernel, reference_model=reference, kv_heads_at_a_time=kv_heads

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from ds_longft.errors import LongftError
+from ds_longft.errors import ConfigError, LongftError
 
 if TYPE_CHECKING:
     import torch
@@ -97,7 +97,15 @@ def join(launch: Launch, timeout_s: float = 1800.0) -> tuple[torch.device, Agree
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     timeout = datetime.timedelta(seconds=timeout_s)
-    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False, timeout=timeout)
+    try:
+        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False, timeout=timeout)
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise ConfigError(
+            f"port {os.environ.get('MASTER_PORT')} is in use, perhaps by ranks of an earlier run that still train: end "
+            f"them, or give the launcher another --master_port"
+        ) from error
     return device, Agreement()
 
 

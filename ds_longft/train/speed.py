@@ -23,6 +23,7 @@ from ds_longft.data.pairs import pair_sides
 from ds_longft.errors import ModelError
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.flops import ModelShape
+from ds_longft.model.supported import decoder_layers
 from ds_longft.objectives.dpo import DpoObjective
 from ds_longft.plan.setting import GIB, Gpu
 from ds_longft.plan.step import Keep
@@ -110,7 +111,7 @@ class Recompute:
         `places`: where each layer's input and attention output wait, as planned; left out: on the GPU.
         Raises ModelError: tiles for a model without gate, up and down projections.
         """
-        layers = list(base.get_decoder().layers)
+        layers = decoder_layers(base)
         made = cls(policy, int(config.train.offload_host_gib * 2**30) // local_world)
         made.keep = [LayerKeep(i) for i in range(len(layers))]
         # Segments call layers outside of the gathering that a fused layer needs under ZeRO-3.

@@ -15,6 +15,10 @@ def turns(record, format=None):
 QA = [("user", "q", 1.0), ("assistant", "a", 1.0)]
 
 
+def message(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
 @pytest.mark.parametrize(
     ("record", "expected"),
     [
@@ -40,6 +44,23 @@ QA = [("user", "q", 1.0), ("assistant", "a", 1.0)]
             [("user", "q", 0.0), ("assistant", "b", 0.0), ("user", "r", 0.0), QA[1]],
         ),
         ({"text": "plain"}, [("text", "plain", 1.0)]),
+        (
+            {"system": "s", "messages": [{"role": r, "content": c} for r, c, _ in QA], "tools": None},
+            [("system", "s", 1.0), *QA],
+        ),
+        (
+            {
+                "reference": "ref",
+                "messages": [
+                    {"role": r, "content": c} for r, c in (("system", "s"), ("user", "q"), ("assistant", "a"))
+                ],
+            },
+            [("system", "s", 1.0), ("user", "ref\n\nq", 1.0), QA[1]],
+        ),
+        (
+            {"length": 9, "messages": [message("user", "q"), message("assistant", "\u200bمی\u200cخواهم\ufeff")]},
+            [QA[0], ("assistant", "می\u200cخواهم", 1.0)],
+        ),
         ({"messages": [*({"role": r, "content": c} for r, c, _ in QA), {"role": "user", "content": "odd last"}]}, QA),
         (
             {
@@ -74,10 +95,6 @@ def test_turn_weights_language_and_row_weight_are_kept():
     assert (row.language, row.weight) == ("zh", 2.0)
 
 
-def message(role, content, **more):
-    return {"role": role, "content": content, **more}
-
-
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
@@ -99,8 +116,23 @@ def message(role, content, **more):
         ({"messages": [message("user", "q"), message("user", "q"), message("assistant", "b")]}, "wrong role order"),
         ({"messages": [message("user", "q"), message("tool", "a")]}, "unknown role"),
         (
+            {"messages": [message("user", "q"), message("assistant", "a")], "tools": [{"name": "f"}]},
+            "tools cannot be trained",
+        ),
+        (
+            {"messages": [message("user", "q"), message("assistant", "a", reasoning_content="hm")]},
+            "reasoning beside the answer cannot be trained",
+        ),
+        *(
+            (
+                {"messages": [message("user", "q"), message("assistant", "a", weight=weight)]},
+                "weight of a message is not 0 or a number from 1e-06 to 1e+06",
+            )
+            for weight in (1e39, 1e-50, 10**400, float("nan"))
+        ),
+        (
             {"messages": [message("user", "q"), message("assistant", "a", weight=-1)]},
-            "weight of a message is not a number of 0 or more",
+            "weight of a message is not 0 or a number from 1e-06 to 1e+06",
         ),
         (
             {"messages": [message("user", "q"), message("assistant", "a", tool_calls=[1])]},

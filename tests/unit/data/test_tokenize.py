@@ -1,5 +1,9 @@
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -224,3 +228,25 @@ def test_split_holds_out_rows_once_and_always_the_same(run, write_jsonl):
     assert math.isclose(train.weight_sums("token").sum() + held_out.weight_sums("token").sum(), tokenized.targets.sum())
     with pytest.raises(DataError, match="eval_fraction"):
         tokenized.split(0.001, seed=1)
+
+
+POOL = """
+import os, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from ds_longft.data.tokenize import _start_worker
+
+if __name__ == "__main__":
+    pool = ProcessPoolExecutor(2, mp_context=get_context("forkserver"), initializer=_start_worker, initargs=(None,))
+    print(pool.submit(os.getpid).result(), flush=True)
+    time.sleep(600)
+"""
+
+
+def test_workers_end_with_a_killed_command(tmp_path):
+    (tmp_path / "pool.py").write_text(POOL)
+    env = {**os.environ, "PYTHONPATH": str(Path.cwd())}
+    command = subprocess.Popen([sys.executable, str(tmp_path / "pool.py")], stdout=subprocess.PIPE, text=True, env=env)
+    assert int(command.stdout.readline()) != command.pid
+    command.kill()
+    command.communicate(timeout=30)  # its end is seen when no worker holds the other side any more

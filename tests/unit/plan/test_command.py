@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from ds_longft.cli import main
 from ds_longft.errors import EXIT_CONFIG
+from ds_longft.model.load import load_config as load_model_config
 from ds_longft.plan.report import recipe
 from ds_longft.plan.search import Question, fastest, longest_of_each
 from ds_longft.plan.setting import Gpu, shipped_gpus
@@ -46,8 +47,19 @@ def test_a_recipe_that_the_run_config_reads(llama: str, tmp_path: Path, capsys: 
     config = load_config(["--config", str(tmp_path / "recipe.yaml")])
     assert config.data.max_length_tokens == 131072
     assert config.sp in (1, 2, 4, 8)
+    assert config.model.rope.type == "none"
     assert "GiB" in printed.err
     assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_recipe_beyond_the_window_stretches_it(
+    llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "--model", llama, "--gpus", "8", "--length", "256K"]) == 0
+    (tmp_path / "recipe.yaml").write_text(printed := capsys.readouterr().out)
+    config = load_config(["--config", str(tmp_path / "recipe.yaml")])
+    assert "window is 131,072 tokens" in printed
+    load_model_config(config.model, config.data.max_length_tokens, attn_implementation="eager")
 
 
 def test_pairs_as_long_as_samples(llama: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,6 +126,9 @@ def test_no_model_and_a_mixture_of_experts(tmp_path: Path, capsys: pytest.Captur
     AutoConfig.for_model("mixtral", num_hidden_layers=2, sliding_window=None).save_pretrained(tmp_path)
     assert main(["plan", "--model", str(tmp_path)]) == EXIT_CONFIG
     assert "mixture of experts" in capsys.readouterr().err
+    AutoConfig.for_model("gpt2", n_layer=2, n_embd=64, n_head=2).save_pretrained(tmp_path)
+    assert main(["plan", "--model", str(tmp_path)]) == EXIT_CONFIG
+    assert "gpt2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", shipped_gpus())
