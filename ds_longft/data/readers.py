@@ -11,7 +11,7 @@ import json
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import glob
@@ -28,6 +28,7 @@ from ds_longft.data.rows import BadRow
 from ds_longft.errors import DataError
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
+UNREAD = (".zst", ".bz2", ".xz", ".zip", ".csv", ".tsv", ".arrow")  # data too, in a form not read here
 BLOCK_BYTES = 1 << 20
 PARQUET_ROWS = 64  # rows of a parquet block: long documents make wide rows
 
@@ -78,6 +79,18 @@ class Source:
             before += file.stat().st_size
 
 
+def _readable(files: Iterable[Path]) -> list[Path]:
+    """Those of a known ending. Raises `DataError` where data lies among them that would go untrained unseen."""
+    found = list(files)
+    unread = [p.name for p in found if p.suffix in UNREAD]
+    if unread:
+        raise DataError(
+            f"{found[0].parent} holds data that cannot be read: {', '.join(unread[:5])}{' ...' * (len(unread) > 5)}. "
+            f"Expected {', '.join(SUFFIXES)} (.gz too): convert or unpack these, or move them elsewhere"
+        )
+    return [p for p in found if _suffix(p) in SUFFIXES]
+
+
 def find_source(config: SourceConfig) -> Source:
     """Files of a local path or pattern, or the hub set of that id.
 
@@ -85,12 +98,12 @@ def find_source(config: SourceConfig) -> Source:
     """
     path = Path(config.path).expanduser()
     if is_pattern(config.path) and not path.exists():
-        files = [Path(p) for p in sorted(glob(str(path))) if _suffix(Path(p)) in SUFFIXES]
+        files = _readable(Path(p) for p in sorted(glob(str(path))))
         if not files:
             raise DataError(f"no file fits {config.path!r}: expected {', '.join(SUFFIXES)} (.gz too)")
         return Source(config, tuple(files))
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and _suffix(p) in SUFFIXES and p.name[0] != ".")
+        files = _readable(sorted(p for p in path.rglob("*") if p.is_file() and p.name[0] != "."))
         if not files:
             raise DataError(f"the folder {path} holds no data: expected {', '.join(SUFFIXES)} (.gz too)")
         return Source(config, tuple(files))

@@ -31,6 +31,8 @@ def report(run: str, *, out: str | None = None, watch: int = 0, card: bool = Fal
         raise ConfigError(f"--watch is {watch}: expected seconds")
     folder = Path(run).expanduser()
     page = Path(out).expanduser() if out else folder / "report.html"
+    if out and (page.suffix != ".html" or not page.parent.is_dir()):
+        raise ConfigError(f"--out is {out}: expected a file .html in a folder that is there")
     while True:
         facts = gather_facts(folder)
         write_report(facts, page)

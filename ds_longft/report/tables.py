@@ -20,6 +20,8 @@ def overview(facts: RunFacts) -> Pairs:
     stretched = "" if rope.type == "none" else ", ".join(
         f"{key} {value:g}" for key, value in (("factor", rope.factor), ("theta", rope.theta)) if value is not None
     )  # fmt: skip
+    dpo = config.dpo if config.objective == "dpo" else None
+    weighting = f"{config.data.weighting} weighting" if dpo is None else "every pair by its weight"
     world, sp = machine.get("world"), machine.get("sp")
     zero = facts.engine.get("zero_optimization", {}).get("stage")
     pairs = [
@@ -27,11 +29,14 @@ def overview(facts: RunFacts) -> Pairs:
         ("trained", f"LoRA r {lora.r}, alpha {lora.alpha:g}, {_list(lora.targets)}" if lora else "all weights"),
         ("longest sample", f"{config.data.max_length_tokens:,} tokens"),
         ("RoPE", rope.type + (f" ({stretched})" if stretched else "") if rope.type != "none" else "the model's own"),
-        ("pack", f"{config.budget_tokens:,} tokens, {config.data.packing}, {config.data.weighting} weighting"),
+        ("pack", f"{config.budget_tokens:,} tokens, {config.data.packing}, {weighting}"),
         ("learning rate", f"{config.optim.learning_rate:g}, {config.optim.schedule}"),
         ("recomputation", config.train.recompute),
         ("seed", str(config.seed)),
     ]
+    if dpo is not None:
+        told = f"{dpo.loss}, beta {dpo.beta:g}, reference {dpo.reference}, passes {dpo.passes}"
+        pairs.insert(1, ("objective", f"DPO: {told}"))
     if world:
         pairs.insert(4, ("layout", f"{world} x {machine.get('device')}: sp {sp}, dp {machine.get('dp')}, ZeRO {zero}"))
     return pairs

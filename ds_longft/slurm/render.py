@@ -18,6 +18,7 @@ from ds_longft.settings import load_config
 from ds_longft.shipped import find_file
 
 TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}")
+NAME = re.compile(r"[\w.,-]+")
 
 
 def render(
@@ -106,6 +107,14 @@ def submit(
     print(f"{done.stdout.strip()}; script: {path}; log: {folder}/slurm-<job>.log")
 
 
+def limit_s(time: str) -> int:
+    """Seconds of a SLURM time: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
+    days, _, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    units = (3600, 60, 1) if days or len(parts) == 3 else (60, 1)
+    return 86_400 * int(days or 0) + sum(n * unit for n, unit in zip(parts, units, strict=False))
+
+
 def fill(
     config: str,
     *,
@@ -131,6 +140,15 @@ def fill(
             problems.append(f"--{key} is {value}: give 1 or more")
     if not TIME.fullmatch(str(time)):
         problems.append(f"--time is {time!r}: give minutes, hours:minutes:seconds or days-hours:minutes:seconds")
+    elif signal_s >= limit_s(str(time)):
+        problems.append(
+            f"--signal_s is {signal_s}, not less than --time ({time}): every start would be told to stop at once"
+        )
+    for key, name in (("partition", partition), ("account", account)):
+        if name and not NAME.fullmatch(name):
+            problems.append(f"--{key} is {name!r}: give letters, digits, '_', '-', '.' and ','")
+    if max_crashes < 0:
+        problems.append(f"--max_crashes is {max_crashes}: give 0 or more")
     if device not in ("cuda", "cpu"):
         problems.append(f"--device is {device!r}: give cuda or cpu")
     if problems:
@@ -143,10 +161,10 @@ def fill(
         print(
             "note: train.save_every_steps is not set, so a crash costs everything since the last stop", file=sys.stderr
         )
-    name = "slurm.sbatch" if nodes == 1 else "slurm_multinode.sbatch"
+    template = "slurm.sbatch" if nodes == 1 else "slurm_multinode.sbatch"
     folder = Path(run.output_dir).expanduser().absolute()
     options = {"--partition": partition, "--account": account}
-    return _Script(find_file(f"launch/{name}").read_text()).substitute(
+    return _Script(find_file(f"launch/{template}").read_text()).substitute(
         JOB=re.sub(r"[^\w.-]", "_", folder.name),
         NODES=nodes,
         TASKS=gpus_per_node,

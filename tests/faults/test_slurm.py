@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ds_longft.errors import ConfigError
-from ds_longft.slurm.render import fill
+from ds_longft.slurm.render import fill, limit_s
 from ds_longft.slurm.requeue import decide
 from tests.faults import slurm_cluster
 from tests.faults.assets import write_job
@@ -51,6 +51,10 @@ def test_several_nodes(config: Path) -> None:
     [
         ({"nodes": 0}, "--nodes is 0"),
         ({"time": "a day"}, "--time is 'a day'"),
+        ({"time": "00:04:00", "signal_s": 300}, "--signal_s is 300, not less than --time"),
+        ({"account": "mine\n#SBATCH --exclusive"}, "--account is "),
+        ({"partition": "a b"}, "--partition is 'a b'"),
+        ({"max_crashes": -1}, "--max_crashes is -1"),
         ({"gpus_per_node": 3, "nodes": 2}, "sp is 2, which does not divide the 3 GPUs of a node"),
         ({"gpus_per_node": 3}, "does not divide the world"),
     ],
@@ -180,3 +184,10 @@ def restart(slurm: slurm_cluster.Cluster, number: str) -> None:
         subprocess.run(["scontrol", "update", f"jobid={number}", "StartTime=now"], env=slurm.env, check=False)
         assert time.monotonic() < deadline
         time.sleep(1.0)
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"), [("5", 300), ("5:30", 330), ("1:00:01", 3601), ("1-2", 93_600), ("1-2:03:04", 93_784)]
+)
+def test_slurm_times(time: str, seconds: int) -> None:
+    assert limit_s(time) == seconds

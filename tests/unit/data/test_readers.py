@@ -83,9 +83,14 @@ def test_a_missing_local_path_is_not_looked_up_on_the_hub(path):
 
 
 def test_empty_folder_and_unknown_ending(tmp_path):
-    (tmp_path / "a.csv").write_text("text\n")
+    (tmp_path / "README.txt").write_text("text\n")
     with pytest.raises(DataError, match="holds no data"):
         read(tmp_path)
+    (tmp_path / "a.csv").write_text("text\n")
+    (tmp_path / "b.jsonl").write_text('{"text": "t"}\n')
+    for path in (tmp_path, f"{tmp_path}/*"):  # part of it alone would be trained otherwise
+        with pytest.raises(DataError, match=r"cannot be read: a\.csv"):
+            read(path)
     with pytest.raises(DataError, match="unknown ending"):
         read(tmp_path / "a.csv")
 

@@ -183,6 +183,14 @@ def test_a_run_that_failed(run: Path) -> None:
     assert "skipped steps" in page
 
 
+def test_a_run_on_pairs_says_so(run: Path) -> None:
+    config = load_config(["--config", str(run / "config.yaml"), "--objective", "dpo", "--dpo.beta", "0.2"])
+    (run / "config.yaml").write_text(dump_config(config))
+    text = markdown_page(gather_facts(run))
+    assert "| objective | DPO: sigmoid, beta 0.2, reference auto, passes auto |" in text
+    assert "token weighting" not in text
+
+
 def test_before_and_after_of_different_settings_are_marked(run: Path) -> None:
     other = needle_result("base", 0.0)
     other["settings"]["trials"] = 9
@@ -202,6 +210,9 @@ def test_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     card = (run / "README.md").read_text()
     assert card.startswith("# card\n")
     assert card.count("## Training report") == 1
+    for out in (str(run / "page.md"), str(run), str(run / "missing" / "page.html")):
+        assert main(["report", str(run), "--out", out]) == 64
+        assert f"--out is {out}" in capsys.readouterr().err
     assert main(["report", str(run / "eval")]) == 64
     assert "no config.yaml" in capsys.readouterr().err
 
