@@ -140,7 +140,7 @@ def fill(
             problems.append(f"--{key} is {value}: give 1 or more")
     if not TIME.fullmatch(str(time)):
         problems.append(f"--time is {time!r}: give minutes, hours:minutes:seconds or days-hours:minutes:seconds")
-    elif signal_s >= limit_s(str(time)):
+    elif 0 < limit_s(str(time)) <= signal_s:  # 0 is no limit
         problems.append(
             f"--signal_s is {signal_s}, not less than --time ({time}): every start would be told to stop at once"
         )

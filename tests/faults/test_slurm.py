@@ -186,6 +186,10 @@ def restart(slurm: slurm_cluster.Cluster, number: str) -> None:
         time.sleep(1.0)
 
 
+def test_no_time_limit_leaves_room_for_the_signal(config: Path) -> None:
+    assert "--time=0" in fill(str(config), **{**ONE, "time": "0"})
+
+
 @pytest.mark.parametrize(
     ("time", "seconds"), [("5", 300), ("5:30", 330), ("1:00:01", 3601), ("1-2", 93_600), ("1-2:03:04", 93_784)]
 )
