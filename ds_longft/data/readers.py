@@ -28,7 +28,7 @@ from ds_longft.data.rows import BadRow
 from ds_longft.errors import DataError
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
-UNREAD = (".zst", ".bz2", ".xz", ".zip", ".csv", ".tsv", ".arrow")  # data too, in a form not read here
+UNREAD = {".zst", ".bz2", ".xz", ".zip", ".csv", ".tsv", ".arrow"}  # data too, in a form not read here
 BLOCK_BYTES = 1 << 20
 PARQUET_ROWS = 64  # rows of a parquet block: long documents make wide rows
 
@@ -82,10 +82,11 @@ class Source:
 def _readable(files: Iterable[Path]) -> list[Path]:
     """Those of a known ending. Raises `DataError` where data lies among them that would go untrained unseen."""
     found = list(files)
-    unread = [p.name for p in found if p.suffix in UNREAD]
+    unread = [p for p in found if {p.suffix.lower(), _suffix(p)} & UNREAD]
     if unread:
+        names = ", ".join(p.name for p in unread[:5]) + " ..." * (len(unread) > 5)
         raise DataError(
-            f"{found[0].parent} holds data that cannot be read: {', '.join(unread[:5])}{' ...' * (len(unread) > 5)}. "
+            f"{unread[0].parent} holds data that cannot be read: {names}. "
             f"Expected {', '.join(SUFFIXES)} (.gz too): convert or unpack these, or move them elsewhere"
         )
     return [p for p in found if _suffix(p) in SUFFIXES]

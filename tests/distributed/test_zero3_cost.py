@@ -11,6 +11,8 @@ import torch
 from ds_longft.layout import ParallelLayout
 from tests.distributed.models import make_pack, tiny_config
 
+CPU = torch.device("cpu")
+
 
 def built(folder: str, sp: int, world: int, stage: int, keys: dict[str, Any]) -> tuple[Any, ParallelLayout]:
     """An engine as a run builds it, on the shape in `folder`."""
@@ -64,7 +66,6 @@ def norms_of_unequal_packs(rank: int, world: int, folder: str, stage: int, keys:
     return norms
 
 
-CPU = torch.device("cpu")
 KEYS = {
     "lora": {"lora": {"r": 8}, "train": {"recompute": "keep_attention"}},
     "lora in tiles": {"lora": {"r": 8}, "train": {"recompute": "full", "mlp_tile_tokens": 256}},

@@ -101,6 +101,15 @@ def test_mistakes_refuse_before_anything_runs(
     assert "Traceback" not in printed.err
 
 
+def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(argv: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_dispatch", interrupted)
+    assert main(["doctor"]) == 130
+    assert "the same command uses what was finished" in capsys.readouterr().err
+
+
 def test_every_mistake_is_listed_at_once() -> None:
     with pytest.raises(LongftError) as caught:
         bind_arguments(pack, "pack", ["--jsn", "--moed", "fit", "--out"])

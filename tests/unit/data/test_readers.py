@@ -93,6 +93,9 @@ def test_empty_folder_and_unknown_ending(tmp_path):
             read(path)
     with pytest.raises(DataError, match="unknown ending"):
         read(tmp_path / "a.csv")
+    (tmp_path / "a.csv").rename(tmp_path / "A.CSV.gz")
+    with pytest.raises(DataError, match=r"cannot be read: A\.CSV\.gz"):
+        read(tmp_path)
 
 
 def test_a_pattern_takes_its_files_in_order(tmp_path):
