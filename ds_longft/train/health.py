@@ -36,6 +36,7 @@ class Watchdog:
         self._count = 0
         self._section: tuple[str, float] | None = None
         self._over = threading.Event()
+        self._ending = threading.Event()
         self._path(rank).unlink(missing_ok=True)  # of an earlier run
         self._thread = threading.Thread(target=self._watch, name="ds_longft-watchdog", daemon=True)
         self._thread.start()
@@ -54,6 +55,13 @@ class Watchdog:
         self._over.set()
         faulthandler.cancel_dump_traceback_later()
 
+    def last_word(self) -> None:
+        """The main thread fails. Where this watchdog is already ending the process, it does so (exit 71): the error is
+        the lost connection to a peer that left a moment earlier for the same reason, and not why the run ended.
+        """
+        if self._ending.is_set():
+            self._thread.join()
+
     def _watch(self) -> None:
         while not self._over.wait(min(1.0, self.limit_s / 10)):
             section = self._section
@@ -61,6 +69,7 @@ class Watchdog:
                 self._end(section[0])
 
     def _end(self, section: str) -> None:
+        self._ending.set()
         here = {
             "rank": self.rank,
             "host": socket.gethostname(),

@@ -226,7 +226,11 @@ def _run(
         saved_step=state.step,
         peak_tflops=peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None,
     )
-    finished = trainer.run()
+    try:
+        finished = trainer.run()
+    except BaseException:
+        watchdog.last_word()
+        raise
     watchdog.enter("the end")
     if finished:
         writer.write_all(folder)

@@ -12,8 +12,23 @@ from typing import Any
 
 def put_in(fault: dict[str, Any]) -> None:
     """`fault`: {"point": where, "step": after how many steps (of this process or of the run), "do": what}."""
+    if "leaves_first" in fault:
+        _leaves_first(Path(fault["leaves_first"]))
     if "point" in fault:
         globals()[f"_at_{fault['point']}"](fault)
+
+
+def _leaves_first(report: Path) -> None:
+    """A hanging rank ends as soon as the other one's `report` is there, while that one still waits for reports."""
+    from types import SimpleNamespace
+
+    from ds_longft.train import health
+
+    def until_reported(_: float) -> None:
+        while not (report.exists() and report.stat().st_size):
+            time.sleep(0.01)
+
+    health.time = SimpleNamespace(sleep=until_reported, monotonic=time.monotonic)  # type: ignore[attr-defined]
 
 
 def _act(fault: dict[str, Any]) -> Any:

@@ -18,16 +18,24 @@ LIMIT = ("--train.hang_minutes", "0.07")  # 4.2 s
 def test_endless_loop(launcher: Launcher, tmp_path: Path) -> None:
     output = tmp_path / "out"
     codes, run = launcher.run(output, *LIMIT, faults={1: {"point": "update", "step": 3, "do": "loop"}})
-    # The peer, waiting in a collective, sees the connection close when the first of the two leaves.
-    assert 71 in codes, run.text()
-    assert 0 not in codes
-    assert None not in codes
+    assert codes == [71, 71], run.text()
     stacks = (output / "hang-rank-00001.txt").read_text()
     assert "step 3" in stacks
     assert "faults.py" in stacks, "the line of the loop"
     assert (output / "hang-rank-00000.txt").exists()
     assert status(output)["exit_code"] == 71
     assert checkpoints(output) == [2]
+
+
+def test_the_peer_that_left_first_is_not_the_reason(launcher: Launcher, tmp_path: Path) -> None:
+    """Rank 0 sees its connection close while it is ending for the hang itself."""
+    output = tmp_path / "out"
+    report = str(output / "hang-rank-00000.txt")
+    fault = {"point": "update", "step": 3, "do": "loop", "leaves_first": report}
+    codes, run = launcher.run(output, *LIMIT, faults={1: fault})
+    assert codes == [71, 71], run.text()
+    assert status(output)["exit_code"] == 71
+    assert "no progress" in status(output)["error"]
 
 
 def test_stopped_rank(launcher: Launcher, tmp_path: Path) -> None:
