@@ -1,6 +1,7 @@
 """Will this run work here? Every reason why not, within milliseconds, before a model is loaded or torch is imported.
 
 What can only be known from the loaded model (its class, its live RoPE frequencies) is checked again in `model`.
+Each text names all keys it goes by: `settings` tells by them what to leave out while the value of a key is wrong.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def check_run(
     `ds` is None where the JSON could not be read.
     """
     sp, problems = _resolve_sp(config, ds, world, local_world)
-    problems += _model_folder_problems(config, model_config)
+    problems += _model_folder_problems(config)
     if model_config is not None:
         problems += _architecture_problems(model_config)
         if sp:
@@ -140,7 +141,7 @@ def _divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
-def _model_folder_problems(config: RunConfig, model_config: dict[str, Any] | None) -> list[str]:
+def _model_folder_problems(config: RunConfig) -> list[str]:
     """The folder named by model.path, as far as it can be judged without opening weights."""
     given = config.model.path
     if not given:
@@ -154,7 +155,7 @@ def _model_folder_problems(config: RunConfig, model_config: dict[str, Any] | Non
         ]
     if not folder.is_dir():
         return [f"model.path: {given} is a file, expected the folder around it"]
-    if model_config is None:
+    if not (folder / "config.json").is_file():
         is_adapter = (folder / "adapter_config.json").exists()
         hint = (
             "it holds an adapter: merge it with `ds-longft export`, or give the base model"
@@ -236,7 +237,8 @@ def _length_problems(config: RunConfig, text: dict[str, Any]) -> list[str]:
     if factor <= 1:
         problems.append(
             f"model.rope.type is {rope.type}, but data.max_length_tokens ({length}) lies inside the model's window of "
-            f"{window} tokens: set model.rope.type to none, or give model.rope.factor"
+            f"{window} tokens: set model.rope.type to none, or give "
+            f"{'model.rope.theta' if rope.type == 'abf' else 'model.rope.factor'}"
         )
     elif window * factor < length and rope.type != "dynamic":
         problems.append(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 
 
 def parse_tokens(value: Any) -> Any:
@@ -25,6 +25,10 @@ Tokens = Annotated[int, BeforeValidator(parse_tokens), Field(gt=0)]
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[int, Field(gt=0)]
+
+EACH_KEY_ALONE = "each key alone"
+"""Validation context that leaves out the rules across keys, for who asks `contradictions` for them."""
 
 
 class Section(BaseModel):
@@ -231,7 +235,7 @@ class OptimConfig(Section):
     """Share of the steps with rising learning rate. `warmup_steps` wins where both are given."""
 
     warmup_steps: int | None = Field(default=None, ge=0)
-    """Steps with rising learning rate."""
+    """Steps with rising learning rate, at most `train.max_steps`."""
 
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     """Learning rate at the end, as a share of the peak."""
@@ -287,7 +291,7 @@ class TrainConfig(Section):
     keep_checkpoints: int = Field(default=2, ge=1)
     """Older checkpoints are deleted after a new one is complete."""
 
-    resume: Literal["auto", "never"] | int = "auto"
+    resume: Literal["auto", "never"] | Positive = "auto"
     """`auto`: newest valid checkpoint of `output_dir`, if there is one. A number: exactly that step, or an error."""
 
     max_minutes: float | None = Field(default=None, gt=0)
@@ -325,7 +329,7 @@ class RunConfig(Section):
     output_dir: str = "runs/default"
     """Adapter or model, checkpoints, metrics and the resolved config go here."""
 
-    sp: int | Literal["auto"] = "auto"
+    sp: Positive | Literal["auto"] = "auto"
     """GPUs that share one sample. `auto`: the JSON's `sequence_parallel_size`, else all ranks of a node."""
 
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -344,28 +348,8 @@ class RunConfig(Section):
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")
-    def _fits_together(self) -> RunConfig:
-        """Cross-field rules that need nothing but the config; all of them are reported at once."""
-        problems = []
-        if self.data.eval and self.data.eval_fraction:
-            problems.append("data.eval and data.eval_fraction are both set: keep one of them")
-        least = self.documents_per_row * self.data.max_length_tokens
-        if self.budget_tokens < least:
-            of_pair = "twice " if self.objective == "dpo" else ""
-            problems.append(
-                f"data.pack_tokens is {self.budget_tokens}, less than {of_pair}data.max_length_tokens "
-                f"({least}): the longest rows would fit in no pack; raise the first or lower the second"
-            )
-        problems += _objective_problems(self)
-        if isinstance(self.sp, int) and self.sp < 1:
-            problems.append(f"sp is {self.sp}: it counts GPUs, give 1 or more, or auto")
-        if self.model.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", self.model.revision or ""):
-            problems.append(
-                f"model.trust_remote_code needs model.revision pinned to a full commit hash (40 hex digits), "
-                f"seen {self.model.revision!r}"
-            )
-        if isinstance(self.train.resume, int) and self.train.resume < 1:
-            problems.append(f"train.resume is {self.train.resume}: give a step, auto or never")
+    def _fits_together(self, info: ValidationInfo) -> RunConfig:
+        problems = [] if info.context == EACH_KEY_ALONE else contradictions(self)
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -379,6 +363,33 @@ class RunConfig(Section):
     def budget_tokens(self) -> int:
         """Tokens of a full pack."""
         return self.data.pack_tokens or self.documents_per_row * self.data.max_length_tokens
+
+
+def contradictions(config: RunConfig) -> list[str]:
+    """Every broken rule across keys that needs nothing but the config; each text names all keys it goes by."""
+    data, optim, train = config.data, config.optim, config.train
+    problems = []
+    if data.eval and data.eval_fraction:
+        problems.append("data.eval and data.eval_fraction are both set: keep one of them")
+    least = config.documents_per_row * data.max_length_tokens
+    if config.budget_tokens < least:
+        of_pair = "twice " if config.objective == "dpo" else ""
+        problems.append(
+            f"data.pack_tokens is {config.budget_tokens}, less than {of_pair}data.max_length_tokens "
+            f"({least}): the longest rows would fit in no pack; raise the first or lower the second"
+        )
+    problems += _objective_problems(config)
+    if config.model.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", config.model.revision or ""):
+        problems.append(
+            f"model.trust_remote_code needs model.revision pinned to a full commit hash (40 hex digits), "
+            f"seen {config.model.revision!r}"
+        )
+    if optim.warmup_steps and train.max_steps and optim.warmup_steps > train.max_steps:
+        problems.append(
+            f"optim.warmup_steps is {optim.warmup_steps}, more than train.max_steps ({train.max_steps}): the learning "
+            f"rate would never reach its peak; lower the first or raise the second"
+        )
+    return problems
 
 
 def _objective_problems(config: RunConfig) -> list[str]:
@@ -411,7 +422,7 @@ def _objective_problems(config: RunConfig) -> list[str]:
         problems.append("dpo.reference is adapter_off, but lora is null: set it to model or precomputed")
     if dpo.reference == "model" and config.lora is not None:
         problems.append(
-            "dpo.reference is model, but with LoRA the same weights without adapters are the reference: set it to "
-            "adapter_off (or auto), which needs no second model"
+            "dpo.reference is model, but lora is on, and the same weights without adapters are the reference: set it "
+            "to adapter_off (or auto), which needs no second model"
         )
     return problems

@@ -44,14 +44,11 @@ def dotted(path: tuple[int | str, ...]) -> str:
     return re.sub(r"\.(\d+)", r"[\1]", ".".join(map(str, path)))
 
 
-def validation_problems(error: ValidationError, content: dict[str, Any]) -> list[str]:
-    """One text for each wrong key of the validated content; unknown keys are left to `spellings.unknown_key`."""
+def validation_problems(error: ValidationError, content: dict[str, Any]) -> dict[str, str]:
+    """Dotted key -> text for each wrong key of the validated content, unknown ones aside (`spellings.unknown_key`)."""
     problems: dict[str, str] = {}
     for detail in error.errors():
         if detail["type"] == "extra_forbidden":
-            continue
-        if not detail["loc"]:  # the rules across keys: their texts name the keys, one a line
-            problems |= {text: text for text in str(detail["ctx"]["error"]).splitlines()}
             continue
         path, annotation, metadata = _locate(detail["loc"])
         seen = _look_up(content, path)
@@ -59,7 +56,7 @@ def validation_problems(error: ValidationError, content: dict[str, Any]) -> list
         words = "missing" if seen is _NO_VALUE else f"seen {_short(seen)}"
         meant = nearest(seen, _choices(annotation)) if isinstance(seen, str) else ""
         problems.setdefault(key, f"{key}: {words}, expected {describe(annotation, metadata)}{meant}")
-    return list(problems.values())
+    return problems
 
 
 def _locate(loc: tuple[int | str, ...]) -> tuple[tuple[int | str, ...], Any, list[Any]]:

@@ -7,6 +7,7 @@ validated once, so that one failed start names every mistake. Nothing here touch
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from pydantic import AliasChoices, Field, ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, CliUnknownArgs, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError
 
-from ds_longft.config import RunConfig
+from ds_longft.config import EACH_KEY_ALONE, RunConfig, contradictions
 from ds_longft.errors import ConfigError
 from ds_longft.messages import all_keys, dotted, expectation, keys_beside, validation_problems
 from ds_longft.shipped import find_file
-from ds_longft.spellings import unknown_key
+from ds_longft.spellings import meant_key, unknown_key
 from ds_longft.yaml_io import dump_yaml, load_yaml
 
 EPILOG = """\
@@ -30,6 +31,14 @@ example:
 Values: 128K and 1M count tokens (1024-based), null switches off (--lora null), lists are comma separated.
 Every key may also stand in the YAML file, nested: `data: {max_length_tokens: 128K}`.
 """
+
+
+Problems = dict[str, str | None]
+"""Text of each problem -> the key whose value it leaves unknown (EVERY_KEY: of all keys, None: of no key).
+
+A problem found later that goes by such a key is not reported: it would be about the default in the key's place.
+"""
+EVERY_KEY = ""
 
 
 class CommandLine(BaseSettings, RunConfig):
@@ -46,11 +55,13 @@ class CommandLine(BaseSettings, RunConfig):
     unrecognised: CliUnknownArgs
 
 
-def load_config(argv: list[str]) -> RunConfig:
+def load_config(argv: list[str], preflight: Callable[[RunConfig], object] | None = None) -> RunConfig:
     """The run config of a command line, e.g. `["--config", "recipe.yaml", "--train.max_steps", "5"]`.
 
     `--help` prints every key and ends the process with 0. Raises ConfigError (exit 64) with every problem found:
     unreadable file, unknown keys with the nearest known one, values of the wrong type or range, keys that contradict.
+    Where there are any, `preflight` is called too, with the keys that are right: the problems it raises stand beside
+    them. A config without a problem is returned without calling it.
     """
     given, problems = _read_command_line(argv)
     path = given.pop("config", None)
@@ -60,8 +71,8 @@ def load_config(argv: list[str]) -> RunConfig:
         try:
             from_file = read_config_file(Path(path))
         except ConfigError as error:
-            problems += error.problems
-    return _validate(_deep_merge(from_file, given), problems)
+            problems |= dict.fromkeys(error.problems, EVERY_KEY)
+    return _validate(_deep_merge(from_file, given), problems, preflight)
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -87,7 +98,7 @@ def dump_config(config: RunConfig) -> str:
     return dump_yaml(config.model_dump(mode="json"))
 
 
-def _read_command_line(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
+def _read_command_line(argv: list[str]) -> tuple[dict[str, Any], Problems]:
     """What was given, nested and not yet validated, and the problems of reading it."""
     source = CliSettingsSource[Any](CommandLine, cli_ignore_unknown_args=True, cli_exit_on_error=False)
     parser = source.root_parser
@@ -96,50 +107,99 @@ def _read_command_line(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
     try:
         given = source(args=argv)()
     except SettingsError as error:
-        return {}, [_unreadable(str(error))]
-    return given, _unrecognised_problems(given.pop("unrecognised", []))
+        key, problem = _unreadable(str(error))
+        rest = _without_flag(argv, key)
+        if rest == argv:
+            return {}, {problem: EVERY_KEY}
+        given, problems = _read_command_line(rest)
+        return given, {problem: key, **problems}
+    return given, _unrecognised_problems(given.pop("unrecognised", [])) | _half_null_problems(given, argv)
 
 
-def _unreadable(message: str) -> str:
-    """What the command-line library says about a value it could not take apart, with the key and what it expects."""
+def _unreadable(message: str) -> tuple[str, str]:
+    """The key of a value that the command-line library could not take apart, and a text with what it expects."""
     match = re.search(
         r"argument --(?P<flag>[\w.]+): |field \"(?P<field>[\w.]+)\"|encountered for (?P<list>[\w.]+)", message
     )
     key = next(filter(None, match.groups()), None) if match else None
-    if key not in all_keys():
-        return message
+    if key is None or key not in all_keys():
+        return EVERY_KEY, message
     what = "no value given" if "expected one argument" in message else "value cannot be read"
-    return f"{key}: {what} on the command line, expected {expectation(key)}"
+    return key, f"{key}: {what} on the command line, expected {expectation(key)}"
 
 
-def _unrecognised_problems(arguments: list[str]) -> list[str]:
+def _without_flag(argv: list[str], key: str) -> list[str]:
+    """The command line without a flag and its value."""
+    kept = []
+    is_value = False
+    for word in argv:
+        is_flag = word.split("=")[0] == f"--{key}"
+        is_value = is_value and not word.startswith("--")
+        if not is_flag and not is_value:
+            kept.append(word)
+        is_value = is_flag and "=" not in word
+    return kept
+
+
+def _unrecognised_problems(arguments: list[str]) -> Problems:
     """One problem for each flag nobody knows; a word right behind such a flag is taken for its value."""
-    problems = []
+    problems: Problems = {}
     behind_flag = False
     for argument in arguments:
         if argument.startswith("-"):
-            problems.append(unknown_key(argument.split("=")[0].lstrip("-"), all_keys()))
+            key = argument.split("=")[0].lstrip("-")
+            problems[unknown_key(key, all_keys())] = meant_key(key, all_keys())
         elif not behind_flag:
-            problems.append(f"{argument!r} on the command line belongs to no key: write --key value")
+            problems[f"{argument!r} on the command line belongs to no key: write --key value"] = None
         behind_flag = argument.startswith("-") and "=" not in argument
     return problems
 
 
-def _validate(content: dict[str, Any], problems: list[str]) -> RunConfig:
-    """Validate once; where unknown keys are in the way, once more without them, to see what else is wrong."""
+def _half_null_problems(given: dict[str, Any], argv: list[str]) -> Problems:
+    """Sections that the command line switches off and gives keys of; the library lets null win without a word."""
+    return {
+        f"{key} is null and {word.split('=')[0]} is given on the same command line: leave one of them out": key
+        for key, value in given.items()
+        for word in argv
+        if value is None and word.startswith(f"--{key}.")
+    }
+
+
+def _validate(
+    content: dict[str, Any], problems: Problems, preflight: Callable[[RunConfig], object] | None
+) -> RunConfig:
+    """Each key alone; then what they have to be together, as far as that does not go by a wrong one."""
+    content = _tidy(content)
     try:
-        config = RunConfig.model_validate(_tidy(content))
+        config = RunConfig.model_validate(content, context=EACH_KEY_ALONE)
     except ValidationError as error:
         unknown = [e["loc"] for e in error.errors() if e["type"] == "extra_forbidden"]
-        problems += [unknown_key(dotted(loc), [*keys_beside(loc), *all_keys()]) for loc in unknown]
-        known = _without(_tidy(content), unknown)
+        for loc in unknown:
+            key, known = dotted(loc), [*keys_beside(loc), *all_keys()]
+            problems[unknown_key(key, known)] = meant_key(key, known)
+        # Of a list with a wrong entry nothing is kept.
+        wrong = {text: key.split("[")[0] for key, text in validation_problems(error, content).items()}
+        problems |= wrong
+        rest = _without(content, [*unknown, *(tuple(key.split(".")) for key in wrong.values())])
         try:
-            RunConfig.model_validate(known)
-        except ValidationError as rest:
-            problems += validation_problems(rest, known)
-    if problems:
-        raise ConfigError(problems)
+            config = RunConfig.model_validate(rest, context=EACH_KEY_ALONE)
+        except ValidationError:  # there is no run behind it, e.g. a top-level key that is a number
+            raise ConfigError(list(problems)) from None
+    together = contradictions(config)
+    if preflight is not None and (problems or together):
+        try:
+            preflight(config)
+        except ConfigError as error:
+            together += error.problems
+    found = [*problems, *(p for p in together if not any(_goes_by(p, key) for key in problems.values()))]
+    if found:
+        raise ConfigError(found)
     return config
+
+
+def _goes_by(problem: str, key: str | None) -> bool:
+    """Whether the text names the key, or one below it."""
+    return key is not None and (key == EVERY_KEY or bool(re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", problem)))
 
 
 def _tidy(content: dict[str, Any]) -> dict[str, Any]:

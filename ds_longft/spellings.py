@@ -78,14 +78,22 @@ def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 
 def unknown_key(key: str, known: list[str]) -> str:
     """The problem text for a dotted key that is not among the known ones, naming the one most likely meant."""
-    leaf = key.rpartition(".")[2].lower().replace("-", "_")
-    if leaf in EXPLANATIONS:
-        return f"unknown key {key}: {EXPLANATIONS[leaf]}"
+    if explanation := EXPLANATIONS.get(_leaf(key)):
+        return f"unknown key {key}: {explanation}"
     if key in known:
         return f"unknown key {key!r}: in YAML nest it, `{key.partition('.')[0]}:` and the rest indented below"
-    plain = key.lower().replace("-", "_")
-    meant = _close(plain, known, 0.85) or _spelled_elsewhere(leaf, known) or _close(plain, known, 0.6)
+    meant = meant_key(key, known)
     return f"unknown key {key}: did you mean {meant}?" if meant else f"unknown key {key}: --help lists every key"
+
+
+def meant_key(key: str, known: list[str]) -> str | None:
+    """The known key most likely meant by this one."""
+    plain = key.lower().replace("-", "_")
+    return _close(plain, known, 0.85) or _spelled_elsewhere(_leaf(key), known) or _close(plain, known, 0.6)
+
+
+def _leaf(key: str) -> str:
+    return key.rpartition(".")[2].lower().replace("-", "_")
 
 
 def _close(word: str, known: list[str], cutoff: float) -> str | None:

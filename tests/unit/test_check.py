@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from ds_longft.check import check_run, preflight, read_model_config, resolve_sp
 from ds_longft.config import RunConfig
 from ds_longft.ds_config import DeepSpeedSettings
 from ds_longft.errors import EXIT_CONFIG, ConfigError
+from ds_longft.settings import dump_config, load_config
+from ds_longft.yaml_io import dump_yaml, load_yaml
 
 LLAMA = {"model_type": "llama", "num_attention_heads": 9, "hidden_size": 576, "max_position_embeddings": 8192}
 
@@ -236,6 +239,8 @@ def test_a_broken_model_config(content: str, folder: Path) -> None:
     (folder / "model/config.json").write_text(content)
     with pytest.raises(ConfigError, match=r"model.path: .*config.json"):
         read_model_config(config_in(folder))
+    with pytest.raises(ConfigError, match="1 problem"):
+        preflight(config_in(folder), world=1, local_world=1, device="cpu")
 
 
 def test_output_dir_that_is_or_lies_under_a_file(folder: Path) -> None:
@@ -258,6 +263,68 @@ def test_preflight_reports_json_model_and_run_together(folder: Path) -> None:
     text = "\n".join(caught.value.problems)
     for key in ("train_batch_size", "scheduler", "sp is 3", "data.train", "output_dir"):
         assert key in text
+
+
+def test_one_start_names_wrong_keys_rules_across_keys_and_what_preflight_finds(folder: Path) -> None:
+    (folder / "ds.json").write_text('{"train_batch_size": 99}')
+    text = dump_config(config_in(folder, data={"train": ["/no/where.jsonl"], "pack_tokens": 8192}))
+    (folder / "run.yaml").write_text(text)
+    machine = partial(preflight, world=16, local_world=16, device="cpu")
+    with pytest.raises(ConfigError) as caught:
+        load_config(
+            [
+                "--config",
+                str(folder / "run.yaml"),
+                "--lora.r",
+                "0",
+                "--train.max_step",
+                "5",
+                "--data.pack_tokens",
+                "4K",
+            ],
+            machine,
+        )
+    found = "\n".join(caught.value.problems)
+    for text in (
+        "lora.r: seen '0'",
+        "unknown key train.max_step",
+        "data.pack_tokens is 4096, less than data.max_length_tokens",
+        "train_batch_size is 99",
+        "the model has 9 query heads",
+        "there is no /no/where.jsonl",
+    ):
+        assert text in found
+    assert len(caught.value.problems) == 6
+
+
+@pytest.mark.parametrize(
+    ("key", "wrong"),
+    [
+        ("model.path", "[a]"),
+        ("model", "a"),
+        ("data.train", "a.jsonl"),
+        ("data.train", "[{path: a, limit: 0}]"),
+        ("optim.learning_rate", "-1"),
+        ("train.gradient_accumulation_steps", "0"),
+        ("model.rope.theta", "-1"),
+    ],
+)
+def test_preflight_says_nothing_of_the_default_in_place_of_a_wrong_value(key: str, wrong: str, folder: Path) -> None:
+    content = config_in(folder, sp=2, model={"rope": {"type": "abf", "theta": 1e6}}).model_dump(mode="json")
+    content["optim"]["learning_rate"] = 1e-5
+    content["train"]["gradient_accumulation_steps"] = 4
+    (folder / "ds.json").write_text('{"train_batch_size": 16, "optimizer": {"params": {"lr": 1e-5}}}')
+    preflight(RunConfig.model_validate(content), world=4, local_world=4, device="cpu")
+    *sections, leaf = key.split(".")
+    place = content
+    for section in sections:
+        place = place[section]
+    place[leaf] = load_yaml(wrong)
+    (folder / "run.yaml").write_text(dump_yaml(content))
+    with pytest.raises(ConfigError) as caught:
+        load_config(["--config", str(folder / "run.yaml")], partial(preflight, world=4, local_world=4, device="cpu"))
+    assert len(caught.value.problems) == 1
+    assert caught.value.problems[0].startswith(key)
 
 
 def test_preflight_without_a_json(folder: Path) -> None:

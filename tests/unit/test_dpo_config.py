@@ -34,7 +34,7 @@ def problems(content: dict[str, Any]) -> str:
         ({**DPO, "dpo": {"simpo_gamma": 1.0}}, "dpo.simpo_gamma is 1, but dpo.loss is sigmoid"),
         ({**DPO, "dpo": {"loss": "simpo", "reference": "model"}}, "dpo.loss simpo has no reference"),
         ({**DPO, "lora": None, "dpo": {"reference": "adapter_off"}}, "dpo.reference is adapter_off, but lora is null"),
-        ({**DPO, "dpo": {"reference": "model"}}, "dpo.reference is model, but with LoRA"),
+        ({**DPO, "dpo": {"reference": "model"}}, "dpo.reference is model, but lora is on"),
         (
             {**DPO, "data": {"max_length_tokens": "8K", "pack_tokens": "12K"}},
             "less than twice data.max_length_tokens (16384)",

@@ -40,6 +40,15 @@ def test_command_line_wins_over_yaml_key_by_key(tmp_path: Path) -> None:
     assert (config.seed, config.train.max_steps) == (3, 5)
 
 
+def test_the_command_line_switches_a_section_of_the_file_on_and_off(tmp_path: Path) -> None:
+    assert config_of("lora: null\n", tmp_path, "--lora.r", "64").lora == LoraConfig(r=64)
+    assert config_of("lora: {r: 8}\n", tmp_path, "--lora", "null").lora is None
+
+
+def test_a_warmup_may_take_all_steps() -> None:
+    assert load_config(["--optim.warmup_steps", "5", "--train.max_steps", "5"]).optim.warmup_steps == 5
+
+
 @pytest.mark.parametrize(
     ("argv", "key", "value"),
     [
@@ -137,11 +146,17 @@ def test_values_of_yaml(text: str, key: str, value: Any, tmp_path: Path) -> None
         (["--lora.alpha", "0"], "lora.alpha: seen '0', expected a number above 0"),
         (["--data.train", ""], "data.train"),
         (["--lora", "none"], "lora: seen 'none', expected a section (keys r, alpha"),
-        (["--sp", "many"], "sp: seen 'many', expected a whole number or auto"),
-        (["--sp", "0"], "sp is 0: it counts GPUs"),
-        (["--train.resume", "0"], "train.resume is 0: give a step, auto or never"),
+        (["--sp", "many"], "sp: seen 'many', expected a whole number above 0 or auto"),
+        (["--sp", "0"], "sp: seen '0', expected a whole number above 0 or auto"),
+        (["--train.resume", "0"], "train.resume: seen '0', expected auto or never or a whole number above 0"),
         (["--model.trust_remote_code", "true"], "model.trust_remote_code needs model.revision"),
         (["--data.pack_tokens", "64K"], "data.pack_tokens is 65536, less than data.max_length_tokens"),
+        (
+            ["--optim.warmup_steps", "6", "--train.max_steps", "5"],
+            "optim.warmup_steps is 6, more than train.max_steps (5)",
+        ),
+        (["--lora", "null", "--lora.r", "4"], "lora is null and --lora.r is given on the same command line"),
+        (["--lora.r=4", "--lora=null"], "lora is null and --lora.r is given on the same command line"),
         (["--config", "/nowhere/run.yaml"], "--config: cannot read /nowhere/run.yaml: No such file or directory"),
     ],
 )
@@ -189,6 +204,59 @@ def test_rules_across_keys_are_checked_beside_unknown_keys(tmp_path: Path) -> No
     problems = "\n".join(problems_of("sp_size: 4\ndata: {pack_tokens: 1K}\n", tmp_path))
     assert "sp_size" in problems
     assert "data.pack_tokens" in problems
+
+
+def test_a_flag_without_its_value_hides_no_other_problem() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(["--data.train", "[{bad", "--train.epochs", "0", "--train.max_steps", "--sp_size=4", "--seed"])
+    problems = "\n".join(caught.value.problems)
+    for text in (
+        "data.train: value cannot be read", "train.epochs: seen '0'", "train.max_steps: no value given",
+        "unknown key sp_size", "seed: no value given",
+    ):  # fmt: skip
+        assert text in problems
+    assert len(caught.value.problems) == 5
+
+
+def test_rules_across_keys_are_checked_beside_wrong_values(tmp_path: Path) -> None:
+    problems = problems_of("lora: {r: 0}\nseed: -1\ndata: {pack_tokens: 1K}\n", tmp_path)
+    assert [p.split()[0] for p in problems] == ["seed:", "lora.r:", "data.pack_tokens"]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--data.pack_tokens", "64K", "--data.max_length_tokens", "64Q"],
+        ["--data.pack_tokens", "64K", "--cutoff_len", "64K"],
+        ["--data.pack_tokens", "64K", "--data.max_length_tokens"],
+        ["--dpo.beta", "0.2", "--objective", "dop"],
+        ["--objective", "dpo", "--dpo.reference", "model", "--lora", "off"],
+        ["--objective", "dpo", "--dpo.reference", "adapter_off", "--lora", "null", "--lora.r", "4"],
+        ["--dpo.beta", "0.2", "--config", "/nowhere/run.yaml"],
+    ],
+)
+def test_a_default_in_place_of_a_wrong_value_is_not_complained_of(argv: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(argv)
+    assert len(caught.value.problems) == 1
+
+
+def test_what_preflight_finds_stands_beside_the_other_problems() -> None:
+    def preflight(config: RunConfig) -> None:
+        assert config.seed == 7
+        raise ConfigError([f"output_dir {config.output_dir} cannot be made", f"sp is {config.sp}: too many"])
+
+    with pytest.raises(ConfigError) as caught:
+        load_config(["--seed", "7", "--sp", "many", "--output_dir", "/x", "--data.pack_tokens", "1K"], preflight)
+    problems = caught.value.problems
+    assert [p.split()[0] for p in problems] == ["sp:", "data.pack_tokens", "output_dir"]
+
+
+def test_preflight_is_left_to_the_caller_where_nothing_is_wrong() -> None:
+    def preflight(config: RunConfig) -> None:
+        raise ConfigError("never asked")
+
+    assert load_config(["--seed", "7"], preflight).seed == 7
 
 
 def test_a_binary_file_is_no_yaml(tmp_path: Path) -> None:
