@@ -425,10 +425,12 @@ class Step:
         if x.lora_r is not None:
             t.hold("dhidden", rows, HEAD)
             t.during("logits", 3.5 * chunk, HEAD)
-        else:
-            weight = m.head_weights * x.element_bytes
-            t.during("logits", max(3 * chunk + weight, 3 * weight), HEAD)  # summed over chunks: old, new, sum
+        else:  # the head's gradient, summed over the chunks in float32; beside it a chunk's, or the rounded sum
+            t.during("logits", 2.5 * chunk, HEAD)
+            t.drop("final norm")
             t.hold("dhidden", rows, HEAD)
+            of_head = m.head_weights * x.element_bytes
+            t.during("logits", 4 * m.head_weights + max(3 * chunk, chunk / 2 + of_head), HEAD)
         t.drop("labelled rows")
         t.drop("leaving")
         t.hold("coming", max(sum(self._on_host(k)) for k in self.keep), TRANSIT)  # a layer's, and the next one's

@@ -12,7 +12,7 @@ Letters: s local tokens, t labelled rows, D hidden size, V vocabulary, N documen
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
 from ds_longft.errors import ModelError
@@ -75,42 +74,65 @@ class DocumentRows:
         return zeros.index_add(0, self.of_row[rows], losses.double())
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """What each labelled row of a pack is compared with, and how its losses are summed."""
+
+    targets: Tensor  # [t]
+    weights: Tensor  # [t]
+    transform: Transform
+    chunk_rows: int
+    documents: DocumentRows | None
+
+    def chunks(self) -> Iterator[slice]:
+        """The rows in pieces whose logits fit."""
+        return (slice(a, a + self.chunk_rows) for a in range(0, len(self.targets), self.chunk_rows))
+
+    def losses(self, logits: Tensor, rows: slice, scale: Tensor | None = None) -> Tensor:
+        """logits [rows, V] -> [rows]; `scale` [t] or [1] multiplies them."""
+        weights = self.weights[rows]
+        if scale is not None:
+            weights = weights * (scale if len(scale) == 1 else scale[rows])
+        return _chunk_losses(logits, self.targets[rows], weights, self.transform)
+
+    def zero(self, hidden: Tensor) -> Tensor:
+        """The empty sum: a scalar in at least float32, or [N] float64."""
+        if self.documents is not None:
+            return hidden.new_zeros(self.documents.count, dtype=torch.float64)
+        return hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+
+    def sum(self, losses: Tensor, rows: slice) -> Tensor:
+        """[rows] -> scalar, or [N] with documents."""
+        return losses.sum() if self.documents is None else self.documents.sums(losses, rows)
+
+    def scale_of_rows(self, dtotal: Tensor) -> Tensor:
+        """The gradient of the sum, or of each document's -> [t], or [1] where it is the same for all rows."""
+        return dtotal.view(1) if self.documents is None else dtotal[self.documents.of_row]
+
+
 class _FrozenHeadLoss(torch.autograd.Function):
     """The loss and its gradient by the hidden states in one pass over the chunks: with a frozen head nothing is left to
     compute in the backward pass, so its product runs twice and not three times.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        head: Member,
-        targets: Tensor,
-        weights: Tensor,
-        transform: Transform,
-        chunk_rows: int,
-        documents: DocumentRows | None,
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Member, of: _Rows) -> Tensor:
         """hidden [t, D] -> scalar, or [N] with documents."""
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        total = hidden.new_zeros((), dtype=dtype)
-        if documents is not None:
-            total = hidden.new_zeros(documents.count, dtype=torch.float64)
-        for a in range(0, len(hidden), chunk_rows):
-            rows = slice(a, a + chunk_rows)
+        total = of.zero(hidden)
+        for rows in of.chunks():
             logits = head.plain(hidden[rows])  # [rows, V]
             with torch.enable_grad():
                 leaf = logits.detach().requires_grad_(grad is not None)
-                losses = _chunk_losses(leaf, targets[rows], weights[rows], transform)  # [rows]
+                losses = of.losses(leaf, rows)  # [rows]
                 part = losses.sum()
-            total += part.detach() if documents is None else documents.sums(losses.detach(), rows)
+            total += of.sum(losses.detach(), rows)
             if grad is not None:
                 (dlogits,) = torch.autograd.grad(part, leaf)
                 torch.mm(dlogits, head.base.weight, out=grad[rows])
                 del dlogits
             del logits, leaf, losses, part  # a chunk's logits are gone before the next one's are made
-        ctx.grad, ctx.documents = grad, documents
+        ctx.grad, ctx.of = grad, of
         return total
 
     @staticmethod
@@ -118,8 +140,46 @@ class _FrozenHeadLoss(torch.autograd.Function):
         """[t, D], each row scaled by what its sum is multiplied with."""
         grad, ctx.grad = ctx.grad, None  # the loss outlives the backward pass: it must not hold a hidden state
         # In float32, so of two dimensions: one of none would be rounded to bf16 first, up to 0.4 % off.
-        scale = dtotal.view(1, 1) if ctx.documents is None else dtotal[ctx.documents.of_row, None]
-        return grad.mul_(scale), None, None, None, None, None, None
+        return grad.mul_(ctx.of.scale_of_rows(dtotal)[:, None]), None, None
+
+
+class _TrainedHeadLoss(torch.autograd.Function):
+    """The same where the head, its adapter or its bias is trained: each chunk's logits again in the backward pass, which
+    alone knows by what the rows of each document are multiplied.
+
+    The head's gradient is summed over the chunks in float32 and rounded once. Autograd would round the sum after each
+    chunk: 1.3 % off with the 125 chunks of 131,072 rows of a 128K vocabulary in bf16, for 0.3 % of one product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Member, of: _Rows, *tensors: Tensor | None) -> Tensor:
+        """hidden [t, D] -> scalar, or [N] with documents. `tensors`: of the head, as `Member.tensors` names them."""
+        ctx.save_for_backward(hidden)
+        ctx.head, ctx.of = head, of
+        total = of.zero(hidden)
+        for rows in of.chunks():
+            total += of.sum(of.losses(head.plain(hidden[rows]), rows), rows)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
+        """[t, D], and of each tensor that is trained."""
+        (hidden,) = ctx.saved_tensors
+        head, of, scale = ctx.head, ctx.of, ctx.of.scale_of_rows(dtotal)
+        needed = dict(enumerate(ctx.needs_input_grad[3:]))
+        trained = [t for i, t in enumerate(head.tensors()) if needed[i]]
+        sums = [torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in trained]
+        dhidden = torch.empty_like(hidden)
+        for rows in of.chunks():
+            h = hidden[rows].detach().requires_grad_()
+            with torch.enable_grad():
+                part = of.losses(head.plain(h), rows, scale).sum()
+            dhidden[rows], *grads = torch.autograd.grad(part, [h, *trained])
+            for total, grad in zip(sums, grads, strict=True):
+                total += grad
+            del h, part, grads, grad  # not beside the next chunk's logits
+        rounded = (total.to(t.dtype) for total, t in zip(sums, trained, strict=True))
+        return dhidden, None, None, *(next(rounded) if needed[i] else None for i in needed)
 
 
 def weighted_nll(
@@ -136,17 +196,10 @@ def weighted_nll(
     hidden [t, D], targets [t], weights [t]. Each chunk's logits [rows, V] live only while it is computed.
     With `documents`: the sum of each document, [N] float64.
     """
-    if not any(t.requires_grad for t in head.tensors() if t is not None):
-        return _FrozenHeadLoss.apply(hidden, head, targets, weights, transform, chunk_rows, documents)
-
-    def chunk_losses(h: Tensor, y: Tensor, w: Tensor) -> Tensor:
-        return _chunk_losses(head.plain(h), y, w, transform)
-
-    chunks = zip(hidden.split(chunk_rows), targets.split(chunk_rows), weights.split(chunk_rows), strict=True)
-    parts: list[Any] = [checkpoint(chunk_losses, h, y, w, use_reentrant=False) for h, y, w in chunks]
-    if documents is None:
-        return torch.stack([part.sum() for part in parts]).sum()
-    return documents.sums(torch.cat(parts), slice(None))
+    of, tensors = _Rows(targets, weights, transform, chunk_rows, documents), head.tensors()
+    if any(t.requires_grad for t in tensors if t is not None):
+        return _TrainedHeadLoss.apply(hidden, head, of, *tensors)
+    return _FrozenHeadLoss.apply(hidden, head, of)
 
 
 class ChunkedHead:

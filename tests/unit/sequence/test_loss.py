@@ -1,4 +1,4 @@
-"""The loss of a frozen output head in bf16."""
+"""The loss of an output head in bf16, frozen and trained, against float64."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ds_longft.sequence.linear import Member
-from ds_longft.sequence.loss import weighted_nll
+from ds_longft.sequence.loss import DocumentRows, weighted_nll
 
 
 @pytest.mark.parametrize("scale", [8 / 100_000, 5 / 61_000])
@@ -26,3 +26,30 @@ def test_the_scale_of_the_loss_is_not_rounded_apart(scale: float) -> None:
     whole, scaled = gradient(1.0), gradient(scale)
     length = float((scaled * whole).sum() / (whole * whole).sum())
     assert length == pytest.approx(scale, rel=2e-4)
+
+
+@pytest.mark.parametrize("chunks", [1, 128])
+@pytest.mark.parametrize("documents", [None, 3])
+def test_the_gradient_of_a_trained_head_is_rounded_once(chunks: int, documents: int | None) -> None:
+    """Summed in bf16 over 128 chunks it was 1.3 % off, five times what one rounding costs."""
+    torch.manual_seed(0)
+    rows, scale = 1024, 8 / 100_000
+    head = nn.Linear(64, 96).bfloat16()
+    adapter = nn.Linear(64, 4, bias=False).bfloat16(), nn.Linear(4, 96, bias=False).bfloat16(), 2.0
+    targets, weights = torch.randint(96, (rows,)), torch.rand(rows)
+    hidden = torch.randn(rows, 64).bfloat16().requires_grad_()
+    of_row = torch.randint(documents or 1, (rows,))
+    factors = torch.rand(documents or 1, dtype=torch.float64) * scale
+
+    member, of = Member(head, adapter), DocumentRows(of_row, documents) if documents else None
+    loss = weighted_nll(member, hidden, targets, weights, lambda logits: logits, rows // chunks, of)
+    (loss * factors.squeeze()).sum().backward()
+
+    exact = [t.detach().double().requires_grad_() for t in (hidden, *member.tensors()) if t is not None]
+    x, w, bias, a, b = exact
+    logits = x @ w.t() + bias + x @ a.t() @ b.t() * 2.0
+    losses = nn.functional.cross_entropy(logits, targets, reduction="none") * weights
+    (losses * factors[of_row]).sum().backward()
+    for seen, true in zip((hidden, *member.tensors()), exact, strict=True):
+        assert seen is not None and seen.grad is not None and true.grad is not None
+        assert float((seen.grad - true.grad).norm() / true.grad.norm()) < 5e-3, true.shape
