@@ -113,6 +113,7 @@ def as_json(found: Statistics, rows: TokenizedSet) -> dict[str, Any]:
         "languages": [asdict(group) for group in found.languages],
         "lengths": lengths,
         "left_out": found.left_out,
+        "first_left_out": found.first_left_out,
     }
 
 
@@ -139,6 +140,7 @@ def show(found: Statistics) -> None:
         bars.add_row(f"{bound:,}", f"{count:,}", *of_language, "█" * round(WIDTH * count / most))
     console.print(bars)
     facts = Table("packs", packs.packing)
+    left_out = found.left_out.items()
     for name, value in (
         ("packs of up to so many tokens", f"{packs.packs:,} of {packs.budget_tokens:,}"),
         ("filled", f"{packs.filled:.1%}"),
@@ -147,10 +149,18 @@ def show(found: Statistics) -> None:
         ("padding tokens", f"{packs.padding_tokens:,}"),
         ("slowest rank over the mean", f"{packs.imbalance:.3f}"),
         (f"work in attention (as much as the rest at {packs.equal_cost_tokens:,})", f"{packs.attention_share:.0%}"),
-        ("left out", ", ".join(f"{count:,} {reason}" for reason, count in found.left_out.items()) or "nothing"),
+        (
+            "left out",
+            "\n".join(f"{count:,} {reason}{_first(found, reason)}" for reason, count in left_out) or "nothing",
+        ),
     ):
         facts.add_row(name, Text(value))
     console.print(facts)
+
+
+def _first(found: Statistics, reason: str) -> str:
+    """Where the first row stands that was left out for this reason; sets tokenized by older versions do not say."""
+    return f", first {found.first_left_out[reason]}" if reason in found.first_left_out else ""
 
 
 def inspect(

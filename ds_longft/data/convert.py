@@ -19,7 +19,7 @@ from typing import IO, Any
 from ds_longft.config import SourceConfig
 from ds_longft.data.formats import detect_format, to_row
 from ds_longft.data.language import detect_language
-from ds_longft.data.ledger import Entry, Ledger, Tally
+from ds_longft.data.ledger import Entry, Kind, Ledger, Tally
 from ds_longft.data.preferences import PreferenceRow, is_preference, to_preference
 from ds_longft.data.progress import Progress
 from ds_longft.data.readers import Source, find_source, first_record, parse_block
@@ -27,6 +27,10 @@ from ds_longft.data.rows import BadRow, Row, Turn
 from ds_longft.data.where import EVERY_ROW, Where
 
 PREFERENCE = "preference"  # the layout of pairs, beside those of `formats.FORMATS`
+
+
+class Repeated(BadRow):
+    """A row with the id of an earlier row."""
 
 
 @dataclass(frozen=True)
@@ -88,23 +92,24 @@ def usable_records(
                 try:
                     if isinstance(record, BadRow):
                         raise record
-                    identity = _identity(record, ids)
-                    yield _on_disk(record, layout, name, origin) | identity
+                    # The id comes second: a row that is not used does not take it from a later one.
+                    yield _on_disk(record, layout, name, origin) | _identity(record, ids)
                     tally.usable += 1
                 except BadRow as bad:
-                    ledger.add(Entry(origin, bad.reason, bad.detail[:1000]))
+                    kind: Kind = "repeated" if isinstance(bad, Repeated) else "bad"
+                    ledger.add(Entry(origin, bad.reason, bad.detail[:1000], kind))
             bar.update(block.position_bytes, f"{tally.usable:,} rows")
 
 
 def _identity(record: dict[str, Any], seen: set[int]) -> dict[str, str]:
-    """{"id": ...} of a record that has one. Raises `BadRow` where an earlier record had it."""
+    """{"id": ...} of a record that has one. Raises `Repeated` where an earlier record had it."""
     given = record.get("id")
     if not isinstance(given, str | int) or given == "":
         return {}
     name = str(given).encode("utf-8", "replace").decode()
     digest = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
     if digest in seen:
-        raise BadRow("an earlier row has the same id", name[:100])
+        raise Repeated("an earlier row has the same id", name[:100])
     seen.add(digest)
     return {"id": name}
 

@@ -94,6 +94,9 @@ class Encoder:
 
     def _truncate(self, row: Row, length: int) -> EncodedRow:
         """Cut the middle of the longest turns that are no answers until the row fits."""
+        seen = f"{length} tokens, the limit is {self.max_length_tokens}"
+        if row.is_text:
+            raise Overlong("too long, and plain text is trained whole, never cut", seen)
         documents = [i for i, turn in enumerate(row.turns) if turn.role in ("system", "user")]
         parts = {i: self.tokenizer.encode(row.turns[i].content, add_special_tokens=False) for i in documents}
         excess = length - self.max_length_tokens
@@ -112,7 +115,6 @@ class Encoder:
             if over <= 0:
                 return replace(encoded, truncated=True)
             excess += over
-        seen = f"{length} tokens, the limit is {self.max_length_tokens}"
         raise Overlong("too long, and the answers alone do not fit", seen)
 
 

@@ -10,13 +10,15 @@ from typing import Literal
 
 from ds_longft.errors import DataError
 
-Kind = Literal["bad", "overlong", "set_aside"]
+Kind = Literal["bad", "repeated", "overlong", "set_aside"]
+KEYS: dict[Kind, str] = {"repeated": "repeated id", "overlong": "too long"}  # one reason each, in counts
+SHOWN_CHARS = 200  # of what was seen in the first row of a reason
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One row that was left out. Only `bad` ones are faults: `overlong` and `set_aside` rows were dropped because the
-    config says so.
+    """One row that was left out. `bad` and `repeated` ones are faults of the data: `overlong` and `set_aside` rows were
+    dropped because the config says so.
     """
 
     origin: str
@@ -35,27 +37,48 @@ class Tally:
     bad: dict[str, int] = field(default_factory=dict)  # reason -> rows
     overlong: int = 0
     set_aside: dict[str, int] = field(default_factory=dict)  # reason -> rows
+    repeated: int = 0  # rows with the id of an earlier row
+    first: dict[str, str] = field(default_factory=dict)  # reason of `left_out` -> the first such row, what was seen
 
     @property
     def bad_rows(self) -> int:
         """Rows with a fault."""
         return sum(self.bad.values())
 
+    @property
+    def unusable_rows(self) -> int:
+        """Rows with a fault, or with the id of an earlier row: what `max_bad_fraction` limits."""
+        return self.bad_rows + self.repeated
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Reason -> rows, whatever the kind."""
+        kinds = {KEYS["repeated"]: self.repeated, KEYS["overlong"]: self.overlong}
+        return {**self.bad, **self.set_aside, **{reason: count for reason, count in kinds.items() if count}}
+
+    def reasons(self) -> str:
+        """A line for each reason why rows were left out, the most frequent first, each with its first row."""
+        lines = []
+        for reason, count in Counter(self.left_out).most_common():
+            words = "longer than data.max_length_tokens (see data.overlong)" if reason == KEYS["overlong"] else reason
+            first = f", first {self.first[reason]}" if reason in self.first else ""  # older sets were kept without
+            lines.append(f"\n  - {count:,} x {words}{first}")
+        return "".join(lines)
+
     def check(self, max_bad_fraction: float, ledger: Path) -> None:
         """Raise `DataError` when no row is usable, or more than `max_bad_fraction` of the rows are bad."""
-        reasons = "".join(f"\n  - {count} x {reason}" for reason, count in Counter(self.bad).most_common(5))
-        if self.overlong:
-            reasons += f"\n  - {self.overlong} x longer than data.max_length_tokens (left out by data.overlong)"
         if self.usable == 0:
             raise DataError(
                 f"none of the {self.read} rows of data.train (or data.eval) can be trained on; each is listed in "
-                f"{ledger}{reasons}"
+                f"{ledger}{self.reasons()}"
             )
-        if self.bad_rows > max_bad_fraction * self.read:
+        unusable = self.unusable_rows
+        if unusable > max_bad_fraction * self.read:
+            ids = ", rename a column `id` that names no row alone" if self.repeated else ""
             raise DataError(
-                f"{self.bad_rows} of {self.read} rows ({self.bad_rows / self.read:.1%}) are unusable, more than "
-                f"data.max_bad_fraction allows ({max_bad_fraction:.1%}); each is listed in {ledger}{reasons}\n"
-                "Mend the rows, or raise data.max_bad_fraction"
+                f"{unusable} of {self.read} rows ({unusable / self.read:.1%}) are unusable, more than "
+                f"data.max_bad_fraction allows ({max_bad_fraction:.1%}); each is listed in {ledger}{self.reasons()}\n"
+                f"Mend the rows{ids}, or raise data.max_bad_fraction"
             )
 
 
@@ -76,9 +99,14 @@ class Ledger:
 
     def add(self, entry: Entry) -> None:
         """Count one row that was left out and write it down."""
+        tally = self.tally
         if entry.kind == "overlong":
-            self.tally.overlong += 1
+            tally.overlong += 1
+        elif entry.kind == "repeated":
+            tally.repeated += 1
         else:
-            counts = self.tally.bad if entry.kind == "bad" else self.tally.set_aside
+            counts = tally.bad if entry.kind == "bad" else tally.set_aside
             counts[entry.reason] = counts.get(entry.reason, 0) + 1
+        seen = f" ({' '.join(entry.detail.split())[:SHOWN_CHARS]})" if entry.detail else ""
+        tally.first.setdefault(KEYS.get(entry.kind, entry.reason), entry.origin + seen)
         self._file.write(json.dumps(asdict(entry), ensure_ascii=False) + "\n")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ds_longft.data.rows import Turn
-from ds_longft.data.template import load_template
+from ds_longft.data.template import ChatTemplate, load_template
+from ds_longft.errors import ConfigError
 
 # Measured on novels, manuals and essays with Llama-3, Qwen and DeepSeek tokenizers: 0.96-1.14 Chinese and 4.1-5.3
 # English characters a token. Low, so that a row rather turns out shorter than estimated.
@@ -24,10 +26,19 @@ _HAN = re.compile("[\u3000-\u9fff\uac00-\ud7af\uff00-\uffef]")
 class Lengths:
     """Counts tokens of texts and of whole rows, chat template included."""
 
-    def __init__(self, tokenizer: Any = None, chat_template: str | None = None) -> None:
+    def __init__(self, tokenizer: Any = None) -> None:
         """`tokenizer`: a fast Hugging Face tokenizer; without one, counts are estimates from characters."""
         self._tokenizer = tokenizer
-        self._template = load_template(tokenizer, chat_template) if tokenizer is not None else None
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        """Asked for by the first chat: plain text needs none, and the tokenizer of a base model has none."""
+        if not self._tokenizer.chat_template:
+            raise ConfigError(
+                "the tokenizer has no chat template (a base model?), and its tokens count in the lengths of chats: "
+                "name a chat model of the family by --tokenizer (`tokenizer` in a recipe), or none to estimate lengths"
+            )
+        return load_template(self._tokenizer, None)
 
     @property
     def exact(self) -> bool:
@@ -52,8 +63,13 @@ class Lengths:
         return np.fromiter((start for start, _ in offsets), dtype=np.int64, count=len(offsets))
 
     def rows(self, rows: Sequence[Sequence[Turn]]) -> list[int]:
-        """Tokens of each row. Raises `BadRow` where the chat template refuses one."""
-        if self._tokenizer is None or self._template is None:
+        """Tokens of each row.
+
+        Raises:
+            BadRow: the chat template refuses a row.
+            ConfigError: a chat is among them, and the tokenizer has no usable chat template.
+        """
+        if self._tokenizer is None:
             return [sum(self.text(turn.content) + TOKENS_PER_TURN for turn in turns) for turns in rows]
         texts = [turns[0].content if turns[0].role == "text" else self._template.render(turns).text for turns in rows]
         encodings = self._tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)

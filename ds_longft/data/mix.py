@@ -36,6 +36,7 @@ class Mixed:
     tokens: int
     exact_lengths: bool
     left_out: dict[str, int]  # reason -> rows, over the whole pool
+    first_left_out: dict[str, str]  # reason -> the first of these rows, and what was seen in it
     kinds: list[dict[str, Any]]  # property, value, rows in the pool, share wanted, rows and share in the mix
 
 
@@ -205,6 +206,7 @@ def _report(
         eval_rows=len(held_out),
         tokens=int(sum(pool.tokens[row] for row in mixed)),
         exact_lengths=exact,
-        left_out={**tally.bad, **tally.set_aside} | ({"too long": tally.overlong} if tally.overlong else {}),
+        left_out=tally.left_out,
+        first_left_out=tally.first,
         kinds=kinds,
     )

@@ -70,7 +70,7 @@ def fill_pool(
     pool = Pool(file)
     with file.open("wb") as out:
         for source in recipe.sources:
-            bad_before, read_before = ledger.tally.bad_rows, ledger.tally.read
+            bad_before, read_before = ledger.tally.unusable_rows, ledger.tally.read
             batch: list[tuple[dict[str, Any], str]] = []
             for record, part in _records(source, recipe, ledger, lengths, root, progress):
                 batch.append((record, part))
@@ -78,7 +78,7 @@ def fill_pool(
                     _add(pool, out, batch, source, recipe, ledger, lengths)
                     batch = []
             _add(pool, out, batch, source, recipe, ledger, lengths)
-            bad, read = ledger.tally.bad_rows - bad_before, ledger.tally.read - read_before
+            bad, read = ledger.tally.unusable_rows - bad_before, ledger.tally.read - read_before
             if bad > recipe.max_bad_fraction * max(read, 1):
                 raise DataError(
                     f"source {source.name}: {bad} of {read} rows are unusable, more than max_bad_fraction allows "

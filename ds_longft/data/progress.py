@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import cache
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 LINE_EVERY_S = 10.0
+
+
+@cache
+def say_once(text: str) -> None:
+    """A note to the user on stderr; the same one is said once a process."""
+    print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 class Progress:

@@ -61,7 +61,7 @@ def convert(
         return
     languages = ", ".join(f"{count:,} {code}" for code, count in sorted(done.languages.items()))
     print(f"{done.path}: {done.tally.usable:,} {done.format} rows ({languages})")
-    if done.tally.bad_rows:
+    if done.tally.unusable_rows:
         print(f"{done.ledger}: {reasons(done.tally)}")
 
 
@@ -136,9 +136,8 @@ def _stem(source: str) -> str:
 
 
 def reasons(tally: Tally) -> str:
-    """How many rows were left out, and why, on one line."""
-    parts = ", ".join(f"{count:,} x {reason}" for reason, count in tally.bad.items())
-    return f"{tally.bad_rows:,} of {tally.read:,} rows left out: {parts}"
+    """How many rows were left out, and why, a line a reason."""
+    return f"{tally.unusable_rows:,} of {tally.read:,} rows left out{tally.reasons()}"
 
 
 def _show_mixed(mixed: Mixed) -> None:
@@ -162,4 +161,4 @@ def _show_mixed(mixed: Mixed) -> None:
     about = "" if mixed.exact_lengths else " (estimated)"
     print(f"{mixed.train}: {mixed.train_rows:,} rows; held out: {mixed.eval_rows:,}; {mixed.tokens:,} tokens{about}")
     for reason, count in mixed.left_out.items():
-        print(f"  left out: {count:,} x {reason} ({mixed.ledger})")
+        print(f"  left out: {count:,} x {reason}, first {mixed.first_left_out[reason]} ({mixed.ledger})")

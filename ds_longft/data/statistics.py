@@ -62,7 +62,8 @@ class Statistics:
     tokens_by_length: list[int]
     packs: Packs
     pack_tokens: list[int]
-    left_out: dict[str, int]
+    left_out: dict[str, int]  # reason -> rows
+    first_left_out: dict[str, str]  # reason -> the first of these rows, and what was seen in it
     truncated: int
     fingerprint: str
 
@@ -127,7 +128,8 @@ def statistics(rows: TokenizedSet, data: DataConfig, *, dp: int, sp: int, accumu
             equal_cost_tokens=EQUAL_COST_TOKENS,
         ),
         pack_tokens=plan.pack_tokens.tolist(),
-        left_out={**tally.bad, **({"too long": tally.overlong} if tally.overlong else {})},
+        left_out=tally.left_out,
+        first_left_out=tally.first,
         truncated=tally.truncated,
         fingerprint=rows.fingerprint,
     )

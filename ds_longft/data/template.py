@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,16 @@ from ds_longft.errors import ConfigError
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eot|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|endoftext|>", "</s>")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE = (Turn("user", "How many?"), Turn("assistant", "Just one."))
+_PLAIN_CHATS = (
+    _PROBE,
+    (Turn("system", " Be brief. "), *_PROBE, Turn("user", " And then?\n"), Turn("assistant", " Two.\n")),
+)
+SHIPPED = Path(__file__).with_name("templates")
+THINK_END = "</think>"
+# Written where a template asks for the date of the day (Llama 3.2, GPT-OSS), so that the same rows give the same tokens
+# on every day. It is the date that Llama's own templates fall back to.
+TODAY = datetime(2024, 7, 26)
+_TODAY = re.compile(r"""strftime_now\(\s*(['"])([^'"\\]*)\1\s*\)""")
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,7 @@ class ChatTemplate:
     source: str  # Jinja
     variables: dict[str, str]  # bos_token, eos_token, ... as the template knows them
     turn_ends: tuple[str, ...]  # tokens that close an answer
+    remarks: tuple[str, ...] = ()  # what a user should know before training with it
 
     @property
     def marked(self) -> bool:
@@ -88,7 +100,25 @@ class ChatTemplate:
             return _fill(self._frame_of_roles(tuple(turn.role for turn in turns)), turns, text)
         except BadRow:
             names = [replace(t, content=_name(i)) if t.role == "assistant" else t for i, t in enumerate(turns)]
-            return _fill(self._render(names)[0], turns, text)
+            try:
+                return _fill(self._render(names)[0], turns, text)
+            except BadRow as bad:
+                if any(THINK_END in turns[i].content for i in _answers(turns)):
+                    raise BadRow("the chat template rewrites an answer with thinking", self._keeps_thinking) from bad
+                raise
+
+    @cached_property
+    def _keeps_thinking(self) -> str:
+        """What to do about answers with thinking: a shipped template, if it writes all other chats as this one does."""
+        for file in sorted(SHIPPED.glob("*.jinja")):
+            shipped = replace(self, source=file.read_text(encoding="utf-8"))
+            try:
+                same = all(shipped._render(chat) == self._render(chat) for chat in _PLAIN_CHATS)
+            except BadRow:
+                same = False
+            if same:
+                return f"data.chat_template: {file} keeps it as given, and is otherwise the same"
+        return "a data.chat_template with {% generation %} marks around answers as they are given would keep it"
 
     @cached_property
     def _frame_of_roles(self) -> Callable[[tuple[Role, ...]], str]:
@@ -160,6 +190,7 @@ def load_template(tokenizer: Any, path: str | None) -> ChatTemplate:
             "the tokenizer has no chat template (a base model?): set data.chat_template to a Jinja file with "
             "{% generation %} marks, or train on plain text (format: text)"
         )
+    source, remarks = _with_fixed_date(source, name)
     special = tokenizer.special_tokens_map
     variables = {key: str(value) for key, value in special.items() if isinstance(value, str)}
     known = set(tokenizer.get_added_vocab())
@@ -172,7 +203,27 @@ def load_template(tokenizer: Any, path: str | None) -> ChatTemplate:
     start, end, _ = probe.spans[0]
     if _PROBE[1].content not in probe.text[start:end] or _PROBE[0].content in probe.text[start:end]:
         raise _unusable(name, f"its {{% generation %}} marks enclose {probe.text[start:end]!r} instead of the answer")
-    return template
+    if not probe.text[start:end].rstrip().endswith((*ends, *known)):
+        remarks += (
+            f"{name} ends no answer with a token that says so: the model will not learn to stop. Expected "
+            f"{variables.get('eos_token', 'the eos token')!r} (the tokenizer's eos_token) behind the answer, seen "
+            f"{probe.text[start:][:60]!r}. Set data.chat_template to a Jinja file that writes it, inside "
+            "{% generation %} ... {% endgeneration %}",
+        )
+    return replace(template, remarks=remarks)
+
+
+def _with_fixed_date(source: str, name: str) -> tuple[str, tuple[str, ...]]:
+    """A template with `TODAY` for the date of the day, and the remark about it. Raises ConfigError."""
+    fixed = _TODAY.sub(lambda call: repr(TODAY.strftime(call[2])), source)
+    if re.search(r"strftime_now\s*\(", fixed):
+        raise ConfigError(
+            f"{name} writes the date of the day by strftime_now(...), in a format that is not written out there: the "
+            "same rows would give other tokens tomorrow. Set data.chat_template to a Jinja file with a fixed date"
+        )
+    if fixed == source:
+        return source, ()
+    return fixed, (f"{name} writes the date of the day: all rows get {TODAY:%d %b %Y}, whenever they are tokenized",)
 
 
 def _unusable(name: str, seen: str) -> ConfigError:

@@ -34,7 +34,7 @@ from ds_longft.data.formats import detect_format, to_row
 from ds_longft.data.ledger import Entry, Kind, Ledger, Tally
 from ds_longft.data.pairs import PAIR_SCHEMA, EncodedPair, PairSet, encode_pairs, pairs_to_batch
 from ds_longft.data.preferences import PreferenceRow, check_columns, to_preference
-from ds_longft.data.progress import Progress
+from ds_longft.data.progress import Progress, say_once
 from ds_longft.data.readers import Block, Source, find_source, first_record, parse_block
 from ds_longft.data.rows import BadRow, Row
 from ds_longft.data.template import load_template
@@ -83,7 +83,7 @@ def tokenize_sources(
         sources: where the rows come from.
         tokenizer: a fast Hugging Face tokenizer.
         data: `max_length_tokens`, `overlong`, `chat_template`, `workers`, `cache_dir`, `max_bad_fraction` are read.
-        progress: show a bar on a terminal, or a line every few seconds elsewhere.
+        progress: show a bar on a terminal, or a line every few seconds elsewhere, and what is odd in the template.
         pairs: the rows are preference pairs; the result is a `PairSet`.
 
     Raises:
@@ -97,6 +97,9 @@ def tokenize_sources(
     found = [find_source(source) for source in sources]
     formats = [_format_of(source, pairs) for source in found]
     encoder = _encoder(tokenizer, data, chats=any(name != "text" for name in formats))
+    if progress and encoder.template is not None:
+        for remark in encoder.template.remarks:
+            say_once(remark)
     fingerprint = _fingerprint(found, formats, encoder)
     cache = Path(data.cache_dir).expanduser()
     folder, ledger = cache / fingerprint, cache / fingerprint / "ledger.jsonl"
@@ -163,7 +166,8 @@ def _write(
 ) -> None:
     """Encode every block into parts of `PART_BLOCKS` blocks, in the order of the input; parts already there are kept.
 
-    What goes wrong leaves nothing behind; a process that is killed or interrupted leaves its whole parts.
+    A process that is killed or interrupted, or whose disk is full, leaves its whole parts. Whatever else goes wrong
+    would go wrong again, and leaves nothing behind.
     """
     folder.mkdir(exist_ok=True)
     schema = PAIR_SCHEMA if PREFERENCE in formats else SCHEMA
@@ -186,6 +190,11 @@ def _write(
         raise DataError(
             "a tokenising process was killed, mostly for lack of memory: lower data.workers and start again, what is "
             "done is kept"
+        ) from error
+    except OSError as error:
+        raise DataError(
+            f"tokenising stopped: {error}. If the disk is full, make room in {folder.parent} and start again, what is "
+            "done is kept; or set data.cache_dir to a larger disk"
         ) from error
     except Exception:
         shutil.rmtree(folder, ignore_errors=True)
@@ -216,26 +225,29 @@ def _write_part(
 
 
 def _close(folder: Path) -> None:
-    """One tally and one ledger out of those of the parts."""
+    """One tally and one ledger out of those of the parts. These go last: what ends in between can be done again."""
     tallies = [Tally(**json.loads(file.read_text())) for file in sorted(folder.glob("tally-*.json"))]
     bad: Counter[str] = Counter()
+    first: dict[str, str] = {}
     for tally in tallies:
         bad.update(tally.bad)
+        first = tally.first | first
     total = Tally(
         read=sum(t.read for t in tallies),
         usable=sum(t.usable for t in tallies),
         truncated=sum(t.truncated for t in tallies),
         bad=dict(bad),
         overlong=sum(t.overlong for t in tallies),
+        first=first,
     )
     with (folder / "ledger.jsonl").open("wb") as ledger:
         for file in sorted(folder.glob("ledger-*.jsonl")):
             with file.open("rb") as part:
                 shutil.copyfileobj(part, ledger)
-            file.unlink()
     (folder / "tally.json").write_text(json.dumps(asdict(total)))
-    for file in folder.glob("tally-*.json"):
-        file.unlink()
+    for name in ("tally-*.json", "ledger-*.jsonl"):  # in this order: a part with a tally has a ledger
+        for file in folder.glob(name):
+            file.unlink()
 
 
 def _tasks(sources: Sequence[Source], formats: Sequence[str]) -> Iterator[tuple[int, Task]]:

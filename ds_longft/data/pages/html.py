@@ -40,7 +40,8 @@ def page(stats: Statistics, *, title: str, note: str = "") -> str:
     ]
     cards = "".join(f"<div><b>{escape(value)}</b><span>{escape(name)}</span></div>" for name, value in facts)
     picture = base64.b64encode(png(stats)).decode()
-    left_out = [(escape(reason), f"{count:,}") for reason, count in stats.left_out.items()]
+    first = stats.first_left_out
+    left_out = [(escape(r), f"{count:,}", escape(first.get(r, ""))) for r, count in stats.left_out.items()]
     lengths = [
         (f"{bound:,}", *(f"{counts[i]:,}" for counts in stats.by_source.values()), f"{tokens:,}")
         for i, (bound, tokens) in enumerate(zip(stats.bounds, stats.tokens_by_length, strict=True))
@@ -56,7 +57,7 @@ def page(stats: Statistics, *, title: str, note: str = "") -> str:
             _section("Sources", _groups(stats.sources)),
             _section("Languages", _groups(stats.languages)),
             _section("Lengths: rows", _table(["tokens up to", *map(escape, stats.by_source), "tokens"], lengths)),
-            _section("Rows left out", _table(["reason", "rows"], left_out)) if left_out else "",
+            _section("Rows left out", _table(["reason", "rows", "first of them"], left_out)) if left_out else "",
             '<p class="dim">Attention cost: sum of squared lengths. Work in attention: for a model whose attention '
             f"costs as much as its linear layers at {packs.equal_cost_tokens:,} tokens. "
             f"Fingerprint {stats.fingerprint}.</p>",

@@ -190,5 +190,5 @@ def write_made(made: Iterator[dict[str, Any]], out: str, lengths: Lengths, ledge
         return
     about = "" if lengths.exact else " (estimated)"
     print(f"{out}: {len(tokens):,} rows of {min(tokens):,} to {max(tokens):,} tokens{about}")
-    if ledger.tally.bad_rows:
+    if ledger.tally.unusable_rows:
         print(f"{ledger.path}: {reasons(ledger.tally)}")

@@ -94,7 +94,10 @@ def test_convert_synth_and_their_mistakes(tmp_path, write_jsonl, capsys):
     texts = [{"text": english(80, seed), "lang": "en"} for seed in range(3)]
     out = str(tmp_path / "out.jsonl")
     recipe_commands.convert(write_jsonl([*texts, {"text": ""}]), out, max_bad_fraction=0.5)
-    assert "3 text rows (3 en)" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "3 text rows (3 en)" in shown
+    assert "1 of 4 rows left out\n  - 1 x empty text, first" in shown
+    assert "rows.jsonl:4" in shown
     synth.needle(out, str(tmp_path / "needle.jsonl"), rows=3, context_tokens="1K", json=True)
     assert json.loads(capsys.readouterr().out)["rows"] == 3
     reading = [{"context": t["text"], "qas": [{"question": "q?", "answer": "a"}], "lang": "en"} for t in texts]

@@ -1,8 +1,11 @@
+import copy
+
 import pytest
 
 from ds_longft.data.language import language_of_text
 from ds_longft.data.lengths import Lengths
 from ds_longft.data.rows import Turn
+from ds_longft.errors import ConfigError
 from tests.unit.data.texts import chinese, english
 
 
@@ -17,6 +20,15 @@ def test_counted_lengths_are_those_of_the_tokenized_set(tokenizer, tmp_path):
     rows = tokenize_sources([SourceConfig(path=str(tmp_path / "a.jsonl"))], tokenizer, data)
     assert Lengths(tokenizer).rows([[Turn("user", "q q"), Turn("assistant", "an answer")]]) == rows.lengths.tolist()
     assert Lengths(tokenizer).exact
+
+
+def test_plain_text_is_counted_without_a_chat_template(tokenizer):
+    base = copy.copy(tokenizer)
+    base.chat_template = None
+    text = [Turn("text", "some words")]
+    assert Lengths(base).rows([text]) == Lengths(tokenizer).rows([text])
+    with pytest.raises(ConfigError, match=r"no chat template.*--tokenizer"):
+        Lengths(base).rows([text, [Turn("user", "q"), Turn("assistant", "a")]])
 
 
 def test_estimates_know_chinese_from_english():

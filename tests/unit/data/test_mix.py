@@ -70,6 +70,7 @@ def test_near_duplicates_and_long_rows_are_listed(tmp_path):
         ("a:3", "too long"),
     }
     assert done.left_out == {"nearly the same as an earlier row": 1, "too long": 1}
+    assert done.first_left_out["nearly the same as an earlier row"] == "a:2 (a:1)"
     assert len(mixed(tmp_path, [{"name": "a", "path": "a.jsonl"}], held_out=0, near_duplicates=None)[1]) == 3
 
 

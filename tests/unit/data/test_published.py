@@ -228,6 +228,15 @@ def test_convert_with_too_many_bad_rows_leaves_the_old_file_and_a_ledger(tmp_pat
     assert not list(tmp_path.glob(".*"))
 
 
+def test_convert_counts_repeated_ids_apart_and_still_refuses_many(tmp_path):
+    rows = [{"id": i, "text": text} for i, text in [(1, ""), (1, "one"), (2, "two"), (2, "again"), (2, "thrice")]]
+    done, made = converted(tmp_path, rows, max_bad_fraction=0.6)
+    assert [row["text"] for row in made] == ["one", "two"], "a row that is not used does not take the id of a later one"
+    assert (done.tally.bad, done.tally.repeated) == ({"empty text": 1}, 2)
+    with pytest.raises(DataError, match=r"(?s)3 of 5 rows.*2 x repeated id, first .*set\.jsonl:4 \(2\).*column `id`"):
+        converted(tmp_path, rows, max_bad_fraction=0.5)
+
+
 def test_a_hub_set_whose_split_became_a_configuration(monkeypatch):
     datasets = pytest.importorskip("datasets")
     from ds_longft.data.readers import read_rows

@@ -1,4 +1,5 @@
 import copy
+from datetime import datetime
 
 import pytest
 
@@ -30,6 +31,10 @@ MISTRAL = """{{ '<s>' }}{% if messages[0].role == 'system' %}{% set system = mes
 PHI3 = (
     """{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}{{ '<|endoftext|>' }}"""
 )
+
+LLAMA32_DATE = """{% if strftime_now is defined %}{{ 'Today Date: ' + strftime_now("%d %b %Y") + '\n' }}{% endif %}"""
+GPT_OSS_DATE = """{{ "Current date: " + strftime_now('%Y-%m-%d') + "\n" }}"""
+WITHOUT_END = """{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '\n' }}{% endfor %}"""
 
 CHAT = (
     Turn("user", "What is it? 你好"),
@@ -116,7 +121,43 @@ def test_an_answer_that_the_template_rewrites_is_refused_not_guessed(tokenizer):
     )
     assert trained(tok, plain)[1] == "the answer is 42\n<|im_end|>"
     assert isinstance(thinking, BadRow)
-    assert thinking.reason == "the chat template rewrites what is said"
+    assert thinking.reason == "the chat template rewrites an answer with thinking"
+
+
+def test_the_date_of_the_day_is_one_date_on_every_day(tokenizer, monkeypatch):
+    import transformers.utils.chat_template_utils as rendering
+
+    rendered = set()
+    for day in (1, 22):
+
+        class Clock(datetime):
+            @classmethod
+            def now(cls, tz=None, day=day):
+                return cls(2031, 5, day)
+
+        monkeypatch.setattr(rendering, "datetime", Clock)
+        for date in (LLAMA32_DATE, GPT_OSS_DATE):
+            template = load_template(_with_template(tokenizer, date + SMOLLM2), None)
+            rendered.add((template.render(CHAT).text.partition("\n")[0], template.source))
+            assert any("26 Jul 2024" in remark for remark in template.remarks)
+    assert {text for text, _ in rendered} == {"Today Date: 26 Jul 2024", "Current date: 2024-07-26"}
+    assert len(rendered) == 2, "what the fingerprint is made of is the same on both days"
+    assert load_template(tokenizer, None).remarks == ()
+
+
+def test_a_date_in_an_unknown_format_is_refused(tokenizer):
+    with pytest.raises(ConfigError, match=r"date of the day.*data\.chat_template"):
+        load_template(_with_template(tokenizer, "{% set f = '%d' %}{{ strftime_now(f) }}" + SMOLLM2), None)
+
+
+@pytest.mark.parametrize(
+    ("source", "remarked"),
+    [(WITHOUT_END, True), (CHATML_MARKED, False), (LLAMA3, False), (MISTRAL, False), (WITHOUT_END + "</s>", False)],
+)
+def test_answers_that_nothing_ends_are_remarked_on_with_the_token_expected(tokenizer, source, remarked):
+    remarks = load_template(_with_template(tokenizer, source), None).remarks
+    assert len(remarks) == remarked
+    assert all("learn to stop" in r and "'<|im_end|>'" in r and "data.chat_template" in r for r in remarks)
 
 
 def test_content_that_looks_like_the_frame_does_not_move_the_spans(tokenizer):

@@ -1,3 +1,5 @@
+import copy
+import errno
 import json
 import math
 import os
@@ -56,8 +58,6 @@ def test_plain_text_is_trained_whole_and_ends(run, write_jsonl, tokenizer):
 
 
 def test_text_needs_no_chat_template(run, write_jsonl, tokenizer):
-    import copy
-
     base = copy.copy(tokenizer)
     base.chat_template = None
     assert len(run(write_jsonl([{"text": "some words"}]), tokenizer=base)) == 1
@@ -82,6 +82,8 @@ def test_bad_rows_go_to_the_ledger_with_their_line(run, write_jsonl, tmp_path):
 def test_no_usable_row_is_an_error_that_names_ledger_and_reasons(run, write_jsonl):
     path = write_jsonl([chat("q", ""), chat("q", ""), chat("q")])
     with pytest.raises(DataError, match=r"(?s)none of the 3 rows.*ledger\.jsonl.*2 x empty answer.*1 x no answer"):
+        run(path, max_bad_fraction=1.0)
+    with pytest.raises(DataError, match=r"2 x empty answer, first \S+rows\.jsonl:1"):
         run(path, max_bad_fraction=1.0)
     with pytest.raises(DataError, match="no readable row"):
         run(write_jsonl([], "empty.jsonl"))
@@ -145,6 +147,15 @@ def test_truncate_never_cuts_answers(run, write_jsonl):
     assert tokenized.tally.overlong == 1
 
 
+def test_truncate_says_of_plain_text_that_it_is_never_cut(run, write_jsonl, tmp_path):
+    assert (
+        len(run(write_jsonl([{"text": "word " * 500}, {"text": "word"}]), max_length_tokens=99, overlong="truncate"))
+        == 1
+    )
+    (entry,) = ledger_of(tmp_path)
+    assert (entry["kind"], entry["reason"]) == ("overlong", "too long, and plain text is trained whole, never cut")
+
+
 def test_truncate_takes_from_the_longest_turns_first(run, write_jsonl, tokenizer):
     row = chat("A" + " one two" * 100 + "Z", "a1", "B" + " one two" * 90 + "Y", "a2", "keep me whole", "a3", system="s")
     tokenized = run(write_jsonl([row]), max_length_tokens=200, overlong="truncate")
@@ -175,6 +186,49 @@ def test_a_failed_run_leaves_nothing_in_the_cache(run, write_jsonl, monkeypatch,
     with pytest.raises(ZeroDivisionError):
         run(path)
     assert [file for file in (tmp_path / "cache").iterdir() if file.suffix != ".lock"] == []
+
+
+def test_a_full_disk_keeps_the_whole_parts_for_the_next_call(run, write_jsonl, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "PART_BLOCKS", 1)
+    monkeypatch.setattr("ds_longft.data.readers.BLOCK_BYTES", 500)
+    path = write_jsonl([chat(f"question {i}", f"answer {i}") if i % 9 else "{" for i in range(50)])
+    whole = run(path, max_bad_fraction=1.0, cache_dir=str(tmp_path / "whole"))
+    write, written = module._write_part, []
+
+    def full(folder, part, *rest):
+        written.append(part)
+        if len(written) == 4:
+            (folder / f"rows-{part:05d}.arrow").write_bytes(b"the beginning")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(folder, part, *rest)
+
+    monkeypatch.setattr(module, "_write_part", full)
+    with pytest.raises(DataError, match=r"No space left.*is kept.*data\.cache_dir"):
+        run(path, max_bad_fraction=1.0)
+    copy_ledger, copied = module.shutil.copyfileobj, []
+
+    def full_again(part, ledger):
+        copied.append(part)
+        if len(copied) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        copy_ledger(part, ledger)
+
+    monkeypatch.setattr(module.shutil, "copyfileobj", full_again)
+    with pytest.raises(DataError, match="No space left"):  # while the ledgers of the parts are put together
+        run(path, max_bad_fraction=1.0)
+    again = run(path, max_bad_fraction=1.0)
+    assert written == [0, 1, 2, 3, *range(3, len(list(find_source(SourceConfig(path=path)).blocks())))]
+    assert again.tally == whole.tally
+    assert again.column("origin").tolist() == whole.column("origin").tolist()
+    assert ledger_of(tmp_path / "cache") == ledger_of(tmp_path / "whole")
+
+
+def test_what_is_odd_in_the_template_is_said_once(run, write_jsonl, tokenizer, tmp_path, capsys):
+    path, odd = write_jsonl([chat("q", "a")]), copy.copy(tokenizer)
+    odd.chat_template = "{% for m in messages %}{{ '|' + m.role + '|' + m.content }}{% endfor %}"
+    for _ in range(2):
+        tokenize_sources([SourceConfig(path=path)], odd, DataConfig(cache_dir=str(tmp_path)), progress=True)
+    assert capsys.readouterr().err.count("learn to stop") == 1
 
 
 def test_a_killed_run_is_taken_up_behind_its_whole_parts(run, write_jsonl, monkeypatch, tmp_path):

@@ -1,0 +1,109 @@
+"""The shipped chat templates against the originals that TRL carries copies of: the same but for the thinking."""
+
+import copy
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from ds_longft.data.encode import Encoder
+from ds_longft.data.rows import BadRow, Row, Turn
+from ds_longft.data.template import SHIPPED, load_template
+from tests.tokenizer import tiny_tokenizer
+
+CASES = [
+    ("qwen3", "qwen3_thinking", "<|im_end|>"),
+    ("deepseek_r1_distill", "deepseek_r1_thinking", "<｜end▁of▁sentence｜>"),
+    ("deepseekv3", "deepseek_r1_thinking", "<｜end▁of▁sentence｜>"),
+]
+PLAIN = [
+    (Turn("user", "Q?"), Turn("assistant", "return the answer 世界 😀")),
+    (Turn("user", " Q?\n"), Turn("assistant", "\n  one\n"), Turn("user", "And?"), Turn("assistant", "\ntwo \n")),
+    (
+        Turn("system", "Be brief.\n"),
+        Turn("user", "Q?"),
+        Turn("assistant", "1"),
+        Turn("user", "R?"),
+        Turn("assistant", "2"),
+    ),
+    (Turn("user", "say </think>"), Turn("assistant", "no", 0.0), Turn("user", "why?"), Turn("assistant", "so", 0.5)),
+]
+THOUGHT = (
+    Turn("user", "Q?"),
+    Turn("assistant", "<think>\nhm\n</think>\n\nYes."),
+    Turn("user", "Sure?"),
+    Turn("assistant", "<think>\nwell\n\nhm\n</think>\n\n</think> closes it."),
+)
+
+
+@pytest.fixture(params=CASES, ids=[case[0] for case in CASES])
+def case(request):
+    """(tokenizer with the original template, path of the shipped one, the token that ends an answer)."""
+    original, shipped, end = request.param
+    trl = find_spec("trl")
+    if trl is None:
+        pytest.skip("trl carries the original templates")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": end})
+    tokenizer.chat_template = (Path(trl.origin).parent / f"chat_templates/{original}.jinja").read_text(encoding="utf-8")
+    return tokenizer, str(SHIPPED / f"{shipped}.jinja"), end
+
+
+def encoded(tokenizer, path, *chats):
+    encoder = Encoder(tokenizer.backend_tokenizer, load_template(tokenizer, path), tokenizer.eos_token_id, 9999, "drop")
+    return encoder.encode([Row(turns, "x", "x:1") for turns in chats])
+
+
+def test_chats_without_thinking_give_the_tokens_and_targets_of_the_original(case):
+    tokenizer, shipped, _ = case
+    for own, ours in zip(encoded(tokenizer, None, *PLAIN), encoded(tokenizer, shipped, *PLAIN), strict=True):
+        assert own.input_ids.tolist() == ours.input_ids.tolist()
+        assert own.span_start.tolist() == ours.span_start.tolist()
+        assert own.span_end.tolist() == ours.span_end.tolist()
+        assert own.span_weight.tolist() == ours.span_weight.tolist()
+
+
+def test_thinking_is_kept_and_trained_in_every_answer(case):
+    tokenizer, shipped, end = case
+    (row,) = encoded(tokenizer, shipped, THOUGHT)
+    spans = zip(row.span_start, row.span_end, strict=True)
+    trained = [tokenizer.decode(row.input_ids[start:stop]) for start, stop in spans]
+    assert trained == [turn.content + end for turn in THOUGHT if turn.role == "assistant"]
+
+
+def test_the_original_refuses_thinking_and_names_the_shipped_template(case):
+    tokenizer, shipped, _ = case
+    (row,) = encoded(tokenizer, None, THOUGHT)
+    assert isinstance(row, BadRow)
+    assert row.reason == "the chat template rewrites an answer with thinking"
+    assert f"data.chat_template: {shipped}" in row.detail
+
+
+def test_a_template_that_differs_elsewhere_is_not_offered(case):
+    tokenizer, *_ = case
+    other = copy.copy(tokenizer)
+    other.chat_template = tokenizer.chat_template.replace("message.content", "message.content.strip()") + "{{ '.' }}"
+    (row,) = encoded(other, None, THOUGHT)
+    assert isinstance(row, BadRow)
+    assert ".jinja" not in row.detail
+    assert "{% generation %}" in row.detail
+
+
+@pytest.mark.parametrize("settings", [{}, {"enable_thinking": False}])
+def test_prompts_are_those_of_the_original(case, settings):
+    tokenizer, shipped, _ = case
+    messages = [{"role": "user", "content": "Q?"}]
+    settings = {"tokenize": False, "add_generation_prompt": True, **settings}
+    own = tokenizer.apply_chat_template(messages, **settings)
+    assert tokenizer.apply_chat_template(messages, chat_template=Path(shipped).read_text(), **settings) == own
+
+
+def test_a_last_answer_with_thinking_reads_as_in_qwen3s_own():
+    path = find_spec("trl")
+    if path is None:
+        pytest.skip("trl carries the original templates")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (Path(path.origin).parent / "chat_templates/qwen3.jinja").read_text(encoding="utf-8")
+    messages = [{"role": turn.role, "content": turn.content} for turn in THOUGHT[:2]]
+    ours = load_template(tokenizer, str(SHIPPED / "qwen3_thinking.jinja")).render(THOUGHT[:2]).text
+    assert ours == tokenizer.apply_chat_template(messages, tokenize=False)
