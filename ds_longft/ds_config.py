@@ -81,6 +81,7 @@ def merge_ds_config(
         problems += _fill_or_compare(engine, key, value, why)
     resident_if_fits = zero.get("stage3_param_persistence_threshold") == "auto"
     _fill_sizes(zero, stage, lora=config.lora is not None, hidden=hidden_size or TYPICAL_HIDDEN_SIZE)
+    _fill_sum_types(engine, stage, lora=config.lora is not None, packs=config.train.gradient_accumulation_steps)
     engine.setdefault("steps_per_print", NEVER_PRINT)
     problems += [f'ds_config: {key} is "auto", which nothing here can fill: give a value' for key in _autos(engine)]
     if problems:
@@ -242,6 +243,27 @@ def _fill_sizes(zero: dict[str, Any], stage: int, *, lora: bool, hidden: int) ->
         sizes["stage3_prefetch_bucket_size"] = int(0.9 * hidden * hidden)
         sizes["stage3_param_persistence_threshold"] = 10 * hidden
     zero.update({key: size for key, size in sizes.items() if zero.get(key) == "auto"})
+
+
+def _fill_sum_types(engine: dict[str, Any], stage: int, *, lora: bool, packs: int) -> None:
+    """bf16 gradients are summed over ranks and micro-steps in float32 where that is cheap; DeepSpeed would sum in bf16.
+
+    Adapters' gradients are a few MB. Those of all weights are summed over several packs in float32, for 2 more bytes a
+    weight of a rank's share; between ranks they travel in bf16, which is half of what waits for the network. Relative
+    errors on 4 ranks, 16 micro-steps: 5.9e-3 in bf16, 2.7e-3 with bf16 between the ranks alone, 4e-9 all in float32.
+    Below stage 2 float32 sums would need another optimizer of DeepSpeed's.
+    """
+    data_types = engine.setdefault("data_types", {})
+    in_bf16 = engine["bf16"]["enabled"] and stage in (2, 3)
+    defaults = (
+        (data_types, "grad_accum_dtype", in_bf16 and (lora or packs > 1)),
+        (engine, "communication_data_type", in_bf16 and lora),
+    )
+    for section, key, in_float32 in defaults:
+        if section.get(key, "auto") == "auto":
+            section.pop(key, None)
+            if in_float32:
+                section[key] = "fp32"
 
 
 def _pop_number(engine: dict[str, Any], key: str) -> int | None:

@@ -41,13 +41,14 @@ class Member:
         a, b = (self.lora[0].weight, self.lora[1].weight) if self.lora else (None, None)
         return self.base.weight, self.base.bias, a, b
 
-    def plain(self, x: Tensor) -> Tensor:
-        """The layer's output, by autograd and without calling its modules."""
-        out = F.linear(x, self.base.weight, self.base.bias)
-        if self.lora is None:
+    def plain(self, x: Tensor, tensors: Sequence[Tensor | None] | None = None) -> Tensor:
+        """The layer's output, by autograd and without calling its modules; with `tensors` in place of its own."""
+        weight, bias, a, b = self.tensors() if tensors is None else tensors
+        assert weight is not None
+        out = F.linear(x, weight, bias)
+        if self.lora is None or a is None or b is None:
             return out
-        a, b, scale = self.lora
-        return out + F.linear(F.linear(x, a.weight), b.weight) * scale
+        return out + F.linear(F.linear(x, a), b) * self.lora[2]
 
     @classmethod
     def of(cls, module: nn.Module) -> Member | None:

@@ -166,20 +166,25 @@ class _TrainedHeadLoss(torch.autograd.Function):
         """[t, D], and of each tensor that is trained."""
         (hidden,) = ctx.saved_tensors
         head, of, scale = ctx.head, ctx.of, ctx.of.scale_of_rows(dtotal)
-        needed = dict(enumerate(ctx.needs_input_grad[3:]))
-        trained = [t for i, t in enumerate(head.tensors()) if needed[i]]
+        # Not the parameters themselves: they have hooks, for the gradient that leaves here.
+        needed = ctx.needs_input_grad[3:]
+        leaves = [
+            None if t is None else t.detach().requires_grad_(need)
+            for t, need in zip(head.tensors(), needed, strict=True)
+        ]
+        trained = [t for t in leaves if t is not None and t.requires_grad]
         sums = [torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in trained]
         dhidden = torch.empty_like(hidden)
         for rows in of.chunks():
             h = hidden[rows].detach().requires_grad_()
             with torch.enable_grad():
-                part = of.losses(head.plain(h), rows, scale).sum()
+                part = of.losses(head.plain(h, leaves), rows, scale).sum()
             dhidden[rows], *grads = torch.autograd.grad(part, [h, *trained])
             for total, grad in zip(sums, grads, strict=True):
                 total += grad
             del h, part, grads, grad  # not beside the next chunk's logits
         rounded = (total.to(t.dtype) for total, t in zip(sums, trained, strict=True))
-        return dhidden, None, None, *(next(rounded) if needed[i] else None for i in needed)
+        return dhidden, None, None, *(next(rounded) if need else None for need in needed)
 
 
 def weighted_nll(

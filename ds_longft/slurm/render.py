@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from string import Template
 
@@ -153,9 +154,14 @@ def fill(
         problems.append(f"--device is {device!r}: give cuda or cpu")
     if problems:
         raise ConfigError(problems)
-    run = load_config(["--config", config])
-    world = nodes * gpus_per_node
-    _, sp = preflight(run, world=world, local_world=gpus_per_node, device="cuda" if device == "cuda" else "cpu")
+    check = partial(
+        preflight,
+        world=nodes * gpus_per_node,
+        local_world=gpus_per_node,
+        device="cuda" if device == "cuda" else "cpu",
+    )
+    run = load_config(["--config", config], check)
+    _, sp = check(run)
     _check_groups(run, sp, nodes, gpus_per_node)
     if run.train.save_every_steps is None:
         print(

@@ -10,8 +10,10 @@ import os
 import sys
 import time
 import traceback
+from functools import partial
 
-from ds_longft.errors import GpuMemoryError, LongftError
+from ds_longft.config import RunConfig
+from ds_longft.errors import ConfigError, GpuMemoryError, LongftError
 from ds_longft.train.interrupt import StopRequest
 from ds_longft.train.ranks import Launch, visible_gpus
 from ds_longft.train.secrets import redact
@@ -63,15 +65,21 @@ def train(argv: list[str], launch: Launch, status: Status, stop: StopRequest) ->
     has_gpu = visible_gpus() > 0
     if not any(a.startswith(("--config", "--model", "--help", "-h")) for a in argv):
         argv = ["--config", quickstart.recipe(has_gpu=has_gpu), *argv]  # the bare command
-    config = load_config(argv)
+    check = partial(preflight, world=launch.world, local_world=launch.local_world, device="cuda" if has_gpu else "cpu")
+
+    def check_early(config: RunConfig) -> None:  # the quickstart's files are made only for a config without mistakes
+        try:
+            check(config)
+        except ConfigError as e:
+            raise ConfigError([p for p in e.problems if quickstart.CACHE not in p]) from None
+
+    config = load_config(argv, check_early)
     stop.set_budget(config.train.max_minutes)
     quickstart.prepare(config)
     if not has_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // launch.local_world)))
-    settings, sp = preflight(
-        config, world=launch.world, local_world=launch.local_world, device="cuda" if has_gpu else "cpu"
-    )
+    settings, sp = check(config)
     from ds_longft.train.run import run
 
     return run(config, settings, sp, launch, status, stop, started)

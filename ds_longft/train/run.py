@@ -320,6 +320,11 @@ def _header(
         f"{loader.steps_per_epoch(0)} steps an epoch, {state.total_steps} in all; packs of up to "
         f"{loader.budget_tokens:,} tokens, {layout.dp * config.train.gradient_accumulation_steps} in each step",
     ]
+    if (config.optim.warmup_steps or 0) > state.total_steps:
+        lines.append(
+            f"optim.warmup_steps is {config.optim.warmup_steps}, more than the steps of this run: the learning rate "
+            f"will not reach its peak; lower it, or raise train.epochs"
+        )
     if resumed:
         lines.append(f"resumed from {resumed} at step {state.step}")
     return "\n".join(lines)

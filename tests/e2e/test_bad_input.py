@@ -55,6 +55,10 @@ CASES = {
     "wrong types in the JSON": (["--ds_config", "{job}/stage.json"], ['zero_optimization.stage is "three"', "fp16"]),
     "unknown kernel": (["--model.kernel", "flashy"], ["model.kernel", "'flashy'", "auto"]),
     "kernel of another machine": (["--model.kernel", "cudnn"], ["model.kernel is cudnn", "cpu"]),
+    "a wrong value, a rule across keys, a file": (
+        ["--lora.r", "0", "--data.pack_tokens", "8", "--data.train", "{job}/nowhere.jsonl", "--sp", "2"],
+        ["lora.r", "data.pack_tokens", "nowhere.jsonl", "sp is 2"],
+    ),
     "missing recipe": (["--config", "nowhere.yaml"], ["--config", "nowhere.yaml"]),
 }  # fmt: skip
 

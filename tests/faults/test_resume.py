@@ -70,6 +70,22 @@ def test_other_layout(launcher: Launcher, tmp_path: Path, zero: int, before: tup
     assert not list(output.glob(".universal-*"))
 
 
+@pytest.mark.parametrize(("zero", "lora"), [(3, '{"r": 4}'), (2, "null")])
+def test_in_bf16(launcher: Launcher, tmp_path: Path, zero: int, lora: str) -> None:
+    """Gradients are summed in float32 then; the weights and the optimizer go on from the last digit."""
+    output = tmp_path / "out"
+    keys = (*stage(tmp_path, zero), "--model.dtype", "bf16", "--lora", lora, "--train.gradient_accumulation_steps", "2")
+    codes, run = launcher.run(output, *keys, "--sp", "2")
+    assert not any(codes), run.text()
+    assert '"grad_accum_dtype": "fp32"' in (output / "ds_config.json").read_text()
+    expected = trace(output)
+    cut(output)
+    codes, run = launcher.run(output, *keys, "--sp", "2")
+    assert not any(codes), run.text()
+    assert "resumed from" in run.text(0)
+    assert trace(output) == expected
+
+
 def test_explicit_step_and_retention(launcher: Launcher, golden: Path, tmp_path: Path) -> None:
     """Going back to an older step: the newer checkpoint is set aside, kept, and never resumed by itself."""
     output = Path(shutil.copytree(golden, tmp_path / "out"))

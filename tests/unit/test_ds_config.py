@@ -110,6 +110,26 @@ def test_lora_gets_small_reduce_buckets(left_out: dict[str, Any]) -> None:
     assert merge(raw, hidden_size=8192, lora=None).engine["zero_optimization"]["reduce_bucket_size"] == 8192**2
 
 
+@pytest.mark.parametrize(
+    ("stage", "lora", "packs", "between_ranks", "over_packs"),
+    [(3, {}, 1, "fp32", "fp32"), (2, None, 4, None, "fp32"), (3, None, 1, None, None), (1, {}, 4, None, None)],
+)
+def test_bf16_gradients_are_summed_in_float32_where_that_is_cheap(
+    stage: int, lora: Any, packs: int, between_ranks: str | None, over_packs: str | None
+) -> None:
+    raw: dict[str, Any] = {"zero_optimization": {"stage": stage}, "communication_data_type": "auto"}
+    run = {"lora": lora, "train": {"gradient_accumulation_steps": packs}}
+    engine = merge(raw, device="cuda", **run).engine
+    assert engine.get("communication_data_type") == between_ranks
+    assert engine["data_types"].get("grad_accum_dtype") == over_packs
+    own = {**raw, "communication_data_type": "bf16", "data_types": {"grad_accum_dtype": "bf16"}}
+    kept = merge(own, device="cuda", **run).engine
+    assert (kept["communication_data_type"], kept["data_types"]) == ("bf16", {"grad_accum_dtype": "bf16"})
+    in_float32 = merge(raw, device="cpu", **run).engine
+    assert in_float32["data_types"] == {}
+    assert "communication_data_type" not in in_float32
+
+
 def test_sequence_parallel_size_is_ours() -> None:
     settings = merge({"sequence_parallel_size": 4, "data_parallel_size": 2}, world=8)
     assert settings.sp == 4

@@ -181,6 +181,7 @@ def test_bad_command_lines_name_the_key(argv: list[str], expected: str) -> None:
         ("optim: null", "optim: seen null, expected a section (keys type"),
         ("lora: {targets: 3}", "lora.targets: seen 3, expected text or a list of: text"),
         ("seed: 1\nsp: 2\nseed: 3", "line 3, column 1: key 'seed' stands twice"),
+        ("seed: 1\n{[1, 2]: 3}: 4", "is a list or a section, expected a word"),
         ("data:\n  train: [a", "is not valid YAML: line 2"),
         ("a: b: c", "is not valid YAML: line 1, column 5"),
         ("- 1", "holds list at its top"),
