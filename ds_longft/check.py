@@ -16,6 +16,7 @@ from typing import Any
 from ds_longft.config import RunConfig, SourceConfig, is_pattern
 from ds_longft.ds_config import DeepSpeedSettings, Device, load_ds_config, merge_ds_config
 from ds_longft.errors import ConfigError
+from ds_longft.shipped import TEMPLATES, find_template
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".gz")
@@ -282,8 +283,9 @@ def _data_problems(config: RunConfig) -> list[str]:
         if _is_missing(source)
     ]
     template = config.data.chat_template
-    if template is not None and not Path(template).expanduser().is_file():
-        problems.append(f"data.chat_template: there is no file {template}")
+    if template is not None and not find_template(template).is_file():
+        names = ", ".join(sorted(file.name for file in TEMPLATES.glob("*.jinja")))
+        problems.append(f"data.chat_template: there is no file {template}, nor is it one of the shipped {names}")
     return problems
 
 

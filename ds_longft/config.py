@@ -162,7 +162,8 @@ class DataConfig(Section):
     """`token`: each target counts 1. `sample`: each of a row's N targets counts 1/N (LongAlign)."""
 
     chat_template: str | None = None
-    """Path of a Jinja chat template with `{% generation %}` marks. Left out: the tokenizer's own, patched if known."""
+    """Path of a Jinja chat template, or a shipped one's name (docs/data.md). Left out: the tokenizer's own. It is saved
+    with the trained model only where the tokenizer has none."""
 
     workers: int | None = Field(default=None, gt=0)
     """Processes that tokenise. Left out: one per core."""

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 CLONE = Path(__file__).resolve().parent.parent
+TEMPLATES = Path(__file__).resolve().parent / "data/templates"  # chat templates
 
 
 def find_file(path: str | Path) -> Path:
@@ -16,3 +17,9 @@ def find_file(path: str | Path) -> Path:
     given = Path(path).expanduser()
     places = [given, CLONE / given, Path(sys.prefix) / "share/ds_longft" / given]
     return next((place for place in places if place.exists()), given)
+
+
+def find_template(path: str) -> Path:
+    """The Jinja file at `path`, else the shipped one of that name, e.g. qwen3_thinking.jinja; else `path`."""
+    given = Path(path).expanduser()
+    return next((place for place in (given, TEMPLATES / path) if place.is_file()), given)

@@ -15,23 +15,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 
 from ds_longft.data.rows import BadRow, Role, Turn
 from ds_longft.errors import ConfigError
+from ds_longft.shipped import TEMPLATES, find_template
 
 # Tokens that close a turn in the known families; the tokenizer's eos token counts too.
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eot|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|endoftext|>", "</s>")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_MARK = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 _PROBE = (Turn("user", "How many?"), Turn("assistant", "Just one."))
 _PLAIN_CHATS = (
     _PROBE,
     (Turn("system", " Be brief. "), *_PROBE, Turn("user", " And then?\n"), Turn("assistant", " Two.\n")),
 )
-SHIPPED = Path(__file__).with_name("templates")
 THINK_END = "</think>"
 # Written where a template asks for the date of the day (Llama 3.2, GPT-OSS), so that the same rows give the same tokens
 # on every day. It is the date that Llama's own templates fall back to.
@@ -110,14 +110,14 @@ class ChatTemplate:
     @cached_property
     def _keeps_thinking(self) -> str:
         """What to do about answers with thinking: a shipped template, if it writes all other chats as this one does."""
-        for file in sorted(SHIPPED.glob("*.jinja")):
+        for file in sorted(TEMPLATES.glob("*.jinja")):
             shipped = replace(self, source=file.read_text(encoding="utf-8"))
             try:
                 same = all(shipped._render(chat) == self._render(chat) for chat in _PLAIN_CHATS)
             except BadRow:
                 same = False
             if same:
-                return f"data.chat_template: {file} keeps it as given, and is otherwise the same"
+                return f"data.chat_template: {file.name} keeps it as given, and is otherwise the same"
         return "a data.chat_template with {% generation %} marks around answers as they are given would keep it"
 
     @cached_property
@@ -173,13 +173,13 @@ def load_template(tokenizer: Any, path: str | None) -> ChatTemplate:
 
     Args:
         tokenizer: a fast Hugging Face tokenizer.
-        path: Jinja file, or None for the tokenizer's template.
+        path: Jinja file or the name of a shipped one, or None for the tokenizer's template.
 
     Raises:
         ConfigError: no template, or one whose answers cannot be told from the rest.
     """
     if path is not None:
-        file = Path(path).expanduser()
+        file = find_template(path)
         if not file.is_file():
             raise ConfigError(f"data.chat_template: no such file: {path!r}")
         source, name = file.read_text(encoding="utf-8"), f"the chat template {path}"
@@ -211,6 +211,11 @@ def load_template(tokenizer: Any, path: str | None) -> ChatTemplate:
             "{% generation %} ... {% endgeneration %}",
         )
     return replace(template, remarks=remarks)
+
+
+def without_marks(source: str) -> str:
+    """The same template without `{% generation %}` marks, which few programs but transformers know."""
+    return _MARK.sub(lambda mark: f"{mark[1]}{'endif' if mark[2] else 'if true'}{mark[3]}", source)
 
 
 def _with_fixed_date(source: str, name: str) -> tuple[str, tuple[str, ...]]:

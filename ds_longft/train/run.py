@@ -14,6 +14,7 @@ from filelock import FileLock
 
 from ds_longft.config import RunConfig
 from ds_longft.data.loader import StepLoader
+from ds_longft.data.template import without_marks
 from ds_longft.data.tokenized import TokenizedSet
 from ds_longft.ds_config import DeepSpeedSettings
 from ds_longft.errors import EXIT_HANG, EXIT_REQUEUE, GpuMemoryError
@@ -23,6 +24,7 @@ from ds_longft.model.load import load_config, load_tokenizer
 from ds_longft.model.lora import trainable_parameters
 from ds_longft.plan.of_run import foresee_run, write_plan
 from ds_longft.sequence.attention import ULYSSES
+from ds_longft.shipped import find_template
 from ds_longft.train.card import write_card
 from ds_longft.train.checkpoint import Checkpoints, TrainState
 from ds_longft.train.data_facts import write_data_facts
@@ -208,6 +210,8 @@ def _run(
     status.where = "in training"
     watchdog = Watchdog(folder, launch.rank, launch.world, hang_s, partial(_hung, status))
 
+    if config.data.chat_template is not None and not tokenizer.chat_template:  # a base model has learnt to chat
+        tokenizer.chat_template = without_marks(find_template(config.data.chat_template).read_text(encoding="utf-8"))
     writer = ModelWriter(built.model, tokenizer, agreement)
     trainer = Trainer(
         config=config,

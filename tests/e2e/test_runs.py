@@ -126,6 +126,19 @@ def test_export_merges(sp2: tuple[Path, str], tmp_path: Path, capsys: pytest.Cap
     assert not isinstance(merged, PeftModel)
 
 
+def test_a_base_model_is_saved_with_the_template_it_learnt(job: Path, ranks: Launcher, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(job.parent / "model", tmp_path / "base"))
+    (base / "chat_template.jinja").unlink()
+    keys = ["--model.path", str(base), "--data.chat_template", "qwen3_thinking.jinja", "--train.max_steps", "1"]
+    codes, run = ranks.run(tmp_path / "out", *keys, world=1)
+    assert codes == [0], run.text()
+    asked = [{"role": "user", "content": "Q?"}]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    assert text == "<|im_start|>user\nQ?<|im_end|>\n<|im_start|>assistant\n"
+    assert "generation %}" not in tokenizer.chat_template
+
+
 def test_full_fine_tuning_of_uneven_heads_under_torchrun(job: Path, ranks: Launcher, tmp_path: Path) -> None:
     """9 query and 3 kv heads on two ranks; the result is an ordinary folder, and the losses are one process's."""
     keys = ["--model.path", str(job.parent / "model-9-heads"), "--lora", "null", "--train.max_steps", "3"]

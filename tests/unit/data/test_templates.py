@@ -8,7 +8,8 @@ import pytest
 
 from ds_longft.data.encode import Encoder
 from ds_longft.data.rows import BadRow, Row, Turn
-from ds_longft.data.template import SHIPPED, load_template
+from ds_longft.data.template import load_template, without_marks
+from ds_longft.shipped import find_template
 from tests.tokenizer import tiny_tokenizer
 
 CASES = [
@@ -46,7 +47,7 @@ def case(request):
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"eos_token": end})
     tokenizer.chat_template = (Path(trl.origin).parent / f"chat_templates/{original}.jinja").read_text(encoding="utf-8")
-    return tokenizer, str(SHIPPED / f"{shipped}.jinja"), end
+    return tokenizer, f"{shipped}.jinja", end
 
 
 def encoded(tokenizer, path, *chats):
@@ -95,7 +96,20 @@ def test_prompts_are_those_of_the_original(case, settings):
     messages = [{"role": "user", "content": "Q?"}]
     settings = {"tokenize": False, "add_generation_prompt": True, **settings}
     own = tokenizer.apply_chat_template(messages, **settings)
-    assert tokenizer.apply_chat_template(messages, chat_template=Path(shipped).read_text(), **settings) == own
+    assert tokenizer.apply_chat_template(messages, chat_template=find_template(shipped).read_text(), **settings) == own
+
+
+def test_the_same_text_without_marks(case):
+    """As it is saved for a base model: few programs but transformers know the marks."""
+    _, shipped, end = case
+    source = find_template(shipped).read_text(encoding="utf-8")
+    bare = without_marks(source)
+    assert "generation %" not in bare
+    messages = [{"role": turn.role, "content": turn.content} for turn in THOUGHT]
+    tokenizer = tiny_tokenizer()
+    marked, plain = (tokenizer.apply_chat_template(messages, chat_template=t, tokenize=False) for t in (source, bare))
+    assert marked == plain
+    assert plain.count(end) == 2 + (end == "<|im_end|>") * 2
 
 
 def test_a_last_answer_with_thinking_reads_as_in_qwen3s_own():
@@ -105,5 +119,5 @@ def test_a_last_answer_with_thinking_reads_as_in_qwen3s_own():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = (Path(path.origin).parent / "chat_templates/qwen3.jinja").read_text(encoding="utf-8")
     messages = [{"role": turn.role, "content": turn.content} for turn in THOUGHT[:2]]
-    ours = load_template(tokenizer, str(SHIPPED / "qwen3_thinking.jinja")).render(THOUGHT[:2]).text
+    ours = load_template(tokenizer, "qwen3_thinking.jinja").render(THOUGHT[:2]).text
     assert ours == tokenizer.apply_chat_template(messages, tokenize=False)
