@@ -207,9 +207,8 @@ def _head_problems(text: dict[str, Any], sp: int, world: int) -> list[str]:
     if not isinstance(heads, int) or sp <= heads:
         return []
     largest = max(d for d in _divisors(world) if d <= heads)
-    return [
-        f"sp is {sp}, but the model has {heads} query heads to share among GPUs: the largest sp that works is {largest}"
-    ]
+    works = f"is {largest}" if largest == heads else f"with {world} ranks is {largest}, with {heads} ranks {heads}"
+    return [f"sp is {sp}, but the model has {heads} query heads to share among GPUs: the largest sp that works {works}"]
 
 
 def _length_problems(config: RunConfig, text: dict[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import takewhile
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
@@ -147,9 +148,10 @@ def _summaries(names: list[str]) -> str:
 
 
 def _no_such_command(argv: list[str]) -> int:
-    group = [n for n in COMMANDS if n.split()[0] == argv[0]]
-    if group and (len(argv) == 1 or argv[1] in ("--help", "-h")):
-        print(f"ds-longft {argv[0]}:\n{_summaries(group)}")
+    words = list(takewhile(lambda a: not a.startswith("-"), argv))
+    group = [n for n in COMMANDS if words and n.split()[: len(words)] == words]
+    if group and (argv == words or argv[len(words)] in ("--help", "-h")):
+        print(f"ds-longft {' '.join(words)}:\n{_summaries(group)}")
         return 0
     asked = " ".join(a for a in argv[:2] if not a.startswith("-")) or argv[0]
     close = difflib.get_close_matches(asked, COMMANDS, n=1) or difflib.get_close_matches(argv[0], COMMANDS, n=1)
@@ -166,7 +168,8 @@ def _run(function: Callable[..., Any], name: str, arguments: list[str]) -> int:
 
     if {"--help", "-h"} & set(arguments):
         text = helptext.HelpText(function, trace=trace.FireTrace(function, name=name))
-        print(text.replace(f"'{name}'", name))
+        # -h is the help, also where fire takes it for the only flag with that letter
+        print(text.replace(f"'{name}'", name).replace("    -h, --", "    --"))
         return 0
     exact = bind_arguments(function, name, arguments)
     checked = validate_call(config=ConfigDict(arbitrary_types_allowed=True))(function)

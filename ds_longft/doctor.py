@@ -134,7 +134,9 @@ def disk(output_dir: Path) -> list[Finding]:
         while not nearest.exists():
             nearest = nearest.parent
         free = shutil.disk_usage(nearest).free / 2**30
-        if not os.access(nearest, os.W_OK):
+        if not nearest.is_dir():
+            found.append(Finding("wrong", what, f"cannot be written: {nearest} is a file", "give another folder"))
+        elif not os.access(nearest, os.W_OK):
             found.append(Finding("wrong", what, f"no right to write in {nearest}", "give another folder, or the right"))
         elif free < DISK_NEEDED_GIB:
             found.append(

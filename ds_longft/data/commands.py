@@ -63,9 +63,9 @@ def stats(
         png: write the picture alone.
         json: print one JSON object instead of tables.
     """
-    run, tokenizer = _read(config)
     if dp < 1 or sp < 1:
         raise ConfigError(f"--dp is {dp}, --sp is {sp}: expected 1 or more")
+    run, tokenizer = _read(config)
     rows = _tokenized(run, run.data.train, tokenizer)
     found = statistics(rows, run.data, dp=dp, sp=sp, accumulation=run.train.gradient_accumulation_steps, seed=run.seed)
     note = f"{config}: dp {dp}, sp {sp}, weighting {run.data.weighting}"
@@ -176,6 +176,8 @@ def inspect(
         max_chars: longer stretches without targets are shown by their ends.
         json: print one JSON object instead.
     """
+    if epoch < 0 or max_chars < 0:
+        raise ConfigError(f"--epoch is {epoch}, --max_chars is {max_chars}: expected 0 or more")
     run, tokenizer = _read(config)
     rows = _tokenized(run, run.data.train, tokenizer)
     numbers = [row]

@@ -71,6 +71,8 @@ def perplexity(
     """
     if sp < 1 or buckets < 1 or texts < 1:
         raise ConfigError(f"--sp {sp}, --buckets {buckets}, --texts {texts}: each should be 1 or more")
+    if length is not None and tokens_of("--length", length) < 2:
+        raise ConfigError(f"--length is {length}: a text of one token has none to predict, give 2 or more")
     arguments = {key: value for key, value in locals().items() if value not in (None, False)}
     if start_ranks("perplexity", "--sp", sp, arguments):
         return

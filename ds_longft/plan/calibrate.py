@@ -76,6 +76,7 @@ def measure(device: torch.device, ranks: int) -> Gpu:
         name=name,
         source="measured",
         about=f"{ranks} x {name}, torch {torch.__version__}; by ds-longft plan --calibrate",
+        capability=(properties.major, properties.minor),
         memory_gib=properties.total_memory / GIB,
         context_gib=others if ranks == 1 else near.context_gib,
         nccl_gib=max(0.0, others - near.context_gib) if ranks > 1 else near.nccl_gib,

@@ -12,6 +12,7 @@ from ds_longft.config import DpoConfig, ModelConfig, parse_tokens
 from ds_longft.errors import ConfigError
 from ds_longft.objectives.dpo import reference_of
 from ds_longft.plan import report
+from ds_longft.plan.kernels import with_fitting_kernels
 from ds_longft.plan.search import Question, alternatives, fastest, longest_of_each
 from ds_longft.plan.setting import Gpu, ModelSizes
 
@@ -73,12 +74,12 @@ def plan(
 
         measure(calibrate)
         return
-    question = _question(
+    question, tokens = _question(
         model, gpus, gpu, host_gib, None if full and not lora else lora_r, objective, reference, passes, kernel,
-        documents, targets, liger, both=lora and full,
+        documents, targets, liger, length, both=lora and full, charted=png is not None,
     )  # fmt: skip
     console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else FILE_WIDTH)
-    if length is None:
+    if tokens is None:
         plans = longest_of_each(question)
         if json:
             print(json_text.dumps({"longest": [report.as_json(p, question) for p in plans]}))
@@ -87,9 +88,6 @@ def plan(
         else:
             raise ConfigError(_nothing_fits(question, model))
         return
-    tokens = parse_tokens(length)
-    if not isinstance(tokens, int) or tokens < 1:
-        raise ConfigError(f"--length is {length!r}: give tokens, e.g. 65536, 128K or 1M")
     best = fastest(question, tokens)
     if best is None:
         longest = max((question.length(p.setting) for p in longest_of_each(question)), default=0)
@@ -109,7 +107,7 @@ def plan(
     parts = report.memory_parts(best, question)
     notes = [f"peak while at: {best.memory.moment}", report.bars(parts, question.gpu.memory_gib), "seconds of a step:"]
     notes.append("  " + ", ".join(f"{name} {s:.2f}" for name, s in best.time.parts.items()))
-    notes += report.instead(others)
+    notes += report.instead(others) + report.not_ahead(best)
     Console(stderr=True, soft_wrap=True, highlight=False).print("\n".join(notes))
 
 
@@ -126,10 +124,12 @@ def _question(
     documents: int,
     targets: float,
     liger: str,
+    length: str | int | None,
     *,
     both: bool,
-) -> Question:
-    """The arguments, checked together. Raises ConfigError with everything that is wrong."""
+    charted: bool,
+) -> tuple[Question, int | None]:
+    """The arguments, checked together, and --length in tokens. Raises ConfigError with everything that is wrong."""
     problems = []
     if not model:
         problems.append("--model is missing: a folder with a config.json, or a hub id")
@@ -137,10 +137,19 @@ def _question(
         problems.append("--lora and --full are both given: one of them")
     if gpus < 1:
         problems.append(f"--gpus is {gpus}: at least 1")
+    if lora_r is not None and lora_r < 1:
+        problems.append(f"--lora_r is {lora_r}: at least 1, or --full for no adapters")
     if host_gib < 0:
         problems.append(f"--host_gib is {host_gib}: 0 or more")
     if documents < 1 or not 0 < targets <= 1:
         problems.append(f"--documents is {documents}, --targets {targets}: expected 1 or more, and a share above 0")
+    tokens = None if length is None else parse_tokens(length)
+    if length is not None and (not isinstance(tokens, int) or tokens < 1):
+        problems.append(f"--length is {length!r}: give tokens, e.g. 65536, 128K or 1M")
+    elif tokens is not None and tokens < documents:
+        problems.append(f"--documents is {documents:,}, --length {tokens:,} tokens: a document has at least one")
+    if charted and length is None:
+        problems.append("--png shows one length: add --length")
     pairs = objective == "dpo"
     wrong = "model" if lora_r is not None else "adapter_off"
     if reference == wrong:
@@ -162,9 +171,10 @@ def _question(
     from ds_longft.model.load import load_config
 
     hf_config = load_config(ModelConfig(path=model), 1, attn_implementation="eager")
-    return Question(
-        model=ModelSizes.from_config(hf_config),
-        gpu=rates,
+    sizes = ModelSizes.from_config(hf_config)
+    question = Question(
+        model=sizes,
+        gpu=with_fitting_kernels(rates, sizes, kernel, tokens),
         gpus=gpus,
         host_gib=host_gib,
         lora_r=lora_r,
@@ -176,10 +186,12 @@ def _question(
         targets=targets,
         documents=documents,
     )
+    return question, tokens
 
 
 def _nothing_fits(question: Question, model: str) -> str:
+    fewer = f", or fewer than {question.documents:,} documents" if question.documents > 1 else ""
     return (
         f"{model} does not fit on {question.gpus} x {question.gpu.name} at any length: its weights alone are "
-        f"{2 * question.model.weights / 2**30:.1f} GiB. More GPUs, --lora, or a GPU with more memory"
+        f"{2 * question.model.weights / 2**30:.1f} GiB. More GPUs, --lora, or a GPU with more memory{fewer}"
     )

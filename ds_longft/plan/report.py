@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from ds_longft.errors import ConfigError
 from ds_longft.plan.setting import GIB
 from ds_longft.yaml_io import dump_yaml
 
@@ -69,7 +70,7 @@ def bars(parts: dict[str, float], total_gib: float) -> str:
 
 
 def write_png(plan: Plan, question: Question, path: str | Path) -> None:
-    """The same as one stacked bar, a PNG."""
+    """The same as one stacked bar, a PNG. Raises ConfigError where it cannot be written."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -89,7 +90,10 @@ def write_png(plan: Plan, question: Question, path: str | Path) -> None:
         fontsize=9,
     )
     axes.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.35), fontsize=8, frameon=False)
-    figure.savefig(path, dpi=120)
+    try:
+        figure.savefig(path, dpi=120, format="png")
+    except OSError as error:
+        raise ConfigError(f"--png {path} cannot be written: {error.strerror}") from None
 
 
 def length_in_words(plan: Plan, question: Question) -> str:
@@ -113,12 +117,15 @@ def recipe(plan: Plan, question: Question, model: str) -> str:
     pairs = question.objective == "dpo"
     max_length, window = question.length(x), question.model.max_positions
     stretch: dict[str, Any] = {"rope": {"type": "abf"}} if window and max_length > window else {}
+    asked = {"kernel": question.kernel} if question.kernel else {}
+    if not question.fused:
+        asked["liger"] = "off"
     content: dict[str, Any] = {
         "ds_config": plan.ds_config,
         "output_dir": "runs/planned",
         "sp": x.sp,
         **({"objective": "dpo", "dpo": {"reference": x.reference, "passes": x.passes}} if pairs else {}),
-        "model": {"path": model, **stretch},
+        "model": {"path": model, **asked, **stretch},
         "lora": None if x.lora_r is None else {"r": x.lora_r, "alpha": 2 * x.lora_r},
         "data": {"train": ["data/train.jsonl"], "max_length_tokens": max_length},
         "optim": {"learning_rate": LEARNING_RATES[question.objective, x.lora_r is not None]},
@@ -127,8 +134,8 @@ def recipe(plan: Plan, question: Question, model: str) -> str:
     head = (
         f"# Planned for {question.gpus} x {question.gpu.name} ({question.gpu.source}), "
         f"{length_in_words(plan, question)} a pack:\n"
-        f"# peak {plan.memory.peak_gib:.1f} of {question.gpu.memory_gib:.1f} GiB, {plan.time.total_s:.1f} s a step, "
-        f"{plan.time.tokens_per_s:,.0f} tokens/s of all GPUs, {x.dp} pack{'s' * (x.dp > 1)} a step.\n"
+        f"# peak {plan.memory.peak_gib:.1f} of {question.gpu.memory_gib:.1f} GiB, {plan.time.total_s:.1f} s a step "
+        f"with {x.kernel}, {plan.time.tokens_per_s:,.0f} tokens/s of all GPUs, {x.dp} pack{'s' * (x.dp > 1)} a step.\n"
     )
     if stretch:
         head += (
@@ -148,6 +155,22 @@ def instead(others: Mapping[str, Plan | None]) -> list[str]:
         for key, p in others.items()
     ]
     return ["the fastest at this length with", *lines] if lines else []
+
+
+def not_ahead(plan: Plan) -> list[str]:
+    """What a live reference costs beside its pass, where ZeRO-3 gathers weights in each pass.
+
+    DeepSpeed keeps one order of modules, from one pass to the next. A second model's never fits the model's; without
+    adapters it is the beginning of the model's, but in one pass it is what DeepSpeed learns, and then it is too short.
+    """
+    x = plan.setting
+    alike = x.reference == "adapter_off" and x.passes == "two"
+    if x.reference not in ("adapter_off", "model") or alike or x.stage < 3 or x.resident or x.world == 1:
+        return []
+    return [
+        "with this reference DeepSpeed forgets the order of the weights in each step of ZeRO-3 and fetches them when",
+        "they are needed, not ahead; dpo.reference: precomputed has them fetched ahead",
+    ]
 
 
 def as_json(plan: Plan, question: Question) -> dict[str, Any]:

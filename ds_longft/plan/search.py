@@ -170,7 +170,9 @@ class Question:
         return setting.tokens // self.documents_per_row
 
     def plan(self, setting: Setting, ds_config: str, tokens: int) -> Plan | None:
-        """The prediction at a length, None where it does not fit."""
+        """The prediction at a length, None where it does not fit, or is less than a token for each document."""
+        if tokens < self.documents:
+            return None
         setting = fastest_saver(self.model, self.at(setting, tokens), self.gpu, self.host_gib)
         memory = predict(self.model, setting, self.gpu)
         if not memory.fits(self.gpu, self.host_gib, self.gpus):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
@@ -19,10 +19,15 @@ from ds_longft.model.flops import layer_windows
 from ds_longft.model.rope import positions_end
 from ds_longft.model.supported import decoder_layers
 from ds_longft.objectives.dpo import Reference
+from ds_longft.sequence.kernels import KERNELS, Capability
 
 GIB = 2**30
 
 Passes = Literal["one", "two", "auto"]
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Rates = Annotated[list[Annotated[list[Positive], Field(min_length=2, max_length=2)]], Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class ModelSizes:
     q_heads: int
     kv_heads: int
     head_dim: int  # d
+    softcap: float | None  # of attention scores
     vocab: int  # V
     weights: int  # every weight, embedding and head included; a tied matrix counts once
     linear_io: tuple[tuple[str, int, int], ...]  # (name, in, out) of one layer's linears
@@ -89,6 +95,7 @@ class ModelSizes:
             q_heads=heads,
             kv_heads=getattr(hf_config, "num_key_value_heads", None) or heads,
             head_dim=getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads,
+            softcap=getattr(hf_config, "attn_logit_softcapping", None),
             vocab=hf_config.vocab_size,
             weights=sum(p.numel() for p in model.parameters()),
             linear_io=linears,
@@ -121,6 +128,7 @@ class Setting:
     fused: bool = True  # liger's norm, rotary embedding and gated activation
     targets: float = 1.0  # share of the tokens that have a target
     element_bytes: int = 2
+    accumulation: int = 1  # packs of a rank in a step
     reference: Reference = "none"  # of pairs: where the reference's log-probabilities come from
     passes: Passes = "one"  # of pairs, as dpo.passes; "auto" is counted as one until `search.savers` settles it
 
@@ -147,51 +155,65 @@ class Setting:
         return self.world // self.sp
 
 
+def _tables(of_kernels: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Raises ValueError for a kernel that there is not, or one with rates of one direction."""
+    known = [kernel.name for kernel in KERNELS]
+    for name, directions in of_kernels.items():
+        if name not in known:
+            raise ValueError(f"{name} is no attention kernel; known are {', '.join(known)}")
+        if set(directions) != {"forward", "backward"}:
+            raise ValueError(f"{name} has {', '.join(directions) or 'nothing'}, expected forward and backward")
+    return of_kernels
+
+
 @dataclass(frozen=True)
 class Gpu:
     """A GPU type: memory, and rates that are either measured by `ds-longft plan --calibrate` or from data sheets."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     name: str
     source: str  # "measured" or "datasheet"
     about: str  # where the numbers come from
-    memory_gib: float  # as torch reports it
-    context_gib: float  # CUDA context and kernels' own memory, beside torch's
-    nccl_gib: float  # what communication adds when there is more than one rank
-    gemm_tflops: float  # bf16, a large product
-    attention_tflops: dict[str, dict[str, list[list[float]]]]  # kernel -> forward | backward -> [[tokens, TFLOP/s]]
-    memory_gb_s: float  # elementwise kernels, read + written
-    all_to_all_gb_s: float  # sent by each GPU
-    all_gather_gb_s: float  # received by each GPU
-    host_gb_s: float  # pinned copies, one direction, all GPUs of the node at once
-    sustained: dict[str, float]  # share of these rates in a step, where clocks fall: gemm, attention_forward, ...
+    capability: Capability  # CUDA compute capability: some attention kernels run on some only
+    memory_gib: Positive  # as torch reports it
+    context_gib: NotNegative  # CUDA context and kernels' own memory, beside torch's
+    nccl_gib: NotNegative  # what communication adds when there is more than one rank
+    gemm_tflops: Positive  # bf16, a large product
+    # kernel -> forward | backward -> [[tokens, TFLOP/s]]
+    attention_tflops: Annotated[dict[str, dict[str, Rates]], Field(min_length=1), AfterValidator(_tables)]
+    memory_gb_s: Positive  # elementwise kernels, read + written
+    all_to_all_gb_s: Positive  # sent by each GPU
+    all_gather_gb_s: Positive  # received by each GPU
+    host_gb_s: Positive  # pinned copies, one direction, all GPUs of the node at once
+    sustained: dict[str, Positive]  # share of these rates in a step, where clocks fall: gemm, attention_forward, ...
 
     @classmethod
     def load(cls, name: str) -> Gpu:
-        """A shipped type by name, or a calibration file by path. Raises ConfigError with the known names."""
-        path = Path(name).expanduser()
-        known = shipped_gpus()
-        if path.suffix == ".json" and path.is_file():
-            content = json.loads(path.read_text(encoding="utf-8"))
-        elif name.lower() in known:
-            content = json.loads(
-                files(__package__).joinpath("gpus", f"{name.lower()}.json").read_text(encoding="utf-8")
-            )
-        else:
+        """A shipped type by name, or a calibration file by path.
+
+        Raises:
+            ConfigError: neither, with the known names; or a file that is not as `--calibrate` writes it, with every key
+                that is wrong.
+        """
+        path, known = Path(name).expanduser(), shipped_gpus()
+        shipped = files(__package__).joinpath("gpus", f"{name.lower()}.json")
+        own = path.suffix == ".json" and path.is_file()
+        if not own and name.lower() not in known:
             raise ConfigError(
                 f"--gpu is {name!r}; expected one of {', '.join(known)}, or the JSON file that "
                 f"`ds-longft plan --calibrate FILE` writes on your machine"
             )
-        return cls.of(content)
-
-    @classmethod
-    def of(cls, content: dict[str, Any]) -> Gpu:
-        """From the parsed JSON. Raises ConfigError naming keys that are missing or unknown."""
-        wanted = set(cls.__dataclass_fields__)
-        if wanted != set(content):
-            raise ConfigError(
-                f"calibration file: missing {sorted(wanted - set(content))}, unknown {sorted(set(content) - wanted)}"
-            )
-        return cls(**content)
+        try:
+            return TypeAdapter(cls).validate_json((path if own else shipped).read_bytes())
+        except OSError as error:
+            wrong = [f"cannot be read, {error.strerror}"]
+        except ValidationError as error:
+            wrong = [f"{'.'.join(map(str, e['loc'])) or 'all of it'}: {e['msg']}" for e in error.errors()]
+        raise ConfigError(
+            f"--gpu {name} is no file as `ds-longft plan --calibrate {name}` writes it on your machine: "
+            + "; ".join(wrong)
+        )
 
     @cached_property
     def kernels(self) -> tuple[str, ...]:

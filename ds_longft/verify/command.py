@@ -6,6 +6,8 @@ import argparse
 import os
 from dataclasses import dataclass
 
+from ds_longft import quickstart
+from ds_longft.check import preflight
 from ds_longft.config import RunConfig, parse_tokens
 from ds_longft.errors import ConfigError
 from ds_longft.settings import load_config
@@ -87,10 +89,16 @@ def read(argv: list[str]) -> tuple[Options, RunConfig]:
 
 
 def _ranks(options: Options, config: RunConfig, gpus: int) -> int:
-    ranks = options.ranks or (config.sp if isinstance(config.sp, int) else gpus or 2)
+    """How many to start. Raises ConfigError with what each of them would refuse, before there is any."""
+    sp = config.sp if isinstance(config.sp, int) else None
+    ranks = options.ranks or sp or gpus or 2
+    if sp and ranks % sp:
+        raise ConfigError(f"ds-longft verify: --ranks is {ranks}, sp is {sp}: give {sp} ranks or a multiple of it")
     if gpus and ranks > gpus:
         raise ConfigError(
             f"{ranks} ranks are asked for, this machine has {gpus} GPUs: give a smaller sp, or CUDA_VISIBLE_DEVICES= "
             f"to verify on the CPU, or start it with a launcher on several nodes"
         )
+    quickstart.prepare(config)
+    preflight(config, world=ranks, local_world=ranks, device="cuda" if gpus else "cpu")
     return ranks

@@ -118,7 +118,9 @@ def test_sp_that_cannot_be(sp: Any, of_json: int | None, world: int, expected: s
 
 def test_more_ranks_than_heads_names_the_largest_sp(folder: Path) -> None:
     problems = problems_of(config_in(folder), world=16)
-    assert problems == ["sp is 16, but the model has 9 query heads to share among GPUs: the largest sp that works is 8"]
+    expected = "sp is {}, but the model has 9 query heads to share among GPUs: the largest sp that works {}"
+    assert problems == [expected.format(16, "with 16 ranks is 8, with 9 ranks 9")]
+    assert problems_of(config_in(folder), world=18) == [expected.format(18, "is 9")]
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,25 @@ def test_help_of_a_group_and_of_a_command(capsys: pytest.CaptureFixture[str]) ->
     assert not CALLS
 
 
+@pytest.mark.parametrize("group", ["data", "data synth", "eval", "eval longbench", "slurm"])
+@pytest.mark.parametrize("asked", [[], ["--help"], ["-h"]])
+def test_groups_at_any_depth_list_their_commands(
+    group: str, asked: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*group.split(), *asked]) == 0
+    text = capsys.readouterr().out
+    listed = [name for name in COMMANDS if f"  {name} " in text]
+    assert listed == [name for name in COMMANDS if name.startswith(f"{group} ")]
+
+
+def test_h_is_the_help_and_no_flag_with_that_letter(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "stats", "-h"]) == 0
+    text = capsys.readouterr().out
+    assert "    --html=HTML" in text
+    assert "-h, --html" not in text
+    assert "    -p, --png=PNG" in text
+
+
 def test_config_prints_a_config_that_runs_again(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "--sp", "4", "--lora", "null"]) == 0
     printed = capsys.readouterr().out

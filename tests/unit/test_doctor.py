@@ -35,6 +35,13 @@ def test_small_shared_memory_is_wrong(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "--shm-size" in found.mend
 
 
+@pytest.mark.parametrize("below", ["", "x", "x/y"])
+def test_no_folder_can_be_made_in_a_file(tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").touch()
+    found = module.disk(tmp_path / "file" / below)[0]
+    assert (found.level, found.seen) == ("wrong", f"cannot be written: {tmp_path / 'file'} is a file")
+
+
 def test_this_machine(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     module.doctor(str(tmp_path), json=True)
     found = {f["what"]: f for f in map(json.loads, capsys.readouterr().out.splitlines())}

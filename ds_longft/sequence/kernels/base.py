@@ -64,8 +64,12 @@ class Kernel(Protocol):
         head_dim: int,
         spec: AttentionSpec,
         capability: Capability | None,
+        here: bool = True,
     ) -> str | None:
-        """Why this kernel cannot do the job exactly, or None if it can. `capability` is None off CUDA."""
+        """Why this kernel cannot do the job exactly, or None if it can. `capability` is None off CUDA.
+
+        Without `here` the job is another machine's: what is installed on this one does not count.
+        """
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, documents_cu: Tensor, lengths: Sequence[int], spec: AttentionSpec

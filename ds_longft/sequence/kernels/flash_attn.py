@@ -34,6 +34,7 @@ class FlashAttention4:
         head_dim: int,
         spec: AttentionSpec,
         capability: Capability | None,
+        here: bool = True,
     ) -> str | None:
         """See `Kernel.refuses`."""
         major = capability[0] if capability else 0
@@ -44,7 +45,7 @@ class FlashAttention4:
                 (major > 9 and 128 < head_dim < 256, f"takes up to 128, or 256, on Blackwell, not {head_dim}"),
                 (major > 9 and head_dim == 256 and spec.softcap is not None, "has no softcap at 256 on Blackwell"),
             )
-            or import_failure("flash_attn.cute.interface")
+            or (import_failure("flash_attn.cute.interface") if here else None)
         )
 
     def forward(
@@ -117,11 +118,14 @@ class FlashAttention3:
         head_dim: int,
         spec: AttentionSpec,
         capability: Capability | None,
+        here: bool = True,
     ) -> str | None:
         """See `Kernel.refuses`."""
         reason = flash_refusal(device_type, dtype, head_dim, capability, oldest=(9, 0))
         if reason is None and capability is not None and capability[0] != 9:
             reason = f"is written for compute capability 9, this GPU has {capability}"
+        if not here:
+            return reason
         if reason := reason or import_failure("flash_attn_interface"):
             return reason
         from flash_attn_interface import _flash_attn_forward
@@ -206,12 +210,13 @@ class FlashAttention2:
         head_dim: int,
         spec: AttentionSpec,
         capability: Capability | None,
+        here: bool = True,
     ) -> str | None:
         """See `Kernel.refuses`."""
         return (
             flash_refusal(device_type, dtype, head_dim, capability, oldest=(8, 0))
             # flash-attn-4 shares the package name `flash_attn`: ask for the module itself
-            or import_failure("flash_attn.flash_attn_interface")
+            or (import_failure("flash_attn.flash_attn_interface") if here else None)
         )
 
     def forward(

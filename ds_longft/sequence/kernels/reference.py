@@ -66,6 +66,7 @@ class MathKernel:
         head_dim: int,
         spec: AttentionSpec,
         capability: Capability | None,
+        here: bool = True,
     ) -> str | None:
         """Never."""
         return None

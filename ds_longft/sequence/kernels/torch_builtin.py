@@ -51,6 +51,7 @@ class CudnnKernel:
         head_dim: int,
         spec: AttentionSpec,
         capability: Capability | None,
+        here: bool = True,
     ) -> str | None:
         """See `Kernel.refuses`."""
         version = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
@@ -61,7 +62,7 @@ class CudnnKernel:
             (head_dim > 128 or head_dim % 8 != 0, f"takes head dimensions up to 128 in steps of 8, not {head_dim}"),
             (spec.window is not None, f"has no sliding window (asked for {spec.window})"),
             (spec.softcap is not None, f"has no softcap (asked for {spec.softcap})"),
-            (version is None or version < 90000, f"needs cuDNN 9 in torch, found {version}"),
+            (here and (version is None or version < 90000), f"needs cuDNN 9 in torch, found {version}"),
         )
 
     def forward(
@@ -169,13 +170,17 @@ class TorchVarlen:
         head_dim: int,
         spec: AttentionSpec,
         capability: Capability | None,
+        here: bool = True,
     ) -> str | None:
         """See `Kernel.refuses`."""
         small = capability in ((8, 6), (8, 9), (12, 0), (12, 1))  # too little shared memory for wide heads
         return flash_refusal(device_type, dtype, head_dim, capability, oldest=(8, 0)) or refusal(
             (small and head_dim > 192, f"takes head dimensions up to 192 on this GPU {capability}, not {head_dim}"),
             (spec.softcap is not None, f"has no softcap (asked for {spec.softcap})"),
-            (not torch.backends.cuda.is_flash_attention_available(), "this torch was built without FlashAttention"),
+            (
+                here and not torch.backends.cuda.is_flash_attention_available(),
+                "this torch was built without FlashAttention",
+            ),
         )
 
     def forward(
@@ -249,6 +254,7 @@ class CpuKernel:
         head_dim: int,
         spec: AttentionSpec,
         capability: Capability | None,
+        here: bool = True,
     ) -> str | None:
         """See `Kernel.refuses`."""
         dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -88,6 +88,8 @@ def test_inspect_shows_a_pack_with_its_borders(config, capsys):
     assert json.loads(capsys.readouterr().out)["documents"] != documents
     with pytest.raises(DataError, match="pack 99 does not exist: epoch 0 has packs 0 to"):
         commands.inspect(config, pack=99)
+    with pytest.raises(ConfigError, match="--epoch is -1"):
+        commands.inspect(config, pack=0, epoch=-1)
 
 
 def test_convert_synth_and_their_mistakes(tmp_path, write_jsonl, capsys):

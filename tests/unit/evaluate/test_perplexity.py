@@ -56,6 +56,16 @@ def test_pieces_do_not_overlap_and_are_spread() -> None:
     assert len(pieces_of(tokenizer, texts, 1000, 1, join=True)[0]) == 1000
 
 
+@pytest.mark.parametrize("length", ["0", "-5", "1", "0K"])
+@pytest.mark.parametrize("sp", ["1", "2"])
+def test_a_length_that_holds_no_target_is_refused_before_anything_starts(
+    length: str, sp: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ds_longft.evaluate.perplexity.start_ranks", lambda *_: pytest.fail("ranks were started"))
+    assert main(["eval", "perplexity", "no-model", f"--length={length}", "--sp", sp]) == 64
+    assert "--length is" in capsys.readouterr().err
+
+
 def test_commands_on_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, out = tiny_model(tmp_path / "model"), str(tmp_path / "eval")
     copy = tmp_path / "longbench"

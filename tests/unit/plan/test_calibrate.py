@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,8 +41,29 @@ def test_a_calibration_file_is_a_gpu(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(asdict(Gpu.load("h200"))))
     assert Gpu.load(str(path)) == Gpu.load("h200")
-    path.write_text(json.dumps({"name": "x"}))
-    with pytest.raises(ConfigError, match="missing"):
-        Gpu.load(str(path))
     assert calibrate._nearest("NVIDIA A100-SXM4-80GB").name.startswith("NVIDIA A100")
     assert calibrate._nearest("NVIDIA H200").name == "NVIDIA H200"
+
+
+RATES = asdict(Gpu.load("h200"))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("{not json", ["Invalid JSON"]),
+        ("[1]", ["should be an object"]),
+        ({"name": "x", "extra": 1}, ["memory_gib: Field required", "capability: Field required", "extra: "]),
+        (RATES | {"memory_gib": "much", "host_gb_s": 0}, ["memory_gib: ", "host_gb_s: "]),
+        (RATES | {"attention_tflops": {}}, ["attention_tflops: "]),
+        (RATES | {"attention_tflops": {"varlen": {"forward": []}}}, ["attention_tflops.varlen.forward: "]),
+        (RATES | {"attention_tflops": {"varlen": {"forward": [[1, 2]]}}}, ["expected forward and backward"]),
+        (RATES | {"attention_tflops": {"flash": {}}}, ["flash is no attention kernel; known are flash-attn-4"]),
+    ],
+)
+def test_a_file_that_is_none_is_told_by_its_keys(content: Any, expected: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(ConfigError) as caught:
+        Gpu.load(str(path))
+    assert all(words in str(caught.value) for words in [str(path), "--calibrate", *expected])

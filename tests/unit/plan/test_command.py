@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from transformers import AutoConfig
@@ -11,11 +12,11 @@ from transformers import AutoConfig
 from ds_longft.cli import main
 from ds_longft.errors import EXIT_CONFIG
 from ds_longft.model.load import load_config as load_model_config
-from ds_longft.plan.report import recipe
+from ds_longft.plan.report import not_ahead, recipe
 from ds_longft.plan.search import Question, fastest, longest_of_each
-from ds_longft.plan.setting import Gpu, shipped_gpus
+from ds_longft.plan.setting import Gpu, Setting, shipped_gpus
 from ds_longft.settings import load_config
-from tests.unit.plan.shapes import LLAMA_8B, sizes
+from tests.unit.plan.shapes import LLAMA_8B, SMOLLM2, sizes
 
 
 @pytest.fixture
@@ -113,11 +114,61 @@ def test_a_recipe_for_pairs(llama: str, tmp_path: Path, capsys: pytest.CaptureFi
         (["--gpus", "1", "--gpu", "rtx4090", "--full"], "does not fit"),
         (["--length", "long"], "give tokens"),
         (["--kernel", "flash"], "has rates for"),
+        (["--lora_r", "0"], "--lora_r is 0: at least 1"),
+        (["--documents", "100000", "--length", "8K"], "--documents is 100,000, --length 8,192 tokens"),
+        (["--png", "memory.png"], "add --length"),
+        (["--png", "/no/such/folder/memory.png", "--length", "8K"], "memory.png cannot be written: No such file"),
     ],
 )
 def test_mistakes(llama: str, arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model", llama, *arguments]) == EXIT_CONFIG
     assert expected in capsys.readouterr().err
+
+
+def test_mistakes_are_listed_together(llama: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", llama, "--gpus", "0", "--lora_r", "-1", "--length", "long"]) == EXIT_CONFIG
+    assert "3 problems" in capsys.readouterr().err
+
+
+def test_lengths_hold_a_token_of_each_document() -> None:
+    """Documents of no token have no rate: the search for the longest pack once divided by it."""
+    question = Question(sizes(SMOLLM2), Gpu.load("rtx4090"), 1, 0.0, documents=3000)
+    setting, ds_config = next(question.settings())
+    assert question.plan(setting, ds_config, 2999) is None
+    found = question.plan(setting, ds_config, 3000)
+    assert found is not None
+    assert found.setting.lengths == (1,) * 3000
+
+
+def test_what_was_asked_for_is_in_the_recipe(llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "--model", llama, "--gpus", "1", "--gpu", "h200", "--length", "8K"]
+
+    def of_recipe(*more: str) -> tuple[str, str]:
+        assert main([*arguments, *more]) == 0
+        (tmp_path / "recipe.yaml").write_text(capsys.readouterr().out)
+        config = load_config(["--config", str(tmp_path / "recipe.yaml")])
+        return config.model.kernel, config.model.liger
+
+    assert of_recipe("--kernel", "cudnn", "--liger", "off") == ("cudnn", "off")
+    assert of_recipe() == ("auto", "auto")
+
+
+def test_a_live_reference_is_said_to_keep_weights_from_coming_ahead(
+    llama: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["plan", "--model", llama, "--gpus", "8", "--length", "8K", "--objective", "dpo"]
+    for more, said in ((["--full"], True), (["--full", "--reference", "precomputed"], False), ([], False)):
+        assert main([*arguments, *more]) == 0
+        assert ("not ahead" in capsys.readouterr().err) == said
+
+
+@pytest.mark.parametrize(("passes", "said"), [("one", True), ("two", False)])
+def test_without_adapters_the_order_is_forgotten_in_one_pass_only(passes: Literal["one", "two"], said: bool) -> None:
+    question = Question(sizes(LLAMA_8B), Gpu.load("h100-80"), 8, 0.0, objective="dpo", reference="adapter_off")
+    setting = Setting((8192,) * 2, 8, 8, resident=False, reference="adapter_off", passes=passes)
+    plan = question.plan(setting, "ds_configs/zero3_sp.json", 8192)
+    assert plan is not None
+    assert bool(not_ahead(plan)) == said
 
 
 def test_no_model_and_a_mixture_of_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
