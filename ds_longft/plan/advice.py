@@ -184,6 +184,7 @@ def setting_of_run(
         fused=fused,
         reference=reference_of(config.dpo, lora=config.lora is not None) if pairs else "none",
         passes=config.dpo.passes if pairs else "one",
+        accumulation=config.train.gradient_accumulation_steps,
     )
 
 

@@ -156,7 +156,8 @@ def fixed(model: ModelSizes, setting: Setting) -> dict[str, float]:
     """Bytes held all the time: weights, and what belongs to the trained ones (DeepSpeed 0.19.8, bf16).
 
     Weights 2 bytes, a frozen reference's too; master and two moments 12 bytes a trained element, split over ranks from
-    stage 1; gradients 2, split from stage 2; reduce buckets of 2 bytes.
+    stage 1; gradients 2, split from stage 2, and there 4 for adapters and where several packs are summed
+    (`ds_config._fill_sum_types`); reduce buckets of 2 bytes.
     """
     e, world, trained = setting.element_bytes, setting.world, trained_weights(model, setting)
     whole = own = weights = float(e * model.weights)
@@ -167,7 +168,8 @@ def fixed(model: ModelSizes, setting: Setting) -> dict[str, float]:
     split_states = world if setting.stage >= 1 else 1
     split_gradients = world if setting.stage >= 2 else 1
     states = 0.0 if setting.offload_optimizer else 12 * trained / split_states
-    gradients = 0.0 if setting.offload_optimizer else e * trained / split_gradients
+    in_float32 = setting.stage >= 2 and (setting.lora_r is not None or setting.accumulation > 1)
+    gradients = 0.0 if setting.offload_optimizer else (4 if in_float32 else e) * trained / split_gradients
     bucket = 5e6 if setting.lora_r is not None else max(5e6, model.hidden**2)
     buffers = (2 if setting.stage >= 2 else 1) * e * bucket
     if setting.lora_r is not None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from ds_longft.plan.memory import predict, spend
+from ds_longft.plan.memory import fixed, predict, spend
 from ds_longft.plan.search import savers
 from ds_longft.plan.setting import GIB, Gpu, Setting
 from ds_longft.plan.step import Keep, Sizes, Step
@@ -106,6 +106,9 @@ def test_weights_and_optimizer_by_zero_stage() -> None:
     assert part("weights", stage=3) == pytest.approx(1.5 * weights, rel=0.01)  # resident: own half beside the whole
     assert part("weights", stage=3, resident=False) == pytest.approx(weights / 2 + 2e9 / GIB, rel=0.01)
     assert part("gradients and optimizer", stage=3, lora_r=None) > 7 * model.weights / GIB
+    one, several = (fixed(model, Setting((8192,), 2, 2, lora_r=None, accumulation=n)) for n in (1, 4))
+    added = several["gradients and optimizer"] - one["gradients and optimizer"]
+    assert added == 2 * model.weights / 2  # float32 sums, of this rank's half
 
 
 def test_auto_spends_what_is_left_and_no_more() -> None:

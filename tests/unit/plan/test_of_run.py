@@ -44,7 +44,8 @@ def test_it_is_the_prediction_of_the_planner() -> None:
     assert again is not None
     assert again["step_s"] == pytest.approx(4 * found["step_s"], rel=0.01)
     assert again["packs_a_step"] == 4
-    assert again["peak_gib"] == found["peak_gib"]
+    summed = 2 * model.weights / 2**30  # in float32
+    assert again["peak_gib"] == pytest.approx(found["peak_gib"] + summed, abs=0.01)
 
 
 def test_without_rates_only_memory_is_foreseen() -> None:
