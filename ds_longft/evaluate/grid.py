@@ -49,7 +49,7 @@ class Grid:
         cells = product(self.languages, sizes, self.depths, range(self.trials))
         return [Ask(language, size, depth, trial) for language, size, depth, trial in cells]
 
-    def settings(self, sizes: Sequence[int]) -> dict[str, Any]:
+    def settings(self, sizes: Sequence[int], texts_fingerprint: str) -> dict[str, Any]:
         """What decides the questions and how answers are judged."""
         return {
             "form": self.form,
@@ -59,6 +59,7 @@ class Grid:
             "trials": self.trials,
             "languages": self.languages,
             "haystacks": {language: self.files[language] or "built in" for language in self.languages},
+            "texts_fingerprint": texts_fingerprint,
             "where": self.where,
             "seed": self.seed,
             "answer_tokens": ANSWER_TOKENS,

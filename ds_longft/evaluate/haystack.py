@@ -10,7 +10,7 @@ from typing import Any
 
 from ds_longft.errors import ConfigError, DataError
 from ds_longft.evaluate.facts import HEAD, Needle
-from ds_longft.evaluate.texts import Language, encode
+from ds_longft.evaluate.texts import Language, adds_bos, encode
 
 MARK = "\u241e"  # stands for the text while the chat template is rendered; no document holds it
 SENTENCE_END = re.compile(r"[.!?。！？\n]\s*$")
@@ -106,10 +106,16 @@ def build_prompt(
 def chat_around(tokenizer: Any, content: str) -> tuple[list[int], list[int]]:
     """Token ids in front of and behind the mark, with the chat template around it where the tokenizer has one."""
     if tokenizer.chat_template:
-        turns = [{"role": "user", "content": content}]
-        whole = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        whole = chat_prompt(tokenizer, content)
     else:
-        whole = (tokenizer.bos_token or "") + content + "\n\nAnswer:"
+        whole = (tokenizer.bos_token if adds_bos(tokenizer) else "") + content + "\n\nAnswer:"
     head, found, tail = whole.partition(MARK)
     assert found, "the chat template dropped the user's turn"
     return encode(tokenizer, head), encode(tokenizer, tail)
+
+
+def chat_prompt(tokenizer: Any, content: str) -> str:
+    """A question in the chat template, up to where the answer begins."""
+    turns = [{"role": "user", "content": content}]
+    # Answers are short: a model that would think first (Qwen3) is asked not to. Other templates do not look at it.
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False))

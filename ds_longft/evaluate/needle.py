@@ -145,7 +145,8 @@ def _measure(
     opened: list[results.Rows] = []  # on the process that writes
 
     def open_rows() -> set[str]:
-        settings = {"weights": results.weights_identity(subject), **grid.settings(sizes)}
+        of_texts = results.fingerprint(stack.ids for stack in stacks.values())
+        settings = {"weights": results.weights_identity(subject), **grid.settings(sizes, of_texts)}
         opened.append(results.Rows(folder, file, settings, total=len(asks)))
         if loaded.window is not None and longest > loaded.window and not quiet:
             print(f"note: {longest:,} tokens lie beyond the model's window of {loaded.window:,}", flush=True)

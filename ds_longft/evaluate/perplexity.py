@@ -21,7 +21,7 @@ from ds_longft.batch import IGNORE_INDEX, Pack
 from ds_longft.errors import ConfigError, DataError
 from ds_longft.evaluate.crew import said_once, start_ranks
 from ds_longft.evaluate.needle import CHARACTERS_A_TOKEN, tokens_of
-from ds_longft.evaluate.texts import Language, encode, read_texts, token_stream
+from ds_longft.evaluate.texts import Language, adds_bos, encode, read_texts, token_stream
 from ds_longft.train.ranks import Launch
 
 SHOWN_PARTS = 8
@@ -133,6 +133,7 @@ def _measure(
         "join": join,
         "length_tokens": tokens,
         "texts": len(pieces),
+        "texts_fingerprint": results.fingerprint(pieces),
         "buckets": buckets,
     }
     folder, file = results.result_folder(subject, out), results.result_name(name, "perplexity", before)
@@ -175,7 +176,7 @@ def pieces_of(tokenizer: Any, texts: list[str], tokens: int, count: int, *, join
     Raises:
         DataError: no text is that long.
     """
-    bos = [] if tokenizer.bos_token_id is None or not _adds_bos(tokenizer) else [tokenizer.bos_token_id]
+    bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
     body = tokens - len(bos)
     streams = [token_stream(tokenizer, texts)] if join else [encode(tokenizer, text) for text in texts]
     starts = [(i, a) for i, ids in enumerate(streams) for a in range(0, len(ids) - body + 1, body)]
@@ -185,11 +186,6 @@ def pieces_of(tokenizer: Any, texts: list[str], tokens: int, count: int, *, join
         raise DataError(f"no text has {tokens:,} tokens (the longest has {longest:,}): lower --length{hint}")
     chosen = starts if len(starts) <= count else [starts[i * len(starts) // count] for i in range(count)]
     return [bos + streams[i][a : a + body] for i, a in chosen]
-
-
-def _adds_bos(tokenizer: Any) -> bool:
-    ids = tokenizer("a")["input_ids"]
-    return bool(ids) and ids[0] == tokenizer.bos_token_id
 
 
 def pack_of(ids: list[int]) -> Pack:
@@ -214,14 +210,15 @@ def summarize(rows: Sequence[dict[str, Any]], tokens: int, buckets: int) -> dict
     edges = [round(i * tokens / buckets) for i in range(buckets + 1)]
 
     def mean(a: int, b: int) -> float | None:
-        """Over the buckets that lie between two positions."""
-        inside = [i for i in range(buckets) if edges[i] >= a and edges[i + 1] <= b]
+        """Over the buckets between two positions; None where one of them lies inside a bucket."""
+        inside = [i for i in range(buckets) if edges[i] >= a and edges[i + 1] <= b] if {a, b} <= set(edges) else []
         total = counts[inside].sum() if inside else 0
         return round(float(losses[inside].sum() / total), 4) if total else None
 
     parts = [round(i * tokens / SHOWN_PARTS) for i in range(SHOWN_PARTS + 1)]
     doubling = [1 << i for i in range(20) if tokens / buckets <= 1 << i < tokens] + [tokens]
-    ranges = {f"{a}-{b}": mean(a, b) for a, b in zip([0, *doubling], doubling, strict=False)}
+    ends = [min(edges, key=lambda edge: abs(edge - at)) for at in doubling]  # of buckets, where they are no powers of 2
+    ranges = {f"{a}-{b}": mean(a, b) for a, b in zip([0, *ends], ends, strict=False)}
     return {
         "length_tokens": tokens,
         "texts": len(rows),

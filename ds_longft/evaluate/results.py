@@ -7,11 +7,12 @@ folder is RUN/eval, and a name that ends in `-before` is the model the run start
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ds_longft.errors import DataError
 from ds_longft.evaluate.subject import Subject
+from ds_longft.model.lora import BASE_CONFIG_FOLDER
 
 BEFORE = "-before"
 LINE_EVERY_S = 10.0
+MODEL_FILES = (
+    "*.safetensors", "config.json", "adapter_config.json", f"{BASE_CONFIG_FOLDER}/config.json", "tokenizer.json",
+    "tokenizer_config.json", "chat_template.jinja",
+)  # fmt: skip
 
 
 def result_folder(subject: Subject, out: str | None) -> Path:
@@ -52,10 +58,19 @@ def show(
 
 
 def weights_identity(subject: Subject) -> list[Any]:
-    """What tells these weights from others without reading them: path, size and time of each file."""
+    """What tells this model from others without reading its weights: size and time of each file that it is made of."""
     folder = subject.adapter or Path(subject.base.path).expanduser()
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    return [subject.shown, [[f.name, f.stat().st_size, int(f.stat().st_mtime)] for f in files]]
+    files = sorted(f for pattern in MODEL_FILES for f in folder.glob(pattern)) if folder.is_dir() else []
+    stats = [(str(f.relative_to(folder)), f.stat()) for f in files]
+    return [subject.shown, [[name, stat.st_size, int(stat.st_mtime)] for name, stat in stats]]
+
+
+def fingerprint(parts: Iterable[Any]) -> str:
+    """Tells what a model is asked from anything else: the same path may hold other texts the next time."""
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(json.dumps(part).encode() + b"\n")
+    return whole.hexdigest()[:12]
 
 
 class Rows:
@@ -132,7 +147,8 @@ class Rows:
         if not self.path.exists():
             return []
         rows: list[dict[str, Any]] = []
-        lines = self.path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): replies hold line separators (U+2028, U+0085) that JSON leaves as they are.
+        lines = self.path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
         for i, line in enumerate(lines):
             try:
                 content = json.loads(line)

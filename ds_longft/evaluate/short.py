@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json as json_text
 import random
+import re
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ds_longft.errors import ConfigError
+from ds_longft.evaluate.needle import CHARACTERS_A_TOKEN
 from ds_longft.evaluate.texts import Language, read_texts
 
 ANSWER_TOKENS = 32
@@ -90,13 +92,15 @@ def short(
     register()
     subject = find_subject(model, before=before, base=base)
     tokenizer = subject_tokenizer(subject)
-    pieces = pieces_of(tokenizer, read_texts(text, language, where=where), length, texts, join=True)
+    source = read_texts(text, language, where=where, characters=CHARACTERS_A_TOKEN * length * texts)
+    pieces = pieces_of(tokenizer, source, length, texts, join=True)
     asked = questions()
     settings = {
         "weights": results.weights_identity(subject),
         "text": text or f"built in, {language}",
         "where": where,
         "texts": len(pieces),
+        "texts_fingerprint": results.fingerprint(pieces),
         "length_tokens": length,
     }
     folder, file = results.result_folder(subject, out), results.result_name(name, "short", before)
@@ -139,7 +143,12 @@ def _ask(loaded: Any, tokenizer: Any, question: str, answer: str, stops: set[int
     head, tail = chat_around(tokenizer, MARK + question)
     reply = generate(loaded, [head + tail], max_new_tokens=ANSWER_TOKENS, stop_ids=stops)[0]
     text = tokenizer.decode(reply, skip_special_tokens=True).strip()
-    return {"question": question, "answer": answer, "reply": text, "right": answer.lower() in text.lower()}
+    return {"question": question, "answer": answer, "reply": text, "right": is_right(answer, text)}
+
+
+def is_right(answer: str, reply: str) -> bool:
+    """Whether the reply holds the answer as a word of its own: 9 is not in 19, nor old in cold."""
+    return re.search(rf"\b{re.escape(answer)}\b", reply, re.IGNORECASE) is not None
 
 
 def _summary(rows: list[dict[str, Any]], length: int) -> dict[str, Any]:

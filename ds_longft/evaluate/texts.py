@@ -8,6 +8,7 @@ with a path where that matters.
 from __future__ import annotations
 
 import ast
+import gzip
 import random
 import sysconfig
 from collections.abc import Iterator
@@ -70,8 +71,10 @@ def _is_text(file: Path) -> bool:
 
 
 def _file_texts(file: Path, taken: Where) -> Iterator[str]:
-    if file.suffix in PLAIN:
-        yield file.read_text(encoding="utf-8", errors="replace")
+    packed = file.suffix == ".gz"
+    if (file.suffixes[-2] if packed else file.suffix) in PLAIN:
+        raw = file.read_bytes()
+        yield (gzip.decompress(raw) if packed else raw).decode("utf-8", errors="replace")
         return
     for origin, row in read_rows(SourceConfig(path=str(file))):
         if isinstance(row, BadRow):
@@ -146,3 +149,9 @@ def token_stream(tokenizer: Any, texts: list[str]) -> list[int]:
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a text without the marks of a chat or of a beginning."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether it puts the mark of a beginning in front of plain text; some have one and do not."""
+    ids = tokenizer("a")["input_ids"]
+    return bool(ids) and ids[0] == tokenizer.bos_token_id

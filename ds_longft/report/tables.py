@@ -206,11 +206,13 @@ def _needle_words(settings: dict[str, Any]) -> list[str]:
 
 
 def _text_words(settings: dict[str, Any]) -> list[str]:
-    same = ("text", "texts", "buckets", "where", "tasks", "limit")
+    same = ("text", "texts", "buckets", "where", "data", "prompts", "tasks", "limit")
     flags = {"length_tokens": "length", "max_length_tokens": "max_length"} | dict(zip(same, same, strict=True))
     words = [f"--{flag}" for flag in ("join", "e") if settings.get(flag)]
     for key, flag in flags.items():
         value = settings.get(key)
-        if value is not None and not str(value).startswith("built in"):
+        if str(value).startswith("built in"):
+            words += ["--language", str(value).rpartition(" ")[2]]
+        elif value is not None:
             words += [f"--{flag}", ",".join(value) if isinstance(value, list) else str(value)]
     return words

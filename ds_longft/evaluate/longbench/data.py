@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from ds_longft.errors import ConfigError, DataError
+from ds_longft.evaluate.longbench.tasks import Task
 
 HUB_SET = "zai-org/LongBench"  # was THUDM/LongBench, which is forwarded
 PROMPTS = "dataset2prompt.json"
@@ -47,11 +49,12 @@ def find_copy(folder: str | None) -> Path:
     return unpacked
 
 
-def read_prompts(copy: Path, file: str | None) -> dict[str, str]:
+def read_prompts(copy: Path, file: str | None, tasks: Collection[str]) -> dict[str, str]:
     """Template of each task, with {context} and {input} to fill in.
 
     Raises:
-        ConfigError: the file is nowhere (the hub set does not hold it: it lies in the code's `config` folder).
+        ConfigError: the file is nowhere (the hub set does not hold it: it lies in the code's `config` folder), or lacks
+            one of these tasks.
     """
     places = [Path(file).expanduser()] if file else [copy / PROMPTS, copy / "config" / PROMPTS]
     found = next((place for place in places if place.is_file()), None)
@@ -60,19 +63,30 @@ def read_prompts(copy: Path, file: str | None) -> dict[str, str]:
             f"no {PROMPTS} in {', '.join(map(str, places))}: it is LongBench/config/{PROMPTS} of the repository "
             "THUDM/LongBench; give it with --prompts"
         )
-    return dict(json.loads(found.read_text(encoding="utf-8")))
+    templates = dict(json.loads(found.read_text(encoding="utf-8")))
+    if missing := [task for task in tasks if task not in templates]:
+        raise ConfigError(f"{found} has no prompt for {', '.join(missing)}: give another one with --prompts")
+    return templates
 
 
-def read_task(copy: Path, name: str) -> list[dict[str, Any]]:
-    """Rows of a data set: input, context, answers, length, all_classes, _id.
+def read_task(copy: Path, task: Task, *, e: bool) -> list[dict[str, Any]]:
+    """Rows of a data set: input, context, answers, length, all_classes, _id. Some copies call the input `question`.
 
     Raises:
-        DataError: there is no such file, or a row is not JSON.
+        DataError: there is no such file, a row is not JSON, or lacks what its prompt or its score needs.
     """
+    name = task.name + ("_e" if e else "")
     file = next((f for f in (copy / f"{name}.jsonl", copy / "data" / f"{name}.jsonl") if f.is_file()), None)
     if file is None:
         raise DataError(f"{copy} holds no {name}.jsonl, nor does its folder data")
     try:
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # Not splitlines(): texts from the web hold line separators (U+2028, U+0085) that JSON leaves as they are.
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
     except ValueError as error:
         raise DataError(f"{file} is not JSON lines: {error}") from error
+    needed = ["input", "context", "answers", *(["all_classes"] if task.metric == "classification" else [])]
+    for number, row in enumerate(rows, start=1):
+        row.setdefault("input", row.get("question"))
+        if missing := [key for key in needed if row.get(key) is None]:
+            raise DataError(f"{file}: row {number} has no {' and no '.join(missing)} (keys: {', '.join(row)})")
+    return rows

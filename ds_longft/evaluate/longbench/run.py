@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_longft.errors import ConfigError
+from ds_longft.evaluate.haystack import chat_prompt
 from ds_longft.evaluate.longbench.data import find_copy, read_prompts, read_task
 from ds_longft.evaluate.longbench.metrics import check_packages
 from ds_longft.evaluate.longbench.score import print_scores, scores_by_length, task_scores
@@ -62,6 +63,8 @@ def run(
     from ds_longft.evaluate.crew import Crew, start_ranks
 
     chosen = choose_tasks(tasks, e=e)
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--limit is {limit}: expected 1 or more")
     check_packages()
     longest = tokens_of("--max_length", max_length) if max_length else None
     chunk = tokens_of("--chunk_tokens", chunk_tokens)
@@ -71,9 +74,11 @@ def run(
 
     with Crew.of_launch() as crew:
         copy = find_copy(data)
-        templates = read_prompts(copy, prompts)
-        sets = {task.name: read_task(copy, task.name + ("_e" if e else ""))[:limit] for task in chosen}
-        asked = Asked(chosen, sets, templates, longest, {"tasks": [t.name for t in chosen], "e": e, "limit": limit})
+        templates = read_prompts(copy, prompts, [task.name for task in chosen])
+        sets = {task.name: read_task(copy, task, e=e)[:limit] for task in chosen}
+        told = {"tasks": [t.name for t in chosen], "e": e, "limit": limit, "data": data, "prompts": prompts}
+        told["data_fingerprint"] = results.fingerprint([{t: templates[t] for t in sets}, *sets.items()])
+        asked = Asked(chosen, sets, templates, longest, told)
         made = _measure(crew, asked, model, chunk, before=before, base=base, out=out, name=name)
     results.show(made, json, _show)
 
@@ -191,9 +196,7 @@ def prompt_ids(tokenizer: Any, text: str, task: Task, max_length: int) -> list[i
         half = max_length // 2
         text = "".join(tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:half], ids[-half:]))
     if task.chat and tokenizer.chat_template:
-        turns = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return list(tokenizer(chat_prompt(tokenizer, text), add_special_tokens=False, verbose=False)["input_ids"])
     return list(tokenizer(text, verbose=False)["input_ids"])
 
 

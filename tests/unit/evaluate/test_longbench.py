@@ -11,6 +11,7 @@ import pytest
 
 from ds_longft.cli import main
 from ds_longft.errors import ConfigError, DataError
+from ds_longft.evaluate.longbench.data import read_task
 from ds_longft.evaluate.longbench.run import choose_tasks, prompt_ids
 from ds_longft.evaluate.longbench.score import read_predictions, row_score, scores_by_length, task_scores
 from ds_longft.evaluate.longbench.tasks import TASKS, averages
@@ -157,6 +158,19 @@ def test_the_middle_is_cut_before_the_chat_template() -> None:
     assert tokenizer.decode(plain) == tokenizer.decode(ids[:50]) + tokenizer.decode(ids[-50:])
     assert tokenizer.decode(plain) in shown
     assert prompt_ids(tokenizer, "short", TASKS["lcc"], 100) == tokenizer("short")["input_ids"]
+
+
+def test_rows_of_any_copy(tmp_path: Path) -> None:
+    one = {"question": "who?", "context": "a\u2028b\x85c", "answers": ["x"], "all_classes": None}
+    for name in ("hotpotqa", "trec"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(one, ensure_ascii=False) + "\n", encoding="utf-8")
+    (row,) = read_task(tmp_path, TASKS["hotpotqa"], e=False)
+    assert (row["input"], row["context"]) == ("who?", "a\u2028b\x85c")
+    with pytest.raises(DataError, match="row 1 has no all_classes"):
+        read_task(tmp_path, TASKS["trec"], e=False)
+    (tmp_path / "hotpotqa_e.jsonl").write_text(json.dumps({"context": "a", "answers": ["x"]}) + "\n")
+    with pytest.raises(DataError, match="row 1 has no input"):
+        read_task(tmp_path, TASKS["hotpotqa"], e=True)
 
 
 def test_tasks_by_name() -> None:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ds_longft.cli import main
 from ds_longft.errors import ConfigError, DataError
 from ds_longft.evaluate import grid as grid_module
 from ds_longft.evaluate.facts import judge, make_needle
-from ds_longft.evaluate.haystack import Haystack, build_prompt
+from ds_longft.evaluate.generate import end_ids
+from ds_longft.evaluate.haystack import MARK, Haystack, build_prompt, chat_around
+from ds_longft.evaluate.results import Rows
+from ds_longft.evaluate.subject import find_subject, load_subject
 from ds_longft.evaluate.texts import chinese, english, read_texts
+from ds_longft.shipped import TEMPLATES
 from tests.tokenizer import tiny_tokenizer
 from tests.unit.model.tiny import save_tiny
 
@@ -75,18 +81,53 @@ def test_depth_zero_and_one_and_text_that_is_too_short() -> None:
         build_prompt(tokenizer, haystack, needle, "en", tokens=60, depths=[0.0], rng=random.Random(0))
 
 
+def test_an_answer_is_asked_for_without_thinking_and_ends_with_its_turn(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (TEMPLATES / "qwen3_thinking.jinja").read_text()
+    tokenizer.eos_token = "<|endoftext|>"  # a base model that was given a chat template
+    _, tail = chat_around(tokenizer, f"text {MARK} Which code?")
+    assert tokenizer.decode(tail).endswith("Which code?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    tiny_model(tmp_path / "model")
+    loaded = load_subject(find_subject(str(tmp_path / "model")), torch.device("cpu"), attention="sdpa")
+    named = {"<|im_end|>", "<|endoftext|>"}
+    assert set(tokenizer.convert_tokens_to_ids(sorted(named))) <= end_ids(loaded, tokenizer)
+
+
+def test_plain_prompts_begin_as_the_tokenizer_begins_text() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    assert chat_around(tokenizer, f"Read. {MARK}")[0] == tokenizer("Read. ")["input_ids"]  # it has a bos and adds none
+
+
 def test_texts_of_any_folder(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("plain")
     rows = [{"text": "one", "lang": "en"}, {"text": "two", "lang": "zh"}]
     (tmp_path / "b.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (tmp_path / "c.png").write_bytes(b"\x89PNG")
-    assert read_texts(str(tmp_path), "en") == ["plain", "one", "two"]
+    (tmp_path / "d.txt.gz").write_bytes(gzip.compress(b"packed"))
+    assert read_texts(str(tmp_path), "en") == ["plain", "one", "two", "packed"]
     assert read_texts(str(tmp_path / "b.jsonl"), "en", where="lang=zh") == ["two"]
     with pytest.raises(DataError, match="holds no text"):
         read_texts(str(tmp_path / "b.jsonl"), "en", where="lang=de")
     with pytest.raises(ConfigError, match="column=value"):
         read_texts(str(tmp_path / "b.jsonl"), "en", where="lang")
     assert len(english(200_000)) > 200_000
+
+
+def test_rows_with_any_character_are_there_after_a_crash(tmp_path: Path) -> None:
+    replies = ["one\u2028two\x85three", "第二", "third"]
+    rows = Rows(tmp_path, "needle", {"seed": 0}, total=3, show=False)
+    for i, reply in enumerate(replies):
+        rows.add({"key": str(i), "reply": reply})
+    rows.close()
+    whole = rows.path.read_bytes()
+    again = Rows(tmp_path, "needle", {"seed": 0}, total=3, show=False)
+    assert [row["reply"] for row in again.rows] == replies
+    again.close()
+    rows.path.write_bytes(whole[: whole.index("二".encode()) + 1])  # cut inside a character
+    again = Rows(tmp_path, "needle", {"seed": 0}, total=3, show=False)
+    assert [row["reply"] for row in again.rows] == replies[:1]
+    again.close()
 
 
 def tiny_model(folder: Path) -> Path:

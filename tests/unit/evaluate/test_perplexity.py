@@ -14,6 +14,7 @@ from ds_longft.cli import main
 from ds_longft.errors import DataError
 from ds_longft.evaluate.perplexity import pack_of, pieces_of, summarize
 from ds_longft.evaluate.position_loss import bucket_losses
+from ds_longft.evaluate.short import is_right
 from ds_longft.evaluate.subject import find_subject, load_subject
 from ds_longft.layout import ParallelLayout
 from ds_longft.sequence.attention import ULYSSES, register
@@ -43,6 +44,11 @@ def test_summary() -> None:
     assert found["loss_by_range"] == {"0-8": 1.0, "8-16": 2.0, "16-32": 3.5}
     assert found["loss"] == pytest.approx(79 / 31, abs=1e-4)
     assert found["loss_by_eighth"][0] is None  # finer than the buckets
+    rows = [{"loss_sums": [7.0, 16.0, 24.0, 32.0, 40.0, 48.0, 56.0, 64.0, 72.0, 80.0], "targets": [7, *[8] * 9]}]
+    tenths = summarize(rows, 80, 10)
+    assert set(tenths["loss_by_eighth"]) == {None}, "no eighth ends where a tenth does"
+    assert tenths["loss_by_range"] == {"0-8": 1.0, "8-16": 2.0, "16-32": 3.5, "32-64": 6.5, "64-80": 9.5}
+    assert summarize(rows, 100, 10)["loss_by_range"] == {"0-20": 1.5333, "20-30": 3.0, "30-60": 5.0, "60-100": 8.5}
 
 
 def test_pieces_do_not_overlap_and_are_spread() -> None:
@@ -88,5 +94,53 @@ def test_commands_on_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[
     short = json.loads(capsys.readouterr().out)
     assert short["questions"] == 60
     assert 5 < short["loss"] < 20
+    argv[argv.index("--tasks") + 1] = "lcc"
+    for flags in (
+        [],
+        ["--prompts", str(copy / "other.json")],
+    ):  # other prompts, then other rows: none of the old answers
+        (copy / "other.json").write_text(json.dumps({"lcc": "Code:\n{context}next:"}))
+        assert main([*argv, "--out", out, "--json", *flags]) == 0
+        assert json.loads(capsys.readouterr().out)["rows_made_now"] == 2
+    (copy / "lcc.jsonl").write_text((json.dumps(row | {"context": "y = 2\n"}) + "\n") * 2)
+    assert main([*argv, "--out", out, "--json", *flags]) == 0
+    assert json.loads(capsys.readouterr().out)["rows_made_now"] == 2
+    assert main([*argv, "--out", out, "--limit", "0"]) == 64
+    assert "--limit is 0" in capsys.readouterr().err
+    argv[argv.index("--tasks") + 1] = "hotpotqa"
+    assert main([*argv, "--out", out]) == 64
+    assert "has no prompt for hotpotqa" in capsys.readouterr().err
     assert main(["eval", "longbench", "run", str(model), "--data", str(tmp_path / "model"), "--tasks", "lcc"]) == 64
     assert "dataset2prompt.json" in capsys.readouterr().err
+
+
+def test_other_text_under_the_same_name_is_measured_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, text = tiny_model(tmp_path / "model"), tmp_path / "book.txt"
+    argv = ["eval", "perplexity", str(model), "--text", str(text), "--length", "128", "--texts", "2", "--json"]
+    made = []
+    for words in ("one and two and three. ", "another book altogether. ", "another book altogether. "):
+        text.write_text(words * 200)
+        assert main([*argv, "--out", str(tmp_path / "eval")]) == 0
+        result = json.loads(capsys.readouterr().out)
+        made.append((result["rows_made_now"], result["loss"]))
+    assert [rows for rows, _ in made] == [2, 2, 0]
+    assert made[0][1] != made[1][1] == made[2][1]
+    config = json.loads((model / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 5e5
+    (model / "config.json").write_text(json.dumps(config, indent=1))
+    assert main([*argv, "--out", str(tmp_path / "eval")]) == 0
+    assert json.loads(capsys.readouterr().out)["rows_made_now"] == 2, "the same weights at other positions"
+
+
+@pytest.mark.parametrize(
+    ("answer", "reply", "right"),
+    [
+        ("9", "4 + 5 = 9.", True),
+        ("9", "19", False),
+        ("old", "It is cold.", False),
+        ("Old", "**old**", True),
+        ("Athens", "Athens' hills", True),
+    ],
+)
+def test_a_short_answer_is_a_word_of_its_own(answer: str, reply: str, right: bool) -> None:
+    assert is_right(answer, reply) is right
