@@ -39,7 +39,8 @@ def line_chart(
 
     `level`: a horizontal line with a name, e.g. what was planned.
     """
-    lines = [Line(line.label, thin(line.points), line.style) for line in lines if line.points]
+    drawn = (Line(line.label, thin(line.points), line.style) for line in lines)
+    lines = [line for line in drawn if line.points]
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points] + ([level[1]] if level else [])
     if len(xs) < 2:
@@ -138,7 +139,7 @@ def shown(value: float) -> str:
         return f"{value / 1024:.0f}K"
     if abs(value) >= 1000:
         return f"{value:,.0f}"
-    return f"{value:.3g}"
+    return f"{value:.4g}"
 
 
 def _points_as_json(lines: Sequence[Line], at: object) -> str:

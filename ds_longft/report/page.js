@@ -6,13 +6,11 @@ for (const figure of document.querySelectorAll("figure.chart")) {
   let at = -1;
   const show = index => {
     at = Math.max(0, Math.min(places.length - 1, index));
-    const here = places[at], texts = [];
-    let x = null;
-    for (const [label, points] of lines) {
-      const near = points.reduce((a, b) => Math.abs(b[0] - here) < Math.abs(a[0] - here) ? b : a);
-      if (x === null || near[0] === here) x = near[1];
-      texts.push(label + " " + near[2]);
-    }
+    const here = places[at];
+    const near = lines.map(([, points]) => points.reduce((a, b) => Math.abs(b[0] - here) < Math.abs(a[0] - here) ? b : a));
+    const x = near.find(point => point[0] === here)[1];
+    // A line may be shorter, or have fewer points: its nearest value says where it is from.
+    const texts = lines.map(([label], i) => label + " " + near[i][2] + (near[i][0] === here ? "" : " at " + near[i][1]));
     for (const [key, value] of [["x1", here], ["x2", here], ["y1", 14], ["y2", 196]]) cursor.setAttribute(key, value);
     cursor.style.visibility = "visible";
     output.textContent = figure.dataset.x + " " + x + ": " + texts.join(", ");

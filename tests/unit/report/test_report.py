@@ -228,8 +228,24 @@ def test_charts_answer_to_the_keyboard(run: Path, tmp_path: Path) -> None:
     page.write_text(html_page(gather_facts(run)).replace("</body>", press))
     command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{page}"]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    assert "optimizer step 3: training 1, held out 1.5</output>" in dom
+    assert "optimizer step 3: training 1, held out 1.5 at 2</output>" in dom
     assert "visibility: visible" in dom
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_long_words_do_not_widen_the_page_of_a_phone(run: Path, tmp_path: Path) -> None:
+    result = needle_result("tuned", 95.5)
+    result["model"] = result["samples"][0]["reply"] = "x" * 300
+    (run / "eval" / "needle.json").write_text(json.dumps(result))
+    (tmp_path / "page.html").write_text(html_page(gather_facts(run)).replace("<details>", "<details open>"))
+    measure = "document.body.title = document.querySelector('iframe').contentDocument.documentElement.scrollWidth"
+    frame = f'<body onload="{measure}"><iframe src="page.html" style="width: 390px; border: 0"></iframe></body>'
+    (tmp_path / "phone.html").write_text(frame)
+    command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
+    command += ["--dump-dom", f"file://{tmp_path / 'phone.html'}"]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    (width,) = re.findall(r'<body[^>]* title="(\d+)"', dom)
+    assert int(width) <= 390
 
 
 def test_the_commands_under_again_are_commands(run: Path) -> None:
@@ -239,14 +255,25 @@ def test_the_commands_under_again_are_commands(run: Path) -> None:
         result = needle_result("some/model", 0.0)
         result |= {"kind": "needle-multi" if "form" in more else "needle", "settings": result["settings"] | more}
         (run / "eval" / f"{name}.json").write_text(json.dumps(result))
+    chinese = perplexity_result("some/model", 3.0)
+    chinese["settings"]["text"] = "built in, zh"
+    (run / "eval" / "perplexity-zh.json").write_text(json.dumps(chinese))
+    asked = {"tasks": ["lcc"], "e": False, "limit": None, "data": "my copy", "prompts": "p.json"}
+    scored = {"kind": "longbench", "model": "m", "date": "", "settings": asked, "scores": {"lcc": 1.0}, "averages": {}}
+    (run / "eval" / "longbench.json").write_text(json.dumps(scored))
     commands = [shlex.split(line) for line in reproduce(gather_facts(run))]
     assert commands[0][:5] == ["deepspeed", "--num_gpus", "2", "--module", "ds_longft.train"]
     given = {}
     for words in commands[1:]:
-        name = f"eval {words[2]}"
+        called = words[2:4] if words[2] == "longbench" else words[2:3]
+        name = " ".join(["eval", *called])
         module, _, function = COMMANDS[name].target.partition(":")
-        arguments = bind_arguments(getattr(importlib.import_module(module), function), name, words[3:])
+        arguments = bind_arguments(getattr(importlib.import_module(module), function), name, words[2 + len(called) :])
         given[" ".join(words)] = arguments
+    (chinese,) = [a for line, a in given.items() if "--name perplexity-zh" in line]
+    assert "--language=zh" in chinese
+    (longbench,) = [a for line, a in given.items() if "eval longbench run" in line]
+    assert {"--data='my copy'", "--prompts='p.json'", "--tasks='lcc'"} <= set(longbench)
     (single,) = [a for line, a in given.items() if "--name needle-zh" in line]
     assert "--depths='10,50'" in single
     assert not any("facts" in word for word in single), "refused with one needle"
@@ -259,7 +286,9 @@ def test_charts() -> None:
     assert ticks(0, 10) == [0, 2.5, 5, 7.5, 10]
     assert ticks(3.02, 3.2)[0] <= 3.02
     assert ticks(5, 5)[-1] > 5
-    assert [shown(v) for v in (0, 131072, 0.00025, 1500, 1.5)] == ["0", "128K", "2.5e-4", "1,500", "1.5"]
+    assert [shown(v) for v in (0, 131072, 0.00025, 1500, 7.325)] == ["0", "128K", "2.5e-4", "1,500", "7.325"]
     assert len(thin([(i, i) for i in range(5000)])) <= 400
     assert thin([(0, 1.0), (1, float("nan"))]) == [(0, 1.0)]
     assert line_chart([Line("x", [])], name="n", x_label="", y_label="") == ""
+    lost = Line("held out", [(1, float("nan"))])  # the page's script reads out every line that is there
+    assert "held out" not in line_chart([Line("x", [(1, 1.0), (2, 2.0)]), lost], name="n", x_label="", y_label="")
