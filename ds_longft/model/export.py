@@ -92,6 +92,8 @@ def _merge(run: Path, work: Path, base: str | None) -> dict[str, Any]:
             f"the base model {base!r} cannot be loaded: {str(error).splitlines()[0]}; give --base"
         ) from error
     dtype = model.dtype
+    if {"embed_tokens", "lm_head"} & {name.rpartition(".")[2] for name in adapter.target_modules or ()}:
+        _untie(model)
     adapted = peft.PeftModel.from_pretrained(model, run, autocast_adapter_dtype=False).eval()
     tokens = _prompt_tokens(run, base, hf_config)
     with_adapter = _logits(adapted, tokens)
@@ -116,6 +118,14 @@ def _merge(run: Path, work: Path, base: str | None) -> dict[str, Any]:
     del model, adapted, merged
     gc.collect()
     return report | _check_reload(work, after, tokens)
+
+
+def _untie(model: Model) -> None:
+    """Give the head a matrix of its own: an adapter on one of the two would be merged into both."""
+    head = model.get_output_embeddings()
+    if model.config.tie_word_embeddings:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        model.config.tie_word_embeddings = False
 
 
 def _copy(run: Path, work: Path) -> dict[str, Any]:

@@ -63,8 +63,9 @@ def make_run(
         (LoraConfig(r=4), {"tie_word_embeddings": True}),
         (LoraConfig(r=4, modules_to_save=["embed_tokens"]), {"tie_word_embeddings": True}),
         (LoraConfig(r=4, modules_to_save=["embed_tokens", "lm_head"]), {}),
+        (LoraConfig(r=4, targets=["q_proj", "lm_head"]), {"tie_word_embeddings": True}),
     ],
-    ids=["plain", "dora", "tied", "tied and saved", "untied and saved"],
+    ids=["plain", "dora", "tied", "tied and saved", "untied and saved", "tied and adapted"],
 )
 def test_merged_folder_gives_the_adapters_logits(lora: LoraConfig, changes: dict, tmp_path: Path) -> None:
     run = make_run(tmp_path, lora, **changes)
