@@ -52,12 +52,14 @@ def read_texts(path: str | None, language: Language, *, where: str | None = None
 
     Raises:
         ConfigError: `where` is not `column=value`.
-        DataError: nothing readable there, no text column, or no row that `where` keeps.
+        DataError: nothing there, nothing readable, no text column, or no row that `where` keeps.
     """
     if path is None:
         return [english(characters) if language == "en" else chinese(characters)]
     taken = Where(parse_where("--where", where))
     found = Path(path).expanduser()
+    if not found.exists():
+        raise DataError(f"no such file or folder: {path!r}")
     files = sorted(p for p in found.rglob("*") if p.is_file()) if found.is_dir() else [found]
     texts = list(chain.from_iterable(_file_texts(file, taken) for file in files if _is_text(file)))
     if not texts:

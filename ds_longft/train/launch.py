@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +14,8 @@ from typing import NoReturn
 
 from ds_longft.errors import ConfigError, LongftError
 from ds_longft.train.ranks import Launch, free_port
+
+PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class Flags(argparse.ArgumentParser):
@@ -24,7 +28,8 @@ class Flags(argparse.ArgumentParser):
 def launch_ranks(module: str, argv: list[str], *, ranks: int, gpus: int) -> int:
     """Run `python -m MODULE` on `ranks` processes; returns the first code that is not 0.
 
-    When one ends with an error, the others, which would wait for it, are ended too.
+    When one ends with an error, the others, which would wait for it, are ended too; all of them when this process is
+    killed: they would go on holding GPUs and writing results that the next start writes as well.
     """
     environment = {**os.environ, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
     environment["MASTER_PORT"] = str(free_port())
@@ -32,8 +37,17 @@ def launch_ranks(module: str, argv: list[str], *, ranks: int, gpus: int) -> int:
     if not gpus:
         environment["DS_ACCELERATOR"] = "cpu"
     command = [sys.executable, "-m", module, *argv]
+    prctl = ctypes.CDLL(None).prctl  # found here: between fork and exec nothing should be looked up
+
+    def end_with_parent() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
     processes = [
-        subprocess.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        subprocess.Popen(
+            command,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            preexec_fn=end_with_parent,  # noqa: PLW1509 - one system call, which takes no lock
+        )
         for rank in range(ranks)
     ]
     try:

@@ -107,6 +107,8 @@ def test_texts_of_any_folder(tmp_path: Path) -> None:
     (tmp_path / "d.txt.gz").write_bytes(gzip.compress(b"packed"))
     assert read_texts(str(tmp_path), "en") == ["plain", "one", "two", "packed"]
     assert read_texts(str(tmp_path / "b.jsonl"), "en", where="lang=zh") == ["two"]
+    with pytest.raises(DataError, match="no such file"):
+        read_texts(str(tmp_path / "missing.txt"), "en")
     with pytest.raises(DataError, match="holds no text"):
         read_texts(str(tmp_path / "b.jsonl"), "en", where="lang=de")
     with pytest.raises(ConfigError, match="column=value"):
