@@ -84,7 +84,9 @@ def read_task(copy: Path, task: Task, *, e: bool) -> list[dict[str, Any]]:
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
     except ValueError as error:
         raise DataError(f"{file} is not JSON lines: {error}") from error
-    needed = ["input", "context", "answers", *(["all_classes"] if task.metric == "classification" else [])]
+    needed = ["input", "context", "answers"]
+    needed += ["all_classes"] if task.metric == "classification" else []
+    needed += ["length"] if e else []
     for number, row in enumerate(rows, start=1):
         row.setdefault("input", row.get("question"))
         if missing := [key for key in needed if row.get(key) is None]:

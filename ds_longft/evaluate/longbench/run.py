@@ -73,7 +73,7 @@ def run(
     from ds_longft.evaluate import results  # brings torch: not in a process that only starts others
 
     with Crew.of_launch() as crew:
-        copy = find_copy(data)
+        copy = crew.first(lambda: find_copy(data))  # it may unpack a download, which one process should do
         templates = read_prompts(copy, prompts, [task.name for task in chosen])
         sets = {task.name: read_task(copy, task, e=e)[:limit] for task in chosen}
         told = {"tasks": [t.name for t in chosen], "e": e, "limit": limit, "data": data, "prompts": prompts}

@@ -11,6 +11,8 @@ import pytest
 
 from ds_longft.cli import main
 from ds_longft.errors import ConfigError, DataError
+from ds_longft.evaluate.crew import Crew
+from ds_longft.evaluate.longbench import run
 from ds_longft.evaluate.longbench.data import read_task
 from ds_longft.evaluate.longbench.run import choose_tasks, prompt_ids
 from ds_longft.evaluate.longbench.score import read_predictions, row_score, scores_by_length, task_scores
@@ -169,8 +171,18 @@ def test_rows_of_any_copy(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="row 1 has no all_classes"):
         read_task(tmp_path, TASKS["trec"], e=False)
     (tmp_path / "hotpotqa_e.jsonl").write_text(json.dumps({"context": "a", "answers": ["x"]}) + "\n")
-    with pytest.raises(DataError, match="row 1 has no input"):
+    with pytest.raises(DataError, match="row 1 has no input and no length"):
         read_task(tmp_path, TASKS["hotpotqa"], e=True)
+
+
+def test_one_process_unpacks_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    def first(crew: Crew, work: Any) -> None:
+        raise DataError("rank 0 does it")
+
+    monkeypatch.setattr(Crew, "first", first)
+    monkeypatch.setattr(run, "find_copy", lambda _: pytest.fail("every rank does it"))
+    with pytest.raises(DataError, match="rank 0 does it"):
+        run.run("no model")
 
 
 def test_tasks_by_name() -> None:
