@@ -76,6 +76,11 @@ def merge_ds_config(
             f"ds_config: data_parallel_size {dp} x sequence_parallel_size {sp or 1} is not the {world} ranks of this "
             f"run: leave data_parallel_size out, it follows from the other two"
         )
+    if config.train.verify_first and zero.get("round_robin_gradients") is True:
+        problems.append(
+            "ds_config: zero_optimization.round_robin_gradients is true, and train.verify_first reads gradients, which "
+            "DeepSpeed cannot with it: leave one of them out"
+        )
     _choose_optimizer_mode(engine, config, device)
     for key, (value, why) in _values_from_run(engine, config, world, device).items():
         problems += _fill_or_compare(engine, key, value, why)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ds_longft.batch import Pack
 from ds_longft.layout import ParallelLayout
+from ds_longft.model.dropout import random_rates, switch_off, switch_on
 from ds_longft.objectives.dpo import DpoObjective
 
 Backpropagate = Callable[[Any, Sequence[Pack], float, ParallelLayout, torch.device], Tensor]
@@ -54,14 +55,12 @@ def weights_held(engine: Any) -> Iterator[None]:
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
     """Inside, dropout keeps everything; what is compared must not be random."""
-    rates = {m: m.p for m in model.modules() if isinstance(m, nn.Dropout)}
-    for module in rates:
-        module.p = 0.0
+    rates = random_rates(model)
+    switch_off(rates)
     try:
         yield
     finally:
-        for module, rate in rates.items():
-            module.p = rate
+        switch_on(rates)
 
 
 @contextmanager

@@ -38,7 +38,7 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int, revision: s
     """Wrap `model` with adapters in the model's dtype, initialised from `seed` alike on every rank; the base is frozen.
 
     Raises:
-        ModelError: a name of `lora.targets` or `lora.modules_to_save` is no layer of the model.
+        ModelError: a name of `lora.targets` or `lora.modules_to_save` is no layer of the model, or PEFT refuses.
     """
     if lora.targets != "all-linear":
         _check_names("lora.targets", _as_list(lora.targets), _linear_names(model))
@@ -53,7 +53,7 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int, revision: s
         target_modules="all-linear" if lora.targets == "all-linear" else _as_list(lora.targets),
         use_rslora=lora.rslora,
         use_dora=lora.dora,
-        modules_to_save=lora.modules_to_save or None,
+        modules_to_save=list(lora.modules_to_save) or None,  # PEFT may add to the list it is given
         # one matrix that is both embedding and head must stay one while it is trained, or it could not be merged
         ensure_weight_tying=tied and bool(saved),
         base_model_name_or_path=model.config.name_or_path,
@@ -63,7 +63,13 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int, revision: s
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # PEFT would keep adapters of a bf16 model in fp32; the optimizer holds fp32 master weights already
-        return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+        try:
+            return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+        except (TypeError, ValueError) as error:
+            raise ModelError(
+                f"PEFT cannot adapt this {model.config.model_type} so: {error}. Change lora.targets, "
+                f"lora.modules_to_save or lora.dora"
+            ) from error
 
 
 @contextmanager

@@ -262,6 +262,8 @@ def ulysses_attention(
     turns: tuple[tuple[HeadShare, ...], ...] = ()
     if kv_heads_at_a_time is not None and kv_heads_at_a_time < max(len(share.kv) for share in shares):
         turns = deal_in_turns(q.shape[1], k.shape[1], layout.sp, kv_heads_at_a_time)
+    if kept is not None and kept.full == kept.first_pass:
+        kept = None  # a further attention of the same layer (DiffLlama has two): its output is not the one that is kept
     call = _Call(documents.lengths, chosen, spec, layout.group, shares, shares[layout.sp_rank], turns, layout.sp_rank)
     out = SpAttention.apply(q, k, v, s_aux, documents.cu_seqlens, call, kept)
     return out[None], None

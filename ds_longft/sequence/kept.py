@@ -31,9 +31,17 @@ class Kept:
     `copy`: what follows may write into the tensors (liger's rotary embedding does, into q and k).
     """
 
+    first_pass = True
+    """Until whoever checkpoints the layer says that its first call is over."""
+
     def __init__(self, copy: bool = False) -> None:
         self.copy = copy
         self._value: tuple[Tensor, ...] | None = None
+
+    @property
+    def full(self) -> bool:
+        """Whether something waits in it."""
+        return self._value is not None
 
     def put(self, *tensors: Tensor) -> None:
         """Leave them for the second call."""
@@ -132,6 +140,11 @@ class HostKept(Kept):
         self.store, self.layer, self.name = store, layer, name
         self._host: tuple[Tensor, ...] | None = None
         self._done: torch.cuda.Event | None = None
+
+    @property
+    def full(self) -> bool:
+        """Whether something waits in it."""
+        return self._host is not None
 
     def put(self, *tensors: Tensor) -> None:
         """Start the copies to the host."""

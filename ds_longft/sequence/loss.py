@@ -249,6 +249,11 @@ class ChunkedHead:
         head = model.get_output_embeddings()  # type: ignore[operator]
         linear = head.modules_to_save[head.active_adapters[0]] if isinstance(head, ModulesToSaveWrapper) else head
         member = Member.of(linear) if linear is not None else None
+        if member is None and isinstance(linear, BaseTunerLayer):
+            raise ModelError(
+                "the adapters on the output head have dropout or DoRA, which the chunked loss does not do: leave "
+                "lm_head out of lora.targets, or set lora.dropout to 0 and lora.dora to false"
+            )
         if member is None:
             raise ModelError(
                 f"the output head of {type(model).__name__} is {type(linear).__name__}, not a linear layer"

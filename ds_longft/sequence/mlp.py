@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from ds_longft.sequence.kept import Kept, Unread
@@ -142,13 +143,43 @@ def tile_mlp(layer: nn.Module, groups: Sequence[LinearGroup], tile_tokens: int) 
     for module in layer.modules():
         ours = (getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj"))
         if all(a is b for a, b in zip(ours, (*gate_up.modules, *down.modules), strict=True)):
+            if not _is_gated(module, gate_up, down):
+                return None
             tiled = TiledMlp(module, gate_up, down, tile_tokens)
             names = {name for name, _ in layer.named_children()}
-            tiled.own_input = "pre_feedforward_layernorm" in names or (
-                "post_attention_layernorm" in names and "post_feedforward_layernorm" not in names
+            # Not shared experts: the router and the other experts read the same input, and inside a checkpoint
+            # autograd does not object.
+            tiled.own_input = any(child is module for child in layer.children()) and (
+                "pre_feedforward_layernorm" in names
+                or ("post_attention_layernorm" in names and "post_feedforward_layernorm" not in names)
             )
             return tiled
     return None
+
+
+def _is_gated(mlp: nn.Module, gate_up: LinearGroup, down: LinearGroup) -> bool:
+    """Whether the module computes down(act(gate(x)) * up(x)) and nothing else: others of these names have a norm
+    (BitNet), limits or dropout (Seed-OSS) in between. Seen by calling it with stubs for its linears, whose weights
+    ZeRO-3 may have partitioned.
+    """
+    stubs: tuple[Callable[[Tensor], Tensor], ...] = (lambda x: 1.5 * x, lambda x: x - 0.25, lambda x: x)
+    modules, training = (*gate_up.modules, *down.modules), mlp.training
+    forwards = [module.forward for module in modules]
+    base = gate_up.members[0].base
+    device = get_accelerator().current_device_name()  # liger's kernels know no other; weights may wait elsewhere
+    x = torch.linspace(-40, 40, 3 * base.out_features, dtype=base.weight.dtype, device=device).view(1, 3, -1)
+    try:
+        mlp.train()
+        for module, stub in zip(modules, stubs, strict=True):
+            module.forward = stub
+        with torch.no_grad(), torch.random.fork_rng():
+            return torch.equal(mlp.forward(x), _combine(mlp)(stubs[0](x), stubs[1](x)))
+    except (AttributeError, RuntimeError):  # another activation's name, or a weight in between that is partitioned
+        return False
+    finally:
+        mlp.train(training)
+        for module, forward in zip(modules, forwards, strict=True):
+            module.forward = forward
 
 
 def _combine(mlp: nn.Module) -> Combine:

@@ -81,16 +81,15 @@ def apply_recompute(
     policy: str,
     *,
     every: int = 2,
-    dropout: bool = False,
     keep: Sequence[LayerKeep] | None = None,
 ) -> None:
     """Replace the forward of decoder layers by one that recomputes.
 
-    Layers take hidden states [1, s, D] first and return them. `dropout`: the random state is saved and restored for
-    recomputation (needed only where something in a layer draws random numbers). `keep`: what of each layer is kept
-    where; read at each call. Attention is kept by `keep_attention` and `auto` only.
+    Layers take hidden states [1, s, D] first and return them. The random state is saved and restored for
+    recomputation: not LoRA's dropout alone draws from it, models have their own (Phi-2), and noise on routers. `keep`:
+    what of each layer is kept where; read at each call. Attention is kept by `keep_attention` and `auto` only.
     """
-    run = partial(checkpoint, use_reentrant=False, preserve_rng_state=dropout)
+    run = partial(checkpoint, use_reentrant=False, preserve_rng_state=True)
     keeps: Sequence[LayerKeep] = keep or [LayerKeep(i) for i in range(len(layers))]
     if policy == "none":
         return
@@ -127,6 +126,8 @@ def _checkpointed(
         out = run(layer, hidden, *args, **kwargs)
     else:
         out = _from(keep.input_slot(), run, layer, keep, hidden, *args, **kwargs)
+    if attention is not None:
+        attention.first_pass = False
     unread.allowed = _ends_with(out, unread.node)
     return out
 

@@ -21,6 +21,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ds_longft.config import OptimConfig, RunConfig
 from ds_longft.layout import ParallelLayout
+from ds_longft.model.dropout import random_rates, switch_off
 from ds_longft.model.flops import ModelShape
 from ds_longft.model.load import load_config, load_model
 from ds_longft.model.lora import add_lora
@@ -125,6 +126,7 @@ def build(
     objective: nn.Module
     groups: list[LinearGroup] = []
     if config.objective == "dpo":
+        switch_off(random_rates(base))  # it would blur the reference, and two passes would draw two masks
         reference = None
         if reference_of(config.dpo, lora=config.lora is not None) == "model":
             reference = frozen_reference(config, engine_config, hf_config, dtype, device)
@@ -189,6 +191,7 @@ def frozen_reference(
     check_rope(model, hf_config)
     fused_kernels(model, config, device)
     model.requires_grad_(False)
+    switch_off(random_rates(model))
     return model
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -124,15 +126,18 @@ class Recompute:
         if config.train.mlp_tile_tokens and not made.tiled:
             raise ModelError(
                 f"train.mlp_tile_tokens is {config.train.mlp_tile_tokens}, but the MLPs of {base.config.model_type} "
-                f"(recompute {policy}, ZeRO stage {stage}) cannot be tiled: leave it out"
+                f"(recompute {policy}, ZeRO stage {stage}) cannot be tiled, for their form or for adapters with "
+                f"dropout or DoRA: leave it out"
             )
+        if stage == 3:
+            for layer in layers:
+                gather_adapted(layer)
         if places is not None and any("host" in (p.input, p.attention) for p in places):
             made._place(places, device)
         apply_recompute(
             layers,
             policy,
             every=every,
-            dropout=config.lora is not None and config.lora.dropout > 0,
             keep=made.keep,
         )
         return made
@@ -198,6 +203,20 @@ def fuse_and_tile(layer: nn.Module, stage: int, tile_tokens: int | None) -> tupl
     if stage == 3:
         gather_with(layer, weights)
     return groups, tiled
+
+
+def gather_adapted(layer: nn.Module) -> None:
+    """Under ZeRO-3: gather what PEFT reads without calling the module that holds it, with the module around.
+
+    Weights adapted as parameters (stacked experts, some routers), and A and B of DoRA, which otherwise are there only
+    while ZeRO-3 happens to keep them: not after a resume.
+    """
+    for parent in layer.modules():
+        for child in parent.children():
+            if isinstance(child, ParamWrapper):
+                gather_with(parent, [child.get_param()])
+        if isinstance(parent, PeftLinear) and parent.lora_variant:
+            gather_with(parent, [m.weight for part in (parent.lora_A, parent.lora_B) for m in part.values()])
 
 
 def dry_pass(engine: Any, pack: Pack, layout: ParallelLayout, device: torch.device) -> None:

@@ -92,6 +92,8 @@ class Subject:
         Raises:
             DataError: nothing in the first packs is trained.
         """
+        # It changes only which rank holds what, and DeepSpeed's own reading of gradients does not know (0.19.8).
+        settings.engine["zero_optimization"].pop("round_robin_gradients", None)
         layout = ParallelLayout.create(sp)
         tokenizer = load_tokenizer(config.model)
         train_set, _ = agreement.rank0_first(lambda: tokenized(config, tokenizer, progress=False))

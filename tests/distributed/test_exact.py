@@ -129,6 +129,8 @@ CASES = [
     ("qwen3_moe", {**MOE, "num_experts": 4, "moe_intermediate_size": 24}, True, "full", True, 4, 2),
     ("gpt_oss", SINKS, False, "keep_attention", False, 4, 4),
     ("gpt_oss", SINKS, True, "none", False, 2, 2),
+    ("diffllama", {}, True, "keep_attention", False, 2, 2),  # two attentions in a layer
+    ("diffllama", {}, True, "auto", True, 4, 2),
 ]  # fmt: skip
 
 
@@ -168,6 +170,7 @@ SAVING = {
     "inputs on the host": ("llama", {"num_hidden_layers": 3}, True, "full", 2, 2, {"host": ("input",)}),
     "inputs of segments on the host": ("llama", {"num_hidden_layers": 5}, False, "sqrt", 2, 2, {"host": ("input",)}),
     "everything on the host": ("llama", {"num_hidden_layers": 3}, True, "auto", 2, 2, {"host": ("input", "attention", "linears"), "linears": True}),
+    "tiles, a norm inside the MLP": ("bitnet", {}, False, "full", 2, 2, TILE),
     "everything at once": ("llama", {"num_hidden_layers": 4}, True, "every_k", 2, 2, {"host": ("input",), **TILE, **TURNS}),
 }  # fmt: skip
 

@@ -7,6 +7,7 @@ import json
 import re
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -218,6 +219,16 @@ def test_what_is_right_passes(pools, tmp_path, world, sp, stage, lora):
     assert {f.check[0] for f in findings} == set("1234567")
     assert facts["kernel"] == "cpu"
     assert "<|im_end|>" in text
+
+
+def test_gradients_dealt_round_robin_are_verified(pools, tmp_path):
+    """DeepSpeed's own reading of gradients raised over sizes."""
+    content = user_config(tmp_path, stage=2)
+    zero = {"stage": 2, "round_robin_gradients": True}
+    Path(content["ds_config"]).write_text(json.dumps({"zero_optimization": zero}))
+    findings, _, _ = pools(2).run(verified, content, frozenset({1}), None)[0]
+    assert findings
+    assert [f for f in findings if f.ok is False] == []
 
 
 def first_step(rank: int, world: int, content: dict[str, Any], fault: str | None) -> Any:

@@ -177,3 +177,16 @@ def test_another_start_in_the_same_folder_does_not_mix_its_records(ranks: Launch
     assert next(row[:2] for row in trace(tmp_path / "out")) == (0, "eval")
     assert len(trace(tmp_path / "out")) == 3
     assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["train"]["max_steps"] == 1
+
+
+def test_dora_goes_on_under_zero3(ranks: Launcher, tmp_path: Path) -> None:
+    """PEFT's DoRA reads A and B without calling them: after a resume ZeRO-3 had not gathered them."""
+    keys = ["--lora.dora", "true", "--ds_config", "ds_configs/zero3_sp.json"]
+    whole, output = tmp_path / "whole", tmp_path / "out"
+    codes, run = ranks.run(whole, *keys, world=1, timeout_s=120.0)
+    assert codes == [0], run.text()
+    shutil.copytree(whole / "checkpoint-2", output / "checkpoint-2")
+    shutil.copy(whole / "metrics.jsonl", output)
+    codes, run = ranks.run(output, *keys, world=1, timeout_s=120.0)
+    assert codes == [0], run.text()
+    assert trace(output) == trace(whole)

@@ -130,6 +130,13 @@ def test_bf16_gradients_are_summed_in_float32_where_that_is_cheap(
     assert "communication_data_type" not in in_float32
 
 
+def test_round_robin_and_the_first_check_do_not_go_together() -> None:
+    raw = {"zero_optimization": {"stage": 2, "round_robin_gradients": True}}
+    assert merge(raw).engine["zero_optimization"]["round_robin_gradients"] is True
+    with pytest.raises(ConfigError, match=r"round_robin_gradients.*train.verify_first"):
+        merge(raw, train={"verify_first": True})
+
+
 def test_sequence_parallel_size_is_ours() -> None:
     settings = merge({"sequence_parallel_size": 4, "data_parallel_size": 2}, world=8)
     assert settings.sp == 4
@@ -210,6 +217,8 @@ def test_switched_off_sections_are_no_problem() -> None:
         ({"gradient_predivide_factor": 2.0}, "gradient_predivide_factor is 2.0, which is refused"),
         ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op is"),
         ({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, "zero_quantized_gradients is true"),
+        ({"zero_optimization": {"stage": 3, "leaf_module": {"names": ["A"]}}}, "leaf_module is"),
+        ({"zero_optimization": {"stage": 3, "stage3_module_granularity_threshold": 9}}, "granularity_threshold is 9"),
     ],
 )  # fmt: skip
 def test_each_mistake_is_named(raw: dict[str, Any], expected: str) -> None:

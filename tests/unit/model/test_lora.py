@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ds_longft.config import LoraConfig
 from ds_longft.errors import ModelError
 from ds_longft.model.lora import add_lora, gather_adapter_state, save_adapter, trainable_parameters
+from tests.distributed.models import tiny_config, tiny_model
 from tests.unit.model.tiny import FAMILIES, save_tiny
 
 TOKENS = torch.arange(1, 20)[None]
@@ -106,3 +107,11 @@ def test_whole_modules_are_trained_and_saved(tied: bool, tmp_path: Path) -> None
 def test_names_that_match_nothing_are_refused(lora: LoraConfig, said: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=said):
         add_lora(base_model(save_tiny(tmp_path)), lora, seed=0)
+
+
+def test_what_peft_refuses_is_a_mistake_of_the_config() -> None:
+    """DoRA on stacked experts."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    model = tiny_model(tiny_config("qwen3_moe", **experts), attn="eager", dtype=torch.float32)
+    with pytest.raises(ModelError, match=r"PEFT cannot adapt this qwen3_moe so: .*Change lora\.targets.*lora\.dora"):
+        add_lora(model, LoraConfig(dora=True), seed=0)

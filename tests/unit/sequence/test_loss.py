@@ -6,8 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from ds_longft.config import LoraConfig
+from ds_longft.errors import ModelError
+from ds_longft.model.lora import add_lora
 from ds_longft.sequence.linear import Member
-from ds_longft.sequence.loss import DocumentRows, weighted_nll
+from ds_longft.sequence.loss import ChunkedHead, DocumentRows, weighted_nll
+from tests.distributed.models import tiny_config, tiny_model
 
 
 @pytest.mark.parametrize("scale", [8 / 100_000, 5 / 61_000])
@@ -53,3 +57,10 @@ def test_the_gradient_of_a_trained_head_is_rounded_once(chunks: int, documents: 
     for seen, true in zip((hidden, *member.tensors()), exact, strict=True):
         assert seen is not None
         assert float((seen.grad - true.grad).norm() / true.grad.norm()) < 5e-3, true.shape
+
+
+def test_a_head_with_dora_is_refused_by_name() -> None:
+    config = tiny_config("llama")
+    model = add_lora(tiny_model(config, attn="eager", dtype=torch.float32), LoraConfig(targets=["lm_head"], dora=True), seed=0)
+    with pytest.raises(ModelError, match=r"adapters on the output head have dropout or DoRA.*lm_head.*lora.dora"):
+        ChunkedHead.install(model, config)

@@ -33,7 +33,7 @@ def test_torch_sees_the_device_whose_random_state_it_restores(policy: str, monke
 
     monkeypatch.setattr(recompute, "checkpoint", spy)
     layers = [Layer() for _ in range(4)]
-    apply_recompute(layers, policy, every=2, dropout=True)
+    apply_recompute(layers, policy, every=2)
     out = torch.zeros(1, 6, 4, device="meta", requires_grad=True)
     for layer in layers:
         out = layer(out)
