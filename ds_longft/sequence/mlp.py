@@ -166,13 +166,13 @@ def _is_gated(mlp: nn.Module, gate_up: LinearGroup, down: LinearGroup) -> bool:
     modules, training = (*gate_up.modules, *down.modules), mlp.training
     forwards = [module.forward for module in modules]
     base = gate_up.members[0].base
-    device = get_accelerator().current_device_name()  # liger's kernels know no other; weights may wait elsewhere
-    x = torch.linspace(-40, 40, 3 * base.out_features, dtype=base.weight.dtype, device=device).view(1, 3, -1)
+    device = torch.device(get_accelerator().current_device_name())  # liger knows no other; weights may wait elsewhere
+    x = torch.linspace(-40, 40, 3 * base.out_features).view(1, 3, -1).to(device, base.weight.dtype)
     try:
         mlp.train()
         for module, stub in zip(modules, stubs, strict=True):
             module.forward = stub
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             return torch.equal(mlp.forward(x), _combine(mlp)(stubs[0](x), stubs[1](x)))
     except (AttributeError, RuntimeError):  # another activation's name, or a weight in between that is partitioned
         return False
