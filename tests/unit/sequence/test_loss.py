@@ -61,6 +61,8 @@ def test_the_gradient_of_a_trained_head_is_rounded_once(chunks: int, documents: 
 
 def test_a_head_with_dora_is_refused_by_name() -> None:
     config = tiny_config("llama")
-    model = add_lora(tiny_model(config, attn="eager", dtype=torch.float32), LoraConfig(targets=["lm_head"], dora=True), seed=0)
+    model = add_lora(
+        tiny_model(config, attn="eager", dtype=torch.float32), LoraConfig(targets=["lm_head"], dora=True), seed=0
+    )
     with pytest.raises(ModelError, match=r"adapters on the output head have dropout or DoRA.*lm_head.*lora.dora"):
         ChunkedHead.install(model, config)
