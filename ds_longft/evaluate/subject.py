@@ -1,7 +1,7 @@
 """What is evaluated: a base model, an adapter on its base (with the RoPE it was trained with), or a full model.
 
 `MODEL` is a Hugging Face folder, a hub id, or the output folder of a run; of a run, `--before` means the model it
-started from.
+started from, with its own RoPE: stretched and not trained, it is another and a worse one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from ds_longft.config import ModelConfig
+from ds_longft.config import ModelConfig, RopeConfig
 from ds_longft.errors import ConfigError, ModelError
 from ds_longft.model.load import load_config, load_model, load_tokenizer, model_path
 from ds_longft.model.lora import BASE_CONFIG_FOLDER, WEIGHTS_NAME
@@ -68,7 +68,8 @@ def find_subject(model: str, *, before: bool = False, base: str | None = None) -
         if run is None:
             raise ConfigError(f"--before: {model} is no output folder of a run (no config.yaml): give the base itself")
         started_from = load_run_config(["--config", str(folder / "config.yaml")]).model
-        plain = started_from.model_copy(update={"path": base or started_from.path, "random_weights": False})
+        unstretched = {"path": base or started_from.path, "random_weights": False, "rope": RopeConfig()}
+        plain = started_from.model_copy(update=unstretched)
         return Subject(plain, None, model_path(plain), model_path(plain), run)
     if (folder / "adapter_config.json").is_file():
         if not (folder / WEIGHTS_NAME).is_file():
