@@ -327,7 +327,7 @@ def _header(
     if (config.optim.warmup_steps or 0) > state.total_steps:
         lines.append(
             f"optim.warmup_steps is {config.optim.warmup_steps}, more than the steps of this run: the learning rate "
-            f"will not reach its peak; lower it, or raise train.epochs"
+            f"will not reach its peak; lower it, or train longer"
         )
     if resumed:
         lines.append(f"resumed from {resumed} at step {state.step}")
