@@ -1,0 +1,44 @@
+"""Which MLPs are tiled: those that compute down(act(gate(x)) * up(x)), by whatever kernel, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ds_longft.train.speed import fuse_and_tile
+from tests.distributed.models import tiny_config, tiny_model
+
+Forward = Callable[[Any, torch.Tensor], torch.Tensor]
+
+
+def by_another_kernel(mlp: Any, x: torch.Tensor) -> torch.Tensor:
+    """As liger binds its own to the module: another exp, another rounding."""
+    gate = mlp.gate_proj(x).double()
+    return mlp.down_proj((gate / (1 + torch.exp2(-gate * 1.4426950))).to(x.dtype) * mlp.up_proj(x))
+
+
+def with_limits(mlp: Any, x: torch.Tensor) -> torch.Tensor:
+    return mlp.down_proj(F.silu(mlp.gate_proj(x).clamp(max=7)) * mlp.up_proj(x))
+
+
+def with_dropout(mlp: Any, x: torch.Tensor) -> torch.Tensor:
+    return F.dropout(mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x)), 0.1, mlp.training)
+
+
+@pytest.mark.parametrize(
+    ("forward", "tiled"), [(None, True), (by_another_kernel, True), (with_limits, False), (with_dropout, False)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_tiled(forward: Forward | None, tiled: bool, dtype: torch.dtype) -> None:
+    layer = tiny_model(tiny_config("llama"), attn="eager", dtype=dtype).eval().model.layers[0]
+    if forward is not None:
+        layer.mlp.forward = MethodType(forward, layer.mlp)
+    state = torch.random.get_rng_state()
+    assert (fuse_and_tile(layer, 0, 7)[1] is not None) == tiled
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not layer.mlp.training
