@@ -275,7 +275,7 @@ def load_tokenizer(path: str, **kwargs: Any) -> Any:
     from transformers import AutoTokenizer  # seconds, and not needed for `--help`
 
     try:
-        return AutoTokenizer.from_pretrained(path, **kwargs)
+        return AutoTokenizer.from_pretrained(Path(path).expanduser() if path.startswith("~") else path, **kwargs)
     except Exception as error:  # every tokenizer backend has its own way to fail on a missing or broken file
         why = next(iter(str(error).splitlines()), type(error).__name__)
         raise ModelError(f"no tokenizer can be read from {path!r}: {why}") from error

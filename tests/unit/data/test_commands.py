@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from ds_longft.data import commands, recipe_commands
+from ds_longft.data.commands import load_tokenizer
 from ds_longft.data.synth import commands as synth
 from ds_longft.errors import ConfigError, DataError, ModelError
 from tests.unit.data.conftest import chat
@@ -129,3 +130,10 @@ def test_synth_code_takes_lengths_like_the_config(tmp_path, capsys):
 def test_a_model_without_tokenizer_is_named(tmp_path):
     with pytest.raises(ModelError, match="no tokenizer can be read"):
         synth.code(str(tmp_path / "a.jsonl"), tokenizer=str(tmp_path))
+
+
+def test_a_tokenizer_below_the_home_folder(tmp_path, monkeypatch, tokenizer):
+    """As `model.path` in recipes; a run reads it, and `data stats` asked the hub for it."""
+    tokenizer.save_pretrained(tmp_path / "model")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(load_tokenizer("~/model")) == len(tokenizer)
