@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from ds_longft.batch import IGNORE_INDEX, Pack
+from ds_longft.layout import ParallelLayout
 
 VOCAB = 97
 
@@ -118,3 +119,22 @@ def dense_attention(
 
 
 AttentionInterface.register("dense", dense_attention)
+
+
+def built_engine(folder: str, ds: dict[str, Any], world: int, **keys: Any) -> tuple[Any, ParallelLayout]:
+    """An engine as a run builds it from the DeepSpeed JSON `ds` and these keys, on the model in `folder`; its layout."""
+    from ds_longft.config import RunConfig
+    from ds_longft.ds_config import merge_ds_config
+    from ds_longft.train.engine import build
+
+    content = {
+        "ds_config": "not read",
+        "sp": 1,
+        "model": {"path": folder, "random_weights": True},
+        "data": {"train": ["unused.jsonl"], "max_length_tokens": 4096},
+        **keys,
+    }
+    config = RunConfig.model_validate(content)
+    settings = merge_ds_config(ds, config, world=world, device="cpu", hidden_size=64)
+    layout = ParallelLayout.create(config.sp)
+    return build(config, settings.engine, layout, torch.device("cpu")).engine, layout

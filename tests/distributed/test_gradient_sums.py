@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from ds_longft.layout import ParallelLayout
-from tests.distributed.models import make_pack, tiny_config
+from tests.distributed.models import built_engine, make_pack, tiny_config
 
 CPU = torch.device("cpu")
 MICRO_STEPS = 16
@@ -20,24 +19,11 @@ def error_of_the_sum(rank: int, world: int, folder: str, ds: dict[str, Any], key
     import torch.distributed as dist
     from deepspeed.utils import safe_get_full_fp32_param
 
-    from ds_longft.config import RunConfig
-    from ds_longft.ds_config import merge_ds_config
-    from ds_longft.train.engine import build
     from ds_longft.train.step import backpropagate
 
-    config = RunConfig.model_validate(
-        {
-            "ds_config": "unused.json",
-            "sp": 1,
-            "model": {"path": folder, "random_weights": True, "dtype": "bf16"},
-            "data": {"train": ["unused.jsonl"], "max_length_tokens": 4096},
-            "optim": {"type": "sgd", "learning_rate": 1.0, "max_grad_norm": None},
-            **keys,
-        }
-    )
-    settings = merge_ds_config(ds, config, world=world, device="cpu", hidden_size=64)
-    layout = ParallelLayout.create(1)
-    engine = build(config, settings.engine, layout, CPU).engine
+    model = {"path": folder, "random_weights": True, "dtype": "bf16"}
+    optim = {"type": "sgd", "learning_rate": 1.0, "max_grad_norm": None}
+    engine, layout = built_engine(folder, ds, world, model=model, optim=optim, **keys)
     trained = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
     sums: dict[str, torch.Tensor] = {}
 
@@ -47,7 +33,7 @@ def error_of_the_sum(rank: int, world: int, folder: str, ds: dict[str, Any], key
     for name, p in trained.items():
         p.register_hook(lambda grad, name=name: note(name, grad))
     before = {n: safe_get_full_fp32_param(p).double() for n, p in trained.items()}
-    packs = [make_pack([40], seed=100 * rank + i) for i in range(config.train.gradient_accumulation_steps)]
+    packs = [make_pack([40], seed=100 * rank + i) for i in range(keys["train"]["gradient_accumulation_steps"])]
     backpropagate(engine, packs, 1.0 * world, layout, CPU)
     engine.step()
     error = size = 0.0

@@ -10,7 +10,7 @@ import torch
 
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.dropout import random_rates
-from tests.distributed.models import make_pack, relative_error, tiny_config, tiny_model
+from tests.distributed.models import built_engine, make_pack, relative_error, tiny_config, tiny_model
 
 CPU = torch.device("cpu")
 RANDOM = {
@@ -20,26 +20,10 @@ RANDOM = {
 }
 
 
-def built(folder: str, world: int, **keys: Any) -> Any:
-    """An engine as a run builds it, and its layout."""
-    from ds_longft.config import RunConfig
-    from ds_longft.ds_config import merge_ds_config
-    from ds_longft.train.engine import build
-
-    config = RunConfig.model_validate(
-        {
-            "ds_config": "unused.json",
-            "sp": 1,
-            "model": {"path": folder},
-            "lora": None,
-            "data": {"train": ["unused.jsonl"], "max_length_tokens": 256},
-            "optim": {"type": "sgd"},
-            **keys,
-        }
-    )
-    settings = merge_ds_config({"zero_optimization": {"stage": 0}}, config, world=world, device="cpu", hidden_size=32)
-    layout = ParallelLayout.create(1)
-    return build(config, settings.engine, layout, CPU).engine, layout
+def built(folder: str, world: int, **keys: Any) -> tuple[Any, ParallelLayout]:
+    """All weights of the saved model, trained at ZeRO stage 0."""
+    model, data = {"path": folder}, {"train": ["unused.jsonl"], "max_length_tokens": 256}
+    return built_engine(folder, {}, world, model=model, data=data, lora=None, optim={"type": "sgd"}, **keys)
 
 
 def gradients(rank: int, world: int, folder: str, recompute: str) -> Any:

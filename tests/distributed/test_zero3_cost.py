@@ -8,30 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from ds_longft.layout import ParallelLayout
-from tests.distributed.models import make_pack, tiny_config
+from tests.distributed.models import built_engine, make_pack, tiny_config
 
 CPU = torch.device("cpu")
 
 
-def built(folder: str, sp: int, world: int, stage: int, keys: dict[str, Any]) -> tuple[Any, ParallelLayout]:
-    """An engine as a run builds it, on the shape in `folder`."""
-    from ds_longft.config import RunConfig
-    from ds_longft.ds_config import load_ds_config, merge_ds_config
-    from ds_longft.train.engine import build
+def shipped(stage: int) -> dict[str, Any]:
+    """The DeepSpeed JSON of a ZeRO stage."""
+    from ds_longft.ds_config import load_ds_config
 
-    config = RunConfig.model_validate(
-        {
-            "ds_config": f"ds_configs/zero{stage}_sp.json",
-            "sp": sp,
-            "model": {"path": folder, "random_weights": True},
-            "data": {"train": ["unused.jsonl"], "max_length_tokens": 4096},
-            **keys,
-        }
-    )
-    settings = merge_ds_config(load_ds_config(config.ds_config), config, world=world, device="cpu", hidden_size=64)
-    layout = ParallelLayout.create(sp)
-    return build(config, settings.engine, layout, CPU).engine, layout
+    return load_ds_config(f"ds_configs/zero{stage}_sp.json")
 
 
 def cost_of_a_pass(rank: int, world: int, folder: str, stage: int, keys: dict[str, Any]) -> Any:
@@ -39,7 +25,7 @@ def cost_of_a_pass(rank: int, world: int, folder: str, stage: int, keys: dict[st
     from ds_longft.train.speed import dry_pass
     from tests.unit.plan.tracked import Tracker
 
-    engine, layout = built(folder, world, world, stage, keys)
+    engine, layout = built_engine(folder, shipped(stage), world, sp=world, **keys)
     pack = make_pack([3000, 1096], seed=0, multiple=world)
     dry_pass(engine, pack, layout, CPU)  # ZeRO-3 learns the order of the modules
     with Tracker() as tracker:
@@ -53,7 +39,7 @@ def norms_of_unequal_packs(rank: int, world: int, folder: str, stage: int, keys:
     from ds_longft.train.step import backpropagate
     from tests.distributed.dpo_cases import pair_pack
 
-    engine, layout = built(folder, 1, world, stage, keys)
+    engine, layout = built_engine(folder, shipped(stage), world, **keys)
     norms = []
     for step, lengths in enumerate(([90, 20], [30, 64], [90, 20])):
         tokens = lengths[rank]

@@ -37,16 +37,21 @@ THOUGHT = (
 )
 
 
+def original_of(family: str) -> str:
+    """A model's own chat template."""
+    trl = find_spec("trl")
+    if trl is None or trl.origin is None:
+        pytest.skip("trl, which carries copies of the original templates, is not installed")
+    return (Path(trl.origin).parent / f"chat_templates/{family}.jinja").read_text(encoding="utf-8")
+
+
 @pytest.fixture(params=CASES, ids=[case[0] for case in CASES])
 def case(request):
     """(tokenizer with the original template, path of the shipped one, the token that ends an answer)."""
     original, shipped, end = request.param
-    trl = find_spec("trl")
-    if trl is None:
-        pytest.skip("trl carries the original templates")
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"eos_token": end})
-    tokenizer.chat_template = (Path(trl.origin).parent / f"chat_templates/{original}.jinja").read_text(encoding="utf-8")
+    tokenizer.chat_template = original_of(original)
     return tokenizer, f"{shipped}.jinja", end
 
 
@@ -113,11 +118,8 @@ def test_the_same_text_without_marks(case):
 
 
 def test_a_last_answer_with_thinking_reads_as_in_qwen3s_own():
-    path = find_spec("trl")
-    if path is None:
-        pytest.skip("trl carries the original templates")
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = (Path(path.origin).parent / "chat_templates/qwen3.jinja").read_text(encoding="utf-8")
+    tokenizer.chat_template = original_of("qwen3")
     messages = [{"role": turn.role, "content": turn.content} for turn in THOUGHT[:2]]
     ours = load_template(tokenizer, "qwen3_thinking.jinja").render(THOUGHT[:2]).text
     assert ours == tokenizer.apply_chat_template(messages, tokenize=False)
