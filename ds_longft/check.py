@@ -219,6 +219,11 @@ def _length_problems(config: RunConfig, text: dict[str, Any]) -> list[str]:
         problems.append(
             f"model.rope.theta is {rope.theta:g}, but model.rope.type is {rope.type}: theta is for abf only"
         )
+    if rope.attention_factor is not None and rope.type != "yarn":
+        problems.append(
+            f"model.rope.attention_factor is {rope.attention_factor:g}, but model.rope.type is {rope.type}: "
+            "attention_factor is for yarn only"
+        )
     if rope.factor is not None and rope.type == "none":
         problems.append(f"model.rope.factor is {rope.factor:g}, but model.rope.type is none: give a type, or no factor")
     window = text.get("max_position_embeddings", text.get("n_positions"))
@@ -228,7 +233,7 @@ def _length_problems(config: RunConfig, text: dict[str, Any]) -> list[str]:
         if length > window and not _rope_types(text) & set(LENGTH_AWARE_ROPE):
             problems.append(
                 f"data.max_length_tokens is {length}, the model's window is {window} tokens: lower the first, or "
-                f"stretch the window with model.rope.type (yarn, abf, linear or dynamic)"
+                f"stretch the window with model.rope.type (yarn, llama3, abf, linear or dynamic)"
             )
         return problems
     if rope.theta is not None:
@@ -255,7 +260,7 @@ def _reference_problems(config: RunConfig, text: dict[str, Any]) -> list[str]:
     types = _rope_types(text) if config.model.rope.type == "none" else {config.model.rope.type}
     return [
         f"dpo.reference is precomputed, but RoPE of type {rope} goes by the longest document of a pack, so a pair's "
-        f"log-probabilities depend on its neighbours: set it to auto, or model.rope.type to yarn, abf or linear"
+        f"log-probabilities depend on its neighbours: set it to auto, or model.rope.type to yarn, llama3, abf or linear"
         for rope in LENGTH_AWARE_ROPE
         if rope in types
     ]

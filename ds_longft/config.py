@@ -40,14 +40,18 @@ class Section(BaseModel):
 class RopeConfig(Section):
     """How the rotary position embedding is stretched when the model is loaded."""
 
-    type: Literal["none", "linear", "dynamic", "yarn", "abf"] = "none"
+    type: Literal["none", "linear", "dynamic", "yarn", "llama3", "abf"] = "none"
     """`none` keeps the model's own; `abf` raises the base (theta); the others are the Hugging Face types."""
 
     factor: float | None = Field(default=None, ge=1.0)
-    """Stretch for `linear`, `dynamic`, `yarn`. Left out: `data.max_length_tokens` over the model's window."""
+    """Stretch for `linear`, `dynamic`, `yarn`, `llama3`. Left out: `data.max_length_tokens` over the model's window."""
 
     theta: float | None = Field(default=None, gt=0)
     """New base for `abf`. Left out: old base * factor ** (d / (d - 2)), the NTK-aware rule."""
+
+    attention_factor: float | None = Field(default=None, gt=0)
+    """`yarn`: multiplies queries and keys, so scores by its square. Left out: 0.1 ln(factor) + 1, as YaRN has it. 1
+    disturbs short texts less before any training (docs/evaluate.md). Check that what serves the model reads it."""
 
 
 class ModelConfig(Section):

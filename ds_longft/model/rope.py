@@ -24,6 +24,8 @@ from ds_longft.errors import ModelError
 from ds_longft.model.rope_formulas import expected_frequencies, rope_parts, rotary_dim
 
 LENGTH_DEPENDENT = ("dynamic", "longrope")
+# Frequencies of at most one turn over the old window are interpolated, those of at least four stay (as in Llama 3.1).
+LLAMA3_BLEND = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 MAX_RELATIVE_ERROR = 1e-5  # HF's own float32 arithmetic stays near 1e-6; bf16 rounding makes 4e-3
 
 
@@ -52,7 +54,7 @@ def apply_rope(hf_config: PretrainedConfig, rope: RopeConfig, max_length_tokens:
         if end is not None and max_length_tokens > end:
             raise ModelError(
                 f"data.max_length_tokens is {max_length_tokens}, the model's window is {end} tokens: lower the "
-                f"first, or stretch the window with model.rope.type (yarn, abf, linear or dynamic)"
+                f"first, or stretch the window with model.rope.type (yarn, llama3, abf, linear or dynamic)"
             )
         return
     if not parts or window is None:
@@ -206,8 +208,12 @@ def _stretched(
         theta = rope.theta if rope.theta is not None else parameters["rope_theta"] * factor ** (dim / (dim - 2))
         return {"rope_theta": float(theta)}
     change: dict = {"rope_type": rope.type, "factor": float(factor)}
-    if rope.type == "yarn":
+    if rope.type in ("yarn", "llama3"):
         change["original_max_position_embeddings"] = window
+    if rope.type == "llama3":
+        change |= LLAMA3_BLEND
+    if rope.type == "yarn" and rope.attention_factor is not None:
+        change["attention_factor"] = rope.attention_factor
     return change
 
 

@@ -17,9 +17,8 @@ def overview(facts: RunFacts) -> Pairs:
     config, machine = facts.config, facts.machine
     lora = config.lora
     rope = config.model.rope
-    stretched = "" if rope.type == "none" else ", ".join(
-        f"{key} {value:g}" for key, value in (("factor", rope.factor), ("theta", rope.theta)) if value is not None
-    )  # fmt: skip
+    given = {"factor": rope.factor, "theta": rope.theta, "attention factor": rope.attention_factor}
+    stretched = ", ".join(f"{key} {value:g}" for key, value in given.items() if value is not None)
     dpo = config.dpo if config.objective == "dpo" else None
     weighting = f"{config.data.weighting} weighting" if dpo is None else "every pair by its weight"
     world, sp = machine.get("world"), machine.get("sp")

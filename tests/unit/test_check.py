@@ -152,6 +152,7 @@ def test_each_mistake_is_named(changes: dict[str, Any], expected: str, folder: P
         ({"type": "linear", "factor": 2.0}, 32768, "model.rope.factor 2 stretches the window of 8192 to 16384 tokens"),
         ({"type": "none", "factor": 2.0}, 8192, "model.rope.factor is 2, but model.rope.type is none"),
         ({"type": "yarn", "theta": 1e6}, 32768, "model.rope.theta is 1e+06, but model.rope.type is yarn"),
+        ({"type": "llama3", "attention_factor": 1.0}, 32768, "attention_factor is for yarn only"),
     ],
 )
 def test_rope_that_does_not_fit(rope: dict[str, Any], length: int, expected: str, folder: Path) -> None:
@@ -163,7 +164,8 @@ def test_rope_that_does_not_fit(rope: dict[str, Any], length: int, expected: str
     "rope",
     [
         {"type": "yarn"},
-        {"type": "yarn", "factor": 4},
+        {"type": "yarn", "factor": 4, "attention_factor": 1.0},
+        {"type": "llama3"},
         {"type": "abf"},
         {"type": "abf", "theta": 1e6},
         {"type": "dynamic"},

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def frequencies(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {n: b.clone() for n, b in found.items()}
 
 
-@pytest.mark.parametrize("rope_type", ["linear", "dynamic", "yarn", "abf"])
+@pytest.mark.parametrize("rope_type", ["linear", "dynamic", "yarn", "llama3", "abf"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stretch_reaches_the_live_frequencies_and_the_saved_config(family: str, rope_type: str, tmp_path: Path) -> None:
     tiny_config(family).save_pretrained(tmp_path)
@@ -78,6 +79,10 @@ def test_yarn_and_abf_numbers_by_hand() -> None:
     apply_rope(yarn, RopeConfig(type="yarn", factor=8), LONG)
     assert yarn.rope_parameters["original_max_position_embeddings"] == WINDOW
     assert yarn.max_position_embeddings == 8 * WINDOW
+    even = tiny_config("llama")
+    apply_rope(even, RopeConfig(type="yarn", factor=8, attention_factor=1.0), LONG)
+    assert check_rope(build(even), even) < 1e-6
+    assert build(even).model.rotary_emb.attention_scaling == 1.0 < build(yarn).model.rotary_emb.attention_scaling
     abf = tiny_config("llama")
     apply_rope(abf, RopeConfig(type="abf"), LONG)
     assert abf.rope_parameters["rope_theta"] == pytest.approx(10000 * 4 ** (16 / 14))
@@ -85,6 +90,20 @@ def test_yarn_and_abf_numbers_by_hand() -> None:
     apply_rope(explicit, RopeConfig(type="abf", theta=1e6), LONG)
     assert explicit.rope_parameters["rope_theta"] == 1e6
     assert explicit.max_position_embeddings == LONG
+
+
+def test_llama3_numbers_by_hand() -> None:
+    config = tiny_config("llama")
+    apply_rope(config, RopeConfig(type="llama3"), LONG)
+    [plain] = frequencies(build(tiny_config("llama"))).values()
+    [stretched] = frequencies(build(config)).values()
+    turns = WINDOW * plain / (2 * math.pi)
+    assert torch.equal(stretched[turns >= 4], plain[turns >= 4])
+    torch.testing.assert_close(stretched[turns <= 1], plain[turns <= 1] * WINDOW / LONG)
+    between = (turns > 1) & (turns < 4)
+    assert between.any()
+    assert (turns >= 4).any()
+    assert (stretched[between] < plain[between]).all()
 
 
 @pytest.mark.parametrize("parameters", [{"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}, LONGROPE])
