@@ -115,7 +115,8 @@ def test_op_equals_its_definition(pools, world):
         if case[-1]:
             whole.append(parts[0][4])
         for name, ours, truth in zip(("out", "dq", "dk", "dv", "dsinks"), whole, definition(*case), strict=False):
-            error = float((ours - truth).norm() / truth.norm().clamp_min(1e-6))
+            # Against 1, the inputs' own size, where it is less: dq of documents of one token is 0 but for rounding.
+            error = float((ours - truth).norm() / truth.norm().clamp_min(1.0))
             assert error < 1e-10, f"{name} is {error:.1e} off"
 
     check()
