@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -25,22 +26,28 @@ DOCUMENT_CHARS = 20_000
 
 
 def texts(out: str, length: int) -> None:
-    """Write built-in text in two languages, enough for stretches of `length` tokens, as longdocs_built_in.jsonl.
+    """Write built-in text in two languages, enough for stretches of `length` tokens: longdocs_, longqa_built_in.jsonl.
 
     And a few short chats as instruct_built_in.jsonl.
     """
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "longdocs_built_in.jsonl").open("w", encoding="utf-8") as file:
-        for language, make in (("en", english), ("zh", chinese)):
-            text = make(2 * CHARACTERS_A_TOKEN[language] * length)
-            for start in range(0, len(text), DOCUMENT_CHARS):
-                row = {"text": text[start : start + DOCUMENT_CHARS], "lang": language, "collection": "built in"}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    with (folder / "instruct_built_in.jsonl").open("w", encoding="utf-8") as file:
-        for a in range(100):
-            turns = [("user", f"What is {a} + {a + 7}?"), ("assistant", f"{a} + {a + 7} is {2 * a + 7}.")]
-            file.write(json.dumps({"messages": [{"role": r, "content": c} for r, c in turns], "lang": "en"}) + "\n")
+
+    def documents(language: str, make: Callable[[int], str]) -> list[str]:
+        text = make(2 * CHARACTERS_A_TOKEN[language] * length)
+        return [text[start : start + DOCUMENT_CHARS] for start in range(0, len(text), DOCUMENT_CHARS)]
+
+    def write(name: str, rows: list[dict[str, Any]]) -> None:
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / f"{name}_built_in.jsonl").write_text("".join(lines), encoding="utf-8")
+
+    english_documents = documents("en", english)
+    both = {"en": english_documents, "zh": documents("zh", chinese)}
+    write("longdocs", [{"text": t, "lang": lang, "collection": "built in"} for lang in both for t in both[lang]])
+    asked = {"qas": [{"question": "What is this?", "answer": "A manual."}], "lang": "en", "eval_kind": "f1"}
+    write("longqa", [{"context": t, **asked} for t in english_documents])
+    turns = [[("user", f"What is {a} + {a + 7}?"), ("assistant", f"{a} + {a + 7} is {2 * a + 7}.")] for a in range(100)]
+    write("instruct", [{"messages": [{"role": r, "content": c} for r, c in pair], "lang": "en"} for pair in turns])
 
 
 def results(run: str, command: str) -> None:
@@ -65,10 +72,10 @@ def results(run: str, command: str) -> None:
             )
         )
 
-    before, after = result("perplexity-before"), result("perplexity")
-    tokens, edges = after["length_tokens"], after["edges_tokens"]
-    low, high = tokens // 64, tokens // 16  # 2K and 8K of 128K
-    inside = [i for i, (a, b) in enumerate(pairwise(edges)) if a >= low and b <= high]
+    before, after = result("perplexity-window-before"), result("perplexity")
+    tokens, edges = after["length_tokens"], before["edges_tokens"]
+    low, high = edges[-1] // 4, edges[-1]  # 2K and 8K
+    inside = [i for i, (a, _) in enumerate(pairwise(edges)) if a >= low]
     base = sum(before["loss_by_bucket"][i] for i in inside) / len(inside)
     shown = f"base {low // 1024}k-{high // 1024}k" if low >= 1024 else f"base {low}-{high}"
     for number, value in enumerate(after["loss_by_eighth"], start=1):

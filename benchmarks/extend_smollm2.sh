@@ -4,11 +4,12 @@
 # data can be made on a machine without a GPU. PARALLEL=1 runs the evaluations of a model side by side.
 #
 #   TEXTS=/path/to/longdocs benchmarks/extend_smollm2.sh                    # one GPU, or all GPUs of the machine
-#   TEXTS=... MODE=lora ROPE=yarn benchmarks/extend_smollm2.sh              # the other variants; arguments are keys of the run
-#   LENGTH=2048 LENGTHS=512,1024 ROWS=8 STEPS=2 TRIALS=1 SHORT=2 benchmarks/extend_smollm2.sh        # rehearsal on a CPU, built-in text
+#   TEXTS=... MODE=full ROPE=yarn benchmarks/extend_smollm2.sh              # the other variants; arguments are keys of the run
+#   LENGTH=2048 LENGTHS=512,1024 ROWS=100 STEPS=2 TRIALS=1 SHORT=2 benchmarks/extend_smollm2.sh        # rehearsal on a CPU, built-in text
 #
 # TEXTS holds longdocs_*.jsonl.gz with columns text, collection, lang, of which the collection HELD_OUT is not trained on but
-# evaluated on, and instruct_*.jsonl.gz with messages. Results: DATA/stats.html, RUN/report.html, and lines on stdout for results.jsonl.
+# evaluated on, longqa_*.jsonl.gz and instruct_*.jsonl.gz (recipes/extend_smollm2_data.yaml). Results: DATA/stats.html,
+# RUN/report.html, and lines on stdout for results.jsonl. CUDA_VISIBLE_DEVICES and MASTER_PORT keep two of these apart.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
@@ -16,14 +17,14 @@ TEXTS=${TEXTS:-}
 HELD_OUT="Shakespeare plays (sample)"   # excluded by recipes/extend_smollm2_data.yaml
 ONLY=${ONLY:-all}    # data, train, before, after (evaluation and report) or all
 LENGTH=${LENGTH:-131072}
-ROWS=${ROWS:-2600}
-STEPS=${STEPS:-330}
+ROWS=${ROWS:-8000}
+STEPS=${STEPS:-null}     # null: the data once
 TRIALS=${TRIALS:-6}   # questions at each length and depth, twice as many with four numbers at once
 TRIALS_BEFORE=${TRIALS_BEFORE:-$TRIALS}
 PARALLEL=${PARALLEL:-0}
 SHORT=${SHORT:-64}     # texts of 512 tokens for the short-text loss
-MODE=${MODE:-full}   # full or lora
-ROPE=${ROPE:-abf}    # abf or yarn
+MODE=${MODE:-lora}   # lora or full
+ROPE=${ROPE:-abf}    # abf, yarn or llama3
 GPUS=${GPUS:-$($PYTHON -c "from ds_longft.train.ranks import visible_gpus; print(visible_gpus())")}
 RANKS=$((GPUS > 0 ? GPUS : 1))
 RUN=${RUN:-runs/extend_smollm2_${MODE}_${ROPE}}
@@ -43,12 +44,13 @@ if part data && [ ! -f "$DATA/run.yaml" ]; then
 fi
 
 keys=(--config recipes/extend_smollm2.yaml --output_dir "$RUN" --sp "$RANKS" --data.max_length_tokens "$LENGTH"
-  --data.train "$(realpath -m "$DATA/train.jsonl")" --train.max_steps "$STEPS" --train.save_every_steps "$((STEPS / 2))")
-if [ "$ROPE" = yarn ]; then keys+=(--model.rope.type yarn --model.rope.theta null --model.rope.factor "$((LENGTH > 8192 ? LENGTH / 8192 : 16))"); fi
-if [ "$MODE" = lora ]; then keys+=(--lora.r 64 --lora.alpha 128 --optim.learning_rate 1e-3); fi
+  --data.train "$(realpath -m "$DATA/train.jsonl")" --train.max_steps "$STEPS")
+if [ "$ROPE" != abf ]; then keys+=(--model.rope.type "$ROPE"); fi
+if [ "$ROPE" = yarn ]; then keys+=(--model.rope.attention_factor 1); fi
+if [ "$MODE" = full ]; then keys+=(--lora null --optim.learning_rate 2e-4); fi
 keys+=("$@")
 if part train && [ ! -f "$RUN/model.safetensors" ] && [ ! -f "$RUN/adapter_model.safetensors" ]; then
-  if [ "$RANKS" -gt 1 ]; then deepspeed --num_gpus "$RANKS" --module ds_longft.train "${keys[@]}"
+  if [ "$RANKS" -gt 1 ]; then deepspeed --master_port "${MASTER_PORT:-29500}" --module ds_longft.train "${keys[@]}"
   else $PYTHON -m ds_longft.train "${keys[@]}"; fi
 fi
 
@@ -76,7 +78,11 @@ evaluate() { # evaluate TRIALS [--before]
   for job in "${jobs[@]}"; do wait "$job"; done
   jobs=()
 }
-if part before; then evaluate "$TRIALS_BEFORE" --before; fi
+if part before; then
+  evaluate "$TRIALS_BEFORE" --before
+  # The base in its own window, over all of the texts: what the losses after are held against.
+  longft eval perplexity "$RUN" --length "$((LENGTH / 16))" --texts 64 --join --sp 1 "${held_out[@]}" --name perplexity-window --before
+fi
 part after || exit 0
 evaluate "$TRIALS"
 longft report "$RUN"

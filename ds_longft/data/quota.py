@@ -42,7 +42,8 @@ def partition(name: str, of_cell: Sequence[str], shares: dict[str, float]) -> li
     if left > TOLERANCE and not rest.any():
         raise DataError(f"{name}: the shares add up to {1 - left:.3f}, and no row has any other value: make it 1")
     margins = [Margin(f"{name} {value}", values == value, share=share) for value, share in shares.items()]
-    return [*margins, Margin(f"{name} (others)", rest, share=max(0.0, left))]
+    left = left if left > TOLERANCE else 0.0  # shares that add up to 1 leave 1e-16
+    return [*margins, Margin(f"{name} (others)", rest, share=left)]
 
 
 def quotas(available: NDArray[np.int64], margins: Sequence[Margin], total: int | None) -> NDArray[np.int64]:

@@ -60,7 +60,9 @@ def one_step(
     from deepspeed.utils import safe_get_full_grad
 
     register()
-    model = prepared(tiny_model(tiny_config("llama", **changes), attn=ULYSSES, dtype=torch.float32, std=STD), lora and LORA)
+    model = prepared(
+        tiny_model(tiny_config("llama", **changes), attn=ULYSSES, dtype=torch.float32, std=STD), lora and LORA
+    )
     layout = ParallelLayout.create(sp)
     objective = SftObjective(model, layout)
     base = model.get_base_model() if lora else model

@@ -226,21 +226,30 @@ def test_the_demonstration_recipe_makes_stretches_numbers_and_takes_chats(tmp_pa
     texts += [{"text": "Kept for the evaluation. " * 500, "lang": "en", "collection": "Shakespeare plays (sample)"}]
     write(tmp_path / "root" / "longdocs_one.jsonl.gz", texts[::2])
     write(tmp_path / "root" / "longdocs_two.jsonl", texts[1::2])
+    asked = {"qas": [{"question": "What?", "answer": "That."}], "lang": "en"}
+    questions = [
+        {"context": english(200, 50 + i), "eval_kind": kind, **asked} for kind in ("f1", "exam") for i in range(8)
+    ]
+    questions[-1]["context"] = "Passages that are repeated. " * 500
+    write(tmp_path / "root" / "longqa_one.jsonl", questions)
     write(tmp_path / "root" / "instruct_short.jsonl", [chat(english(3, i), "a") for i in range(20)])
     (tmp_path / "root" / "notes.txt").write_text("not of the pattern")
     tokenizer.save_pretrained(tmp_path / "model")
     words = ["--root", str(tmp_path / "root"), "--out", str(tmp_path / "out"), "--tokenizer", str(tmp_path / "model")]
-    words += ["--total_rows", "40", "--max_length_tokens", "4K"]
+    words += ["--total_rows", "100", "--max_length_tokens", "4K"]
     assert main(["data", "mix", str(RECIPES / "extend_smollm2_data.yaml"), *words]) == 0
     rows = [json.loads(line) for line in (tmp_path / "out" / "train.jsonl").read_text().splitlines()]
-    assert Counter(row["source"] for row in rows) == {"stretches": 8, "numbers": 24, "chats": 8}
-    assert Counter(row["language"] for row in rows) == {"en": 33, "zh": 7}
+    assert Counter(row["source"] for row in rows) == {
+        "stretches": 13, "stretches of other texts": 12, "numbers": 43, "numbers in other texts": 24, "chats": 8,
+    }  # fmt: skip
+    assert Counter(row["language"] for row in rows if row["source"] == "numbers") == {"en": 37, "zh": 6}
+    assert all(row["language"] == "en" for row in rows if row["source"] != "numbers")
     assert {"messages" in row for row in rows} == {True, False}
-    assert not any("Kept for the evaluation" in json.dumps(row) for row in rows)
+    assert not any("Kept for the" in json.dumps(row) or "Passages that are" in json.dumps(row) for row in rows)
     capsys.readouterr()
     assert main(["data", "stats", str(tmp_path / "out" / "run.yaml"), "--json"]) == 0
     stats = json.loads(capsys.readouterr().out)
-    assert (stats["rows"], stats["bad_rows"]) == (40, 0)
+    assert (stats["rows"], stats["bad_rows"]) == (100, 0)
     trained = {group["name"]: group["targets"] / group["tokens"] for group in stats["sources"]}
     assert trained["stretches"] > 0.99
     assert 0 < trained["numbers"] < 0.2

@@ -53,6 +53,12 @@ def test_wishes_nobody_can_meet_are_named():
         quotas(np.asarray([10, 10]), margins, None)
 
 
+def test_shares_that_add_up_to_one_but_for_rounding():
+    shares = {"a": 0.13, "b": 0.12, "c": 0.43, "d": 0.24, "e": 0.08}  # 1 - 1.1e-16
+    assert 0 < 1 - sum(shares.values()) < 1e-15
+    assert quotas(np.full(5, 1000), partition("sources", list(shares), shares), 100).tolist() == [13, 12, 43, 24, 8]
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     available=st.lists(st.integers(0, 500), min_size=4, max_size=4),
