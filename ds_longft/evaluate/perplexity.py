@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from ds_longft.batch import IGNORE_INDEX, Pack
 from ds_longft.errors import ConfigError, DataError
 from ds_longft.evaluate.crew import said_once, start_ranks
 from ds_longft.evaluate.needle import CHARACTERS_A_TOKEN, tokens_of
@@ -33,6 +32,7 @@ def perplexity(
     text: str | None = None,
     length: int | str | None = None,
     texts: int = 8,
+    window: int | str | None = None,
     buckets: int = 64,
     where: str | None = None,
     join: bool = False,
@@ -57,6 +57,9 @@ def perplexity(
         text: text file, JSONL or folder. Left out: the Python documentation of this machine.
         length: tokens of each text, e.g. 32K or 128K. Left out: the model's window.
         texts: how many texts of that length, spread evenly over what is there.
+        window: read each text in overlapping windows of so many tokens, each token with a quarter of one to a whole one
+            before it. With --before and the window of the model before: what that model can do on the same text. Left
+            out: each text whole.
         buckets: stretches of positions that the loss is averaged in.
         where: column=value, rows to take.
         join: lay shorter texts together to full length. Left out: they are left out.
@@ -73,6 +76,8 @@ def perplexity(
         raise ConfigError(f"--sp {sp}, --buckets {buckets}, --texts {texts}: each should be 1 or more")
     if length is not None and tokens_of("--length", length) < 2:
         raise ConfigError(f"--length is {length}: a text of one token has none to predict, give 2 or more")
+    if window is not None and tokens_of("--window", window) < 8:
+        raise ConfigError(f"--window is {window}: expected 8 or more tokens, e.g. 8K")
     arguments = {key: value for key, value in locals().items() if value not in (None, False)}
     if start_ranks("perplexity", "--sp", sp, arguments):
         return
@@ -80,7 +85,10 @@ def perplexity(
     if launch.world % sp:
         raise ConfigError(f"--sp is {sp}, which does not divide the {launch.world} ranks of this launch")
     with said_once(launch.rank):
-        result = _measure(launch, **{**arguments, "length": length and tokens_of("--length", length)})
+        counts = {
+            flag: given and tokens_of(f"--{flag}", given) for flag, given in (("length", length), ("window", window))
+        }
+        result = _measure(launch, **{**arguments, **counts})
     if launch.rank == 0:
         _show(result, json)
 
@@ -96,6 +104,7 @@ def _measure(
     language: Language,
     text: str | None = None,
     length: int | None = None,
+    window: int | None = None,
     where: str | None = None,
     join: bool = False,
     before: bool = False,
@@ -109,7 +118,7 @@ def _measure(
     import torch.distributed as dist
 
     from ds_longft.evaluate import results
-    from ds_longft.evaluate.position_loss import bucket_losses
+    from ds_longft.evaluate.position_loss import bucket_losses, read_in_windows
     from ds_longft.evaluate.subject import find_subject, load_subject, subject_tokenizer
     from ds_longft.layout import ParallelLayout
     from ds_longft.sequence.attention import ULYSSES, register
@@ -122,8 +131,6 @@ def _measure(
     tokenizer = subject_tokenizer(subject)
     loaded = load_subject(subject, device, attention=ULYSSES)
     tokens = length or loaded.window or 8192
-    if tokens % sp:
-        raise ConfigError(f"--length is {tokens}, which --sp {sp} does not divide")
     source = read_texts(text, language, where=where, characters=CHARACTERS_A_TOKEN * tokens * texts)
     pieces = pieces_of(tokenizer, source, tokens, texts, join=join or text is None)
     settings = {
@@ -132,6 +139,7 @@ def _measure(
         "where": where,
         "join": join,
         "length_tokens": tokens,
+        "window_tokens": window,
         "texts": len(pieces),
         "texts_fingerprint": results.fingerprint(pieces),
         "buckets": buckets,
@@ -143,13 +151,15 @@ def _measure(
         opened.append(results.Rows(folder, file, settings, total=len(pieces)))
         return {row["key"] for row in opened[0].rows}
 
+    def losses(ids: list[int]) -> NDArray[np.float64]:
+        return bucket_losses(loaded, read_in_windows(ids, window or len(ids), sp), layout, kernel, buckets)
+
     done = agreement.on_rank0(open_rows)
     todo = [i for i in range(len(pieces)) if str(i) not in done]
     for first in range(0, len(todo), layout.dp):
         mine = todo[first : first + layout.dp][layout.dp_rank : layout.dp_rank + 1]
         # Every rank of an sp group has the same text; a group without one left waits for the others.
-        here = (mine[0], bucket_losses(loaded, pack_of(pieces[mine[0]]), layout, kernel, buckets)) if mine else None
-        gathered = agreement.gather(here)
+        gathered = agreement.gather((mine[0], losses(pieces[mine[0]])) if mine else None)
         for rows in opened:
             _add_rows(rows, gathered)
     result = {}
@@ -186,21 +196,6 @@ def pieces_of(tokenizer: Any, texts: list[str], tokens: int, count: int, *, join
         raise DataError(f"no text has {tokens:,} tokens (the longest has {longest:,}): lower --length{hint}")
     chosen = starts if len(starts) <= count else [starts[i * len(starts) // count] for i in range(count)]
     return [bos + streams[i][a : a + body] for i, a in chosen]
-
-
-def pack_of(ids: list[int]) -> Pack:
-    """One document of which every token but the first is a target."""
-    array = np.asarray(ids, dtype=np.int64)
-    weights = np.ones(len(array), dtype=np.float32)
-    weights[-1] = 0
-    return Pack(
-        input_ids=array,
-        position_ids=np.arange(len(array), dtype=np.int64),
-        labels=np.append(array[1:], IGNORE_INDEX),
-        loss_weights=weights,
-        cu_seqlens=np.array([0, len(array)], dtype=np.int32),
-        padding_tokens=0,
-    )
 
 
 def summarize(rows: Sequence[dict[str, Any]], tokens: int, buckets: int) -> dict[str, Any]:

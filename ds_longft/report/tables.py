@@ -167,6 +167,8 @@ def differences_line(evaluation: Evaluation) -> str:
 
 
 def _list(value: Any) -> str:
+    if value is None:
+        return "none"
     if isinstance(value, dict):
         return ", ".join(f"{key}: {v}" for key, v in value.items())
     if isinstance(value, Sequence) and not isinstance(value, str):
@@ -206,7 +208,8 @@ def _needle_words(settings: dict[str, Any]) -> list[str]:
 
 def _text_words(settings: dict[str, Any]) -> list[str]:
     same = ("text", "texts", "buckets", "where", "data", "prompts", "tasks", "limit")
-    flags = {"length_tokens": "length", "max_length_tokens": "max_length"} | dict(zip(same, same, strict=True))
+    flags = {"length_tokens": "length", "window_tokens": "window", "max_length_tokens": "max_length"}
+    flags |= dict(zip(same, same, strict=True))
     words = [f"--{flag}" for flag in ("join", "e") if settings.get(flag)]
     for key, flag in flags.items():
         value = settings.get(key)

@@ -6,32 +6,33 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from tests.distributed.pool import WorkerPool
 
 
-def case(rank: int, world: int, folder: str, sp: int) -> NDArray[np.float64]:
+def case(rank: int, world: int, folder: str, sp: int, window: int) -> NDArray[np.float64]:
     import torch
 
-    from ds_longft.evaluate.perplexity import pack_of
-    from ds_longft.evaluate.position_loss import bucket_losses
+    from ds_longft.evaluate.position_loss import bucket_losses, read_in_windows
     from ds_longft.evaluate.subject import find_subject, load_subject
     from ds_longft.layout import ParallelLayout
     from ds_longft.sequence.attention import ULYSSES, register
 
     register()
     loaded = load_subject(find_subject(folder), torch.device("cpu"), attention=ULYSSES)
-    ids = torch.randint(3, 128, (60,), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = torch.randint(3, 128, (61,), generator=torch.Generator().manual_seed(0)).tolist()
     layout = ParallelLayout.create(sp) if sp > 1 else ParallelLayout(world, rank, 1)
-    return bucket_losses(loaded, pack_of(ids), layout, "auto", 8)
+    return bucket_losses(loaded, read_in_windows(ids, window, sp), layout, "auto", 8)
 
 
-def test_two_ranks_count_what_one_counts(pools: Callable[[int], WorkerPool], tmp_path: Path) -> None:
+@pytest.mark.parametrize("window", [61, 24])
+def test_two_ranks_count_what_one_counts(pools: Callable[[int], WorkerPool], tmp_path: Path, window: int) -> None:
     from tests.unit.model.tiny import save_tiny
 
     folder = str(save_tiny(tmp_path / "model"))
-    together = sum(pools(2).run(case, folder, 2))
-    alone = pools(2).run(case, folder, 1)[0]
+    together = sum(pools(2).run(case, folder, 2, window))
+    alone = pools(2).run(case, folder, 1, window)[0]
     np.testing.assert_allclose(together[0], alone[0], rtol=1e-6)
     np.testing.assert_array_equal(together[1], alone[1])

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from ds_longft.cli import main
 from ds_longft.errors import DataError
-from ds_longft.evaluate.perplexity import pack_of, pieces_of, summarize
-from ds_longft.evaluate.position_loss import bucket_losses
+from ds_longft.evaluate.perplexity import pieces_of, summarize
+from ds_longft.evaluate.position_loss import bucket_losses, read_in_windows
 from ds_longft.evaluate.short import is_right
 from ds_longft.evaluate.subject import find_subject, load_subject
 from ds_longft.layout import ParallelLayout
@@ -22,19 +22,40 @@ from tests.tokenizer import tiny_tokenizer
 from tests.unit.evaluate.test_needle import tiny_model
 
 
-def test_losses_by_position_are_those_of_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("window", "starts"), [(90, [0]), (40, [0, 30, 60]), (48, [0, 36, 72])])
+def test_losses_by_position_are_those_of_transformers(window: int, starts: list[int], tmp_path: Path) -> None:
+    """Whole and in windows: those of each window alone, without the quarter that the window before has counted."""
     folder = tiny_model(tmp_path / "model")
     ids = torch.randint(3, 600, (90,), generator=torch.Generator().manual_seed(0)).tolist()
     register()
     loaded = load_subject(find_subject(str(folder)), torch.device("cpu"), attention=ULYSSES)
-    found = bucket_losses(loaded, pack_of(ids), ParallelLayout(1, 0, 1), "auto", 9)
+    found = bucket_losses(loaded, read_in_windows(ids, window, 1), ParallelLayout(1, 0, 1), "auto", 9)
     plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
-    with torch.no_grad():
-        logits = plain(torch.tensor([ids]), use_cache=False).logits[0, :-1]
-    losses = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none").numpy()
-    by_bucket = [losses[max(0, 10 * b - 1) : 10 * b + 9] for b in range(9)]  # the token predicted decides the bucket
-    np.testing.assert_allclose(found[0], [part.sum() for part in by_bucket], rtol=1e-5)
+    losses = np.zeros(90)
+    for start in reversed(starts):  # the earlier window counts
+        part = torch.tensor([ids[start : start + window]])
+        with torch.no_grad():
+            logits = plain(part, use_cache=False).logits[0, :-1]
+        end = start + part.shape[1]
+        losses[start + 1 : end] = torch.nn.functional.cross_entropy(logits, part[0, 1:], reduction="none").numpy()
+    by_bucket = [losses[10 * b : 10 * b + 10].sum() for b in range(9)]  # the token predicted decides the bucket
+    np.testing.assert_allclose(found[0], by_bucket, rtol=1e-5)
     assert found[1].tolist() == [9] + [10] * 8  # nothing predicts the first token
+
+
+@pytest.mark.parametrize("tokens", [8, 9, 31, 32, 33, 56, 57, 200])
+@pytest.mark.parametrize("window", [8, 9, 32, 1000])
+def test_windows_count_each_token_once(tokens: int, window: int) -> None:
+    ids = list(range(100, 100 + tokens))
+    text = read_in_windows(ids, window, 4)
+    assert text.pack.tokens % 4 == 0
+    counted = np.flatnonzero(text.pack.loss_weights)
+    assert sorted(text.pack.labels[counted].tolist()) == ids[1:]
+    assert (text.pack.labels[counted] == text.pack.input_ids[counted] + 1).all()
+    assert (text.positions[counted] == text.pack.input_ids[counted] - 100).all()
+    before = text.pack.position_ids[counted] + 1
+    assert (before >= np.minimum(text.positions[counted] + 1, window // 4)).all()
+    assert np.diff(text.pack.cu_seqlens).max() == min(window, tokens)
 
 
 def test_summary() -> None:
@@ -112,6 +133,25 @@ def test_commands_on_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "has no prompt for hotpotqa" in capsys.readouterr().err
     assert main(["eval", "longbench", "run", str(model), "--data", str(tmp_path / "model"), "--tasks", "lcc"]) == 64
     assert "dataset2prompt.json" in capsys.readouterr().err
+
+
+def test_a_model_in_its_own_window_beside_the_stretched_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, out = tiny_model(tmp_path / "model"), tmp_path / "eval"
+    (tmp_path / "book.txt").write_text("one and two and three. " * 200)
+    argv = ["eval", "perplexity", str(model), "--text", str(tmp_path / "book.txt"), "--length", "128", "--texts", "2"]
+    argv += ["--out", str(out), "--json"]
+    found = []
+    for flags in (["--window", "32"], [], ["--window", "128"]):
+        assert main([*argv, *flags]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    windows, whole, one_window = found
+    assert [f["rows_made_now"] for f in found] == [2, 2, 2], "another window, another measurement"
+    assert windows["settings"]["window_tokens"] == 32
+    assert one_window["loss_by_bucket"] == whole["loss_by_bucket"]
+    assert windows["loss_by_bucket"][:16] == pytest.approx(whole["loss_by_bucket"][:16], abs=1e-4)
+    assert windows["loss_by_bucket"][16:] != pytest.approx(whole["loss_by_bucket"][16:], abs=1e-4)
+    assert main([*argv, "--window", "4"]) == 64
+    assert "--window is 4: expected 8 or more" in capsys.readouterr().err
 
 
 def test_other_text_under_the_same_name_is_measured_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
