@@ -47,7 +47,9 @@ class RopeConfig(Section):
     """Stretch for `linear`, `dynamic`, `yarn`, `llama3`. Left out: `data.max_length_tokens` over the model's window."""
 
     theta: float | None = Field(default=None, gt=0)
-    """New base for `abf`. Left out: old base * factor ** (d / (d - 2)), the NTK-aware rule."""
+    """New base for `abf`. Left out: old base * factor ** (d / 2i), where pair i of a head's d dimensions is the first
+    that makes less than one turn in the old window: none turns further than the model has seen. The NTK-aware rule
+    gives less, and failed in the last third of the new window (docs/evaluate.md)."""
 
     attention_factor: float | None = Field(default=None, gt=0)
     """`yarn`: multiplies queries and keys, so scores by its square. Left out: 0.1 ln(factor) + 1, as YaRN has it. 1

@@ -21,7 +21,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ds_longft.config import ModelConfig
 from ds_longft.errors import ModelError
-from ds_longft.model.rope import apply_rope, restore_rope
+from ds_longft.model.rope import apply_rope, restore_rope, seen_tokens
 from ds_longft.model.supported import check_class_supported, check_supported
 
 
@@ -31,16 +31,34 @@ def load_config(model: ModelConfig, max_length_tokens: int, *, attn_implementati
     Raises:
         ModelError: nothing readable at `model.path`, an unsupported model, or a length its positions do not reach.
     """
-    path = model_path(model)
-    try:
-        hf_config = AutoConfig.from_pretrained(path, **_source(model))
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise ModelError(f"model.path: no model config can be read from {path!r}: {_first_line(error)}") from error
+    hf_config = _read_config(model)
     check_supported(hf_config)
     apply_rope(hf_config, model.rope, max_length_tokens)
     hf_config.use_cache = False
     hf_config._attn_implementation = attn_implementation
     return hf_config
+
+
+def _read_config(model: ModelConfig) -> PretrainedConfig:
+    path = model_path(model)
+    try:
+        return AutoConfig.from_pretrained(path, **_source(model))
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise ModelError(f"model.path: no model config can be read from {path!r}: {_first_line(error)}") from error
+
+
+def rope_remark(model: ModelConfig, max_length_tokens: int) -> str | None:
+    """What to say of a RoPE base that was given and is too small for the length; None where there is nothing to say."""
+    if model.rope.theta is None:
+        return None
+    seen = seen_tokens(_read_config(model), model.rope)
+    if seen is None or seen >= max_length_tokens:
+        return None
+    return (
+        f"model.rope.theta {model.rope.theta:g} turns some dimensions further than the model has seen from some "
+        f"{seen:,} tokens on, and data.max_length_tokens is {max_length_tokens:,}: it may stay lost there; leave theta "
+        "out for a base that fits"
+    )
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:

@@ -204,8 +204,8 @@ def _stretched(
             f"{max_length_tokens / window:g}"
         )
     if rope.type == "abf":
-        dim = rotary_dim(hf_config, parameters)
-        theta = rope.theta if rope.theta is not None else parameters["rope_theta"] * factor ** (dim / (dim - 2))
+        exponent = 1 / _critical_share(hf_config, parameters, window)
+        theta = rope.theta if rope.theta is not None else parameters["rope_theta"] * factor**exponent
         return {"rope_theta": float(theta)}
     change: dict = {"rope_type": rope.type, "factor": float(factor)}
     if rope.type in ("yarn", "llama3"):
@@ -215,6 +215,36 @@ def _stretched(
     if rope.type == "yarn" and rope.attention_factor is not None:
         change["attention_factor"] = rope.attention_factor
     return change
+
+
+def _critical_share(hf_config: PretrainedConfig, parameters: dict, window: int) -> float:
+    """2i / d of the first pair of dimensions that makes less than one turn in the window; of the last where all turn.
+
+    Angles of the pairs before it were all seen in training, whatever the length; of this one and those behind it only a
+    part. A base raised by factor ** (d / 2i) turns it no further in the longer window, and those behind it less. The
+    NTK-aware rule, which keeps the last pair's angle instead, lets the ones between turn on into the unknown: with it a
+    model trained on 131,072 tokens was lost from 82,000 on (docs/evaluate.md). Liu et al. 2023, arXiv 2310.05209.
+    """
+    dim = rotary_dim(hf_config, parameters)
+    pairs = dim // 2
+    first = math.ceil(pairs * math.log(window / (2 * math.pi)) / math.log(parameters["rope_theta"]))
+    return max(1, min(first, pairs - 1)) / pairs
+
+
+def seen_tokens(hf_config: PretrainedConfig, rope: RopeConfig) -> int | None:
+    """Up to which length a base that was given (`abf`) turns no pair of dimensions further than the model has seen.
+
+    `hf_config`: before `apply_rope`. None where no base was given.
+    """
+    window = window_tokens(hf_config)
+    if rope.type != "abf" or rope.theta is None or window is None:
+        return None
+    reaches = [
+        window * (rope.theta / parameters["rope_theta"]) ** _critical_share(hf_config, parameters, window)
+        for layer_type, parameters in rope_parts(hf_config).items()
+        if layer_type in (None, "full_attention")
+    ]
+    return round(min(reaches, default=window))
 
 
 def _check_survives_saving(hf_config: PretrainedConfig, rope: RopeConfig) -> None:

@@ -9,8 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from ds_longft.config import ModelConfig, RopeConfig
 from ds_longft.errors import ModelError
-from ds_longft.model.load import load_config, load_model
-from ds_longft.model.rope import apply_rope, check_rope, restore_rope, set_rope_length
+from ds_longft.model.load import load_config, load_model, rope_remark
+from ds_longft.model.rope import apply_rope, check_rope, restore_rope, seen_tokens, set_rope_length
 from ds_longft.model.rope_formulas import rope_parts
 from tests.unit.model.tiny import FAMILIES, WINDOW, tiny_config
 
@@ -85,11 +85,44 @@ def test_yarn_and_abf_numbers_by_hand() -> None:
     assert build(even).model.rotary_emb.attention_scaling == 1.0 < build(yarn).model.rotary_emb.attention_scaling
     abf = tiny_config("llama")
     apply_rope(abf, RopeConfig(type="abf"), LONG)
-    assert abf.rope_parameters["rope_theta"] == pytest.approx(10000 * 4 ** (16 / 14))
+    # 8 pairs over 64 tokens: the third (10000 ** (2 / 8) = 10, 1.02 turns) is the last to make a full turn
+    assert abf.rope_parameters["rope_theta"] == pytest.approx(10000 * 4 ** (8 / 3))
     explicit = tiny_config("llama")
     apply_rope(explicit, RopeConfig(type="abf", theta=1e6), LONG)
     assert explicit.rope_parameters["rope_theta"] == 1e6
     assert explicit.max_position_embeddings == LONG
+
+
+@pytest.mark.parametrize("base", [500.0, 10_000.0, 1e5, 5e5])
+@pytest.mark.parametrize("factor", [2, 16])
+def test_a_base_left_out_turns_nothing_further_than_seen(base: float, factor: int) -> None:
+    """But for the last pair where all make a turn in the old window: its angle is kept, as the NTK-aware rule has it."""
+    plain_config = tiny_config("llama", rope_parameters={"rope_type": "default", "rope_theta": base})
+    [before] = frequencies(build(plain_config)).values()
+    config = tiny_config("llama", rope_parameters={"rope_type": "default", "rope_theta": base})
+    apply_rope(config, RopeConfig(type="abf"), factor * WINDOW)
+    [after] = frequencies(build(config)).values()
+    partly = before * WINDOW < 2 * math.pi
+    partly[-1] = True
+    assert (after[partly] * factor * WINDOW <= before[partly] * WINDOW * (1 + 1e-5)).all()
+    given = RopeConfig(type="abf", theta=config.rope_parameters["rope_theta"])
+    assert seen_tokens(plain_config, given) == pytest.approx(factor * WINDOW, rel=1e-6)
+    assert seen_tokens(plain_config, RopeConfig(type="abf", theta=base)) == WINDOW
+    assert seen_tokens(plain_config, RopeConfig(type="abf")) is seen_tokens(plain_config, RopeConfig()) is None
+
+
+def test_a_base_too_small_is_remarked_on(tmp_path: Path) -> None:
+    """SmolLM2's numbers: the NTK-aware base for 131,072 tokens reaches 49,000; the model was lost from 82,000 on."""
+    parameters = {"rope_type": "default", "rope_theta": 1e5}
+    tiny_config("llama", head_dim=64, max_position_embeddings=8192, rope_parameters=parameters).save_pretrained(
+        tmp_path
+    )
+
+    def remark(theta: float | None) -> str | None:
+        return rope_remark(ModelConfig(path=str(tmp_path), rope=RopeConfig(type="abf", theta=theta)), 131072)
+
+    assert "turns some dimensions further than the model has seen from some 49,0" in str(remark(1.75e6))
+    assert remark(8.5e6) is remark(None) is None
 
 
 def test_llama3_numbers_by_hand() -> None:
