@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -65,23 +65,19 @@ def results(run: str, command: str) -> None:
     def result(name: str) -> dict[str, Any]:
         return json.loads((folder / "eval" / f"{name}.json").read_text())
 
-    def line(what: str, value: float, unit: str) -> None:
-        print(
-            json.dumps(
-                {**head, "what": what, "value": round(value, 4), "unit": unit, "peer_value": None, "ratio": None}
-            )
-        )
+    def line(what: str, value: float, unit: str, **more: float) -> None:
+        rounded = {"what": what, "value": round(value, 4), "unit": unit, **more, "peer_value": None, "ratio": None}
+        print(json.dumps({**head, **rounded}))
 
-    before, after = result("perplexity-window-before"), result("perplexity")
-    tokens, edges = after["length_tokens"], before["edges_tokens"]
-    low, high = edges[-1] // 4, edges[-1]  # 2K and 8K
-    inside = [i for i, (a, _) in enumerate(pairwise(edges)) if a >= low]
-    base = sum(before["loss_by_bucket"][i] for i in inside) / len(inside)
-    shown = f"base {low // 1024}k-{high // 1024}k" if low >= 1024 else f"base {low}-{high}"
-    for number, value in enumerate(after["loss_by_eighth"], start=1):
+    before, after = result("perplexity-before"), result("perplexity")
+    tokens, high = after["length_tokens"], before["settings"]["window_tokens"]  # in windows: 2K to 8K before each token
+    shown = f"base {high // 4096}k-{high // 1024}k" if high >= 4096 else f"base {high // 4}-{high}"
+    pairs = zip(before["loss_by_eighth"], after["loss_by_eighth"], strict=True)
+    for number, (same_text, value) in enumerate(pairs, start=1):
         name = "last eighth" if number == 8 else f"eighth {number}"
-        line(f"loss {tokens} {name} minus {shown}", value - base, "nats/token")
-    line(f"loss {shown}", base, "nats/token")
+        what = f"loss {tokens} {name} minus {shown}"
+        line(what, value - before["loss"], "nats/token", same_text=round(value - same_text, 4))
+    line(f"loss {shown}", before["loss"], "nats/token")
     for language, name in (("en", "needle"), ("zh", "needle-zh")):
         for size, value in result(name)["exact_percent"][language].items():
             line(f"needle {size} exact match" + ("" if language == "en" else f" {language}"), value, "%")

@@ -4,7 +4,7 @@
 # data can be made on a machine without a GPU. PARALLEL=1 runs the evaluations of a model side by side.
 #
 #   TEXTS=/path/to/longdocs benchmarks/extend_smollm2.sh                    # one GPU, or all GPUs of the machine
-#   TEXTS=... MODE=full ROPE=yarn benchmarks/extend_smollm2.sh              # the other variants; arguments are keys of the run
+#   TEXTS=... MODE=full ROPE=abf benchmarks/extend_smollm2.sh               # the other variants; arguments are keys of the run
 #   LENGTH=2048 LENGTHS=512,1024 ROWS=100 STEPS=2 TRIALS=1 SHORT=2 benchmarks/extend_smollm2.sh        # rehearsal on a CPU, built-in text
 #
 # TEXTS holds longdocs_*.jsonl.gz with columns text, collection, lang, of which the collection HELD_OUT is not trained on but
@@ -18,13 +18,13 @@ HELD_OUT="Shakespeare plays (sample)"   # excluded by recipes/extend_smollm2_dat
 ONLY=${ONLY:-all}    # data, train, before, after (evaluation and report) or all
 LENGTH=${LENGTH:-131072}
 ROWS=${ROWS:-8000}
-STEPS=${STEPS:-null}     # null: the data once
+STEPS=${STEPS:-null}     # null: as many as the recipe's epochs have
 TRIALS=${TRIALS:-6}   # questions at each length and depth, twice as many with four numbers at once
 TRIALS_BEFORE=${TRIALS_BEFORE:-$TRIALS}
 PARALLEL=${PARALLEL:-0}
 SHORT=${SHORT:-64}     # texts of 512 tokens for the short-text loss
 MODE=${MODE:-lora}   # lora or full
-ROPE=${ROPE:-abf}    # abf, yarn or llama3
+ROPE=${ROPE:-yarn}   # yarn, abf or llama3
 GPUS=${GPUS:-$($PYTHON -c "from ds_longft.train.ranks import visible_gpus; print(visible_gpus())")}
 RANKS=$((GPUS > 0 ? GPUS : 1))
 RUN=${RUN:-runs/extend_smollm2_${MODE}_${ROPE}}
@@ -45,8 +45,7 @@ fi
 
 keys=(--config recipes/extend_smollm2.yaml --output_dir "$RUN" --sp "$RANKS" --data.max_length_tokens "$LENGTH"
   --data.train "$(realpath -m "$DATA/train.jsonl")" --train.max_steps "$STEPS")
-if [ "$ROPE" != abf ]; then keys+=(--model.rope.type "$ROPE"); fi
-if [ "$ROPE" = yarn ]; then keys+=(--model.rope.attention_factor 1); fi
+if [ "$ROPE" != yarn ]; then keys+=(--model.rope.type "$ROPE" --model.rope.attention_factor null); fi
 if [ "$MODE" = full ]; then keys+=(--lora null --optim.learning_rate 2e-4); fi
 keys+=("$@")
 if part train && [ ! -f "$RUN/model.safetensors" ] && [ ! -f "$RUN/adapter_model.safetensors" ]; then
@@ -73,15 +72,15 @@ evaluate() { # evaluate TRIALS [--before]
   go needle "$RUN" --lengths "$lengths" --trials "$trials" --gpus "$RANKS" "${stacks[@]}" "$@"
   go needle "$RUN" --lengths "$lengths" --trials "$((trials * 2))" --form multi --gpus "$RANKS" "${stacks[@]}" "$@"
   go needle "$RUN" --lengths "$ends" --depths 10,50,90 --trials "$trials" --languages zh --name needle-zh "$@"
-  go perplexity "$RUN" --length "$LENGTH" --texts 2 --join --sp "$RANKS" "${held_out[@]}" "$@"
+  # The model before reads these texts in windows of its own length, which is what the losses after are held against.
+  go perplexity "$RUN" --length "$LENGTH" --texts 2 --join --sp "$RANKS" "${held_out[@]}" ${1:+--window "$((LENGTH / 16))"} "$@"
   go short "$RUN" --texts "$SHORT" "${held_out[@]}" "$@"
   for job in "${jobs[@]}"; do wait "$job"; done
   jobs=()
 }
 if part before; then
   evaluate "$TRIALS_BEFORE" --before
-  # The base in its own window, over all of the texts: what the losses after are held against.
-  longft eval perplexity "$RUN" --length "$((LENGTH / 16))" --texts 64 --join --sp 1 "${held_out[@]}" --name perplexity-window --before
+  longft eval perplexity "$RUN" --length "$LENGTH" --texts 2 --join --sp "$RANKS" "${held_out[@]}" --name perplexity-whole --before
 fi
 part after || exit 0
 evaluate "$TRIALS"
