@@ -45,12 +45,25 @@ class Pack:
     cu_seqlens: NDArray[np.int32]  # [N + 1], 0 ... S
     padding_tokens: int  # how many of the S tokens are padding
     rows: tuple[int, ...] = ()  # which rows of the tokenized set lie in it, in order
+    rank_borders: tuple[int, ...] | None = None  # sp + 1 positions between which each sp rank holds whole documents
     pairs: Pairs | None = None  # of preference data; loss_weights are then 1 at each token of an answer
 
     @property
     def tokens(self) -> int:
         """S, padding included."""
         return len(self.input_ids)
+
+    def whole_documents(self, sp: int) -> bool:
+        """Whether each of `sp` ranks holds documents that no other has a part of."""
+        return self.rank_borders is not None and len(self.rank_borders) == sp + 1
+
+    def part(self, sp: int, sp_rank: int) -> slice:
+        """The tokens of one rank: its documents, or an even part of all tokens."""
+        if self.rank_borders is not None and self.whole_documents(sp):
+            return slice(self.rank_borders[sp_rank], self.rank_borders[sp_rank + 1])
+        assert self.tokens % sp == 0, f"{self.tokens} tokens over sp {sp}"
+        s = self.tokens // sp
+        return slice(sp_rank * s, (sp_rank + 1) * s)
 
 
 @dataclass(frozen=True)
@@ -62,6 +75,7 @@ class Documents:
 
     cu_seqlens: torch.Tensor  # [N + 1] int32, on the device, global positions
     lengths: tuple[int, ...]  # N document lengths in tokens
+    own: Documents | None = None  # this rank's, where each rank holds whole documents: attention needs no other rank
 
     @property
     def max_length(self) -> int:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ds_longft.batch import Pack, Pairs, Step
 from ds_longft.config import DataConfig
+from ds_longft.data.deal import deal_documents
 from ds_longft.data.pack import build_pack, filler_pack
 from ds_longft.data.pairs import PairSet
 from ds_longft.data.plan import EQUAL_COST_TOKENS, PackPlan, plan_epoch
@@ -41,7 +42,7 @@ class StepLoader:
         pad_id: int,
         equal_cost_tokens: int = EQUAL_COST_TOKENS,
     ) -> None:
-        """Of `data`, budget, packing and weighting are read. `sp` decides the padding alone.
+        """Of `data`, budget, packing and weighting are read. `sp` decides the padding, and the order in a pack.
 
         `equal_cost_tokens`: length at which attention costs the model as much as its linears (`plan.costs_of`).
         """
@@ -101,7 +102,7 @@ class StepLoader:
             assert isinstance(tokenized, PairSet), "only pairs have sides"
             sides = tokenized.side_lengths
             tokens = np.asarray([sides[rows].sum(axis=0).max() for rows in plan.packs])
-        return self._pack(plan, int(np.argmax(tokens)))
+        return self._pack(plan, int(np.argmax(tokens)), split=True)
 
     def steps(self, epoch: int, start: int = 0) -> Generator[Step]:
         """Steps `start`, `start + 1`, ... of an epoch, built a few steps ahead.
@@ -156,16 +157,37 @@ class StepLoader:
             packs=tuple(self._pack(plan, number) for number in plan.step(index)[self._dp_rank]),
             total_weight=float(self._row_weights[rows].sum()),
             tokens=int(tokens.sum()),
-            padding_tokens=int((-tokens % self._sp).sum()) + fillers * self._sp,
+            padding_tokens=sum(self._padding(plan, number) for number in numbers) + fillers * self._sp,
         )
 
-    def _pack(self, plan: PackPlan, number: int | None) -> Pack:
+    def _dealt(self, plan: PackPlan, number: int) -> list[list[int]] | None:
+        """Which rows of a pack each sp rank holds whole, by their place in it; None where documents are split."""
+        if self._sp == 1 or isinstance(self._tokenized, PairSet):
+            return None
+        most = -(-int(plan.pack_tokens.max()) // self._sp)  # what a rank has of the fullest pack
+        lengths = self._tokenized.lengths[plan.packs[number]]
+        return deal_documents(lengths, self._sp, most, self._equal_cost_tokens)
+
+    def _padding(self, plan: PackPlan, number: int) -> int:
+        return 0 if self._dealt(plan, number) else -int(plan.pack_tokens[number]) % self._sp
+
+    def _pack(self, plan: PackPlan, number: int | None, *, split: bool = False) -> Pack:
+        """`split`: also documents that could be dealt whole are split among the sp ranks, which needs more memory."""
         tokenized = self._tokenized
         if number is None:
             filler = filler_pack(self._sp, self._pad_id)
             no_pairs = Pairs(np.zeros(0, dtype=np.float32))
             return replace(filler, pairs=no_pairs) if isinstance(tokenized, PairSet) else filler
+        numbers = plan.packs[number].tolist()
         if isinstance(tokenized, PairSet):
-            return tokenized.pack(plan.packs[number].tolist(), pad_to_multiple=self._sp, pad_id=self._pad_id)
-        rows = [tokenized.row(int(row)) for row in plan.packs[number]]
-        return build_pack(rows, pad_to_multiple=self._sp, pad_id=self._pad_id, weighting=self._data.weighting)
+            return tokenized.pack(numbers, pad_to_multiple=self._sp, pad_id=self._pad_id)
+        dealt = None if split else self._dealt(plan, number)
+        if dealt is not None:
+            numbers = [numbers[i] for of_rank in dealt for i in of_rank]
+        rows = [tokenized.row(row) for row in numbers]
+        pad_to = 1 if dealt else self._sp
+        pack = build_pack(rows, pad_to_multiple=pad_to, pad_id=self._pad_id, weighting=self._data.weighting)
+        if dealt is None:
+            return pack
+        ends = np.cumsum([len(of_rank) for of_rank in dealt])
+        return replace(pack, rank_borders=(0, *(int(pack.cu_seqlens[end]) for end in ends)))

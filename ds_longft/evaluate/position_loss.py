@@ -81,8 +81,8 @@ def bucket_losses(
         rows = slice(a, a + chunk_rows)
         logits = transform(head(hidden[batch.target_rows[rows]])).float()
         losses[rows] = F.cross_entropy(logits, batch.targets[rows], reduction="none").double()
-    s = pack.tokens // layout.sp
-    predicted = text.positions[batch.target_rows.cpu().numpy() + layout.sp_rank * s] + 1
+    rows = batch.target_rows.cpu().numpy() + pack.part(layout.sp, layout.sp_rank).start
+    predicted = text.positions[rows] + 1
     bucket = np.minimum(predicted * buckets // text.tokens, buckets - 1)
     sums = np.bincount(bucket, weights=losses.cpu().numpy(), minlength=buckets)
     return np.stack([sums, np.bincount(bucket, minlength=buckets)])

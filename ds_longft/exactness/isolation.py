@@ -66,8 +66,7 @@ def check_isolation(
         ids[at] = (ids[at] + vocab_size // 2) % vocab_size
         moved = (_hidden_states(engine, replace(pack, input_ids=ids), layout, device) - before).abs().amax(-1)  # [s]
         whole = torch.zeros(pack.tokens, device=device, dtype=moved.dtype)
-        s = pack.tokens // layout.sp
-        whole[layout.sp_rank * s : (layout.sp_rank + 1) * s] = moved
+        whole[pack.part(layout.sp, layout.sp_rank)] = moved
         dist.all_reduce(whole, op=dist.ReduceOp.MAX)
         own = float(whole[at:b].max())
         least_own = min(least_own, own)

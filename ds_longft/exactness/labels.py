@@ -84,11 +84,11 @@ def _count(packs: Sequence[Pack], layout: ParallelLayout) -> dict[str, Any]:
         count["crossing"] += int(trained[last].sum())
         count["not_next"] += int((pack.labels[inside] != following[inside]).sum())
         batch = shard(pack, layout, torch.device("cpu"))
-        s = pack.tokens // layout.sp
-        rows = batch.target_rows.numpy() + layout.sp_rank * s
+        mine = pack.part(layout.sp, layout.sp_rank)
+        rows = batch.target_rows.numpy() + mine.start
         count["trained"] += len(rows)
         count["trained_wrong"] += int((batch.targets.numpy() != pack.labels[rows]).sum())
-        count["trained_wrong"] += int((batch.input_ids.numpy()[0] != pack.input_ids[layout.sp_rank * s :][:s]).sum())
+        count["trained_wrong"] += int((batch.input_ids.numpy()[0] != pack.input_ids[mine]).sum())
         if pack.pairs is None:
             count["trained_weight"] += float(batch.target_weights.double().sum())
         else:  # a pair counts by its own weight, and is trained by all ranks of a group together

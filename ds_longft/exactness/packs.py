@@ -15,14 +15,20 @@ from ds_longft.data.pack import Document, documents_of, pack_of
 def shortened(pack: Pack, tokens: int, multiple: int) -> Pack:
     """At most `tokens` tokens of a pack (and at least a few of each document), its documents in proportion.
 
+    Documents that were dealt whole to `multiple` ranks stay with them.
     Pairs stay whole, and lose their precomputed log-probabilities: they belong to the uncut answers.
     """
     documents = documents_of(pack)
+    count = len(documents)
     per_row = 2 if pack.pairs is not None else 1
     if sum(len(ids) for ids, _, _ in documents) > tokens:
         documents = documents[: per_row * max(1, tokens // (4 * per_row))]
         total = sum(len(ids) for ids, _, _ in documents)
         documents = [_window(d, max(2, len(d[0]) * tokens // total)) for d in documents]
+    if pack.rank_borders is not None and pack.whole_documents(multiple) and len(documents) == count:
+        short = pack_of(documents, 1)
+        numbers = np.searchsorted(pack.cu_seqlens, pack.rank_borders)  # of the first document of each rank
+        return replace(short, rank_borders=tuple(short.cu_seqlens[numbers].tolist()))
     return _laid(documents, multiple, None if pack.pairs is None else pack.pairs.weights[: len(documents) // 2])
 
 

@@ -1,5 +1,6 @@
 """`ulysses` attention: exchange -> kernel -> exchange back, as one autograd function.
 
+Where each rank of a group holds whole documents, the kernel alone.
 Registered with transformers' AttentionInterface, so that any model that uses the interface works unpatched. The batch's
 `documents` and the `layout` travel as keyword arguments of `model.forward`; nothing is global.
 Its output can be kept across activation checkpointing (`kept`), so that the kernel's forward, the largest
@@ -254,17 +255,20 @@ def ulysses_attention(
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     if layout.sp > q.shape[1]:
         raise ModelError(f"sp is {layout.sp}, but the model has {q.shape[1]} query heads: sp can be at most that")
+    sp, sp_rank, group = layout.sp, layout.sp_rank, layout.group
+    if documents.own is not None:
+        documents, sp, sp_rank, group = documents.own, 1, 0, None  # nobody else has a part of these
     spec = AttentionSpec(scaling if scaling is not None else q.shape[-1] ** -0.5, sliding_window, softcap)
     chosen, _ = choose_kernel(
         kernel, device=q.device, dtype=q.dtype, head_dim=q.shape[-1], spec=spec, lengths=documents.lengths
     )
-    shares = deal_heads(q.shape[1], k.shape[1], layout.sp)
+    shares = deal_heads(q.shape[1], k.shape[1], sp)
     turns: tuple[tuple[HeadShare, ...], ...] = ()
     if kv_heads_at_a_time is not None and kv_heads_at_a_time < max(len(share.kv) for share in shares):
-        turns = deal_in_turns(q.shape[1], k.shape[1], layout.sp, kv_heads_at_a_time)
+        turns = deal_in_turns(q.shape[1], k.shape[1], sp, kv_heads_at_a_time)
     if kept is not None and kept.full == kept.first_pass:
         kept = None  # a further attention of the same layer (DiffLlama has two): its output is not the one that is kept
-    call = _Call(documents.lengths, chosen, spec, layout.group, shares, shares[layout.sp_rank], turns, layout.sp_rank)
+    call = _Call(documents.lengths, chosen, spec, group, shares, shares[sp_rank], turns, sp_rank)
     out = SpAttention.apply(q, k, v, s_aux, documents.cu_seqlens, call, kept)
     return out[None], None
 

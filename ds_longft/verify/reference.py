@@ -44,8 +44,9 @@ class Reference:
         """
         sums, weights = (np.zeros((len(packs), layout.sp)) for _ in range(2))
         for i, pack in enumerate(packs):
-            sums[i] = self.token_losses[i].reshape(layout.sp, -1).sum(1)
-            weights[i] = pack.loss_weights.astype(np.float64).reshape(layout.sp, -1).sum(1)
+            parts = [pack.part(layout.sp, rank) for rank in range(layout.sp)]
+            sums[i] = [self.token_losses[i][part].sum() for part in parts]
+            weights[i] = [pack.loss_weights[part].sum(dtype=np.float64) for part in parts]
         by_rank = [  # packs of one dp rank
             (sums[r :: layout.dp].sum(0) / np.maximum(weights[r :: layout.dp].sum(0), 1e-30)).mean()
             for r in range(layout.dp)

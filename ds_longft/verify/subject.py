@@ -7,7 +7,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,11 @@ class Subject:
             steps.close()
             return step
 
-        packs = [shortened(pack, tokens, sp) for pack in first_step(1, 0, count).packs]
+        # Documents are dealt whole to the ranks where that goes; both ways are checked, in turns.
+        whole = [
+            pack if i % 2 else replace(pack, rank_borders=None) for i, pack in enumerate(first_step(1, 0, count).packs)
+        ]
+        packs = [shortened(pack, tokens, sp) for pack in whole]
         if not weight_of(packs):
             raise DataError(f"the first {count} packs, cut to {tokens} tokens each, hold no target: give more --tokens")
         return cls(

@@ -5,6 +5,7 @@ transformers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,14 @@ def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
     """|ours - reference| / |reference|, by norm in float64."""
     ours, reference = ours.double(), reference.double()
     return float((ours - reference).norm() / reference.norm().clamp_min(1e-30))
+
+
+def dealt(pack: Pack, sp: int) -> Pack:
+    """The pack with its documents whole on `sp` ranks, as many on each, however uneven; as it is where they are fewer."""
+    count = len(pack.cu_seqlens) - 1
+    if count < sp:
+        return pack
+    return replace(pack, rank_borders=tuple(int(pack.cu_seqlens[i * count // sp]) for i in range(sp + 1)))
 
 
 def dense_attention(

@@ -19,7 +19,7 @@ from ds_longft.sequence.kept import HostStore
 from ds_longft.sequence.linear import fuse_linears, gather_with
 from ds_longft.sequence.recompute import LayerKeep, apply_recompute
 from ds_longft.sequence.shard import shard
-from tests.distributed.models import make_pack, reference_sum, relative_error, tiny_config, tiny_model
+from tests.distributed.models import dealt, make_pack, reference_sum, relative_error, tiny_config, tiny_model
 from tests.distributed.test_exact import prepared
 
 LENGTHS = ([20, 1, 50, 26], [97], [3, 3, 40, 7, 9], [33, 30], [11, 60], [64])
@@ -53,9 +53,12 @@ def without_targets(pack: Pack, start: int) -> Pack:
 
 def one_step(
     rank: int, world: int, sp: int, stage: int, accumulation: int, lora: bool, policy: str, changes: dict[str, Any],
-    sample: bool, only_first_half: bool,
+    sample: bool, only_first_half: bool, whole: bool = False,
 ) -> Any:  # fmt: skip
-    """Loss, gradient norm and every gradient of one optimizer step through the engine."""
+    """Loss, gradient norm and every gradient of one optimizer step through the engine.
+
+    `whole`: documents lie whole on the ranks, in packs that have enough of them.
+    """
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
 
@@ -93,6 +96,8 @@ def one_step(
     for group in (group for own in groups for group in own):
         group.unhook()
     packs = packs_of_step(accumulation, layout.dp, sp, sample, only_first_half)
+    if whole:
+        packs = [dealt(pack, sp) for pack in packs]
     weight = sum(float(p.loss_weights.sum(dtype="float64")) for p in packs)
     total = torch.zeros((), dtype=torch.float64)
     for i, pack in enumerate(packs[layout.dp_rank :: layout.dp]):

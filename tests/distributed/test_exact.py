@@ -17,7 +17,7 @@ from ds_longft.sequence.kept import HostStore
 from ds_longft.sequence.recompute import LayerKeep, apply_recompute
 from ds_longft.sequence.shard import shard
 from ds_longft.train.speed import fuse_and_tile
-from tests.distributed.models import make_pack, reference_sum, relative_error, tiny_config, tiny_model
+from tests.distributed.models import dealt, make_pack, reference_sum, relative_error, tiny_config, tiny_model
 
 Lengths = tuple[list[int], ...]
 PACKS: Lengths = ([20, 1, 50, 26], [97], [3, 3, 40, 7, 9])
@@ -42,7 +42,7 @@ def gradients(
 ) -> Any:  # fmt: skip
     """Loss and every gradient of three packs of one step, on `world` ranks in groups of `sp`.
 
-    `saving`: ways to save memory; see `install`.
+    `saving`: ways to save memory, see `install`; `whole`: documents lie whole on their ranks, where there are enough.
     """
     register()
     config = tiny_config(family, **changes)
@@ -52,11 +52,13 @@ def gradients(
     objective = SftObjective(model, layout, kv_heads_at_a_time=saving.get("kv_heads"))
     base = model.get_base_model() if lora else model
     layers = list(base.get_decoder().layers)
-    if saving:
+    if saving.keys() - {"whole"}:
         install(layers, policy, saving)
     else:
         apply_recompute(layers, policy)
     packs = [make_pack(each, seed=i, multiple=sp, sample_weighting=sample) for i, each in enumerate(lengths)]
+    if saving.get("whole"):
+        packs = [dealt(pack, sp) for pack in packs]
     weight = sum(float(p.loss_weights.sum(dtype="float64")) for p in packs)
     total = torch.zeros((), dtype=torch.float64)
     for pack in packs[layout.dp_rank :: layout.dp]:
@@ -151,7 +153,7 @@ def test_gradients_equal_one_process(pools, family, changes, lora, policy, sampl
     assert_equal(ours, reference(family, changes, lora, sample), "norm" if family.startswith("gemma") else None)
 
 
-TILE, TURNS = {"tile": 7}, {"kv_heads": 1}
+TILE, TURNS, WHOLE = {"tile": 7}, {"kv_heads": 1}, {"whole": True}
 SAVING = {
     # name: family, config changes, LoRA, recompute policy, world, sp, ways to save
     "tiles, LoRA": ("llama", {}, True, "keep_attention", 2, 2, TILE),
@@ -171,6 +173,12 @@ SAVING = {
     "inputs of segments on the host": ("llama", {"num_hidden_layers": 5}, False, "sqrt", 2, 2, {"host": ("input",)}),
     "everything on the host": ("llama", {"num_hidden_layers": 3}, True, "auto", 2, 2, {"host": ("input", "attention", "linears"), "linears": True}),
     "tiles, a norm inside the MLP": ("bitnet", {}, False, "full", 2, 2, TILE),
+    "whole documents": ("llama", {}, True, "keep_attention", 2, 2, WHOLE),
+    "whole documents, every weight": ("qwen3", {}, False, "none", 4, 2, WHOLE),
+    "whole documents, 9 heads on 4 ranks": ("llama", {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 36}, False, "full", 4, 4, WHOLE),
+    "whole documents, windows": ("gemma2", {"query_pre_attn_scalar": 8, "sliding_window": 13}, True, "keep_attention", 4, 4, WHOLE),
+    "whole documents, sinks": ("gpt_oss", SINKS, False, "keep_attention", 3, 3, WHOLE),
+    "whole documents, heads in turns": ("llama", {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 32, "head_dim": 4}, True, "auto", 3, 3, {**WHOLE, **TURNS, **TILE}),
     "everything at once": ("llama", {"num_hidden_layers": 4}, True, "every_k", 2, 2, {"host": ("input",), **TILE, **TURNS}),
 }  # fmt: skip
 

@@ -47,7 +47,7 @@ def test_numbers_of_a_step_are_those_of_its_packs_on_all_ranks(tokenized, weight
     for steps in zip(*ranks, strict=True):
         packs = [pack for step in steps for pack in step.packs]
         assert len(packs) == 4
-        assert all(pack.tokens % 4 == 0 for pack in packs)
+        assert all(pack.tokens % 4 == 0 or pack.whole_documents(4) for pack in packs)
         for step in steps:
             assert step.total_weight == pytest.approx(
                 sum(p.loss_weights.sum(dtype=np.float64) for p in packs), rel=1e-12
@@ -65,6 +65,29 @@ def test_same_steps_for_any_split_of_the_ranks(tokenized):
     for i, step in enumerate(one):
         assert all(same(pack, four[r][i].packs[0]) for r, pack in enumerate(step.packs) if pack.rows)
         assert step.total_weight == four[0][i].total_weight
+
+
+@pytest.mark.parametrize("sp", [2, 3])
+def test_documents_are_dealt_whole_where_that_goes(tokenized, sp):
+    """The rows of each pack stay, in another order; no rank has more than a part of the fullest pack."""
+    split, dealt = (list(loader(tokenized, sp=n, pack_tokens=4096).steps(0)) for n in (1, sp))
+    most = -(-max(step.packs[0].tokens for step in split) // sp)
+    whole = 0
+    for a, b in zip(split, dealt, strict=True):
+        pack = b.packs[0]
+        assert sorted(pack.rows) == sorted(a.packs[0].rows)
+        assert b.total_weight == a.total_weight
+        parts = [pack.part(sp, rank) for rank in range(sp)]
+        assert [p.start for p in parts] == [0, *(p.stop for p in parts[:-1])]
+        assert parts[-1].stop == pack.tokens
+        if pack.whole_documents(sp):
+            whole += 1
+            assert set(pack.rank_borders) <= set(pack.cu_seqlens.tolist())
+            assert max(p.stop - p.start for p in parts) <= most
+            assert pack.padding_tokens == 0
+    assert whole > len(dealt) // 2
+    fullest = loader(tokenized, sp=sp, pack_tokens=4096).fullest_pack(0)
+    assert fullest.rank_borders is None, "what has to fit is the split one"
 
 
 def test_resuming_inside_an_epoch_gives_the_steps_that_were_left(tokenized):
