@@ -5,7 +5,7 @@ reference comes from: the loss and every gradient of one process to 1e-10.
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
+import dataclasses
 from typing import Any
 
 import pytest
@@ -93,7 +93,7 @@ def one_step(
 def precomputed(engine: PlainEngine, pack: Any, layout: ParallelLayout) -> Any:
     reference = reference_logps(engine, pack, layout, CPU).numpy()
     pairs = type(pack.pairs)(pack.pairs.weights, reference)
-    return SimpleNamespace(**{**vars(pack), "pairs": pairs, "tokens": pack.tokens})
+    return dataclasses.replace(pack, pairs=pairs)
 
 
 def shaken(model: Any) -> Any:
