@@ -46,10 +46,9 @@ def deal_documents(
         if tokens[full] <= most_tokens:
             break
         change = _best_change(lengths, np.flatnonzero(rank_of == full), np.flatnonzero(rank_of == light))
-        wanted = tokens[full] - tokens[light]
-        if change is None or not 0 < change[0] < wanted:
+        if change is None:
             return None
-        _, out, back = change
+        out, back = change
         rank_of[out] = light
         if back is not None:
             rank_of[back] = full
@@ -60,15 +59,15 @@ def deal_documents(
 
 def _best_change(
     lengths: NDArray[np.int64], full: NDArray[np.int64], light: NDArray[np.int64]
-) -> tuple[int, int, int | None] | None:
-    """What evens two ranks most: (tokens that leave the full one, document that goes, document that comes or None).
+) -> tuple[int, int | None] | None:
+    """What evens two ranks most: (document that leaves the full one, document that comes for it or None).
 
-    None where nothing does.
+    None where nothing does. Each change makes the squares of the ranks' tokens add up to less, so they come to an end.
     """
     gap = int(lengths[full].sum() - lengths[light].sum())
-    given = lengths[full][:, None] - np.append(lengths[light], 0)[None, :]  # [full, light + 1]; the last: a move alone
-    given = np.where(given > 0, given, gap * 2)  # what does not help is as bad as can be
-    i, j = np.unravel_index(np.argmin(np.abs(2 * given - gap)), given.shape)
-    if given[i, j] >= gap:
+    given = lengths[full][:, None] - np.append(lengths[light], 0)[None, :]  # [full, light + 1]; the last: nothing comes
+    missed = np.where((given > 0) & (given < gap), np.abs(2 * given - gap), gap)
+    i, j = np.unravel_index(np.argmin(missed), missed.shape)
+    if missed[i, j] >= gap:
         return None
-    return int(given[i, j]), int(full[i]), int(light[j]) if j < len(light) else None
+    return int(full[i]), int(light[j]) if j < len(light) else None
