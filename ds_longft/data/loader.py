@@ -102,7 +102,7 @@ class StepLoader:
             assert isinstance(tokenized, PairSet), "only pairs have sides"
             sides = tokenized.side_lengths
             tokens = np.asarray([sides[rows].sum(axis=0).max() for rows in plan.packs])
-        return self._pack(plan, int(np.argmax(tokens)), split=True)
+        return self._pack(plan, int(np.argmax(tokens)), None)  # split even where it could be dealt: that needs more
 
     def steps(self, epoch: int, start: int = 0) -> Generator[Step]:
         """Steps `start`, `start + 1`, ... of an epoch, built a few steps ahead.
@@ -151,13 +151,18 @@ class StepLoader:
         fillers = self._dp * self._accumulation - len(numbers)
         rows = np.concatenate([plan.packs[number] for number in numbers])
         tokens = plan.pack_tokens[numbers.start : numbers.stop]
+        dealt = {number: self._dealt(plan, number) for number in numbers}
+        padding = sum(-int(plan.pack_tokens[number]) % self._sp for number in numbers if dealt[number] is None)
         return Step(
             epoch=epoch,
             index=index,
-            packs=tuple(self._pack(plan, number) for number in plan.step(index)[self._dp_rank]),
+            packs=tuple(
+                self._filler() if number is None else self._pack(plan, number, dealt[number])
+                for number in plan.step(index)[self._dp_rank]
+            ),
             total_weight=float(self._row_weights[rows].sum()),
             tokens=int(tokens.sum()),
-            padding_tokens=sum(self._padding(plan, number) for number in numbers) + fillers * self._sp,
+            padding_tokens=padding + fillers * self._sp,
         )
 
     def _dealt(self, plan: PackPlan, number: int) -> list[list[int]] | None:
@@ -168,20 +173,16 @@ class StepLoader:
         lengths = self._tokenized.lengths[plan.packs[number]]
         return deal_documents(lengths, self._sp, most, self._equal_cost_tokens)
 
-    def _padding(self, plan: PackPlan, number: int) -> int:
-        return 0 if self._dealt(plan, number) else -int(plan.pack_tokens[number]) % self._sp
+    def _filler(self) -> Pack:
+        filler = filler_pack(self._sp, self._pad_id)
+        no_pairs = Pairs(np.zeros(0, dtype=np.float32))
+        return replace(filler, pairs=no_pairs) if isinstance(self._tokenized, PairSet) else filler
 
-    def _pack(self, plan: PackPlan, number: int | None, *, split: bool = False) -> Pack:
-        """`split`: also documents that could be dealt whole are split among the sp ranks, which needs more memory."""
-        tokenized = self._tokenized
-        if number is None:
-            filler = filler_pack(self._sp, self._pad_id)
-            no_pairs = Pairs(np.zeros(0, dtype=np.float32))
-            return replace(filler, pairs=no_pairs) if isinstance(tokenized, PairSet) else filler
-        numbers = plan.packs[number].tolist()
+    def _pack(self, plan: PackPlan, number: int, dealt: list[list[int]] | None) -> Pack:
+        """`dealt`: see `_dealt`."""
+        tokenized, numbers = self._tokenized, plan.packs[number].tolist()
         if isinstance(tokenized, PairSet):
             return tokenized.pack(numbers, pad_to_multiple=self._sp, pad_id=self._pad_id)
-        dealt = None if split else self._dealt(plan, number)
         if dealt is not None:
             numbers = [numbers[i] for of_rank in dealt for i in of_rank]
         rows = [tokenized.row(row) for row in numbers]
