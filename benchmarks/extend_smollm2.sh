@@ -17,12 +17,13 @@ TEXTS=${TEXTS:-}
 HELD_OUT="Shakespeare plays (sample)"   # excluded by recipes/extend_smollm2_data.yaml
 ONLY=${ONLY:-all}    # data, train, before, after (evaluation and report) or all
 LENGTH=${LENGTH:-131072}
-ROWS=${ROWS:-8000}
-STEPS=${STEPS:-null}     # null: as many as the recipe's epochs have
+ROWS=${ROWS:-12000}
+STEPS=${STEPS:-null}     # null: an epoch
 TRIALS=${TRIALS:-6}   # questions at each length and depth, twice as many with four numbers at once
 TRIALS_BEFORE=${TRIALS_BEFORE:-$TRIALS}
 PARALLEL=${PARALLEL:-0}
 SHORT=${SHORT:-64}     # texts of 512 tokens for the short-text loss
+PLACES=${PLACES:-21}   # of the held-out texts, at which texts of the full length begin: 21 x 16K are all eight plays once
 MODE=${MODE:-lora}   # lora or full
 ROPE=${ROPE:-yarn}   # yarn, abf or llama3
 GPUS=${GPUS:-$($PYTHON -c "from ds_longft.train.ranks import visible_gpus; print(visible_gpus())")}
@@ -44,7 +45,7 @@ if part data && [ ! -f "$DATA/run.yaml" ]; then
 fi
 
 keys=(--config recipes/extend_smollm2.yaml --output_dir "$RUN" --sp "$RANKS" --data.max_length_tokens "$LENGTH"
-  --data.train "$(realpath -m "$DATA/train.jsonl")" --train.max_steps "$STEPS")
+  --data.pack_tokens $((LENGTH / 4)) --data.train "$(realpath -m "$DATA/train.jsonl")" --train.max_steps "$STEPS")
 if [ "$ROPE" != yarn ]; then keys+=(--model.rope.type "$ROPE" --model.rope.attention_factor null); fi
 if [ "$MODE" = full ]; then keys+=(--lora null --optim.learning_rate 2e-4); fi
 keys+=("$@")
@@ -73,7 +74,7 @@ evaluate() { # evaluate TRIALS [--before]
   go needle "$RUN" --lengths "$lengths" --trials "$((trials * 2))" --form multi --gpus "$RANKS" "${stacks[@]}" "$@"
   go needle "$RUN" --lengths "$ends" --depths 10,50,90 --trials "$trials" --languages zh --name needle-zh "$@"
   # The model before reads these texts in windows of its own length, which is what the losses after are held against.
-  go perplexity "$RUN" --length "$LENGTH" --texts 2 --join --sp "$RANKS" "${held_out[@]}" ${1:+--window "$((LENGTH / 16))"} "$@"
+  go perplexity "$RUN" --length "$LENGTH" --texts "$PLACES" --join --sp "$RANKS" "${held_out[@]}" ${1:+--window "$((LENGTH / 16))"} "$@"
   go short "$RUN" --texts "$SHORT" "${held_out[@]}" "$@"
   for job in "${jobs[@]}"; do wait "$job"; done
   jobs=()

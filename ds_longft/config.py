@@ -155,7 +155,7 @@ class DataConfig(Section):
 
     pack_tokens: Tokens | None = None
     """Token budget of one pack. Left out: `max_length_tokens`, with `objective: dpo` twice that (a pair lies in one
-    pack)."""
+    pack). Less makes more and smaller steps of short rows; a row longer than it takes a pack alone."""
 
     packing: Literal["best_fit", "sorted", "none"] = "best_fit"
     """Documents lie head to tail in a pack, isolated from each other. `best_fit`: as few packs as possible. `sorted`:
@@ -179,11 +179,6 @@ class DataConfig(Section):
 
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
     """Stop when more than this share of the rows is unusable (each is listed in the ledger)."""
-
-    @property
-    def budget_tokens(self) -> int:
-        """Tokens of a full pack of `objective: sft`; `RunConfig.budget_tokens` is right for every objective."""
-        return self.pack_tokens or self.max_length_tokens
 
 
 class DpoConfig(Section):
@@ -368,8 +363,13 @@ class RunConfig(Section):
 
     @property
     def budget_tokens(self) -> int:
-        """Tokens of a full pack."""
+        """Tokens of a full pack of several rows."""
         return self.data.pack_tokens or self.documents_per_row * self.data.max_length_tokens
+
+    @property
+    def longest_pack_tokens(self) -> int:
+        """The most tokens a pack can have: full, or the longest row alone."""
+        return max(self.budget_tokens, self.documents_per_row * self.data.max_length_tokens)
 
 
 def contradictions(config: RunConfig) -> list[str]:
@@ -378,13 +378,6 @@ def contradictions(config: RunConfig) -> list[str]:
     problems = []
     if data.eval and data.eval_fraction:
         problems.append("data.eval and data.eval_fraction are both set: keep one of them")
-    least = config.documents_per_row * data.max_length_tokens
-    if config.budget_tokens < least:
-        of_pair = "twice " if config.objective == "dpo" else ""
-        problems.append(
-            f"data.pack_tokens is {config.budget_tokens}, less than {of_pair}data.max_length_tokens "
-            f"({least}): the longest rows would fit in no pack; raise the first or lower the second"
-        )
     problems += _objective_problems(config)
     if config.model.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", config.model.revision or ""):
         problems.append(

@@ -13,6 +13,8 @@ _WORD_BITS = 1024
 def best_fit(lengths: NDArray[np.int64], budget: int, order: NDArray[np.int64]) -> list[list[int]]:
     """Indices grouped so that no group exceeds `budget`: in this order, each into the fullest group that takes it.
 
+    What is longer than `budget` is a group of its own.
+
     The free space of the groups is a set of integers kept as bits in two levels (a word of bits for each 1024 sizes,
     and one bit for each word that is not empty), so that "the smallest size of at least x" takes two shifts: 1e6 rows
     in about three seconds.
@@ -22,7 +24,7 @@ def best_fit(lengths: NDArray[np.int64], budget: int, order: NDArray[np.int64]) 
     words = [0] * (budget // _WORD_BITS + 1)
     filled = 0  # bit w: words[w] is not 0
     for index, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
-        space = _smallest_from(words, filled, length)
+        space = _smallest_from(words, filled, length) if length <= budget else None
         if space is None:
             group, left = len(groups), budget - length
             groups.append([index])
@@ -35,7 +37,7 @@ def best_fit(lengths: NDArray[np.int64], budget: int, order: NDArray[np.int64]) 
                 words[word] ^= 1 << bit
                 if not words[word]:
                     filled ^= 1 << word
-        if left:
+        if left > 0:
             same = free.setdefault(left, [])
             if not same:
                 word, bit = divmod(left, _WORD_BITS)
@@ -62,7 +64,10 @@ def _lowest(bits: int) -> int:
 
 
 def next_fit(lengths: NDArray[np.int64], budget: int, order: NDArray[np.int64]) -> list[list[int]]:
-    """Indices in this order, cut into runs of at most `budget`: neighbours in the order stay together."""
+    """Indices in this order, cut into runs of at most `budget`: neighbours in the order stay together.
+
+    What is longer than `budget` is a run of its own.
+    """
     groups: list[list[int]] = []
     free = 0
     for index, length in zip(order.tolist(), lengths[order].tolist(), strict=True):

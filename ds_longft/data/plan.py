@@ -92,8 +92,8 @@ def plan_epoch(
     """Lay rows into packs and packs into steps.
 
     Args:
-        lengths: [n] tokens of each row, each at most `budget_tokens`.
-        budget_tokens: tokens of a full pack.
+        lengths: [n] tokens of each row.
+        budget_tokens: tokens of a full pack; a longer row is a pack alone.
         dp, accumulation: data-parallel ranks, and micro-steps of each in one optimizer step.
         seed, epoch: what shares a pack, order in a pack and order of packs are drawn from these two.
         packing: `best_fit` (longest first) fills packs best. `sorted` lays rows of like length together (LongAlign's
@@ -103,7 +103,6 @@ def plan_epoch(
 
     Does not depend on sp; on dp and accumulation the steps depend only through their product.
     """
-    assert len(lengths) == 0 or int(lengths.max()) <= budget_tokens, "rows over the budget are treated when tokenized"
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths)) if shuffle else np.arange(len(lengths))
     if packing == "none":

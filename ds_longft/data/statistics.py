@@ -41,7 +41,7 @@ class Packs:
     packing: str
     packs: int
     steps: int
-    filled: float  # tokens over the room of all packs
+    filled: float  # tokens over the room of all packs; a row longer than the budget fills its own
     documents_per_pack: float
     padding_tokens: int  # to a multiple of sp
     imbalance: float  # cost of the costliest rank over the mean, mean over the steps: 1 where nobody waits
@@ -120,7 +120,7 @@ def statistics(rows: TokenizedSet, data: DataConfig, *, dp: int, sp: int, accumu
             packing=data.packing,
             packs=len(plan.packs),
             steps=len(plan),
-            filled=float(plan.pack_tokens.sum() / (len(plan.packs) * budget_tokens)),
+            filled=float(plan.pack_tokens.sum() / np.maximum(plan.pack_tokens, budget_tokens).sum()),
             documents_per_pack=len(lengths) / len(plan.packs),
             padding_tokens=int((-plan.pack_tokens % sp).sum()),
             imbalance=float(plan.imbalance().mean()),

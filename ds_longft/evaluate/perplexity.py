@@ -62,7 +62,9 @@ def perplexity(
             out: each text whole.
         buckets: stretches of positions that the loss is averaged in.
         where: column=value, rows to take.
-        join: lay shorter texts together to full length. Left out: they are left out.
+        join: lay all texts together as one ring, and begin at evenly spaced places of it: where --texts of them cover
+            it more than once, each place is read at several positions, so that positions differ by the model and not by
+            what stands there. Left out: shorter texts are left out.
         language: of the built-in text.
         sp: ranks that share one text.
         kernel: attention kernel by name, or auto.
@@ -181,7 +183,10 @@ def _add_rows(rows: Any, gathered: Sequence[tuple[int, NDArray[np.float64]] | No
 
 
 def pieces_of(tokenizer: Any, texts: list[str], tokens: int, count: int, *, join: bool) -> list[list[int]]:
-    """At most `count` pieces of exactly `tokens` tokens that do not overlap, spread evenly over the texts.
+    """Pieces of exactly `tokens` tokens, spread evenly over the texts.
+
+    With `join`, `count` of them from evenly spaced places of all texts laid to a ring, which may overlap; without, at
+    most `count` that do not.
 
     Raises:
         DataError: no text is that long.
@@ -194,6 +199,9 @@ def pieces_of(tokenizer: Any, texts: list[str], tokens: int, count: int, *, join
         longest = max(map(len, streams), default=0)
         hint = "" if join else ", lay shorter ones together with --join"
         raise DataError(f"no text has {tokens:,} tokens (the longest has {longest:,}): lower --length{hint}")
+    if join:
+        (ring,) = streams
+        return [bos + (ring[a:] + ring[:a])[:body] for a in (i * len(ring) // count for i in range(count))]
     chosen = starts if len(starts) <= count else [starts[i * len(starts) // count] for i in range(count)]
     return [bos + streams[i][a : a + body] for i, a in chosen]
 

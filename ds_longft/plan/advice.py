@@ -167,7 +167,7 @@ def setting_of_run(
     weights_gib = 2 * (model.weights if model else 0) / GIB * (1 + 1 / world)
     pairs, rows = config.objective == "dpo", config.documents_per_row
     return Setting(
-        lengths=(-(-config.budget_tokens // rows),) * rows,
+        lengths=(-(-config.longest_pack_tokens // rows),) * rows,
         sp=sp,
         world=world,
         lora_r=config.lora.r if config.lora else None,

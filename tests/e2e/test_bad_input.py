@@ -56,8 +56,8 @@ CASES = {
     "unknown kernel": (["--model.kernel", "flashy"], ["model.kernel", "'flashy'", "auto"]),
     "kernel of another machine": (["--model.kernel", "cudnn"], ["model.kernel is cudnn", "cpu"]),
     "a wrong value, a rule across keys, a file": (
-        ["--lora.r", "0", "--data.pack_tokens", "8", "--data.train", "{job}/nowhere.jsonl", "--sp", "2"],
-        ["lora.r", "data.pack_tokens", "nowhere.jsonl", "sp is 2"],
+        ["--lora.r", "0", "--data.eval_fraction", "0.1", "--data.eval", "{job}/rows.jsonl", "--data.train", "{job}/nowhere.jsonl", "--sp", "2"],
+        ["lora.r", "data.eval_fraction", "nowhere.jsonl", "sp is 2"],
     ),
     "missing recipe": (["--config", "nowhere.yaml"], ["--config", "nowhere.yaml"]),
 }  # fmt: skip

@@ -271,7 +271,7 @@ def test_preflight_reports_json_model_and_run_together(folder: Path) -> None:
 
 def test_one_start_names_wrong_keys_rules_across_keys_and_what_preflight_finds(folder: Path) -> None:
     (folder / "ds.json").write_text('{"train_batch_size": 99}')
-    text = dump_config(config_in(folder, data={"train": ["/no/where.jsonl"], "pack_tokens": 8192}))
+    text = dump_config(config_in(folder, data={"train": ["/no/where.jsonl"], "eval": [str(folder / "data.jsonl")]}))
     (folder / "run.yaml").write_text(text)
     machine = partial(preflight, world=16, local_world=16, device="cpu")
     with pytest.raises(ConfigError) as caught:
@@ -283,8 +283,8 @@ def test_one_start_names_wrong_keys_rules_across_keys_and_what_preflight_finds(f
                 "0",
                 "--train.max_step",
                 "5",
-                "--data.pack_tokens",
-                "4K",
+                "--data.eval_fraction",
+                "0.1",
             ],
             machine,
         )
@@ -292,7 +292,7 @@ def test_one_start_names_wrong_keys_rules_across_keys_and_what_preflight_finds(f
     for text in (
         "lora.r: seen '0'",
         "unknown key train.max_step",
-        "data.pack_tokens is 4096, less than data.max_length_tokens",
+        "data.eval and data.eval_fraction are both set",
         "train_batch_size is 99",
         "the model has 9 query heads",
         "there is no /no/where.jsonl",

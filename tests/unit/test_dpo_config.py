@@ -35,10 +35,6 @@ def problems(content: dict[str, Any]) -> str:
         ({**DPO, "dpo": {"loss": "simpo", "reference": "model"}}, "dpo.loss simpo has no reference"),
         ({**DPO, "lora": None, "dpo": {"reference": "adapter_off"}}, "dpo.reference is adapter_off, but lora is null"),
         ({**DPO, "dpo": {"reference": "model"}}, "dpo.reference is model, but lora is on"),
-        (
-            {**DPO, "data": {"max_length_tokens": "8K", "pack_tokens": "12K"}},
-            "less than twice data.max_length_tokens (16384)",
-        ),
     ],
 )
 def test_contradictions(content: dict[str, Any], words: str) -> None:

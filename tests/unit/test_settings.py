@@ -151,7 +151,7 @@ def test_values_of_yaml(text: str, key: str, value: Any, tmp_path: Path) -> None
         (["--sp", "0"], "sp: seen '0', expected a whole number above 0 or auto"),
         (["--train.resume", "0"], "train.resume: seen '0', expected auto or never or a whole number above 0"),
         (["--model.trust_remote_code", "true"], "model.trust_remote_code needs model.revision"),
-        (["--data.pack_tokens", "64K"], "data.pack_tokens is 65536, less than data.max_length_tokens"),
+        (["--data.eval", "a.jsonl", "--data.eval_fraction", "0.1"], "data.eval and data.eval_fraction are both set"),
         (["--lora", "null", "--lora.r", "4"], "lora is null and --lora.r is given on the same command line"),
         (["--lora.r=4", "--lora=null"], "lora is null and --lora.r is given on the same command line"),
         (["--config", "/nowhere/run.yaml"], "--config: cannot read /nowhere/run.yaml: No such file or directory"),
@@ -199,9 +199,9 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
 
 
 def test_rules_across_keys_are_checked_beside_unknown_keys(tmp_path: Path) -> None:
-    problems = "\n".join(problems_of("sp_size: 4\ndata: {pack_tokens: 1K}\n", tmp_path))
+    problems = "\n".join(problems_of("sp_size: 4\ndata: {eval: [a.jsonl], eval_fraction: 0.1}\n", tmp_path))
     assert "sp_size" in problems
-    assert "data.pack_tokens" in problems
+    assert "data.eval_fraction" in problems
 
 
 def test_a_flag_without_its_value_hides_no_other_problem() -> None:
@@ -217,16 +217,16 @@ def test_a_flag_without_its_value_hides_no_other_problem() -> None:
 
 
 def test_rules_across_keys_are_checked_beside_wrong_values(tmp_path: Path) -> None:
-    problems = problems_of("lora: {r: 0}\nseed: -1\ndata: {pack_tokens: 1K}\n", tmp_path)
-    assert [p.split()[0] for p in problems] == ["seed:", "lora.r:", "data.pack_tokens"]
+    problems = problems_of("lora: {r: 0}\nseed: -1\ndata: {eval: [a.jsonl], eval_fraction: 0.1}\n", tmp_path)
+    assert [p.split()[0] for p in problems] == ["seed:", "lora.r:", "data.eval"]
 
 
 @pytest.mark.parametrize(
     "argv",
     [
-        ["--data.pack_tokens", "64K", "--data.max_length_tokens", "64Q"],
-        ["--data.pack_tokens", "64K", "--cutoff_len", "64K"],
-        ["--data.pack_tokens", "64K", "--data.max_length_tokens"],
+        ["--data.eval", "a.jsonl", "--data.eval_fraction", "2"],
+        ["--data.eval", "a.jsonl", "--data.eval_fraction"],
+        ["--objective", "dpo", "--dpo.loss", "sigmoid", "--dpo_beta", "0.1"],
         ["--dpo.beta", "0.2", "--objective", "dop"],
         ["--objective", "dpo", "--dpo.reference", "model", "--lora", "off"],
         ["--objective", "dpo", "--dpo.reference", "adapter_off", "--lora", "null", "--lora.r", "4"],
@@ -245,9 +245,12 @@ def test_what_preflight_finds_stands_beside_the_other_problems() -> None:
         raise ConfigError([f"output_dir {config.output_dir} cannot be made", f"sp is {config.sp}: too many"])
 
     with pytest.raises(ConfigError) as caught:
-        load_config(["--seed", "7", "--sp", "many", "--output_dir", "/x", "--data.pack_tokens", "1K"], preflight)
+        load_config(
+            ["--seed", "7", "--sp", "many", "--output_dir", "/x", "--data.eval", "a", "--data.eval_fraction", "0.1"],
+            preflight,
+        )
     problems = caught.value.problems
-    assert [p.split()[0] for p in problems] == ["sp:", "data.pack_tokens", "output_dir"]
+    assert [p.split()[0] for p in problems] == ["sp:", "data.eval", "output_dir"]
 
 
 def test_preflight_is_left_to_the_caller_where_nothing_is_wrong() -> None:

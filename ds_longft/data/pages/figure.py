@@ -85,7 +85,7 @@ def _shares(axis: Any, groups: Sequence[Group]) -> None:
 
 def _packs(axis: Any, stats: Statistics) -> None:
     packs = stats.packs
-    fill = 100 * np.asarray(stats.pack_tokens) / packs.budget_tokens
+    fill = np.minimum(100, 100 * np.asarray(stats.pack_tokens) / packs.budget_tokens)  # long rows fill theirs
     axis.hist(fill, bins=np.linspace(0, 100, 41), color=COLOURS[2])
     axis.set(
         title=f"packs of {packs.budget_tokens:,} tokens ({packs.packing}): {packs.packs:,}, {packs.filled:.1%} full",

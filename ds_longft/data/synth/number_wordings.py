@@ -1,7 +1,11 @@
 """How numbers are told and asked for in training rows: many wordings about places, people and things.
 
-None of them, and no name, is one that `ds-longft eval needle` uses: the evaluation should ask for what was learned, not
-for what was learned by heart. A test compares the two.
+Half of the names are made up from syllables and half of the sentences from a noun and a frame, so that a name is found
+by being compared to the question, not by being one of a few dozen: a model trained on 40 names of a kind found single
+numbers of names it had not met, but gave one in three of four such numbers to the wrong name.
+
+None of the wordings and names is one that `ds-longft eval needle` uses: the evaluation should ask for what was learned,
+not for what was learned by heart. A test compares the two.
 """
 
 from __future__ import annotations
@@ -9,9 +13,13 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Literal
 
 Kind = Literal["place", "person", "thing"]
+KINDS: tuple[Kind, ...] = ("place", "person", "thing")
+MADE_UP = 0.5  # share of the names, and of the wordings
+SAME_WORDS = 0.75  # share of the rows that tell all numbers in the same words
 
 
 @dataclass(frozen=True)
@@ -29,23 +37,54 @@ class Speech:
 
     blank: str  # between sentences
     tellings: tuple[Telling, ...]
+    frames: tuple[tuple[str, str], ...]  # statement and question about the number {v} of {n}, called {noun}
+    nouns: tuple[str, ...]
     heads: tuple[str, ...]  # before the text
     one: tuple[str, ...]  # {q} is a question
     several: tuple[str, ...]  # {q} is several questions
     places: tuple[str, ...]
     first_names: tuple[str, ...]
     last_names: tuple[str, ...]
-    family_name_first: bool
     things: tuple[str, ...]
+    person: str  # how {first} and {last} names stand together
+    beginnings: tuple[str, ...]  # of made-up names
+    place_ends: tuple[str, ...]
+    first_ends: tuple[str, ...]
+    last_ends: tuple[str, ...]
+
+    @property
+    def most_names(self) -> int:
+        """So many different names there are of every kind."""
+        ends = min(map(len, (self.place_ends, self.first_ends, self.last_ends)))
+        return min(len(self.beginnings) * ends, len(self.things) * (len(self.things) - 1))
 
     def names(self, kind: Kind, count: int, rng: random.Random) -> list[str]:
-        """Different names; those of people share no part."""
-        if kind != "person":
-            return rng.sample(self.places if kind == "place" else self.things, count)
-        firsts, lasts = rng.sample(self.first_names, count), rng.sample(self.last_names, count)
-        if self.family_name_first:
-            return [last + first for first, last in zip(firsts, lasts, strict=True)]
-        return [f"{first} {last}" for first, last in zip(firsts, lasts, strict=True)]
+        """Different names, of a list or made up; those of people share no part."""
+        lists = {"place": (self.places,), "person": (self.first_names, self.last_names), "thing": (self.things,)}[kind]
+        made_up = rng.random() < MADE_UP or count > min(map(len, lists))
+        if kind == "person":
+            firsts, lasts = lists
+            if made_up:
+                firsts, lasts = self._joined(self.first_ends), self._joined(self.last_ends)
+            pairs = zip(rng.sample(firsts, count), rng.sample(lasts, count), strict=True)
+            return [self.person.format(first=first, last=last) for first, last in pairs]
+        if not made_up:
+            return rng.sample(lists[0], count)
+        if kind == "place":
+            return rng.sample(self._joined(self.place_ends), count)
+        pairs = rng.sample(list(permutations(self.things, 2)), count)
+        return [self.blank.join(pair) for pair in pairs]
+
+    def _joined(self, ends: Sequence[str]) -> list[str]:
+        return [beginning + end for beginning in self.beginnings for end in ends]
+
+    def telling(self, rng: random.Random) -> Telling:
+        """One of `tellings`, or a frame around a noun."""
+        if rng.random() >= MADE_UP:
+            return rng.choice(self.tellings)
+        (statement, question), noun = rng.choice(self.frames), rng.choice(self.nouns)
+        kind = rng.choice(KINDS)
+        return Telling(kind, statement.replace("{noun}", noun), question.replace("{noun}", noun))
 
 
 EN = Speech(
@@ -70,6 +109,22 @@ EN = Speech(
         Telling("thing", "The engine called {n} has the serial number {v}.", "What serial number has the engine {n}?"),
         Telling("thing", "Warehouse {n} now holds {v} boxes.", "How many boxes are in warehouse {n}?"),
         Telling("thing", "The star {n} has the catalogue entry {v}.", "What is the catalogue entry of the star {n}?"),
+    ),
+    frames=(
+        ("The {noun} of {n} is {v}.", "What is the {noun} of {n}?"),
+        ("{n} has the {noun} {v}.", "Which {noun} does {n} have?"),
+        ("{v} is the {noun} of {n}.", "Which is the {noun} of {n}?"),
+        ("Under {n} the list gives {v} as {noun}.", "Which {noun} does the list give under {n}?"),
+        ("Somebody changed the {noun} of {n} to {v}.", "To what was the {noun} of {n} changed?"),
+        ("As {noun} of {n}, the clerk wrote down {v}.", "What did the clerk write down as {noun} of {n}?"),
+        ("{n} was given {v} for the {noun}.", "What was {n} given for the {noun}?"),
+        ("It says here that the {noun} of {n} should read {v}.", "How should the {noun} of {n} read?"),
+    ),
+    nouns=(
+        "file number", "order number", "customer number", "reference", "case number", "lot number", "booking number",
+        "flight number", "licence", "permit", "postal code", "bank code", "model number", "vote count", "folder",
+        "contract number", "route number", "page count", "key number", "queue number", "patent number", "docket",
+        "record number", "mark", "height above the sea", "budget", "receipt", "telephone line", "edition", "stock",
     ),
     heads=("Read this text.\n\n", "Here is a document.\n\n", "Text:\n\n", "Some pages to read first:\n\n", ""),
     one=(
@@ -101,13 +156,21 @@ EN = Speech(
         "Underwood", "Vaughan", "Weaver", "Zimmer", "Ashford", "Brandt", "Cordell", "Dalton", "Emerson", "Foster",
         "Goddard", "Hensley", "Irving", "Jarvis", "Kendall", "Larkin", "Monroe", "Nash", "Orwell", "Porter",
     ),
-    family_name_first=False,
     things=(
         "Heron", "Falcon", "Juniper", "Granite", "Comet", "Lantern", "Orchid", "Saffron", "Thunder", "Velvet",
         "Walnut", "Zephyr", "Amber", "Beacon", "Cobalt", "Dynamo", "Ember", "Glacier", "Indigo", "Maple", "Nebula",
         "Obsidian", "Pelican", "Quartz", "Raven", "Sable", "Topaz", "Umbra", "Viper", "Willow", "Cedar", "Drift",
         "Eclipse", "Flint", "Gazelle", "Hazel", "Ivory", "Jasper", "Kestrel", "Lotus",
     ),
+    person="{first} {last}",
+    beginnings=(
+        "Bal", "Bran", "Cal", "Cor", "Dar", "Del", "Ev", "Fal", "Fer", "Gal", "Gor", "Hal", "Hel", "Ist", "Jar", "Kel",
+        "Kor", "Lan", "Lor", "Mal", "Mor", "Nal", "Nev", "Ob", "Pel", "Por", "Ral", "Ruv", "Sal", "Sor", "Tal", "Tov",
+        "Ul", "Val", "Vor", "Wal", "Wen", "Yar", "Zel", "Zor",
+    ),
+    place_ends=("burg", "ford", "ham", "mouth", "stead", "holm", "vik", "nitz", "ona", "aria", "port", "mere"),
+    first_ends=("a", "en", "io", "ette", "us", "ine", "ovan", "eth", "imir", "ara", "ulf", "ice"),
+    last_ends=("son", "ski", "man", "etti", "ov", "wick", "berg", "field", "ides", "worth", "ander", "quist"),
 )  # fmt: skip
 ZH = Speech(
     blank="",
@@ -122,6 +185,14 @@ ZH = Speech(
         Telling("thing", "“{n}”工程今年可用{v}元。", "“{n}”工程今年可用多少元？"),
         Telling("thing", "“{n}”仓库现存{v}箱货物。", "“{n}”仓库现存多少箱货物？"),
     ),
+    frames=(
+        ("{n}的{noun}是{v}。", "{n}的{noun}是多少？"),
+        ("{v}是{n}的{noun}。", "哪个数是{n}的{noun}？"),
+        ("清单上{n}的{noun}写着{v}。", "清单上{n}的{noun}写着什么？"),
+        ("有人把{n}的{noun}改成了{v}。", "{n}的{noun}被改成了什么？"),
+    ),
+    nouns=("文件号", "订单号", "客户号", "案件号", "批号", "航班号", "许可证号", "邮政编码", "合同号", "票数", "预算",
+        "页数", "专利号", "收据号", "序列号", "钥匙号"),
     heads=("请阅读这段文字。\n\n", "下面是一份材料。\n\n", ""),
     one=("{q}", "{q}请只写数字。", "{q}直接给出数字即可。"),
     several=("{q}", "{q}请按提问的次序写出这些数字，中间用逗号隔开。"),
@@ -136,12 +207,16 @@ ZH = Speech(
         "鹏飞", "桂英", "启航", "巧珍", "松涛", "翠屏", "世杰", "采薇", "景行", "若曦", "维新", "冬梅",
     ),
     last_names=tuple("刘黄林徐高马罗梁宋谢唐邓曹彭曾萧田董袁潘于邱蔡余杜叶程魏薛阎苏丁任卢姚钟姜崔谭陆"),
-    family_name_first=True,
     things=(
         "白鹭", "青松", "晨星", "长虹", "流云", "寒梅", "飞鱼", "金桂", "朝阳", "碧波", "红杉", "秋月", "雪峰", "银河",
         "翠竹", "黄鹂", "紫荆", "玉兰", "苍鹰", "海燕", "北斗", "丹霞", "清泉", "古槐", "麒麟", "凤凰", "天鹅", "珊瑚",
         "琥珀", "翡翠", "明珠", "火炬", "磐石", "彩蝶", "春雷", "夏荷", "惊涛", "远帆", "灵芝", "云雀",
     ),
+    person="{last}{first}",
+    beginnings=tuple("龙虎山林河岭石云水木金玉花草松竹梅兰菊荷雪霜雨风雷电星月日光沙滩"),
+    place_ends=("头镇", "口镇", "家村", "沟村", "前乡", "里乡", "湾县", "山县", "门市", "阳市"),
+    first_ends=("生", "平", "根", "儿", "妹", "宝", "发", "贵", "仙", "香"),
+    last_ends=("公", "氏", "老", "大", "二", "三", "四", "五", "六", "七"),
 )  # fmt: skip
 SPEECH: dict[str, Speech] = {"en": EN, "zh": ZH}
 
@@ -152,11 +227,11 @@ def facts_about(speech: Speech, count: int, rng: random.Random) -> Sequence[tupl
     Three times in four all are told in the same words, so that only the name tells them apart: of four numbers asked
     for at once a small model says one twice, that of another name, long after it finds each of them alone.
     """
-    if rng.random() < 0.75:
-        tellings = [rng.choice(speech.tellings)] * count
+    if rng.random() < SAME_WORDS:
+        tellings = [speech.telling(rng)] * count
     else:
-        tellings = [rng.choice(speech.tellings) for _ in range(count)]
-    names: dict[Kind, list[str]] = {kind: speech.names(kind, count, rng) for kind in ("place", "person", "thing")}
+        tellings = [speech.telling(rng) for _ in range(count)]
+    names = {kind: speech.names(kind, count, rng) for kind in KINDS}
     numbers: set[int] = set()
     while len(numbers) < count:
         digits = rng.randint(4, 8)

@@ -21,7 +21,7 @@ from ds_longft.errors import DataError
 
 QUESTIONS = 8
 AT_ONCE = 4
-MAX_QUESTIONS = 40  # names of a kind in the shortest list
+MAX_QUESTIONS = 128  # fewer than there are names of any kind (`Speech.most_names`)
 SENTENCE_END = re.compile(r"[.!?](?=\s)|[。！？\n]")
 
 Messages = list[dict[str, str]]

@@ -286,7 +286,10 @@ def test_keys_without_effect_and_missing_totals_are_refused():
             "languages has no effect with synth: needle, only with",
         ),
         ({"synth": "numbers", "rows": 3, "languages": {"zh": 0.7, "en": 0.7}}, "languages: the shares add up to 1.400"),
-        ({"synth": "numbers", "rows": 3, "questions": 41}, "questions is 41: synth: numbers has names for 40 at most"),
+        (
+            {"synth": "numbers", "rows": 3, "questions": 129},
+            "questions is 129: synth: numbers has names for 128 at most",
+        ),
         ({"synth": "code", "rows": 3, "exclude": {"a": "b"}}, "exclude has no effect"),
         ({"synth": "numbers", "share": 0.5}, "a has a share and no rows: give it rows, or the recipe total_rows"),
     ):

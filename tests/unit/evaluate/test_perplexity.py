@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,23 @@ def test_pieces_do_not_overlap_and_are_spread() -> None:
     with pytest.raises(DataError, match="lay shorter ones together"):
         pieces_of(tokenizer, texts, 100_000, 3, join=False)
     assert len(pieces_of(tokenizer, texts, 1000, 1, join=True)[0]) == 1000
+
+
+def test_joined_texts_are_a_ring_whose_places_are_read_at_every_position() -> None:
+    """Three texts a length long: begun at 24 places an eighth apart, each eighth of them reads all there is once."""
+    tokenizer = tiny_tokenizer()
+    texts = [f"text number {i} goes on and on. " * 30 for i in range(4)]
+    stream = [id for text in texts for id in tokenizer(text + "\n\n", add_special_tokens=False)["input_ids"]]
+    tokens = len(stream) // 24 * 8
+    pieces = pieces_of(tokenizer, texts, tokens, 24, join=True)
+    assert {len(piece) for piece in pieces} == {tokens}
+    assert pieces[0] == stream[:tokens]
+    assert pieces[23] == (stream[23 * len(stream) // 24 :] + stream)[:tokens]
+    for eighth in range(8):
+        part = slice(eighth * tokens // 8, (eighth + 1) * tokens // 8)
+        read = Counter(id for piece in pieces for id in piece[part])
+        assert read.total() >= len(stream) - 24
+        assert not read - Counter(stream)
 
 
 @pytest.mark.parametrize("length", ["0", "-5", "1", "0K"])

@@ -4,13 +4,14 @@ import json
 import random
 import re
 from collections import Counter
+from functools import cache
 
 import pytest
 
 from ds_longft.cli import main
 from ds_longft.data.formats import to_row
 from ds_longft.data.lengths import Lengths
-from ds_longft.data.synth.number_wordings import SPEECH, facts_about
+from ds_longft.data.synth.number_wordings import KINDS, SPEECH, Telling, facts_about
 from ds_longft.data.synth.numbers import MAX_QUESTIONS, SENTENCE_END, hide, number_rows
 from ds_longft.data.synth.row_plan import apportion, language_shares, plan_rows
 from ds_longft.data.synth.sources import Document
@@ -73,7 +74,7 @@ def test_each_answer_stands_in_the_text_beside_the_name_that_is_asked_for(made):
         context, _, first = messages[0]["content"].rpartition("\n\n")
         questions = [first, *(m["content"] for m in messages[2::2])]
         speech = SPEECH[row["language"]]
-        patterns = [telling_patterns(telling) for telling in speech.tellings]
+        patterns = [telling_patterns(telling, speech) for telling in all_tellings(speech)]
         hidden = {}
         for i, (statement, _) in enumerate(patterns):
             for found in statement.finditer(context):
@@ -132,9 +133,10 @@ def test_short_rows_hide_fewer_numbers_and_stay_half_text(documents, tokenizer):
     assert max(answers[512]) < min(answers[2048]) <= max(answers[2048]) < 32
 
 
-def telling_patterns(telling):
+@cache
+def telling_patterns(telling, speech):
     """Patterns that read a statement and a question back."""
-    names = "|".join(re.escape(name) for name in all_names(telling.kind))
+    names = name_pattern(telling.kind, speech)
 
     def pattern(template):
         return re.compile(re.escape(template).replace(r"\{n\}", f"(?P<n>{names})", 1).replace(r"\{v\}", r"(?P<v>\d+)"))
@@ -142,16 +144,56 @@ def telling_patterns(telling):
     return pattern(telling.statement), pattern(telling.question)
 
 
-def all_names(kind):
-    names = set()
-    for speech in SPEECH.values():
-        if kind != "person":
-            names |= set(speech.places if kind == "place" else speech.things)
-        elif speech.family_name_first:
-            names |= {last + first for first in speech.first_names for last in speech.last_names}
-        else:
-            names |= {f"{first} {last}" for first in speech.first_names for last in speech.last_names}
-    return sorted(names, key=len, reverse=True)
+def all_tellings(speech):
+    """Those written out, and every noun in every frame about every kind of name."""
+    framed = [
+        Telling(kind, statement.replace("{noun}", noun), question.replace("{noun}", noun))
+        for statement, question in speech.frames
+        for noun in speech.nouns
+        for kind in KINDS
+    ]
+    return [*speech.tellings, *framed]
+
+
+def name_pattern(kind, speech):
+    """Every name of a kind, of the lists or made up."""
+
+    def parts(listed, ends):
+        return f"(?:{'|'.join(listed)}|(?:{'|'.join(speech.beginnings)})(?:{'|'.join(ends)}))"
+
+    if kind == "person":
+        first, last = parts(speech.first_names, speech.first_ends), parts(speech.last_names, speech.last_ends)
+        return speech.person.format(first=first, last=last)
+    if kind == "place":
+        return parts(speech.places, speech.place_ends)
+    thing = f"(?:{'|'.join(speech.things)})"
+    return f"{thing}(?:{speech.blank}{thing})?"
+
+
+def made_up_parts(speech):
+    return {
+        beginning + end
+        for ends in (speech.place_ends, speech.first_ends, speech.last_ends)
+        for beginning in speech.beginnings
+        for end in ends
+    }
+
+
+@pytest.mark.parametrize("language", SPEECH)
+def test_names_of_a_kind_are_different_and_there_are_enough(language):
+    speech, rng = SPEECH[language], random.Random(0)
+    assert speech.most_names >= MAX_QUESTIONS
+    for kind in KINDS:
+        pattern = re.compile(name_pattern(kind, speech))
+        listed = 0
+        for count in [4] * 40 + [MAX_QUESTIONS]:
+            names = speech.names(kind, count, rng)
+            assert len(set(names)) == count
+            assert all(pattern.fullmatch(name) for name in names)
+            listed += names[0] in {*speech.places, *speech.things} or any(n in names[0] for n in speech.first_names)
+        assert 8 < listed < 33, "half of the draws are of the lists"
+    firsts, lasts = zip(*(name.split() for name in SPEECH["en"].names("person", MAX_QUESTIONS, rng)), strict=True)
+    assert len({*firsts, *lasts}) == 2 * MAX_QUESTIONS, "people share no part of their names"
 
 
 def test_training_asks_with_other_words_and_names_than_the_evaluation():
@@ -159,7 +201,7 @@ def test_training_asks_with_other_words_and_names_than_the_evaluation():
     trained = {
         lang: [
             text
-            for telling in speech.tellings
+            for telling in all_tellings(speech)
             for text in (telling.statement, telling.question)
         ] + [*speech.heads, *speech.one, *speech.several]
         for lang, speech in SPEECH.items()
@@ -178,6 +220,7 @@ def test_training_asks_with_other_words_and_names_than_the_evaluation():
         assert all(re.search(pattern, w.question, re.IGNORECASE) for w in asked_in_evaluation.WORDINGS[lang])
     names = {part for speech in SPEECH.values() for part in (*speech.first_names, *speech.last_names, *speech.places)}
     names |= {thing for speech in SPEECH.values() for thing in speech.things}
+    names |= {part for speech in SPEECH.values() for part in made_up_parts(speech)}
     lists = (asked_in_evaluation.FIRST_EN, asked_in_evaluation.LAST_EN, asked_in_evaluation.FIRST_ZH)
     assert not names & {name for part in (*lists, asked_in_evaluation.LAST_ZH) for name in part}
 
@@ -207,7 +250,7 @@ def test_the_seed_decides_and_lengths_can_be_estimated(documents):
 def test_most_rows_tell_all_numbers_in_the_same_words():
     rng = random.Random(0)
     rows = [facts_about(SPEECH["en"], MAX_QUESTIONS, rng) for _ in range(200)]
-    same = [len({re.sub(r"[A-Z]\w+|\d+", "", statement) for statement, _, _ in row}) <= 2 for row in rows]
+    same = [len({re.sub(r"[A-Z]\w+( [A-Z]\w+)?|\d+", "", statement) for statement, _, _ in row}) <= 2 for row in rows]
     assert 120 <= sum(same) <= 180
     assert all(len({fact[2] for fact in row}) == MAX_QUESTIONS for row in rows)
     assert {len(fact[2]) for row in rows for fact in row} == {4, 5, 6, 7, 8}
@@ -283,7 +326,7 @@ def test_the_commands(documents, tmp_path, capsys, tokenizer):
         (["--sizes", "2:1"], "sizes: seen 2: 1.0, expected parts of the longest row"),
         (["--languages", "en:0.9,zh:0.2"], "the shares add up to more than 1"),
         (["--where", "lang"], "--where is 'lang', expected column=value"),
-        (["--questions", "41"], "--questions is 41, --at_once is 4: expected 1 to 40"),
+        (["--questions", "129"], "--questions is 129, --at_once is 4: expected 1 to 128"),
         (["--questions", "2", "--at_once", "3"], "and no more at once than there are"),
         (["--rows", "0"], "--rows is 0: expected 1 or more"),
         (["--where", "lang=fr"], "holds no row that is taken by where lang=fr"),
