@@ -62,21 +62,19 @@ class Speech:
         """Different names, of a list or made up; those of people share no part."""
         lists = {"place": (self.places,), "person": (self.first_names, self.last_names), "thing": (self.things,)}[kind]
         made_up = rng.random() < MADE_UP or count > min(map(len, lists))
+        if made_up:
+            lists = {
+                "place": (self._made_up(self.place_ends),),
+                "person": (self._made_up(self.first_ends), self._made_up(self.last_ends)),
+                "thing": (tuple(map(self.blank.join, permutations(self.things, 2))),),
+            }[kind]
+        drawn = [rng.sample(parts, count) for parts in lists]
         if kind == "person":
-            firsts, lasts = lists
-            if made_up:
-                firsts, lasts = self._joined(self.first_ends), self._joined(self.last_ends)
-            pairs = zip(rng.sample(firsts, count), rng.sample(lasts, count), strict=True)
-            return [self.person.format(first=first, last=last) for first, last in pairs]
-        if not made_up:
-            return rng.sample(lists[0], count)
-        if kind == "place":
-            return rng.sample(self._joined(self.place_ends), count)
-        pairs = rng.sample(list(permutations(self.things, 2)), count)
-        return [self.blank.join(pair) for pair in pairs]
+            return [self.person.format(first=first, last=last) for first, last in zip(*drawn, strict=True)]
+        return drawn[0]
 
-    def _joined(self, ends: Sequence[str]) -> list[str]:
-        return [beginning + end for beginning in self.beginnings for end in ends]
+    def _made_up(self, ends: Sequence[str]) -> tuple[str, ...]:
+        return tuple(beginning + end for beginning in self.beginnings for end in ends)
 
     def telling(self, rng: random.Random) -> Telling:
         """One of `tellings`, or a frame around a noun."""
