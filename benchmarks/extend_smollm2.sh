@@ -28,6 +28,8 @@ MODE=${MODE:-lora}   # lora or full
 ROPE=${ROPE:-yarn}   # yarn, abf or llama3
 GPUS=${GPUS:-$($PYTHON -c "from ds_longft.train.ranks import visible_gpus; print(visible_gpus())")}
 RANKS=$((GPUS > 0 ? GPUS : 1))
+SP=${SP:-$((RANKS % 2 ? 1 : 2))}   # GPUs that share a text
+PACKS=2                            # of an optimizer step, on up to 2 x SP GPUs
 RUN=${RUN:-runs/extend_smollm2_${MODE}_${ROPE}}
 DATA=${DATA:-data/extend_smollm2_$LENGTH}
 MODEL=~/.cache/ds_longft/quickstart/SmolLM2-135M-Instruct
@@ -44,8 +46,8 @@ if part data && [ ! -f "$DATA/run.yaml" ]; then
     --max_length_tokens "$LENGTH" --total_rows "$ROWS"
 fi
 
-keys=(--config recipes/extend_smollm2.yaml --output_dir "$RUN" --sp "$RANKS" --data.max_length_tokens "$LENGTH"
-  --data.pack_tokens $((LENGTH / 4)) --data.train "$(realpath -m "$DATA/train.jsonl")" --train.max_steps "$STEPS")
+keys=(--config recipes/extend_smollm2.yaml --output_dir "$RUN" --sp "$SP" --data.max_length_tokens "$LENGTH"
+  --data.pack_tokens $((LENGTH / 4)) --train.gradient_accumulation_steps $(((PACKS * SP + RANKS - 1) / RANKS)) --data.train "$(realpath -m "$DATA/train.jsonl")" --train.max_steps "$STEPS")
 if [ "$ROPE" != yarn ]; then keys+=(--model.rope.type "$ROPE" --model.rope.attention_factor null); fi
 if [ "$MODE" = full ]; then keys+=(--lora null --optim.learning_rate 2e-4); fi
 keys+=("$@")
@@ -74,14 +76,14 @@ evaluate() { # evaluate TRIALS [--before]
   go needle "$RUN" --lengths "$lengths" --trials "$((trials * 2))" --form multi --gpus "$RANKS" "${stacks[@]}" "$@"
   go needle "$RUN" --lengths "$ends" --depths 10,50,90 --trials "$trials" --languages zh --name needle-zh "$@"
   # The model before reads these texts in windows of its own length, which is what the losses after are held against.
-  go perplexity "$RUN" --length "$LENGTH" --texts "$PLACES" --join --sp "$RANKS" "${held_out[@]}" ${1:+--window "$((LENGTH / 16))"} "$@"
+  go perplexity "$RUN" --length "$LENGTH" --texts "$PLACES" --join --sp "$SP" "${held_out[@]}" ${1:+--window "$((LENGTH / 16))"} "$@"
   go short "$RUN" --texts "$SHORT" "${held_out[@]}" "$@"
   for job in "${jobs[@]}"; do wait "$job"; done
   jobs=()
 }
 if part before; then
   evaluate "$TRIALS_BEFORE" --before
-  longft eval perplexity "$RUN" --length "$LENGTH" --texts 2 --join --sp "$RANKS" "${held_out[@]}" --name perplexity-whole --before
+  longft eval perplexity "$RUN" --length "$LENGTH" --texts 2 --join --sp "$SP" "${held_out[@]}" --name perplexity-whole --before
 fi
 part after || exit 0
 evaluate "$TRIALS"

@@ -23,7 +23,7 @@ class Line:
 
     label: str
     points: Sequence[tuple[float, float]]
-    style: int = 0  # 0 to 3: a colour of the page
+    style: int = 0  # 0 to 4: a colour of the page; 4 is pale, for what lies behind another line
 
 
 def line_chart(

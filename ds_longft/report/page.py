@@ -19,8 +19,10 @@ from ds_longft.report.tables import (
     reproduce,
     settings_line,
 )
+from ds_longft.smooth import running_mean, steps_of_a_mean
 
 REFRESH_S = 30
+FEWEST_FOR_MEANS = 60  # steps; a chart of fewer shows each of them
 TITLES = {
     "perplexity": "Loss by position",
     "needle": "Needles",
@@ -80,8 +82,12 @@ def _training(facts: RunFacts) -> str:
     planned = facts.plan and facts.plan.get("peak_gib")
     level = (f"planned {planned:.1f}", float(planned)) if isinstance(planned, int | float) else None
     step = "optimizer step"
+    losses = [line("loss", "training")]
+    if len(losses[0].points) >= FEWEST_FOR_MEANS:
+        count = steps_of_a_mean(len(losses[0].points))
+        losses = [line("loss", "each step", 4), Line(f"mean of {count}", running_mean(losses[0].points, count))]
     charts = [
-        line_chart([line("loss", "training"), held_out], name="Loss", x_label=step, y_label="per target token or pair"),
+        line_chart([*losses, held_out], name="Loss", x_label=step, y_label="per target token or pair"),
         line_chart(
             [line("learning_rate", "learning rate")], name="Learning rate", x_label=step, y_label="", from_zero=True
         ),

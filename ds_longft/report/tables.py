@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ds_longft.report.facts import Evaluation, RunFacts
+from ds_longft.smooth import steps_of_a_mean
 
 Pairs = list[tuple[str, str]]
-LAST = 10  # steps that a "now" is the mean of
 
 
 def overview(facts: RunFacts) -> Pairs:
@@ -21,6 +21,7 @@ def overview(facts: RunFacts) -> Pairs:
     stretched = ", ".join(f"{key} {value:g}" for key, value in given.items() if value is not None)
     dpo = config.dpo if config.objective == "dpo" else None
     weighting = f"{config.data.weighting} weighting" if dpo is None else "every pair by its weight"
+    alone = " (longer rows alone)" if config.budget_tokens < config.longest_pack_tokens else ""
     world, sp = machine.get("world"), machine.get("sp")
     zero = facts.engine.get("zero_optimization", {}).get("stage")
     pairs = [
@@ -28,7 +29,7 @@ def overview(facts: RunFacts) -> Pairs:
         ("trained", f"LoRA r {lora.r}, alpha {lora.alpha:g}, {_list(lora.targets)}" if lora else "all weights"),
         ("longest sample", f"{config.data.max_length_tokens:,} tokens"),
         ("RoPE", rope.type + (f" ({stretched})" if stretched else "") if rope.type != "none" else "the model's own"),
-        ("pack", f"{config.budget_tokens:,} tokens, {config.data.packing}, {weighting}"),
+        ("pack", f"{config.budget_tokens:,} tokens{alone}, {config.data.packing}, {weighting}"),
         ("learning rate", f"{config.optim.learning_rate:g}, {config.optim.schedule}"),
         ("recomputation", config.train.recompute),
         ("seed", str(config.seed)),
@@ -50,7 +51,7 @@ def progress(facts: RunFacts) -> Pairs:
     total = f" of {facts.total_steps}" if facts.total_steps else ""
     pairs = [("step", f"{newest['step']}{total}"), ("tokens seen", f"{newest['tokens_seen']:,}")]
     if steps:
-        n = max(1, min(LAST, len(steps) // 3))
+        n = steps_of_a_mean(len(steps))
         first, last = (sum(r["loss"] for r in part) / n for part in (steps[:n], steps[-n:]))
         pairs.append(
             (f"loss, mean of first and last {n}" if n > 1 else "loss, first and last", f"{first:.4f} → {last:.4f}")

@@ -317,12 +317,13 @@ def _header(
     resumed: Path | None,
 ) -> str:
     """A few lines that say what is about to happen."""
+    alone = " (a longer row alone)" if loader.budget_tokens < config.longest_pack_tokens else ""
     lines = [
         f"{config.model.path}: {'LoRA r' + str(config.lora.r) if config.lora else 'full fine-tuning'}, "
         f"{layout.world} x {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}, "
         f"sp {layout.sp} (ranks that share a sample) x dp {layout.dp}",
         f"{loader.steps_per_epoch(0)} steps an epoch, {state.total_steps} in all; packs of up to "
-        f"{loader.budget_tokens:,} tokens, {layout.dp * config.train.gradient_accumulation_steps} in each step",
+        f"{loader.budget_tokens:,} tokens{alone}, {layout.dp * config.train.gradient_accumulation_steps} in each step",
     ]
     if (config.optim.warmup_steps or 0) > state.total_steps:
         lines.append(

@@ -121,6 +121,23 @@ def test_of_several_numbers_one_stands_before_the_first_sentence_and_one_behind_
     assert several > 20
 
 
+def test_of_many_numbers_two_stand_at_each_edge(documents, tokenizer):
+    settings = {
+        "sizes": {"1": 1},
+        "questions": 40,
+        "at_once": 1,
+        "languages": {"en": 1.0},
+        "lengths": Lengths(tokenizer),
+    }
+    for row in number_rows(documents, rows=8, context_tokens=2 * LONGEST, seed=0, name="n", **settings):
+        context, _, _ = row["messages"][0]["content"].rpartition("\n\n")
+        places = sorted(context.index(m["content"]) for m in row["messages"][1::2])
+        assert len(places) > 18
+        head = next(head for head in SPEECH["en"].heads if context.startswith(head))
+        assert len(SENTENCE_END.findall(context[len(head) : places[1]])) == 1, "that of the first number's sentence"
+        assert len(SENTENCE_END.findall(context[places[-2] :])) < 4
+
+
 def test_short_rows_hide_fewer_numbers_and_stay_half_text(documents, tokenizer):
     lengths = Lengths(tokenizer)
     rows = list(number_rows(documents, rows=40, context_tokens=LONGEST, seed=0, name="n", questions=32,
