@@ -47,7 +47,8 @@ if part data && [ ! -f "$DATA/run.yaml" ]; then
 fi
 
 keys=(--config recipes/extend_smollm2.yaml --output_dir "$RUN" --sp "$SP" --data.max_length_tokens "$LENGTH"
-  --data.pack_tokens $((LENGTH / 4)) --train.gradient_accumulation_steps $(((PACKS * SP + RANKS - 1) / RANKS)) --data.train "$(realpath -m "$DATA/train.jsonl")" --train.max_steps "$STEPS")
+  --data.pack_tokens $((LENGTH / 4)) --data.train "$(realpath -m "$DATA/train.jsonl")" --train.max_steps "$STEPS"
+  --train.gradient_accumulation_steps $(((PACKS * SP + RANKS - 1) / RANKS)))
 if [ "$ROPE" != yarn ]; then keys+=(--model.rope.type "$ROPE" --model.rope.attention_factor null); fi
 if [ "$MODE" = full ]; then keys+=(--lora null --optim.learning_rate 2e-4); fi
 keys+=("$@")

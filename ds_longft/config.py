@@ -180,6 +180,10 @@ class DataConfig(Section):
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
     """Stop when more than this share of the rows is unusable (each is listed in the ledger)."""
 
+    def budget_tokens(self, documents_per_row: int) -> int:
+        """Tokens of a full pack of several rows; a pair is a row of two documents."""
+        return self.pack_tokens or documents_per_row * self.max_length_tokens
+
 
 class DpoConfig(Section):
     """Preference training: `objective: dpo`. The loss is a weighted mean over the pairs of an optimizer step."""
@@ -364,7 +368,7 @@ class RunConfig(Section):
     @property
     def budget_tokens(self) -> int:
         """Tokens of a full pack of several rows."""
-        return self.data.pack_tokens or self.documents_per_row * self.data.max_length_tokens
+        return self.data.budget_tokens(self.documents_per_row)
 
     @property
     def longest_pack_tokens(self) -> int:

@@ -223,7 +223,7 @@ def inspect(
         line = f"{facts[0]['origin']}: {facts[0]['tokens']:,} tokens, {facts[0]['targets']:,} of them trained (green)"
     else:
         targets = sum(fact["targets"] for fact in facts)
-        used = f"{at:,} of {run.budget_tokens:,} tokens"
+        used = f"{at:,} of {max(at, run.budget_tokens):,} tokens"  # a longer row has a pack of its length
         line = f"pack {pack}: {len(facts)} documents, {used}, {targets:,} trained (green)"
     console.print(f"\n{line}", markup=False)
 

@@ -48,7 +48,7 @@ class StepLoader:
         """
         self.wait_s = 0.0
         """Seconds spent waiting for a step to be built, since the loader was made."""
-        self.budget_tokens = data.pack_tokens or tokenized.documents_per_row * data.max_length_tokens
+        self.budget_tokens = data.budget_tokens(tokenized.documents_per_row)
         """Tokens of a full pack."""
         self._tokenized = tokenized
         self._data = data

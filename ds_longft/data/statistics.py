@@ -79,7 +79,7 @@ def statistics(rows: TokenizedSet, data: DataConfig, *, dp: int, sp: int, accumu
     bottom = int(np.floor(np.log2(max(1, int(lengths.min())))))
     bounds = [1 << e for e in range(bottom + 1, max(top, bottom + 1) + 1)]
     classes = np.searchsorted(bounds, lengths)
-    budget_tokens = data.pack_tokens or rows.documents_per_row * data.max_length_tokens
+    budget_tokens = data.budget_tokens(rows.documents_per_row)
     plan = plan_epoch(
         lengths,
         budget_tokens=budget_tokens,

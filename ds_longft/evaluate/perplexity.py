@@ -194,14 +194,14 @@ def pieces_of(tokenizer: Any, texts: list[str], tokens: int, count: int, *, join
     bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
     body = tokens - len(bos)
     streams = [token_stream(tokenizer, texts)] if join else [encode(tokenizer, text) for text in texts]
-    starts = [(i, a) for i, ids in enumerate(streams) for a in range(0, len(ids) - body + 1, body)]
-    if not starts:
-        longest = max(map(len, streams), default=0)
+    longest = max(map(len, streams), default=0)
+    if longest < body:
         hint = "" if join else ", lay shorter ones together with --join"
         raise DataError(f"no text has {tokens:,} tokens (the longest has {longest:,}): lower --length{hint}")
     if join:
-        (ring,) = streams
-        return [bos + (ring[a:] + ring[:a])[:body] for a in (i * len(ring) // count for i in range(count))]
+        twice = streams[0] + streams[0]
+        return [bos + twice[a : a + body] for a in (i * longest // count for i in range(count))]
+    starts = [(i, a) for i, ids in enumerate(streams) for a in range(0, len(ids) - body + 1, body)]
     chosen = starts if len(starts) <= count else [starts[i * len(starts) // count] for i in range(count)]
     return [bos + streams[i][a : a + body] for i, a in chosen]
 

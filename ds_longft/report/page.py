@@ -19,10 +19,9 @@ from ds_longft.report.tables import (
     reproduce,
     settings_line,
 )
-from ds_longft.smooth import running_mean, steps_of_a_mean
+from ds_longft.smooth import FEWEST, running_mean, steps_of_a_mean
 
 REFRESH_S = 30
-FEWEST_FOR_MEANS = 60  # steps; a chart of fewer shows each of them
 TITLES = {
     "perplexity": "Loss by position",
     "needle": "Needles",
@@ -83,9 +82,10 @@ def _training(facts: RunFacts) -> str:
     level = (f"planned {planned:.1f}", float(planned)) if isinstance(planned, int | float) else None
     step = "optimizer step"
     losses = [line("loss", "training")]
-    if len(losses[0].points) >= FEWEST_FOR_MEANS:
-        count = steps_of_a_mean(len(losses[0].points))
-        losses = [line("loss", "each step", 4), Line(f"mean of {count}", running_mean(losses[0].points, count))]
+    points = losses[0].points
+    if len(points) >= FEWEST:
+        count = steps_of_a_mean(len(points))
+        losses = [Line("each step", points, 4), Line(f"mean of {count}", running_mean(points, count))]
     charts = [
         line_chart([*losses, held_out], name="Loss", x_label=step, y_label="per target token or pair"),
         line_chart(

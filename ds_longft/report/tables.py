@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ds_longft.report.facts import Evaluation, RunFacts
-from ds_longft.smooth import steps_of_a_mean
+from ds_longft.smooth import first_and_last
 
 Pairs = list[tuple[str, str]]
 
@@ -51,8 +51,7 @@ def progress(facts: RunFacts) -> Pairs:
     total = f" of {facts.total_steps}" if facts.total_steps else ""
     pairs = [("step", f"{newest['step']}{total}"), ("tokens seen", f"{newest['tokens_seen']:,}")]
     if steps:
-        n = steps_of_a_mean(len(steps))
-        first, last = (sum(r["loss"] for r in part) / n for part in (steps[:n], steps[-n:]))
+        n, first, last = first_and_last([r["loss"] for r in steps])
         pairs.append(
             (f"loss, mean of first and last {n}" if n > 1 else "loss, first and last", f"{first:.4f} → {last:.4f}")
         )

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ds_longft.config import LogConfig
-from ds_longft.smooth import running_mean, steps_of_a_mean
+from ds_longft.smooth import FEWEST, first_and_last, running_mean, steps_of_a_mean
 
 Record = dict[str, Any]
 
@@ -203,16 +203,15 @@ def plot_loss(records: list[Record], path: Path) -> None:
     from matplotlib.ticker import MaxNLocator
 
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
-    count = steps_of_a_mean(len(train))
-    means = running_mean(train, count)
-    if len(train) < 60:
+    if len(train) < FEWEST:
         ax.plot(*zip(*train, strict=True), color="#1f77b4", marker=".", label="training")
     else:
+        count = steps_of_a_mean(len(train))
         ax.plot(*zip(*train, strict=True), color="#1f77b4", alpha=0.3, label="training, each step")
-        ax.plot(*zip(*means, strict=True), color="#1f77b4", label=f"mean of {count}")
-        ax.legend(frameon=False)
+        ax.plot(*zip(*running_mean(train, count), strict=True), color="#1f77b4", label=f"mean of {count}")
     if evals:
         ax.plot(*zip(*evals, strict=True), color="#d62728", marker="o", label="held out")
+    if len(ax.lines) > 1:
         ax.legend(frameon=False)
     ax.set(xlabel="optimizer step", ylabel="loss per pair" if of_pairs else "loss per target token")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -224,8 +223,7 @@ def plot_loss(records: list[Record], path: Path) -> None:
 
 def training_loss(steps: list[Record]) -> tuple[str, str]:
     """Label and value: mean loss over the first and the last steps, since rows differ and single steps say little."""
-    n = steps_of_a_mean(len(steps))
-    first, last = (sum(r["loss"] for r in part) / n for part in (steps[:n], steps[-n:]))
+    n, first, last = first_and_last([r["loss"] for r in steps])
     label = "training loss, first -> last step" if n == 1 else f"training loss, first {n} -> last {n} steps"
     return label, f"{first:.4f} -> {last:.4f}"
 

@@ -224,9 +224,8 @@ def test_rules_across_keys_are_checked_beside_wrong_values(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "argv",
     [
-        ["--data.eval", "a.jsonl", "--data.eval_fraction", "2"],
-        ["--data.eval", "a.jsonl", "--data.eval_fraction"],
-        ["--objective", "dpo", "--dpo.loss", "sigmoid", "--dpo_beta", "0.1"],
+        ["--model.trust_remote_code", "true", "--model.revision"],
+        ["--model.trust_remote_code", "true", "--model.revison", "0" * 40],
         ["--dpo.beta", "0.2", "--objective", "dop"],
         ["--objective", "dpo", "--dpo.reference", "model", "--lora", "off"],
         ["--objective", "dpo", "--dpo.reference", "adapter_off", "--lora", "null", "--lora.r", "4"],

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 
-from ds_longft.smooth import running_mean, steps_of_a_mean
+from ds_longft.smooth import first_and_last, running_mean, steps_of_a_mean
 
 
 @pytest.mark.parametrize(("steps", "count"), [(1, 1), (2, 1), (9, 3), (30, 10), (100, 10), (200, 10), (1000, 50)])
 def test_a_twentieth_of_the_steps_but_ten_at_least(steps: int, count: int) -> None:
     assert steps_of_a_mean(steps) == count
+    assert first_and_last(list(range(steps))) == (count, (count - 1) / 2, steps - 1 - (count - 1) / 2)
 
 
 @pytest.mark.parametrize("count", [1, 4, 5, 40])
