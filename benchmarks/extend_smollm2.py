@@ -63,7 +63,10 @@ def results(run: str, command: str) -> None:
     }
 
     def result(name: str) -> dict[str, Any]:
-        return json.loads((folder / "eval" / f"{name}.json").read_text())
+        path = folder / "eval" / f"{name}.json"
+        if not path.is_file():
+            sys.exit(f"{path} is missing: run extend_smollm2.sh with ONLY=before and ONLY=after first")
+        return json.loads(path.read_text())
 
     def line(what: str, value: float, unit: str, **more: float) -> None:
         rounded = {"what": what, "value": round(value, 4), "unit": unit, **more, "peer_value": None, "ratio": None}

@@ -1,8 +1,9 @@
 """How numbers are told and asked for in training rows: many wordings about places, people and things.
 
-Half of the names are made up from syllables and half of the sentences from a noun and a frame, so that a name is found
-by being compared to the question, not by being one of a few dozen: a model trained on 40 names of a kind found single
-numbers of names it had not met, but gave one in three of four such numbers to the wrong name.
+Half of the names are made up from syllables, so that a name is found by being compared to the question, not by being
+one of a few dozen: a model trained on 40 names of a kind found single numbers of names it had not met, but gave one in
+three of four such numbers to the wrong name. Most sentences are put together (`number_grammar.py`, which says why), the
+others are a noun in a frame or written out.
 
 None of the wordings and names is one that `ds-longft eval needle` uses: the evaluation should ask for what was learned,
 not for what was learned by heart. A test compares the two.
@@ -14,21 +15,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
-from typing import Literal
 
-Kind = Literal["place", "person", "thing"]
-KINDS: tuple[Kind, ...] = ("place", "person", "thing")
-MADE_UP = 0.5  # share of the names, and of the wordings
+from ds_longft.data.synth.number_grammar import GRAMMAR_EN, GRAMMAR_ZH, KINDS, Grammar, Kind, Telling
+
+MADE_UP = 0.5  # share of the names
+COMPOSED = 0.7  # share of the sentences put together by the grammar; the others are half written out, half framed
 SAME_WORDS = 0.75  # share of the rows that tell all numbers in the same words
-
-
-@dataclass(frozen=True)
-class Telling:
-    """One way to tell the number {v} of {n}, and to ask for it."""
-
-    kind: Kind  # of name
-    statement: str
-    question: str
 
 
 @dataclass(frozen=True)
@@ -36,6 +28,7 @@ class Speech:
     """Everything a language says around the text."""
 
     blank: str  # between sentences
+    grammar: Grammar
     tellings: tuple[Telling, ...]
     frames: tuple[tuple[str, str], ...]  # statement and question about the number {v} of {n}, called {noun}
     nouns: tuple[str, ...]
@@ -77,8 +70,10 @@ class Speech:
         return tuple(beginning + end for beginning in self.beginnings for end in ends)
 
     def telling(self, rng: random.Random) -> Telling:
-        """One of `tellings`, or a frame around a noun."""
-        if rng.random() >= MADE_UP:
+        """A sentence of the grammar, one of `tellings`, or a frame around a noun."""
+        if rng.random() < COMPOSED:
+            return self.grammar.telling(rng)
+        if rng.random() < 0.5:
             return rng.choice(self.tellings)
         (statement, question), noun = rng.choice(self.frames), rng.choice(self.nouns)
         kind = rng.choice(KINDS)
@@ -87,6 +82,7 @@ class Speech:
 
 EN = Speech(
     blank=" ",
+    grammar=GRAMMAR_EN,
     tellings=(
         Telling("place", "The secret number of {n} is {v}.", "What is the secret number of {n}?"),
         Telling("place", "Remember this: the magic number for {n} is {v}.", "Which magic number belongs to {n}?"),
@@ -172,6 +168,7 @@ EN = Speech(
 )  # fmt: skip
 ZH = Speech(
     blank="",
+    grammar=GRAMMAR_ZH,
     tellings=(
         Telling("place", "{n}的秘密数字是{v}。", "{n}的秘密数字是多少？"),
         Telling("place", "开往{n}的列车车次为{v}。", "开往{n}的列车车次是多少？"),

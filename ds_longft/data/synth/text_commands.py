@@ -82,7 +82,8 @@ def numbers(
         out: JSONL file to write.
         rows: how many.
         context_tokens: longest row, e.g. 128K.
-        questions: numbers hidden in a row; fewer in rows of which they would be more than half.
+        questions: at most so many numbers are hidden in a row, and --at_once at least; fewer in rows of which they
+            would be more than half.
         at_once: up to so many are asked for in one turn; half of the turns ask for so many. Left out: 4, or all.
         sizes: part of the longest row and its share, e.g. 1/4:3,1/2:2,1:2. Left out: halves of halves down to 1/32.
         languages: shares of the rows, e.g. zh:0.15; others as there is text.
