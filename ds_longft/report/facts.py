@@ -85,6 +85,8 @@ def gather_facts(folder: Path) -> RunFacts:
     Raises:
         ConfigError: it is none (no config.yaml).
     """
+    if folder.name in ("", ".."):  # of `ds-longft report .`: the page and its commands name the folder
+        folder = folder.resolve()
     config_file = folder / "config.yaml"
     if not config_file.is_file():
         raise ConfigError(f"RUN {str(folder)!r} holds no config.yaml: expected the output_dir of a run")

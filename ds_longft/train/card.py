@@ -89,7 +89,7 @@ def write_card(folder: Path, config: RunConfig, layout: ParallelLayout, history:
         rope=config.model.rope.type,
     )
     (folder / "README.md").write_text(
-        f"---\n{head}\n---\n\n# {folder.name}\n\n| | |\n|---|---|\n{rows}\n\n{load}\n\n"
+        f"---\n{head}\n---\n\n# {folder.resolve().name}\n\n| | |\n|---|---|\n{rows}\n\n{load}\n\n"
         "`config.yaml` beside this file runs the same training again; `metrics.jsonl` holds every step.\n"
     )
 

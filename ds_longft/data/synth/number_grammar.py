@@ -1,8 +1,8 @@
 """Sentences about numbers put together from parts: whose thing, what is told of it, and where that stands.
 
-Two hundred sentences are learned by heart: SmolLM2-135M, trained on them to a loss of 0.001 a number, answered four
-questions about four numbers in 8,192 tokens without a mistake in the words it was trained on, and one time in six in
-other words about the same names at the same places. Some hundred thousand sentences cannot be learned so.
+A few hundred sentences are learned by heart. SmolLM2-135M, trained on such of 27 forms, answered four questions about
+four numbers in 8,192 tokens to 83 % after 380 steps and to 100 % after 720 in these sentences, to 69 and 67 % in new
+ones, of the same names at such places (docs/evaluate.md). Millions, of 61 forms, cannot be learned so.
 """
 
 from __future__ import annotations

@@ -217,6 +217,17 @@ def test_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no config.yaml" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("inside", [".", "eval/.."])
+def test_the_page_of_the_folder_one_is_in_bears_its_name(
+    inside: str, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(run)
+    assert main(["report", inside]) == 0
+    capsys.readouterr()
+    assert "<h1>my run</h1>" in (run / "report.html").read_text()
+    assert f"{run}-again" in (run / "report.md").read_text()
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
 def test_charts_answer_to_the_keyboard(run: Path, tmp_path: Path) -> None:
     """In a real browser: the arrow keys move the cursor of a chart and put its values into words."""
