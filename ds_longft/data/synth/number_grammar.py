@@ -2,7 +2,7 @@
 
 A few hundred sentences are learned by heart. SmolLM2-135M, trained on such of 27 forms, answered four questions about
 four numbers in 8,192 tokens to 83 % after 380 steps and to 100 % after 720 in these sentences, to 69 and 67 % in new
-ones, of the same names at such places (docs/evaluate.md). Millions, of 61 forms, cannot be learned so.
+ones (docs/evaluate.md). Here are millions, of 61 forms.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Grammar:
             context = rng.choice(self.contexts)
             statement = self.put(statement, context, last=rng.random() < 1 / 3)
             if rng.random() < 0.5:
-                question = self.put(question, context, last=self.asked_last)
+                question = self.put(question, context, last=True)
         return Telling(kind, _begun(statement), _begun(question))
 
     def put(self, sentence: str, context: str, *, last: bool) -> str:

@@ -74,9 +74,9 @@ def _row(
 ) -> Messages:
     """A chat of at most, and nearly, so many tokens: running text for half of them at least.
 
-    As many rows hide 4 to 8 numbers as 32 to 64. A few in a long text are harder to find than many: trained on rows of
-    64 only, a model answered four questions in words it had not met to 87 % with 64 numbers in 8,192 tokens, to 54 %
-    with 4.
+    As many rows hide 4 to 8 numbers as 32 to 64. A few in a long text are harder to find than many: trained on rows
+    that hid as many as fit, a model answered four questions in words it had not met to 87 % with 64 numbers in 8,192
+    tokens, to 67 % with 4.
     """
     head = rng.choice(speech.heads)
     fewest = min(at_once, most)
