@@ -40,24 +40,6 @@ ULYSSES = "ulysses"
 """Name under which the attention is registered; goes into `config._attn_implementation`."""
 
 
-def _repeat_kv(k: Tensor, v: Tensor, share: HeadShare) -> tuple[Tensor, Tensor]:
-    """[S, kv received, d] -> [S, kv as the kernel reads them, d]."""
-    if share.repeat is None:
-        return k, v
-    index = torch.tensor(share.repeat, device=k.device)
-    return k.index_select(1, index), v.index_select(1, index)
-
-
-def _sum_repeats(dkv: Tensor, share: HeadShare) -> Tensor:
-    """Gradient of `_repeat_kv`: [S, kv as the kernel reads them, d] -> [S, kv received, d]."""
-    if share.repeat is None:
-        return dkv
-    index = torch.tensor(share.repeat, device=dkv.device)
-    dtype = torch.promote_types(dkv.dtype, torch.float32)
-    total = dkv.new_zeros(dkv.shape[0], len(share.kv), dkv.shape[2], dtype=dtype)
-    return total.index_add_(1, index, dkv.to(dtype)).to(dkv.dtype)
-
-
 def _add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
     """Attention with one more key per head whose score is its sink and whose value is zero (gpt-oss).
 
@@ -117,7 +99,7 @@ class SpAttention(torch.autograd.Function):
         if output is None:
             ranges = [(x.q, x.kv, x.kv) for x in call.shares]
             qg, kg, vg = tokens_to_heads([q, k, v], ranges, call.group)  # [S, h, d]
-            kg, vg = _repeat_kv(kg, vg, call.share)
+            kg, vg = call.share.repeated(kg), call.share.repeated(vg)
             out, lse = call.kernel.forward(qg, kg, vg, cu_seqlens, call.lengths, call.spec)  # [S, h, d], [h, S]
             if sinks is not None:
                 out, lse = _add_sinks(out, lse, sinks[call.share.q.start : call.share.q.stop])
@@ -138,7 +120,7 @@ class SpAttention(torch.autograd.Function):
             return (*_backward_in_turns(q, k, v, sinks, cu_seqlens, out, lse, dout, call), None, None, None)
         ranges = [(x.q, x.kv, x.kv, x.q, x.q) for x in call.shares]
         qg, kg, vg, og, dog = tokens_to_heads([q, k, v, out, dout], ranges, call.group)  # [S, h, d]
-        kg, vg = _repeat_kv(kg, vg, call.share)
+        kg, vg = call.share.repeated(kg), call.share.repeated(vg)
         dq, dk, dv = call.kernel.backward(dog, qg, kg, vg, og, lse, cu_seqlens, call.lengths, call.spec)
         dsinks = None
         if sinks is not None:  # the tokens of the whole pack, this rank's heads: the other ranks' heads get zero here
@@ -146,7 +128,7 @@ class SpAttention(torch.autograd.Function):
             dsinks = torch.zeros_like(sinks)
             dsinks[mine] = _sinks_gradient(dog, og, lse, sinks[mine]).to(sinks.dtype)
         del qg, kg, vg, og, dog  # the exchange back needs the memory
-        dk, dv = _sum_repeats(dk, call.share), _sum_repeats(dv, call.share)
+        dk, dv = call.share.summed(dk), call.share.summed(dv)
         grads = heads_to_tokens([dq, dk, dv], [(x.q, x.kv, x.kv) for x in call.shares], call.group)  # [s, H, d]
         return (*grads, dsinks, None, None, None)
 
@@ -166,7 +148,8 @@ def _forward_in_turns(
         qg, kg, vg = tokens_to_heads([q, k, v], ranges, call.group, buffers)  # [S, h of this turn, d]
         part = qg
         if mine.q:
-            part, part_lse = call.kernel.forward(qg, *_repeat_kv(kg, vg, mine), cu_seqlens, call.lengths, call.spec)
+            heads = mine.repeated(kg), mine.repeated(vg)
+            part, part_lse = call.kernel.forward(qg, *heads, cu_seqlens, call.lengths, call.spec)
             if sinks is not None:
                 part, part_lse = _add_sinks(part, part_lse, sinks[mine.q.start : mine.q.stop])
             if lse is None:
@@ -203,9 +186,9 @@ def _backward_in_turns(
         if mine.q:
             rows = slice(mine.q.start - call.share.q.start, mine.q.stop - call.share.q.start)
             part = lse[rows].contiguous()
-            heads = _repeat_kv(kg, vg, mine)
+            heads = mine.repeated(kg), mine.repeated(vg)
             dqg, dkg, dvg = call.kernel.backward(dog, qg, *heads, og, part, cu_seqlens, call.lengths, call.spec)
-            grads = dqg, _sum_repeats(dkg, mine), _sum_repeats(dvg, mine)
+            grads = dqg, mine.summed(dkg), mine.summed(dvg)
             del dqg, dkg, dvg
             if dsinks is not None and sinks is not None:
                 of = slice(mine.q.start, mine.q.stop)

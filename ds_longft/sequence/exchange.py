@@ -33,6 +33,26 @@ class HeadShare:
     """Kernels read kv head i with query heads i*g .. (i+1)*g - 1. Where this rank's queries do not fall into groups of
     one size, received kv heads are repeated by this index so that they do; None where nothing is repeated."""
 
+    def repeated(self, kv: Tensor) -> Tensor:
+        """Keys or values [S, kv received, d] -> [S, kv as the kernel reads them, d].
+
+        By slices: an index made here would be copied from the host, and the device waited for, in every layer.
+        """
+        if self.repeat is None:
+            return kv
+        return _join([kv[:, i : i + 1] for i in self.repeat], kv.new_empty(kv.shape[0], len(self.repeat), kv.shape[2]))
+
+    def summed(self, dkv: Tensor) -> Tensor:
+        """Gradient of `repeated`, summed in at least float32: [S, kv of the kernel, d] -> [S, kv received, d]."""
+        if self.repeat is None:
+            return dkv
+        total = dkv.new_empty(dkv.shape[0], len(self.kv), dkv.shape[2])
+        dtype = torch.promote_types(dkv.dtype, torch.float32)
+        parts = dkv.split([self.repeat.count(i) for i in range(len(self.kv))], dim=1)  # copies of one head side by side
+        for i, part in enumerate(parts):
+            total[:, i] = part.sum(1, dtype=dtype)
+        return total
+
 
 @lru_cache(maxsize=64)
 def deal_heads(q_heads: int, kv_heads: int, sp: int) -> tuple[HeadShare, ...]:
