@@ -6,7 +6,7 @@
 
 One JSON object a line for each figure, ready for results.jsonl, then a table. Its last column is what a pack costs all
 layers of a model when every document length in it is new, as lengths of real data are: where the cheapest kernel
-changes between `cudnn` and `varlen` is where `CUDNN_MIN_RMS_TOKENS` belongs.
+changes between `cudnn` and `varlen` is where `CUDNN_MIN_WORK` belongs.
 
 This file must not be called kernels.py: transformers imports a package of that name, and Python would find it here.
 """
@@ -26,7 +26,7 @@ from datetime import UTC, datetime
 import torch
 
 from ds_longft.sequence.kernels import (
-    CUDNN_MIN_RMS_TOKENS,
+    CUDNN_MIN_WORK,
     KERNELS,
     AttentionSpec,
     Kernel,
@@ -149,6 +149,7 @@ def main() -> None:
         reason = kernel_by_name(name).refuses(
             device_type=device.type,
             dtype=getattr(torch, args.dtype),
+            heads=args.q_heads,
             head_dim=args.head_dim,
             spec=AttentionSpec(1.0),
             capability=capability,
@@ -182,12 +183,14 @@ def main() -> None:
             f"{f'{documents} x {length}':>14} {name:>13} {figures['forward']:12.1f} {figures['backward']:12.1f} "
             f"{figures['new_length_ms']:14.1f} {figures['pack_ms']:10.1f}{'*' if figures['pack_ms'] == best else ''}"
         )
-    print(f"\nauto, with cudnn from a root mean square of {CUDNN_MIN_RMS_TOKENS} tokens on:")
+    tokens = round((CUDNN_MIN_WORK / (args.q_heads * args.head_dim)) ** 0.5)
+    print(f"\nauto, with cudnn from a root mean square of {tokens} tokens on:")
     for documents, length in mixes:
         chosen, why = choose_kernel(
             "auto",
             device=device,
             dtype=getattr(torch, args.dtype),
+            heads=args.q_heads,
             head_dim=args.head_dim,
             spec=AttentionSpec(1.0),
             lengths=[length] * documents,

@@ -219,8 +219,9 @@ def main() -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     head_dim = built.hf_config.hidden_size // built.hf_config.num_attention_heads
     kernel, reason = choose_kernel(
-        args.kernel, device=device, dtype=dtype, head_dim=head_dim, spec=AttentionSpec(head_dim**-0.5), lengths=lengths
-    )
+        args.kernel, device=device, dtype=dtype, heads=-(-built.hf_config.num_attention_heads // sp), head_dim=head_dim,
+        spec=AttentionSpec(head_dim**-0.5), lengths=lengths,
+    )  # fmt: skip
     flops = fmean(
         step_flops(built.shape, document_lengths(args, i), lora=not args.full, targets=targets) for i in timed
     )

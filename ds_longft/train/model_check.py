@@ -11,7 +11,7 @@ from ds_longft.sequence.attention import ULYSSES
 from ds_longft.sequence.kernels import AttentionSpec, choose_kernel, kernel_by_name
 
 
-def check_model(config: RunConfig, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+def check_model(config: RunConfig, sp: int, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """See that the model, the length and a kernel for each kind of layer fit.
 
     Returns the name of the first layer's kernel, and a line about all of them.
@@ -32,6 +32,7 @@ def check_model(config: RunConfig, device: torch.device, dtype: torch.dtype) -> 
             config.model.kernel,
             device=device,
             dtype=dtype,
+            heads=-(-heads // sp),
             head_dim=head_dim,
             spec=AttentionSpec(head_dim**-0.5, window, softcap),
             lengths=(config.data.max_length_tokens,),

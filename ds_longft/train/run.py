@@ -109,6 +109,7 @@ def _run(
     cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     kernel, kernels = check_model(
         config,
+        sp,
         torch.device("cuda", launch.local_rank) if cuda else torch.device("cpu"),
         torch.bfloat16 if settings.engine["bf16"]["enabled"] else torch.float32,
     )

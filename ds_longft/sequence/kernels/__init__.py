@@ -4,10 +4,10 @@
 """
 
 from ds_longft.sequence.kernels.base import AttentionSpec, Capability, Kernel
-from ds_longft.sequence.kernels.table import CUDNN_MIN_RMS_TOKENS, KERNELS, choose_kernel, kernel_by_name
+from ds_longft.sequence.kernels.table import CUDNN_MIN_WORK, KERNELS, choose_kernel, kernel_by_name
 
 __all__ = [
-    "CUDNN_MIN_RMS_TOKENS",
+    "CUDNN_MIN_WORK",
     "KERNELS",
     "AttentionSpec",
     "Capability",

@@ -17,21 +17,25 @@ from ds_longft.sequence.kernels.torch_builtin import CpuKernel, CudnnKernel, Tor
 KERNELS: tuple[Kernel, ...] = (
     FlashAttention4(),
     FlashAttention3(),
-    FlashAttention2(),
     CudnnKernel(),
+    FlashAttention2(),
     TorchVarlen(),
     CpuKernel(),
     MathKernel(),
 )
 """The table: `auto` takes the first that fits, but for the crossover below."""
 
-CUDNN_MIN_RMS_TOKENS = 16384
-"""cuDNN per document against one varlen launch (torch's FlashAttention 2), on Hopper and newer.
+ONE_LAUNCH = ("flash-attn-2", "varlen")
+"""FlashAttention 2, installed or inside torch: what `auto` takes instead of cuDNN below the crossover."""
 
-cuDNN is 1.7 times as fast per FLOP on one long document, but it is launched, and for a length it has not seen also
-planned, once per document. Work grows with length squared, so what counts is the root mean square of the lengths. Not
-yet a measured crossover: at 16K a document's work is some milliseconds, about what its plan costs spread over the
-layers of a model. `benchmarks/attention_kernels.py` measures both sides of it.
+CUDNN_MIN_WORK = 16384**2 * 2048
+"""Length squared, in the mean of a pack's documents, times features of the rank's query heads: from here on cuDNN per
+document gains over one launch of FlashAttention 2, on Hopper and newer.
+
+cuDNN runs one long document at 570 and 540 TFLOP/s, forward and backward, FlashAttention 2 at 330 and 325 (131,072
+tokens, heads of 128, H200). But it plans each length it has not seen: 0.17 s (H100s, steps of the demonstration with
+and without a new length), 5 ms for each of 32 layers. It saves 8.7e-15 s a unit of this work, so 6e11 pay for a plan:
+17,000 tokens with half of the heads of a Llama-8B, 12,000 with all, 35,000 with an eighth.
 """
 
 
@@ -49,6 +53,7 @@ def choose_kernel(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    heads: int,
     head_dim: int,
     spec: AttentionSpec,
     lengths: Sequence[int],
@@ -58,9 +63,10 @@ def choose_kernel(
     Args:
         name: a kernel's name, or `auto` for the first of the table that fits.
         device, dtype, head_dim: of q, k and v.
+        heads: query heads that the kernel is given; under sp, of the rank that has the most.
         spec: what the layer asks for.
         lengths: the pack's document lengths in tokens, on the host; they decide whether a window narrows anything, and
-            between cuDNN and varlen.
+            between cuDNN and one launch for all documents.
 
     Cheap enough to be called for every layer. Raises ModelError if the kernel asked for by name does not fit, saying
     why and which fit.
@@ -74,7 +80,7 @@ def choose_kernel(
         head_dim,
         replace(spec, window=spec.window_for(lengths)),
         capability,
-        mean_square >= CUDNN_MIN_RMS_TOKENS**2,
+        mean_square * heads * head_dim >= CUDNN_MIN_WORK,
     )
 
 
@@ -86,7 +92,7 @@ def _choose(
     head_dim: int,
     spec: AttentionSpec,
     capability: Capability | None,
-    long_documents: bool,
+    enough_work: bool,
 ) -> tuple[Kernel, str]:
     refusals = {
         kernel.name: kernel.refuses(
@@ -108,9 +114,10 @@ def _choose(
     reason = "first of the table that fits"
     if kernel.name == "cudnn":
         hopper = capability is not None and capability >= (9, 0)
-        if not (long_documents and hopper) and (varlen := kernel_by_name("varlen")) in fitting:
-            kernel = varlen
-            limit = "the documents are too short" if hopper else "this GPU is older than Hopper"
+        one_launch = next((other for other in fitting if other.name in ONE_LAUNCH), None)
+        if one_launch is not None and not (enough_work and hopper):
+            kernel = one_launch
+            limit = "a rank's work on each is too little" if hopper else "this GPU is older than Hopper"
             reason = f"one launch for all documents; {limit} for cudnn to gain"
     names = [kernel.name for kernel in KERNELS]
     earlier = {name: refusals[name] or "" for name in names[: names.index(kernel.name)] if refusals[name]}

@@ -38,7 +38,7 @@ class CudnnKernel:
     """cuDNN's fused attention, in every CUDA build of torch; grouped kv heads natively.
 
     Fast on long documents. cuDNN plans each document length it has not seen before, which is why many documents of
-    ever new lengths belong to a varlen kernel (see `table.CUDNN_MIN_RMS_TOKENS`).
+    ever new lengths belong to a varlen kernel (see `table.CUDNN_MIN_WORK`).
     """
 
     name = "cudnn"

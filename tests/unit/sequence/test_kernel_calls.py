@@ -8,6 +8,7 @@ The real ones run in tests/gpu.
 
 from __future__ import annotations
 
+import math
 import sys
 from types import ModuleType
 from typing import Any
@@ -17,10 +18,11 @@ import torch
 from torch import Tensor
 
 from ds_longft.errors import ModelError
-from ds_longft.sequence.kernels import CUDNN_MIN_RMS_TOKENS, AttentionSpec, base, choose_kernel, kernel_by_name, table
+from ds_longft.sequence.kernels import CUDNN_MIN_WORK, AttentionSpec, base, choose_kernel, kernel_by_name, table
 
 CUDA = torch.device("cuda", 0)
 MATH = kernel_by_name("math")
+LEAST_TOKENS = math.isqrt(CUDNN_MIN_WORK // (16 * 128))
 LENGTHS = [33, 1, 20]
 
 
@@ -247,9 +249,9 @@ def hopper(monkeypatch):
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
 
 
-def choose(name="auto", dtype=torch.bfloat16, head_dim=128, spec=None, lengths=(100_000,)):
+def choose(name="auto", dtype=torch.bfloat16, heads=16, head_dim=128, spec=None, lengths=(100_000,)):
     return choose_kernel(
-        name, device=CUDA, dtype=dtype, head_dim=head_dim, spec=spec or AttentionSpec(0.1), lengths=lengths
+        name, device=CUDA, dtype=dtype, heads=heads, head_dim=head_dim, spec=spec or AttentionSpec(0.1), lengths=lengths
     )
 
 
@@ -267,19 +269,23 @@ def test_the_newest_flash_attention_installed_is_chosen(installed):
 
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize(
-    ("lengths", "expected"),
+    ("lengths", "heads", "expected"),
     [
-        ((CUDNN_MIN_RMS_TOKENS,), "cudnn"),
-        ((CUDNN_MIN_RMS_TOKENS - 1,), "varlen"),
-        ((131072, *[300] * 60), "cudnn"),  # one document holds nearly all of the work
-        ([2048] * 64, "varlen"),
+        ((LEAST_TOKENS,), 16, "cudnn"),
+        ((LEAST_TOKENS - 1,), 16, "varlen"),
+        ((2 * LEAST_TOKENS - 1,), 4, "varlen"),  # a quarter of the heads, under a larger sp: twice the length
+        ((2 * LEAST_TOKENS,), 4, "cudnn"),
+        ((131072, *[300] * 60), 16, "cudnn"),  # one document holds nearly all of the work
+        ([2048] * 64, 16, "varlen"),
     ],
 )
-def test_cudnn_or_varlen_by_where_the_work_lies(installed, lengths, expected):
+def test_cudnn_or_one_launch_by_where_the_work_lies(installed, lengths, heads, expected):
     installed()
-    kernel, reason = choose(lengths=lengths)
+    kernel, reason = choose(lengths=lengths, heads=heads)
     assert kernel.name == expected
-    assert ("too short" in reason) == (expected == "varlen")
+    assert ("too little" in reason) == (expected == "varlen")
+    installed("flash-attn-2")  # of the same speed as torch's own
+    assert choose(lengths=lengths, heads=heads)[0].name == {"varlen": "flash-attn-2"}.get(expected, expected)
 
 
 @pytest.mark.usefixtures("hopper")

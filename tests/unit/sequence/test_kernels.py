@@ -194,7 +194,7 @@ def test_impossible_specs_are_refused(bad):
 
 def choose(name="auto", device=CPU, dtype=torch.float32, head_dim=64, spec=None, lengths=(100, 28)):
     return choose_kernel(
-        name, device=device, dtype=dtype, head_dim=head_dim, spec=spec or AttentionSpec(0.125), lengths=lengths
+        name, device=device, dtype=dtype, heads=8, head_dim=head_dim, spec=spec or AttentionSpec(0.125), lengths=lengths
     )
 
 
