@@ -2,7 +2,8 @@
 
 Counted: attention and matrix products (forward, recomputation, backward), LoRA's products and elementwise kernels by
 the bytes they move, the exchange, gathers of ZeRO-3, host copies that do not hide behind compute, the optimizer, and
-what of the host's launching all this does not hide; of pairs also the passes without a gradient. Rates are a GPU type's (`Gpu`), times its sustained share.
+what of the host's launching all this does not hide; of pairs also the passes without a gradient. Rates are a GPU
+type's (`Gpu`), times its sustained share.
 """
 
 from __future__ import annotations
