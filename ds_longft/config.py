@@ -265,8 +265,9 @@ class TrainConfig(Section):
     recompute: Literal["none", "full", "every_k", "sqrt", "keep_attention", "auto"] = "auto"
     """Activation checkpointing. `full`: every layer. `every_k`: segments of `recompute_every` layers. `sqrt`: segments
     of sqrt(layers), the least memory. `keep_attention`: every layer, but attention output is kept, not recomputed.
-    `auto`: as `keep_attention`, and with the GPU memory left the outputs of as many linears as fit; on GPUs, where the
-    longest pack is not expected to fit so, `full`, then (ZeRO 0 to 2) short segments."""
+    `auto`: as `keep_attention`, and with the GPU memory left the outputs of as many linears as fit. On GPUs it becomes
+    `none` where the longest pack is then expected to need at most four fifths of the memory, and `full`, then (ZeRO 0
+    to 2) short segments, where it is not expected to fit."""
 
     offload_host_gib: float = Field(default=0.0, ge=0)
     """Host memory a node may give to what does not fit on its GPUs: inputs of layers (or segments), with

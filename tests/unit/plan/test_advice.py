@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from ds_longft.config import RunConfig
 from ds_longft.errors import EXIT_CONFIG
 from ds_longft.plan.advice import Adviser, choose_for_run
+from ds_longft.plan.memory import predict
 from ds_longft.plan.search import Question, fastest
 from ds_longft.plan.setting import Gpu, Setting
 from tests.unit.plan.shapes import LLAMA_8B, QWEN_7B, SMOLLM2, shape, sizes
@@ -100,6 +101,36 @@ def test_the_run_takes_the_passes_that_the_plan_names(length: str, memory_gib: f
     assert plan.setting.passes == passes
     asked_for = chosen(dpo={"passes": "two"}, train={"recompute": "full"})
     assert (asked_for.passes, asked_for.tile_tokens, asked_for.kv_heads) == ("two", None, None)
+
+
+@pytest.mark.parametrize(
+    ("family", "tokens", "memory_gib", "would_fit", "expected"),
+    [
+        (SMOLLM2, 32768, 79.1, True, "none"),
+        (SMOLLM2, 32768, 22.0, True, "auto"),  # with less to spare than a fifth
+        (LLAMA_8B, 16384, 139.8, True, "none"),
+        (LLAMA_8B, 24576, 139.8, True, "auto"),
+        (LLAMA_8B, 65536, 139.8, False, "auto"),
+    ],
+)
+def test_nothing_is_computed_again_where_there_is_room_to_spare(
+    family: dict[str, Any], tokens: int, memory_gib: float, would_fit: bool, expected: str
+) -> None:
+    def chosen(**train: Any) -> str:
+        data = {"max_length_tokens": tokens}
+        config = RunConfig.model_validate({"data": data, "lora": {"r": 16}, "train": train})
+        found = choose_for_run(
+            config, {"zero_optimization": {"stage": 2}}, AutoConfig.for_model(**family),
+            sp=1, world=1, local_world=1, memory_gib=memory_gib, fused=True,
+        )  # fmt: skip
+        assert found is not None
+        return found[0].recompute
+
+    assert chosen() == expected
+    assert chosen(recompute="keep_attention") == "keep_attention"  # what is asked for stays
+    gpu = replace(Gpu.load("h200"), memory_gib=memory_gib)
+    whole = predict(sizes(family), Setting((tokens,), 1, 1, stage=2, recompute="none"), gpu)
+    assert whole.fits(gpu) == would_fit
 
 
 ROTARY = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
