@@ -61,6 +61,9 @@ class Adviser:
         )
         if setting.passes == "auto":  # until it is settled a run makes two passes
             setting = replace(setting, passes="two")
+        gpu = replace(Gpu.load("h200"), memory_gib=memory_gib)
+        if model is not None and fastest_saver(model, setting, gpu).recompute == "none":  # what becomes of `auto`
+            setting = replace(setting, recompute="none")
         return cls(model, setting, memory_gib, config)
 
     def error(self, seen: BaseException, where: str) -> GpuMemoryError:
@@ -110,6 +113,9 @@ class Adviser:
             yield f"train.mlp_tile_tokens: {TILE_TOKENS}", away, " (the same speed)"
         if x.kv_heads is None and self.model.kv_heads > x.sp:
             yield "train.kv_heads_at_a_time: 1", replace(x, kv_heads=1), " (attention in turns)"
+        if x.recompute == "none":
+            away = replace(x, recompute="keep_attention")
+            yield "train.recompute: keep_attention", away, " (layers run forward twice, attention once)"
         if x.recompute in ("none", "keep_attention", "auto"):
             yield "train.recompute: full", replace(x, recompute="full"), " (attention runs forward twice)"
         if x.recompute != "sqrt":

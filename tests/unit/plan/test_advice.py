@@ -61,6 +61,13 @@ def test_a_model_that_is_not_described() -> None:
     assert "train.recompute: sqrt" in str(error)
 
 
+def test_a_run_that_computed_nothing_again_can_do_so() -> None:
+    key = "train.recompute: keep_attention"
+    savings = adviser(SMOLLM2, world=1, sp=1, data={"max_length_tokens": "32K"}, lora={"r": 16}).savings()
+    assert {name: saved for name, saved, _ in savings}[key] > 5
+    assert key not in [name for name, *_ in adviser().savings()]
+
+
 def test_pairs() -> None:
     def savings(passes: str, **keys: Any) -> dict[str, float]:
         dpo = {"objective": "dpo", "dpo": {"passes": passes}, "data": {"max_length_tokens": "128K"}}
