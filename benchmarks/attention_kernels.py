@@ -149,7 +149,6 @@ def main() -> None:
         reason = kernel_by_name(name).refuses(
             device_type=device.type,
             dtype=getattr(torch, args.dtype),
-            heads=args.q_heads,
             head_dim=args.head_dim,
             spec=AttentionSpec(1.0),
             capability=capability,

@@ -61,9 +61,6 @@ class Adviser:
         )
         if setting.passes == "auto":  # until it is settled a run makes two passes
             setting = replace(setting, passes="two")
-        gpu = replace(Gpu.load("h200"), memory_gib=memory_gib)
-        if model is not None and fastest_saver(model, setting, gpu).recompute == "none":  # what becomes of `auto`
-            setting = replace(setting, recompute="none")
         return cls(model, setting, memory_gib, config)
 
     def error(self, seen: BaseException, where: str) -> GpuMemoryError:
@@ -84,8 +81,11 @@ class Adviser:
         """(key and value, GiB saved at the peak, a note), most first."""
         if self.model is None:
             return [("train.recompute: sqrt", 0.0, " (the model's memory is not described)")]
-        now = self._peak(self.setting)
-        found = [(key, (now - self._peak(other)) / GIB, note) for key, other, note in self._others()]
+        ran = self.setting
+        if fastest_saver(self.model, ran, self._gpu()).recompute == "none":  # what became of `auto`
+            ran = replace(ran, recompute="none")
+        now = self._peak(ran)
+        found = [(key, (now - self._peak(other)) / GIB, note) for key, other, note in self._others(ran)]
         return sorted((f for f in found if f[1] >= WORTH_GIB), key=lambda f: -f[1])[:MOST]
 
     def _peak(self, setting: Setting) -> float:
@@ -96,9 +96,8 @@ class Adviser:
     def _gpu(self) -> Gpu:
         return replace(Gpu.load("h200"), memory_gib=self.memory_gib)  # memory only: its rates are not used
 
-    def _others(self) -> Iterator[tuple[str, Setting, str]]:
-        """Runs that differ in one key."""
-        x = self.setting
+    def _others(self, x: Setting) -> Iterator[tuple[str, Setting, str]]:
+        """Runs that differ from `x` in one key."""
         assert self.model is not None
         larger = next((d for d in range(x.sp + 1, x.world + 1) if x.world % d == 0 and d <= self.model.q_heads), None)
         if larger:

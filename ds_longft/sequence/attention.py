@@ -242,11 +242,11 @@ def ulysses_attention(
     if documents.own is not None:
         documents, sp, sp_rank, group = documents.own, 1, 0, None  # nobody else has a part of these
     spec = AttentionSpec(scaling if scaling is not None else q.shape[-1] ** -0.5, sliding_window, softcap)
-    shares = deal_heads(q.shape[1], k.shape[1], sp)
-    most = max(len(share.q) for share in shares)
+    heads, head_dim = -(-q.shape[1] // sp), q.shape[-1]
     chosen, _ = choose_kernel(
-        kernel, device=q.device, dtype=q.dtype, heads=most, head_dim=q.shape[-1], spec=spec, lengths=documents.lengths
+        kernel, device=q.device, dtype=q.dtype, heads=heads, head_dim=head_dim, spec=spec, lengths=documents.lengths
     )
+    shares = deal_heads(q.shape[1], k.shape[1], sp)
     turns: tuple[tuple[HeadShare, ...], ...] = ()
     if kv_heads_at_a_time is not None and kv_heads_at_a_time < max(len(share.kv) for share in shares):
         turns = deal_in_turns(q.shape[1], k.shape[1], sp, kv_heads_at_a_time)

@@ -101,6 +101,16 @@ def test_compared_are_trained_parameters_with_a_gradient() -> None:
     assert not compared("model.embed_tokens.weight")
 
 
+def test_kernels_are_measured_by_name_as_documented() -> None:
+    words = ["--device", "cpu", "--mixes", "1x64", "--kernels", "cpu,math", "--dtype", "float32"]
+    command = [sys.executable, "benchmarks/attention_kernels.py", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    measured = [json.loads(line)["what"] for line in done.stdout.splitlines() if line.startswith("{")]
+    assert {what.split(", ")[1] for what in measured} == {"cpu", "math"}
+    assert "1 x 64           cpu  first of the table that fits" in done.stdout
+
+
 @pytest.mark.slow
 def test_our_step_and_the_peers_have_the_same_loss_and_gradients(tmp_path: Path) -> None:
     """One sample over two CPU ranks in float32, each side a process group of its own."""

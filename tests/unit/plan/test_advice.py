@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from ds_longft.plan.advice import Adviser, choose_for_run
 from ds_longft.plan.memory import predict
 from ds_longft.plan.search import Question, fastest
 from ds_longft.plan.setting import Gpu, Setting
+from ds_longft.plan.time import predict_time
 from tests.unit.plan.shapes import LLAMA_8B, QWEN_7B, SMOLLM2, shape, sizes
 
 
@@ -138,6 +139,19 @@ def test_nothing_is_computed_again_where_there_is_room_to_spare(
     gpu = replace(Gpu.load("h200"), memory_gib=memory_gib)
     whole = predict(sizes(family), Setting((tokens,), 1, 1, stage=2, recompute="none"), gpu)
     assert whole.fits(gpu) == would_fit
+
+
+@pytest.mark.parametrize(
+    ("family", "tokens", "gain"), [(LLAMA_8B, 16384, 0.03), (LLAMA_8B, 8192, 0.05), (SMOLLM2, 8192, 0.25)]
+)
+def test_what_computing_nothing_again_gains_is_as_documented(family: dict[str, Any], tokens: int, gain: float) -> None:
+    gpu, model = Gpu.load("h200"), sizes(family)
+
+    def seconds(recompute: Literal["auto", "none"]) -> float:
+        setting = Setting((tokens,), 1, 1, stage=2, recompute=recompute)
+        return predict_time(model, setting, gpu, predict(model, setting, gpu).keep).total_s
+
+    assert 1 - seconds("none") / seconds("auto") == pytest.approx(gain, abs=0.005)
 
 
 ROTARY = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
