@@ -93,7 +93,7 @@ def memory_error(
         hf_config,
         sp=sp,
         world=world,
-        gpu=_gpu(memory_gib or 0.0)[0],
+        gpu=_gpu(memory_gib)[0],
         fused=liger_fits(config, hf_config.model_type),
     )
     return adviser.error(error, where)
@@ -289,11 +289,11 @@ def _foreseen(
     )  # fmt: skip
 
 
-def _gpu(memory_gib: float) -> tuple[Gpu, bool]:
+def _gpu(memory_gib: float | None) -> tuple[Gpu, bool]:
     """This rank's type of GPU with the memory that the run may use, and whether its rates are known."""
-    if not torch.cuda.is_available():
-        return gpu_of_run("", 0.0, memory_gib)
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    if memory_gib is None:
+        return gpu_of_run("", 0.0, 0.0)
+    properties = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0")))
     return gpu_of_run(properties.name, properties.total_memory / 2**30, memory_gib)
 
 

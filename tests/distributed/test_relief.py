@@ -29,15 +29,15 @@ class Failing(TorchDispatchMode):
         super().__init__()
         self.phase, self.at, self.times = phase, at, times
         self.now, self.counts = "", dict.fromkeys((*PHASES, ""), 0)
-        self.failed = 0
+        self.failed, self.func = 0, None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        again = self.failed and self.failed < self.times and self.now == self.phase
+        again = self.failed and self.failed < self.times and func is self.func
         if not func.name().startswith(TRIED_ONCE):
             self.counts[self.now] += 1
         first = not self.failed and self.now == self.phase and self.counts[self.now] == self.at
         if first or again:
-            self.failed += 1
+            self.failed, self.func = self.failed + 1, func
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.50 GiB.")
         return func(*args, **(kwargs or {}))
 
