@@ -202,15 +202,14 @@ def compare(case: Case, measured: dict[str, Any], gpu: str, *, tiny: bool) -> di
     shape = shape_of(case.shape, case.layers)
     model, rates = ModelSizes.from_config(AutoConfig.for_model(**shape)), Gpu.load(gpu)
     kernel = case.kernel if case.kernel in rates.attention_tflops else next(iter(rates.attention_tflops))
+    whole = stays_resident(model.weights, lora=not case.full, offload_params=False, memory_gib=rates.memory_gib)
     setting = Setting(
         lengths=tuple(lengths_of(case.documents)),
         sp=case.sp or case.gpus,
         world=case.gpus,
         lora_r=None if case.full else 16,
-        stage=case.stage,
-        resident=stays_resident(
-            model.weights, lora=not case.full, offload_params=False, world=case.gpus, memory_gib=rates.memory_gib
-        ),
+        stage=2 if whole else case.stage,
+        resident=False,
         recompute=case.recompute,
         host_gib=case.host_gib,
         tile_tokens=case.tile,

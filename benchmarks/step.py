@@ -161,7 +161,7 @@ def main() -> None:
     started, start = time.time(), list[str]()
     memory, (memory_gib, _) = device_memory(device), own_memory_gib(device)
     hf_config = load_config(config.model, longest, attn_implementation="eager")
-    keep_resident(settings, config, hf_config, launch.world, memory_gib)
+    keep_resident(settings, config, hf_config, memory_gib)
     built = build(
         config,
         settings.engine,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,9 +28,6 @@ WORTH_GIB = 0.5
 """What saves less is not mentioned."""
 
 MOST = 5  # lines of advice
-
-KEPT_GATHERED = 10**12
-"""Elements: with this `stage3_param_persistence_threshold` ZeRO-3 never releases a gathered weight."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,9 @@ class Adviser:
             model = ModelSizes.from_config(hf_config)
         except ModelError:  # a mixture of experts
             model = None
-        setting = setting_of_run(config, engine_config, sp=sp, world=world, local_world=world, gpu=gpu, fused=fused)
+        setting = setting_of_run(
+            config, engine_config, model, sp=sp, world=world, local_world=world, gpu=gpu, fused=fused
+        )
         if setting.passes == "auto":  # until it is settled a run makes two passes
             setting = replace(setting, passes="two")
         return cls(model, setting, gpu, config)
@@ -96,14 +96,10 @@ class Adviser:
     def _split(self, x: Setting, *, offload: bool) -> Setting:
         """The same under ZeRO-3, with the shipped JSONs."""
         assert self.model is not None
-        resident = stays_resident(
-            self.model.weights,
-            lora=x.lora_r is not None,
-            offload_params=offload,
-            world=x.world,
-            memory_gib=self.gpu.memory_gib,
-        )
-        return replace(x, stage=3, resident=resident, offload_optimizer=offload, offload_params=offload)
+        lora, memory_gib = x.lora_r is not None, self.gpu.memory_gib
+        whole = stays_resident(self.model.weights, lora=lora, offload_params=offload, memory_gib=memory_gib)
+        away = replace(x, resident=False, offload_optimizer=offload, offload_params=offload)
+        return replace(away, stage=2 if whole else 3)
 
     def _others(self, x: Setting) -> Iterator[tuple[str, Setting, str]]:
         """Runs that differ from `x` in one key."""
@@ -168,6 +164,7 @@ class Adviser:
 def setting_of_run(
     config: RunConfig,
     engine_config: dict[str, Any],
+    model: ModelSizes | None,
     *,
     sp: int,
     world: int,
@@ -188,7 +185,7 @@ def setting_of_run(
         world=world,
         lora_r=config.lora.r if config.lora else None,
         stage=int(zero.get("stage", 0)),
-        resident=zero.get("stage3_param_persistence_threshold", 0) == KEPT_GATHERED,
+        resident=zero.get("stage3_param_persistence_threshold", 0) >= (model.weights if model else math.inf),
         offload_optimizer="offload_optimizer" in zero,
         offload_params="offload_param" in zero,
         recompute=config.train.recompute,
@@ -228,7 +225,15 @@ def choose_for_run(
     except ModelError:
         return None
     setting = setting_of_run(
-        config, engine_config, sp=sp, world=world, local_world=local_world, gpu=gpu, fused=fused, kernel=kernel
+        config,
+        engine_config,
+        model,
+        sp=sp,
+        world=world,
+        local_world=local_world,
+        gpu=gpu,
+        fused=fused,
+        kernel=kernel,
     )
     if setting.recompute == "auto":
         host_gib = config.train.offload_host_gib + host_bytes(model, setting) * local_world / GIB

@@ -17,7 +17,7 @@ SPARE_SHARE = 0.06
 """Of GPU memory, never planned with nor spent: the allocator's fragments, NCCL, kernels' workspaces."""
 
 RESIDENT_SHARE = 0.35
-"""Weights stay gathered under ZeRO-3 when whole copy and own shard together take no more of a GPU than this."""
+"""Frozen weights stay whole on each GPU when they take no more of it than this."""
 
 MAX_LIVE_PARAMETERS = 1e9
 """ZeRO-3 keeps gathered weights up to so many elements (DeepSpeed's stage3_max_live_parameters, its default)."""
@@ -154,12 +154,11 @@ def spend(
     return places, on_device, on_host
 
 
-def stays_resident(weights: int, *, lora: bool, offload_params: bool, world: int, memory_gib: float) -> bool:
-    """Whether gathered weights are never released under ZeRO-3, where the JSON leaves it open: all elements of a model
-    with LoRA, not offloaded, if whole copy and own shard fit into their share of a GPU.
+def stays_resident(weights: int, *, lora: bool, offload_params: bool, memory_gib: float) -> bool:
+    """Whether a model's elements stay whole on each GPU though the JSON says ZeRO-3: with LoRA, not offloaded, where
+    they fit into their share of it.
     """
-    whole_and_shard_gib = 2 * weights / GIB * (1 + 1 / world)
-    return lora and not offload_params and whole_and_shard_gib <= RESIDENT_SHARE * memory_gib
+    return lora and not offload_params and 2 * weights / GIB <= RESIDENT_SHARE * memory_gib
 
 
 def host_bytes(model: ModelSizes, setting: Setting) -> float:

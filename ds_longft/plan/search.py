@@ -141,14 +141,15 @@ class Question:
         """Every way that is considered: sp, DeepSpeed JSON, recomputation, host memory. Lengths are not set yet."""
         m, kernel = self.model, self.kernel or next(iter(self.gpu.attention_tflops))
         lora, memory_gib = self.lora_r is not None, self.gpu.memory_gib
-        resident = stays_resident(m.weights, lora=lora, offload_params=False, world=self.gpus, memory_gib=memory_gib)
+        resident = stays_resident(m.weights, lora=lora, offload_params=False, memory_gib=memory_gib)
         for sp in (d for d in range(1, self.gpus + 1) if self.gpus % d == 0 and d <= m.q_heads):
             base = Setting(
                 lengths=(LENGTH_STEP,),
                 sp=sp,
                 world=self.gpus,
                 lora_r=self.lora_r,
-                resident=resident,
+                stage=2 if resident else 3,
+                resident=False,
                 kernel=kernel,
                 fused=self.fused,
                 targets=self.targets,
@@ -156,8 +157,9 @@ class Question:
                 passes=self.passes if self.objective == "dpo" else "one",
             )
             ways = [(base, "ds_configs/zero3_sp.json")]
-            if self.lora_r is not None:  # first: where weights stay whole anyway, it holds no second copy of a part
-                ways.insert(0, (replace(base, stage=2), "ds_configs/zero2_sp.json"))
+            if self.lora_r is not None:
+                if not resident:
+                    ways.append((replace(base, stage=2), "ds_configs/zero2_sp.json"))
             else:
                 away = replace(base, resident=False, offload_optimizer=True, offload_params=True)
                 ways.append((away, "ds_configs/zero3_offload.json"))

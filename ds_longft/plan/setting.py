@@ -42,6 +42,7 @@ class ModelSizes:
     head_dim: int  # d
     softcap: float | None  # of attention scores
     vocab: int  # V
+    capped_logits: bool  # a softcap after the head (Gemma 2): the loss is not one kernel then
     weights: int  # every weight, embedding and head included; a tied matrix counts once
     linear_io: tuple[tuple[str, int, int], ...]  # (name, in, out) of one layer's linears
     windows: tuple[int | None, ...]  # per layer, tokens; None: full attention
@@ -97,6 +98,7 @@ class ModelSizes:
             head_dim=getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads,
             softcap=getattr(hf_config, "attn_logit_softcapping", None),
             vocab=hf_config.vocab_size,
+            capped_logits=getattr(hf_config, "final_logit_softcapping", None) is not None,
             weights=sum(p.numel() for p in model.parameters()),
             linear_io=linears,
             windows=layer_windows(hf_config),

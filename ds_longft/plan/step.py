@@ -422,15 +422,16 @@ class Step:
         self._norm("final norm", True)
         t.hold("labelled rows", rows, HEAD)
         chunk = min(CHUNK_BYTES, 4 * x.targets * x.local_tokens * m.vocab)
-        if x.lora_r is not None:
+        logits, of_head = chunk * x.element_bytes / 4, m.head_weights * x.element_bytes
+        if x.lora_r is not None:  # in one kernel the gradient takes the logits' place
             t.hold("dhidden", rows, HEAD)
-            t.during("logits", 3.5 * chunk, HEAD)
+            t.during("logits", 3.5 * chunk if m.capped_logits else logits, HEAD)
         else:  # the head's gradient, summed over the chunks in float32; beside it a chunk's, or the rounded sum
-            t.during("logits", 2.5 * chunk, HEAD)
+            t.during("logits", 2.5 * chunk if m.capped_logits else logits, HEAD)
             t.drop("final norm")
             t.hold("dhidden", rows, HEAD)
-            of_head = m.head_weights * x.element_bytes
-            t.during("logits", 4 * m.head_weights + max(3 * chunk, chunk / 2 + of_head), HEAD)
+            of_chunk = max(3 * chunk, logits + of_head) if m.capped_logits else logits + of_head
+            t.during("logits", 4 * m.head_weights + of_chunk, HEAD)
         t.drop("labelled rows")
         t.drop("leaving")
         t.hold("coming", max(sum(self._on_host(k)) for k in self.keep), TRANSIT)  # a layer's, and the next one's

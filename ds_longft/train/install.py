@@ -21,7 +21,6 @@ from ds_longft.ds_config import DeepSpeedSettings
 from ds_longft.errors import ModelError
 from ds_longft.model.flops import ModelShape
 from ds_longft.model.supported import decoder_layers
-from ds_longft.plan.advice import KEPT_GATHERED
 from ds_longft.plan.memory import spend, stays_resident
 from ds_longft.plan.step import Keep
 from ds_longft.sequence.kept import HostStore
@@ -59,21 +58,27 @@ def liger_fits(config: RunConfig, model_type: str) -> bool:
 
 
 def keep_resident(
-    settings: DeepSpeedSettings, config: RunConfig, hf_config: PretrainedConfig, world: int, memory_gib: float | None
-) -> None:
-    """Where the JSON leaves it open whether ZeRO-3 releases gathered weights: decide it, in the engine's config.
+    settings: DeepSpeedSettings, config: RunConfig, hf_config: PretrainedConfig, memory_gib: float | None
+) -> bool:
+    """With adapters, frozen weights that fit stay whole on each GPU, where the JSON leaves open whether ZeRO-3 releases
+    weights. Then nothing is left for stage 3 to divide, and the engine is given stage 2.
 
-    Call it before ZeRO-3 is switched on for every model that is built.
+    ZeRO-3 that releases nothing would hold each GPU's share besides, 7.5 GiB of a Llama-8B on two GPUs, and gather all
+    weights anew in each step, also those that never change: 0.2 of 6.2 s on two H200s (8 x 16,384 tokens).
 
     `memory_gib`: as from `own_memory_gib`, so that every rank decides alike; None on CPUs, where nothing is decided.
+    Returns whether it was done. Call it before ZeRO-3 is switched on for every model that is built.
     """
     zero = settings.engine["zero_optimization"]
-    if memory_gib is None or not settings.resident_if_fits or settings.stage != 3:
-        return
-    lora, offloaded = config.lora is not None, "offload_param" in zero
-    weights = ModelShape.from_config(hf_config).all_weights
-    if stays_resident(weights, lora=lora, offload_params=offloaded, world=world, memory_gib=memory_gib):
-        zero.update(stage3_param_persistence_threshold=KEPT_GATHERED, stage3_model_persistence_threshold=KEPT_GATHERED)
+    if memory_gib is None or not settings.resident_if_fits or zero["stage"] != 3:
+        return False
+    weights, offloaded = ModelShape.from_config(hf_config).all_weights, "offload_param" in zero
+    if not stays_resident(weights, lora=config.lora is not None, offload_params=offloaded, memory_gib=memory_gib):
+        return False
+    for key in [key for key in zero if key.startswith("stage3_")]:
+        del zero[key]
+    zero["stage"] = 2
+    return True
 
 
 @dataclass

@@ -117,7 +117,7 @@ def _compute(config: RunConfig, launch: Launch, gpus: int, *, as_json: bool) -> 
     parts = agreement.rank0_first(sets)
     memory_gib, _ = own_memory_gib(device)
     hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation=ULYSSES)
-    keep_resident(settings, config, hf_config, layout.world, memory_gib)
+    keep_resident(settings, config, hf_config, memory_gib)
     built = build(config, settings.engine, layout, device, memory_gib=memory_gib)
     built.engine.eval()
     pad_id = tokenizer.pad_token_id or 0

@@ -138,7 +138,7 @@ def _run(
 
     status.memory_gib, taken_gib = own_memory_gib(device)
     hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation=ULYSSES)
-    keep_resident(settings, config, hf_config, layout.world, status.memory_gib)
+    whole = keep_resident(settings, config, hf_config, status.memory_gib)
     if launch.rank == 0:
         write_plan(folder, _foreseen(config, settings.engine, layout, device, kernel, status.memory_gib))
     built = build(
@@ -201,6 +201,10 @@ def _run(
         write_data_facts(folder, train_set, eval_set, tokenizer, state.total_steps)
         records.say(_header(config, layout, device, train_loader, state, found[0] if found else None))
         records.say(f"{trainable_parameters(built.model)}; {kernels}")
+        if whole:
+            records.say(
+                "ZeRO-3 divides nothing here: the frozen weights fit on each GPU and stay there whole (stage 2)"
+            )
         if taken_gib:
             records.say(
                 f"other processes hold {taken_gib:.1f} GiB of a GPU (nvidia-smi names them): planned without it"

@@ -1,16 +1,18 @@
 """The package's own step under fake tensors, at any size: every storage is counted while it is alive.
 
 Nothing is computed and no memory is taken, but the code that runs is the code that trains: model, LoRA, fused linears,
-recomputation, exchange, chunked loss. Two things stand in for GPU code that cannot run here: an attention kernel with
-flash-attention's tensors, and liger's norm, rotary embedding and gated activation with liger's.
+recomputation, exchange, chunked loss. Three things stand in for GPU code that cannot run here: an attention kernel with
+flash-attention's tensors, liger's norm, rotary embedding and gated activation with liger's, and the loss kernel.
 """
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -35,6 +37,7 @@ from ds_longft.plan.setting import Setting
 from ds_longft.plan.step import Keep
 from ds_longft.sequence.attention import ULYSSES, register
 from ds_longft.sequence.kept import HostStore
+from ds_longft.sequence.loss import _Rows, unchanged
 from ds_longft.sequence.recompute import LayerKeep, apply_recompute
 from ds_longft.train.install import fuse_and_tile
 from ds_longft.train.pairs import backpropagate_pairs
@@ -176,6 +179,9 @@ def tracked_step(shape: dict[str, Any], setting: Setting, keep: Sequence[Keep] |
             # it looks at values
             stack.enter_context(patch("ds_longft.sequence.mlp._is_gated", lambda *_: True))
             stack.enter_context(patch("ds_longft.sequence.attention.choose_kernel", lambda *a, **k: (FlashLike(), "")))
+            stack.enter_context(patch.object(_Rows, "_in_one_kernel", lambda rows, _: rows.transform is unchanged))
+            kernel = SimpleNamespace(cross_entropy_=lambda x, *_, **__: x.new_empty(len(x), dtype=torch.float32))
+            stack.enter_context(patch.dict(sys.modules, {"ds_longft.sequence.kernels.cross_entropy": kernel}))
             if setting.fused:
                 module = f"transformers.models.{shape['model_type']}.modeling_{shape['model_type']}"
                 stack.enter_context(patch(f"{module}.apply_rotary_pos_emb", lambda q, k, *a, **b: Rope.apply(q, k)))
