@@ -104,7 +104,6 @@ def check_run(
         if sp:
             problems += _head_problems(_text_config(model_config), sp, world)
     problems += _length_problems(config, _text_config(model_config or {}))
-    problems += _reference_problems(config, _text_config(model_config or {}))
     problems += _data_problems(config)
     problems += _output_problems(config.output_dir)
     if config.lora is not None and config.lora.targets in ("", []):
@@ -251,19 +250,6 @@ def _length_problems(config: RunConfig, text: dict[str, Any]) -> list[str]:
             f"than data.max_length_tokens ({length}): leave the factor out, or give at least {length / window:g}"
         )
     return problems
-
-
-def _reference_problems(config: RunConfig, text: dict[str, Any]) -> list[str]:
-    """Precomputed log-probabilities hold for every pack a pair may lie in, or not at all."""
-    if config.objective != "dpo" or config.dpo.reference != "precomputed":
-        return []
-    types = _rope_types(text) if config.model.rope.type == "none" else {config.model.rope.type}
-    return [
-        f"dpo.reference is precomputed, but RoPE of type {rope} goes by the longest document of a pack, so a pair's "
-        f"log-probabilities depend on its neighbours: set it to auto, or model.rope.type to yarn, llama3, abf or linear"
-        for rope in LENGTH_AWARE_ROPE
-        if rope in types
-    ]
 
 
 def _rope_types(text: dict[str, Any]) -> set[str]:
