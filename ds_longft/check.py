@@ -66,7 +66,7 @@ def read_model_config(config: RunConfig) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"model.path: {path} cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"model.path: {path} holds a {type(content).__name__}, expected an object {{...}}")

@@ -69,7 +69,10 @@ def load_config(argv: list[str], preflight: Callable[[RunConfig], object] | None
     from_file: dict[str, Any] = {}
     if path is not None:
         try:
-            from_file = read_config_file(Path(path))
+            content = read_config_file(Path(path))
+            if no_words := _keys_that_are_no_words(content):
+                raise ConfigError([f"--config: {path}: {text}, expected a word" for text in no_words])
+            from_file = content
         except ConfigError as error:
             problems |= dict.fromkeys(error.problems, EVERY_KEY)
     return _validate(_deep_merge(from_file, given), problems, preflight)
@@ -98,6 +101,21 @@ def dump_config(config: RunConfig) -> str:
     return dump_yaml(config.model_dump(mode="json"))
 
 
+def _keys_that_are_no_words(content: Any, path: tuple[int | str, ...] = ()) -> list[str]:
+    """`1: 2` has a number for a key, which no section has and no message could name."""
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    where = f" of {dotted(path)}" if path else ""
+    return [
+        text
+        for key, value in items
+        for text in (
+            [f"key {'null' if key is None else str(key).lower()}{where} is no text"]
+            if isinstance(content, dict) and not isinstance(key, str)
+            else _keys_that_are_no_words(value, (*path, key))
+        )
+    ]
+
+
 def _read_command_line(argv: list[str]) -> tuple[dict[str, Any], Problems]:
     """What was given, nested and not yet validated, and the problems of reading it."""
     source = CliSettingsSource[Any](CommandLine, cli_ignore_unknown_args=True, cli_exit_on_error=False)
@@ -113,7 +131,8 @@ def _read_command_line(argv: list[str]) -> tuple[dict[str, Any], Problems]:
             return {}, {problem: EVERY_KEY}
         given, problems = _read_command_line(rest)
         return given, {problem: key, **problems}
-    return given, _unrecognised_problems(given.pop("unrecognised", [])) | _half_null_problems(given, argv)
+    problems = _unrecognised_problems(given.pop("unrecognised", []))
+    return given, problems | _half_null_problems(given, argv) | _repeated_problems(argv)
 
 
 def _unreadable(message: str) -> tuple[str, str]:
@@ -162,6 +181,17 @@ def _half_null_problems(given: dict[str, Any], argv: list[str]) -> Problems:
         for key, value in given.items()
         for word in argv
         if value is None and word.startswith(f"--{key}.")
+    }
+
+
+def _repeated_problems(argv: list[str]) -> Problems:
+    """Keys of one value that the command line gives twice: the library lets the last win without a word."""
+    flags = [word.split("=")[0].removeprefix("--") for word in argv if word.startswith("--")]
+    of_one_value = {"config", *(key for key in all_keys() if "a list of" not in expectation(key))}
+    return {
+        f"{'--' * (key == 'config')}{key} is given {flags.count(key)} times on the command line: leave one": key
+        for key in dict.fromkeys(flags)
+        if flags.count(key) > 1 and key in of_one_value
     }
 
 

@@ -32,6 +32,7 @@ from ds_longft.objectives.sft import SftObjective
 from ds_longft.plan.advice import choose_for_run
 from ds_longft.sequence.attention import ULYSSES, register
 from ds_longft.sequence.linear import LinearGroup, unhook
+from ds_longft.train.model_check import check_zero_section
 from ds_longft.train.speed import Recompute, fuse_and_tile, fused_kernels, keep_resident, liger_fits
 
 
@@ -83,6 +84,7 @@ def build(
     `prepare` is called with the model, adapters in place, before the optimizer copies its weights, `loaded` when that
     model stands.
     """
+    check_zero_section(engine_config)
     register()
     unset_hf_deepspeed_config()  # of an earlier ZeRO-3 model of this process, if there is one
     dtype = torch.bfloat16 if engine_config.get("bf16", {}).get("enabled") else torch.float32
