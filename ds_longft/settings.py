@@ -29,6 +29,7 @@ example:
       --model.path Qwen/Qwen3-8B --data.train my.jsonl --data.max_length_tokens 128K --sp 8
 
 Values: 128K and 1M count tokens (1024-based), null switches off (--lora null), lists are comma separated.
+Of a key given twice the last counts.
 Every key may also stand in the YAML file, nested: `data: {max_length_tokens: 128K}`.
 """
 
@@ -131,8 +132,10 @@ def _read_command_line(argv: list[str]) -> tuple[dict[str, Any], Problems]:
             return {}, {problem: EVERY_KEY}
         given, problems = _read_command_line(rest)
         return given, {problem: key, **problems}
-    problems = _unrecognised_problems(given.pop("unrecognised", []))
-    return given, problems | _half_null_problems(given, argv) | _repeated_problems(argv)
+    problems = _unrecognised_problems(given.pop("unrecognised", [])) | _half_null_problems(given, argv)
+    if sum(word.split("=")[0] == "--config" for word in argv) > 1:  # of the first one nothing would be left
+        problems["--config is given twice on the command line: one file holds a run's keys"] = EVERY_KEY
+    return given, problems
 
 
 def _unreadable(message: str) -> tuple[str, str]:
@@ -181,17 +184,6 @@ def _half_null_problems(given: dict[str, Any], argv: list[str]) -> Problems:
         for key, value in given.items()
         for word in argv
         if value is None and word.startswith(f"--{key}.")
-    }
-
-
-def _repeated_problems(argv: list[str]) -> Problems:
-    """Keys of one value that the command line gives twice: the library lets the last win without a word."""
-    flags = [word.split("=")[0].removeprefix("--") for word in argv if word.startswith("--")]
-    of_one_value = {"config", *(key for key in all_keys() if "a list of" not in expectation(key))}
-    return {
-        f"{'--' * (key == 'config')}{key} is given {flags.count(key)} times on the command line: leave one": key
-        for key in dict.fromkeys(flags)
-        if flags.count(key) > 1 and key in of_one_value
     }
 
 
