@@ -222,14 +222,14 @@ def test_what_is_right_passes(pools, tmp_path, world, sp, stage, lora):
     assert "<|im_end|>" in text
 
 
-@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
-def test_rope_that_goes_by_the_length_passes(pools, tmp_path, rope_type):
+@pytest.mark.parametrize(("rope_type", "stage"), [("dynamic", 2), ("longrope", 3)])
+def test_rope_that_goes_by_the_length_passes(pools, tmp_path, rope_type, stage):
     """Rows on both sides of the length from which it turns otherwise."""
     rope = {
         "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 3.0},
         "longrope": LONGROPE["rope_parameters"] | {"original_max_position_embeddings": 48},
     }[rope_type]
-    content = user_config(tmp_path, stage=2, rope_parameters=rope, max_position_embeddings=48)
+    content = user_config(tmp_path, stage=stage, rope_parameters=rope, max_position_embeddings=48)
     findings, _, _ = pools(2).run(verified, content, frozenset({1, 4, 6}), None)[0]
     assert [f for f in findings if f.ok is False] == []
     assert {f.check[0] for f in findings} == set("146")

@@ -149,8 +149,8 @@ def rotations(model: PreTrainedModel, positions: torch.Tensor) -> list[torch.Ten
     """Cos and sin, [1, s, d] each; for one layer type after the other, where they differ."""
     rotary, hidden = model.model.rotary_emb, torch.zeros(1, 1, 64)
     layers = [layer for layer in rope_parts(model.config) if layer is not None]
-    given = [{"layer_type": layer} for layer in layers] or [{}]
-    return [part for keywords in given for part in rotary(hidden, positions, **keywords)]
+    outs = [rotary(hidden, positions, layer_type=layer) for layer in layers] or [rotary(hidden, positions)]
+    return [part for out in outs for part in ([torch.view_as_real(out)] if isinstance(out, torch.Tensor) else out)]
 
 
 def phimoe() -> PretrainedConfig:
@@ -162,11 +162,21 @@ def phimoe() -> PretrainedConfig:
     )  # fmt: skip
 
 
+def deepseek_v2() -> PretrainedConfig:
+    """Its rotary module returns cos and sin as one complex number."""
+    return AutoConfig.for_model(
+        "deepseek_v2", vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=4, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16, kv_lora_rank=8, q_lora_rank=8,
+        first_k_dense_replace=1, max_position_embeddings=WINDOW, rope_parameters=dict(DYNAMIC),
+    )  # fmt: skip
+
+
 MAKERS = {
     "dynamic": lambda: tiny_config("llama", rope_parameters=dict(DYNAMIC)),
     "longrope": lambda: tiny_config("llama", rope_parameters=dict(LONGROPE)),
     "per layer type": lambda: stretched("gemma3", "dynamic"),
     "own look at positions": phimoe,
+    "complex": deepseek_v2,
 }
 
 
