@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+MOST_LEVELS = 32
+
 # YAML 1.1 reads `wandb: off` as false, `1e-4` as text, `010` as 8, `1:30` as 90 and `name: 2026-11-23` as a date;
 # nobody who writes a config means that. The patterns are YAML 1.2's.
 _TAG = "tag:yaml.org,2002:"
@@ -71,14 +73,27 @@ def _represent_list(dumper: yaml.SafeDumper, values: list[Any]) -> yaml.Sequence
 _Dumper.add_representer(list, _represent_list)
 
 
+def nested_too_deeply(content: Any) -> bool:
+    """Whether lists and sections lie in each other deeper than any config, or in themselves (`&a [*a]`)."""
+    level = [content]
+    for _ in range(MOST_LEVELS):
+        below = [v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)]
+        level = list({id(value): value for values in below for value in values}.values())
+    return bool(level)
+
+
 def load_yaml(text: str) -> Any:
     """The content of one YAML document. Raises yaml.YAMLError, also for a repeated key."""
     try:
-        return yaml.load(text, Loader=_Loader)
+        content = yaml.load(text, Loader=_Loader)
+        too_deep = nested_too_deeply(content)
     except RecursionError:
-        raise yaml.YAMLError("sections or lists are nested too deeply") from None
+        too_deep = True
     except (ValueError, OverflowError) as error:  # of a value with a tag of its own, e.g. !!float abc
         raise yaml.YAMLError(str(error)) from None
+    if too_deep:
+        raise yaml.YAMLError("sections or lists are nested too deeply")
+    return content
 
 
 def dump_yaml(content: dict[str, Any]) -> str:

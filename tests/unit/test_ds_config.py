@@ -299,7 +299,8 @@ def test_no_key_is_both_allowed_and_refused() -> None:
         ("[1]", "holds a list at its top"),
         ('{"a": 1, "a": 2}', "has the key a twice"),
         ("", "is not valid JSON: line 1"),
-        (100_000 * "[", "is not valid JSON: sections or lists are nested too deeply"),
+        (100_000 * "[", "sections or lists are nested too deeply"),
+        (900 * '{"a": ' + "1" + 900 * "}", "sections or lists are nested too deeply"),
     ],
 )
 def test_unreadable_json(content: str, expected: str, tmp_path: Path) -> None:
@@ -316,6 +317,14 @@ def test_a_byte_order_mark_is_no_problem(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text('{"steps_per_print": 3}', encoding="utf-8-sig")
     assert load_ds_config(path) == {"steps_per_print": 3}
+
+
+@pytest.mark.parametrize("digits", [30, 400, 5000])
+def test_numbers_beyond_any_counter_are_named(digits: int, tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('{"steps_per_print": %s, "gradient_clipping": %s}' % (("9" * digits,) * 2))
+    problems = problems_of(load_ds_config(path))
+    assert [p.split(" is ")[0] for p in problems] == ["ds_config: steps_per_print", "ds_config: gradient_clipping"]
 
 
 def test_missing_json(tmp_path: Path) -> None:

@@ -102,6 +102,7 @@ def test_values_of_the_command_line(argv: list[str], key: str, value: Any) -> No
         ("data: {train: a.jsonl}", "data.train", [SourceConfig(path="a.jsonl")]),
         ("train: {epochs: 010}", "train.epochs", 10),  # YAML 1.1 would read 8
         ("seed: +7", "seed", 7),
+        ("seed: 1_000", "seed", 1000),
         (
             "x: &x {r: 4}\nlora: {<<: *x, alpha: 8}".replace("x: &x {r: 4}\nlora: {<<: *x", "lora: {<<: {r: 4}"),
             "lora.r",
@@ -211,6 +212,9 @@ def test_bad_command_lines_name_the_key(argv: list[str], expected: str) -> None:
         ("true: 2", "run.yaml: key true is no text, expected a word"),
         ("lora: {<<: 3}", "expected a mapping or list of mappings for merging"),
         ("lora: " + 100_000 * "[", "nested too deeply"),
+        ("lora: " + 100 * "[" + 100 * "]", "nested too deeply"),
+        ("data: {train: &a [*a]}", "nested too deeply"),
+        ("data: &a\n  train: *a", "nested too deeply"),
         ("model: {kernel: flash}", "model.kernel: seen 'flash', expected auto, flash-attn-4, flash-attn-3, cudnn"),
         ("model: Qwen", "model: seen 'Qwen', expected a section (keys path"),
         ("optim: null", "optim: seen null, expected a section (keys type"),
