@@ -3,7 +3,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 
-.PHONY: help setup quickstart check format docs test test-all
+.PHONY: help setup quickstart check format docs test test-all test-gpu
 .DEFAULT_GOAL := help
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo "make check       ruff, mypy, import contracts"
 	@echo "make test        the tests that need no GPU"
 	@echo "make test-all    these, and the ones that take minutes to hours"
+	@echo "make test-gpu    what needs GPUs, on one or two of them: kernels, whole runs, time and memory beside the plan"
 	@echo "make format      let ruff format and mend what it can"
 	@echo "make docs        docs/config.md and docs/files.md out of the code"
 
@@ -48,3 +49,7 @@ test: setup
 # Also the long ones: the soak of kills, a real SLURM, hosts that lose each other.
 test-all: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"
+
+# PART=kernels, runs or steps for one of its parts; each takes less than ten minutes on two GPUs.
+test-gpu: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.gpu.check $(if $(PART),--part $(PART))

@@ -15,7 +15,6 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,7 +35,6 @@ def main() -> None:
     parser.add_argument("--shape", default="llama8b", choices=SHAPES)
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--documents", required=True, help="document lengths, as step.py takes them")
-    parser.add_argument("--steps", type=int, default=2, help="of draws of documents: those after the first count")
     parser.add_argument("--sp", type=int, default=1)
     parser.add_argument("--kernel", required=True)
     parser.add_argument("--full", action="store_true", help="weights are trained: their gradients count too")
@@ -45,16 +43,13 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = shape_of(args.shape, args.layers)
-    draws = [lengths_of(args.documents, step) for step in range(1, max(args.steps, 2))]
-    if not args.documents.startswith("longalign:"):
-        draws = draws[:1]
-    attention = [attention_ms(args, shape, lengths, device) for lengths in draws]
-    forward_ms, backward_ms = (fmean(times) for times in zip(*attention, strict=True))
-    tokens = sum(draws[0]) // args.sp
+    lengths = lengths_of(args.documents)
+    forward_ms, backward_ms = attention_ms(args, shape, lengths, device)
+    tokens = sum(lengths) // args.sp
     linears = {name: product_ms(args, sizes, tokens, device) for name, sizes in linears_of(shape).items()}
     linear_ms = sum(ms for name, (ms, _) in linears.items() if name != "lm_head")
     floor_s = 1e-3 * (shape["num_hidden_layers"] * (forward_ms + backward_ms + linear_ms) + linears["lm_head"][0])
-    tflop = 1e-12 * fmean(forward_flops(shape, lengths, args.sp) for lengths in draws)
+    tflop = 1e-12 * forward_flops(shape, lengths, args.sp)
     result = {
         **provenance(1, torch),
         "what": f"floor {args.shape} {args.documents} sp{args.sp} {'full' if args.full else 'lora'} {args.kernel}",

@@ -52,9 +52,8 @@ class Row:
     shape: str = "llama8b"
 
     def ours(self) -> list[str]:
-        """step.py's arguments; LoRA keeps its frozen weights whole on each GPU."""
-        config = "ds_configs/zero3_sp.json" if self.full else "ds_configs/zero2_sp.json"
-        return [*self._same(), "--kernel", self.kernels[0], "--ds_config", config, "--fingerprint"]
+        """step.py's arguments; its DeepSpeed JSON is the default, zero3_sp.json."""
+        return [*self._same(), "--kernel", self.kernels[0], "--fingerprint"]
 
     def peer(self) -> list[str]:
         """peer_alst.py's arguments."""
@@ -98,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="the row of this name, or rows whose name holds it")
     parser.add_argument("--gpus", type=int, help="rows that need no more than these; default: all of this machine")
-    parser.add_argument("--steps", type=int, default=3, help="the first is warming up")
+    parser.add_argument("--steps", type=int, help="so many; left out, until the last two are within 2 %%, at least 4")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--peer_stage", type=int, default=3, help="ZeRO stage of the peer; its tutorial's is 3")
     parser.add_argument("--host_gib", type=float, default=0.0, help="host memory in which ours may keep outputs")
@@ -129,7 +128,8 @@ def main() -> None:
 def measure(row: Row, args: argparse.Namespace) -> dict[str, Any]:
     """The row's result lines, what is wrong with it, and how long it took."""
     begin = time.monotonic()
-    common = ["--steps", str(args.steps), *(["--layers", str(args.layers)] if args.layers else [])]
+    layers = ["--layers", str(args.layers)] if args.layers else []
+    common = [*(["--steps", str(args.steps)] if args.steps else ["--settle"]), *layers]
     with tempfile.TemporaryDirectory() as folder:
         at = Path(folder)
         grads = {side: ["--grads", str(at / f"{side}.safetensors")] if args.grads else [] for side in ("ours", "peer")}
@@ -139,7 +139,7 @@ def measure(row: Row, args: argparse.Namespace) -> dict[str, Any]:
         peer = {}
         if not args.no_peer:
             peer = start("peer_alst.py", row.gpus, [*row.peer(), *stage, *common, *grads["peer"]], at, args.timeout_s)
-        floor = start("ceilings.py", 0, [*row.floor(), *common], at, args.timeout_s)
+        floor = start("ceilings.py", 0, [*row.floor(), *layers], at, args.timeout_s)
         compared = None
         if args.grads and "value" in ours and "value" in peer:
             compared = compare_gradients(at / "ours.safetensors", at / "peer.safetensors")
@@ -184,8 +184,10 @@ def result_lines(
         "mfu": ours["mfu"],
         "kernel": ours["kernel"],
         "recompute": ours["recompute"],
+        "min_s": ours["min_s"],
         "steps_s": ours["steps_s"],
         "ours": ours["command"],
+        "peer_min_s": peer.get("min_s"),
         "peer_steps_s": peer.get("steps_s"),
         "peer": peer.get("error") or f"DeepSpeed ALST, Liger, PEFT, ZeRO-{args.peer_stage}: {peer.get('command')}",
     }

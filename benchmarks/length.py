@@ -38,6 +38,7 @@ class Case:
     name: str
     documents: str  # as step.py takes them
     gpus: int = 2
+    sp: int | None = None  # None: all GPUs share a sample
     shape: str = "llama8b"
     recompute: str = "auto"
     stage: int = 2
@@ -56,6 +57,7 @@ class Case:
         config = {2: "ds_configs/zero2_sp.json", 3: "ds_configs/zero3_sp.json"}[self.stage]
         words = ["--shape", self.shape, "--documents", self.documents, "--ds_config", config]
         words += ["--recompute", self.recompute, "--host_gib", str(self.host_gib), "--kernel", self.kernel]
+        words += ["--sp", str(self.sp)] if self.sp else []
         words += ["--full"] * self.full + ["--no_rehearsal"] * (self.recompute != "auto")
         if self.reference != "none":
             words += ["--objective", "dpo", "--reference", self.reference, "--passes", self.passes]
@@ -163,6 +165,7 @@ def timed_before(results: Path, gpu: str) -> Iterator[tuple[Case, dict[str, Any]
                 name=line["what"],
                 documents=documents,
                 gpus=int(launch.split("--nproc_per_node")[1].split()[0]),
+                sp=a.sp,
                 shape=a.shape,
                 recompute=a.recompute,
                 stage=3 if "zero3" in a.ds_config else 2,
@@ -190,8 +193,8 @@ def compare(case: Case, measured: dict[str, Any], gpu: str, *, tiny: bool) -> di
     """One line: what was predicted, what was measured, how far apart."""
     from transformers import AutoConfig
 
-    from ds_longft.plan.memory import predict
-    from ds_longft.plan.search import RESIDENT_SHARE, fastest_saver
+    from ds_longft.plan.memory import predict, stays_resident
+    from ds_longft.plan.search import fastest_saver
     from ds_longft.plan.setting import GIB, Gpu, ModelSizes, Setting
     from ds_longft.plan.step import ATTENTION, LAYER_INPUTS, LINEARS, REFERENCE, TRAINABLE, WEIGHTS
     from ds_longft.plan.time import predict_time
@@ -201,11 +204,13 @@ def compare(case: Case, measured: dict[str, Any], gpu: str, *, tiny: bool) -> di
     kernel = case.kernel if case.kernel in rates.attention_tflops else next(iter(rates.attention_tflops))
     setting = Setting(
         lengths=tuple(lengths_of(case.documents)),
-        sp=case.gpus,
+        sp=case.sp or case.gpus,
         world=case.gpus,
         lora_r=None if case.full else 16,
         stage=case.stage,
-        resident=not case.full and 2 * model.weights / GIB * (1 + 1 / case.gpus) <= RESIDENT_SHARE * rates.memory_gib,
+        resident=stays_resident(
+            model.weights, lora=not case.full, offload_params=False, world=case.gpus, memory_gib=rates.memory_gib
+        ),
         recompute=case.recompute,
         host_gib=case.host_gib,
         tile_tokens=case.tile,
@@ -234,7 +239,7 @@ def compare(case: Case, measured: dict[str, Any], gpu: str, *, tiny: bool) -> di
         "predicted_host_gib": round(memory.host / GIB * case.gpus, 1),
         "predicted_fits": memory.fits(rates),
         "tokens": setting.tokens,
-        "sp": case.gpus,
+        "sp": setting.sp,
         "layers": case.layers,
         "calibrating": case.calibrating,
         "rates": rates.name,

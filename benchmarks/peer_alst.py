@@ -32,13 +32,15 @@ from benchmarks.work import (
     SHAPES,
     append,
     fingerprint,
+    is_settled,
     lengths_of,
     peak_gib,
     provenance,
     sample,
     save_gradients,
     shape_of,
-    step_seconds,
+    slowest,
+    step_times,
 )
 
 
@@ -53,6 +55,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--attn", default="sdpa", help="transformers' name of the attention kernel")
     parser.add_argument("--full", action="store_true", help="full fine-tuning instead of LoRA r16 on all linears")
     parser.add_argument("--steps", type=int, default=3, help="the first is warming up")
+    parser.add_argument(
+        "--settle", action="store_true", help="go on, to 10 steps at most, until the last two are within 2 %%"
+    )
     parser.add_argument("--stage", type=int, default=3, help="of ZeRO; the tutorial's is 3")
     parser.add_argument("--tiled_mlp", action="store_true", help="ALST's TiledMLP: less memory")
     parser.add_argument("--offload_ckpt", action="store_true", help="layer inputs in host memory: less memory")
@@ -99,9 +104,9 @@ def main() -> None:
     )
     build_s = time.time() - started
 
-    def inputs(step: int) -> dict[str, Any]:
+    def inputs() -> dict[str, Any]:
         """This rank's part of the sample: token ids, positions and labels already shifted, each [1, s]."""
-        pack = sample(lengths_of(args.documents, step), shape["vocab_size"], dp_rank=rank // sp)
+        pack = sample(lengths_of(args.documents), shape["vocab_size"], dp_rank=rank // sp)
         local = pack.tokens // sp
         part = slice(rank % sp * local, (rank % sp + 1) * local)
         arrays = {"input_ids": pack.input_ids, "position_ids": pack.position_ids, "shift_labels": pack.labels}
@@ -132,13 +137,15 @@ def main() -> None:
             torch.cuda.synchronize()
 
     times, losses = list[float](), list[float]()
-    for i in range(args.steps):
-        batch = inputs(i)
+    batch = inputs()
+    for i in range(10 if args.settle else args.steps):
+        if args.settle and is_settled(times):
+            break
         synchronize()
         begin = time.time()
         loss = step(batch)
         synchronize()
-        times.append(time.time() - begin)
+        times.append(slowest(time.time() - begin, device))
         dist.all_reduce(loss)
         losses.append(float(loss) / world)
         if i == 0 and cuda and args.steps > 1:
@@ -147,7 +154,7 @@ def main() -> None:
             print(f"step {i} loss {losses[-1]:.4f} {times[-1]:.2f} s", flush=True)
     peak = peak_gib(device)
     if rank == 0:
-        step_s = step_seconds(times[1:] or times, args.documents)
+        timed = step_times(times)
         tokens = sum(lengths_of(args.documents)) * world // sp
         result = {
             **provenance(
@@ -156,9 +163,9 @@ def main() -> None:
                 script=f"torchrun --nproc_per_node {world} benchmarks/peer_alst.py",
             ),
             "what": f"peer ALST {args.shape} {args.documents} sp{sp} {'full' if args.full else 'lora'} {args.attn}",
-            "value": round(step_s, 3),
+            **timed,
             "unit": "s",
-            "tokens_per_s_per_gpu": round(tokens / step_s / world, 1),
+            "tokens_per_s_per_gpu": round(tokens / timed["value"] / world, 1),
             "peak_gib": peak,
             "loss_first": round(losses[0], 5),
             "build_s": round(build_s, 1),

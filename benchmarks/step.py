@@ -21,9 +21,9 @@ import os
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -36,13 +36,15 @@ from benchmarks.work import (
     SHAPES,
     append,
     fingerprint,
+    is_settled,
     lengths_of,
     peak_gib,
     provenance,
     sample,
     save_gradients,
     shape_of,
-    step_seconds,
+    slowest,
+    step_times,
 )
 from ds_longft.batch import Pack
 
@@ -55,7 +57,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, help="one document of so many tokens")
     parser.add_argument(
         "--documents",
-        help="document lengths: 16384x8, or 70000,1000,60000, or longalign:131072 (a draw a step); dpo: chosen, "
+        help="document lengths: 16384x8, or 70000,1000,60000, or longalign:131072 (one draw); dpo: chosen, "
         "rejected, ...",
     )
     parser.add_argument("--objective", default="sft", choices=["sft", "dpo"])
@@ -68,6 +70,10 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--targets", type=float, default=1.0, help="share of the tokens that are trained")
     parser.add_argument("--full", action="store_true", help="full fine-tuning instead of LoRA r16 on all linears")
     parser.add_argument("--steps", type=int, default=3, help="the first is warming up")
+    parser.add_argument(
+        "--settle", action="store_true", help="go on, to 10 steps at most, until the last two are within 2 %%"
+    )
+    parser.add_argument("--deterministic", action="store_true", help="train.deterministic")
     parser.add_argument("--no_rehearsal", action="store_true", help="no dry run first; auto keeps no linears then")
     parser.add_argument("--host_gib", type=float, default=0.0, help="host memory for kept outputs")
     parser.add_argument("--tile", type=int, help="train.mlp_tile_tokens")
@@ -81,11 +87,11 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def document_lengths(args: argparse.Namespace, step: int = 0) -> list[int]:
+def document_lengths(args: argparse.Namespace) -> list[int]:
     """The pack's documents in tokens."""
     if args.tokens:
         return [args.tokens] * (2 if args.objective == "dpo" else 1)
-    return lengths_of(args.documents, step)
+    return lengths_of(args.documents)
 
 
 def main() -> None:
@@ -107,17 +113,21 @@ def main() -> None:
     from transformers import AutoConfig
 
     from ds_longft.config import RunConfig
+    from ds_longft.data.deal import deal_documents
     from ds_longft.ds_config import load_ds_config, merge_ds_config
     from ds_longft.layout import ParallelLayout
-    from ds_longft.model.flops import forward_flops, peak_tflops, step_flops
+    from ds_longft.model.flops import equal_cost_tokens, forward_flops, peak_tflops, step_flops
+    from ds_longft.model.load import load_config
     from ds_longft.sequence.kernels import AttentionSpec, choose_kernel
     from ds_longft.train.engine import build
-    from ds_longft.train.speed import choose_passes, own_memory_gib, rehearse
+    from ds_longft.train.install import keep_resident
+    from ds_longft.train.memory import device_memory, own_memory_gib
+    from ds_longft.train.rehearse import choose_passes, rehearse, settle
     from ds_longft.train.step import backpropagate_pack
 
     sp = args.sp or launch.world
     tokens = sum(lengths)
-    longest = max(max(document_lengths(args, i)) for i in range(args.steps))
+    longest = max(lengths)
     shape = shape_of(args.shape, args.layers)
     folder = Path(tempfile.gettempdir()) / f"shape-{args.shape}-{args.layers}-{launch.rank}"
     AutoConfig.for_model(**shape).save_pretrained(folder)
@@ -140,6 +150,7 @@ def main() -> None:
                 "offload_host_gib": args.host_gib,
                 "mlp_tile_tokens": args.tile,
                 "kv_heads_at_a_time": args.kv_heads,
+                "deterministic": args.deterministic,
             },
         }
     )
@@ -148,20 +159,31 @@ def main() -> None:
     )
     layout = ParallelLayout.create(sp)
     started, start = time.time(), list[str]()
+    memory, (memory_gib, _) = device_memory(device), own_memory_gib(device)
+    hf_config = load_config(config.model, longest, attn_implementation="eager")
+    keep_resident(settings, config, hf_config, launch.world, memory_gib)
     built = build(
         config,
         settings.engine,
         layout,
         device,
-        resident_if_fits=settings.resident_if_fits,
-        memory_gib=own_memory_gib(device)[0],
+        memory_gib=memory_gib,
         prepare=lambda model: start.append(fingerprint(model)) if args.fingerprint else None,
     )
     build_s = time.time() - started
 
-    def prepare(step: int) -> tuple[Pack, float]:
-        """The step's pack of this rank, and the sum of weights over the packs of all ranks."""
-        pack = sample(document_lengths(args, step), shape["vocab_size"], dp_rank=layout.dp_rank, targets=args.targets)
+    def prepare() -> tuple[Pack, float]:
+        """This rank's pack, and the sum of weights over the packs of all ranks."""
+        lengths = document_lengths(args)
+        dealt = deal_documents(np.asarray(lengths), sp, -(-sum(lengths) // sp), cost_tokens) if sp > 1 else None
+        if args.objective == "dpo":
+            dealt = None  # pairs are always split
+        order = [i for of_rank in dealt or [range(len(lengths))] for i in of_rank]
+        lengths = [lengths[i] for i in order]
+        pack = sample(lengths, shape["vocab_size"], dp_rank=layout.dp_rank, targets=args.targets)
+        if dealt is not None:  # as the loader does: each rank holds whole documents
+            ends = np.cumsum([len(of_rank) for of_rank in dealt])
+            pack = replace(pack, rank_borders=(0, *(int(pack.cu_seqlens[end]) for end in ends)))
         if args.objective == "dpo":
             pack = with_pairs(pack, shape["vocab_size"], args.reference)
         weight = len(pack.pairs) if pack.pairs else pack.loss_weights.sum()
@@ -169,10 +191,15 @@ def main() -> None:
         dist.all_reduce(total)
         return pack, float(total) / sp  # every sp rank counted its whole pack
 
-    pack, total_weight = prepare(0)
+    cost_tokens = equal_cost_tokens(built.shape, lora=not args.full)
+    pack, total_weight = prepare()
     targets = int(pack.loss_weights.sum())
-    passes = choose_passes(built.engine, args.passes, pack, layout, device)
-    kept = None if args.no_rehearsal else rehearse(built.engine, built.recompute, pack, layout, device)
+    kept = passes = None
+    if memory is not None and not args.no_rehearsal:
+        settle(built.engine, layout, device)
+        passes = choose_passes(built.engine, args.passes, pack, layout, device, memory)
+        kept = rehearse(built.engine, built.recompute, pack, layout, device, memory)
+    relief = built.recompute.relief(device) or nullcontext()
 
     def step(pack: Pack, total_weight: float) -> float:
         total = (
@@ -189,15 +216,17 @@ def main() -> None:
             torch.cuda.synchronize()
 
     times, losses = list[float](), list[float]()
-    for i in range(args.steps):
-        pack, total_weight = prepare(i)
+    for i in range(10 if args.settle else args.steps):
+        if args.settle and is_settled(times):
+            break
         synchronize()
         begin = time.time()
         if args.profile and i == args.steps - 1:
             from torch.profiler import ProfilerActivity, profile
 
             with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU], record_shapes=True) as prof:
-                losses.append(step(pack, total_weight))
+                with relief:
+                    losses.append(step(pack, total_weight))
                 synchronize()
             if launch.rank == 0:
                 print(
@@ -206,15 +235,15 @@ def main() -> None:
                 print(shape_table(prof))
                 prof.export_chrome_trace(args.profile)
         else:
-            losses.append(step(pack, total_weight))
+            with relief:
+                losses.append(step(pack, total_weight))
         synchronize()
-        times.append(time.time() - begin)
+        times.append(slowest(time.time() - begin, device))
         if i == 0 and args.steps > 1 and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         if launch.rank == 0:
             print(f"step {i} loss {losses[-1]:.4f} {times[-1]:.2f} s", flush=True)
-    timed = range(1, args.steps - bool(args.profile)) or range(args.steps - 1, args.steps)
-    step_s = step_seconds(times[timed.start : timed.stop], args.documents)
+    timed = step_times(times[: len(times) - bool(args.profile)] or times)
     peak = peak_gib(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     head_dim = built.hf_config.hidden_size // built.hf_config.num_attention_heads
@@ -222,9 +251,7 @@ def main() -> None:
         args.kernel, device=device, dtype=dtype, heads=-(-built.hf_config.num_attention_heads // sp), head_dim=head_dim,
         spec=AttentionSpec(head_dim**-0.5), lengths=lengths,
     )  # fmt: skip
-    flops = fmean(
-        step_flops(built.shape, document_lengths(args, i), lora=not args.full, targets=targets) for i in timed
-    )
+    flops = step_flops(built.shape, lengths, lora=not args.full, targets=targets)
     if args.objective == "dpo" and built.engine.module.live_reference:
         flops += forward_flops(built.shape, lengths, targets=targets)
     flops *= layout.dp
@@ -238,11 +265,11 @@ def main() -> None:
             "what": args.tag
             or (f"dpo pair {max(lengths)} sp{sp} {kind}" if args.objective == "dpo" else "")
             or f"step {args.shape} {tokens} x{len(lengths)} sp{sp} dp{layout.dp} {kind} {kernel.name}",
-            "value": round(step_s, 3),
+            **timed,
             "unit": "s",
-            "tokens_per_s_per_gpu": round(tokens * layout.dp / step_s / launch.world, 1),
+            "tokens_per_s_per_gpu": round(tokens * layout.dp / timed["value"] / launch.world, 1),
             "peak_gib": peak,
-            "mfu": round(flops / step_s / launch.world / 1e12 / peak_rate, 4) if peak_rate else None,
+            "mfu": round(flops / timed["value"] / launch.world / 1e12 / peak_rate, 4) if peak_rate else None,
             "kernel": f"{kernel.name}: {reason}",
             "recompute": kept or args.recompute,
             **({"reference": built.engine.module.reference, "passes": built.engine.module.passes, "why": passes}

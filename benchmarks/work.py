@@ -15,7 +15,7 @@ import subprocess
 import sys
 from datetime import date
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from types import ModuleType
 from typing import Any
 
@@ -29,6 +29,7 @@ RAISED = re.compile(r"(\[rank\d+\]:\s*)?[\w.]*(Error|Exception)\b")
 """Begins the last line of a traceback, and no warning that tells of an error."""
 
 SEED = 0  # of the weights and of the adapters
+SETTLED = 0.02  # steps that differ by no more of each other are taken to be equal
 ADAPTER = {"r": 16, "alpha": 32}  # on all linears, no dropout
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -64,10 +65,10 @@ def shape_of(name: str, layers: int | None) -> dict[str, Any]:
     return {**SHAPES[name], **({"num_hidden_layers": layers} if layers else {})}
 
 
-def lengths_of(documents: str, step: int = 0) -> list[int]:
-    """`16384x8`, `70000,1000` or `longalign:131072` -> document lengths; the last draws anew for each step."""
+def lengths_of(documents: str) -> list[int]:
+    """`16384x8`, `70000,1000` or `longalign:131072` (one draw) -> document lengths."""
     if documents.startswith("longalign:"):
-        return longalign_draw(int(documents.removeprefix("longalign:")), seed=step)
+        return longalign_draw(int(documents.removeprefix("longalign:")), seed=0)
     lengths: list[int] = []
     for part in documents.split(","):
         length, _, times = part.partition("x")
@@ -163,9 +164,29 @@ def compare_gradients(ours: Path, peer: Path) -> dict[str, Any]:
     }
 
 
-def step_seconds(times: list[float], documents: str | None) -> float:
-    """Of the timed steps: the median of equal ones, the mean where each step had its own draw of documents."""
-    return fmean(times) if documents and documents.startswith("longalign:") else median(times)
+def is_settled(times: list[float]) -> bool:
+    """Whether nothing compiles or plans any more: at least four steps, the last two within `SETTLED` of each other."""
+    return len(times) >= 4 and abs(times[-1] / times[-2] - 1) <= SETTLED
+
+
+def step_times(times: list[float]) -> dict[str, Any]:
+    """The settled steps, those at the end that are within `SETTLED` of the last: their median, minimum and number."""
+    tail = [times[-1]]
+    for seconds in reversed(times[:-1]):
+        if abs(seconds / times[-1] - 1) > SETTLED:
+            break
+        tail.append(seconds)
+    return {"value": round(median(tail), 3), "min_s": round(min(tail), 3), "settled_steps": len(tail)}
+
+
+def slowest(seconds: float, device: Any) -> float:
+    """Of all ranks, so that they go on or stop together. Collective."""
+    import torch
+    import torch.distributed as dist
+
+    box = torch.tensor(seconds, dtype=torch.float64, device=device)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    return float(box)
 
 
 def peak_gib(device: Any) -> float | None:

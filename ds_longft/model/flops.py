@@ -38,6 +38,7 @@ class ModelShape:
 
     body_weights: int  # weights of the linear layers one token passes through, head excluded
     head_weights: int  # hidden size x vocabulary
+    all_weights: int  # every element, all experts and embeddings too; a tied matrix counts once
     windows: tuple[int | None, ...]  # per layer: sliding window in tokens, None for full attention
     attention_width: int  # heads * (query-key dimension + value dimension) / 2
 
@@ -61,6 +62,7 @@ class ModelShape:
         return cls(
             body_weights=body,
             head_weights=head.weight.numel(),
+            all_weights=sum(p.numel() for p in model.parameters()),
             windows=layer_windows(hf_config),
             attention_width=heads * (query_dim + value_dim) // 2,
         )

@@ -11,9 +11,8 @@ from transformers import PretrainedConfig
 from ds_longft.config import RunConfig
 from ds_longft.errors import GpuMemoryError, ModelError
 from ds_longft.objectives.dpo import Reference, reference_of
-from ds_longft.plan.memory import SPARE_SHARE, host_bytes, place, predict
+from ds_longft.plan.memory import SPARE_SHARE, host_bytes, place, predict, stays_resident
 from ds_longft.plan.search import (
-    RESIDENT_SHARE,
     TILE_TOKENS,
     Question,
     fastest_of,
@@ -29,6 +28,9 @@ WORTH_GIB = 0.5
 
 MOST = 5  # lines of advice
 
+KEPT_GATHERED = 10**12
+"""Elements: with this `stage3_param_persistence_threshold` ZeRO-3 never releases a gathered weight."""
+
 
 @dataclass(frozen=True)
 class Adviser:
@@ -36,7 +38,7 @@ class Adviser:
 
     model: ModelSizes | None
     setting: Setting
-    memory_gib: float
+    gpu: Gpu  # its memory is what the run may use
     config: RunConfig
 
     @classmethod
@@ -48,7 +50,7 @@ class Adviser:
         *,
         sp: int,
         world: int,
-        memory_gib: float,
+        gpu: Gpu,
         fused: bool,
     ) -> Adviser:
         """Call it before ZeRO-3 is switched on for every model that is built."""
@@ -56,12 +58,10 @@ class Adviser:
             model = ModelSizes.from_config(hf_config)
         except ModelError:  # a mixture of experts
             model = None
-        setting = setting_of_run(
-            config, engine_config, model, sp=sp, world=world, local_world=world, memory_gib=memory_gib, fused=fused
-        )
+        setting = setting_of_run(config, engine_config, sp=sp, world=world, local_world=world, gpu=gpu, fused=fused)
         if setting.passes == "auto":  # until it is settled a run makes two passes
             setting = replace(setting, passes="two")
-        return cls(model, setting, memory_gib, config)
+        return cls(model, setting, gpu, config)
 
     def error(self, seen: BaseException, where: str) -> GpuMemoryError:
         """What a user reads instead of a traceback."""
@@ -82,7 +82,7 @@ class Adviser:
         if self.model is None:
             return [("train.recompute: sqrt", 0.0, " (the model's memory is not described)")]
         ran = self.setting
-        if fastest_saver(self.model, ran, self._gpu()).recompute == "none":  # what became of `auto`
+        if fastest_saver(self.model, ran, self.gpu).recompute == "none":  # what became of `auto`
             ran = replace(ran, recompute="none")
         now = self._peak(ran)
         found = [(key, (now - self._peak(other)) / GIB, note) for key, other, note in self._others(ran)]
@@ -91,10 +91,19 @@ class Adviser:
     def _peak(self, setting: Setting) -> float:
         assert self.model is not None
         bare = replace(setting, recompute="keep_attention") if setting.recompute == "auto" else setting
-        return predict(self.model, bare, self._gpu()).peak
+        return predict(self.model, bare, self.gpu).peak
 
-    def _gpu(self) -> Gpu:
-        return replace(Gpu.load("h200"), memory_gib=self.memory_gib)  # memory only: its rates are not used
+    def _split(self, x: Setting, *, offload: bool) -> Setting:
+        """The same under ZeRO-3, with the shipped JSONs."""
+        assert self.model is not None
+        resident = stays_resident(
+            self.model.weights,
+            lora=x.lora_r is not None,
+            offload_params=offload,
+            world=x.world,
+            memory_gib=self.gpu.memory_gib,
+        )
+        return replace(x, stage=3, resident=resident, offload_optimizer=offload, offload_params=offload)
 
     def _others(self, x: Setting) -> Iterator[tuple[str, Setting, str]]:
         """Runs that differ from `x` in one key."""
@@ -120,10 +129,10 @@ class Adviser:
         if x.recompute != "sqrt":
             yield "train.recompute: sqrt", replace(x, recompute="sqrt"), " (layers run forward three times)"
         if x.world > 1 and x.stage < 3:
-            away = replace(x, stage=3, resident=False)
+            away = self._split(x, offload=False)
             yield "ds_config: ds_configs/zero3_sp.json", away, " (weights split over all GPUs)"
         if not x.offload_params:
-            away = replace(x, stage=3, resident=False, offload_optimizer=True, offload_params=True)
+            away = self._split(x, offload=True)
             yield "ds_config: ds_configs/zero3_offload.json", away, " (weights and optimizer in host memory; slow)"
         if not x.fused:
             yield "pip install liger-kernel", replace(x, fused=True), " (norms and activations without float32 copies)"
@@ -138,7 +147,7 @@ class Adviser:
             return []
         question = Question(
             self.model,
-            self._gpu(),
+            self.gpu,
             self.setting.world,
             0.0,
             lora_r=self.setting.lora_r,
@@ -159,17 +168,19 @@ class Adviser:
 def setting_of_run(
     config: RunConfig,
     engine_config: dict[str, Any],
-    model: ModelSizes | None,
     *,
     sp: int,
     world: int,
     local_world: int,
-    memory_gib: float,
+    gpu: Gpu,
     fused: bool,
+    kernel: str = "",
 ) -> Setting:
-    """A run as the planner describes it, for its longest pack: one document, or one pair."""
+    """A run as the planner describes it, for its longest pack: one document, or one pair.
+
+    `kernel`: of its attention; one that the GPU has no rates for counts as the GPU's fastest.
+    """
     zero = engine_config.get("zero_optimization", {})
-    weights_gib = 2 * (model.weights if model else 0) / GIB * (1 + 1 / world)
     pairs, rows = config.objective == "dpo", config.documents_per_row
     return Setting(
         lengths=(-(-config.longest_pack_tokens // rows),) * rows,
@@ -177,7 +188,7 @@ def setting_of_run(
         world=world,
         lora_r=config.lora.r if config.lora else None,
         stage=int(zero.get("stage", 0)),
-        resident=config.lora is not None and weights_gib <= RESIDENT_SHARE * memory_gib,
+        resident=zero.get("stage3_param_persistence_threshold", 0) == KEPT_GATHERED,
         offload_optimizer="offload_optimizer" in zero,
         offload_params="offload_param" in zero,
         recompute=config.train.recompute,
@@ -186,6 +197,7 @@ def setting_of_run(
         local_world=local_world,
         tile_tokens=config.train.mlp_tile_tokens,
         kv_heads=config.train.kv_heads_at_a_time,
+        kernel=kernel if kernel in gpu.attention_tflops else gpu.kernels[0],
         fused=fused,
         reference=reference_of(config.dpo, lora=config.lora is not None) if pairs else "none",
         passes=config.dpo.passes if pairs else "one",
@@ -201,8 +213,9 @@ def choose_for_run(
     sp: int,
     world: int,
     local_world: int,
-    memory_gib: float,
+    gpu: Gpu,
     fused: bool,
+    kernel: str = "",
 ) -> tuple[Setting, tuple[Keep, ...]] | None:
     """With `auto` recomputation: tiles, turns and more recomputation only where the longest pack needs them; with
     `dpo.passes: auto` one pass or two; and what waits on the host.
@@ -215,9 +228,8 @@ def choose_for_run(
     except ModelError:
         return None
     setting = setting_of_run(
-        config, engine_config, model, sp=sp, world=world, local_world=local_world, memory_gib=memory_gib, fused=fused
+        config, engine_config, sp=sp, world=world, local_world=local_world, gpu=gpu, fused=fused, kernel=kernel
     )
-    gpu = replace(Gpu.load("h200"), memory_gib=memory_gib)
     if setting.recompute == "auto":
         host_gib = config.train.offload_host_gib + host_bytes(model, setting) * local_world / GIB
         asked, setting = setting, fastest_saver(model, setting, gpu, host_gib)

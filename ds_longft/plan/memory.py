@@ -5,6 +5,7 @@ The tensors of the step itself are in `step.py`; docs/plan.md has both as formul
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ds_longft.plan.setting import GIB, Gpu, ModelSizes, Setting
@@ -13,7 +14,10 @@ from ds_longft.plan.timeline import Timeline
 from ds_longft.sequence.kept import LEAVING
 
 SPARE_SHARE = 0.06
-"""Of GPU memory, never planned with: the allocator's fragments, NCCL, kernels' workspaces. As `train.speed` spends."""
+"""Of GPU memory, never planned with nor spent: the allocator's fragments, NCCL, kernels' workspaces."""
+
+RESIDENT_SHARE = 0.35
+"""Weights stay gathered under ZeRO-3 when whole copy and own shard together take no more of a GPU than this."""
 
 MAX_LIVE_PARAMETERS = 1e9
 """ZeRO-3 keeps gathered weights up to so many elements (DeepSpeed's stage3_max_live_parameters, its default)."""
@@ -56,9 +60,17 @@ def predict(model: ModelSizes, setting: Setting, gpu: Gpu) -> Memory:
     keep, host = place(model, setting, room)
     timeline = step_timeline(model, setting, keep)
     if setting.recompute == "auto":
-        spent, host = spend(model, setting, keep, room - timeline.peak, host)
-        if spent != keep:
-            keep, timeline = spent, step_timeline(model, setting, spent)
+        sizes, names = Sizes(model, setting), {"qkv": GROUPS[0], "o": GROUPS[1], "gate_up": GROUPS[2]}
+        if setting.tile_tokens:
+            del names["gate_up"]  # tiles have no whole output to keep
+        costs = {group: sizes.group(group) for group in names.values()}
+        allowed = host_share(setting) if not host else 0.0  # linears are worth less than what is there already
+        places, _, on_host = spend([costs] * model.layers, room - timeline.peak, allowed)
+        if any(places):
+            host += on_host
+            kept = ({name: of[group] for name, group in names.items() if group in of} for of in places)
+            keep = tuple(replace(k, **more) for k, more in zip(keep, kept, strict=True))
+            timeline = step_timeline(model, setting, keep)
     host += host_bytes(model, setting)
     return Memory(timeline.peak, timeline.moment, timeline.at_peak, outside, host, keep)
 
@@ -108,31 +120,46 @@ def host_share(setting: Setting) -> float:
 
 
 def spend(
-    model: ModelSizes, setting: Setting, keep: tuple[Keep, ...], free: float, host: float
-) -> tuple[tuple[Keep, ...], float]:
-    """`train.speed.Recompute.spend`: which linears are kept where with `free` bytes left on the GPU.
+    costs: Sequence[Mapping[tuple[str, ...], float]], free: float, host_free: float
+) -> tuple[list[dict[tuple[str, ...], str]], float, float]:
+    """Which linears' outputs wait for the backward pass, and where: "device" or "host".
 
-    `host`: bytes this rank has on the host already; returned with what is added.
+    A kept element saves the same time in every linear that reads the hidden states (2 * hidden size operations), so
+    what counts is what fits. q, k and v come first, and stay on the device. Later layers stay on the device: what
+    earlier ones send to the host has the longest time to go and to come back. Two layers' share of it is on the GPU at
+    a time.
+
+    Args:
+        costs: of each layer, names of a group of linears -> bytes that keeping its outputs takes.
+        free: bytes on the device.
+        host_free: bytes on this rank's host.
+
+    Returns the places of each layer's groups, and the bytes spent on the device and on the host.
     """
-    sizes = Sizes(model, setting)
-    cost = {"qkv": sizes.group(GROUPS[0]), "o": sizes.group(GROUPS[1]), "gate_up": sizes.group(GROUPS[2])}
-    if setting.tile_tokens:
-        cost["gate_up"] = 0.0  # tiles have no whole output to keep
-    order = list(reversed(range(model.layers)))
-    wanted = [(i, "qkv") for i in order] + [(i, name) for i in order for name in ("o", "gate_up")]
-    allowed = host_share(setting)
-    if allowed:
-        free -= LEAVING * (cost["o"] + cost["gate_up"])
-    chosen: list[dict[str, str]] = [{} for _ in range(model.layers)]
-    on_device = 0.0
-    for i, name in wanted:
-        if cost[name] and on_device + cost[name] <= free:
-            chosen[i][name] = "device"
-            on_device += cost[name]
-        elif name != "qkv" and cost[name] and free > 0 and host + cost[name] <= allowed:
-            chosen[i][name] = "host"
-            host += cost[name]
-    return tuple(replace(k, **c) for k, c in zip(keep, chosen, strict=True)), host
+    order = [(i, names) for i in reversed(range(len(costs))) for names in sorted(costs[i], key=lambda n: costs[i][n])]
+    order.sort(key=lambda x: "q_proj" not in x[1])
+    if host_free:
+        of_a_layer = (sum(cost for names, cost in of.items() if "q_proj" not in names) for of in costs)
+        free -= LEAVING * max(of_a_layer, default=0.0)
+    places: list[dict[tuple[str, ...], str]] = [{} for _ in costs]
+    on_device = on_host = 0.0
+    for i, names in order:
+        cost = costs[i][names]
+        if cost and on_device + cost <= free:
+            places[i][names] = "device"
+            on_device += cost
+        elif cost and free > 0 and "q_proj" not in names and on_host + cost <= host_free:
+            places[i][names] = "host"
+            on_host += cost
+    return places, on_device, on_host
+
+
+def stays_resident(weights: int, *, lora: bool, offload_params: bool, world: int, memory_gib: float) -> bool:
+    """Whether gathered weights are never released under ZeRO-3, where the JSON leaves it open: all elements of a model
+    with LoRA, not offloaded, if whole copy and own shard fit into their share of a GPU.
+    """
+    whole_and_shard_gib = 2 * weights / GIB * (1 + 1 / world)
+    return lora and not offload_params and whole_and_shard_gib <= RESIDENT_SHARE * memory_gib
 
 
 def host_bytes(model: ModelSizes, setting: Setting) -> float:

@@ -34,6 +34,16 @@ def write_plan(folder: Path, foreseen: dict[str, Any] | None) -> None:
         file.write_text(json.dumps({MADE_BY: US, **foreseen}, indent=1) + "\n", encoding="utf-8")
 
 
+def note_in_plan(folder: Path, given_back: dict[str, float]) -> None:
+    """Add to plan.json what a full GPU gave back: the run goes on with less kept than was planned."""
+    file = folder / "plan.json"
+    if not file.exists():
+        return
+    plan = json.loads(file.read_text(encoding="utf-8"))
+    plan.setdefault("given_back", []).append(given_back)
+    file.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+
+
 def foresee_run(
     config: RunConfig,
     engine_config: dict[str, Any],
@@ -42,29 +52,26 @@ def foresee_run(
     sp: int,
     world: int,
     local_world: int,
-    device_name: str,
-    total_gib: float,
-    memory_gib: float,
+    gpu: Gpu,
+    has_rates: bool,
     kernel: str,
     fused: bool,
 ) -> dict[str, Any] | None:
     """What `ds-longft plan --json` prints, for this run: the longest pack as one document, every token a target.
 
-    `total_gib`: of a GPU, `memory_gib`: of that, for this run. `kernel`: of its attention. Seconds only for GPU types
-    that have rates. None where the planner does not describe the run: pairs, mixtures of experts. Call it before ZeRO-3
+    `gpu`, `has_rates`: as from `gpu_of_run`. `kernel`: of its attention. Seconds only for GPU types that have rates of
+    it. None where the planner does not describe the run: pairs, mixtures of experts. Call it before ZeRO-3
     is switched on for every model that is built.
     """
     if config.objective != "sft":
         return None
     chosen = choose_for_run(
         config, engine_config, hf_config,
-        sp=sp, world=world, local_world=local_world, memory_gib=memory_gib, fused=fused,
+        sp=sp, world=world, local_world=local_world, gpu=gpu, fused=fused, kernel=kernel,
     )  # fmt: skip
     if chosen is None:
         return None
-    known = gpu_type(device_name, total_gib)
-    has_rates = known is not None and kernel in known.attention_tflops
-    gpu = replace(known or Gpu.load("h200"), memory_gib=memory_gib)
+    has_rates = has_rates and kernel in gpu.attention_tflops
     model, setting = ModelSizes.from_config(hf_config), replace(chosen[0], kernel=kernel)
     memory = predict(model, setting, gpu)
     rated = setting if has_rates else replace(setting, kernel=gpu.kernels[0])
@@ -74,6 +81,15 @@ def foresee_run(
         return {key: value for key, value in found.items() if key not in TIMES}
     packs = config.train.gradient_accumulation_steps
     return found | {"step_s": round(packs * plan.time.total_s, 3), "packs_a_step": packs * setting.dp}
+
+
+def gpu_of_run(device_name: str, total_gib: float, memory_gib: float) -> tuple[Gpu, bool]:
+    """The GPU with what a run may use of its memory, and whether its type is known; else it has an H200's rates.
+
+    `device_name`: as torch calls it. `total_gib`: of the GPU, `memory_gib`: of that, for this run.
+    """
+    known = gpu_type(device_name, total_gib)
+    return replace(known or Gpu.load("h200"), memory_gib=memory_gib), known is not None
 
 
 def gpu_type(device_name: str, memory_gib: float) -> Gpu | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from ds_longft.objectives.dpo import Reference
-from ds_longft.plan.memory import Memory, predict
+from ds_longft.plan.memory import Memory, predict, stays_resident
 from ds_longft.plan.setting import Gpu, ModelSizes, Passes, Setting
 from ds_longft.plan.time import StepTime, predict_time
 
@@ -21,9 +21,6 @@ WORTH_SAVING = 0.02
 ROOMY = 0.8
 """Of a GPU: where a step that keeps everything is predicted to need no more, `auto` computes nothing again. Predicted
 peaks without recomputation are within 3 % of counted ones; what is gained is no reason to come near the limit."""
-
-RESIDENT_SHARE = 0.35
-"""ZeRO-3 with LoRA keeps gathered weights when whole copy and own shard take no more of a GPU (`train.speed`)."""
 
 
 RECOMPUTE = (("auto", 2), ("full", 2), ("every_k", 2), ("every_k", 3), ("every_k", 4), ("sqrt", 2))
@@ -49,7 +46,7 @@ def savers(setting: Setting, model: ModelSizes) -> Iterator[Setting]:
 
 def _tiles_and_turns(setting: Setting, model: ModelSizes) -> Iterator[Setting]:
     yield setting
-    segments = setting.stage == 3 and setting.recompute in ("every_k", "sqrt")  # not tiled there (`train.speed`)
+    segments = setting.stage == 3 and setting.recompute in ("every_k", "sqrt")  # not tiled there (`train.install`)
     if setting.tile_tokens is None and setting.of_a_pass.local_tokens > TILE_TOKENS and not segments:
         setting = replace(setting, tile_tokens=TILE_TOKENS)
         yield setting
@@ -60,7 +57,7 @@ def _tiles_and_turns(setting: Setting, model: ModelSizes) -> Iterator[Setting]:
 def last_resorts(setting: Setting, model: ModelSizes) -> Iterator[Setting]:
     """What `recompute: auto` turns to where keeping attention does not fit: everything again, then segments.
 
-    Not segments under ZeRO-3: there they would be without fused linears and tiles (`train.speed`).
+    Not segments under ZeRO-3: there they would be without fused linears and tiles (`train.install`).
     """
     for recompute, every in RECOMPUTE[1:]:
         if recompute == "full" or setting.stage != 3:
@@ -143,8 +140,8 @@ class Question:
     def settings(self) -> Iterator[tuple[Setting, str]]:
         """Every way that is considered: sp, DeepSpeed JSON, recomputation, host memory. Lengths are not set yet."""
         m, kernel = self.model, self.kernel or next(iter(self.gpu.attention_tflops))
-        weights = 2 * (m.weights + (m.head_weights if m.tied else 0)) * (1 + 1 / self.gpus)
-        resident = self.lora_r is not None and weights <= RESIDENT_SHARE * self.gpu.memory_gib * 2**30
+        lora, memory_gib = self.lora_r is not None, self.gpu.memory_gib
+        resident = stays_resident(m.weights, lora=lora, offload_params=False, world=self.gpus, memory_gib=memory_gib)
         for sp in (d for d in range(1, self.gpus + 1) if self.gpus % d == 0 and d <= m.q_heads):
             base = Setting(
                 lengths=(LENGTH_STEP,),
@@ -162,7 +159,7 @@ class Question:
             if self.lora_r is not None:  # first: where weights stay whole anyway, it holds no second copy of a part
                 ways.insert(0, (replace(base, stage=2), "ds_configs/zero2_sp.json"))
             else:
-                away = replace(base, offload_optimizer=True, offload_params=True)
+                away = replace(base, resident=False, offload_optimizer=True, offload_params=True)
                 ways.append((away, "ds_configs/zero3_offload.json"))
             for way, ds_config in ways:
                 for recompute, every in RECOMPUTE:

@@ -234,14 +234,15 @@ def ulysses_attention(
     if any(refused.values()):
         names = ", ".join(name for name, seen in refused.items() if seen)
         raise ModelError(f"{type(module).__name__} asks for {names}, which ulysses attention does not do")
-    # [1, H, s, d] -> [s, H, d], views
-    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    # [1, H, s, d] -> [s, H, d], views; not t[0], whose backward pass fills zeros and copies
+    q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
     if layout.sp > q.shape[1]:
         raise ModelError(f"sp is {layout.sp}, but the model has {q.shape[1]} query heads: sp can be at most that")
     sp, sp_rank, group = layout.sp, layout.sp_rank, layout.group
     if documents.own is not None:
         documents, sp, sp_rank, group = documents.own, 1, 0, None  # nobody else has a part of these
-    spec = AttentionSpec(scaling if scaling is not None else q.shape[-1] ** -0.5, sliding_window, softcap)
+    scale = scaling if scaling is not None else q.shape[-1] ** -0.5
+    spec = AttentionSpec(scale, sliding_window, softcap, torch.are_deterministic_algorithms_enabled())
     heads, head_dim = -(-q.shape[1] // sp), q.shape[-1]
     chosen, _ = choose_kernel(
         kernel, device=q.device, dtype=q.dtype, heads=heads, head_dim=head_dim, spec=spec, lengths=documents.lengths

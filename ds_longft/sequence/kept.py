@@ -37,6 +37,7 @@ class Kept:
     def __init__(self, copy: bool = False) -> None:
         self.copy = copy
         self._value: tuple[Tensor, ...] | None = None
+        self._home: torch.device | None = None  # of a value that was moved to the host
 
     @property
     def full(self) -> bool:
@@ -48,9 +49,28 @@ class Kept:
         self._value = tuple(t.detach().clone() if self.copy else t.detach() for t in tensors)
 
     def take(self) -> tuple[Tensor, ...] | None:
-        """What the first call left, once; None on the first call."""
+        """What the first call left, once; None on the first call, and where it was given back."""
         value, self._value = self._value, None
-        return value
+        home, self._home = self._home, None
+        return value if value is None or home is None else tuple(t.to(home) for t in value)
+
+    @property
+    def device_bytes(self) -> int:
+        """What letting go of it would free on the device."""
+        return sum(t.untyped_storage().nbytes() for t in self._value or () if self._home is None)
+
+    def drop(self) -> int:
+        """Give it back; returns the bytes. The second call computes it again."""
+        size, self._value = self.device_bytes, None
+        return size
+
+    def move_out(self) -> int:
+        """Move it to ordinary host memory until it is taken; returns the bytes. Slow: for a GPU that is full."""
+        size, value = self.device_bytes, self._value
+        if size and value:
+            self._home = value[0].device
+            self._value = tuple(t.to("cpu", copy=True) for t in value)
+        return size
 
 
 class Unread(Kept):

@@ -165,7 +165,7 @@ class _Linears(torch.autograd.Function):
         saved = kept.take() if kept is not None else None
         if saved is None:
             saved = linears_forward(x2, scales, tensors)
-            if kept is not None:
+            if kept is not None and kept.first_pass:
                 kept.put(*saved)
         *outs, xa = saved
         ctx.save_for_backward(x2 if made is None else made[1], xa, *tensors)

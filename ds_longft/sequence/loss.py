@@ -32,6 +32,11 @@ CHUNK_BYTES = 1 << 29
 Transform = Callable[[Tensor], Tensor]
 
 
+def unchanged(logits: Tensor) -> Tensor:
+    """The transform of most models."""
+    return logits
+
+
 def logit_transform(config: PretrainedConfig) -> Transform:
     """What the model does to its logits after the head: soft capping (Gemma) or nothing.
 
@@ -49,14 +54,13 @@ def logit_transform(config: PretrainedConfig) -> Transform:
         )
     cap = getattr(config, "final_logit_softcapping", None)
     if cap is None:
-        return lambda logits: logits
+        return unchanged
     return lambda logits: torch.tanh(logits / cap) * cap
 
 
 def _chunk_losses(logits: Tensor, targets: Tensor, weights: Tensor, transform: Transform) -> Tensor:
     """Weighted cross-entropy of a chunk: logits [rows, V] -> [rows] in at least float32."""
     logits = transform(logits)
-    # Not of `logits.to(float32)`: on GPUs the conversion is part of this kernel, and of the one of its backward pass.
     log_p = torch.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     return F.nll_loss(log_p, targets, reduction="none") * weights
 
@@ -88,12 +92,36 @@ class _Rows:
         """The rows in pieces whose logits fit."""
         return (slice(a, a + self.chunk_rows) for a in range(0, len(self.targets), self.chunk_rows))
 
-    def losses(self, logits: Tensor, rows: slice, scale: Tensor | None = None) -> Tensor:
-        """logits [rows, V] -> [rows]; `scale` [t] or [1] multiplies them."""
+    def losses(self, logits: Tensor, rows: slice) -> Tensor:
+        """logits [rows, V], not needed again -> [rows], without a graph."""
+        if self._in_one_kernel(logits):
+            from ds_longft.sequence.kernels.cross_entropy import cross_entropy_
+
+            return cross_entropy_(logits, self.targets[rows], self.weights[rows], gradient=False)
+        with torch.no_grad():
+            return _chunk_losses(logits, self.targets[rows], self.weights[rows], self.transform)
+
+    def losses_and_gradient(self, logits: Tensor, rows: slice, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The same, and the gradient of their sum [rows, V], which may take the logits' place.
+
+        `scale` [t] or [1] multiplies the losses.
+        """
         weights = self.weights[rows]
         if scale is not None:
             weights = weights * (scale if len(scale) == 1 else scale[rows])
-        return _chunk_losses(logits, self.targets[rows], weights, self.transform)
+        logits = logits.detach()
+        if self._in_one_kernel(logits):
+            from ds_longft.sequence.kernels.cross_entropy import cross_entropy_
+
+            return cross_entropy_(logits, self.targets[rows], weights), logits
+        with torch.enable_grad():
+            losses = _chunk_losses(logits.requires_grad_(), self.targets[rows], weights, self.transform)
+            (dlogits,) = torch.autograd.grad(losses.sum(), logits)
+        return losses.detach(), dlogits
+
+    def _in_one_kernel(self, logits: Tensor) -> bool:
+        """On GPUs; torch's builds for them bring Triton."""
+        return logits.is_cuda and self.transform is unchanged
 
     def zero(self, hidden: Tensor) -> Tensor:
         """The empty sum: a scalar in at least float32, or [N] float64."""
@@ -122,16 +150,14 @@ class _FrozenHeadLoss(torch.autograd.Function):
         total = of.zero(hidden)
         for rows in of.chunks():
             logits = head.plain(hidden[rows])  # [rows, V]
-            with torch.enable_grad():
-                leaf = logits.detach().requires_grad_(grad is not None)
-                losses = of.losses(leaf, rows)  # [rows]
-                part = losses.sum()
-            total += of.sum(losses.detach(), rows)
-            if grad is not None:
-                (dlogits,) = torch.autograd.grad(part, leaf)
+            if grad is None:
+                total += of.sum(of.losses(logits, rows), rows)
+            else:
+                losses, dlogits = of.losses_and_gradient(logits, rows)
+                total += of.sum(losses, rows)
                 torch.mm(dlogits, head.base.weight, out=grad[rows])
                 del dlogits
-            del logits, leaf, losses, part  # a chunk's logits are gone before the next one's are made
+            del logits  # gone before the next chunk's are made
         ctx.grad, ctx.of = grad, of
         return total
 
@@ -178,11 +204,12 @@ class _TrainedHeadLoss(torch.autograd.Function):
         for rows in of.chunks():
             h = hidden[rows].detach().requires_grad_()
             with torch.enable_grad():
-                part = of.losses(head.plain(h, leaves), rows, scale).sum()
-            dhidden[rows], *grads = torch.autograd.grad(part, [h, *trained])
+                logits = head.plain(h, leaves)
+            _, dlogits = of.losses_and_gradient(logits, rows, scale)
+            dhidden[rows], *grads = torch.autograd.grad(logits, [h, *trained], dlogits)
             for total, grad in zip(sums, grads, strict=True):
                 total.add_(grad)
-            del h, part, grads, grad  # not beside the next chunk's logits
+            del h, logits, dlogits, grads, grad  # not beside the next chunk's
         rounded = (total.to(t.dtype) for total, t in zip(sums, trained, strict=True))
         return dhidden, None, None, *(next(rounded) if need else None for need in needed)
 

@@ -50,10 +50,15 @@ class LayerKeep:
     input_on_host: bool = False
     last: Holder | None = None
     """What the layer ends with: its output is not computed again, unless something saves it."""
+    waiting: list[tuple[LinearGroup, Kept]] = field(default_factory=list)
+    """The newest call's slots on the device, which may be given back."""
+    outputs: list[Kept] = field(default_factory=list)
+    """The newest call's slots of attention output and layer input on the device."""
 
     def slots(self) -> list[tuple[Holder, Kept]]:
         """A new slot for each group of one call: nothing stale can be taken."""
-        slots: list[tuple[Holder, Kept]] = [(group, group.slot()) for group in self.on_device]
+        self.waiting = [(group, group.slot()) for group in self.on_device]
+        slots: list[tuple[Holder, Kept]] = [*self.waiting]
         if self.store is not None:
             slots += [(group, self.store.slot(self.index, group.names)) for group in self.on_host]
         return slots
@@ -66,11 +71,39 @@ class LayerKeep:
         """Where the attention's output waits; None: it is computed again."""
         if self.attention == "host":
             return self._on_host("attention")
-        return Kept() if self.attention == "device" else None
+        return self._on_device() if self.attention == "device" else None
 
     def input_slot(self) -> Kept:
         """Where the layer's input waits."""
-        return self._on_host("input") if self.input_on_host else Kept()
+        return self._on_host("input") if self.input_on_host else self._on_device()
+
+    def give_linears(self) -> int:
+        """Let go of the linears' outputs that wait on the device, now and in later calls; returns the bytes."""
+        freed = 0
+        for group, slot in self.waiting:
+            if size := slot.drop():
+                freed += size
+                self.on_device = [g for g in self.on_device if g is not group]
+        return freed
+
+    def give_to_host(self, store: HostStore, most: int) -> int:
+        """Move attention output and layer input to the host, now and in later calls, if they are at most `most` bytes;
+        returns the bytes.
+        """
+        size = sum(slot.device_bytes for slot in self.outputs)
+        if not 0 < size <= most:
+            return 0
+        for slot in self.outputs:
+            slot.move_out()
+        self.store = self.store or store
+        self.attention = "host" if self.attention == "device" else self.attention
+        self.input_on_host = True
+        return size
+
+    def _on_device(self) -> Kept:
+        slot = Kept()
+        self.outputs.append(slot)
+        return slot
 
     def _on_host(self, name: str) -> HostKept:
         assert self.store is not None, f"layer {self.index}: no host memory for its {name}"
@@ -119,16 +152,18 @@ def _checkpointed(
     if not torch.is_grad_enabled():
         return forward(hidden, *args, **kwargs)
     unread = Unread()
+    keep.outputs = []
     attention = keep.attention_slot()
     if attention is not None:
         kwargs["kept"] = attention
-    layer = partial(_with_slots, forward, [*keep.slots(), *keep.last_slot(unread)], unread)
+    slots = keep.slots()
+    layer = partial(_with_slots, forward, [*slots, *keep.last_slot(unread)], unread)
     if inner:  # torch saves its arguments by the hooks of the segment around it: they are recomputed too
         out = run(layer, hidden, *args, **kwargs)
     else:
         out = _from(keep.input_slot(), run, layer, keep, hidden, *args, **kwargs)
-    if attention is not None:
-        attention.first_pass = False
+    for slot in (*(slot for _, slot in slots), *((attention,) if attention is not None else ())):
+        slot.first_pass = False
     unread.allowed = _ends_with(out, unread.node)
     return out
 
@@ -226,6 +261,7 @@ class _Segment:
 
         if not torch.is_grad_enabled():
             return segment(hidden)
+        self.keeps[0].outputs = []
         out = _from(self.keeps[0].input_slot(), self.run, segment, self.keeps[0], hidden)
         unread.allowed = _ends_with(out, unread.node)
         return out

@@ -79,6 +79,8 @@ def train(argv: list[str], launch: Launch, status: Status, stop: StopRequest) ->
     if not has_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // launch.local_world)))
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, when cuBLAS starts
     settings, sp = check(config)
     from ds_longft.train.run import run
 

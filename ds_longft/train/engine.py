@@ -30,10 +30,11 @@ from ds_longft.model.supported import decoder_layers
 from ds_longft.objectives.dpo import DpoObjective, reference_of
 from ds_longft.objectives.sft import SftObjective
 from ds_longft.plan.advice import choose_for_run
+from ds_longft.plan.of_run import gpu_of_run
 from ds_longft.sequence.attention import ULYSSES, register
 from ds_longft.sequence.linear import LinearGroup, unhook
+from ds_longft.train.install import Recompute, fuse_and_tile, fused_kernels, liger_fits
 from ds_longft.train.model_check import check_zero_section
-from ds_longft.train.speed import Recompute, fuse_and_tile, fused_kernels, keep_resident, liger_fits
 
 
 @dataclass
@@ -73,32 +74,34 @@ def build(
     *,
     prepare: Callable[[nn.Module], None] | None = None,
     loaded: Callable[[], None] | None = None,
-    resident_if_fits: bool = False,
     memory_gib: float | None = None,
+    kernel: str = "",
 ) -> Built:
     """Load the model and wrap it in a DeepSpeed engine.
 
     `engine_config` is the merged DeepSpeed JSON without "auto". Every rank draws the same adapter initialisation.
-    `resident_if_fits`: the JSON leaves it to us whether ZeRO-3 keeps frozen weights gathered.
-    `memory_gib`: of each GPU, for this run to plan with; left out, all of it.
+    `memory_gib`: of each GPU, for this run to plan with; left out, all of it. `kernel`: of its attention, for the plan.
     `prepare` is called with the model, adapters in place, before the optimizer copies its weights, `loaded` when that
     model stands.
     """
     check_zero_section(engine_config)
     register()
+    if config.train.deterministic:
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # it is written first
     unset_hf_deepspeed_config()  # of an earlier ZeRO-3 model of this process, if there is one
     dtype = torch.bfloat16 if engine_config.get("bf16", {}).get("enabled") else torch.float32
     hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation=ULYSSES)
     shape = ModelShape.from_config(hf_config)  # before ZeRO-3 is switched on for every model that is built
     stage = engine_config.get("zero_optimization", {}).get("stage", 0)
-    if resident_if_fits and stage == 3 and config.lora is not None:
-        keep_resident(engine_config, shape, layout.world, device)
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     train = config.train
     tile_tokens, kv_heads, places = train.mlp_tile_tokens, train.kv_heads_at_a_time, None
     policy: str = train.recompute
     every, passes = train.recompute_every, config.dpo.passes
     if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        total_gib = properties.total_memory / 2**30
         chosen = choose_for_run(
             config,
             engine_config,
@@ -106,8 +109,9 @@ def build(
             sp=layout.sp,
             world=layout.world,
             local_world=local_world,
-            memory_gib=memory_gib or torch.cuda.get_device_properties(device).total_memory / 2**30,
+            gpu=gpu_of_run(properties.name, total_gib, memory_gib or total_gib)[0],
             fused=liger_fits(config, hf_config.model_type),
+            kernel=kernel,
         )
         if chosen is not None:
             planned, places = chosen

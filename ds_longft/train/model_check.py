@@ -37,7 +37,7 @@ def check_model(config: RunConfig, sp: int, device: torch.device, dtype: torch.d
             dtype=dtype,
             heads=-(-heads // sp),
             head_dim=head_dim,
-            spec=AttentionSpec(head_dim**-0.5, window, softcap),
+            spec=AttentionSpec(head_dim**-0.5, window, softcap, config.train.deterministic),
             lengths=(config.data.max_length_tokens,),
         )
         names.append(kernel.name)

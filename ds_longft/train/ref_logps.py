@@ -90,8 +90,11 @@ def _compute(config: RunConfig, launch: Launch, gpus: int, *, as_json: bool) -> 
     from ds_longft.data.pairs import PairSet
     from ds_longft.data.tokenize import tokenize_sources
     from ds_longft.layout import ParallelLayout
-    from ds_longft.model.load import load_tokenizer
+    from ds_longft.model.load import load_config, load_tokenizer
+    from ds_longft.sequence.attention import ULYSSES
     from ds_longft.train.engine import build
+    from ds_longft.train.install import keep_resident
+    from ds_longft.train.memory import own_memory_gib
     from ds_longft.train.ranks import join
 
     quickstart.prepare(config)
@@ -112,7 +115,10 @@ def _compute(config: RunConfig, launch: Launch, gpus: int, *, as_json: bool) -> 
         return made
 
     parts = agreement.rank0_first(sets)
-    built = build(config, settings.engine, layout, device, resident_if_fits=settings.resident_if_fits)
+    memory_gib, _ = own_memory_gib(device)
+    hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation=ULYSSES)
+    keep_resident(settings, config, hf_config, layout.world, memory_gib)
+    built = build(config, settings.engine, layout, device, memory_gib=memory_gib)
     built.engine.eval()
     pad_id = tokenizer.pad_token_id or 0
     results = [fill(built.engine, config, part, layout, device, agreement, pad_id=pad_id) for part in parts]

@@ -22,22 +22,25 @@ from ds_longft.layout import ParallelLayout
 from ds_longft.model.flops import equal_cost_tokens, peak_tflops
 from ds_longft.model.load import load_config, load_tokenizer, rope_remark
 from ds_longft.model.lora import trainable_parameters
-from ds_longft.plan.of_run import foresee_run, write_plan
+from ds_longft.plan.of_run import foresee_run, gpu_of_run, write_plan
+from ds_longft.plan.setting import Gpu
 from ds_longft.sequence.attention import ULYSSES
 from ds_longft.shipped import find_template
 from ds_longft.train.card import write_card
 from ds_longft.train.checkpoint import Checkpoints, TrainState
 from ds_longft.train.data_facts import write_data_facts
 from ds_longft.train.health import Watchdog
+from ds_longft.train.install import keep_resident, liger_fits
 from ds_longft.train.interrupt import StopRequest
 from ds_longft.train.lock import lock_folder
 from ds_longft.train.made_of import what_decides_the_loss, what_ranks_share, write_facts
+from ds_longft.train.memory import device_memory, own_memory_gib
 from ds_longft.train.metrics import Records, read_metrics, summary_table
 from ds_longft.train.model_check import check_model
 from ds_longft.train.ranks import Launch, join
+from ds_longft.train.rehearse import choose_passes, rehearse, settle
 from ds_longft.train.secrets import tracked_config
 from ds_longft.train.sets import tokenized
-from ds_longft.train.speed import choose_passes, liger_fits, own_memory_gib, rehearse
 from ds_longft.train.trainer import Trainer
 from ds_longft.train.weights import ModelWriter, start_fingerprint, trained_fingerprint
 
@@ -90,7 +93,7 @@ def memory_error(
         hf_config,
         sp=sp,
         world=world,
-        memory_gib=memory_gib or 0.0,
+        gpu=_gpu(memory_gib or 0.0)[0],
         fused=liger_fits(config, hf_config.model_type),
     )
     return adviser.error(error, where)
@@ -134,6 +137,8 @@ def _run(
     phases.done("data tokenised")
 
     status.memory_gib, taken_gib = own_memory_gib(device)
+    hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation=ULYSSES)
+    keep_resident(settings, config, hf_config, layout.world, status.memory_gib)
     if launch.rank == 0:
         write_plan(folder, _foreseen(config, settings.engine, layout, device, kernel, status.memory_gib))
     built = build(
@@ -141,8 +146,8 @@ def _run(
         settings.engine,
         layout,
         device,
-        resident_if_fits=settings.resident_if_fits,
         memory_gib=status.memory_gib,
+        kernel=kernel,
         loaded=lambda: phases.done("model loaded"),
     )
     phases.done("engine built")
@@ -156,6 +161,16 @@ def _run(
 
     train_loader = loader(train_set, config.train.gradient_accumulation_steps)
     total_steps = sum(train_loader.steps_per_epoch(e) for e in range(config.train.epochs))
+    status.where = "in the dry run of the longest pack, before the first step"
+    memory = device_memory(device)
+    if memory is not None:  # before a checkpoint is loaded: it clears the optimizer's state
+        settle(built.engine, layout, device)
+    passes = choose_passes(built.engine, config.dpo.passes, train_loader.fullest_pack(0), layout, device, memory)
+    status.passes = getattr(built.engine.module, "passes", None)  # of preference pairs
+    fullest = train_loader.fullest_pack(0, of_a_side=status.passes == "two")
+    kept = rehearse(built.engine, built.recompute, fullest, layout, device, memory)
+    phases.done("rehearsed" if kept else "ready")
+    status.where = "while a checkpoint was loaded"
     checkpoints = Checkpoints(folder, agreement, config.train.keep_checkpoints)
     state = TrainState(
         step=0,
@@ -190,12 +205,8 @@ def _run(
             records.say(
                 f"other processes hold {taken_gib:.1f} GiB of a GPU (nvidia-smi names them): planned without it"
             )
-    status.where = "in the dry run of the longest pack, before the first step"
-    passes = choose_passes(built.engine, config.dpo.passes, train_loader.fullest_pack(0), layout, device)
-    status.passes = getattr(built.engine.module, "passes", None)  # of preference pairs
-    fullest = train_loader.fullest_pack(0, of_a_side=status.passes == "two")
-    kept = rehearse(built.engine, built.recompute, fullest, layout, device)
-    phases.done("rehearsed" if kept else "ready")
+    if found is not None:
+        phases.done("checkpoint loaded")
     if launch.rank == 0:
         records.say(f"start-up {time.monotonic() - started:.1f} s: {phases.text()}")
         for line in (passes, kept):
@@ -229,6 +240,7 @@ def _run(
         stop=stop,
         watchdog=watchdog,
         saved_step=state.step,
+        relief=built.recompute.relief(device),
         peak_tflops=peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None,
     )
     try:
@@ -269,13 +281,20 @@ def _foreseen(
     if memory_gib is None:
         return None
     hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation="eager")
-    properties = torch.cuda.get_device_properties(device)
+    gpu, has_rates = _gpu(memory_gib)
     return foresee_run(
         config, engine_config, hf_config,
         sp=layout.sp, world=layout.world, local_world=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        device_name=properties.name, total_gib=properties.total_memory / 2**30, memory_gib=memory_gib,
-        kernel=kernel, fused=liger_fits(config, hf_config.model_type),
+        gpu=gpu, has_rates=has_rates, kernel=kernel, fused=liger_fits(config, hf_config.model_type),
     )  # fmt: skip
+
+
+def _gpu(memory_gib: float) -> tuple[Gpu, bool]:
+    """This rank's type of GPU with the memory that the run may use, and whether its rates are known."""
+    if not torch.cuda.is_available():
+        return gpu_of_run("", 0.0, memory_gib)
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return gpu_of_run(properties.name, properties.total_memory / 2**30, memory_gib)
 
 
 def _hung(status: Status, message: str, lowest: bool) -> None:

@@ -63,3 +63,36 @@ def backpropagate(
             engine.step()  # counts the micro-step; weights change only at the last one
         total += backpropagate_pack(engine, pack, scale, layout, device).reshape(-1)[0]
     return total
+
+
+def apply_step(engine: Any, loss_total: float, *, skip: bool) -> tuple[str | None, float | None]:
+    """Let the optimizer take its step, unless loss or gradient is not finite: what is not, and the gradient's norm.
+
+    With `skip` the engine is ready for the next step afterwards; without, it is left as it is. ZeRO and bf16
+    optimizers refuse a gradient that is not finite by themselves, on all ranks alike. A plain one (stage 0 in float32)
+    would take it, and is not asked.
+    """
+    finite = math.isfinite(loss_total)
+    if not (finite or skip):
+        return "the loss is not finite", None
+    norm = _unwrapped_grad_norm(engine)
+    if norm is not None and not math.isfinite(norm):
+        engine.zero_grad()
+        engine.micro_steps += 1  # what engine.step() would have counted
+        refused = True
+    else:
+        engine.step()
+        refused = not engine.was_step_applied()
+    assert finite or refused, "a loss that is not finite must leave no finite gradient"
+    if refused:
+        return "the gradient is not finite" if finite else "the loss is not finite", None
+    norm = engine.get_global_grad_norm() if norm is None else norm
+    return None, None if norm is None else float(norm)
+
+
+def _unwrapped_grad_norm(engine: Any) -> float | None:
+    """Global gradient norm where no ZeRO wrapper computes one (stage 0 in fp32): each rank holds all gradients."""
+    if hasattr(engine.optimizer, "_global_grad_norm"):
+        return None
+    grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0

@@ -14,9 +14,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ from ds_longft.exactness.first_step import check_first_step, raise_if_wrong
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.flops import forward_flops, step_flops
 from ds_longft.objectives.dpo import METRICS, DpoObjective
+from ds_longft.plan.of_run import note_in_plan
+from ds_longft.plan.setting import GIB
+from ds_longft.sequence.relief import Relief
 from ds_longft.train.checkpoint import Checkpoints, TrainState, rng_state, set_rng_state
 from ds_longft.train.engine import Built
 from ds_longft.train.health import Watchdog, describe_packs, write_nonfinite
@@ -37,7 +40,7 @@ from ds_longft.train.interrupt import StopRequest
 from ds_longft.train.metrics import Records, peak_gib
 from ds_longft.train.ranks import Agreement
 from ds_longft.train.schedule import learning_rate
-from ds_longft.train.step import backpropagate, backpropagate_pack, evaluate_pack, loss_scale
+from ds_longft.train.step import apply_step, backpropagate, backpropagate_pack, evaluate_pack, loss_scale
 
 FAILED_SAVES_IN_A_ROW = 2
 
@@ -62,6 +65,7 @@ class Trainer:
     peak_tflops: float | None = None  # bf16 dense peak of one GPU, for MFU
     stopping: bool = False  # agreed on: the same on every rank
     saved_step: int = 0  # of the newest checkpoint
+    relief: Relief | None = None  # where something could be given back when the GPU is full
     _waited_s: float = 0.0  # the loader's wait, as of the previous step
     _failed_saves: int = 0  # in a row
     _skipped: int = 0  # steps in a row
@@ -137,7 +141,8 @@ class Trainer:
                     return False
                 engine.step()  # counts the micro-step; weights change only at the last one
             self.watchdog.enter(f"step {self.state.step + 1}, pack {i + 1} of {len(step.packs)}")
-            of_pack = backpropagate_pack(engine, pack, scale, self.layout, self.device).reshape(-1)
+            with self.relief or nullcontext():
+                of_pack = backpropagate_pack(engine, pack, scale, self.layout, self.device).reshape(-1)
             losses.append(of_pack[0])
             sums[0] += self._flops(pack)
             sums[2:] += of_pack
@@ -149,7 +154,8 @@ class Trainer:
         dist.all_reduce(sums)
         flops, stop, loss_total, *metrics = sums.tolist()
         self.stopping = self.stopping or stop > 0
-        nonfinite, norm = apply_step(engine, loss_total, skip=self.config.train.on_nonfinite == "skip")
+        with self.relief or nullcontext():
+            nonfinite, norm = apply_step(engine, loss_total, skip=self.config.train.on_nonfinite == "skip")
         if nonfinite:
             self._report_nonfinite(nonfinite, step, losses)
         self._skipped = self._skipped + 1 if nonfinite else 0
@@ -160,10 +166,15 @@ class Trainer:
             tokens_seen=self.state.tokens_seen + step.tokens,
         )
         step_s = time.monotonic() - started + wait_s
-        mine = torch.tensor([peak_gib(self.device), wait_s, arrived], dtype=torch.float64, device=self.device)
+        given_gib = self.relief.take_note() / GIB if self.relief is not None else 0.0
+        mine = torch.tensor(
+            [peak_gib(self.device), wait_s, arrived, given_gib], dtype=torch.float64, device=self.device
+        )
         ranks = mine.new_empty(self.layout.world, len(mine))
         dist.all_gather_into_tensor(ranks.view(-1), mine)
-        peak, wait_s, _ = ranks.amax(0).tolist()
+        peak, wait_s, _, given_gib = ranks.amax(0).tolist()
+        if given_gib:
+            self._say_given(given_gib, int(ranks[:, 3].argmax()))
         behind = ranks[:, 2] - ranks[:, 2].amin()
         achieved_tflops = flops / step_s / self.layout.world / 1e12
         self.records.step(
@@ -185,9 +196,20 @@ class Trainer:
                 "targets_weight": step.total_weight,
                 **self._means(metrics, step.total_weight),
                 **({"skipped": nonfinite} if nonfinite else {}),
+                **({"given_back_gib": given_gib} if given_gib else {}),
             }
         )
         return True
+
+    def _say_given(self, given_gib: float, rank: int) -> None:
+        """A GPU was full in the step that is just over."""
+        still = sum(len(keep.on_device) for keep in self.built.recompute.keep)
+        self.records.say(
+            f"the GPU of rank {rank} was full in step {self.state.step}: {given_gib:.1f} GiB that were kept to save "
+            f"time are computed again from now on, with the same losses. Rank 0 keeps {still} groups of linears."
+        )
+        if self.layout.rank == 0:
+            note_in_plan(self.checkpoints.folder, {"step": self.state.step, "rank": rank, "gib": round(given_gib, 2)})
 
     def _report_nonfinite(self, what: str, step: Step, losses: list[torch.Tensor]) -> None:
         """Write down which rows were trained on; raises NonFiniteError unless the step may be skipped."""
@@ -304,36 +326,3 @@ class Trainer:
         if not weight or not all(map(math.isfinite, sums)):
             return {}
         return {prefix + name: s / weight for name, s in zip(self.metric_names, sums, strict=True)}
-
-
-def apply_step(engine: Any, loss_total: float, *, skip: bool) -> tuple[str | None, float | None]:
-    """Let the optimizer take its step, unless loss or gradient is not finite: what is not, and the gradient's norm.
-
-    With `skip` the engine is ready for the next step afterwards; without, it is left as it is. ZeRO and bf16
-    optimizers refuse a gradient that is not finite by themselves, on all ranks alike. A plain one (stage 0 in float32)
-    would take it, and is not asked.
-    """
-    finite = math.isfinite(loss_total)
-    if not (finite or skip):
-        return "the loss is not finite", None
-    norm = _unwrapped_grad_norm(engine)
-    if norm is not None and not math.isfinite(norm):
-        engine.zero_grad()
-        engine.micro_steps += 1  # what engine.step() would have counted
-        refused = True
-    else:
-        engine.step()
-        refused = not engine.was_step_applied()
-    assert finite or refused, "a loss that is not finite must leave no finite gradient"
-    if refused:
-        return "the gradient is not finite" if finite else "the loss is not finite", None
-    norm = engine.get_global_grad_norm() if norm is None else norm
-    return None, None if norm is None else float(norm)
-
-
-def _unwrapped_grad_norm(engine: Any) -> float | None:
-    """Global gradient norm where no ZeRO wrapper computes one (stage 0 in fp32): each rank holds all gradients."""
-    if hasattr(engine.optimizer, "_global_grad_norm"):
-        return None
-    grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    return float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0

@@ -140,7 +140,13 @@ AttentionInterface.register("dense", dense_attention)
 
 
 def built_engine(folder: str, ds: dict[str, Any], world: int, **keys: Any) -> tuple[Any, ParallelLayout]:
-    """An engine as a run builds it from the DeepSpeed JSON `ds` and these keys, on the model in `folder`; its layout."""
+    """The engine of `built_run`, and its layout."""
+    built, layout = built_run(folder, ds, world, **keys)
+    return built.engine, layout
+
+
+def built_run(folder: str, ds: dict[str, Any], world: int, **keys: Any) -> tuple[Any, ParallelLayout]:
+    """What a run builds from the DeepSpeed JSON `ds` and these keys, on the model in `folder`; its layout."""
     from ds_longft.config import RunConfig
     from ds_longft.ds_config import merge_ds_config
     from ds_longft.train.engine import build
@@ -155,4 +161,4 @@ def built_engine(folder: str, ds: dict[str, Any], world: int, **keys: Any) -> tu
     config = RunConfig.model_validate(content)
     settings = merge_ds_config(ds, config, world=world, device="cpu", hidden_size=64)
     layout = ParallelLayout.create(config.sp)
-    return build(config, settings.engine, layout, torch.device("cpu")).engine, layout
+    return build(config, settings.engine, layout, torch.device("cpu")), layout

@@ -16,7 +16,7 @@ from ds_longft.sequence.attention import ULYSSES, register
 from ds_longft.sequence.kept import HostStore
 from ds_longft.sequence.recompute import LayerKeep, apply_recompute
 from ds_longft.sequence.shard import shard
-from ds_longft.train.speed import fuse_and_tile
+from ds_longft.train.install import fuse_and_tile
 from tests.distributed.models import dealt, make_pack, reference_sum, relative_error, tiny_config, tiny_model
 
 Lengths = tuple[list[int], ...]

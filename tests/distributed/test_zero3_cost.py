@@ -22,7 +22,7 @@ def shipped(stage: int) -> dict[str, Any]:
 
 def cost_of_a_pass(rank: int, world: int, folder: str, stage: int, keys: dict[str, Any]) -> Any:
     """Operations and peak bytes of one forward and backward pass."""
-    from ds_longft.train.speed import dry_pass
+    from ds_longft.train.rehearse import dry_pass
     from tests.unit.plan.tracked import Tracker
 
     engine, layout = built_engine(folder, shipped(stage), world, sp=world, **keys)

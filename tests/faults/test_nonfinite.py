@@ -20,8 +20,7 @@ def poisoned_step(rank: int, world: int, stage: int, bf16: bool, clip: float, lo
     from ds_longft.layout import ParallelLayout
     from ds_longft.objectives.sft import SftObjective
     from ds_longft.sequence.attention import ULYSSES, register
-    from ds_longft.train.step import backpropagate_pack
-    from ds_longft.train.trainer import apply_step
+    from ds_longft.train.step import apply_step, backpropagate_pack
     from tests.distributed.models import make_pack, tiny_config, tiny_model
     from tests.distributed.test_exact import prepared
 

@@ -15,18 +15,36 @@ from safetensors.torch import save_file
 
 from benchmarks.compare import PASS, wrong
 from benchmarks.longest import longest
-from benchmarks.work import compare_gradients, compared, fingerprint, lengths_of, sample, start
+from benchmarks.work import compare_gradients, compared, fingerprint, is_settled, lengths_of, sample, start, step_times
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_lengths_of_documents_as_they_are_written() -> None:
     assert lengths_of("16384x2,1000") == [16384, 16384, 1000]
-    first, second = lengths_of("longalign:131072", 0), lengths_of("longalign:131072", 1)
-    assert sum(first) == sum(second) == 131072
-    assert first != second
-    assert first == lengths_of("longalign:131072", 0)
-    assert max(first + second) <= 65536
+    draw = lengths_of("longalign:131072")
+    assert sum(draw) == 131072
+    assert draw == lengths_of("longalign:131072")
+    assert len(set(draw)) > 4
+    assert max(draw) <= 65536
+
+
+@pytest.mark.parametrize(
+    ("times", "done", "value", "count"),
+    [
+        ([34.0, 23.6, 20.0, 20.1], True, 20.05, 2),
+        ([11.1, 8.7, 8.6], False, 8.65, 2),  # three steps are too few
+        ([20.7, 9.2, 7.12, 6.5], False, 6.5, 1),
+        ([7.0, 7.0, 7.1, 7.0, 7.05], True, 7.0, 5),
+    ],
+)
+def test_steps_are_settled_when_nothing_compiles_any_more(
+    times: list[float], done: bool, value: float, count: int
+) -> None:
+    assert is_settled(times) == done
+    found = step_times(times)
+    assert (found["value"], found["settled_steps"]) == (value, count)
+    assert found["min_s"] == min(times[-count:])
 
 
 @pytest.mark.parametrize(("limit", "found"), [(100, 96), (64, 64), (63, 0), (250, 240), (1000, 240)])

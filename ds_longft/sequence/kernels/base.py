@@ -19,6 +19,8 @@ from ds_longft.errors import ModelError
 
 Capability = tuple[int, int]
 
+NOT_REPEATABLE = "is not shown to repeat to the bit (train.deterministic)"
+
 
 @dataclass(frozen=True)
 class AttentionSpec:
@@ -32,6 +34,9 @@ class AttentionSpec:
 
     softcap: float | None = None
     """Scores become softcap * tanh(score / softcap); None leaves them alone."""
+
+    repeatable: bool = False
+    """The same inputs give the same gradients to the bit."""
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ds_longft.sequence.kernels.base import (
+    NOT_REPEATABLE,
     AttentionSpec,
     Capability,
     flash_refusal,
@@ -62,6 +63,7 @@ class CudnnKernel:
             (head_dim > 128 or head_dim % 8 != 0, f"takes head dimensions up to 128 in steps of 8, not {head_dim}"),
             (spec.window is not None, f"has no sliding window (asked for {spec.window})"),
             (spec.softcap is not None, f"has no softcap (asked for {spec.softcap})"),
+            (spec.repeatable, NOT_REPEATABLE),
             (here and (version is None or version < 90000), f"needs cuDNN 9 in torch, found {version}"),
         )
 

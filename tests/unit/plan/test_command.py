@@ -204,7 +204,7 @@ def test_host_memory_is_used_up_before_a_length_is_refused() -> None:
 
 
 def test_segments_are_not_tiled_under_zero_3() -> None:
-    """`train.speed` refuses that: a plan of it would not start."""
+    """`train.install` refuses that: a plan of it would not start."""
     question = Question(sizes(LLAMA_8B), Gpu.load("h200"), 2, 0.0, lora_r=None)
     for plan in longest_of_each(question):
         assert not (

@@ -120,7 +120,19 @@ def test_auto_spends_what_is_left_and_no_more() -> None:
     assert memory.fits(gpu)
     room = gpu.memory_gib * 0.94 - memory.outside / GIB
     assert room - 8 < memory.peak_gib <= room  # the last layer works on what is kept of it: less than base and kept
-    assert spend(model, Setting(LONG, 2, 2), (Keep(),) * 32, -1.0, 0.0) == ((Keep(),) * 32, 0.0)
+
+
+def test_what_is_kept_of_the_linears() -> None:
+    qkv, o, gate_up = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj")
+    costs = [{gate_up: 56.0, o: 8.0, qkv: 12.0}] * 3
+    nothing = [{}, {}, {}]
+    assert spend(costs, -1.0, 1e9) == (nothing, 0.0, 0.0)
+    assert spend(costs, 36.0, 0.0) == ([{qkv: "device"}] * 3, 36.0, 0.0)  # of every layer before the rest of any
+    assert spend(costs, 52.0, 0.0)[0] == [{qkv: "device"}, {qkv: "device", o: "device"}, {qkv: "device", o: "device"}]
+    places, device, host = spend(costs, 36.0 + 2 * 64.0 + 72.0, 120.0)  # two layers' share of the host is in transit
+    assert places[2] == {qkv: "device", o: "device", gate_up: "device"}
+    assert places[0] == {qkv: "device", o: "device", gate_up: "host"}
+    assert (device, host) == (36.0 + 64.0 + 8.0, 112.0)
 
 
 def test_host_memory_is_shared_by_the_ranks_of_a_node() -> None:

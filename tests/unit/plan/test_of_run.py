@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from ds_longft.config import RunConfig
 from ds_longft.plan.memory import predict
-from ds_longft.plan.of_run import foresee_run, gpu_type, write_plan
+from ds_longft.plan.of_run import foresee_run, gpu_of_run, gpu_type, write_plan
 from ds_longft.plan.setting import Gpu, ModelSizes, Setting
 from tests.unit.plan.shapes import LLAMA_8B, SMOLLM2, shape
 
@@ -21,9 +21,10 @@ def foreseen(of: dict[str, Any] = SMOLLM2, *, kernel: str = "flash-attn-4", **ke
         k: keys.pop(k) for k in list(keys) if k in DEVICE
     }
     config = RunConfig.model_validate({"data": {"max_length_tokens": "128K"}, "lora": None, **keys})
+    gpu, has_rates = gpu_of_run(**device)
     return foresee_run(
         config, {"zero_optimization": {"stage": 2}}, AutoConfig.for_model(**of),
-        sp=1, world=1, local_world=1, kernel=kernel, fused=True, **device,
+        sp=1, world=1, local_world=1, gpu=gpu, has_rates=has_rates, kernel=kernel, fused=True,
     )  # fmt: skip
 
 

@@ -36,8 +36,8 @@ from ds_longft.plan.step import Keep
 from ds_longft.sequence.attention import ULYSSES, register
 from ds_longft.sequence.kept import HostStore
 from ds_longft.sequence.recompute import LayerKeep, apply_recompute
+from ds_longft.train.install import fuse_and_tile
 from ds_longft.train.pairs import backpropagate_pairs
-from ds_longft.train.speed import fuse_and_tile
 from tests.distributed.test_dpo_exact import PlainEngine
 
 

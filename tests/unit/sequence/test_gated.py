@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ds_longft.train.speed import fuse_and_tile
+from ds_longft.train.install import fuse_and_tile
 from tests.distributed.models import tiny_config, tiny_model
 
 Forward = Callable[[Any, torch.Tensor], torch.Tensor]

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from ds_longft.train.speed import fuse_and_tile
+from ds_longft.train.install import fuse_and_tile
 from tests.distributed.models import tiny_config, tiny_model
 
 DEEPSEEK = {

@@ -11,7 +11,8 @@ from torch import nn
 
 from ds_longft.layout import ParallelLayout
 from ds_longft.objectives.dpo import DpoObjective
-from ds_longft.train import speed
+from ds_longft.train import rehearse
+from ds_longft.train.memory import CudaMemory
 
 
 def objective(passes: Literal["one", "two"]) -> DpoObjective:
@@ -36,17 +37,18 @@ def test_what_is_settled_is_not_measured(
     def measured(*_: Any) -> None:
         raise AssertionError("a rehearsal was run")
 
-    monkeypatch.setattr(speed, "backpropagate_pack", measured)
+    monkeypatch.setattr(rehearse, "backpropagate_pack", measured)
     engine, pack = SimpleNamespace(module=objective(planned)), SimpleNamespace(tokens=8)
-    line = speed.choose_passes(engine, wanted, pack, ParallelLayout(1, 0, 1), torch.device(device))  # type: ignore[arg-type]
+    memory = CudaMemory(torch.device(device)) if device == "cuda" else None
+    line = rehearse.choose_passes(engine, wanted, pack, ParallelLayout(1, 0, 1), torch.device(device), memory)  # type: ignore[arg-type]
     assert line is None if says is None else (line or "").startswith(says)
     assert engine.module.passes == planned
 
 
 def test_a_dry_pass_draws_no_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run draws dropout from the state that a checkpoint restored before the rehearsal."""
+    """A run that is not rehearsed, on a CPU, draws the same dropout."""
     drawn: list[torch.Tensor] = []
-    monkeypatch.setattr(speed, "backpropagate_pack", lambda *_: drawn.append(torch.rand(3)))
+    monkeypatch.setattr(rehearse, "backpropagate_pack", lambda *_: drawn.append(torch.rand(3)))
     torch.manual_seed(0)
-    speed.dry_pass(None, SimpleNamespace(tokens=8), ParallelLayout(1, 0, 1), torch.device("cpu"))  # type: ignore[arg-type]
+    rehearse.dry_pass(None, SimpleNamespace(tokens=8), ParallelLayout(1, 0, 1), torch.device("cpu"))  # type: ignore[arg-type]
     torch.testing.assert_close(torch.rand(3), drawn[0])

@@ -1,0 +1,206 @@
+"""Puts onto a model what makes its step fast without changing what it computes: fused kernels, fused linears, MLP tiles
+and the recomputation policy.
+
+`auto` recomputation measures instead of guessing: a rehearsal (`rehearse.py`) with only attention kept shows the memory
+that is left; `Recompute.spend` then keeps the outputs of linears with it, layer by layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.layer import ParamWrapper
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ds_longft.config import RunConfig
+from ds_longft.ds_config import DeepSpeedSettings
+from ds_longft.errors import ModelError
+from ds_longft.model.flops import ModelShape
+from ds_longft.model.supported import decoder_layers
+from ds_longft.plan.advice import KEPT_GATHERED
+from ds_longft.plan.memory import spend, stays_resident
+from ds_longft.plan.step import Keep
+from ds_longft.sequence.kept import HostStore
+from ds_longft.sequence.linear import LinearGroup, fuse_linears, gather_with
+from ds_longft.sequence.mlp import TiledMlp, tile_mlp
+from ds_longft.sequence.recompute import LayerKeep, apply_recompute
+from ds_longft.sequence.relief import Relief
+from ds_longft.sequence.remade import remake_first_input
+
+
+def fused_kernels(model: PreTrainedModel, config: RunConfig, device: torch.device) -> bool:
+    """Norm, rotary embedding and gated activation of liger-kernel where it is installed and knows the model.
+
+    Before LoRA, which wraps the modules that liger looks for. It replaces functions of the model's module for the whole
+    process, which is how liger works.
+    """
+    if device.type != "cuda" or not liger_fits(config, model.config.model_type):
+        return False
+    from liger_kernel.transformers import monkey_patch
+
+    # The loss stays ours: it is over labelled rows, weighted, and a sum.
+    monkey_patch._apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
+    return True
+
+
+def liger_fits(config: RunConfig, model_type: str) -> bool:
+    """Whether liger-kernel is wanted, installed, and knows the model."""
+    if config.model.liger == "off":
+        return False
+    try:
+        from liger_kernel.transformers import monkey_patch
+    except ImportError:
+        return False
+    return model_type in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN
+
+
+def keep_resident(
+    settings: DeepSpeedSettings, config: RunConfig, hf_config: PretrainedConfig, world: int, memory_gib: float | None
+) -> None:
+    """Where the JSON leaves it open whether ZeRO-3 releases gathered weights: decide it, in the engine's config.
+
+    Call it before ZeRO-3 is switched on for every model that is built.
+
+    `memory_gib`: as from `own_memory_gib`, so that every rank decides alike; None on CPUs, where nothing is decided.
+    """
+    zero = settings.engine["zero_optimization"]
+    if memory_gib is None or not settings.resident_if_fits or settings.stage != 3:
+        return
+    lora, offloaded = config.lora is not None, "offload_param" in zero
+    weights = ModelShape.from_config(hf_config).all_weights
+    if stays_resident(weights, lora=lora, offload_params=offloaded, world=world, memory_gib=memory_gib):
+        zero.update(stage3_param_persistence_threshold=KEPT_GATHERED, stage3_model_persistence_threshold=KEPT_GATHERED)
+
+
+@dataclass
+class Recompute:
+    """The recomputation of one model: its layers' linears, and which of them are kept."""
+
+    policy: str  # train.recompute, or what its `auto` turned to
+    host_bytes: int  # this rank's share of the host memory that may be used for linears
+    groups: list[list[LinearGroup]] = field(default_factory=list)  # per layer, all of them
+    keep: list[LayerKeep] = field(default_factory=list)  # per layer, read at each call
+    tiled: bool = False  # MLPs have no whole outputs that could be kept
+
+    @classmethod
+    def install(
+        cls,
+        base: PreTrainedModel,
+        config: RunConfig,
+        stage: int,
+        local_world: int,
+        device: torch.device,
+        *,
+        policy: str,
+        every: int,
+        tile_tokens: int | None = None,
+        places: Sequence[Keep] | None = None,
+    ) -> Recompute:
+        """Fuse the decoder layers' linears, tile their MLPs, and put the recompute policy on the layers.
+
+        `policy`, `every`: as in the config, or what was planned where that says auto.
+        `places`: where each layer's input and attention output wait, as planned; left out: on the GPU.
+        Raises ModelError: tiles for a model without gate, up and down projections.
+        """
+        layers = decoder_layers(base)
+        made = cls(policy, int(config.train.offload_host_gib * 2**30) // local_world)
+        made.keep = [LayerKeep(i) for i in range(len(layers))]
+        # Segments call layers outside of the gathering that a fused layer needs under ZeRO-3.
+        if not (stage == 3 and policy in ("every_k", "sqrt")):
+            for keep, layer in zip(made.keep, layers, strict=True):
+                groups, tiled = fuse_and_tile(layer, stage, tile_tokens)
+                made.groups.append(groups)
+                keep.last = tiled or next((g for g in groups if g.names == ("down_proj",)), None)
+                made.tiled = made.tiled or tiled is not None
+        if config.train.mlp_tile_tokens and not made.tiled:
+            raise ModelError(
+                f"train.mlp_tile_tokens is {config.train.mlp_tile_tokens}, but the MLPs of {base.config.model_type} "
+                f"(recompute {policy}, ZeRO stage {stage}) cannot be tiled, for their form or for adapters with "
+                f"dropout or DoRA: leave it out"
+            )
+        if stage == 3:
+            for layer in layers:
+                gather_adapted(layer)
+        if places is not None and any("host" in (p.input, p.attention) for p in places):
+            made._place(places, device)
+        apply_recompute(
+            layers,
+            policy,
+            every=every,
+            keep=made.keep,
+        )
+        return made
+
+    def _place(self, places: Sequence[Keep], device: torch.device) -> None:
+        """Layer inputs and attention outputs where the plan wants them."""
+        store = HostStore(device)
+        for keep, place in zip(self.keep, places, strict=True):
+            keep.store = store
+            keep.input_on_host = place.input == "host"
+            keep.attention = "host" if place.attention == "host" else "device" if place.attention else "nowhere"
+        self.host_bytes = 0  # linears would be worth less than what is there already
+
+    def relief(self, device: torch.device) -> Relief | None:
+        """What gives back when the GPU is full; None where nothing could be given."""
+        if not self.host_bytes and not any(keep.on_device for keep in self.keep):
+            return None
+        return Relief(self.keep, self.host_bytes, device)
+
+    def spend(self, free_bytes: int, local_tokens: int, element_bytes: int, device: torch.device) -> tuple[int, int]:
+        """Keep outputs of as many linears as fit into `free_bytes` with packs of `local_tokens` per rank.
+
+        Which ones: `plan.memory.spend`. Down projections are not kept, their output is not needed again. Returns the
+        bytes spent on the device and on the host.
+        """
+        left_out = {"down_proj"} | ({"gate_proj"} if self.tiled else set())
+
+        def cost(group: LinearGroup) -> int:
+            ranks = sum(m.lora[0].out_features for m in group.members if m.lora)
+            return (group.out_features + ranks) * local_tokens * element_bytes
+
+        wanted = [[g for g in groups if not left_out.intersection(g.names)] for groups in self.groups]
+        costs = [{g.names: float(cost(g)) for g in groups} for groups in wanted]
+        places, on_device, on_host = spend(costs, free_bytes, self.host_bytes)
+        self.host_bytes -= int(on_host)
+        store = HostStore(device) if on_host else None
+        for keep, groups, place in zip(self.keep, wanted, places, strict=False):
+            keep.on_device += [g for g in groups if place.get(g.names) == "device"]
+            keep.on_host += [g for g in groups if place.get(g.names) == "host"]
+            keep.store = keep.store or store
+        return int(on_device), int(on_host)
+
+
+def fuse_and_tile(layer: nn.Module, stage: int, tile_tokens: int | None) -> tuple[list[LinearGroup], TiledMlp | None]:
+    """Fuse a decoder layer's linears. With `tile_tokens`: tile its MLP if it has gate, up and down, and make the input
+    of q, k and v again instead of keeping it.
+    """
+    groups = fuse_linears(layer)
+    weights = [weight for group in groups for weight in group.tensors]
+    tiled = None
+    if tile_tokens is not None:
+        for group in groups:
+            if "q_proj" in group.names:
+                group.remade = remake_first_input(layer)
+                weights += group.remade.weights if group.remade is not None else []
+        tiled = tile_mlp(layer, groups, tile_tokens)
+    if stage == 3:
+        gather_with(layer, weights)
+    return groups, tiled
+
+
+def gather_adapted(layer: nn.Module) -> None:
+    """Under ZeRO-3: gather what PEFT reads without calling the module that holds it, with the module around.
+
+    Weights adapted as parameters (stacked experts, some routers), and A and B of DoRA, which otherwise are there only
+    while ZeRO-3 happens to keep them: not after a resume.
+    """
+    for parent in layer.modules():
+        for child in parent.children():
+            if isinstance(child, ParamWrapper):
+                gather_with(parent, [child.get_param()])
+        if isinstance(parent, PeftLinear) and parent.lora_variant:
+            gather_with(parent, [m.weight for part in (parent.lora_A, parent.lora_B) for m in part.values()])

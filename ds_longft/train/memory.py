@@ -1,0 +1,87 @@
+"""How full a rank's GPU is, and how much of it a run may plan with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from ds_longft.plan.memory import SPARE_SHARE
+from ds_longft.plan.setting import GIB, Gpu
+
+
+class DeviceMemory(Protocol):
+    """What the rehearsal asks of a device; all sizes in bytes."""
+
+    def reset_peak(self) -> None:
+        """Forget the highest peak so far."""
+
+    def now(self) -> int:
+        """Allocated at this moment."""
+
+    def peak(self) -> int:
+        """The most that was allocated at once since the last reset."""
+
+    def free(self) -> int:
+        """What that peak left unused, less a reserve; never negative."""
+
+    def release(self) -> None:
+        """Hand cached blocks back."""
+
+
+@dataclass(frozen=True)
+class CudaMemory:
+    """A GPU, as torch's allocator and the driver see it."""
+
+    device: torch.device
+
+    def reset_peak(self) -> None:
+        """See `DeviceMemory.reset_peak`."""
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def now(self) -> int:
+        """See `DeviceMemory.now`."""
+        return torch.cuda.memory_allocated(self.device)
+
+    def peak(self) -> int:
+        """See `DeviceMemory.peak`."""
+        return torch.cuda.max_memory_allocated(self.device)
+
+    def free(self) -> int:
+        """See `DeviceMemory.free`."""
+        total, outside = total_and_outside_torch(self.device)
+        return max(0, int(total * (1 - SPARE_SHARE)) - outside - self.peak())
+
+    def release(self) -> None:
+        """See `DeviceMemory.release`."""
+        torch.cuda.empty_cache()
+
+
+def device_memory(device: torch.device) -> DeviceMemory | None:
+    """The device's memory; None on a CPU, where nothing is rehearsed."""
+    return CudaMemory(device) if device.type == "cuda" else None
+
+
+def total_and_outside_torch(device: torch.device) -> tuple[int, int]:
+    """Bytes of a GPU, and those in use that torch knows nothing of: the context, NCCL, other processes."""
+    free, total = torch.cuda.mem_get_info(device)
+    return total, total - free - torch.cuda.memory_reserved(device)
+
+
+def own_memory_gib(device: torch.device) -> tuple[float | None, float]:
+    """What this run may plan with on each GPU, and what other processes hold of one. Collective; (None, 0) on CPUs.
+
+    The smallest of all ranks' GPUs: what is chosen by it must be the same everywhere. What is in use and not by torch
+    is the run's own up to what the planner counts for context and NCCL.
+    """
+    if device.type != "cuda":
+        return None, 0.0
+    total, outside = total_and_outside_torch(device)
+    typical = Gpu.load("h200")  # contexts of other types differ little
+    taken = max(0.0, outside - (typical.context_gib + typical.nccl_gib) * GIB)
+    least = torch.tensor([total - taken, -taken], dtype=torch.float64, device=device)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    own, others = (float(x) / GIB for x in least)
+    return own, -others
