@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ds_longft.config import RunConfig, SourceConfig, is_pattern
-from ds_longft.ds_config import DeepSpeedSettings, Device, load_ds_config, merge_ds_config
+from ds_longft.ds_config import DeepSpeedSettings, Device, merge_ds_config
+from ds_longft.ds_file import load_ds_config
 from ds_longft.errors import ConfigError
 from ds_longft.shipped import TEMPLATES, find_template
 

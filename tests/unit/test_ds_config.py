@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from ds_longft.config import RunConfig
-from ds_longft.ds_config import DeepSpeedSettings, Device, load_ds_config, merge_ds_config
+from ds_longft.ds_config import DeepSpeedSettings, Device, merge_ds_config
+from ds_longft.ds_file import load_ds_config
 from ds_longft.ds_keys import ALLOWED, LOWEST, REFUSED
 from ds_longft.errors import EXIT_CONFIG, ConfigError
 
