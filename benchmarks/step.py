@@ -114,7 +114,8 @@ def main() -> None:
 
     from ds_longft.config import RunConfig
     from ds_longft.data.deal import deal_documents
-    from ds_longft.ds_config import load_ds_config, merge_ds_config
+    from ds_longft.ds_config import merge_ds_config
+    from ds_longft.ds_file import load_ds_config
     from ds_longft.layout import ParallelLayout
     from ds_longft.model.flops import equal_cost_tokens, forward_flops, peak_tflops, step_flops
     from ds_longft.model.load import load_config

@@ -77,11 +77,6 @@ class Documents:
     lengths: tuple[int, ...]  # N document lengths in tokens
     own: Documents | None = None  # this rank's, where each rank holds whole documents: attention needs no other rank
 
-    @property
-    def max_length(self) -> int:
-        """The longest document in tokens."""
-        return max(self.lengths)
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -96,7 +91,7 @@ class Batch:
     targets: torch.Tensor  # [t] int64
     target_weights: torch.Tensor  # [t] float32
     documents: Documents
-    rope_tokens: int | None = None  # RoPE types that go by the length go by this; None: by the longest document
+    document_tokens: tuple[int, ...]  # [N] how many of each document's tokens are in this slice, on the host
     target_documents: torch.Tensor | None = (
         None  # [t] int64, the document each target lies in; where sums are by document
     )

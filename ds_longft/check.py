@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ds_longft.config import RunConfig, SourceConfig, is_pattern
-from ds_longft.ds_config import DeepSpeedSettings, Device, load_ds_config, merge_ds_config
+from ds_longft.ds_config import DeepSpeedSettings, Device, merge_ds_config
+from ds_longft.ds_file import load_ds_config
 from ds_longft.errors import ConfigError
 from ds_longft.shipped import TEMPLATES, find_template
 
@@ -66,7 +67,7 @@ def read_model_config(config: RunConfig) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"model.path: {path} cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"model.path: {path} holds a {type(content).__name__}, expected an object {{...}}")
@@ -104,7 +105,6 @@ def check_run(
         if sp:
             problems += _head_problems(_text_config(model_config), sp, world)
     problems += _length_problems(config, _text_config(model_config or {}))
-    problems += _reference_problems(config, _text_config(model_config or {}))
     problems += _data_problems(config)
     problems += _output_problems(config.output_dir)
     if config.lora is not None and config.lora.targets in ("", []):
@@ -251,19 +251,6 @@ def _length_problems(config: RunConfig, text: dict[str, Any]) -> list[str]:
             f"than data.max_length_tokens ({length}): leave the factor out, or give at least {length / window:g}"
         )
     return problems
-
-
-def _reference_problems(config: RunConfig, text: dict[str, Any]) -> list[str]:
-    """Precomputed log-probabilities hold for every pack a pair may lie in, or not at all."""
-    if config.objective != "dpo" or config.dpo.reference != "precomputed":
-        return []
-    types = _rope_types(text) if config.model.rope.type == "none" else {config.model.rope.type}
-    return [
-        f"dpo.reference is precomputed, but RoPE of type {rope} goes by the longest document of a pack, so a pair's "
-        f"log-probabilities depend on its neighbours: set it to auto, or model.rope.type to yarn, llama3, abf or linear"
-        for rope in LENGTH_AWARE_ROPE
-        if rope in types
-    ]
 
 
 def _rope_types(text: dict[str, Any]) -> set[str]:

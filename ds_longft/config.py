@@ -8,9 +8,9 @@ Token counts accept "128K" and "1M" (1024-based).
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 
 def parse_tokens(value: Any) -> Any:
@@ -35,6 +35,23 @@ class Section(BaseModel):
     """Base of every section: unknown keys are refused, values never change after reading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic would take `true` for 1."""
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if any(isinstance(part, bool) for part in parts) and not _takes_booleans(annotation):
+            raise ValueError("true and false are no numbers")
+        return value
+
+
+def _takes_booleans(annotation: Any) -> bool:
+    """Whether they may stand there, or in a section below, which judges them itself."""
+    if isinstance(annotation, type) and issubclass(annotation, bool | Section):
+        return True
+    return any(map(_takes_booleans, get_args(annotation)))
 
 
 class RopeConfig(Section):
@@ -71,8 +88,8 @@ class ModelConfig(Section):
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """Compute type. `auto`: bf16 on GPUs, fp32 on CPUs."""
 
-    kernel: str = "auto"
-    """Attention kernel by name (see `ds_longft.sequence.kernels`), or `auto` for the first that fits."""
+    kernel: Literal["auto", "flash-attn-4", "flash-attn-3", "cudnn", "flash-attn-2", "varlen", "cpu", "math"] = "auto"
+    """Attention kernel by name (README), or `auto` for the first that fits."""
 
     liger: Literal["auto", "off"] = "auto"
     """`auto`: fused norm, rotary and gated activation of liger-kernel where it is installed and knows the model
@@ -115,7 +132,9 @@ def is_pattern(path: str) -> bool:
 
 
 class SourceConfig(Section):
-    """One set of rows. A bare path stands for `{path: ...}`, so that `--data.train a.jsonl,b.jsonl` works."""
+    """One set of rows. A bare path stands for `{path: ...}`, so that `--data.train a.jsonl,b.jsonl` works, and in YAML
+    `train: a.jsonl`.
+    """
 
     @model_validator(mode="before")
     @classmethod
@@ -179,6 +198,11 @@ class DataConfig(Section):
 
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
     """Stop when more than this share of the rows is unusable (each is listed in the ledger)."""
+
+    @field_validator("train", "eval", mode="before")
+    @classmethod
+    def _one_path(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) and value else value
 
     def budget_tokens(self, documents_per_row: int) -> int:
         """Tokens of a full pack of several rows; a pair is a row of two documents."""

@@ -11,13 +11,11 @@ import copy
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from ds_longft.config import RunConfig
-from ds_longft.ds_keys import ALLOWED, REFUSED
+from ds_longft.ds_keys import ALLOWED, LOWEST, OPTIMIZER_PARAMS, REFUSED
 from ds_longft.errors import ConfigError
-from ds_longft.shipped import find_file
 from ds_longft.spellings import nearest
 
 Device = Literal["cuda", "cpu"]
@@ -36,25 +34,6 @@ class DeepSpeedSettings:
     sp: int | None  # the JSON's sequence_parallel_size, which the engine must not see
     stage: int  # ZeRO stage
     resident_if_fits: bool = False  # the JSON leaves it to us whether gathered weights stay on each GPU
-
-
-def load_ds_config(path: str | Path) -> dict[str, Any]:
-    """The DeepSpeed JSON as written. Raises ConfigError: no such file, bad JSON (with its line), a key given twice.
-
-    A relative path that does not exist here is looked for among the shipped files.
-    """
-    try:
-        content = json.loads(find_file(path).read_text(encoding="utf-8"), object_pairs_hook=_unique)
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise ConfigError(f"ds_config: {path} is not valid JSON: {where}: {error.msg}") from None
-    except _RepeatedKeyError as error:
-        raise ConfigError(f"ds_config: {path} has the key {error} twice in one section") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"ds_config: cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"ds_config: {path} holds a {type(content).__name__} at its top, expected an object {{...}}")
-    return content
 
 
 def merge_ds_config(
@@ -81,30 +60,25 @@ def merge_ds_config(
             "ds_config: zero_optimization.round_robin_gradients is true, and train.verify_first reads gradients, which "
             "DeepSpeed cannot with it: leave one of them out"
         )
+    hpz = zero.get("zero_hpz_partition_size", 1)
+    if isinstance(hpz, int) and world % hpz:
+        problems.append(
+            f"ds_config: zero_optimization.zero_hpz_partition_size is {hpz}, which does not divide the {world} ranks: "
+            f"it counts the ranks that share a second copy of the weights, in most cases those of a node"
+        )
+    problems += _optimizer_problems(engine, config)
     _choose_optimizer_mode(engine, config, device)
     for key, (value, why) in _values_from_run(engine, config, world, device).items():
         problems += _fill_or_compare(engine, key, value, why)
     resident_if_fits = zero.get("stage3_param_persistence_threshold") == "auto"
     _fill_sizes(zero, stage, lora=config.lora is not None, hidden=hidden_size or TYPICAL_HIDDEN_SIZE)
+    problems += _sum_type_problems(engine)
     _fill_sum_types(engine, stage, lora=config.lora is not None, packs=config.train.gradient_accumulation_steps)
     engine.setdefault("steps_per_print", NEVER_PRINT)
     problems += [f'ds_config: {key} is "auto", which nothing here can fill: give a value' for key in _autos(engine)]
     if problems:
         raise ConfigError(problems)
     return DeepSpeedSettings(engine=engine, sp=sp, stage=stage, resident_if_fits=resident_if_fits)
-
-
-class _RepeatedKeyError(Exception):
-    """A JSON object holds a key twice; Python's reader would silently keep the last."""
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in content:
-            raise _RepeatedKeyError(key)
-        content[key] = value
-    return content
 
 
 def _checked(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -139,6 +113,11 @@ def _value_problem(key: str, value: Any) -> str | None:
     if key not in ALLOWED:
         return f"ds_config: unknown key {key}{nearest(key, known)}"
     kinds = ALLOWED[key]
+    if key in LOWEST and value != "auto":
+        whole = isinstance(value, int | float) and not isinstance(value, bool) and float(value).is_integer()
+        if whole and value >= LOWEST[key]:
+            return None
+        return f"ds_config: {key} is {json.dumps(value)}, expected a whole number of at least {LOWEST[key]}"
     if (value == "auto" and dict not in kinds) or (
         isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
     ):
@@ -248,6 +227,33 @@ def _fill_sizes(zero: dict[str, Any], stage: int, *, lora: bool, hidden: int) ->
         sizes["stage3_prefetch_bucket_size"] = int(0.9 * hidden * hidden)
         sizes["stage3_param_persistence_threshold"] = 10 * hidden
     zero.update({key: size for key, size in sizes.items() if zero.get(key) == "auto"})
+
+
+def _sum_type_problems(engine: dict[str, Any]) -> list[str]:
+    """Sums of gradients in a type that is narrower than theirs depend on how many there are to add."""
+    exact = ["fp32", "bf16"] if engine["bf16"]["enabled"] is True else ["fp32"]
+    seen = {
+        "communication_data_type": engine.get("communication_data_type", "auto"),
+        "data_types.grad_accum_dtype": engine.get("data_types", {}).get("grad_accum_dtype", "auto"),
+    }
+    return [
+        f"ds_config: {key} is {json.dumps(value)}, expected {' or '.join(exact)}: this run's gradients are "
+        f"{exact[-1]}, and rounded to less before they are added, they depend on the number of ranks and packs; leave "
+        f"the key out"
+        for key, value in seen.items()
+        if value not in ("auto", *exact)
+    ]
+
+
+def _optimizer_problems(engine: dict[str, Any], config: RunConfig) -> list[str]:
+    """Parameters that the optimizer would raise over, after the model is loaded."""
+    known = OPTIMIZER_PARAMS[config.optim.type]
+    return [
+        f"ds_config: optimizer.params.{key} is {json.dumps(value)}, which optim.type {config.optim.type} does not know"
+        f"{nearest(key, known) or ': known are ' + ', '.join(known)}"
+        for key, value in engine.get("optimizer", {}).get("params", {}).items()
+        if key not in known
+    ]
 
 
 def _fill_sum_types(engine: dict[str, Any], stage: int, *, lora: bool, packs: int) -> None:

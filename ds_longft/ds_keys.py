@@ -60,6 +60,26 @@ ALLOWED: dict[str, tuple[type, ...]] = {
     "checkpoint": (dict,),
 }
 
+# Whole numbers, and the lowest DeepSpeed can work with.
+LOWEST = {
+    "zero_optimization.reduce_bucket_size": 1,
+    "zero_optimization.allgather_bucket_size": 1,
+    "zero_optimization.sub_group_size": 1,
+    "zero_optimization.zero_hpz_partition_size": 1,
+    "zero_optimization.stage3_prefetch_bucket_size": 0,
+    "zero_optimization.stage3_param_persistence_threshold": 0,
+    "zero_optimization.stage3_model_persistence_threshold": 0,
+    "zero_optimization.stage3_max_live_parameters": 0,
+    "zero_optimization.stage3_max_reuse_distance": 0,
+    "steps_per_print": 1,
+}
+
+# Of an optimizer that the JSON names, beside those that the run config decides.
+OPTIMIZER_PARAMS = {
+    "adamw": ("lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode"),
+    "sgd": ("lr", "weight_decay", "momentum", "dampening", "nesterov"),
+}
+
 _SCALE = "the loss is scaled for a plain mean over all ranks; leave the key out"
 _LOSSY = "it rounds what ranks send each other, so that the result depends on how many there are; leave the key out"
 _DATA = "data and its order are the run config's (section data); leave the key out"

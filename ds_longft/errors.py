@@ -51,6 +51,6 @@ class GpuMemoryError(LongftError):
 
 
 class NonFiniteError(LongftError):
-    """Loss or gradient is NaN or infinite on some rank; the weights were not touched."""
+    """Loss, gradient or a log-probability is NaN or infinite on some rank; the weights were not touched."""
 
     exit_code = EXIT_NON_FINITE

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, BeforeValidator, ValidationError
 
-from ds_longft.config import RunConfig, parse_tokens
+from ds_longft.config import RunConfig, SourceConfig, parse_tokens
 from ds_longft.spellings import nearest
 
 _NO_VALUE = object()
@@ -116,7 +116,8 @@ def describe(annotation: Any, metadata: list[Any]) -> str:
     if origin is tuple:
         return f"a list of {len(get_args(annotation))}: {describe(get_args(annotation)[0], [])}"
     if models := _models_of(annotation):
-        return f"a section (keys {', '.join(models[0].model_fields)})"
+        bare = "a path or " if models[0] is SourceConfig else ""
+        return f"{bare}a section (keys {', '.join(models[0].model_fields)})"
     bounds = [
         f" {word} {getattr(m, name)}" for m in metadata for kind, (name, word) in _BOUNDS.items() if isinstance(m, kind)
     ]

@@ -29,6 +29,7 @@ example:
       --model.path Qwen/Qwen3-8B --data.train my.jsonl --data.max_length_tokens 128K --sp 8
 
 Values: 128K and 1M count tokens (1024-based), null switches off (--lora null), lists are comma separated.
+Of a key given twice the last counts.
 Every key may also stand in the YAML file, nested: `data: {max_length_tokens: 128K}`.
 """
 
@@ -69,7 +70,10 @@ def load_config(argv: list[str], preflight: Callable[[RunConfig], object] | None
     from_file: dict[str, Any] = {}
     if path is not None:
         try:
-            from_file = read_config_file(Path(path))
+            content = read_config_file(Path(path))
+            if no_words := _keys_that_are_no_words(content):
+                raise ConfigError([f"--config: {path}: {text}, expected a word" for text in no_words])
+            from_file = content
         except ConfigError as error:
             problems |= dict.fromkeys(error.problems, EVERY_KEY)
     return _validate(_deep_merge(from_file, given), problems, preflight)
@@ -98,6 +102,21 @@ def dump_config(config: RunConfig) -> str:
     return dump_yaml(config.model_dump(mode="json"))
 
 
+def _keys_that_are_no_words(content: Any, path: tuple[int | str, ...] = ()) -> list[str]:
+    """`1: 2` has a number for a key, which no section has and no message could name."""
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    where = f" of {dotted(path)}" if path else ""
+    return [
+        text
+        for key, value in items
+        for text in (
+            [f"key {'null' if key is None else str(key).lower()}{where} is no text"]
+            if isinstance(content, dict) and not isinstance(key, str)
+            else _keys_that_are_no_words(value, (*path, key))
+        )
+    ]
+
+
 def _read_command_line(argv: list[str]) -> tuple[dict[str, Any], Problems]:
     """What was given, nested and not yet validated, and the problems of reading it."""
     source = CliSettingsSource[Any](CommandLine, cli_ignore_unknown_args=True, cli_exit_on_error=False)
@@ -113,7 +132,10 @@ def _read_command_line(argv: list[str]) -> tuple[dict[str, Any], Problems]:
             return {}, {problem: EVERY_KEY}
         given, problems = _read_command_line(rest)
         return given, {problem: key, **problems}
-    return given, _unrecognised_problems(given.pop("unrecognised", [])) | _half_null_problems(given, argv)
+    problems = _unrecognised_problems(given.pop("unrecognised", [])) | _half_null_problems(given, argv)
+    if sum(word.split("=")[0] == "--config" for word in argv) > 1:  # of the first one nothing would be left
+        problems["--config is given twice on the command line: one file holds a run's keys"] = EVERY_KEY
+    return given, problems
 
 
 def _unreadable(message: str) -> tuple[str, str]:

@@ -19,7 +19,8 @@ documents on GPUs joined by NVLink (8B shapes, sp 2 beside one GPU; benchmarks/r
 def deal_documents(
     lengths: NDArray[np.int64], sp: int, most_tokens: int, equal_cost_tokens: int
 ) -> list[list[int]] | None:
-    """Numbers of the documents of each of `sp` ranks, each in order; None where they cannot be dealt evenly.
+    """Numbers of the documents of each of `sp` ranks, each in order and none without one; None where they cannot be
+    dealt evenly.
 
     Args:
         lengths: [N] tokens of the documents of a pack.
@@ -31,7 +32,8 @@ def deal_documents(
     places, or one moves, until no rank has too many tokens.
     """
     costs = costs_of(lengths, equal_cost_tokens)
-    if not len(lengths) or max(lengths.max() * sp, lengths.sum()) > most_tokens * sp:
+    # From 21 ranks on, one without a document would be within MOST_UNEVEN; models do not take a pass without tokens.
+    if len(lengths) < sp or max(lengths.max() * sp, lengths.sum()) > most_tokens * sp:
         return None
     if costs.max() * sp > MOST_UNEVEN * costs.sum():
         return None

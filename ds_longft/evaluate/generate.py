@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from ds_longft.evaluate.haystack import MARK
 from ds_longft.evaluate.subject import Loaded
 from ds_longft.evaluate.texts import encode
-from ds_longft.model.rope import set_rope_length
+from ds_longft.model.rope_lengths import cache_outdated, set_rope_lengths
 
 CHUNK_TOKENS = 8192
 """Of a prompt at a time: its activations, not the prompt's, are what a GPU holds beside weights and cache."""
@@ -36,13 +36,9 @@ def generate(
     lengths = {len(prompt) for prompt in prompts}
     assert len(lengths) == 1, f"prompts of {sorted(lengths)} tokens in one batch"
     ids = torch.tensor([list(prompt) for prompt in prompts], device=loaded.device)  # [B, n]
-    # Types of RoPE that depend on the length see chunks only: the whole length decides.
-    set_rope_length(loaded.plain.get_decoder(), ids.shape[1] + max_new_tokens)
     cache = DynamicCache()  # without the config: sliding layers keep all keys, the attention cuts them
-    chunks = ids.split(max(1, chunk_tokens // len(prompts)), dim=1)
-    for chunk in chunks[:-1]:
-        _read(loaded, chunk, cache)
-    logits = _logits(loaded, chunks[-1], cache)
+    most = max(1, chunk_tokens // len(prompts))
+    logits = _logits(loaded, ids, cache, most)
     stop = torch.tensor(sorted(stop_ids), device=loaded.device)
     done = torch.zeros(len(prompts), dtype=torch.bool, device=loaded.device)
     steps: list[Tensor] = []
@@ -54,7 +50,10 @@ def generate(
         done |= torch.isin(token, stop)
         if i + 1 == max_new_tokens or bool(done.all()):
             break
-        logits = _logits(loaded, token[:, None], cache)
+        if cache_outdated(loaded.plain.config, ids.shape[1], ids.shape[1] + 1):
+            cache = DynamicCache()
+        ids = torch.cat([ids, token[:, None]], 1)
+        logits = _logits(loaded, ids, cache, most)
     stops = set(stop_ids) | {-1}
     return [_until(row, stops) for row in torch.stack(steps, 1).tolist()]
 
@@ -73,18 +72,18 @@ def end_ids(loaded: Loaded, tokenizer: Any) -> set[int]:
     return ids
 
 
-def _read(loaded: Loaded, ids: Tensor, cache: DynamicCache) -> Tensor:
-    """Hidden states [B, n, D] of the next tokens; their keys and values go into the cache."""
-    start = cache.get_seq_length()
-    positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None].expand(len(ids), -1)
+def _logits(loaded: Loaded, ids: Tensor, cache: DynamicCache, most: int) -> Tensor:
+    """Float32 logits [B, V] of what follows the text ids [B, n]. Capping would not change which is largest.
+
+    What the cache lacks of the text is read, `most` tokens at a time, and its keys and values go into the cache.
+    """
     decoder = loaded.plain.get_decoder()
-    return decoder(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).last_hidden_state
-
-
-def _logits(loaded: Loaded, ids: Tensor, cache: DynamicCache) -> Tensor:
-    """Float32 logits [B, V] of what follows the last of these tokens. Capping would not change which is largest."""
-    hidden = _read(loaded, ids, cache)
-    return loaded.plain.get_output_embeddings()(hidden[:, -1]).float()
+    set_rope_lengths(decoder, [ids.shape[1]])  # a chunk is a part of the whole text
+    positions = torch.arange(ids.shape[1], device=ids.device)[None].expand(len(ids), -1)
+    start = cache.get_seq_length()
+    for chunk, where in zip(ids[:, start:].split(most, 1), positions[:, start:].split(most, 1), strict=True):
+        out = decoder(input_ids=chunk, position_ids=where, past_key_values=cache, use_cache=True)
+    return loaded.plain.get_output_embeddings()(out.last_hidden_state[:, -1]).float()
 
 
 def _until(row: list[int], stops: set[int]) -> list[int]:

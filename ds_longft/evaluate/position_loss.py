@@ -17,7 +17,7 @@ from ds_longft.batch import IGNORE_INDEX, Pack
 from ds_longft.data.pack import pack_of
 from ds_longft.evaluate.subject import Loaded
 from ds_longft.layout import ParallelLayout
-from ds_longft.model.rope import set_rope_length
+from ds_longft.model.rope_lengths import set_rope_lengths
 from ds_longft.sequence.loss import CHUNK_BYTES, logit_transform
 from ds_longft.sequence.shard import shard
 
@@ -66,7 +66,7 @@ def bucket_losses(
     config = loaded.plain.config
     transform, head = logit_transform(config), loaded.plain.get_output_embeddings()
     batch = shard(pack, layout, loaded.device)
-    set_rope_length(loaded.plain.get_decoder(), batch.documents.max_length)
+    set_rope_lengths(loaded.plain.get_decoder(), batch.documents.lengths, batch.document_tokens)
     hidden = loaded.plain.get_decoder()(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,

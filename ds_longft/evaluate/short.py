@@ -127,8 +127,10 @@ def _text_loss(loaded: Any, ids: list[int]) -> float:
     """Mean loss (nats) of the tokens after the first."""
     import torch
 
+    from ds_longft.model.rope_lengths import set_rope_lengths
     from ds_longft.sequence.loss import logit_transform
 
+    set_rope_lengths(loaded.plain.get_decoder(), [len(ids)])
     with torch.no_grad():
         row = torch.tensor([ids], device=loaded.device)
         hidden = loaded.plain.get_decoder()(input_ids=row, use_cache=False).last_hidden_state[0, :-1]

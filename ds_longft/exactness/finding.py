@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,11 @@ import torch
 
 Gather = Callable[[Any], list[Any]]
 """Every rank's small value, in rank order, on every rank; collective."""
+
+
+def nan_as_inf(value: float) -> float:
+    """A number that max() and min() can compare: they lose one that is none, max(0.0, nan) is 0.0."""
+    return math.inf if math.isnan(value) else value
 
 
 @dataclass(frozen=True)

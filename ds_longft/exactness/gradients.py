@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ds_longft.exactness.engine_step import Gradients
-from ds_longft.exactness.finding import ROUNDING_GROWTH, Finding, Tolerance
+from ds_longft.exactness.finding import ROUNDING_GROWTH, Finding, Tolerance, nan_as_inf
 from ds_longft.layout import ParallelLayout
 
 CHECK = "1 loss and gradients"
@@ -41,19 +41,20 @@ def difference(ours: Gradients, reference: Gradients) -> Difference:
     """How far `ours` lies from `reference`. Rank 0 only, where the gradients are."""
     assert set(ours.grads) == set(reference.grads), "other parameters are trained than in the reference"
     dot = squares = ours_squares = 0.0
-    worst, worst_name = 0.0, ""
+    apart = {"": 0.0}
     for name, truth in reference.grads.items():
         a, b = ours.grads[name].double(), truth.double()
         dot += float((a * b).sum())
         squares, ours_squares = squares + float(b.square().sum()), ours_squares + float(a.square().sum())
-        apart = float((a - b).norm())
-        if not apart <= worst:
-            worst, worst_name = apart, name
+        apart[name] = nan_as_inf(float((a - b).norm()))
+    worst_name = max(apart, key=lambda name: apart[name])
+    worst = apart[worst_name]
     norm, ours_norm = math.sqrt(squares), math.sqrt(ours_squares)
+    away = 1 - dot / (norm * ours_norm) if norm and ours_norm else float(norm != ours_norm)
     return Difference(
         loss=abs(ours.loss - reference.loss) / max(abs(reference.loss), 1e-30),
         ratio=ours_norm / norm if norm else float(ours_norm == 0),
-        direction=max(0.0, 1 - dot / (norm * ours_norm)) if norm and ours_norm else float(norm != ours_norm),
+        direction=max(0.0, nan_as_inf(away)),
         worst=worst / norm if norm else worst,
         worst_name=worst_name,
     )
@@ -72,7 +73,8 @@ def judge(
 
     def allowed(name: str) -> float:
         usual = float(getattr(tolerance, name))
-        return max(usual, ROUNDING_GROWTH * float(getattr(rounding, name))) if rounding else usual
+        grown = ROUNDING_GROWTH * float(getattr(rounding, name)) if rounding else 0.0
+        return max(usual, grown) if math.isfinite(grown) else usual
 
     rows = [
         ("loss", d.loss, allowed("loss"), f"{ours.loss:.6f} against {reference.loss:.6f}"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_longft.batch import Pack
-from ds_longft.exactness.finding import Finding, Gather
+from ds_longft.exactness.finding import Finding, Gather, nan_as_inf
 from ds_longft.layout import ParallelLayout
 from ds_longft.sequence.shard import shard
 
@@ -29,16 +30,19 @@ def decoder_of(model: nn.Module) -> nn.Module:
 
 def check_borders(packs: Sequence[Pack], gather: Gather) -> Finding:
     """Whether every row of the packs is a document of its own (a pair two), as the data made them. Collective."""
-    expected = (
+    missing = [  # of each pack, below zero where it has too many: one of each must not add up to none
         len(p.rows) * (1 if p.pairs is None else 2) + bool(p.padding_tokens) - (len(p.cu_seqlens) - 1)
         for p in packs
         if p.rows
+    ]
+    lost, extra = (sum(gather(sum(max(0, sign * n) for n in missing))) for sign in (1, -1))
+    cause = (
+        f"{lost} borders between rows are missing in the packs' cu_seqlens: their rows would see each other"
+        if lost
+        else f"{extra} borders in the packs' cu_seqlens are none between rows: tokens would not see all of their row"
     )
-    merged = sum(gather(sum(expected)))
-    cause = f"{abs(merged)} borders between rows are missing in the packs' cu_seqlens: their rows would see each other"
-    return Finding.judged(
-        CHECK, "rows without a border to the next", merged == 0, str(merged), "0", cause, value=merged
-    )
+    wrong = lost + extra
+    return Finding.judged(CHECK, "rows without a border to the next", wrong == 0, str(wrong), "0", cause, value=wrong)
 
 
 def check_isolation(
@@ -58,7 +62,7 @@ def check_isolation(
         return [Finding(CHECK, "other documents", None, note="the pack holds a single document")]
     before = _hidden_states(engine, pack, layout, device)
     worst_other = worst_earlier = 0.0
-    least_own, leak = float("inf"), ""
+    least_own, most_own, leak = math.inf, 0.0, ""
     for i in long_enough[:: max(1, len(long_enough) // PROBES)][:PROBES]:
         a, b = documents[i]
         at = (a + b) // 2
@@ -66,14 +70,15 @@ def check_isolation(
         ids[at] = (ids[at] + vocab_size // 2) % vocab_size
         moved = (_hidden_states(engine, replace(pack, input_ids=ids), layout, device) - before).abs().amax(-1)  # [s]
         whole = torch.zeros(pack.tokens, device=device, dtype=moved.dtype)
-        whole[pack.part(layout.sp, layout.sp_rank)] = moved
+        whole[pack.part(layout.sp, layout.sp_rank)] = moved.nan_to_num(nan=math.inf, posinf=math.inf)
         dist.all_reduce(whole, op=dist.ReduceOp.MAX)
         own = float(whole[at:b].max())
-        least_own = min(least_own, own)
-        worst_earlier = max(worst_earlier, float(whole[a:at].max()) / max(own, 1e-30))
+        least_own, most_own = min(least_own, own), max(most_own, own)
+        shares = whole / max(own, 1e-30)
+        worst_earlier = max(worst_earlier, nan_as_inf(float(shares[a:at].max())))
         for j, (c, d) in enumerate(documents):
-            other = float(whole[c:d].max()) / max(own, 1e-30) if j != i else 0.0
-            if not other <= worst_other:
+            other = nan_as_inf(float(shares[c:d].max())) if j != i else 0.0
+            if other > worst_other:
                 worst_other, leak = other, f"a token of document {i} moves document {j}"
     return [
         Finding.at_most(
@@ -94,11 +99,13 @@ def check_isolation(
         Finding.judged(
             CHECK,
             "states behind the changed token do move",
-            least_own > 0,
-            f"{least_own:.1e}",
+            0 < least_own <= most_own < math.inf,
+            f"{least_own:.1e}" if most_own < math.inf else "no number",
             "> 0",
-            "nothing moves at all: the model does not read its input",
-            value=least_own,
+            "nothing moves at all: the model does not read its input"
+            if most_own < math.inf
+            else "the model's hidden states are no numbers",
+            value=least_own if most_own < math.inf else most_own,
         ),
     ]
 

@@ -56,9 +56,9 @@ def check_positions(
     wrong = int((live != expected).sum()) if len(live) == len(expected) else len(expected)
     findings = []
     if parts:
-        length = int(np.diff(pack.cu_seqlens).max())
         try:
-            error, note = check_rope(decoder, hf_config, length), ", ".join(str(p["rope_type"]) for p in parts.values())
+            error = check_rope(decoder, hf_config, np.diff(pack.cu_seqlens).tolist())
+            note = ", ".join(str(p["rope_type"]) for p in parts.values())
         except ModelError as e:
             error, note = float("inf"), str(e)
         what = "inverse frequencies against the config's formula"

@@ -3,27 +3,24 @@
 Two facts make this more than a config edit:
 - A stretch that arrives too late, is dropped on the way, or is rounded to bf16 trains without any error. So the
   inverse frequencies are computed again in float64 (`rope_formulas`) and compared with the buffers the model uses.
-- `dynamic` and `longrope` choose their frequencies from the longest position they see. Under sequence parallelism a
-  rank sees its shard only, and ranks would disagree. `set_rope_length` makes the choice once, from the whole pack.
+- `dynamic` and `longrope` choose their frequencies by the length of a text: see `rope_lengths`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import cast
+from collections.abc import Iterable
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PretrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ds_longft.config import RopeConfig
 from ds_longft.errors import ModelError
 from ds_longft.model.rope_formulas import expected_frequencies, rope_parts, rotary_dim
+from ds_longft.model.rope_lengths import LENGTH_DEPENDENT, ByDocument, length_dependent_layers, rotary_modules
 
-LENGTH_DEPENDENT = ("dynamic", "longrope")
 # Frequencies of at most one turn over the old window are interpolated, those of at least four stay (as in Llama 3.1).
 LLAMA3_BLEND = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 MAX_RELATIVE_ERROR = 1e-5  # HF's own float32 arithmetic stays near 1e-6; bf16 rounding makes 4e-3
@@ -36,7 +33,7 @@ def window_tokens(hf_config: PretrainedConfig) -> int | None:
 
 def positions_end(hf_config: PretrainedConfig) -> int | None:
     """The longest document that can be trained without `model.rope`, in tokens; None where any can."""
-    return None if _length_dependent_layers(hf_config) else window_tokens(hf_config)
+    return None if length_dependent_layers(hf_config) else window_tokens(hf_config)
 
 
 def apply_rope(hf_config: PretrainedConfig, rope: RopeConfig, max_length_tokens: int) -> None:
@@ -72,42 +69,58 @@ def apply_rope(hf_config: PretrainedConfig, rope: RopeConfig, max_length_tokens:
     _check_survives_saving(hf_config, rope)
 
 
-def check_rope(model: nn.Module, hf_config: PretrainedConfig, longest_document_tokens: int | None = None) -> float:
+def check_rope(model: nn.Module, hf_config: PretrainedConfig, document_lengths: Iterable[int] = ()) -> float:
     """Compare the model's live inverse frequencies and attention scaling with the float64 formulas.
 
     Call it after the last step that touches the model (DeepSpeed's initialize may cast buffers).
-    `longest_document_tokens`: what `set_rope_length` was last called with, for the types that depend on it.
+    `document_lengths`: where the frequencies depend on the length, those of each of these documents are compared too.
     Returns the worst relative difference.
 
     Raises:
         ModelError: they differ by more than 1e-5, or no rotary buffers were found although the config states RoPE.
     """
     parts, worst, seen = rope_parts(hf_config), 0.0, set()
-    for rotary, layer_type, prefix in _rotary_modules(model, hf_config):
+    by_length = length_dependent_layers(hf_config)
+    for rotary, layer_type, prefix in rotary_modules(model, hf_config):
         seen.add(layer_type)
-        frequencies, scaling = expected_frequencies(hf_config, layer_type, longest_document_tokens)
-        live = getattr(rotary, f"{prefix}inv_freq").detach().double().cpu()
         where = f"RoPE ({parts[layer_type]['rope_type']}{', ' + layer_type if layer_type else ''})"
-        if live.shape != frequencies.shape:
-            raise ModelError(
-                f"{where}: the model holds {live.numel()} inverse frequencies, its config implies {frequencies.numel()}"
+        for length in (None, *(sorted(set(document_lengths)) if layer_type in by_length else ())):
+            frequencies, scaling = expected_frequencies(hf_config, layer_type, length)
+            live = getattr(rotary, f"{prefix}inv_freq")
+            if length is not None and isinstance(rotary.forward, ByDocument):
+                live = rotary.forward.frequencies(layer_type, length)
+            error = _relative_error(
+                (live.detach().double().cpu(), float(getattr(rotary, f"{prefix}attention_scaling", 1.0))),
+                (frequencies, scaling),
+                where + ("" if length is None else f", document of {length} tokens"),
             )
-        pairs = torch.cat([live, torch.tensor([float(getattr(rotary, f"{prefix}attention_scaling", 1.0))]).double()])
-        truth = torch.cat([frequencies, torch.tensor([scaling]).double()])
-        # a frequency of exactly zero (a part that is not rotated) must be exactly zero in the model too
-        relative = (pairs - truth).abs() / torch.where(truth == 0, torch.tensor(1e-30).double(), truth.abs())
-        worst = max(worst, float(relative.max()))
-        if not worst <= MAX_RELATIVE_ERROR:
-            hint = " (the size of bf16 rounding: the buffer was cast)" if 1e-4 < worst < 8e-3 else ""
-            raise ModelError(
-                f"{where}: live inverse frequencies differ from the config's by {worst:.1e} relative{hint}, allowed "
-                f"{MAX_RELATIVE_ERROR:.0e}; the model would train with other positions than its config states"
-            )
+            worst = max(worst, error)
     missing = set(parts) - seen
     if missing:
         raise ModelError(
             f"the config of {hf_config.model_type} states RoPE, but the model has no inverse-frequency buffer"
             f"{' for ' + ', '.join(map(str, missing)) if missing != {None} else ''}: what it uses cannot be checked"
+        )
+    return worst
+
+
+def _relative_error(live: tuple[torch.Tensor, float], truth: tuple[torch.Tensor, float], where: str) -> float:
+    """The worst of frequencies and scaling. Raises ModelError where it is more than MAX_RELATIVE_ERROR."""
+    if live[0].shape != truth[0].shape:
+        raise ModelError(
+            f"{where}: the model holds {live[0].numel()} inverse frequencies, its config implies {truth[0].numel()}"
+        )
+    ours, wanted = (
+        torch.cat([frequencies, torch.tensor([scaling]).double()]) for frequencies, scaling in (live, truth)
+    )
+    # a frequency of exactly zero (a part that is not rotated) must be exactly zero in the model too
+    relative = (ours - wanted).abs() / torch.where(wanted == 0, torch.tensor(1e-30).double(), wanted.abs())
+    worst = float(relative.max())
+    if not worst <= MAX_RELATIVE_ERROR:
+        hint = " (the size of bf16 rounding: the buffer was cast)" if 1e-4 < worst < 8e-3 else ""
+        raise ModelError(
+            f"{where}: live inverse frequencies differ from the config's by {worst:.1e} relative{hint}, allowed "
+            f"{MAX_RELATIVE_ERROR:.0e}; the model would train with other positions than its config states"
         )
     return worst
 
@@ -118,57 +131,12 @@ def restore_rope(model: nn.Module, hf_config: PretrainedConfig) -> None:
     zero.Init makes every float tensor in the model's dtype, also the frequencies. transformers 5.23 computes them again
     after loading, 5.17 does not: theirs differ by up to 2e-3 from the config's. The module itself makes the new ones.
     """
-    for rotary, _, prefix in list(_rotary_modules(model, hf_config)):
+    for rotary, _, prefix in list(rotary_modules(model, hf_config)):
         rounded = getattr(rotary, f"{prefix}inv_freq")
         if rounded.dtype != torch.float32:
             fresh = type(rotary)(rotary.config)
             for name, buffer in fresh.named_buffers(recurse=False):
                 setattr(rotary, name, buffer.to(rounded.device))
-
-
-def set_rope_length(model: nn.Module, longest_document_tokens: int) -> bool:
-    """Fix the inverse frequencies as a full-sequence forward over that longest document would choose them.
-
-    Call before each forward with the longest document of the *whole* pack, on every rank alike. Hugging Face's own
-    per-forward update (which sees the local shard only) is switched off for good on the first call. The choice depends
-    on this length alone, never on earlier packs. Free for models whose RoPE does not depend on the length.
-    Returns whether the model's RoPE depends on the length.
-    """
-    hf_config = model.config
-    assert isinstance(hf_config, PretrainedConfig)
-    layers = _length_dependent_layers(hf_config)
-    if not layers:
-        return False
-    parts = rope_parts(hf_config)
-    for rotary, layer_type, prefix in _rotary_modules(model, hf_config):
-        if layer_type not in layers:
-            continue
-        name = f"{prefix}inv_freq"
-        keywords = {} if layer_type is None else {"layer_type": layer_type}
-        initialise = ROPE_INIT_FUNCTIONS[parts[layer_type]["rope_type"]]
-        device = getattr(rotary, name).device
-        frequencies, _ = initialise(hf_config, device, seq_len=longest_document_tokens, **keywords)
-        setattr(rotary, name, frequencies)
-        # transformers updates the frequencies per forward only if the module (not the config) names such a type
-        if layer_type is None:
-            rotary.rope_type = "default"  # type: ignore[assignment]
-        else:
-            cast(dict[str, str], rotary.rope_type)[layer_type] = "default"
-    return True
-
-
-def _length_dependent_layers(hf_config: PretrainedConfig) -> set[str | None]:
-    return {layer for layer, part in rope_parts(hf_config).items() if part["rope_type"] in LENGTH_DEPENDENT}
-
-
-def _rotary_modules(model: nn.Module, hf_config: PretrainedConfig) -> Iterator[tuple[nn.Module, str | None, str]]:
-    """Every (module, layer type, attribute prefix) that holds inverse frequencies."""
-    parts = rope_parts(hf_config)
-    for module in model.modules():
-        for layer_type in parts:
-            prefix = "" if layer_type is None else f"{layer_type}_"
-            if isinstance(getattr(module, f"{prefix}inv_freq", None), torch.Tensor):
-                yield module, layer_type, prefix
 
 
 def _factor(rope: RopeConfig, window: int, max_length_tokens: int) -> float:

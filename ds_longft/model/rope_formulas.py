@@ -32,11 +32,11 @@ def rotary_dim(hf_config: PretrainedConfig, parameters: dict) -> int:
 
 
 def expected_frequencies(
-    hf_config: PretrainedConfig, layer_type: str | None, longest_document_tokens: int | None = None
+    hf_config: PretrainedConfig, layer_type: str | None, document_tokens: int | None = None
 ) -> tuple[torch.Tensor, float]:
     """Inverse frequencies [d / 2] float64 and the factor on cos and sin, for one layer type.
 
-    `longest_document_tokens` matters for `dynamic` and `longrope` only; None is the state after loading.
+    `document_tokens`: of the document, for `dynamic` and `longrope` alone; None is the state after loading.
     """
     parameters = rope_parts(hf_config)[layer_type]
     dim = rotary_dim(hf_config, parameters)
@@ -49,12 +49,12 @@ def expected_frequencies(
         case "linear":
             return plain / parameters["factor"], 1.0
         case "dynamic":
-            factor, length = parameters["factor"], max(longest_document_tokens or window, window)
+            factor, length = parameters["factor"], max(document_tokens or window, window)
             return _plain(theta * (factor * length / window - (factor - 1)) ** (dim / (dim - 2)), dim), 1.0
         case "yarn":
             return _yarn(plain, theta, dim, parameters, window)
         case "longrope":
-            return _longrope(plain, parameters, window, longest_document_tokens)
+            return _longrope(plain, parameters, window, document_tokens)
         case "llama3":
             return _llama3(plain, parameters), 1.0
         case other:
@@ -101,11 +101,11 @@ def _mscale(factor: float, mscale: float) -> float:
 
 
 def _longrope(
-    plain: torch.Tensor, parameters: dict, window: int, longest_document_tokens: int | None
+    plain: torch.Tensor, parameters: dict, window: int, document_tokens: int | None
 ) -> tuple[torch.Tensor, float]:
     """LongRoPE: one divisor per frequency, another set once a document is longer than the original window."""
     original = parameters["original_max_position_embeddings"]
-    is_long = longest_document_tokens is not None and longest_document_tokens > original
+    is_long = document_tokens is not None and document_tokens > original
     divisors = torch.tensor(parameters["long_factor" if is_long else "short_factor"], dtype=torch.float64)
     factor = parameters.get("factor") or window / original
     scaling = parameters.get("attention_factor")

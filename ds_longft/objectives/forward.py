@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ds_longft.batch import Batch
 from ds_longft.layout import ParallelLayout
-from ds_longft.model.rope import set_rope_length
+from ds_longft.model.rope_lengths import set_rope_lengths
 from ds_longft.sequence.attention import ULYSSES
 from ds_longft.sequence.loss import ChunkedHead, DocumentRows
 
@@ -31,8 +31,7 @@ class ShardedModel:
         """sum(w * ce) over this rank's targets, a scalar in at least float32; where the batch's targets know their
         document, the sum of each document, [N] float64. No collective beyond attention's.
         """
-        # The whole pack's longest document, not this shard's.
-        set_rope_length(self.decoder, batch.rope_tokens or batch.documents.max_length)
+        set_rope_lengths(self.decoder, batch.documents.lengths, batch.document_tokens)
         hidden = self.decoder(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,

@@ -43,6 +43,7 @@ def shard(pack: Pack, layout: ParallelLayout, device: torch.device, *, by_docume
         targets=put(labels[rows]),  # [t]
         target_weights=put(weights[rows]),  # [t]
         documents=Documents(put(pack.cu_seqlens), tuple(np.diff(pack.cu_seqlens).tolist()), own),
+        document_tokens=tuple(np.diff(np.clip(pack.cu_seqlens, local.start, local.stop)).tolist()),
         target_documents=put(_document_of(rows + local.start, pack)) if by_document else None,  # [t]
     )
 

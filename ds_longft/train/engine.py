@@ -34,6 +34,7 @@ from ds_longft.plan.of_run import gpu_of_run
 from ds_longft.sequence.attention import ULYSSES, register
 from ds_longft.sequence.linear import LinearGroup, unhook
 from ds_longft.train.install import Recompute, fuse_and_tile, fused_kernels, liger_fits
+from ds_longft.train.model_check import check_zero_section
 
 
 @dataclass
@@ -83,6 +84,7 @@ def build(
     `prepare` is called with the model, adapters in place, before the optimizer copies its weights, `loaded` when that
     model stands.
     """
+    check_zero_section(engine_config)
     register()
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True)

@@ -1,14 +1,19 @@
-"""What the model's config alone decides, before processes join, data is tokenised or a weight is read."""
+"""What the model's config and the engine's JSON decide before a weight is read."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import ValidationError
 
 from ds_longft.config import RunConfig
+from ds_longft.errors import ConfigError
 from ds_longft.model.flops import layer_windows
 from ds_longft.model.load import load_config
 from ds_longft.sequence.attention import ULYSSES
-from ds_longft.sequence.kernels import AttentionSpec, choose_kernel, kernel_by_name
+from ds_longft.sequence.kernels import AttentionSpec, choose_kernel
 
 
 def check_model(config: RunConfig, sp: int, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
@@ -20,8 +25,6 @@ def check_model(config: RunConfig, sp: int, device: torch.device, dtype: torch.d
         ModelError: a model that cannot be split, a length outside its positions, a kernel that is unknown or cannot do
             what a layer asks for.
     """
-    if config.model.kernel != "auto":
-        kernel_by_name(config.model.kernel)  # before anything is read from the hub
     hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation=ULYSSES)
     heads = hf_config.num_attention_heads
     head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads
@@ -40,3 +43,19 @@ def check_model(config: RunConfig, sp: int, device: torch.device, dtype: torch.d
         names.append(kernel.name)
         lines[f"{kernel.name} ({reason})"] = True
     return names[0], "attention kernel: " + "; ".join(lines)
+
+
+def check_zero_section(engine_config: dict[str, Any]) -> None:
+    """Have DeepSpeed read the sections inside `zero_optimization` that are its business.
+
+    Raises:
+        ConfigError: with every value it refuses. It would say so itself, after the model is loaded.
+    """
+    try:
+        DeepSpeedZeroConfig(**engine_config.get("zero_optimization", {}))
+    except ValidationError as error:
+        problems = []
+        for detail in error.errors():
+            key = ".".join(["zero_optimization", *map(str, detail["loc"])])
+            problems.append(f"ds_config: {key} is {detail['input']!r}, which DeepSpeed refuses: {detail['msg']}")
+        raise ConfigError(problems) from None

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -85,8 +85,7 @@ class _Run:
     def of(cls, engine: Any, pack: Pack, layout: ParallelLayout, device: torch.device) -> _Run:
         assert pack.pairs is not None, "a pack of pairs is needed"
         packs = [pack] if engine.module.passes == "one" else list(pair_sides(pack, layout.sp))
-        longest = int(np.diff(pack.cu_seqlens).max())
-        batches = [replace(shard(p, layout, device, by_document=True), rope_tokens=longest) for p in packs]
+        batches = [shard(p, layout, device, by_document=True) for p in packs]
         trained = ((pack.labels != IGNORE_INDEX) & (pack.loss_weights != 0)).astype(np.float64)
         counts = np.add.reduceat(trained, pack.cu_seqlens[:-1])[: 2 * len(pack.pairs)].reshape(-1, 2)
         weights = torch.from_numpy(pack.pairs.weights.astype(np.float64)).to(device)

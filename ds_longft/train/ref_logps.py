@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ds_longft.config import RunConfig
-from ds_longft.errors import ConfigError
+from ds_longft.errors import ConfigError, NonFiniteError
 from ds_longft.settings import load_config
 from ds_longft.train.launch import Flags, launch_ranks, run_rank
 from ds_longft.train.ranks import Launch, visible_gpus
@@ -166,6 +166,12 @@ def fill(
                 pack = pairs.pack(rows, pad_to_multiple=layout.sp, pad_id=pad_id)
             logps = reference_logps(engine, pack, layout, device).cpu().numpy()
             for theirs, values in agreement.gather((rows, logps) if layout.sp_rank == 0 else ([], None)):
+                if theirs and not np.isfinite(values).all():  # every rank sees it; in the file NaN means "still to do"
+                    number = theirs[int(np.flatnonzero(~np.isfinite(values).all(1))[0])]
+                    raise NonFiniteError(
+                        f"the log-probabilities of pair {number} (from 0, as tokenised) are not finite: "
+                        f"{config.model.path} cannot be a reference in this type (model.dtype)"
+                    )
                 tokens += int(pairs.lengths[theirs].sum()) if theirs else 0
                 done += len(theirs)
                 if out is not None and theirs:

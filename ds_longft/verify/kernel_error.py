@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from ds_longft.batch import Pack
-from ds_longft.exactness.finding import Finding, Gather
+from ds_longft.exactness.finding import Finding, Gather, nan_as_inf
 from ds_longft.layout import ParallelLayout
 from ds_longft.sequence import attention
 from ds_longft.sequence.exchange import deal_heads
@@ -93,7 +93,9 @@ def check_kernels(
             is None
         ]
         for name in (chosen, *fitting):
-            error, where = max(gather(_error(kernel_by_name(name), shape, pack, spec, dtype, device)))
+            error, where = max(
+                gather(_error(kernel_by_name(name), shape, pack, spec, dtype, device))
+            )  # infinity for NaN
             window = "" if spec.window is None else f", window {spec.window}"
             what = f"{name}{' (chosen)' if name == chosen else ''}, head size {head_dim}{window}: worst of {where}"
             cause = f"kernel {name} computes another attention on these shapes: set model.kernel to another one"
@@ -110,7 +112,7 @@ def _error(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[float, str]:
-    """The largest relative error among output and gradients, and which it is of."""
+    """The largest relative error among output and gradients, infinity for one that is no number, and which it is of."""
     tokens, q_heads, kv_heads, d = shape
     generator = torch.Generator(device).manual_seed(0)
 
@@ -128,5 +130,4 @@ def _error(
     true_out, true_lse = truth.forward(qw, kw, vw, cu, lengths, spec)
     true_grads = truth.backward(doutw, qw, kw, vw, true_out, true_lse, cu, lengths, spec)
     pairs = zip(("out", "dq", "dk", "dv"), (out, *grads), (true_out, *true_grads), strict=True)
-    errors = [(float((a.to(wide) - b).norm() / b.norm().clamp_min(1e-30)), name) for name, a, b in pairs]
-    return max(errors, key=lambda e: e[0] if e[0] == e[0] else float("inf"))
+    return max((nan_as_inf(float((a.to(wide) - b).norm() / b.norm().clamp_min(1e-30))), name) for name, a, b in pairs)

@@ -25,7 +25,7 @@ from ds_longft.exactness.isolation import decoder_of
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.load import load_config, load_model
 from ds_longft.model.lora import add_lora
-from ds_longft.model.rope import set_rope_length
+from ds_longft.model.rope_lengths import set_rope_lengths
 from ds_longft.verify.subject import wake_adapters
 
 
@@ -130,14 +130,12 @@ def reference_step(
 def document_losses(model: nn.Module, pack: Pack, device: torch.device) -> Any:
     """For each document with targets: (start, end, w * ce of its tokens [n] float32)."""
     borders = pack.cu_seqlens.tolist()
-    longest = int(np.diff(pack.cu_seqlens).max())
     for a, b in pairwise(borders):
         weights = torch.from_numpy(pack.loss_weights[a:b]).to(device)
         rows = weights.nonzero()[:, 0]
         if not len(rows):
             continue
-        # Types of RoPE that depend on the length go by the longest document of the pack: part of what a pack is.
-        set_rope_length(decoder_of(model), longest)
+        set_rope_lengths(decoder_of(model), [b - a])  # transformers' own choice remembers earlier documents
         ids, labels = (torch.from_numpy(x[a:b]).to(device) for x in (pack.input_ids, pack.labels))
         logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=rows).logits[0]  # [t, V]
         losses = torch.zeros(b - a, device=device)

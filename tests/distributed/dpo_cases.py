@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, logsigmoid
 
 from ds_longft.batch import IGNORE_INDEX, Pack, Pairs
 from ds_longft.config import DpoConfig
-from tests.distributed.models import VOCAB
+from tests.distributed.models import VOCAB, forget_lengths
 
 PairLengths = Sequence[tuple[int, int, int]]
 """Of each pair: tokens of the prompt, the chosen and the rejected answer."""
@@ -62,6 +62,7 @@ def document_logps(model: nn.Module, pack: Pack) -> Tensor:
         labels = torch.from_numpy(pack.labels[a:b])
         if (labels == IGNORE_INDEX).all():
             continue
+        forget_lengths(model)
         logits = model(input_ids=torch.from_numpy(pack.input_ids[None, a:b]), use_cache=False).logits[0]
         sums.append(-cross_entropy(logits.double(), labels, reduction="sum", ignore_index=IGNORE_INDEX))
     return torch.stack(sums).view(-1, 2)

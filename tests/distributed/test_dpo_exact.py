@@ -21,7 +21,7 @@ from ds_longft.train.install import fuse_and_tile
 from ds_longft.train.pairs import backpropagate_pairs, evaluate_pairs, reference_logps
 from tests.distributed.dpo_cases import PairLengths, pair_pack, reference_step
 from tests.distributed.models import tiny_config, tiny_model
-from tests.distributed.test_exact import assert_equal, install, prepared
+from tests.distributed.test_exact import DYNAMIC, assert_equal, install, prepared
 
 PACKS: tuple[PairLengths, ...] = ([(20, 5, 9), (3, 30, 1)], [(1, 1, 40)], [(17, 8, 8), (2, 3, 4), (30, 1, 2)])
 WEIGHTS = ([1.0, 0.5], [2.0], None)
@@ -140,6 +140,9 @@ CASES = [
     ({"passes": "one", "reference": "precomputed"}, True, {}, "fused", 2, 2),
     ({"passes": "two", "reference": "precomputed"}, False, {}, "keep_attention", 4, 2),
     ({"passes": "two", "reference": "precomputed"}, WHOLE_HEAD, {}, "fused", 3, 3),
+    ({"passes": "one"}, True, DYNAMIC, "fused", 2, 2),
+    ({"passes": "two"}, False, DYNAMIC, "keep_attention", 4, 2),
+    ({"passes": "one", "reference": "precomputed"}, True, DYNAMIC, "fused", 2, 2),
 ]  # fmt: skip
 
 

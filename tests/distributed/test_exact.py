@@ -109,6 +109,20 @@ SINKS = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }  # fmt: skip
 
+DYNAMIC = {
+    "max_position_embeddings": 32,
+    "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 3.0},
+}
+LONGROPE = {
+    "max_position_embeddings": 128,
+    "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32,
+        "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.5, 2.0, 3.0, 4.0],
+    },
+}  # fmt: skip
+
+LONGROPE_PHI3 = {**LONGROPE, "original_max_position_embeddings": 32}  # Phi-3 goes by this one
+
 CASES = [
     # family, config changes, LoRA, recompute policy, sample weighting, world, sp
     ("llama", {}, False, "none", False, 2, 1),
@@ -179,6 +193,8 @@ SAVING = {
     "whole documents, windows": ("gemma2", {"query_pre_attn_scalar": 8, "sliding_window": 13}, True, "keep_attention", 4, 4, WHOLE),
     "whole documents, sinks": ("gpt_oss", SINKS, False, "keep_attention", 3, 3, WHOLE),
     "whole documents, heads in turns": ("llama", {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 32, "head_dim": 4}, True, "auto", 3, 3, {**WHOLE, **TURNS, **TILE}),
+    "whole documents, dynamic RoPE": ("llama", DYNAMIC, True, "keep_attention", 2, 2, WHOLE),
+    "whole documents, longrope": ("phi3", LONGROPE_PHI3, False, "full", 4, 2, WHOLE),
     "everything at once": ("llama", {"num_hidden_layers": 4}, True, "every_k", 2, 2, {"host": ("input",), **TILE, **TURNS}),
 }  # fmt: skip
 
@@ -190,17 +206,6 @@ def test_saving_memory_changes_nothing(pools, name):
     assert_equal(ours, reference(family, changes, lora, False), "norm" if family.startswith("gemma") else None)
 
 
-DYNAMIC = {
-    "max_position_embeddings": 32,
-    "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 3.0},
-}
-LONGROPE = {
-    "max_position_embeddings": 128,
-    "rope_parameters": {
-        "rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32,
-        "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.5, 2.0, 3.0, 4.0],
-    },
-}  # fmt: skip
 WHOLE_HEAD = {"modules_to_save": ["lm_head"]}
 
 CRAFTED = {
@@ -220,6 +225,10 @@ CRAFTED = {
     "whole lm_head beside LoRA, tied": ("llama", {"tie_word_embeddings": True}, WHOLE_HEAD, 2, 2, ([40, 9], [20])),
     "dynamic RoPE, document longer than a shard": ("llama", DYNAMIC, False, 4, 4, ([97], [20])),
     "longrope, document longer than a shard": ("llama", LONGROPE, True, 2, 2, ([97], [20])),
+    "dynamic RoPE, lengths mixed": ("llama", DYNAMIC, False, 4, 4, ([97, 20, 50, 33], [20, 40, 64])),
+    "dynamic RoPE, lengths mixed, two packs at a time": ("llama", DYNAMIC, True, 4, 2, ([20, 97, 33, 50], [7, 40], [64])),
+    "longrope, lengths mixed": ("phi3", LONGROPE_PHI3, True, 2, 2, ([97, 20, 32, 33], [33, 7, 5], [8])),
+    "longrope, lengths mixed, sp 3": ("llama", LONGROPE, False, 3, 3, ([20, 32, 97, 9, 33], [31, 40])),
     "sp smaller than the world": ("qwen3", {}, False, 4, 2, ([20, 5], [33], [8, 8, 8])),
 }  # fmt: skip
 

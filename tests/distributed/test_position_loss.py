@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,11 +28,16 @@ def case(rank: int, world: int, folder: str, sp: int, window: int) -> NDArray[np
     return bucket_losses(loaded, read_in_windows(ids, window, sp), layout, "auto", 8)
 
 
-@pytest.mark.parametrize("window", [61, 24])
-def test_two_ranks_count_what_one_counts(pools: Callable[[int], WorkerPool], tmp_path: Path, window: int) -> None:
+DYNAMIC = {"max_position_embeddings": 20, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 8.0}}
+
+
+@pytest.mark.parametrize(("window", "rope"), [(61, {}), (24, {}), (24, DYNAMIC)])
+def test_two_ranks_count_what_one_counts(
+    pools: Callable[[int], WorkerPool], tmp_path: Path, window: int, rope: dict[str, Any]
+) -> None:
     from tests.unit.model.tiny import save_tiny
 
-    folder = str(save_tiny(tmp_path / "model"))
+    folder = str(save_tiny(tmp_path / "model", **rope))
     together = sum(pools(2).run(case, folder, 2, window))
     alone = pools(2).run(case, folder, 1, window)[0]
     np.testing.assert_allclose(together[0], alone[0], rtol=1e-6)

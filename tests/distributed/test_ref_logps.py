@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from ds_longft.check import preflight
 from ds_longft.config import RunConfig
-from ds_longft.errors import ConfigError, DataError
+from ds_longft.errors import ConfigError, DataError, NonFiniteError
 from tests.distributed.test_dpo_verify import pair_config
 
 
@@ -52,6 +53,24 @@ def test_any_split_gives_the_same_and_a_second_start_does_what_is_missing(pools,
     computed, two_at_a_time = pools(2).run(filled, content, [])[0]
     assert computed == 24
     np.testing.assert_allclose(two_at_a_time, whole, rtol=1e-6)
+
+
+def no_numbers(rank: int, world: int, content: dict[str, Any]) -> str:
+    def faulty(engine: Any, pack: Any, *_: Any) -> torch.Tensor:
+        return torch.full((len(pack.pairs), 2), torch.nan, dtype=torch.float64)
+
+    with patch("ds_longft.train.pairs.reference_logps", faulty):
+        try:
+            filled(rank, world, content, [])
+        except NonFiniteError as error:
+            return f"{error.exit_code}: {error}"
+    return ""
+
+
+def test_a_reference_that_gives_no_numbers_is_refused(pools, tmp_path: Path) -> None:
+    """In the file they would count as still to be done, for ever."""
+    says = pools(2).run(no_numbers, pair_config(tmp_path, reference="precomputed"))
+    assert all(text.startswith("70: the log-probabilities of pair ") for text in says), says
 
 
 def test_a_file_of_another_model_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from ds_longft.layout import ParallelLayout
 from ds_longft.objectives.sft import SftObjective
 from ds_longft.train.ranks import Agreement
 from ds_longft.train.step import loss_scale
+from tests.distributed.test_exact import LONGROPE
 from tests.distributed.user_files import user_config
 
 ALL = frozenset(range(1, 8))
@@ -219,6 +220,19 @@ def test_what_is_right_passes(pools, tmp_path, world, sp, stage, lora):
     assert {f.check[0] for f in findings} == set("1234567")
     assert facts["kernel"] == "cpu"
     assert "<|im_end|>" in text
+
+
+@pytest.mark.parametrize(("rope_type", "stage"), [("dynamic", 2), ("longrope", 3)])
+def test_rope_that_goes_by_the_length_passes(pools, tmp_path, rope_type, stage):
+    """Rows on both sides of the length from which it turns otherwise."""
+    rope = {
+        "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 3.0},
+        "longrope": LONGROPE["rope_parameters"] | {"original_max_position_embeddings": 48},
+    }[rope_type]
+    content = user_config(tmp_path, stage=stage, rope_parameters=rope, max_position_embeddings=48)
+    findings, _, _ = pools(2).run(verified, content, frozenset({1, 4, 6}), None)[0]
+    assert [f for f in findings if f.ok is False] == []
+    assert {f.check[0] for f in findings} == set("146")
 
 
 def test_gradients_dealt_round_robin_are_verified(pools, tmp_path):

@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 def shipped(stage: int) -> dict[str, Any]:
     """The DeepSpeed JSON of a ZeRO stage."""
-    from ds_longft.ds_config import load_ds_config
+    from ds_longft.ds_file import load_ds_config
 
     return load_ds_config(f"ds_configs/zero{stage}_sp.json")
 

@@ -29,6 +29,11 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
     (folder / "columns.jsonl").write_text('{"question": "a", "reply": "b"}\n')
     (folder / "half.json").write_text('{"zero_optimization": {"stage": 3,}}')
     (folder / "stage.json").write_text('{"zero_optimization": {"stage": "three"}, "fp16": {"enabled": true}}')
+    (folder / "bucket.json").write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": -1}}')
+    offload = {"device": "cpu", "buffer_count": -1}
+    (folder / "offload.json").write_text(json.dumps({"zero_optimization": {"stage": 2, "offload_optimizer": offload}}))
+    (folder / "deep.json").write_text(100_000 * "[")
+    (folder / "deep.yaml").write_text("data: " + 100_000 * "[")
     shutil.copytree(folder / "model", folder / "unmarked")
     # It writes the answers in capitals: what is trained can neither be read off marks nor found again in the text.
     template = "{% for m in messages %}<|im_start|>{{ m['content'] | upper }}<|im_end|>{% endfor %}"
@@ -53,6 +58,10 @@ CASES = {
     "missing JSON": (["--ds_config", "nowhere.json"], ["ds_config", "nowhere.json"]),
     "broken JSON": (["--ds_config", "{job}/half.json"], ["half.json is not valid JSON", "line 1"]),
     "wrong types in the JSON": (["--ds_config", "{job}/stage.json"], ['zero_optimization.stage is "three"', "fp16"]),
+    "a size below zero in the JSON": (["--ds_config", "{job}/bucket.json"], ["zero_optimization.reduce_bucket_size is -1"]),
+    "a value only DeepSpeed judges": (["--ds_config", "{job}/offload.json"], ["zero_optimization.offload_optimizer.buffer_count is -1"]),
+    "a JSON too deep": (["--ds_config", "{job}/deep.json"], ["ds_config", "deep.json", "nested too deeply"]),
+    "a YAML too deep": (["--config", "{job}/deep.yaml"], ["--config", "deep.yaml", "nested too deeply"]),
     "unknown kernel": (["--model.kernel", "flashy"], ["model.kernel", "'flashy'", "auto"]),
     "kernel of another machine": (["--model.kernel", "cudnn"], ["model.kernel is cudnn", "cpu"]),
     "a wrong value, a rule across keys, a file": (

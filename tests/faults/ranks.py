@@ -129,8 +129,7 @@ class Launcher:
             }  # fmt: skip
             out = self.config.parent / f"start-{self.count:03d}-rank-{rank}.log"
             argv = [
-                "--config",
-                str(self.config),
+                *(() if "--config" in keys else ("--config", str(self.config))),
                 "--output_dir",
                 str(output),
                 *keys,

@@ -306,7 +306,7 @@ def test_one_start_names_wrong_keys_rules_across_keys_and_what_preflight_finds(f
     [
         ("model.path", "[a]"),
         ("model", "a"),
-        ("data.train", "a.jsonl"),
+        ("data.train", "7"),
         ("data.train", "[{path: a, limit: 0}]"),
         ("optim.learning_rate", "-1"),
         ("train.gradient_accumulation_steps", "0"),

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ds_longft.check import check_run
 from ds_longft.config import RunConfig
-from ds_longft.ds_config import DeepSpeedSettings
-from ds_longft.errors import ConfigError
 
 DPO: dict[str, Any] = {"objective": "dpo"}
 
@@ -54,32 +49,3 @@ def test_a_pack_holds_a_pair() -> None:
         == 65536
     )
     assert RunConfig.model_validate({"data": {"max_length_tokens": "64K"}}).budget_tokens == 65536
-
-
-@pytest.mark.parametrize("own", [True, False])
-def test_precomputed_needs_a_rope_that_does_not_look_at_the_pack(tmp_path: Path, own: bool) -> None:
-    """Its frequencies would be those of another pack than the one trained."""
-    model = {"model_type": "llama", "num_attention_heads": 4, "max_position_embeddings": 4096}
-    stretched = {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}} if own else {}
-    (tmp_path / "config.json").write_text(json.dumps(model | stretched))
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    (tmp_path / "tokenizer.json").write_text("{}")
-    (tmp_path / "rows.jsonl").write_text("{}\n")
-    rope = {} if own else {"rope": {"type": "dynamic", "factor": 4.0}}
-    config = RunConfig.model_validate(
-        {
-            **DPO,
-            "output_dir": str(tmp_path / "out"),
-            "model": {"path": str(tmp_path), **rope},
-            "data": {"train": [str(tmp_path / "rows.jsonl")], "max_length_tokens": 8192},
-            "dpo": {"reference": "precomputed"},
-        }
-    )
-    with pytest.raises(ConfigError, match=r"dpo.reference is precomputed, but RoPE of type dynamic"):
-        check_run(
-            config,
-            world=1,
-            local_world=1,
-            ds=DeepSpeedSettings(engine={}, sp=None, stage=3),
-            model_config=model | stretched,
-        )

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from ds_longft.config import RunConfig
-from ds_longft.ds_config import DeepSpeedSettings, Device, load_ds_config, merge_ds_config
-from ds_longft.ds_keys import ALLOWED, REFUSED
+from ds_longft.ds_config import DeepSpeedSettings, Device, merge_ds_config
+from ds_longft.ds_file import load_ds_config
+from ds_longft.ds_keys import ALLOWED, LOWEST, REFUSED
 from ds_longft.errors import EXIT_CONFIG, ConfigError
 
 SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
@@ -209,6 +210,21 @@ def test_switched_off_sections_are_no_problem() -> None:
         ({"gradient_acumulation_steps": 2}, "did you mean gradient_accumulation_steps?"),
         ({"sequence_parallel_size": 0}, "sequence_parallel_size is 0"),
         ({"sequence_parallel_size": 2, "data_parallel_size": 2}, "is not the 2 ranks"),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": -1}}, "reduce_bucket_size is -1, expected a whole number of at least 1"),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": 0}}, "reduce_bucket_size is 0, expected a whole number of at least 1"),
+        ({"zero_optimization": {"stage": 2, "allgather_bucket_size": 0.5}}, "allgather_bucket_size is 0.5, expected a whole"),
+        ({"zero_optimization": {"stage": 2, "allgather_bucket_size": float("nan")}}, "allgather_bucket_size is NaN, expected"),
+        ({"zero_optimization": {"stage": 3, "sub_group_size": float("inf")}}, "sub_group_size is Infinity, expected a whole"),
+        ({"zero_optimization": {"stage": 3, "sub_group_size": "1e9"}}, 'sub_group_size is "1e9", expected a whole number'),
+        ({"zero_optimization": {"stage": 3, "sub_group_size": True}}, "sub_group_size is true, expected a whole number"),
+        ({"zero_optimization": {"stage": 3, "stage3_max_live_parameters": -1}}, "parameters is -1, expected a whole number of at least 0"),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 0}}, "zero_hpz_partition_size is 0, expected a whole"),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 3}}, "size is 3, which does not divide the 2 ranks"),
+        ({"steps_per_print": 0}, "steps_per_print is 0, expected a whole number of at least 1"),
+        ({"communication_data_type": "fp16"}, 'communication_data_type is "fp16", expected fp32 or bf16'),
+        ({"communication_data_type": "half"}, 'communication_data_type is "half", expected fp32 or bf16'),
+        ({"data_types": {"grad_accum_dtype": "fp16"}}, 'data_types.grad_accum_dtype is "fp16", expected fp32 or bf16'),
+        ({"optimizer": {"type": "AdamW", "params": {"foo": 1}}}, "optimizer.params.foo is 1, which optim.type adamw does not"),
         ({"fp16": {"enabled": True}}, "fp16 is {\"enabled\": true}, which is refused"),
         ({"scheduler": {"type": "WarmupLR"}}, "optim.schedule"),
         ({"activation_checkpointing": {"cpu_checkpointing": True}}, "train.recompute"),
@@ -227,6 +243,38 @@ def test_each_mistake_is_named(raw: dict[str, Any], expected: str) -> None:
     assert all(p.startswith("ds_config: ") for p in problems)
 
 
+@pytest.mark.parametrize("seen", ["fp16", "bf16"])
+def test_a_float32_run_rounds_no_gradients(seen: str) -> None:
+    """What is added in less depends on how many ranks and packs there are; the loss may not depend on the JSON."""
+    raw = {"communication_data_type": seen, "data_types": {"grad_accum_dtype": seen}}
+    problems = problems_of(raw, device="cpu")
+    assert [p.split(" is ")[0] for p in problems] == [
+        "ds_config: communication_data_type", "ds_config: data_types.grad_accum_dtype",
+    ]  # fmt: skip
+    assert all("expected fp32: this run's gradients are fp32, and rounded to less" in p for p in problems)
+    whole = {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
+    assert merge(whole, device="cpu").engine["communication_data_type"] == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ({"buffer_count": -1}, "zero_optimization.offload_optimizer.buffer_count is -1, which DeepSpeed refuses"),
+        ({"pin_memory": "maybe"}, "zero_optimization.offload_optimizer.pin_memory is 'maybe', which DeepSpeed refuses"),
+        ({"foo": 1}, "zero_optimization.offload_optimizer.foo is 1, which DeepSpeed refuses: Extra inputs"),
+    ],
+)
+def test_what_deepspeed_refuses_is_named_before_the_model_is_loaded(section: dict[str, Any], expected: str) -> None:
+    from ds_longft.train.model_check import check_zero_section
+
+    engine = merge({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", **section}}}).engine
+    with pytest.raises(ConfigError) as caught:
+        check_zero_section(engine)
+    assert expected in caught.value.problems[0]
+    for path in SHIPPED:
+        check_zero_section(merge(load_ds_config(path)).engine)
+
+
 def test_every_mismatch_is_listed_at_once() -> None:
     raw = {
         "train_batch_size": 7,
@@ -242,6 +290,7 @@ def test_every_mismatch_is_listed_at_once() -> None:
 
 def test_no_key_is_both_allowed_and_refused() -> None:
     assert not set(ALLOWED) & set(REFUSED)
+    assert set(LOWEST) <= set(ALLOWED)
 
 
 @pytest.mark.parametrize(
@@ -251,6 +300,8 @@ def test_no_key_is_both_allowed_and_refused() -> None:
         ("[1]", "holds a list at its top"),
         ('{"a": 1, "a": 2}', "has the key a twice"),
         ("", "is not valid JSON: line 1"),
+        (100_000 * "[", "sections or lists are nested too deeply"),
+        (900 * '{"a": ' + "1" + 900 * "}", "sections or lists are nested too deeply"),
     ],
 )
 def test_unreadable_json(content: str, expected: str, tmp_path: Path) -> None:
@@ -260,6 +311,21 @@ def test_unreadable_json(content: str, expected: str, tmp_path: Path) -> None:
         load_ds_config(path)
     assert expected in caught.value.problems[0]
     assert str(path) in caught.value.problems[0]
+
+
+def test_a_byte_order_mark_is_no_problem(tmp_path: Path) -> None:
+    """As Windows editors write it; YAML readers take it."""
+    path = tmp_path / "ds.json"
+    path.write_text('{"steps_per_print": 3}', encoding="utf-8-sig")
+    assert load_ds_config(path) == {"steps_per_print": 3}
+
+
+@pytest.mark.parametrize("digits", [30, 400, 5000])
+def test_numbers_beyond_any_counter_are_named(digits: int, tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('{"steps_per_print": %s, "gradient_clipping": %s}' % (("9" * digits,) * 2))
+    problems = problems_of(load_ds_config(path))
+    assert [p.split(" is ")[0] for p in problems] == ["ds_config: steps_per_print", "ds_config: gradient_clipping"]
 
 
 def test_missing_json(tmp_path: Path) -> None:

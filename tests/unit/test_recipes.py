@@ -14,7 +14,8 @@ from ds_longft.config import RunConfig
 from ds_longft.data.recipe import read_recipe
 from ds_longft.data.synth.numbers import number_rows
 from ds_longft.data.synth.sources import Document
-from ds_longft.ds_config import load_ds_config, merge_ds_config
+from ds_longft.ds_config import merge_ds_config
+from ds_longft.ds_file import load_ds_config
 from ds_longft.errors import ConfigError
 from ds_longft.settings import dump_config, load_config
 from ds_longft.yaml_io import load_yaml

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_longft.config import LoraConfig, RunConfig, SourceConfig
+from ds_longft.config import LogConfig, LoraConfig, RunConfig, SourceConfig
 from ds_longft.errors import EXIT_CONFIG, ConfigError
 from ds_longft.messages import all_keys
 from ds_longft.settings import dump_config, load_config
@@ -73,6 +73,13 @@ def test_a_recipe_may_be_tried_for_fewer_steps_than_its_warmup() -> None:
         (["--local_rank=3", "--seed", "1"], "seed", 1),
         (["--local-rank=3", "--seed", "1"], "seed", 1),
         (["--model.path", "2024"], "model.path", "2024"),
+        (["--train.epochs", "010"], "train.epochs", 10),
+        (["--seed", "1", "--seed=2"], "seed", 2),
+        (
+            ["--data.train", "a.jsonl", "--data.train", "b.jsonl"],
+            "data.train",
+            [SourceConfig(path="a.jsonl"), SourceConfig(path="b.jsonl")],
+        ),
     ],
 )
 def test_values_of_the_command_line(argv: list[str], key: str, value: Any) -> None:
@@ -92,6 +99,17 @@ def test_values_of_the_command_line(argv: list[str], key: str, value: Any) -> No
         ("optim: {learning_rate: 1e-5}", "optim.learning_rate", 1e-5),  # YAML 1.1 would read text
         ("data: {max_length_tokens: 64K}", "data.max_length_tokens", 65536),
         ("data: {train: [a.jsonl]}", "data.train", [SourceConfig(path="a.jsonl")]),
+        ("data: {train: a.jsonl}", "data.train", [SourceConfig(path="a.jsonl")]),
+        ("train: {epochs: 010}", "train.epochs", 10),  # YAML 1.1 would read 8
+        ("seed: +7", "seed", 7),
+        ("seed: 1_000", "seed", 1000),
+        (
+            "x: &x {r: 4}\nlora: {<<: *x, alpha: 8}".replace("x: &x {r: 4}\nlora: {<<: *x", "lora: {<<: {r: 4}"),
+            "lora.r",
+            4,
+        ),
+        ("optim: &o {eps: 1.0e-6}\ntrain: {verify_first: true}", "train.verify_first", True),
+        ("train: {verify_first: 1}", "train.verify_first", True),
         ("output_dir: runs/ü mlaut", "output_dir", "runs/ü mlaut"),
         ("", "seed", 0),
     ],
@@ -173,7 +191,31 @@ def test_bad_command_lines_name_the_key(argv: list[str], expected: str) -> None:
         ("train.max_steps: 4", "unknown key 'train.max_steps': in YAML nest it"),
         ("data: {train: [{path: a, limt: 3}]}", "unknown key data.train[0].limt: did you mean data.train[0].limit?"),
         ("data: {train: [a, {format: text}]}", "data.train[1].path: missing, expected text"),
-        ("data: {train: a.jsonl}", "data.train: seen 'a.jsonl', expected a list of: a section (keys path"),
+        ("data: {train: 3}", "data.train: seen 3, expected a list of: a path or a section (keys path"),
+        ("data: {train: ''}", "data.train: seen '', expected a list of: a path or a section (keys path"),
+        ("seed: 1:30", "seed: seen '1:30', expected a whole number"),  # YAML 1.1 would read 90
+        ("train: {max_minutes: 12:30}", "train.max_minutes: seen '12:30', expected a number"),
+        ("train: {max_minutes: 1:30:00.5}", "train.max_minutes: seen '1:30:00.5', expected a number"),
+        ("seed: 0x10", "seed: seen '0x10', expected a whole number"),
+        ("seed: 0b1", "seed: seen '0b1', expected a whole number"),
+        ("optim: {learning_rate: true}", "optim.learning_rate: seen true, expected a number above 0"),
+        ("optim: {betas: [true, 0.9]}", "optim.betas: seen [True, 0.9], expected a list of 2: a number"),
+        ("train: {resume: true}", "train.resume: seen true, expected auto or never or a whole number above 0"),
+        ("seed: false", "seed: seen false, expected a whole number"),
+        ("data: {max_length_tokens: true}", "data.max_length_tokens: seen true, expected a token count"),
+        ("data: {train: [{path: a, limit: true}]}", "data.train[0].limit: seen true, expected a whole number"),
+        ("seed: !!int abc", "line 1, column 7: 'abc' is no whole number"),
+        ("optim: {eps: !!float abc}", "is not valid YAML: could not convert string to float: 'abc'"),
+        ("seed: 1\n1: 2", "run.yaml: key 1 is no text, expected a word"),
+        ("? \n: 2", "run.yaml: key null is no text, expected a word"),
+        ("data: {train: [{2.5: a}]}", "run.yaml: key 2.5 of data.train[0] is no text, expected a word"),
+        ("true: 2", "run.yaml: key true is no text, expected a word"),
+        ("lora: {<<: 3}", "expected a mapping or list of mappings for merging"),
+        ("lora: " + 100_000 * "[", "nested too deeply"),
+        ("lora: " + 100 * "[" + 100 * "]", "nested too deeply"),
+        ("data: {train: &a [*a]}", "nested too deeply"),
+        ("data: &a\n  train: *a", "nested too deeply"),
+        ("model: {kernel: flash}", "model.kernel: seen 'flash', expected auto, flash-attn-4, flash-attn-3, cudnn"),
         ("model: Qwen", "model: seen 'Qwen', expected a section (keys path"),
         ("optim: null", "optim: seen null, expected a section (keys type"),
         ("lora: {targets: 3}", "lora.targets: seen 3, expected text or a list of: text"),
@@ -189,6 +231,15 @@ def test_bad_yaml_names_the_key(text: str, expected: str, tmp_path: Path) -> Non
     problems = problems_of(text, tmp_path)
     assert expected in "\n".join(problems)
     assert len(problems) == 1
+
+
+def test_two_configs_are_refused(tmp_path: Path) -> None:
+    """The last one would count, and the first not at all."""
+    (tmp_path / "a.yaml").write_text("seed: 1")
+    (tmp_path / "b.yaml").write_text("sp: 2")
+    with pytest.raises(ConfigError) as caught:
+        load_config(["--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml")])
+    assert caught.value.problems == ["--config is given twice on the command line: one file holds a run's keys"]
 
 
 def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
@@ -297,6 +348,12 @@ def test_suggested_keys_exist() -> None:
 )
 def test_dumped_config_reads_back_equal(config: RunConfig) -> None:
     assert RunConfig.model_validate(load_yaml(dump_config(config))) == config
+
+
+@pytest.mark.parametrize("word", ["010", "09", "1:30", "0x10", "1_000", "true", "yes", "2026-11-23", "1e5", "<<", "~"])
+def test_words_that_look_like_something_else_stay_words(word: str) -> None:
+    config = RunConfig(log=LogConfig(name=word))
+    assert load_yaml(dump_config(config))["log"]["name"] == word
 
 
 def test_dumped_config_runs_again(tmp_path: Path) -> None:

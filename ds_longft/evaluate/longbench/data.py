@@ -82,7 +82,7 @@ def read_task(copy: Path, task: Task, *, e: bool) -> list[dict[str, Any]]:
     try:
         # Not splitlines(): texts from the web hold line separators (U+2028, U+0085) that JSON leaves as they are.
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not JSON lines: {error}") from error
     needed = ["input", "context", "answers"]
     needed += ["all_classes"] if task.metric == "classification" else []

@@ -36,6 +36,13 @@ def test_packs_that_are_split(lengths: list[int], why: str) -> None:
     assert deal_documents(np.asarray(lengths, dtype=np.int64), 2, 65_536, EQUAL_COST) is None, why
 
 
+@pytest.mark.parametrize(("count", "sp"), [(20, 21), (23, 24), (31, 32), (61, 64)])
+def test_every_rank_gets_a_document(count: int, sp: int) -> None:
+    """An idle rank of so many is within what counts as even, and another pack of the epoch may be full."""
+    assert deal_documents(np.full(count, 1000), sp, 1000, EQUAL_COST) is None
+    assert deal_documents(np.full(sp, 1000), sp, 1000, EQUAL_COST) == [[i] for i in range(sp)]
+
+
 def test_a_full_pack_is_dealt_to_the_token() -> None:
     """262 tokens are missing to a full pack of 131,072: neither part may have more than 65,536."""
     rng = np.random.default_rng(0)
@@ -54,7 +61,7 @@ def test_a_full_pack_is_dealt_to_the_token() -> None:
 @settings(max_examples=200, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 3000), min_size=1, max_size=40),
-    sp=st.integers(2, 8),
+    sp=st.integers(2, 40),
     spare=st.floats(1.0, 1.3),
 )
 def test_dealt_documents_keep_what_was_promised(lengths: list[int], sp: int, spare: float) -> None:
@@ -66,6 +73,7 @@ def test_dealt_documents_keep_what_was_promised(lengths: list[int], sp: int, spa
         return
     assert sorted(i for part in dealt for i in part) == list(range(len(lengths)))
     assert len(dealt) == sp
+    assert all(dealt)
     assert max(array[part].sum() for part in dealt) <= most
     work = [costs_of(array[part], EQUAL_COST).sum() for part in dealt]
     assert max(work) <= MOST_UNEVEN * np.mean(work) * (1 + 1e-9)

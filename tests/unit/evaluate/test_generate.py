@@ -40,6 +40,45 @@ def test_chunks_change_nothing(tmp_path: Path, family: str) -> None:
         assert generate(loaded, prompts, max_new_tokens=6, stop_ids={2}, chunk_tokens=chunk) == wanted
 
 
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 48,
+    "short_factor": [1.0 + i / 8 for i in range(8)], "long_factor": [3.0 + i for i in range(8)],
+}  # fmt: skip
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("family", "rope", "length"),
+    [
+        ("llama", DYNAMIC, 90),
+        ("llama", DYNAMIC, 58),
+        ("phi3", LONGROPE, 40),
+        ("phi3", LONGROPE, 44),
+        ("phi3", LONGROPE, 90),
+    ],
+)
+def test_as_transformers_generates_where_the_length_chooses_the_rope(
+    tmp_path: Path, family: str, rope: dict, length: int
+) -> None:
+    """The prompt turns by its length, each new token by the length with it. Past its switch Phi-3 is read anew."""
+    longest = {"original_max_position_embeddings": 48} if family == "phi3" else {}  # what Phi-3's own code looks at
+    folder = save_tiny(tmp_path / "m", family, rope_parameters=rope, **longest)
+    register()
+    loaded = load_subject(find_subject(str(folder)), CPU, attention=CACHED)
+    prompts = torch.randint(3, 128, (2, length), generator=torch.Generator().manual_seed(1))
+    # Weights as large as this make the next token depend on the positions.
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    for each in (model, loaded.plain):
+        torch.manual_seed(3)
+        for layer in each.model.layers:
+            for p in layer.self_attn.parameters():
+                p.data.normal_(0, 0.4)
+    wanted = model.generate(prompts, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    for chunk in (1000, 26):
+        answers = generate(loaded, prompts.tolist(), max_new_tokens=12, stop_ids=set(), chunk_tokens=chunk)
+        assert answers == wanted[:, length:].tolist()
+
+
 def test_stops_one_by_one(tmp_path: Path) -> None:
     register()
     loaded = load_subject(find_subject(str(save_tiny(tmp_path / "m"))), CPU, attention=CACHED)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from ds_longft.config import ModelConfig, RopeConfig
 from ds_longft.errors import ModelError
 from ds_longft.model.load import load_config, load_model, rope_remark
-from ds_longft.model.rope import apply_rope, check_rope, restore_rope, seen_tokens, set_rope_length
+from ds_longft.model.rope import apply_rope, check_rope, restore_rope, seen_tokens
 from ds_longft.model.rope_formulas import rope_parts
+from ds_longft.model.rope_lengths import set_rope_lengths
 from tests.unit.model.tiny import FAMILIES, WINDOW, tiny_config
 
 LONG = 4 * WINDOW
@@ -139,56 +141,89 @@ def test_llama3_numbers_by_hand() -> None:
     assert (stretched[between] < plain[between]).all()
 
 
-@pytest.mark.parametrize("parameters", [{"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}, LONGROPE])
-@pytest.mark.parametrize("length", [20, 33, WINDOW, WINDOW + 1, 200])
-def test_length_set_once_equals_a_full_sequence_forward(parameters: dict, length: int) -> None:
-    """Ours from the length alone; transformers' own from a fresh model that sees every position."""
-    config = tiny_config("llama", rope_parameters=dict(parameters))
-    theirs, ours = build(config), build(config)
-    positions = torch.cat([torch.arange(length), torch.arange(7)])[None]
-    tokens = positions.remainder(128)
-    theirs(input_ids=tokens, position_ids=positions)
-    assert set_rope_length(ours, length)
-    torch.testing.assert_close(frequencies(ours), frequencies(theirs), rtol=1e-6, atol=0)
-    assert check_rope(ours, config, length) < 1e-6
-
-    # The shard of another rank holds only short positions: nothing may change, and the cosines are the full run's.
-    before = frequencies(ours)
-    for shard in (positions[:, :8], positions[:, -8:], positions):
-        ours(input_ids=tokens[:, : shard.shape[1]], position_ids=shard)
-        torch.testing.assert_close(frequencies(ours), before, rtol=0, atol=0)
-    rotary = theirs.model.rotary_emb, ours.model.rotary_emb
-    hidden = torch.zeros(1, 1, 64)
-    for a, b in zip(*(r(hidden, positions) for r in rotary), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+LENGTHS = [33, 20, WINDOW, 200, WINDOW + 1, 7, 32]
 
 
-def test_length_choice_forgets_earlier_packs_and_works_per_layer_type() -> None:
-    config = tiny_config("gemma3")
-    apply_rope(config, RopeConfig(type="dynamic"), LONG)
+def rotations(model: PreTrainedModel, positions: torch.Tensor) -> list[torch.Tensor]:
+    """Cos and sin, [1, s, d] each; for one layer type after the other, where they differ."""
+    rotary, hidden = model.model.rotary_emb, torch.zeros(1, 1, 64)
+    layers = [layer for layer in rope_parts(model.config) if layer is not None]
+    outs = [rotary(hidden, positions, layer_type=layer) for layer in layers] or [rotary(hidden, positions)]
+    return [part for out in outs for part in ([torch.view_as_real(out)] if isinstance(out, torch.Tensor) else out)]
+
+
+def phimoe() -> PretrainedConfig:
+    """Its rotary module looks at the positions itself, and scales by whether they are long."""
+    scales = {"short_mscale": 1.1, "long_mscale": 1.7}
+    return AutoConfig.for_model(
+        "phimoe", vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=WINDOW, num_local_experts=2, rope_parameters=LONGROPE | scales,
+    )  # fmt: skip
+
+
+def deepseek_v2() -> PretrainedConfig:
+    """Its rotary module returns cos and sin as one complex number."""
+    return AutoConfig.for_model(
+        "deepseek_v2", vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=4, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16, kv_lora_rank=8, q_lora_rank=8,
+        first_k_dense_replace=1, max_position_embeddings=WINDOW, rope_parameters=dict(DYNAMIC),
+    )  # fmt: skip
+
+
+MAKERS = {
+    "dynamic": lambda: tiny_config("llama", rope_parameters=dict(DYNAMIC)),
+    "longrope": lambda: tiny_config("llama", rope_parameters=dict(LONGROPE)),
+    "per layer type": lambda: stretched("gemma3", "dynamic"),
+    "own look at positions": phimoe,
+    "complex": deepseek_v2,
+}
+
+
+def stretched(family: str, rope_type: str) -> PretrainedConfig:
+    config = tiny_config(family)
+    apply_rope(config, RopeConfig.model_validate({"type": rope_type}), LONG)
+    return config
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_each_document_of_a_pack_turns_as_it_does_alone(name: str) -> None:
+    """transformers' own rotation, by a model that has seen nothing before; ours in one pass over all, and in shards."""
+    config = MAKERS[name]()
+    alone = [rotations(build(config), torch.arange(n)[None]) for n in LENGTHS]
+    wanted = [torch.cat(parts, 1) for parts in zip(*alone, strict=True)]
+    short, long = alone[LENGTHS.index(20)][0], alone[LENGTHS.index(200)][0]
+    assert name == "per layer type" or not torch.allclose(short, long[:, :20], rtol=1e-3)
+    model, before = build(config), frequencies(build(config))
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+    for count in (1, 2, 5):  # ranks, each with a slice
+        borders = [positions.shape[1] * i // count for i in range(count + 1)]
+        shards = []
+        for a, b in pairwise(borders):
+            starts = [sum(LENGTHS[:i]) for i in range(len(LENGTHS))]
+            here = [max(0, min(b, s + n) - max(a, s)) for s, n in zip(starts, LENGTHS, strict=True)]
+            assert set_rope_lengths(model, LENGTHS, here)
+            shards.append(rotations(model, positions[:, a:b]))
+        for ours, theirs in zip((torch.cat(p, 1) for p in zip(*shards, strict=True)), wanted, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(frequencies(model), before, rtol=0, atol=0)
+    assert check_rope(model, config, LENGTHS) < 1e-6
+
+
+def test_a_chunk_turns_as_its_whole_text_does() -> None:
+    config = MAKERS["dynamic"]()
+    whole = rotations(build(config), torch.arange(200)[None].expand(2, -1))
     model = build(config)
-    base = frequencies(model)
-    assert set_rope_length(model, 200)
-    long = frequencies(model)
-    assert torch.equal(
-        long["model.rotary_emb.sliding_attention_inv_freq"], base["model.rotary_emb.sliding_attention_inv_freq"]
-    )
-    assert not torch.equal(
-        long["model.rotary_emb.full_attention_inv_freq"], base["model.rotary_emb.full_attention_inv_freq"]
-    )
-    assert check_rope(model, config, 200) < 1e-6
-    model(input_ids=torch.arange(1, 9)[None])
-    torch.testing.assert_close(frequencies(model), long, rtol=0, atol=0)
-    set_rope_length(model, 100)
-    fresh = build(config)
-    set_rope_length(fresh, 100)
-    torch.testing.assert_close(frequencies(model), frequencies(fresh), rtol=0, atol=0)
+    set_rope_lengths(model, [200])
+    chunks = [rotations(model, p[None].expand(2, -1)) for p in torch.arange(200).split(64)]
+    for ours, theirs in zip((torch.cat(p, 1) for p in zip(*chunks, strict=True)), whole, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_length_is_ignored_where_rope_is_static() -> None:
+def test_lengths_are_ignored_where_rope_is_static() -> None:
     model = build(tiny_config("llama"))
     before = frequencies(model)
-    assert not set_rope_length(model, 1000)
+    assert not set_rope_lengths(model, [1000])
     torch.testing.assert_close(frequencies(model), before, rtol=0, atol=0)
 
 
@@ -205,9 +240,9 @@ def test_check_catches_rounding_other_frequencies_and_other_scaling() -> None:
     model.model.rotary_emb.attention_scaling = 1.0
     with pytest.raises(ModelError, match="differ"):
         check_rope(model, stretched)
-    dynamic = tiny_config("llama", rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0})
-    with pytest.raises(ModelError, match="differ"):
-        check_rope(build(dynamic), dynamic, 200)  # nobody called set_rope_length
+    dynamic = MAKERS["dynamic"]()
+    with pytest.raises(ModelError, match=r"document of 200 tokens: .*differ"):
+        check_rope(build(dynamic), dynamic, [20, 200])  # nobody called set_rope_lengths
     del model.model.rotary_emb._buffers["inv_freq"]
     with pytest.raises(ModelError, match="no inverse-frequency buffer"):
         check_rope(model, stretched)

@@ -49,7 +49,7 @@ def tiny_config(family: str, **changes: object) -> PretrainedConfig:
         case "mistral":
             return MistralConfig(sliding_window=16, **shape)
         case "phi3":
-            return Phi3Config(original_max_position_embeddings=WINDOW, **shape)
+            return Phi3Config(**{"original_max_position_embeddings": WINDOW, **shape})
         case "gemma":
             return GemmaConfig(**shape)
         case "gemma2":

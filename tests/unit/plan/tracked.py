@@ -251,6 +251,7 @@ def _step(shape: dict[str, Any], setting: Setting, keep: Sequence[Keep] | None) 
             targets=torch.zeros(len(rows), dtype=torch.int64),
             target_weights=torch.ones(len(rows)),
             documents=Documents(torch.zeros(len(setting.lengths) + 1, dtype=torch.int32), setting.lengths),
+            document_tokens=(),  # for RoPE types that go by the length alone
         )
         inputs = tracker.now
         tracker.peak = tracker.now

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import get_args
 from unittest import mock
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ds_longft.config import ModelConfig
 from ds_longft.errors import ModelError
 from ds_longft.sequence.kernels import KERNELS, AttentionSpec, choose_kernel, kernel_by_name, reference
 
@@ -32,6 +34,11 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], spec: A
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
     scores = scores.masked_fill(~seen, -math.inf)
     return torch.einsum("hij,jhd->ihd", scores.softmax(-1), v), scores.logsumexp(-1)
+
+
+def test_the_run_config_knows_the_kernels() -> None:
+    known = get_args(ModelConfig.model_fields["kernel"].annotation)
+    assert sorted(known) == sorted(["auto", *(kernel.name for kernel in KERNELS)])
 
 
 def random_pack(
