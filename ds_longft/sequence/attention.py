@@ -35,6 +35,7 @@ from ds_longft.sequence.exchange import (
 )
 from ds_longft.sequence.kept import Kept
 from ds_longft.sequence.kernels import AttentionSpec, Kernel, choose_kernel
+from ds_longft.sequence.reuse import ours_alone
 
 ULYSSES = "ulysses"
 """Name under which the attention is registered; goes into `config._attn_implementation`."""
@@ -107,7 +108,7 @@ class SpAttention(torch.autograd.Function):
             if kept is not None:
                 kept.put(*output)
         out, lse = output
-        ctx.save_for_backward(q, k, v, sinks, cu_seqlens, out, lse)
+        ctx.save_for_backward(q.detach(), k.detach(), v.detach(), sinks, cu_seqlens, out, lse)  # see `ours_alone`
         ctx.call = call
         return out
 
@@ -167,13 +168,14 @@ def _backward_in_turns(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """`SpAttention.backward` in the same turns. A kv head that two ranks hold is summed in at least float32.
 
-    Writes over q, k and v: nothing else keeps them, and autograd would object if something did.
+    Writes over those of q, k and v that nothing else reads. Layers with two attentions share them (DiffLlama), and so
+    do layers that read the keys and values of an earlier one (Gemma 3n).
     """
     buffers = Buffers()
     wide = shared_heads(call.shares)
     dtype = torch.promote_types(k.dtype, torch.float32) if wide else k.dtype
-    # A turn has read its heads of q, k and v before it writes their gradients: those take their place.
-    dq, dk, dv = q, k, v
+    # A turn has read its heads of q, k and v before it writes their gradients: those can take their place.
+    dq, dk, dv = (x if ours_alone(x) else torch.empty_like(x) for x in (q, k, v))
     if wide:
         dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (k, v))
     dsinks = torch.zeros_like(sinks) if sinks is not None else None
@@ -250,8 +252,6 @@ def ulysses_attention(
     turns: tuple[tuple[HeadShare, ...], ...] = ()
     if kv_heads_at_a_time is not None and kv_heads_at_a_time < max(len(share.kv) for share in shares):
         turns = deal_in_turns(q.shape[1], k.shape[1], sp, kv_heads_at_a_time)
-    if kept is not None and kept.full == kept.first_pass:
-        kept = None  # a further attention of the same layer (DiffLlama has two): its output is not the one that is kept
     call = _Call(documents.lengths, chosen, spec, group, shares, shares[sp_rank], turns, sp_rank)
     out = SpAttention.apply(q, k, v, s_aux, documents.cu_seqlens, call, kept)
     return out[None], None

@@ -122,13 +122,15 @@ def _checkpointed(
     attention = keep.attention_slot()
     if attention is not None:
         kwargs["kept"] = attention
-    layer = partial(_with_slots, forward, [*keep.slots(), *keep.last_slot(unread)], unread)
+    slots = [*keep.slots(), *keep.last_slot(unread)]
+    layer = partial(_with_slots, forward, slots, unread)
     if inner:  # torch saves its arguments by the hooks of the segment around it: they are recomputed too
         out = run(layer, hidden, *args, **kwargs)
     else:
         out = _from(keep.input_slot(), run, layer, keep, hidden, *args, **kwargs)
-    if attention is not None:
-        attention.first_pass = False
+    for slot in (attention, *(slot for _, slot in slots)):
+        if slot is not None:
+            slot.first_pass = False
     unread.allowed = _ends_with(out, unread.node)
     return out
 
@@ -169,6 +171,7 @@ def _from(
 
     out = run(call, hidden.new_empty(0), *args, **kwargs)
     source.put(hidden)
+    source.first_pass = False
     return out
 
 
@@ -227,5 +230,6 @@ class _Segment:
         if not torch.is_grad_enabled():
             return segment(hidden)
         out = _from(self.keeps[0].input_slot(), self.run, segment, self.keeps[0], hidden)
+        unread.first_pass = False
         unread.allowed = _ends_with(out, unread.node)
         return out
