@@ -127,12 +127,9 @@ def _text_loss(loaded: Any, ids: list[int]) -> float:
     """Mean loss (nats) of the tokens after the first."""
     import torch
 
-    from ds_longft.sequence.loss import logit_transform
-
     with torch.no_grad():
         row = torch.tensor([ids], device=loaded.device)
-        hidden = loaded.plain.get_decoder()(input_ids=row, use_cache=False).last_hidden_state[0, :-1]
-        logits = logit_transform(loaded.plain.config)(loaded.plain.get_output_embeddings()(hidden)).float()
+        logits = loaded.plain(input_ids=row, use_cache=False).logits[0, :-1].float()
         return float(torch.nn.functional.cross_entropy(logits, row[0, 1:]))
 
 

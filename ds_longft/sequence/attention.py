@@ -35,6 +35,7 @@ from ds_longft.sequence.exchange import (
 )
 from ds_longft.sequence.kept import Kept
 from ds_longft.sequence.kernels import AttentionSpec, Kernel, choose_kernel
+from ds_longft.sequence.mask import asked_mask, window_of
 from ds_longft.sequence.reuse import ours_alone
 
 ULYSSES = "ulysses"
@@ -206,7 +207,7 @@ def ulysses_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Any,
     *,
     documents: Documents | None = None,
     layout: ParallelLayout | None = None,
@@ -222,13 +223,14 @@ def ulysses_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query [1, Hq, s, d], key and value [1, Hkv, s, d] -> [1, s, Hq, d].
 
+    attention_mask: the `AskedMask` of the layer's kind, or None where the model makes none.
+
     Raises:
         ModelError: the layer asks for something this attention would otherwise have to ignore.
     """
     if documents is None or layout is None:
         raise ModelError("ulysses attention was called without `documents` and `layout`: give both to model.forward")
     refused = {
-        "an attention mask": attention_mask is not None,
         f"attention dropout {dropout}": dropout > 0 and module.training,
         "a batch of several rows (lay them into one pack)": query.shape[0] != 1,
         "attention that is not causal": kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False,
@@ -243,7 +245,8 @@ def ulysses_attention(
     sp, sp_rank, group = layout.sp, layout.sp_rank, layout.group
     if documents.own is not None:
         documents, sp, sp_rank, group = documents.own, 1, 0, None  # nobody else has a part of these
-    spec = AttentionSpec(scaling if scaling is not None else q.shape[-1] ** -0.5, sliding_window, softcap)
+    window = window_of(type(module).__name__, attention_mask, sliding_window)
+    spec = AttentionSpec(scaling if scaling is not None else q.shape[-1] ** -0.5, window, softcap)
     heads, head_dim = -(-q.shape[1] // sp), q.shape[-1]
     chosen, _ = choose_kernel(
         kernel, device=q.device, dtype=q.dtype, heads=heads, head_dim=head_dim, spec=spec, lengths=documents.lengths
@@ -257,13 +260,7 @@ def ulysses_attention(
     return out[None], None
 
 
-def _no_mask(*, attention_mask: Tensor | None = None, **_: Any) -> None:
-    """transformers' mask function: documents do the masking, a padding mask is refused rather than dropped."""
-    if attention_mask is not None and not bool(attention_mask.all()):
-        raise ModelError("ulysses attention got a padding mask: give the borders of the documents instead")
-
-
 def register() -> None:
     """Make `attn_implementation="ulysses"` known to transformers; calling it again changes nothing."""
     AttentionInterface.register(ULYSSES, ulysses_attention)
-    AttentionMaskInterface.register(ULYSSES, _no_mask)
+    AttentionMaskInterface.register(ULYSSES, asked_mask)

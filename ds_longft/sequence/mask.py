@@ -1,4 +1,4 @@
-"""Which mask a layer asks for. Documents do the masking here, so a mask is not made; but what was asked for must be done.
+"""Which mask a layer asks for. No mask is made here, the borders of documents do it; but what was asked must be done.
 
 Models tell transformers by a function of two positions, one for each kind of layer. Some tell their attention too (a
 sliding window as a keyword), some do not: the window is in the mask alone. So the function is asked at positions that
@@ -29,6 +29,11 @@ class AskedMask:
 
     causal: bool  # a token sees itself and tokens before it, with or without a window
     window_tokens: int | None  # the token itself and so many less one before it
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise ModelError(f"the model computes with its attention mask (`{name}`), and here there is none")
 
 
 def no_padding(tokens: int, device: torch.device) -> Tensor:
@@ -78,7 +83,7 @@ def window_of(layer: str, mask: Any, keyword: int | None) -> int | None:
     if mask is None or mask.window_tokens == keyword:
         return keyword
     if keyword is None:
-        return mask.window_tokens  # type: ignore[no-any-return]
+        return mask.window_tokens
     raise ModelError(
         f"{layer} tells its attention a sliding window of {keyword} tokens, and its mask has "
         f"{'none' if mask.window_tokens is None else mask.window_tokens}: which one counts is not known"

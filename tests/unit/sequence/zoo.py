@@ -49,8 +49,10 @@ CHANGES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 6, "num_kv_shared_layers": 4, "activation_sparsity_pattern": [0.0] * 6,
         "layer_types": ["sliding_attention", "full_attention"] * 3,
     },
+    **{name: {"num_key_value_heads": 4, "head_dim": 8} for name in ("deepseek_v3", "axk1", "youtu", "longcat_flash", "glm4_moe_lite", "minicpm3", "sarvam_mla")},
     "deepseek_v2": {"num_key_value_heads": 4},
-    "deepseek_v3": {"num_key_value_heads": 4},
+    "dots1": {"n_shared_experts": 1},
+    "granite": {"logits_scaling": 3.0}, "granitemoe": {"logits_scaling": 3.0}, "hyperclovax": {"logits_scaling": 3.0},
 }  # fmt: skip
 
 
