@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from transformers import AttentionInterface
@@ -221,7 +222,7 @@ def ulysses_attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: query [1, Hq, s, d], key and value [1, Hkv, s, d] -> [1, s, Hq, d].
+    """transformers' attention function: query [1, Hq, s, d], key [1, Hkv, s, d], value [1, Hkv, s, e] -> [1, s, Hq, e].
 
     attention_mask: the `AskedMask` of the layer's kind, or None where the model makes none.
 
@@ -238,18 +239,20 @@ def ulysses_attention(
     if any(refused.values()):
         names = ", ".join(name for name, seen in refused.items() if seen)
         raise ModelError(f"{type(module).__name__} asks for {names}, which ulysses attention does not do")
-    # [1, H, s, d] -> [s, H, d], views
-    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    # [1, H, s, d] -> [s, H, d], views. Exchange and kernels know one d: where value heads have another (DeepSeek),
+    # zeros make up for it, which add nothing to scores and are cut off the output.
+    d = max(query.shape[-1], value.shape[-1])
+    q, k, v = (_wide(t[0].transpose(0, 1), d) for t in (query, key, value))
     if layout.sp > q.shape[1]:
         raise ModelError(f"sp is {layout.sp}, but the model has {q.shape[1]} query heads: sp can be at most that")
     sp, sp_rank, group = layout.sp, layout.sp_rank, layout.group
     if documents.own is not None:
         documents, sp, sp_rank, group = documents.own, 1, 0, None  # nobody else has a part of these
     window = window_of(type(module).__name__, attention_mask, sliding_window)
-    spec = AttentionSpec(scaling if scaling is not None else q.shape[-1] ** -0.5, window, softcap)
-    heads, head_dim = -(-q.shape[1] // sp), q.shape[-1]
+    spec = AttentionSpec(scaling if scaling is not None else query.shape[-1] ** -0.5, window, softcap)
+    heads = -(-q.shape[1] // sp)
     chosen, _ = choose_kernel(
-        kernel, device=q.device, dtype=q.dtype, heads=heads, head_dim=head_dim, spec=spec, lengths=documents.lengths
+        kernel, device=q.device, dtype=q.dtype, heads=heads, head_dim=d, spec=spec, lengths=documents.lengths
     )
     shares = deal_heads(q.shape[1], k.shape[1], sp)
     turns: tuple[tuple[HeadShare, ...], ...] = ()
@@ -257,7 +260,12 @@ def ulysses_attention(
         turns = deal_in_turns(q.shape[1], k.shape[1], sp, kv_heads_at_a_time)
     call = _Call(documents.lengths, chosen, spec, group, shares, shares[sp_rank], turns, sp_rank)
     out = SpAttention.apply(q, k, v, s_aux, documents.cu_seqlens, call, kept)
-    return out[None], None
+    return out[None, ..., : value.shape[-1]], None
+
+
+def _wide(t: Tensor, d: int) -> Tensor:
+    """[s, H, n] -> [s, H, d], zeros behind."""
+    return t if t.shape[-1] == d else F.pad(t, (0, d - t.shape[-1]))
 
 
 def register() -> None:

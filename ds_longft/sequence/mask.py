@@ -54,7 +54,7 @@ def asked_mask(
         ModelError: a padding mask, which would be dropped.
     """
     if attention_mask is not None and not pads_nothing(attention_mask):
-        raise ModelError("ulysses attention got a padding mask: give the borders of the documents instead")
+        raise ModelError("the model got a padding mask, which is not looked at here: give documents without padding")
     for window in (local_size, None):
         if _is_causal(mask_function, window):
             return AskedMask(True, window)
@@ -77,8 +77,8 @@ def window_of(layer: str, mask: Any, keyword: int | None) -> int | None:
         mask = None  # handed on as it was given to the decoder
     if mask is not None and not (isinstance(mask, AskedMask) and mask.causal):
         raise ModelError(
-            f"{layer} asks for a mask that is neither causal nor a causal sliding window, which ulysses attention does "
-            "not do"
+            f"{layer} asks for a mask that is neither causal nor a causal sliding window: its attention cannot be done "
+            "exactly here"
         )
     if mask is None or mask.window_tokens == keyword:
         return keyword

@@ -109,6 +109,11 @@ SINKS = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }  # fmt: skip
 
+LATENT = {
+    "num_attention_heads": 6, "num_key_value_heads": 6, "kv_lora_rank": 12, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 4,
+    "v_head_dim": 8, "first_k_dense_replace": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+    "moe_intermediate_size": 24,
+}  # fmt: skip
 SHARED = {
     "num_hidden_layers": 6, "num_kv_shared_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 3, "sliding_window": 13,
     "activation_sparsity_pattern": [0.0] * 6, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB, "laurel_rank": 8,
@@ -139,6 +144,7 @@ CASES = [
     ("gpt_oss", SINKS, True, "none", False, 2, 2),
     ("diffllama", {}, True, "keep_attention", False, 2, 2),  # two attentions in a layer
     ("diffllama", {}, True, "auto", True, 4, 2),
+    ("deepseek_v3", LATENT, False, "keep_attention", False, 2, 2),  # value heads narrower than query heads
 ]  # fmt: skip
 
 

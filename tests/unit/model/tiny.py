@@ -69,6 +69,8 @@ def tiny_config(family: str, **changes: object) -> PretrainedConfig:
             return Gemma2Config(sliding_window=16, **shape)
         case "gemma3":
             return Gemma3TextConfig(sliding_window=16, layer_types=sliding, **shape)
+        case "phimoe":
+            return AutoConfig.for_model(family, sliding_window=16, **EXPERTS | shape)
         case "qwen3_moe" | "mixtral" | "glm4_moe" | "gpt_oss":
             return AutoConfig.for_model(family, **EXPERTS | shape)
     raise AssertionError(family)
