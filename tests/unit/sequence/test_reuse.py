@@ -13,6 +13,7 @@ from ds_longft.sequence.linear import fuse_linears
 from ds_longft.sequence.mlp import tile_mlp
 from ds_longft.sequence.recompute import LayerKeep, apply_recompute
 from ds_longft.sequence.reuse import ours_alone
+from tests.unit.sequence import zoo
 
 
 def asked(share: bool, checkpointed: bool) -> list[bool]:
@@ -109,3 +110,24 @@ def test_layers_that_read_an_input_or_call_a_linear_twice(
     x = torch.randn(1, 10, 8, dtype=torch.float64)
     for seen, true in zip(gradients(layer, x), gradients(plain, x), strict=True):
         torch.testing.assert_close(seen, true, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "recompute", "alone"),
+    [("llama", "full", True), ("llama", "none", True), ("qwen3", "keep_attention", True), ("diffllama", "full", False)],
+)
+def test_of_models_the_memory_is_spared_where_it_can_be(
+    model_type: str, recompute: str, alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In turns and in tiles: nothing of a Llama's layer outlives its readers, DiffLlama's attentions share q and k."""
+    told: list[bool] = []
+
+    def spy(saved: Tensor) -> bool:
+        told.append(ours_alone(saved))
+        return told[-1]
+
+    monkeypatch.setattr("ds_longft.sequence.attention.ours_alone", spy)
+    monkeypatch.setattr("ds_longft.sequence.mlp.ours_alone", spy)
+    zoo.ours(zoo.tiny(model_type), zoo.Way(recompute, tile_tokens=7, kv_heads=1))
+    assert len(told) >= 3 * 4  # q, k and v, and the MLP's input, of three layers
+    assert all(told) == alone
