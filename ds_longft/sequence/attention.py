@@ -230,7 +230,10 @@ def ulysses_attention(
         ModelError: the layer asks for something this attention would otherwise have to ignore.
     """
     if documents is None or layout is None:
-        raise ModelError("ulysses attention was called without `documents` and `layout`: give both to model.forward")
+        raise ModelError(
+            f"{type(module).__name__} called its attention without `documents` and `layout`: the model does not hand on "
+            "what its forward gets by keyword, and without the borders of documents they would see each other"
+        )
     refused = {
         f"attention dropout {dropout}": dropout > 0 and module.training,
         "a batch of several rows (lay them into one pack)": query.shape[0] != 1,

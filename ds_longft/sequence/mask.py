@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ds_longft.errors import ModelError
 
@@ -114,13 +115,23 @@ def _window(function: MaskFunction) -> int | None:
     return high
 
 
+class _NoLookup(TorchFunctionMode):
+    """Inside, nothing is looked up in a tensor: on a GPU these positions, beyond its end, would break the process."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__getitem__:
+            raise IndexError("the mask goes by more than positions")
+        return func(*args, **(kwargs or {}))
+
+
 def _asked(function: MaskFunction, q: Tensor, kv: Tensor) -> Tensor | None:
     """Whether the queries see the keys, for two heads alike; None where the function goes by more than positions."""
     answers = []
     for head in (0, 1):
         try:
-            seen = function(torch.tensor(0), torch.tensor(head), q, kv)
-        except (IndexError, RuntimeError, TypeError, ValueError):  # it looks up these positions in something
+            with _NoLookup():
+                seen = function(torch.tensor(0), torch.tensor(head), q, kv)
+        except (IndexError, RuntimeError, TypeError, ValueError):
             return None
         answers.append(torch.as_tensor(seen).cpu().expand(torch.broadcast_shapes(q.shape, kv.shape)))
     return answers[0] if torch.equal(*answers) else None
