@@ -111,8 +111,7 @@ SINKS = {
 
 LATENT = {
     "num_attention_heads": 6, "num_key_value_heads": 6, "kv_lora_rank": 12, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 4,
-    "v_head_dim": 8, "first_k_dense_replace": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
-    "moe_intermediate_size": 24,
+    "v_head_dim": 8, "first_k_dense_replace": 2,
 }  # fmt: skip
 SHARED = {
     "num_hidden_layers": 6, "num_kv_shared_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 3, "sliding_window": 13,
