@@ -19,6 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from ds_longft.errors import ModelError
 from ds_longft.sequence.kernels.base import flash_refusal
+from ds_longft.sequence.mask import asked_mask, window_of
 
 CACHED = "ds_longft_cached"
 """Name under which the attention is registered; goes into `config._attn_implementation`."""
@@ -32,7 +33,7 @@ def cached_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Any,
     *,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -44,18 +45,20 @@ def cached_attention(
 
     The n queries are the last n of the m positions; there is no padding. Inference only.
 
+    attention_mask: the `AskedMask` of the layer's kind, or None where the model makes none.
+
     Raises:
-        ModelError: the layer is not causal.
+        ModelError: the layer is not causal, or its mask is another than a sliding window.
     """
     if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
         raise ModelError(f"{type(module).__name__} is not causal: only causal language models can be evaluated")
-    assert attention_mask is None, "the mask function below makes none"
+    sliding_window = window_of(type(module).__name__, attention_mask, sliding_window)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if sliding_window is not None:  # keys no query can see
         keep = sliding_window + query.shape[2] - 1
         key, value = key[:, :, -keep:], value[:, :, -keep:]
     window = sliding_window if sliding_window is not None and sliding_window < key.shape[2] else None
-    if softcap is None and s_aux is None and _flash_fits(query):
+    if softcap is None and s_aux is None and query.shape[-1] == value.shape[-1] and _flash_fits(query):
         return _flash(query, key, value, scale, window), None
     step = max(1, SCORES // (query.shape[0] * query.shape[1] * key.shape[2]))
     before = key.shape[2] - query.shape[2]
@@ -123,11 +126,7 @@ def _masked(
     return (weights @ value.float()).to(query.dtype)
 
 
-def _no_mask(**_: Any) -> None:
-    """transformers' mask function: all prompts of a batch are of one length."""
-
-
 def register() -> None:
     """Make the name known to transformers; calling it again changes nothing."""
     AttentionInterface.register(CACHED, cached_attention)
-    AttentionMaskInterface.register(CACHED, _no_mask)
+    AttentionMaskInterface.register(CACHED, asked_mask)

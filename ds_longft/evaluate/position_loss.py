@@ -17,8 +17,9 @@ from ds_longft.batch import IGNORE_INDEX, Pack
 from ds_longft.data.pack import pack_of
 from ds_longft.evaluate.subject import Loaded
 from ds_longft.layout import ParallelLayout
-from ds_longft.model.rope_lengths import set_rope_lengths
-from ds_longft.sequence.loss import CHUNK_BYTES, logit_transform
+from ds_longft.objectives.forward import decode
+from ds_longft.sequence.head import head_rule
+from ds_longft.sequence.loss import CHUNK_BYTES
 from ds_longft.sequence.shard import shard
 
 KEPT_SHARE = 4  # a window begins so long before its first loss: a fourth of it
@@ -63,23 +64,14 @@ def bucket_losses(
     Collective over the sp group: attention exchanges heads. The text's logits are never held whole.
     """
     pack = text.pack
-    config = loaded.plain.config
-    transform, head = logit_transform(config), loaded.plain.get_output_embeddings()
+    rule, head = head_rule(loaded.plain), loaded.plain.get_output_embeddings()
     batch = shard(pack, layout, loaded.device)
-    set_rope_lengths(loaded.plain.get_decoder(), batch.documents.lengths, batch.document_tokens)
-    hidden = loaded.plain.get_decoder()(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        use_cache=False,
-        documents=batch.documents,
-        layout=layout,
-        kernel=kernel,
-    ).last_hidden_state[0]  # [s, D]
-    chunk_rows = max(1, CHUNK_BYTES // (4 * config.vocab_size))
+    hidden = decode(loaded.plain.get_decoder(), batch, layout, kernel)  # [s, D]
+    chunk_rows = max(1, CHUNK_BYTES // (4 * loaded.plain.config.vocab_size))
     losses = torch.zeros(len(batch.targets), dtype=torch.float64, device=loaded.device)
     for a in range(0, len(batch.targets), chunk_rows):
         rows = slice(a, a + chunk_rows)
-        logits = transform(head(hidden[batch.target_rows[rows]])).float()
+        logits = rule.logits(head(rule.inputs(hidden[batch.target_rows[rows]]))).float()
         losses[rows] = F.cross_entropy(logits, batch.targets[rows], reduction="none").double()
     rows = batch.target_rows.cpu().numpy() + pack.part(layout.sp, layout.sp_rank).start
     predicted = text.positions[rows] + 1

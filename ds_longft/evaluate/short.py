@@ -128,13 +128,11 @@ def _text_loss(loaded: Any, ids: list[int]) -> float:
     import torch
 
     from ds_longft.model.rope_lengths import set_rope_lengths
-    from ds_longft.sequence.loss import logit_transform
 
     set_rope_lengths(loaded.plain.get_decoder(), [len(ids)])
     with torch.no_grad():
         row = torch.tensor([ids], device=loaded.device)
-        hidden = loaded.plain.get_decoder()(input_ids=row, use_cache=False).last_hidden_state[0, :-1]
-        logits = logit_transform(loaded.plain.config)(loaded.plain.get_output_embeddings()(hidden)).float()
+        logits = loaded.plain(input_ids=row, use_cache=False).logits[0, :-1].float()
         return float(torch.nn.functional.cross_entropy(logits, row[0, 1:]))
 
 

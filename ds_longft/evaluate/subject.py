@@ -16,9 +16,9 @@ import torch
 from transformers import AutoConfig
 
 from ds_longft.config import ModelConfig, RopeConfig
-from ds_longft.errors import ConfigError, ModelError
+from ds_longft.errors import ConfigError
 from ds_longft.model.load import load_config, load_model, load_tokenizer, model_path
-from ds_longft.model.lora import BASE_CONFIG_FOLDER, WEIGHTS_NAME
+from ds_longft.model.lora import BASE_CONFIG_FOLDER, WEIGHTS_NAME, load_adapter
 from ds_longft.model.rope import check_rope, window_tokens
 from ds_longft.model.rope_formulas import rope_parts
 from ds_longft.settings import load_config as load_run_config
@@ -111,12 +111,7 @@ def load_subject(subject: Subject, device: torch.device, *, attention: str) -> L
     model: Any = load_model(subject.base, hf_config, ds_engine_config=None, dtype=dtype, device=device)
     plain = model
     if subject.adapter is not None:
-        import peft
-
-        try:
-            model = peft.PeftModel.from_pretrained(model, str(subject.adapter), autocast_adapter_dtype=False)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ModelError(f"the adapter in {subject.adapter} does not fit {subject.base.path}: {error}") from error
+        model = load_adapter(model, subject.adapter)
         plain = model.get_base_model()
         model.to(device)
     if rope_parts(plain.config):

@@ -14,7 +14,7 @@ def random_rates(model: nn.Module) -> Rates:
         for module in model.modules()
         for name, value in vars(module).items()
         if isinstance(value, float) and value > 0
-        if "drop" in name or name == "jitter_noise" or (name == "p" and isinstance(module, nn.Dropout))
+        if "drop" in name or "jitter" in name or (name == "p" and isinstance(module, nn.Dropout))
     ]
 
 

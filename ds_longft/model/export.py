@@ -19,9 +19,10 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
 from transformers import PreTrainedModel as Model
+from transformers.core_model_loading import revert_weight_conversion
 
 from ds_longft.errors import ModelError
-from ds_longft.model.lora import BASE_CONFIG_FOLDER, WEIGHTS_NAME
+from ds_longft.model.lora import BASE_CONFIG_FOLDER, WEIGHTS_NAME, load_adapter
 from ds_longft.model.rope import check_rope
 from ds_longft.model.rope_formulas import rope_parts
 
@@ -94,7 +95,7 @@ def _merge(run: Path, work: Path, base: str | None) -> dict[str, Any]:
     dtype = model.dtype
     if {"embed_tokens", "lm_head"} & {name.rpartition(".")[2] for name in adapter.target_modules or ()}:
         _untie(model)
-    adapted = peft.PeftModel.from_pretrained(model, run, autocast_adapter_dtype=False).eval()
+    adapted = load_adapter(model, run).eval()
     tokens = _prompt_tokens(run, base, hf_config)
     with_adapter = _logits(adapted, tokens)
     try:
@@ -206,7 +207,7 @@ def _logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 def _check_reload(work: Path, logits: torch.Tensor, tokens: torch.Tensor) -> dict[str, Any]:
     """Load the folder as a user would: every weight bit-equal to the file, RoPE as in its config, logits as before."""
     model = AutoModelForCausalLM.from_pretrained(work, dtype="auto", use_safetensors=True)
-    loaded = model.state_dict()
+    loaded = revert_weight_conversion(model, model.state_dict())  # files hold experts one by one, the model all in one
     files = set()
     for name, tensor in _tensors_in(work):
         files.add(name)

@@ -47,18 +47,23 @@ def _read_config(model: ModelConfig) -> PretrainedConfig:
         raise ModelError(f"model.path: no model config can be read from {path!r}: {_first_line(error)}") from error
 
 
-def rope_remark(model: ModelConfig, max_length_tokens: int) -> str | None:
-    """What to say of a RoPE base that was given and is too small for the length; None where there is nothing to say."""
-    if model.rope.theta is None:
-        return None
-    seen = seen_tokens(_read_config(model), model.rope)
-    if seen is None or seen >= max_length_tokens:
-        return None
-    return (
-        f"model.rope.theta {model.rope.theta:g} turns some dimensions further than the model has seen from some "
-        f"{seen:,} tokens on, and data.max_length_tokens is {max_length_tokens:,}: it may stay lost there; leave theta "
-        "out for a base that fits"
-    )
+def config_remarks(model: ModelConfig, max_length_tokens: int) -> list[str]:
+    """What to say before training: a RoPE base too small for the length, a loss that is asked for and left out."""
+    hf_config = _read_config(model)
+    remarks = []
+    seen = seen_tokens(hf_config, model.rope) if model.rope.theta is not None else None
+    if seen is not None and seen < max_length_tokens:
+        remarks.append(
+            f"model.rope.theta {model.rope.theta:g} turns some dimensions further than the model has seen from some "
+            f"{seen:,} tokens on, and data.max_length_tokens is {max_length_tokens:,}: it may stay lost there; leave "
+            "theta out for a base that fits"
+        )
+    if getattr(hf_config, "output_router_logits", False):
+        remarks.append(
+            "the model's config asks for the load-balancing loss of its router (output_router_logits: true): it is "
+            "left out, the loss is the cross-entropy alone"
+        )
+    return remarks
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:

@@ -12,7 +12,7 @@ from pathlib import Path
 import peft
 import torch
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -70,6 +70,29 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int, revision: s
                 f"PEFT cannot adapt this {model.config.model_type} so: {error}. Change lora.targets, "
                 f"lora.modules_to_save or lora.dora"
             ) from error
+
+
+def load_adapter(base: PreTrainedModel, folder: str | Path) -> peft.PeftModel:
+    """The adapter that lies in `folder` on `base`, in the base's dtype.
+
+    Raises:
+        ModelError: it does not fit, or a tensor of its file is not in the model afterwards: PEFT warns at most, and
+            goes on with what the adapter was initialised with.
+    """
+    try:
+        model = peft.PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"the adapter in {folder} does not fit {base.config.name_or_path}: {error}") from error
+    present = get_peft_model_state_dict(model, save_embedding_layers=False)
+    file = load_file(Path(folder) / WEIGHTS_NAME)
+    lost = sorted(name for name, tensor in file.items() if not _same_bytes(tensor, present.get(name)))
+    if lost:
+        raise ModelError(
+            f"the adapter in {folder} does not load whole: {len(lost)} of its {len(file)} tensors do not arrive in "
+            f"{base.config.model_type}, the first is {lost[0]}. The versions of transformers and PEFT name this "
+            "model's layers differently; use those the adapter was trained with, or others"
+        )
+    return model
 
 
 @contextmanager
@@ -156,6 +179,14 @@ def _own_storage(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
         owned[name] = tensor.clone() if tensor.data_ptr() in seen else tensor.contiguous()
         seen.add(tensor.data_ptr())
     return owned
+
+
+def _same_bytes(tensor: torch.Tensor, loaded: torch.Tensor | None) -> bool:
+    """Whether this is what was loaded of it, rounded to its dtype; not a comparison of numbers, for NaN is none."""
+    if loaded is None or loaded.shape != tensor.shape:
+        return False
+    a, b = (t.to("cpu", loaded.dtype).contiguous().view(torch.uint8) for t in (tensor, loaded))
+    return torch.equal(a, b)
 
 
 def _is_rank_zero() -> bool:

@@ -1,7 +1,8 @@
 """Which models can be split along the sequence exactly: text-only causal ones whose every layer is softmax attention.
 
-An allow-list, because what is not known to be right must not train silently wrong: a linear-attention or state-space
-layer would restart its state on every rank, a chunked or encoder mask would be dropped.
+What is not right is refused by name: a linear-attention or state-space layer would restart its state on every rank.
+Config and class tell this much; what a layer's mask asks for and what is done around the head is asked of the model
+itself (`sequence.mask`, `sequence.head`).
 """
 
 from __future__ import annotations

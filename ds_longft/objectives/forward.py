@@ -12,6 +12,25 @@ from ds_longft.layout import ParallelLayout
 from ds_longft.model.rope_lengths import set_rope_lengths
 from ds_longft.sequence.attention import ULYSSES
 from ds_longft.sequence.loss import ChunkedHead, DocumentRows
+from ds_longft.sequence.mask import no_padding
+
+
+def decode(
+    decoder: Any, batch: Batch, layout: ParallelLayout, kernel: str, kv_heads_at_a_time: int | None = None
+) -> Tensor:
+    """The hidden states [s, D] of this rank's tokens. Collective over the sp group: attention exchanges heads."""
+    set_rope_lengths(decoder, batch.documents.lengths, batch.document_tokens)
+    hidden: Tensor = decoder(
+        input_ids=batch.input_ids,
+        attention_mask=no_padding(batch.input_ids.shape[1], batch.input_ids.device),
+        position_ids=batch.position_ids,
+        use_cache=False,
+        documents=batch.documents,
+        layout=layout,
+        kernel=kernel,
+        kv_heads_at_a_time=kv_heads_at_a_time,
+    ).last_hidden_state[0]
+    return hidden
 
 
 class ShardedModel:
@@ -25,25 +44,16 @@ class ShardedModel:
         seen = causal_lm.config._attn_implementation
         assert seen == ULYSSES, f"the model's attention is {seen}: every rank would attend to its own shard alone"
         self.decoder = causal_lm.get_decoder()
-        self.head = ChunkedHead.install(causal_lm, causal_lm.config, adapters_off=adapters_off)
+        self.head = ChunkedHead.install(causal_lm, adapters_off=adapters_off)
 
     def loss_sums(self, batch: Batch, layout: ParallelLayout, kernel: str) -> Tensor:
         """sum(w * ce) over this rank's targets, a scalar in at least float32; where the batch's targets know their
         document, the sum of each document, [N] float64. No collective beyond attention's.
         """
-        set_rope_lengths(self.decoder, batch.documents.lengths, batch.document_tokens)
-        hidden = self.decoder(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            documents=batch.documents,
-            layout=layout,
-            kernel=kernel,
-            kv_heads_at_a_time=self.kv_heads_at_a_time,
-        ).last_hidden_state  # [1, s, D]
+        hidden = decode(self.decoder, batch, layout, kernel, self.kv_heads_at_a_time)  # [s, D]
         documents = None
         if batch.target_documents is not None:
             documents = DocumentRows(batch.target_documents, len(batch.documents.lengths))
-        rows = hidden[0, batch.target_rows]  # [t, D]
+        rows = hidden[batch.target_rows]  # [t, D]
         sums: Tensor = self.head(rows, batch.targets, batch.target_weights, documents)
         return sums

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from transformers import AttentionInterface
@@ -35,6 +36,8 @@ from ds_longft.sequence.exchange import (
 )
 from ds_longft.sequence.kept import Kept
 from ds_longft.sequence.kernels import AttentionSpec, Kernel, choose_kernel
+from ds_longft.sequence.mask import asked_mask, window_of
+from ds_longft.sequence.reuse import ours_alone
 
 ULYSSES = "ulysses"
 """Name under which the attention is registered; goes into `config._attn_implementation`."""
@@ -107,7 +110,7 @@ class SpAttention(torch.autograd.Function):
             if kept is not None:
                 kept.put(*output)
         out, lse = output
-        ctx.save_for_backward(q, k, v, sinks, cu_seqlens, out, lse)
+        ctx.save_for_backward(q.detach(), k.detach(), v.detach(), sinks, cu_seqlens, out, lse)  # see `ours_alone`
         ctx.call = call
         return out
 
@@ -167,13 +170,14 @@ def _backward_in_turns(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """`SpAttention.backward` in the same turns. A kv head that two ranks hold is summed in at least float32.
 
-    Writes over q, k and v: nothing else keeps them, and autograd would object if something did.
+    Writes over those of q, k and v that nothing else reads. Layers with two attentions share them (DiffLlama), and so
+    do layers that read the keys and values of an earlier one (Gemma 3n).
     """
     buffers = Buffers()
     wide = shared_heads(call.shares)
     dtype = torch.promote_types(k.dtype, torch.float32) if wide else k.dtype
-    # A turn has read its heads of q, k and v before it writes their gradients: those take their place.
-    dq, dk, dv = q, k, v
+    # A turn has read its heads of q, k and v before it writes their gradients: those can take their place.
+    dq, dk, dv = (x if ours_alone(x) else torch.empty_like(x) for x in (q, k, v))
     if wide:
         dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (k, v))
     dsinks = torch.zeros_like(sinks) if sinks is not None else None
@@ -204,7 +208,7 @@ def ulysses_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Any,
     *,
     documents: Documents | None = None,
     layout: ParallelLayout | None = None,
@@ -218,15 +222,19 @@ def ulysses_attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: query [1, Hq, s, d], key and value [1, Hkv, s, d] -> [1, s, Hq, d].
+    """transformers' attention function: query [1, Hq, s, d], key [1, Hkv, s, d], value [1, Hkv, s, e] -> [1, s, Hq, e].
+
+    attention_mask: the `AskedMask` of the layer's kind, or None where the model makes none.
 
     Raises:
         ModelError: the layer asks for something this attention would otherwise have to ignore.
     """
     if documents is None or layout is None:
-        raise ModelError("ulysses attention was called without `documents` and `layout`: give both to model.forward")
+        raise ModelError(
+            f"{type(module).__name__} called its attention without `documents` and `layout`: the model does not hand "
+            "on what its forward gets by keyword, and without the borders of documents they would see each other"
+        )
     refused = {
-        "an attention mask": attention_mask is not None,
         f"attention dropout {dropout}": dropout > 0 and module.training,
         "a batch of several rows (lay them into one pack)": query.shape[0] != 1,
         "attention that is not causal": kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False,
@@ -234,37 +242,37 @@ def ulysses_attention(
     if any(refused.values()):
         names = ", ".join(name for name, seen in refused.items() if seen)
         raise ModelError(f"{type(module).__name__} asks for {names}, which ulysses attention does not do")
-    # [1, H, s, d] -> [s, H, d], views; not t[0], whose backward pass fills zeros and copies
-    q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
+    # [1, H, s, d] -> [s, H, d], views; not t[0], whose backward pass fills zeros and copies. Exchange and kernels know
+    # one d: where value heads have another (DeepSeek), zeros make up for it, which add nothing to scores.
+    d = max(query.shape[-1], value.shape[-1])
+    q, k, v = (_wide(t.squeeze(0).transpose(0, 1), d) for t in (query, key, value))
     if layout.sp > q.shape[1]:
         raise ModelError(f"sp is {layout.sp}, but the model has {q.shape[1]} query heads: sp can be at most that")
     sp, sp_rank, group = layout.sp, layout.sp_rank, layout.group
     if documents.own is not None:
         documents, sp, sp_rank, group = documents.own, 1, 0, None  # nobody else has a part of these
-    scale = scaling if scaling is not None else q.shape[-1] ** -0.5
-    spec = AttentionSpec(scale, sliding_window, softcap, torch.are_deterministic_algorithms_enabled())
-    heads, head_dim = -(-q.shape[1] // sp), q.shape[-1]
+    window = window_of(type(module).__name__, attention_mask, sliding_window)
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    spec = AttentionSpec(scale, window, softcap, torch.are_deterministic_algorithms_enabled())
+    heads = -(-q.shape[1] // sp)
     chosen, _ = choose_kernel(
-        kernel, device=q.device, dtype=q.dtype, heads=heads, head_dim=head_dim, spec=spec, lengths=documents.lengths
+        kernel, device=q.device, dtype=q.dtype, heads=heads, head_dim=d, spec=spec, lengths=documents.lengths
     )
     shares = deal_heads(q.shape[1], k.shape[1], sp)
     turns: tuple[tuple[HeadShare, ...], ...] = ()
     if kv_heads_at_a_time is not None and kv_heads_at_a_time < max(len(share.kv) for share in shares):
         turns = deal_in_turns(q.shape[1], k.shape[1], sp, kv_heads_at_a_time)
-    if kept is not None and kept.full == kept.first_pass:
-        kept = None  # a further attention of the same layer (DiffLlama has two): its output is not the one that is kept
     call = _Call(documents.lengths, chosen, spec, group, shares, shares[sp_rank], turns, sp_rank)
     out = SpAttention.apply(q, k, v, s_aux, documents.cu_seqlens, call, kept)
-    return out[None], None
+    return out[None, ..., : value.shape[-1]], None
 
 
-def _no_mask(*, attention_mask: Tensor | None = None, **_: Any) -> None:
-    """transformers' mask function: documents do the masking, a padding mask is refused rather than dropped."""
-    if attention_mask is not None and not bool(attention_mask.all()):
-        raise ModelError("ulysses attention got a padding mask: give the borders of the documents instead")
+def _wide(t: Tensor, d: int) -> Tensor:
+    """[s, H, n] -> [s, H, d], zeros behind."""
+    return t if t.shape[-1] == d else F.pad(t, (0, d - t.shape[-1]))
 
 
 def register() -> None:
     """Make `attn_implementation="ulysses"` known to transformers; calling it again changes nothing."""
     AttentionInterface.register(ULYSSES, ulysses_attention)
-    AttentionMaskInterface.register(ULYSSES, _no_mask)
+    AttentionMaskInterface.register(ULYSSES, asked_mask)

@@ -26,13 +26,15 @@ TOUCHING = 8
 
 
 class Kept:
-    """Tensors on the device, for one call and its recomputation.
+    """Tensors on the device, for one call of a layer and its recomputation.
 
+    A layer may call what puts here more than once (DiffLlama has two attentions, Gemma 3n a linear that it calls
+    twice): the output of the first call is kept, for the first call of the recomputation; the others are computed.
     `copy`: what follows may write into the tensors (liger's rotary embedding does, into q and k).
     """
 
     first_pass = True
-    """Until whoever checkpoints the layer says that its first call is over."""
+    """Until whoever checkpoints the layer says that its first pass is over."""
 
     def __init__(self, copy: bool = False) -> None:
         self.copy = copy
@@ -45,11 +47,18 @@ class Kept:
         return self._value is not None
 
     def put(self, *tensors: Tensor) -> None:
-        """Leave them for the second call."""
-        self._value = tuple(t.detach().clone() if self.copy else t.detach() for t in tensors)
+        """Leave them for the recomputation, if they are the first of the first pass."""
+        if self.first_pass and not self.full:
+            self._leave(tensors)
 
     def take(self) -> tuple[Tensor, ...] | None:
-        """What the first call left, once; None on the first call, and where it was given back."""
+        """What the first pass left, once; None in the first pass, and where it was given back."""
+        return self._fetched() if self.full and not self.first_pass else None
+
+    def _leave(self, tensors: tuple[Tensor, ...]) -> None:
+        self._value = tuple(t.detach().clone() if self.copy else t.detach() for t in tensors)
+
+    def _fetched(self) -> tuple[Tensor, ...] | None:
         value, self._value = self._value, None
         home, self._home = self._home, None
         return value if value is None or home is None else tuple(t.to(home) for t in value)
@@ -60,8 +69,8 @@ class Kept:
         return sum(t.untyped_storage().nbytes() for t in self._value or () if self._home is None)
 
     def drop(self) -> int:
-        """Give it back; returns the bytes. The second call computes it again."""
-        size, self._value = self.device_bytes, None
+        """Give it back; returns the bytes. The recomputation computes it again, and no later call takes its place."""
+        size, self._value, self.first_pass = self.device_bytes, None, False
         return size
 
     def move_out(self) -> int:
@@ -76,30 +85,36 @@ class Kept:
 class Unread(Kept):
     """For the last linears of a layer, whose outputs only feed the residual add: a recomputation needs no product.
 
-    Keeps x A' (a few bytes a token) and gives outputs without content. `allowed` is set after the first call, by
-    whoever has seen that nothing saves the outputs (`recompute._ends_with`).
+    Keeps x A' (a few bytes a token) and gives outputs without content. `allowed` is set after the first pass, by
+    whoever has seen that nothing saves the outputs (`recompute._ends_with`): those of the last call. Where there was
+    more than one, all are computed again.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.allowed = False
         self.used = False
+        self.calls = 0
         self.node: object = None  # the outputs' place in the autograd graph
         self._shapes: list[torch.Size] = []
 
     def put(self, *tensors: Tensor) -> None:
         """Of (outputs, x A') only the last is kept."""
-        *outs, xa = tensors
-        self._value = (xa.detach(),)
-        self._shapes = [out.shape for out in outs]
+        self.calls += self.first_pass
+        super().put(*tensors)
 
     def take(self) -> tuple[Tensor, ...] | None:
         """Outputs whose content is undefined and that take no memory, and x A'."""
         value = super().take()
-        if value is None or not self.allowed:
+        if value is None or not self.allowed or self.calls > 1:
             return None
         self.used = True
         return *(value[0].new_empty(()).expand(shape) for shape in self._shapes), *value
+
+    def _leave(self, tensors: tuple[Tensor, ...]) -> None:
+        *outs, xa = tensors
+        self._value = (xa.detach(),)
+        self._shapes = [out.shape for out in outs]
 
 
 class HostStore:
@@ -166,7 +181,7 @@ class HostKept(Kept):
         """Whether something waits in it."""
         return self._host is not None
 
-    def put(self, *tensors: Tensor) -> None:
+    def _leave(self, tensors: tuple[Tensor, ...]) -> None:
         """Start the copies to the host."""
         store = self.store
         contiguous = tuple(t.detach().contiguous() for t in tensors)
@@ -180,10 +195,8 @@ class HostKept(Kept):
             del store.waiting[same:]
         store.waiting.append(self)
 
-    def take(self) -> tuple[Tensor, ...] | None:
+    def _fetched(self) -> tuple[Tensor, ...] | None:
         """The tensors on the device; compute waits for them if it has to."""
-        if self._host is None:
-            return None
         self.fetch()
         if self._done is not None:
             torch.cuda.current_stream(self.store.device).wait_event(self._done)

@@ -87,7 +87,7 @@ class LinearGroup:
         self.names, self.modules, self.members = tuple(names), list(modules), list(members)
         self.kept: Kept | None = None  # set by whoever checkpoints the layer, for the call about to come
         self.remade: Remade | None = None  # where the input can be made again in the backward pass
-        self._input: Tensor | None = None
+        self._input: tuple[Tensor, int] | None = None  # and its version: nobody may have written into it since
         self._waiting: dict[int, Tensor] = {}
         for i, module in enumerate(modules):
             module.forward = partial(self._call, i)
@@ -126,7 +126,7 @@ class LinearGroup:
         source = self.remade.source_of(x) if self.remade is not None and i == 0 else None
         if getattr(module, "disable_adapters", False) or getattr(module, "merged", False):
             return self.members[i].base(x)
-        if i and x is self._input:
+        if i in self._waiting and self._input is not None and x is self._input[0] and x._version == self._input[1]:
             out = self._waiting.pop(i)
             if not self._waiting:
                 self._input = None
@@ -137,7 +137,7 @@ class LinearGroup:
         if isinstance(self.kept, Unread):
             self.kept.node = outs[0].grad_fn
         if i == 0 and len(outs) > 1:
-            self._input, self._waiting = x, dict(enumerate(outs[1:], 1))
+            self._input, self._waiting = (x, x._version), dict(enumerate(outs[1:], 1))
         return outs[0]
 
 
@@ -165,7 +165,7 @@ class _Linears(torch.autograd.Function):
         saved = kept.take() if kept is not None else None
         if saved is None:
             saved = linears_forward(x2, scales, tensors)
-            if kept is not None and kept.first_pass:
+            if kept is not None:
                 kept.put(*saved)
         *outs, xa = saved
         ctx.save_for_backward(x2 if made is None else made[1], xa, *tensors)

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
 from ds_longft.errors import ModelError
+from ds_longft.sequence.head import HeadRule, head_rule
 from ds_longft.sequence.linear import Member, gather_with
 
 CHUNK_BYTES = 1 << 29
@@ -35,27 +35,6 @@ Transform = Callable[[Tensor], Tensor]
 def unchanged(logits: Tensor) -> Tensor:
     """The transform of most models."""
     return logits
-
-
-def logit_transform(config: PretrainedConfig) -> Transform:
-    """What the model does to its logits after the head: soft capping (Gemma) or nothing.
-
-    Raises:
-        ModelError: the config scales its logits in a way this loss does not know.
-    """
-    unknown = [
-        key
-        for key in ("logits_scaling", "logit_scale", "lm_head_multiplier")
-        if getattr(config, key, None) not in (None, 1, 1.0)
-    ]
-    if unknown:
-        raise ModelError(
-            f"{config.model_type} scales its logits ({', '.join(unknown)}), which the chunked loss does not do"
-        )
-    cap = getattr(config, "final_logit_softcapping", None)
-    if cap is None:
-        return unchanged
-    return lambda logits: torch.tanh(logits / cap) * cap
 
 
 def _chunk_losses(logits: Tensor, targets: Tensor, weights: Tensor, transform: Transform) -> Tensor:
@@ -242,10 +221,9 @@ class ChunkedHead:
     `modules_to_save`) are gathered with the head and computed here, without calling them.
     """
 
-    def __init__(self, head: nn.Module, member: Member, config: PretrainedConfig, off: Member | None = None) -> None:
-        self.head, self.plain, self.member, self.off = head, head.forward, member, off
-        self.transform = logit_transform(config)
-        self.chunk_rows = max(1, CHUNK_BYTES // (4 * config.vocab_size))
+    def __init__(self, head: nn.Module, member: Member, rule: HeadRule, off: Member | None = None) -> None:
+        self.head, self.plain, self.member, self.rule, self.off = head, head.forward, member, rule, off
+        self.chunk_rows = max(1, CHUNK_BYTES // (4 * member.base.out_features))
 
     def __call__(
         self,
@@ -261,17 +239,19 @@ class ChunkedHead:
         if getattr(self.head, "disable_adapters", False):
             assert self.off is not None, "the head was installed without its adapter-free form"
             member = self.off
-        return weighted_nll(member, hidden, targets, weights, self.transform, self.chunk_rows, documents)
+        rows, transform = self.rule.inputs(hidden), unchanged if self.rule.plain else self.rule.logits
+        return weighted_nll(member, rows, targets, weights, transform, self.chunk_rows, documents)
 
     @classmethod
-    def install(cls, model: nn.Module, config: PretrainedConfig, *, adapters_off: bool = False) -> nn.Module:
+    def install(cls, model: nn.Module, *, adapters_off: bool = False) -> nn.Module:
         """Replace the forward of the model's output head; returns the head.
 
         `adapters_off`: it will also run with PEFT's adapters switched off, by the weights it had before them. Under
         ZeRO-3 these are gathered with it; beside `modules_to_save` that is a second head.
 
         Raises:
-            ModelError: the model has no head, or one that is not a linear layer.
+            ModelError: the model has no head, one that is not a linear layer, or a forward that does with it what the
+                loss cannot do.
         """
         head = model.get_output_embeddings()  # type: ignore[operator]
         linear = head.modules_to_save[head.active_adapters[0]] if isinstance(head, ModulesToSaveWrapper) else head
@@ -290,7 +270,7 @@ class ChunkedHead:
             if adapters_off and isinstance(head, (BaseTunerLayer, ModulesToSaveWrapper))
             else None
         )
-        head.forward = cls(head, member, config, off)
+        head.forward = cls(head, member, head_rule(model), off)
         gather_with(head, (weight for one in (member, off) if one is not None for weight in one.tensors()))
         return head
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ds_longft.sequence.kept import Kept, Unread
 from ds_longft.sequence.linear import LinearGroup, linears_backward, linears_forward, low_rank
+from ds_longft.sequence.reuse import ours_alone
 
 Combine = Callable[[Tensor, Tensor], Tensor]
 
@@ -34,7 +35,6 @@ class _Spec:
     combine: Combine  # act(gate) * up
     scales: tuple[tuple[float, ...], tuple[float, ...]]  # of gate and up, of down
     split: int  # how many of the tensors belong to gate and up
-    own_input: bool  # nothing but this MLP reads its input: the input's gradient is written over it
 
 
 class TiledMlp:
@@ -44,7 +44,6 @@ class TiledMlp:
         self.gate_up, self.down, self.tile_tokens = gate_up, down, tile_tokens
         self.plain = mlp.forward
         self.combine = _combine(mlp)
-        self.own_input = False
         self.kept: Kept | None = None  # set by whoever checkpoints the layer, for the call about to come
         mlp.forward = self
 
@@ -54,9 +53,7 @@ class TiledMlp:
         if any(getattr(m, "disable_adapters", False) or getattr(m, "merged", False) for m in modules):
             return self._plain(x)
         first, second = self.gate_up.tensors, self.down.tensors
-        spec = _Spec(
-            self.tile_tokens, self.combine, (self.gate_up.scales, self.down.scales), len(first), self.own_input
-        )
+        spec = _Spec(self.tile_tokens, self.combine, (self.gate_up.scales, self.down.scales), len(first))
         out: Tensor = _Tiled.apply(x, self.kept, spec, *first, *second)
         if isinstance(self.kept, Unread):
             self.kept.node = out.grad_fn
@@ -93,7 +90,7 @@ class _Tiled(torch.autograd.Function):
                 kept.put(out, x2.new_empty(0))
         else:
             out = saved[0]
-        ctx.save_for_backward(x2, *tensors)
+        ctx.save_for_backward(x2.detach(), *tensors)  # see `ours_alone`
         ctx.spec = spec
         return out.view(x.shape)
 
@@ -105,8 +102,8 @@ class _Tiled(torch.autograd.Function):
         first, second = tensors[: spec.split], tensors[spec.split :]
         needed = ctx.needs_input_grad[3:]
         dy = dout.reshape(x2.shape)
-        # Over the input, where a norm made it for this MLP alone; autograd objects if something else has kept it.
-        dx = (x2 if spec.own_input else torch.empty_like(x2)) if ctx.needs_input_grad[0] else None
+        # Over the input, where a norm made it for this MLP alone; a shared expert's is read by the router too.
+        dx = (x2 if ours_alone(x2) else torch.empty_like(x2)) if ctx.needs_input_grad[0] else None
         sums: list[Tensor | None] = [None] * len(tensors)
         for rows in _tiles(len(x2), spec.tile_tokens):
             gate, up, xa = linears_forward(x2[rows], spec.scales[0], first)
@@ -145,15 +142,7 @@ def tile_mlp(layer: nn.Module, groups: Sequence[LinearGroup], tile_tokens: int) 
         if all(a is b for a, b in zip(ours, (*gate_up.modules, *down.modules), strict=True)):
             if not _is_gated(module, gate_up, down):
                 return None
-            tiled = TiledMlp(module, gate_up, down, tile_tokens)
-            names = {name for name, _ in layer.named_children()}
-            # Not shared experts: the router and the other experts read the same input, and inside a checkpoint
-            # autograd does not object.
-            tiled.own_input = any(child is module for child in layer.children()) and (
-                "pre_feedforward_layernorm" in names
-                or ("post_attention_layernorm" in names and "post_feedforward_layernorm" not in names)
-            )
-            return tiled
+            return TiledMlp(module, gate_up, down, tile_tokens)
     return None
 
 

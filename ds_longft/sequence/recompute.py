@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ds_longft.errors import ModelError
 from ds_longft.sequence.kept import HostKept, HostStore, Kept, Unread
 from ds_longft.sequence.linear import LinearGroup
 from ds_longft.sequence.mlp import TiledMlp
@@ -156,14 +157,15 @@ def _checkpointed(
     attention = keep.attention_slot()
     if attention is not None:
         kwargs["kept"] = attention
-    slots = keep.slots()
-    layer = partial(_with_slots, forward, [*slots, *keep.last_slot(unread)], unread)
+    slots = [*keep.slots(), *keep.last_slot(unread)]
+    layer = partial(_with_slots, forward, slots, unread)
     if inner:  # torch saves its arguments by the hooks of the segment around it: they are recomputed too
         out = run(layer, hidden, *args, **kwargs)
     else:
         out = _from(keep.input_slot(), run, layer, keep, hidden, *args, **kwargs)
-    for slot in (*(slot for _, slot in slots), *((attention,) if attention is not None else ())):
-        slot.first_pass = False
+    for slot in (attention, *(slot for _, slot in slots)):
+        if slot is not None:
+            slot.first_pass = False
     unread.allowed = _ends_with(out, unread.node)
     return out
 
@@ -204,6 +206,7 @@ def _from(
 
     out = run(call, hidden.new_empty(0), *args, **kwargs)
     source.put(hidden)
+    source.first_pass = False
     return out
 
 
@@ -222,6 +225,10 @@ def _ends_with(out: Any, node: object) -> bool:
     return False
 
 
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata and a.shape == b.shape and a.stride() == b.stride()
+
+
 _HOOKS = ("PreBackwardFunction", "PostBackwardFunction")
 """DeepSpeed's ZeRO-3 wraps the outputs and inputs of modules in these; they keep nothing."""
 
@@ -230,7 +237,8 @@ class _Segment:
     """Runs consecutive layers as one checkpoint without touching the model's own loop over them.
 
     The model calls its layers one by one; all but the last of a segment only note their arguments and hand the hidden
-    states on, the last one then runs the whole segment. In the segment's recomputation every layer but the last is
+    states on, the last one then runs the whole segment. So nothing may be computed between layers: it would be of
+    hidden states that no layer has seen. In the segment's recomputation every layer but the last is
     checkpointed again; the last one's backward pass comes first, so its tensors are kept at once.
     """
 
@@ -238,15 +246,30 @@ class _Segment:
         self.run, self.keeps = run, keeps
         self.forwards: list[Forward] = [layer.forward for layer in layers]
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.noted: tuple[Tensor, int] | None = None  # the hidden states that were handed on, and their version
         for layer in layers[:-1]:
             layer.forward = self._note
         layers[-1].forward = self._run_all
 
     def _note(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self._check(hidden)
+        self.noted = hidden, hidden._version
         self.calls.append((args, kwargs))
         return hidden
 
+    def _check(self, hidden: Tensor) -> None:
+        """See that the model hands on what it got; ZeRO-3 makes other tensors of the same memory of it."""
+        noted, self.noted = self.noted, None
+        if noted is None or (_same_memory(noted[0], hidden) and hidden._version == noted[1]):
+            return
+        self.calls = []
+        raise ModelError(
+            "the model computes something between its decoder layers, which recomputation in segments would skip: set "
+            "train.recompute to full or keep_attention"
+        )
+
     def _run_all(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self._check(hidden)
         calls = [*self.calls, (args, kwargs)]
         self.calls = []
         *inner, last = zip(self.forwards, self.keeps, calls, strict=True)
@@ -263,5 +286,6 @@ class _Segment:
             return segment(hidden)
         self.keeps[0].outputs = []
         out = _from(self.keeps[0].input_slot(), self.run, segment, self.keeps[0], hidden)
+        unread.first_pass = False
         unread.allowed = _ends_with(out, unread.node)
         return out

@@ -20,7 +20,7 @@ from ds_longft.ds_config import DeepSpeedSettings
 from ds_longft.errors import EXIT_HANG, EXIT_REQUEUE, GpuMemoryError
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.flops import equal_cost_tokens, peak_tflops
-from ds_longft.model.load import load_config, load_tokenizer, rope_remark
+from ds_longft.model.load import config_remarks, load_config, load_tokenizer
 from ds_longft.model.lora import trainable_parameters
 from ds_longft.plan.of_run import foresee_run, gpu_of_run, write_plan
 from ds_longft.plan.setting import Gpu
@@ -354,8 +354,7 @@ def _header(
             f"optim.warmup_steps is {config.optim.warmup_steps}, more than the steps of this run: the learning rate "
             f"will not reach its peak; lower it, or train longer"
         )
-    if remark := rope_remark(config.model, config.data.max_length_tokens):
-        lines.append(remark)
+    lines += config_remarks(config.model, config.data.max_length_tokens)
     if resumed:
         lines.append(f"resumed from {resumed} at step {state.step}")
     return "\n".join(lines)

@@ -26,7 +26,8 @@ def greedy_without_cache(model: torch.nn.Module, prompt: list[int], count: int) 
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "gemma2", "gemma3"])  # plain, bias, window, softcap
+# plain, bias, window, softcap, a window that the mask alone knows
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "gemma2", "gemma3", "phimoe"])
 def test_chunks_change_nothing(tmp_path: Path, family: str) -> None:
     folder = save_tiny(tmp_path / family, family)
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()

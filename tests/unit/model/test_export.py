@@ -18,6 +18,9 @@ from ds_longft.model.lora import add_lora, gather_adapter_state, save_adapter
 from tests.unit.model.tiny import WINDOW, save_tiny
 
 NO_STRETCH = RopeConfig()
+EXPERTS = ("qwen3_moe", "mixtral", "glm4_moe", "gpt_oss")
+"""Mixtures of experts, whose files hold them one by one (but for gpt_oss)."""
+
 TOKENS = torch.arange(1, 20)[None]
 TEMPLATE = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
 
@@ -40,7 +43,7 @@ def make_run(
     base_folder = save_tiny(folder / "base", dtype=dtype, **changes)
     source = ModelConfig(path=str(base_folder), rope=rope)
     length = WINDOW if rope.type == "none" else 4 * WINDOW
-    config = load_config(source, length, attn_implementation="sdpa")
+    config = load_config(source, length, attn_implementation="eager")
     base = load_model(source, config, ds_engine_config=None, dtype=torch.float32, device=torch.device("cpu"))
     model = add_lora(base, lora, seed=0)
     torch.manual_seed(7)
@@ -64,8 +67,9 @@ def make_run(
         (LoraConfig(r=4, modules_to_save=["embed_tokens"]), {"tie_word_embeddings": True}),
         (LoraConfig(r=4, modules_to_save=["embed_tokens", "lm_head"]), {}),
         (LoraConfig(r=4, targets=["q_proj", "lm_head"]), {"tie_word_embeddings": True}),
+        *((LoraConfig(r=4), {"family": family}) for family in EXPERTS),
     ],
-    ids=["plain", "dora", "tied", "tied and saved", "untied and saved", "tied and adapted"],
+    ids=["plain", "dora", "tied", "tied and saved", "untied and saved", "tied and adapted", *EXPERTS],
 )
 def test_merged_folder_gives_the_adapters_logits(lora: LoraConfig, changes: dict, tmp_path: Path) -> None:
     run = make_run(tmp_path, lora, **changes)
@@ -105,8 +109,9 @@ def test_export_keeps_the_bases_dtype_and_prints_json(tmp_path: Path, capsys: py
     assert "merged logits max difference" in capsys.readouterr().out
 
 
-def test_a_full_run_is_copied_without_its_checkpoints(tmp_path: Path) -> None:
-    run = save_tiny(tmp_path / "run")
+@pytest.mark.parametrize("family", ["llama", *EXPERTS])
+def test_a_full_run_is_copied_without_its_checkpoints(tmp_path: Path, family: str) -> None:
+    run = save_tiny(tmp_path / "run", family)
     save_tokenizer(run)
     (run / "checkpoint-3").mkdir()
     (run / "metrics.jsonl").write_text("{}\n")
@@ -136,3 +141,29 @@ def test_damage_and_absence_are_refused_and_leave_nothing(tmp_path: Path) -> Non
     with pytest.raises(ModelError, match="cannot be merged: NaN"):
         export_model(run, tmp_path / "broken", base=str(tmp_path / "moved"))
     assert not (tmp_path / "broken").exists()
+
+
+def test_weights_that_come_back_otherwise_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts too, though the model holds them in one tensor."""
+    run = save_tiny(tmp_path / "run", "qwen3_moe")
+    save_tokenizer(run)
+    name = "model.layers.1.mlp.experts.2.down_proj.weight"
+
+    def written_otherwise(folder: Path):
+        for key, tensor in load_file(folder / "model.safetensors").items():
+            yield key, tensor + 1 if key == name else tensor
+
+    monkeypatch.setattr("ds_longft.model.export._tensors_in", written_otherwise)
+    with pytest.raises(ModelError, match=rf"weight {name} of .* does not come back"):
+        export_model(run, tmp_path / "out")
+
+
+def test_an_adapter_that_does_not_load_whole_is_refused(tmp_path: Path) -> None:
+    """PEFT warns, and what is missing stays as it was initialised."""
+    run = make_run(tmp_path, LoraConfig(r=4))
+    adapter = load_file(run / "adapter_model.safetensors")
+    renamed = {name.replace("layers.1.mlp", "layers.1.feed_forward"): tensor for name, tensor in adapter.items()}
+    save_file(renamed, run / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"does not load whole: 6 of its 28 tensors do not arrive in llama"):
+        export_model(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -24,7 +24,7 @@ from transformers import (
 
 from ds_longft.config import ModelConfig
 from ds_longft.errors import ModelError
-from ds_longft.model.load import load_config, load_model, load_tokenizer
+from ds_longft.model.load import config_remarks, load_config, load_model, load_tokenizer
 from tests.unit.model.tiny import FAMILIES, WINDOW, save_tiny, tiny_config
 
 CPU = torch.device("cpu")
@@ -134,3 +134,11 @@ def test_remote_code_needs_a_pinned_revision(tmp_path: Path) -> None:
     tiny_config("llama").save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"pinned to a full commit hash"):
         load_config(ModelConfig(path=str(tmp_path), trust_remote_code=True), 32, attn_implementation="sdpa")
+
+
+def test_a_loss_that_the_config_asks_for_and_is_left_out_is_named(tmp_path: Path) -> None:
+    tiny_config("qwen3_moe", output_router_logits=True).save_pretrained(tmp_path)
+    [remark] = config_remarks(ModelConfig(path=str(tmp_path)), WINDOW)
+    assert "output_router_logits: true" in remark
+    tiny_config("qwen3_moe").save_pretrained(tmp_path)
+    assert config_remarks(ModelConfig(path=str(tmp_path)), WINDOW) == []

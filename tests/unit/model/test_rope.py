@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from ds_longft.config import ModelConfig, RopeConfig
 from ds_longft.errors import ModelError
-from ds_longft.model.load import load_config, load_model, rope_remark
+from ds_longft.model.load import config_remarks, load_config, load_model
 from ds_longft.model.rope import apply_rope, check_rope, restore_rope, seen_tokens
 from ds_longft.model.rope_formulas import rope_parts
 from ds_longft.model.rope_lengths import set_rope_lengths
@@ -120,11 +120,12 @@ def test_a_base_too_small_is_remarked_on(tmp_path: Path) -> None:
         tmp_path
     )
 
-    def remark(theta: float | None) -> str | None:
-        return rope_remark(ModelConfig(path=str(tmp_path), rope=RopeConfig(type="abf", theta=theta)), 131072)
+    def remarks(theta: float | None) -> list[str]:
+        return config_remarks(ModelConfig(path=str(tmp_path), rope=RopeConfig(type="abf", theta=theta)), 131072)
 
-    assert "turns some dimensions further than the model has seen from some 49,0" in str(remark(1.75e6))
-    assert remark(8.5e6) is remark(None) is None
+    [remark] = remarks(1.75e6)
+    assert "turns some dimensions further than the model has seen from some 49,0" in remark
+    assert remarks(8.5e6) == remarks(None) == []
 
 
 def test_llama3_numbers_by_hand() -> None:

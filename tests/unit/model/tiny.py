@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
@@ -35,6 +36,18 @@ SHAPE = {
     "initializer_range": 0.2,
 }
 
+EXPERTS = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+
 
 def tiny_config(family: str, **changes: object) -> PretrainedConfig:
     sliding = ["sliding_attention", "full_attention"]
@@ -56,6 +69,10 @@ def tiny_config(family: str, **changes: object) -> PretrainedConfig:
             return Gemma2Config(sliding_window=16, **shape)
         case "gemma3":
             return Gemma3TextConfig(sliding_window=16, layer_types=sliding, **shape)
+        case "phimoe":
+            return AutoConfig.for_model(family, sliding_window=16, **EXPERTS | shape)
+        case "qwen3_moe" | "mixtral" | "glm4_moe" | "gpt_oss":
+            return AutoConfig.for_model(family, **EXPERTS | shape)
     raise AssertionError(family)
 
 

@@ -15,7 +15,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -26,7 +25,7 @@ from ds_longft.plan.search import Question
 from ds_longft.plan.setting import GIB, Gpu, ModelSizes, Setting
 from ds_longft.sequence.attention import ULYSSES, register
 from tests.unit.plan.shapes import LLAMA_13B, YI_9B, sizes
-from tests.unit.plan.tracked import FlashLike, Tracker
+from tests.unit.plan.tracked import Tracker, without_values
 
 A100 = Gpu.load("a100-80")
 K = 1024
@@ -86,8 +85,7 @@ def its_tools(shape: dict[str, Any], tokens: int) -> float:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     try:
         with ExitStack() as stack:
-            stack.enter_context(FakeTensorMode())
-            stack.enter_context(patch("ds_longft.sequence.attention.choose_kernel", lambda *a, **k: (FlashLike(), "")))
+            without_values(stack)
             config = AutoConfig.for_model(**{**shape, "num_hidden_layers": 2, "use_cache": False})
             tracker = Tracker()
             with patch.object(nn.Module, "to", lambda module, *a, **k: module):

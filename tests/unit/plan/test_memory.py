@@ -131,8 +131,9 @@ def test_what_is_kept_of_the_linears() -> None:
     assert spend(costs, 52.0, 0.0)[0] == [{qkv: "device"}, {qkv: "device", o: "device"}, {qkv: "device", o: "device"}]
     places, device, host = spend(costs, 36.0 + 2 * 64.0 + 72.0, 120.0)  # two layers' share of the host is in transit
     assert places[2] == {qkv: "device", o: "device", gate_up: "device"}
-    assert places[0] == {qkv: "device", o: "device", gate_up: "host"}
-    assert (device, host) == (36.0 + 64.0 + 8.0, 112.0)
+    assert places[1] == {qkv: "device", o: "device", gate_up: "host"}
+    assert places[0] == {qkv: "device", o: "host", gate_up: "host"}
+    assert (device, host) == (36.0 + 64.0 + 8.0, 120.0)
 
 
 def test_host_memory_is_shared_by_the_ranks_of_a_node() -> None:

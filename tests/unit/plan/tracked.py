@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.masking_utils import AttentionMaskInterface
 
 from ds_longft.batch import IGNORE_INDEX, Batch, Documents, Pack, Pairs
 from ds_longft.config import DpoConfig, LoraConfig
@@ -36,6 +37,7 @@ from ds_longft.objectives.sft import SftObjective
 from ds_longft.plan.setting import Setting
 from ds_longft.plan.step import Keep
 from ds_longft.sequence.attention import ULYSSES, register
+from ds_longft.sequence.head import HeadRule
 from ds_longft.sequence.kept import HostStore
 from ds_longft.sequence.loss import _Rows, unchanged
 from ds_longft.sequence.recompute import LayerKeep, apply_recompute
@@ -169,19 +171,25 @@ def like_liger(model: nn.Module) -> None:
             module.forward = lambda x, m=module: m.down_proj(SiluMul.apply(m.gate_proj(x), m.up_proj(x)))
 
 
+def without_values(stack: ExitStack) -> None:
+    """Fake tensors, and stand-ins for what looks at their values."""
+    stack.enter_context(FakeTensorMode())
+    stack.enter_context(patch("ds_longft.sequence.mlp._is_gated", lambda *_: True))
+    stack.enter_context(patch("ds_longft.sequence.loss.head_rule", lambda *_: HeadRule()))
+    stack.enter_context(patch("ds_longft.sequence.attention.choose_kernel", lambda *a, **k: (FlashLike(), "")))
+    stack.enter_context(patch.dict(AttentionMaskInterface._global_mapping, {ULYSSES: lambda **_: None}))
+    stack.enter_context(patch.object(_Rows, "_in_one_kernel", lambda rows, _: rows.transform is unchanged))
+    kernel = SimpleNamespace(cross_entropy_=lambda x, *_, **__: x.new_empty(len(x), dtype=torch.float32))
+    stack.enter_context(patch.dict(sys.modules, {"ds_longft.sequence.kernels.cross_entropy": kernel}))
+
+
 def tracked_step(shape: dict[str, Any], setting: Setting, keep: Sequence[Keep] | None = None) -> Tracked:
     """One step of a model of that shape at real sizes, under fake tensors."""
     register()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=setting.world)
     try:
         with ExitStack() as stack:
-            stack.enter_context(FakeTensorMode())
-            # it looks at values
-            stack.enter_context(patch("ds_longft.sequence.mlp._is_gated", lambda *_: True))
-            stack.enter_context(patch("ds_longft.sequence.attention.choose_kernel", lambda *a, **k: (FlashLike(), "")))
-            stack.enter_context(patch.object(_Rows, "_in_one_kernel", lambda rows, _: rows.transform is unchanged))
-            kernel = SimpleNamespace(cross_entropy_=lambda x, *_, **__: x.new_empty(len(x), dtype=torch.float32))
-            stack.enter_context(patch.dict(sys.modules, {"ds_longft.sequence.kernels.cross_entropy": kernel}))
+            without_values(stack)
             if setting.fused:
                 module = f"transformers.models.{shape['model_type']}.modeling_{shape['model_type']}"
                 stack.enter_context(patch(f"{module}.apply_rotary_pos_emb", lambda q, k, *a, **b: Rope.apply(q, k)))

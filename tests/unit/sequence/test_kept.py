@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ds_longft.sequence.kept import LEAVING, HostStore, Unread, _pinned
+from ds_longft.sequence.kept import LEAVING, HostStore, Kept, Unread, _pinned
 from ds_longft.sequence.linear import fuse_linears
 from ds_longft.sequence.mlp import tile_mlp
 from ds_longft.sequence.recompute import LayerKeep, apply_recompute
@@ -25,6 +25,7 @@ def test_device_tensors_are_held_until_two_later_calls() -> None:
     assert store.leaving == []
     assert [slot._value is not None for slot in slots] == [False, False, True, True]  # this layer's and the next one's
     for i in reversed(range(4)):
+        slots[i].first_pass = False
         value = slots[i].take()
         assert value is not None
         assert value[0].tolist() == [float(i)] * 3
@@ -42,15 +43,33 @@ def test_a_pass_without_backward_leaves_nothing_behind() -> None:
 
 
 def test_an_output_that_nothing_reads_is_not_kept() -> None:
-    slot = Unread()
-    slot.put(torch.ones(4, 6), torch.full((4, 2), 3.0))
-    slot.allowed = True
-    taken = slot.take()
+    def after(calls: int, allowed: bool) -> tuple[Tensor, ...] | None:
+        slot = Unread()
+        for _ in range(calls):
+            slot.put(torch.ones(4, 6), torch.full((4, 2), 3.0))
+        slot.first_pass, slot.allowed = False, allowed
+        return slot.take()
+
+    taken = after(calls=1, allowed=True)
     assert taken is not None
     assert taken[0].shape == (4, 6)
     assert taken[1].tolist() == [[3.0, 3.0]] * 4
-    slot.put(torch.ones(4, 6), torch.ones(4, 2))
-    slot.allowed = False
+    assert after(calls=1, allowed=False) is None
+    assert after(calls=2, allowed=True) is None
+
+
+@pytest.mark.parametrize("slot", [Kept(), HostStore(CPU).slot(0, "x")], ids=["device", "host"])
+def test_of_two_calls_the_first_is_kept_for_the_first(slot: Kept) -> None:
+    """The second call of the first pass got the output of the first."""
+    for value in (1.0, 2.0):
+        assert slot.take() is None
+        slot.put(torch.full((3,), value))
+    slot.first_pass = False
+    taken = slot.take()
+    assert taken is not None
+    assert taken[0].tolist() == [1.0] * 3
+    assert slot.take() is None
+    slot.put(torch.zeros(3))
     assert slot.take() is None
 
 

@@ -65,4 +65,4 @@ def test_a_head_with_dora_is_refused_by_name() -> None:
         tiny_model(config, attn="eager", dtype=torch.float32), LoraConfig(targets=["lm_head"], dora=True), seed=0
     )
     with pytest.raises(ModelError, match=r"adapters on the output head have dropout or DoRA.*lm_head.*lora.dora"):
-        ChunkedHead.install(model, config)
+        ChunkedHead.install(model)
