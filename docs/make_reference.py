@@ -1,4 +1,7 @@
-"""Writes docs/config.md from `RunConfig`, docs/files.md from the docstrings: `make docs`. A test keeps them in step."""
+"""Writes docs/config.md from `RunConfig`, docs/files.md from the docstrings, the README's table from the results.
+
+`make docs`; a test keeps them in step.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,46 @@ FILES_HEAD = """\
 Made from the first line of each file by `make docs`. How they hang together: [architecture.md](architecture.md).
 """
 ROOT = Path(__file__).resolve().parent.parent
+
+
+TABLE = re.compile(r"(<!-- measured: `make docs` -->\n).*?(<!-- /measured -->)", re.DOTALL)
+MEASURED = (
+    # what the row is called, and `what` of its line in benchmarks/results.jsonl; the newest of that name counts
+    ("one sample of 131,072 tokens, 2 GPUs, sp 2", "step 131072 sp2 lora fa4 zero3"),
+    ("8 documents of 16,384 tokens, 2 GPUs, sp 2", "step 8x16384 sp2 lora fa4 zero3"),
+    ("one sample of 65,536 tokens, all weights, 2 GPUs, sp 2", "step 65536 sp2 full fa4 zero3"),
+    ("one sample of 131,072 tokens, 1 GPU, 88 GiB of host memory", "step 131072 sp1 lora fa4, 88 GiB of host memory"),
+    ("one sample of 65,536 tokens, 1 GPU", "step 65536 sp1 lora fa4"),
+    ("one sample of 65,536 tokens, 1 GPU, 88 GiB of host memory", "step 65536 sp1 lora fa4, 88 GiB of host memory"),
+    ("4 documents of 16,384 tokens, 1 GPU", "step 4x16384 sp1 lora fa4"),
+    ("8 documents of 8,192 tokens, 1 GPU", "step 8x8192 packs dp1"),
+    ("one sample of 65,536 tokens, all weights of 8 layers, 1 GPU", "step 65536 sp1 full, 8 layers"),
+)
+
+
+def readme_page() -> str:
+    """README.md with its table of measured steps made anew; no figure of it is typed by hand."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert TABLE.search(readme), "README.md has lost the marks around its table"
+    return TABLE.sub(lambda marks: marks[1] + measured_table() + marks[2], readme)
+
+
+def measured_table() -> str:
+    """The steps of `MEASURED` with the peer beside them."""
+    text = (ROOT / "benchmarks" / "results.jsonl").read_text(encoding="utf-8")
+    lines = {line["what"]: line for line in map(json.loads, text.splitlines())}
+    rows = ["| one optimizer step | time | tokens/s per GPU | peak memory | peer | code |", "|---|---|---|---|---|---|"]
+    for name, what in MEASURED:
+        line = lines[what]
+        peer = "not run"
+        if line.get("peer_value"):
+            peer = f"{line['peer_value']:.1f} s: {line['ratio']:.2f} times as fast"
+        config = "zero3" if "zero3" in what or "full" in what else "zero2"
+        rows.append(
+            f"| {name} | {line['value']:.1f} s | {line['tokens_per_s_per_gpu']:,.0f} | {line['peak_gib']:.0f} GiB | {peer} | "
+            f"{line['commit']}, `{config}_sp.json`, {line['date']} |"
+        )
+    return "\n".join(rows) + "\n"
 
 
 def config_page() -> str:
@@ -102,3 +145,4 @@ def _summary(path: Path) -> str:
 if __name__ == "__main__":
     (ROOT / "docs/config.md").write_text(config_page())
     (ROOT / "docs/files.md").write_text(files_page())
+    (ROOT / "README.md").write_text(readme_page())

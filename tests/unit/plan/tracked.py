@@ -37,6 +37,7 @@ from ds_longft.objectives.sft import SftObjective
 from ds_longft.plan.setting import Setting
 from ds_longft.plan.step import Keep
 from ds_longft.sequence.attention import ULYSSES, register
+from ds_longft.sequence.exchange import deal_heads
 from ds_longft.sequence.head import HeadRule
 from ds_longft.sequence.kept import HostStore
 from ds_longft.sequence.loss import _Rows, unchanged
@@ -44,6 +45,8 @@ from ds_longft.sequence.recompute import LayerKeep, apply_recompute
 from ds_longft.train.install import fuse_and_tile
 from ds_longft.train.pairs import backpropagate_pairs
 from tests.distributed.test_dpo_exact import PlainEngine
+
+LOSS_KERNEL = "ds_longft.sequence.kernels.cross_entropy"
 
 
 @dataclass(frozen=True)
@@ -180,13 +183,17 @@ def without_values(stack: ExitStack) -> None:
     stack.enter_context(patch.dict(AttentionMaskInterface._global_mapping, {ULYSSES: lambda **_: None}))
     stack.enter_context(patch.object(_Rows, "_in_one_kernel", lambda rows, _: rows.transform is unchanged))
     kernel = SimpleNamespace(cross_entropy_=lambda x, *_, **__: x.new_empty(len(x), dtype=torch.float32))
-    stack.enter_context(patch.dict(sys.modules, {"ds_longft.sequence.kernels.cross_entropy": kernel}))
+    sys.modules[LOSS_KERNEL] = kernel  # type: ignore[assignment]
+    stack.callback(sys.modules.pop, LOSS_KERNEL)
 
 
 def tracked_step(shape: dict[str, Any], setting: Setting, keep: Sequence[Keep] | None = None) -> Tracked:
     """One step of a model of that shape at real sizes, under fake tensors."""
     register()
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=setting.world)
+    heads = [shape.get(key) for key in ("num_attention_heads", "num_key_value_heads")]
+    shares = deal_heads(heads[0], heads[1] or heads[0], setting.sp)
+    fullest = max(range(setting.sp), key=lambda rank: len(shares[rank].q))
+    dist.init_process_group("fake", store=FakeStore(), rank=fullest, world_size=setting.world)
     try:
         with ExitStack() as stack:
             without_values(stack)
