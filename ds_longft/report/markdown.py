@@ -21,6 +21,7 @@ from ds_longft.report.tables import (
 def markdown_page(facts: RunFacts) -> str:
     """Run, training, data, evaluations and commands; curves stay in the page."""
     parts = [f"## Training report\n\n{facts.status}\n\n" + _pairs([*overview(facts), *progress(facts)])]
+    parts += facts.unreadable
     if facts.versions:
         parts.append("Versions: " + ", ".join(f"{name} {version}" for name, version in facts.versions.items()))
     for name, statistics in facts.data.items():

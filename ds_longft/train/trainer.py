@@ -30,12 +30,13 @@ from ds_longft.exactness.first_step import check_first_step, raise_if_wrong
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.flops import forward_flops, step_flops
 from ds_longft.objectives.dpo import METRICS, DpoObjective
-from ds_longft.train.checkpoint import Checkpoints, TrainState, rng_state, set_rng_state
+from ds_longft.train.checkpoint import Checkpoints, rng_state, set_rng_state
 from ds_longft.train.engine import Built
 from ds_longft.train.health import Watchdog, describe_packs, write_nonfinite
 from ds_longft.train.interrupt import StopRequest
 from ds_longft.train.metrics import Records, peak_gib
 from ds_longft.train.ranks import Agreement
+from ds_longft.train.same_run import TrainState
 from ds_longft.train.schedule import learning_rate
 from ds_longft.train.step import backpropagate, backpropagate_pack, evaluate_pack, loss_scale
 
@@ -203,9 +204,9 @@ class Trainer:
         skipped = (
             f" ({self._skipped} steps before it were skipped: train.max_skipped_in_a_row)" if self._skipped else ""
         )
+        skip = "" if train.on_nonfinite == "skip" else ", or set train.on_nonfinite to skip"
         raise NonFiniteError(
-            f"{text}{skipped} Look at them with `ds-longft data inspect`, lower optim.learning_rate, or set "
-            "train.on_nonfinite to skip."
+            f"{text}{skipped} Look at them with `ds-longft data inspect`, lower optim.learning_rate{skip}."
         )
 
     @torch.no_grad()
