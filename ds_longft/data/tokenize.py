@@ -111,7 +111,10 @@ def tokenize_sources(
     try:
         found_set = sealed_set(folder, every_byte=every_byte)
     except Unreadable:
-        cache.mkdir(parents=True, exist_ok=True)
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"data.cache_dir {data.cache_dir} cannot be made: {error.strerror or error}") from None
         with FileLock(cache / f"{fingerprint}.lock"):  # a second process waits, and finds the set made
             found_set = _make(folder, found, formats, encoder, data.workers, progress=progress, every_byte=every_byte)
     found_set.tally.check(data.max_bad_fraction, folder / LEDGER)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ds_longft.config import RunConfig
 from ds_longft.errors import ConfigError, GpuMemoryError, LongftError
-from ds_longft.train.console import outlive_the_console
+from ds_longft.train.console import outlive_the_console, speak_utf8
 from ds_longft.train.interrupt import StopRequest
 from ds_longft.train.ranks import Launch, visible_gpus
 from ds_longft.train.secrets import redact
@@ -29,6 +29,8 @@ STATUS_FIRST_S = 0.5
 
 def main(argv: list[str] | None = None) -> int:
     """Train as `argv` says; returns the exit code (see `ds_longft.errors`)."""
+    if argv is None:
+        speak_utf8()
     outlive_the_console()
     launched = "RANK" in os.environ or "SLURM_PROCID" in os.environ
     launch = Launch.from_environment()

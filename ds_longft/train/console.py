@@ -1,7 +1,8 @@
-"""A console that may go away: a closed terminal, a `tee` that was killed. The run goes on, and saves, without it."""
+"""What a process speaks to, and how: a console that may go away, in an encoding that others' files can be read in."""
 
 from __future__ import annotations
 
+import locale
 import os
 import sys
 from typing import Any, TextIO
@@ -42,3 +43,14 @@ def outlive_the_console() -> None:
     for name in ("stdout", "stderr"):
         if not isinstance(getattr(sys, name), LastingStream):
             setattr(sys, name, LastingStream(getattr(sys, name)))
+
+
+def speak_utf8() -> None:
+    """Begin this program again in Python's UTF-8 mode where the locale has another encoding (zh_CN.GBK, plain ASCII).
+
+    Libraries read their own source and files in the locale's encoding, and torch 2.13 fails at it. Ranks keep their
+    process id.
+    """
+    if not sys.flags.utf8_mode and locale.getencoding().lower().replace("-", "") != "utf8":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

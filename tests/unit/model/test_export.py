@@ -136,3 +136,17 @@ def test_damage_and_absence_are_refused_and_leave_nothing(tmp_path: Path) -> Non
     with pytest.raises(ModelError, match="cannot be merged: NaN"):
         export_model(run, tmp_path / "broken", base=str(tmp_path / "moved"))
     assert not (tmp_path / "broken").exists()
+
+
+def test_a_base_with_code_of_its_own_is_refused_without_a_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would ask at the terminal, and wait."""
+    run = make_run(tmp_path, LoraConfig(r=4))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
+    path = tmp_path / "base" / "config.json"
+    own = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "own", "auto_map": own}))
+    (tmp_path / "base" / "code.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(ModelError, match=r"base model .* cannot be loaded"):
+        export_model(run, tmp_path / "out")
