@@ -175,7 +175,7 @@ class Records:
             damaged = self.path.with_name("metrics-damaged.jsonl")
             shutil.copyfile(self.path, damaged)
             self.say(
-                f"{len(bad)} lines of {METRICS} cannot be read and are left out ({bad[0]}); all of it is in {damaged}"
+                f"{METRICS}: lines that cannot be read: {len(bad)}, left out ({bad[0]}); all of it is in {damaged}"
             )
         os.replace(tmp, self.path)  # a kill in the middle must not cost the records
         return kept
