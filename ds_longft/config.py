@@ -228,7 +228,7 @@ class DpoConfig(Section):
 
     reference: Rounding[Literal["auto", "adapter_off", "precomputed", "model"]] = "auto"
     """Where the reference's log-probabilities come from. `adapter_off`: the same weights with LoRA switched off.
-    `precomputed`: `ds-longft data ref_logps` wrote them beside the tokenized set. `model`: a second, frozen copy of the
+    `precomputed`: `ds-longft data ref_logps` wrote them into `data.cache_dir`. `model`: a second, frozen copy of the
     model. `auto`: `adapter_off` with LoRA, `model` without."""
 
     passes: Rounding[Literal["auto", "one", "two"]] = "auto"

@@ -264,7 +264,7 @@ def _run(
         raise
     watchdog.enter("the end")
     if finished:
-        writer.write_all(folder)
+        writer.write_all(folder, records.say)
     records.close()
     if not finished:
         records.say(_farewell(trainer, stop, config.train.resume))

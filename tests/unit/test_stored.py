@@ -85,7 +85,7 @@ def mutated(draw: st.DrawFn, original: bytes) -> bytes:
 
 
 MANY = settings(
-    max_examples=115, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=120, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
 
 
