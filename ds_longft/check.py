@@ -114,7 +114,7 @@ def check_run(
     problems += [
         f"log: the tracker {name} is not installed: pip install {name}, or leave it out of log.trackers and log.wandb"
         for name in config.log.tracker_names
-        if name not in sys.modules and importlib.util.find_spec(name) is None
+        if not _is_installed(name)
     ]
     if config.lora is not None and config.lora.targets in ("", []):
         problems.append(
@@ -309,6 +309,14 @@ def _is_missing(source: SourceConfig) -> bool:
         return not path.exists() and not glob(str(path))
     is_hub_id = HUB_ID.fullmatch(source.path) and not source.path.endswith(DATA_SUFFIXES)
     return not is_hub_id and not path.exists()
+
+
+def _is_installed(library: str) -> bool:
+    """Whether it can be imported; a folder of that name, as wandb makes one, is none."""
+    if library in sys.modules:
+        return True
+    spec = importlib.util.find_spec(library)
+    return spec is not None and spec.origin is not None
 
 
 def _folder_problems(key: str, given: str) -> list[str]:

@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import threading
 from collections import deque
@@ -294,6 +295,7 @@ def _start_worker(encoder: Encoder) -> None:
     # One core each, as a pool of one thread: without a pool the tokenizers library takes a quarter more CPU time
     # for the same texts (benchmarks/tokenise.py).
     os.environ.update(TOKENIZERS_PARALLELISM="true", RAYON_NUM_THREADS="1")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the parent ends its workers
     # A killed parent leaves workers waiting for ever, with the caller's stdout open.
     parent = multiprocessing.parent_process()
     if parent is not None:

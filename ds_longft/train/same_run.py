@@ -6,6 +6,7 @@ weights. Two spellings of the same run are the same run, and a key nobody though
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,7 +73,9 @@ def what_may_change(config: RunConfig) -> dict[str, Any]:
 
 def what_the_model_is(hf_config: Any) -> dict[str, Any]:
     """What the model's config adds to its weights: norms, activation, RoPE; only what is not the family's default."""
-    return {key: value for key, value in hf_config.to_diff_dict().items() if key not in OF_THE_SOFTWARE}
+    own = {key: value for key, value in hf_config.to_diff_dict().items() if key not in OF_THE_SOFTWARE}
+    as_read_back: dict[str, Any] = json.loads(json.dumps(own, default=str))  # tuples are lists, keys are text
+    return as_read_back
 
 
 def refuse_another_run(path: Path, saved: TrainState, new: TrainState) -> None:

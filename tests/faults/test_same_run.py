@@ -17,12 +17,20 @@ from typing import Any
 import pytest
 import yaml
 from pydantic import BaseModel
+from transformers import LlamaConfig
 
 from ds_longft.config import DpoConfig, OnResume, RunConfig, SourceConfig
 from ds_longft.errors import CheckpointError
 from ds_longft.messages import _models_of, all_keys, on_resume
 from ds_longft.settings import load_config
-from ds_longft.train.same_run import TrainState, changes_since, refuse_another_run, what_decides, what_may_change
+from ds_longft.train.same_run import (
+    TrainState,
+    changes_since,
+    refuse_another_run,
+    what_decides,
+    what_may_change,
+    what_the_model_is,
+)
 from tests.faults.assets import TEMPLATE
 from tests.faults.ranks import Launcher, checkpoints, trace
 
@@ -247,6 +255,15 @@ def test_another_norm_of_the_same_weights_is_refused() -> None:
         refuse_another_run(Path("checkpoint-6"), state, replace(state, model={"rms_norm_eps": 1e-5}))
 
 
+def test_what_a_models_config_says_survives_being_written_down() -> None:
+    """Tuples and numbers as keys come back from JSON as lists and text: they are compared as they come back."""
+    config = LlamaConfig(hidden_size=64, rms_norm_eps=1e-5, id2label={0: "a", 1: "b", 2: "c"}, own=(1, 2))
+    model = what_the_model_is(config)
+    assert model["rms_norm_eps"] == 1e-5
+    assert json.loads(json.dumps(model)) == model
+    assert not {"transformers_version", "_name_or_path"} & set(model)
+
+
 def test_an_edited_answer_is_seen_though_size_and_time_were_kept(
     launcher: Launcher, golden: Path, tmp_path: Path
 ) -> None:
@@ -281,3 +298,22 @@ def test_a_config_that_was_resumed_says_so_in_its_folder(launcher: Launcher, gol
         ("optim.eps", 7),
     ]
     assert yaml.safe_load((output / "config.yaml").read_text())["optim"]["eps"] == 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("key", ["optim.max_grad_norm", "optim.weight_decay"])
+def test_new_settings_are_in_force_at_every_stage(launcher: Launcher, tmp_path: Path, stage: int, key: str) -> None:
+    """DeepSpeed's stages 1 and 2 bring the checkpoint's clipping with them, all of them its decay."""
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"train_batch_size": "auto", "zero_optimization": {"stage": stage}}))
+    output = tmp_path / "out"
+    codes, run = launcher.run(output, "--ds_config", str(path))
+    assert codes == [0, 0], run.text()
+    before = steps_of(output)
+    shutil.rmtree(output / "checkpoint-8")
+    codes, run = launcher.run(output, "--ds_config", str(path), *OTHERS[key])
+    assert codes == [0, 0], run.text()
+    now = steps_of(output)
+    assert now[:6] == before[:6]
+    assert now[7] != before[7]
