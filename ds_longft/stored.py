@@ -243,6 +243,13 @@ class EvaluationFile(StoredFile):
         return self
 
 
+class EvaluationRow(StoredFile):
+    """A line of RUN/eval/NAME.rows.jsonl: the settings first, then a row each."""
+
+    settings: dict[str, Any] | None = None
+    key: str | None = None
+
+
 def read_file(path: Path, schema: type[T]) -> T:
     """The content of a JSON file. Raises Unreadable: it is missing, or holds anything but that."""
     try:

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from ds_longft.config import LogConfig
 from ds_longft.data.cache import PartSeal, SealedSet, sealed_set
 from ds_longft.data.ledger import Tally
+from ds_longft.evaluate.results import Rows
 from ds_longft.report.facts import gather_facts
 from ds_longft.report.markdown import markdown_page
 from ds_longft.report.page import html_page
@@ -295,3 +296,19 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(Unreadable, match=r"run_status.json cannot be read \(No such file or directory\)"):
         read_file(path, StatusFile)
+
+
+def test_an_evaluation_goes_on_over_garbage(tmp_path: Path) -> None:
+    """A row that cannot be read is made again, the others are kept; without readable settings all are made again."""
+
+    def keys_after(content: bytes) -> list[str]:
+        (tmp_path / "needle.rows.jsonl").write_bytes(content)
+        rows = Rows(tmp_path, "needle", {"seed": 1}, total=9, show=False)
+        rows.close()
+        return [row["key"] for row in rows.rows]
+
+    header, a, b = b'{"settings": {"seed": 1}}', b'{"key": "a", "reply": "x\xe2\x80\xa8y"}', b'{"key": "b"}'
+    for bad in (b"\0\0", b"", b"null", b"5", b"\xff", b'{"key": 5}', b'{"reply": "x"}'):
+        assert keys_after(b"\n".join([header, a, bad, b]) + b"\n") == ["a", "b"]
+        assert keys_after(b"\n".join([bad, a, b]) + b"\n") == []
+    assert keys_after(b"\n".join([header, a, b'{"key": "b", "re'])) == ["a"]
