@@ -59,7 +59,7 @@ class Wandb:
         """Raises RuntimeError without a login: wandb would ask for one at the terminal, under the progress bar."""
         import wandb
 
-        if self.mode == "online" and not wandb.api.api_key:
+        if self.mode == "online" and not wandb.login(prompt=False, verify=False):
             raise RuntimeError("not logged in: run `wandb login`, or set WANDB_API_KEY, or log.wandb: offline")
         unseen = wandb.Settings(
             console="off", disable_git=True, save_code=False, program="", host="", username="",

@@ -287,6 +287,5 @@ def _at_dead_tracker(fault: dict[str, Any]) -> None:
             raise ConnectionError("tracker is down")
         return Dead()
 
-    api = types.SimpleNamespace(api_key="given")
-    fake = types.SimpleNamespace(init=init, Settings=lambda **_: None, api=api)
+    fake = types.SimpleNamespace(init=init, Settings=lambda **_: None, login=lambda **_: True)
     sys.modules["wandb"] = fake  # type: ignore[assignment]

@@ -93,7 +93,7 @@ def test_a_tracker_too_far_behind_is_lost(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_wandb_without_a_login_is_said_and_asks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would ask at the terminal, under the progress bar, and wait."""
-    fake = SimpleNamespace(api=SimpleNamespace(api_key=None), init=lambda **_: pytest.fail("it asked"))
+    fake = SimpleNamespace(login=lambda prompt, verify: prompt or verify, init=lambda **_: pytest.fail("it asked"))
     monkeypatch.setitem(sys.modules, "wandb", fake)
     with pytest.raises(RuntimeError, match="not logged in: run `wandb login`"):
         Wandb("online").start(run_in(tmp_path))
