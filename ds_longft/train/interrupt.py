@@ -51,7 +51,7 @@ class StopRequest:
         ends, wakes = os.pipe()
         os.set_blocking(wakes, False)
         watched = launchers() if launched else []
-        before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        before = {number: signal.signal(number, lambda *_: None) for number in heeded()}
         woken = signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
         over = threading.Event()
         thread = threading.Thread(
@@ -126,6 +126,11 @@ class StopRequest:
         if self.reason is None and left_s is not None and left_s <= self.margin_s:
             self.reason = f"the time is up in {left_s:.0f} s"
         return self.reason is not None
+
+
+def heeded() -> list[signal.Signals]:
+    """Signals to heed: those that whoever started this process did not tell it to ignore, as nohup does with HUP."""
+    return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
 
 
 def launchers() -> list[tuple[int, int]]:

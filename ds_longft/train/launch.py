@@ -22,7 +22,7 @@ from ds_longft.errors import (
     ConfigError,
     LongftError,
 )
-from ds_longft.train.interrupt import SIGNALS
+from ds_longft.train.interrupt import heeded
 from ds_longft.train.ranks import Launch, free_port, visible_gpus
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -62,7 +62,7 @@ def launch_ranks(module: str, argv: list[str], *, ranks: int, gpus: int, hand_on
                 process.send_signal(number)
 
     if hand_on:
-        for number in SIGNALS:
+        for number in heeded():
             signal.signal(number, tell_ranks)
     for rank in range(ranks):
         processes.append(

@@ -36,6 +36,21 @@ def test_a_signal_is_noted_and_the_handlers_are_put_back(number: signal.Signals)
     assert signal.getsignal(number) == before
 
 
+def test_nohup_is_respected() -> None:
+    """A run started by nohup goes on when the terminal is closed, and one in the background of a script over Ctrl-C."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop = StopRequest()
+        stop.saves = True
+        with stop.listening():
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.2)
+            assert stop.reason is None
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 class Clock:
     now = 1000.0
 
