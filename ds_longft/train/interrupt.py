@@ -21,6 +21,7 @@ SAVE_MARGIN = 1.5  # times the longest save so far: file systems are slowest whe
 UNMEASURED_SAVE_S = 60.0
 SAME_PRESS_S = 2.0  # the terminal and the launcher both hand on one Ctrl-C
 LOOK_AT_LAUNCHER_S = 1.0
+GONE = -1  # no process's parent
 
 
 class StopRequest:
@@ -141,11 +142,17 @@ def launchers() -> list[tuple[int, int]]:
     """
     here = os.getpid()
     parent = parent_of(here)
+    if parent <= 1:  # of nobody, or of a container's first process, without which nothing is
+        return []
     chain = [(here, parent)]
-    above = parent_of(parent)
-    if "deepspeed.launcher.launch" in _command_of(parent) and "deepspeed" in _command_of(above):
-        chain.append((parent, above))
-    return [link for link in chain if link[1] > 1]
+    if "deepspeed.launcher.launch" in _command_of(parent):
+        above = parent_of(parent)
+        command = _command_of(above)
+        if "deepspeed" in command:
+            chain.append((parent, above))
+        elif above <= 1 or "systemd" in command:  # who takes in orphans: `deepspeed` was gone before its ranks began
+            chain.append((parent, GONE))
+    return chain
 
 
 def parent_of(pid: int) -> int:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from ds_longft.train.interrupt import SAME_PRESS_S, StopRequest
+from ds_longft.train import interrupt
+from ds_longft.train.interrupt import GONE, SAME_PRESS_S, StopRequest, launchers
 from tests.unit.train.test_launch import alive
 
 
@@ -125,6 +126,25 @@ def test_a_rank_whose_launcher_was_killed_stops_by_itself(tmp_path: Path) -> Non
     launcher.stdout.close()
     assert until(lambda: not alive(rank), 10), "within seconds"
     assert out.read_text() == "the launcher is gone"
+
+
+@pytest.mark.parametrize(
+    ("commands", "watched"),
+    [
+        ({}, [(7, 6)]),
+        ({6: "bash run.sh"}, [(7, 6)]),
+        ({6: "python -m deepspeed.launcher.launch train.py", 5: "python bin/deepspeed train.py"}, [(7, 6), (6, 5)]),
+        ({6: "python -m deepspeed.launcher.launch train.py", 5: "sshd: me@notty"}, [(7, 6)]),  # of another machine
+        ({6: "python -m deepspeed.launcher.launch train.py", 5: "systemd --user"}, [(7, 6), (6, GONE)]),
+    ],
+)
+def test_who_is_watched(
+    commands: dict[int, str], watched: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interrupt.os, "getpid", lambda: 7)
+    monkeypatch.setattr(interrupt, "parent_of", lambda pid: pid - 1)
+    monkeypatch.setattr(interrupt, "_command_of", lambda pid: commands.get(pid, ""))
+    assert launchers() == watched
 
 
 TALKER = """
