@@ -22,7 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ds_longft.errors import DataError
 from ds_longft.evaluate.subject import Subject
 from ds_longft.model.lora import BASE_CONFIG_FOLDER
-from ds_longft.stored import EvaluationRow, read_lines
+from ds_longft.run_files import EvaluationRow
+from ds_longft.stored import read_lines
 
 BEFORE = "-before"
 LINE_EVERY_S = 10.0

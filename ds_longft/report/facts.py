@@ -12,8 +12,7 @@ from typing import Any
 
 from ds_longft.config import RunConfig
 from ds_longft.errors import ConfigError
-from ds_longft.settings import load_config
-from ds_longft.stored import (
+from ds_longft.run_files import (
     DataFile,
     EngineFile,
     EvaluationFile,
@@ -21,11 +20,10 @@ from ds_longft.stored import (
     PlanFile,
     StatusFile,
     StoredFile,
-    Unreadable,
     VersionsFile,
-    read_file,
-    read_lines,
 )
+from ds_longft.settings import load_config
+from ds_longft.stored import Unreadable, read_file, read_lines
 
 BEFORE = "-before"
 SILENT_S = 600  # a run without an exit code whose newest record is older is called silent, not running

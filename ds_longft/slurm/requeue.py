@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ds_longft.errors import EXIT_CONFIG, EXIT_NON_FINITE, EXIT_PORT, EXIT_REQUEUE
-from ds_longft.stored import RequeueHistory, StatusFile, read_if_good
+from ds_longft.run_files import RequeueHistory, StatusFile
+from ds_longft.stored import read_if_good
 from ds_longft.train.status import STATUS, this_start
 
 HISTORY = ".requeue.json"

@@ -15,7 +15,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ds_longft.errors import ConfigError
-from ds_longft.stored import LockHolder, read_if_good
+from ds_longft.run_files import LockHolder
+from ds_longft.stored import read_if_good
 
 LOCK = ".lock"
 HOLDER = ".lock-holder.json"

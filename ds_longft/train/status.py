@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ds_longft.errors import EXIT_CONFIG, EXIT_REQUEUE, GpuMemoryError, LongftError
-from ds_longft.stored import StatusFile, read_if_good
+from ds_longft.run_files import StatusFile
+from ds_longft.stored import read_if_good
 from ds_longft.train.durable import PATIENCE_S, insist
 from ds_longft.train.lock import lock_folder
 from ds_longft.train.ranks import Launch

@@ -26,9 +26,10 @@ from ds_longft.evaluate.results import Rows
 from ds_longft.report.facts import gather_facts
 from ds_longft.report.markdown import markdown_page
 from ds_longft.report.page import html_page
+from ds_longft.run_files import StatusFile
 from ds_longft.settings import dump_config, load_config
 from ds_longft.slurm.requeue import decide
-from ds_longft.stored import StatusFile, Unreadable, read_file
+from ds_longft.stored import Unreadable, read_file
 from ds_longft.train.checkpoint import MANIFEST, STATE
 from ds_longft.train.lock import HOLDER, _holder
 from ds_longft.train.metrics import Records

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ds_longft.config import RunConfig
-from ds_longft.stored import StatusFile, read_file
+from ds_longft.run_files import StatusFile
+from ds_longft.stored import read_file
 from ds_longft.train.interrupt import StopRequest
 from ds_longft.train.lock import lock_folder
 from ds_longft.train.ranks import Launch
