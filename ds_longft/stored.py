@@ -1,4 +1,4 @@
-"""The files a run leaves, read back: one reader, with the shapes of `run_files.py`, for whatever may stand there by now.
+"""The files a run leaves, read back: one reader, with the shapes of `run_files`, for whatever may stand there by now.
 
 A power cut leaves NULs, a full disk half a line, a newer version other keys, a user anything. What does not fit its
 schema is `Unreadable`, in words; who reads decides what to do without it. Nobody else parses these files.
