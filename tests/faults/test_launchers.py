@@ -267,6 +267,8 @@ def test_soak(
                 assert code != 0, (kind, number)
             codes[f"{number.name} to {kind}: {code}"] += 1
             done += 1
+            with capsys.disabled():
+                print(f"{launcher}, {done}: {number.name} to {kind} at step {reached(output)}: {code}", flush=True)
         assert not list(output.glob(".tmp-*")) or number == signal.SIGKILL
     for folder in (output, expected):
         terminal = start(folder)
