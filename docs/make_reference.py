@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ds_longft.config import RunConfig, SourceConfig
-from ds_longft.messages import describe
+from ds_longft.messages import describe, on_resume
 
 HEAD = """\
 # Run config
@@ -25,6 +25,10 @@ Made from `ds_longft/config.py` by `make docs`. The same keys stand in the YAML 
 command line (`--data.max_length_tokens 128K`) and in `ds-longft config --help`. The command line wins over the file,
 the file over the defaults. Unknown keys are refused, and the nearest known one is named. 128K and 1M count tokens
 (1024-based), `null` switches off.
+
+On resume, another value of a key is *refused* (both values are named), compared *by content* (the rows, the weights
+or the engine's settings it leads to), *applied* from the step on at which the run goes on (written down in
+`changes.json`), equal to *rounding* (written down as well), or *free*: it decides nothing that is trained.
 """
 
 
@@ -69,10 +73,9 @@ def measured_table() -> str:
         if line.get("peer_value"):
             peer = f"{line['peer_value']:.1f} s: {line['ratio']:.2f} times as fast"
         config = "zero3" if "zero3" in what or "full" in what else "zero2"
-        rows.append(
-            f"| {name} | {line['value']:.1f} s | {line['tokens_per_s_per_gpu']:,.0f} | {line['peak_gib']:.0f} GiB | {peer} | "
-            f"{line['commit']}, `{config}_sp.json`, {line['date']} |"
-        )
+        measured = (f"{line['value']:.1f} s", f"{line['tokens_per_s_per_gpu']:,.0f}", f"{line['peak_gib']:.0f} GiB")
+        code = f"{line['commit']}, `{config}_sp.json`, {line['date']}"
+        rows.append(f"| {' | '.join((name, *measured, peer, code))} |")
     return "\n".join(rows) + "\n"
 
 
@@ -100,13 +103,16 @@ def _section(model: type[BaseModel], prefix: str, title: str) -> str:
 
 
 def _table(title: str, rows: list[str]) -> str:
-    return f"\n## {title}\n\n| key | default | expected | meaning |\n|---|---|---|---|\n" + "".join(rows)
+    return f"\n## {title}\n\n| key | default | expected | on resume | meaning |\n|---|---|---|---|---|\n" + "".join(
+        rows
+    )
 
 
 def _row(key: str, field: FieldInfo) -> str:
     default = "required" if field.is_required() else f"`{_shown(field.get_default(call_default_factory=True))}`"
     expected = describe(field.annotation, field.metadata)
-    return f"| `{key}` | {default} | {expected} | {_one_line(field.description)} |\n"
+    (mark,) = on_resume(field)
+    return f"| `{key}` | {default} | {expected} | {mark.value} | {_one_line(field.description)} |\n"
 
 
 def _section_of(field: FieldInfo) -> type[BaseModel] | None:

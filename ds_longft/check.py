@@ -6,9 +6,11 @@ Each text names all keys it goes by: `settings` tells by them what to leave out 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
+import sys
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -106,7 +108,14 @@ def check_run(
             problems += _head_problems(_text_config(model_config), sp, world)
     problems += _length_problems(config, _text_config(model_config or {}))
     problems += _data_problems(config)
-    problems += _output_problems(config.output_dir)
+    problems += _folder_problems("output_dir", config.output_dir) + _folder_problems(
+        "data.cache_dir", config.data.cache_dir
+    )
+    problems += [
+        f"log: the tracker {name} is not installed: pip install {name}, or leave it out of log.trackers and log.wandb"
+        for name in config.log.tracker_names
+        if not _is_installed(name)
+    ]
     if config.lora is not None and config.lora.targets in ("", []):
         problems.append(
             "lora.targets is empty: give all-linear or names such as [q_proj, v_proj]; lora: null trains all"
@@ -289,14 +298,24 @@ def _is_missing(source: SourceConfig) -> bool:
     return not is_hub_id and not path.exists()
 
 
-def _output_problems(output_dir: str) -> list[str]:
-    """The output folder exists and is writable, or can be made."""
-    nearest = folder = Path(output_dir).expanduser().absolute()
+def _is_installed(library: str) -> bool:
+    """Whether it can be imported; a folder of that name, as wandb makes one, is none."""
+    if library in sys.modules:
+        return True
+    spec = importlib.util.find_spec(library)
+    return spec is not None and spec.origin is not None
+
+
+def _folder_problems(key: str, given: str) -> list[str]:
+    """The folder exists and is writable, or can be made; its name goes into scripts and logs line by line."""
+    if not given.isprintable():
+        return [f"{key} is {given!r}: give a name without control characters"]
+    nearest = folder = Path(given).expanduser().absolute()
     while not nearest.exists() and nearest != nearest.parent:
         nearest = nearest.parent
     if not nearest.is_dir():
-        return [f"output_dir is {output_dir}, but {nearest} is a file: give another folder"]
+        return [f"{key} is {given}, but {nearest} is a file: give another folder"]
     if not os.access(nearest, os.W_OK | os.X_OK):
         made = "written to" if nearest == folder else f"made: no right to write in {nearest}"
-        return [f"output_dir {output_dir} cannot be {made}"]
+        return [f"{key} {given} cannot be {made}"]
     return []

@@ -5,14 +5,16 @@ fire alone calls the function first and complains about a mistyped flag or a sur
 
 from __future__ import annotations
 
+import ast
 import difflib
-import importlib
+import importlib.util
 import inspect
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import takewhile
+from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
@@ -135,12 +137,44 @@ def _dispatch(argv: list[str]) -> int:
     if name is None:
         return _no_such_command(argv)
     command, rest = COMMANDS[name], argv[len(name.split()) :]
+    if not command.takes_run_keys and {"--help", "-h"} & set(rest):
+        _print_help(_described(command.target), f"ds-longft {name}")
+        return 0
     module, _, attribute = command.target.partition(":")
     function = getattr(importlib.import_module(module), attribute)
     if command.takes_run_keys:
         function(*rest)
         return 0
     return _run(function, f"ds-longft {name}", rest)
+
+
+def _described(target: str) -> Callable[..., Any]:
+    """A function with the signature and docstring of "module:function", read from the source: importing the module may
+    take seconds (torch), and its help needs none of it.
+    """
+    module, _, name = target.partition(":")
+    spec = importlib.util.find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    (found,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
+    found.body, found.decorator_list = found.body[:1], []  # the docstring
+    namespace: dict[str, Any] = {}
+    flags = annotations.compiler_flag  # they stay text, as everywhere here
+    try:
+        exec(compile(ast.Module([found], []), spec.origin, "exec", flags, dont_inherit=True), namespace)
+    except NameError:  # a default is computed
+        namespace[name] = getattr(importlib.import_module(module), name)
+    function: Callable[..., Any] = namespace[name]
+    return function
+
+
+def _print_help(function: Callable[..., Any], name: str) -> None:
+    from fire import helptext, trace
+
+    text = helptext.HelpText(function, trace=trace.FireTrace(function, name=name))
+    # -h is the help, also where fire takes it for the only flag with that letter
+    print(text.replace(f"'{name}'", name).replace("    -h, --", "    --"))
 
 
 def _summaries(names: list[str]) -> str:
@@ -163,14 +197,8 @@ def _no_such_command(argv: list[str]) -> int:
 def _run(function: Callable[..., Any], name: str, arguments: list[str]) -> int:
     """Call the function through fire; nothing is called unless every argument fits its signature."""
     import fire
-    from fire import helptext, trace
     from pydantic import ConfigDict, ValidationError, validate_call
 
-    if {"--help", "-h"} & set(arguments):
-        text = helptext.HelpText(function, trace=trace.FireTrace(function, name=name))
-        # -h is the help, also where fire takes it for the only flag with that letter
-        print(text.replace(f"'{name}'", name).replace("    -h, --", "    --"))
-        return 0
     exact = bind_arguments(function, name, arguments)
     checked = validate_call(config=ConfigDict(arbitrary_types_allowed=True))(function)
     try:

@@ -8,7 +8,8 @@ Token counts accept "128K" and "1M" (1024-based).
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, get_args
+from enum import Enum
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -26,6 +27,25 @@ Tokens = Annotated[int, BeforeValidator(parse_tokens), Field(gt=0)]
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
+
+T = TypeVar("T")
+
+
+class OnResume(Enum):
+    """What a run that goes on from a checkpoint does about another value of a key. Every key has one of these."""
+
+    REFUSED = "refused"  # it decides what is trained
+    BY_CONTENT = "by content"  # what it leads to is compared: the rows, the weights, the engine's settings
+    APPLIED = "applied"  # it counts from the step on at which the run goes on; written down in changes.json
+    ROUNDING = "rounding"  # another way to the same losses, equal to rounding; written down as well
+    FREE = "free"  # it decides nothing that is trained
+
+
+Refused = Annotated[T, OnResume.REFUSED]
+ByContent = Annotated[T, OnResume.BY_CONTENT]
+Applied = Annotated[T, OnResume.APPLIED]
+Rounding = Annotated[T, OnResume.ROUNDING]
+Free = Annotated[T, OnResume.FREE]
 
 EACH_KEY_ALONE = "each key alone"
 """Validation context that leaves out the rules across keys, for who asks `contradictions` for them."""
@@ -57,18 +77,18 @@ def _takes_booleans(annotation: Any) -> bool:
 class RopeConfig(Section):
     """How the rotary position embedding is stretched when the model is loaded."""
 
-    type: Literal["none", "linear", "dynamic", "yarn", "llama3", "abf"] = "none"
+    type: Refused[Literal["none", "linear", "dynamic", "yarn", "llama3", "abf"]] = "none"
     """`none` keeps the model's own; `abf` raises the base (theta); the others are the Hugging Face types."""
 
-    factor: float | None = Field(default=None, ge=1.0)
+    factor: Refused[float | None] = Field(default=None, ge=1.0)
     """Stretch for `linear`, `dynamic`, `yarn`, `llama3`. Left out: `data.max_length_tokens` over the model's window."""
 
-    theta: float | None = Field(default=None, gt=0)
+    theta: Refused[float | None] = Field(default=None, gt=0)
     """New base for `abf`. Left out: old base * factor ** (d / 2i), where pair i of a head's d dimensions is the first
     that makes less than one turn in the old window: none turns further than the model has seen. The NTK-aware rule
     gives less, and failed in the last third of the new window (docs/evaluate.md)."""
 
-    attention_factor: float | None = Field(default=None, gt=0)
+    attention_factor: Refused[float | None] = Field(default=None, gt=0)
     """`yarn`: multiplies queries and keys, so scores by its square. Left out: 0.1 ln(factor) + 1, as YaRN has it. 1
     disturbs short texts less before any training (docs/evaluate.md). Check that what serves the model reads it."""
 
@@ -76,26 +96,28 @@ class RopeConfig(Section):
 class ModelConfig(Section):
     """Which model, and how it is loaded."""
 
-    path: str = ""
+    path: ByContent[str] = ""
     """A local Hugging Face folder or a hub id. Weights are read from safetensors only."""
 
-    revision: str | None = None
+    revision: ByContent[str | None] = None
     """Hub revision. A full commit hash is required with `trust_remote_code`."""
 
-    trust_remote_code: bool = False
+    trust_remote_code: Refused[bool] = False
     """Run the model's own Python code. Off unless asked for, and then only with a pinned `revision`."""
 
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    dtype: Refused[Literal["auto", "bf16", "fp32"]] = "auto"
     """Compute type. `auto`: bf16 on GPUs, fp32 on CPUs."""
 
-    kernel: Literal["auto", "flash-attn-4", "flash-attn-3", "cudnn", "flash-attn-2", "varlen", "cpu", "math"] = "auto"
+    kernel: Rounding[
+        Literal["auto", "flash-attn-4", "flash-attn-3", "cudnn", "flash-attn-2", "varlen", "cpu", "math"]
+    ] = "auto"
     """Attention kernel by name (README), or `auto` for the first that fits."""
 
-    liger: Literal["auto", "off"] = "auto"
+    liger: Rounding[Literal["auto", "off"]] = "auto"
     """`auto`: fused norm, rotary and gated activation of liger-kernel where it is installed and knows the model
     (GPUs)."""
 
-    random_weights: bool = False
+    random_weights: Refused[bool] = False
     """Initialise from the config alone, without weights: rehearsals and benchmarks."""
 
     rope: RopeConfig = RopeConfig()
@@ -104,25 +126,25 @@ class ModelConfig(Section):
 class LoraConfig(Section):
     """Low-rank adapters through PEFT; adapter files are PEFT's."""
 
-    r: int = Field(default=16, gt=0)
+    r: Refused[int] = Field(default=16, gt=0)
     """Rank."""
 
-    alpha: float = Field(default=32, gt=0)
+    alpha: Refused[float] = Field(default=32, gt=0)
     """Scale: the update is multiplied by alpha / r (alpha / sqrt(r) with `rslora`)."""
 
-    dropout: float = Field(default=0.0, ge=0, lt=1)
+    dropout: Refused[float] = Field(default=0.0, ge=0, lt=1)
     """Dropout in front of the adapter."""
 
-    targets: str | list[str] = "all-linear"
+    targets: Refused[str | list[str]] = "all-linear"
     """`all-linear`, or names of linear layers, e.g. [q_proj, v_proj]."""
 
-    rslora: bool = False
+    rslora: Refused[bool] = False
     """Rank-stabilised scale, alpha / sqrt(r)."""
 
-    dora: bool = False
+    dora: Refused[bool] = False
     """Weight-decomposed adapters (DoRA)."""
 
-    modules_to_save: list[str] = []
+    modules_to_save: Refused[list[str]] = []
     """Whole modules trained and saved beside the adapters, e.g. [embed_tokens, lm_head]."""
 
 
@@ -141,62 +163,64 @@ class SourceConfig(Section):
     def _bare_path(cls, value: Any) -> Any:
         return {"path": value} if isinstance(value, str) else value
 
-    path: str = Field(min_length=1)
+    path: ByContent[str] = Field(min_length=1)
     """A JSON, JSONL or parquet file (.gz too), a folder of them, a pattern (texts_*.jsonl), or a hub id."""
 
-    format: Literal[
-        "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "longalign", "grounded", "preference"
+    format: ByContent[
+        Literal[
+            "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "longalign", "grounded", "preference"
+        ]
     ] = "auto"
     """Row layout; `auto` recognises it by the first row's columns. `grounded`: a reference text and a dialogue about
     it."""
 
-    split: str = "train"
+    split: ByContent[str] = "train"
     """Split of a hub set, or the name of one of its configurations; local files ignore it."""
 
-    limit: int | None = Field(default=None, gt=0)
+    limit: ByContent[int | None] = Field(default=None, gt=0)
     """Take only the first so many rows."""
 
 
 class DataConfig(Section):
     """What is trained on, and how it is laid into packs."""
 
-    train: list[SourceConfig] = []
+    train: ByContent[list[SourceConfig]] = []
     """Training sets, concatenated."""
 
-    eval: list[SourceConfig] = []
+    eval: Applied[list[SourceConfig]] = []
     """Held-out sets for the evaluation loss. Mutually exclusive with `eval_fraction`."""
 
-    eval_fraction: float = Field(default=0.0, ge=0, lt=1)
+    eval_fraction: Refused[float] = Field(default=0.0, ge=0, lt=1)
     """Share of the training rows held out for the evaluation loss, chosen by `seed`."""
 
-    max_length_tokens: Tokens = 131072
+    max_length_tokens: Refused[Tokens] = 131072
     """Longest row, or with `objective: dpo` longest prompt with one answer. Longer ones are treated by `overlong`."""
 
-    pack_tokens: Tokens | None = None
+    pack_tokens: Refused[Tokens | None] = None
     """Token budget of one pack. Left out: `max_length_tokens`, with `objective: dpo` twice that (a pair lies in one
     pack). Less makes more and smaller steps of short rows; a row longer than it takes a pack alone."""
 
-    packing: Literal["best_fit", "sorted", "none"] = "best_fit"
+    packing: Refused[Literal["best_fit", "sorted", "none"]] = "best_fit"
     """Documents lie head to tail in a pack, isolated from each other. `best_fit`: as few packs as possible. `sorted`:
     rows of like length share packs and steps (LongAlign's sorted batching). `none`: one row a pack."""
 
-    overlong: Literal["drop", "truncate", "error"] = "drop"
+    overlong: ByContent[Literal["drop", "truncate", "error"]] = "drop"
     """`truncate` cuts the middle of the longest untrained turn (the document), never an answer."""
 
-    weighting: Literal["token", "sample"] = "token"
+    weighting: Refused[Literal["token", "sample"]] = "token"
     """`token`: each target counts 1. `sample`: each of a row's N targets counts 1/N (LongAlign)."""
 
-    chat_template: str | None = None
+    chat_template: ByContent[str | None] = None
     """Path of a Jinja chat template, or a shipped one's name (docs/data.md). Left out: the tokenizer's own. It is saved
     with the trained model only where the tokenizer has none."""
 
-    workers: int | None = Field(default=None, gt=0)
+    workers: Free[int | None] = Field(default=None, gt=0)
     """Processes that tokenise. Left out: one per core."""
 
-    cache_dir: str = "~/.cache/ds_longft"
+    cache_dir: Free[str] = "~/.cache/ds_longft"
     """Where tokenized sets are kept, by fingerprint."""
 
-    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
+    max_bad_fraction: Free[float] = Field(default=0.01, ge=0, le=1)
     """Stop when more than this share of the rows is unusable (each is listed in the ledger)."""
 
     @field_validator("train", "eval", mode="before")
@@ -212,28 +236,28 @@ class DataConfig(Section):
 class DpoConfig(Section):
     """Preference training: `objective: dpo`. The loss is a weighted mean over the pairs of an optimizer step."""
 
-    beta: float = Field(default=0.1, gt=0)
+    beta: Refused[float] = Field(default=0.1, gt=0)
     """How strongly the model is held to the reference (with `simpo`, which has none: the scale of the rewards)."""
 
-    loss: Literal["sigmoid", "ipo", "simpo"] = "sigmoid"
+    loss: Refused[Literal["sigmoid", "ipo", "simpo"]] = "sigmoid"
     """`sigmoid`: DPO. `ipo`: squared distance of the length-normalised margin to 1 / (2 beta). `simpo`: without a
     reference, on length-normalised log-probabilities."""
 
-    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    label_smoothing: Refused[float] = Field(default=0.0, ge=0, lt=0.5)
     """Share of the pairs taken to be labelled the wrong way round (cDPO); for `sigmoid` and `simpo`."""
 
-    simpo_gamma: float = Field(default=0.5, ge=0)
+    simpo_gamma: Refused[float] = Field(default=0.5, ge=0)
     """Margin that `simpo` asks for between the two rewards."""
 
-    rpo_alpha: float = Field(default=0.0, ge=0)
+    rpo_alpha: Refused[float] = Field(default=0.0, ge=0)
     """Weight of a supervised term: the chosen answer's mean loss per token, added to each pair (RPO)."""
 
-    reference: Literal["auto", "adapter_off", "precomputed", "model"] = "auto"
+    reference: Rounding[Literal["auto", "adapter_off", "precomputed", "model"]] = "auto"
     """Where the reference's log-probabilities come from. `adapter_off`: the same weights with LoRA switched off.
-    `precomputed`: `ds-longft data ref_logps` wrote them beside the tokenized set. `model`: a second, frozen copy of the
+    `precomputed`: `ds-longft data ref_logps` wrote them into `data.cache_dir`. `model`: a second, frozen copy of the
     model. `auto`: `adapter_off` with LoRA, `model` without."""
 
-    passes: Literal["auto", "one", "two"] = "auto"
+    passes: Rounding[Literal["auto", "one", "two"]] = "auto"
     """`one`: both answers in one forward and backward pass. `two`: log-probabilities without a graph first, then a
     forward and backward pass for each answer alone: the same gradient in half the activation memory, for one more
     forward pass. `auto`: on GPUs the faster one of those that fit, as `ds-longft plan` predicts; `one` is measured
@@ -243,139 +267,152 @@ class DpoConfig(Section):
 class OptimConfig(Section):
     """Optimizer and learning-rate schedule. The DeepSpeed JSON may name an optimizer instead."""
 
-    type: Literal["adamw", "sgd"] = "adamw"
+    type: Refused[Literal["adamw", "sgd"]] = "adamw"
     """`sgd` (no momentum) is for proofs: it shows gradient scale, which Adam hides."""
 
-    learning_rate: float = Field(default=1e-4, gt=0)
+    learning_rate: Applied[float] = Field(default=1e-4, gt=0)
     """Peak learning rate."""
 
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    betas: Applied[tuple[Beta, Beta]] = (0.9, 0.95)
     """AdamW moments."""
 
-    eps: float = Field(default=1e-8, gt=0)
+    eps: Applied[float] = Field(default=1e-8, gt=0)
     """AdamW epsilon."""
 
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: Applied[float] = Field(default=0.0, ge=0)
     """Decoupled decay; never on biases and norms."""
 
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Applied[Literal["cosine", "linear", "constant"]] = "cosine"
     """Shape after the warmup."""
 
-    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
+    warmup_ratio: Applied[float] = Field(default=0.03, ge=0, lt=1)
     """Share of the steps with rising learning rate. `warmup_steps` wins where both are given."""
 
-    warmup_steps: int | None = Field(default=None, ge=0)
+    warmup_steps: Applied[int | None] = Field(default=None, ge=0)
     """Steps with rising learning rate."""
 
-    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    min_lr_ratio: Applied[float] = Field(default=0.1, ge=0, le=1)
     """Learning rate at the end, as a share of the peak."""
 
-    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    max_grad_norm: Applied[float | None] = Field(default=1.0, gt=0)
     """Clip the global gradient norm; null for no clipping."""
 
 
 class TrainConfig(Section):
     """How long, how often, and what is recomputed."""
 
-    epochs: int = Field(default=1, gt=0)
+    epochs: Applied[int] = Field(default=1, gt=0)
     """Passes over the data."""
 
-    max_steps: int | None = Field(default=None, gt=0)
+    max_steps: Applied[int | None] = Field(default=None, gt=0)
     """Stop after so many optimizer steps, even inside an epoch."""
 
-    gradient_accumulation_steps: int = Field(default=1, gt=0)
+    gradient_accumulation_steps: Refused[int] = Field(default=1, gt=0)
     """Packs of each data-parallel rank in one optimizer step."""
 
-    recompute: Literal["none", "full", "every_k", "sqrt", "keep_attention", "auto"] = "auto"
+    recompute: Rounding[Literal["none", "full", "every_k", "sqrt", "keep_attention", "auto"]] = "auto"
     """Activation checkpointing. `full`: every layer. `every_k`: segments of `recompute_every` layers. `sqrt`: segments
     of sqrt(layers), the least memory. `keep_attention`: every layer, but attention output is kept, not recomputed.
     `auto`: as `keep_attention`, and with the GPU memory left the outputs of as many linears as fit. On GPUs it becomes
     `none` where the longest pack is then expected to need at most four fifths of the memory, and `full`, then (ZeRO 0
     to 2) short segments, where it is not expected to fit."""
 
-    offload_host_gib: float = Field(default=0.0, ge=0)
+    offload_host_gib: Rounding[float] = Field(default=0.0, ge=0)
     """Host memory a node may give to what does not fit on its GPUs: inputs of layers (or segments), with
     `keep_attention` and `auto` attention outputs, with `auto` outputs of linears. Pinned, copied beside the compute.
     Pinning takes about 0.4 s a GiB at the start."""
 
-    mlp_tile_tokens: Tokens | None = None
+    mlp_tile_tokens: Rounding[Tokens | None] = None
     """Compute MLPs so many of a rank's tokens at a time: less memory at the same speed, but no MLP output can be kept.
     Left out: whole, or with `auto` recomputation what the longest pack needs."""
 
-    kv_heads_at_a_time: int | None = Field(default=None, gt=0)
+    kv_heads_at_a_time: Rounding[int | None] = Field(default=None, gt=0)
     """Exchange and compute attention so many of a rank's key/value heads (and their queries) at a time. Left out: all,
     or with `auto` recomputation what the longest pack needs."""
 
-    recompute_every: int = Field(default=2, gt=0)
+    recompute_every: Rounding[int] = Field(default=2, gt=0)
     """Layers per segment for `every_k`."""
 
-    verify_first: bool = False
+    verify_first: Free[bool] = False
     """Before step 1, check on the first pack that sp changes neither loss nor gradient, that documents do not see each
     other and that no label crosses a border; stop if one of these fails. `ds-longft verify` checks more."""
 
-    eval_every_steps: int | None = Field(default=None, gt=0)
+    eval_every_steps: Free[int | None] = Field(default=None, gt=0)
     """Evaluate every so many steps. Left out: at the end only."""
 
-    save_every_steps: int | None = Field(default=None, gt=0)
+    save_every_steps: Free[int | None] = Field(default=None, gt=0)
     """Checkpoint every so many steps. Left out: at the end only."""
 
-    keep_checkpoints: int = Field(default=2, ge=1)
+    keep_checkpoints: Free[int] = Field(default=2, ge=1)
     """Older checkpoints are deleted after a new one is complete."""
 
-    resume: Literal["auto", "never"] | Positive = "auto"
+    resume: Free[Literal["auto", "never"] | Positive] = "auto"
     """`auto`: newest valid checkpoint of `output_dir`, if there is one. A number: exactly that step, or an error."""
 
-    max_minutes: float | None = Field(default=None, gt=0)
+    max_minutes: Free[float | None] = Field(default=None, gt=0)
     """Stop, save and exit 75 in time for so many minutes after the start. A SLURM job's end is heeded without it."""
 
-    on_nonfinite: Literal["stop", "skip"] = "stop"
+    on_nonfinite: Applied[Literal["stop", "skip"]] = "stop"
     """When loss or gradient is NaN or infinite, the step is not applied. `stop`: exit 70. `skip`: take the next."""
 
-    deterministic: bool = False
+    deterministic: Rounding[bool] = False
     """The same run twice, or stopped and resumed, gives the same losses and weights to the bit, on the same number and
     type of GPUs with the same versions (CPU runs always do). Costs about a twentieth of a long step on Hopper GPUs
     with flash-attn-4. Kernels that are not shown to repeat are left out."""
 
-    max_skipped_in_a_row: int = Field(default=3, gt=0)
+    max_skipped_in_a_row: Applied[int] = Field(default=3, gt=0)
     """With `on_nonfinite: skip`, exit 70 after more than so many skipped steps in a row."""
 
-    hang_minutes: float = Field(default=30.0, gt=0)
+    hang_minutes: Free[float] = Field(default=30.0, gt=0)
     """A rank that spends longer on one pack, evaluation pack or save dumps its stacks and exits 71."""
 
 
+TrackerName = Literal["wandb", "tensorboard", "trackio", "mlflow"]
+
+
 class LogConfig(Section):
-    """Where the records go."""
+    """Where the records go, beside metrics.jsonl."""
 
-    wandb: Literal["off", "offline", "online"] = "off"
-    """wandb records; the run id is kept on resume."""
+    trackers: Free[list[TrackerName]] = []
+    """Trackers that get every record too, e.g. [wandb, tensorboard]. All but wandb are extras:
+    pip install -e .[tensorboard]."""
 
-    project: str = "ds_longft"
-    """wandb project."""
+    wandb: Free[Literal["off", "offline", "online"]] = "off"
+    """How wandb records, and short for naming it in `trackers`, which alone means online. The run id is kept on
+    resume."""
 
-    name: str | None = None
-    """wandb run name. Left out: the name of `output_dir`."""
+    project: Free[str] = "ds_longft"
+    """Project (of MLflow: experiment) that the run is filed under."""
+
+    name: Free[str | None] = None
+    """Name of the run in trackers. Left out: the name of `output_dir`."""
+
+    @property
+    def tracker_names(self) -> list[str]:
+        """Trackers that are asked for, each once."""
+        return list(dict.fromkeys([*self.trackers, *(["wandb"] if self.wandb != "off" else [])]))
 
 
 class RunConfig(Section):
     """One run. Precedence: defaults < YAML (`--config`) < command line (`--a.b value`)."""
 
-    ds_config: str = "ds_configs/zero3_sp.json"
+    ds_config: ByContent[str] = "ds_configs/zero3_sp.json"
     """DeepSpeed JSON; values of "auto" are filled from this config."""
 
-    output_dir: str = "runs/default"
+    output_dir: Free[str] = "runs/default"
     """Adapter or model, checkpoints, metrics and the resolved config go here."""
 
-    sp: Positive | Literal["auto"] = "auto"
+    sp: Rounding[Positive | Literal["auto"]] = "auto"
     """GPUs that share one sample. `auto`: the JSON's `sequence_parallel_size`, else all ranks of a node."""
 
-    seed: int = Field(default=0, ge=0, lt=2**32)
+    seed: Refused[int] = Field(default=0, ge=0, lt=2**32)
     """Data order, adapter initialisation, dropout."""
 
-    objective: Literal["sft", "dpo"] = "sft"
+    objective: Refused[Literal["sft", "dpo"]] = "sft"
     """`sft`: supervised fine-tuning on answers or text. `dpo`: preference pairs, see `dpo`."""
 
     model: ModelConfig = ModelConfig()
-    lora: LoraConfig | None = LoraConfig()
+    lora: Refused[LoraConfig | None] = LoraConfig()
     """null trains every weight."""
     data: DataConfig = DataConfig()
     dpo: DpoConfig = DpoConfig()

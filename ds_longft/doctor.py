@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "accelerate")
-EXTRAS = ("flash-attn", "flash-attn-4", "liger-kernel", "wandb")
+EXTRAS = ("flash-attn", "flash-attn-4", "liger-kernel", "wandb", "tensorboard", "trackio", "mlflow-skinny")
 SHM_NEEDED_GIB = 1.0
 DISK_NEEDED_GIB = 20.0
 

@@ -117,7 +117,7 @@ REFUSED: dict[str, tuple[str, object]] = {
     "scheduler": ("the learning rate follows optim.schedule, optim.warmup_ratio and optim.min_lr_ratio", False),
     "activation_checkpointing": ("recomputation is set by train.recompute", False),
     "tensorboard": ("records are set in the section log", False),
-    "wandb": ("records are set in the section log (log.wandb)", False),
+    "wandb": ("records are set in the section log (log.trackers)", False),
     "csv_monitor": ("metrics.jsonl in the output folder holds the same", False),
     "dataloader_drop_last": (_DATA, False),
     "data_efficiency": (_DATA, False),

@@ -1,6 +1,6 @@
 """The few errors a user can get, each with the exit code it ends the process with.
 
-Exit codes: 0 done, 64 config or data, 70 non-finite, 71 hang, 75 stopped and saved (requeue me).
+Exit codes: 0 done, 64 config or data, 69 port in use, 70 non-finite, 71 hang, 75 stopped and saved (requeue me).
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 EXIT_CONFIG = 64
+EXIT_PORT = 69
 EXIT_NON_FINITE = 70
 EXIT_HANG = 71
 EXIT_REQUEUE = 75
@@ -48,6 +49,12 @@ class CheckpointError(LongftError):
 
 class GpuMemoryError(LongftError):
     """A GPU's memory does not hold a step. Seen by the rank it happened to, not by all ranks."""
+
+
+class PortError(LongftError):
+    """The port at which ranks meet is taken; the next start may have another."""
+
+    exit_code = EXIT_PORT
 
 
 class NonFiniteError(LongftError):

@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, BeforeValidator, ValidationError
+from pydantic.fields import FieldInfo
 
-from ds_longft.config import RunConfig, SourceConfig, parse_tokens
+from ds_longft.config import OnResume, RunConfig, SourceConfig, parse_tokens
 from ds_longft.spellings import nearest
 
 _NO_VALUE = object()
@@ -25,6 +26,24 @@ def all_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[str
         for below in _models_of(field.annotation):
             keys += all_keys(below, f"{prefix}{name}.")
     return keys
+
+
+def keys_on_resume(section: BaseModel, kinds: set[OnResume], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value (as JSON has it) of every key declared as one of `kinds`; of a section that is null, none."""
+    values = section.model_dump(mode="json")
+    found: dict[str, Any] = {}
+    for name, field in type(section).model_fields.items():
+        below = getattr(section, name)
+        if isinstance(below, BaseModel):
+            found |= keys_on_resume(below, kinds, f"{prefix}{name}.")
+        elif kinds & set(on_resume(field)):
+            found[prefix + name] = values[name]
+    return found
+
+
+def on_resume(field: FieldInfo) -> list[OnResume]:
+    """What a resume does about another value of the key: one answer, or for a section of keys none."""
+    return [mark for mark in field.metadata if isinstance(mark, OnResume)]
 
 
 def expectation(key: str) -> str:

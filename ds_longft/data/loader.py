@@ -63,7 +63,7 @@ class StepLoader:
         data = self._data
         step = (self._dp * self._accumulation, self._seed, self._equal_cost_tokens)
         settings = (self.budget_tokens, data.packing, data.weighting, *step)
-        return hashlib.sha256(repr((self._tokenized.fingerprint, *settings)).encode()).hexdigest()[:16]
+        return hashlib.sha256(repr((self._tokenized.content, *settings)).encode()).hexdigest()[:16]
 
     def plan(self, epoch: int) -> PackPlan:
         """The plan of an epoch. The last one asked for is kept."""

@@ -21,7 +21,7 @@ from ds_longft.data.ledger import Tally
 from ds_longft.data.pack import build_pack, documents_of, pack_of
 from ds_longft.data.preferences import PreferenceRow
 from ds_longft.data.rows import BadRow
-from ds_longft.data.tokenized import SCHEMA, TokenizedRow, TokenizedSet, Weighting
+from ds_longft.data.tokenized import SCHEMA, TokenizedRow, TokenizedSet, Weighting, row_hash
 
 PAIR_SCHEMA = pa.schema(
     [
@@ -114,6 +114,17 @@ def pairs_to_batch(pairs: Sequence[EncodedPair]) -> pa.RecordBatch:
         "source": [row.source for row in rows],
         "origin": [row.origin for row in rows],
         "language": [row.language for row in rows],
+        "row_hash": [
+            row_hash(
+                [
+                    array
+                    for d in (p.chosen, p.rejected)
+                    for array in (d.input_ids, d.span_start, d.span_end, d.span_weight)
+                ],
+                float(np.float32(p.chosen.row.weight)),
+            )
+            for p in pairs
+        ],
         "shared_tokens": shared,
         "chosen_tokens": [len(p.chosen.input_ids) - n for p, n in zip(pairs, shared, strict=True)],
         "chosen_spans": [len(p.chosen.span_start) for p in pairs],

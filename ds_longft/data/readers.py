@@ -57,11 +57,15 @@ class Source:
         return sum(file.stat().st_size for file in self.files)
 
     def identity(self) -> list[Any]:
-        """What tells this data from other data without reading it: path, size and time of each file."""
+        """What tells this data from other data without reading it: path, size and both times of each file.
+
+        The time of the last change of any kind as well: `touch -r` and `rsync -t` set back the other one. Here a file
+        too many is taken for a new one; whether a run may go on is a question of its rows (`TokenizedSet.content`).
+        """
         if self.hub is not None:
             return [self.config.path, self.config.split, self.hub._fingerprint]
         stats = [(file, file.stat()) for file in self.files]
-        return [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+        return [[str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for file, stat in stats]
 
     def blocks(self) -> Iterator[Block]:
         """All records in order, cut into blocks, at most `limit` records."""

@@ -17,8 +17,6 @@ from datetime import datetime
 from functools import cached_property, lru_cache
 from typing import Any
 
-from jinja2 import TemplateError
-
 from ds_longft.data.rows import BadRow, Role, Turn
 from ds_longft.errors import ConfigError
 from ds_longft.shipped import TEMPLATES, find_template
@@ -90,8 +88,8 @@ class ChatTemplate:
                 return_assistant_tokens_mask=marks,
                 **self.variables,
             )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise BadRow("the chat template refuses the row", str(error)) from error
+        except Exception as error:  # a program of somebody else's: it divides by zero, recurses, loops too long
+            raise BadRow("the chat template refuses the row", f"{type(error).__name__}: {error}") from error
         return texts[0], spans[0] if marks else []
 
     def _by_frame(self, turns: Sequence[Turn], text: str) -> list[tuple[int, int]]:

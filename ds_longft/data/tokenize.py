@@ -12,12 +12,14 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
+import sys
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import groupby
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
@@ -29,9 +31,10 @@ import pyarrow as pa
 from filelock import FileLock
 
 from ds_longft.config import DataConfig, SourceConfig
+from ds_longft.data.cache import LEDGER, PartSeal, SealedSet, close_set, part_file, sealed_set, whole_parts
 from ds_longft.data.encode import EncodedRow, Encoder, Overlong
 from ds_longft.data.formats import detect_format, to_row
-from ds_longft.data.ledger import Entry, Kind, Ledger, Tally
+from ds_longft.data.ledger import Entry, Kind, Ledger
 from ds_longft.data.pairs import PAIR_SCHEMA, EncodedPair, PairSet, encode_pairs, pairs_to_batch
 from ds_longft.data.preferences import PreferenceRow, check_columns, to_preference
 from ds_longft.data.progress import Progress, say_once
@@ -40,10 +43,11 @@ from ds_longft.data.rows import BadRow, Row
 from ds_longft.data.template import load_template
 from ds_longft.data.tokenized import SCHEMA, TokenizedSet, to_record_batch
 from ds_longft.errors import DataError
+from ds_longft.stored import Unreadable
 
 __all__ = ["TokenizedSet", "tokenize_sources"]
 
-LAYOUT_VERSION = 4  # raise it when the same input gives other tokens, spans or columns
+LAYOUT_VERSION = 5  # raise it when the same input gives other tokens, spans or columns
 INLINE_BYTES = 4 << 20  # below this, starting processes takes longer than the work
 BLOCKS_UNDER_WAY = 3  # for each worker
 PART_BLOCKS = 64  # of about 1 MB each: what a killed process may have to do again
@@ -76,6 +80,7 @@ def tokenize_sources(
     *,
     progress: bool = False,
     pairs: bool = False,
+    every_byte: bool = False,
 ) -> TokenizedSet:
     """Tokenize sources, one after the other, or open the tokenized set of an earlier call with the same input.
 
@@ -85,6 +90,7 @@ def tokenize_sources(
         data: `max_length_tokens`, `overlong`, `chat_template`, `workers`, `cache_dir`, `max_bad_fraction` are read.
         progress: show a bar on a terminal, or a line every few seconds elsewhere, and what is odd in the template.
         pairs: the rows are preference pairs; the result is a `PairSet`.
+        every_byte: see by their hashes that the parts of an earlier call are whole, and not only by their sizes.
 
     Raises:
         DataError: nothing found or usable, too many bad rows, or a row too long with `overlong: error`.
@@ -102,18 +108,42 @@ def tokenize_sources(
             say_once(remark)
     fingerprint = _fingerprint(found, formats, encoder)
     cache = Path(data.cache_dir).expanduser()
-    folder, ledger = cache / fingerprint, cache / fingerprint / "ledger.jsonl"
-    if not folder.exists():
-        cache.mkdir(parents=True, exist_ok=True)
+    folder = cache / fingerprint
+    try:
+        found_set = sealed_set(folder, every_byte=every_byte)
+    except Unreadable:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"data.cache_dir {data.cache_dir} cannot be made: {error.strerror or error}") from None
         with FileLock(cache / f"{fingerprint}.lock"):  # a second process waits, and finds the set made
-            if not folder.exists():
-                partial = cache / f".{fingerprint}.partial"
-                _write(found, formats, encoder, partial, workers=data.workers, progress=progress)
-                partial.rename(folder)
-    tally = Tally(**json.loads((folder / "tally.json").read_text()))
-    tally.check(data.max_bad_fraction, ledger)
-    files = sorted(folder.glob("rows-*.arrow"))
-    return (PairSet if pairs else TokenizedSet).open(files, fingerprint, tally)
+            found_set = _make(folder, found, formats, encoder, data.workers, progress=progress, every_byte=every_byte)
+    found_set.tally.check(data.max_bad_fraction, folder / LEDGER)
+    files = [folder / part.file for part in found_set.parts]
+    return (PairSet if pairs else TokenizedSet).open(files, fingerprint, found_set.tally)
+
+
+def _make(
+    folder: Path,
+    sources: Sequence[Source],
+    formats: Sequence[str],
+    encoder: Encoder,
+    workers: int | None,
+    *,
+    progress: bool,
+    every_byte: bool,
+) -> SealedSet:
+    """The set at `folder`, made now unless another process just did; a damaged one is said and made again."""
+    if folder.exists():
+        try:
+            return sealed_set(folder, every_byte=every_byte)
+        except Unreadable as damage:
+            print(f"the tokenized set {folder} is damaged, and is made again: {damage}", file=sys.stderr, flush=True)
+            shutil.rmtree(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    _write(sources, formats, encoder, partial, workers=workers, progress=progress)
+    partial.rename(folder)
+    return sealed_set(folder, every_byte=False)
 
 
 def _encoder(tokenizer: Any, data: DataConfig, *, chats: bool) -> Encoder:
@@ -172,14 +202,14 @@ def _write(
     folder.mkdir(exist_ok=True)
     schema = PAIR_SCHEMA if PREFERENCE in formats else SCHEMA
     size_bytes = sum(source.size_bytes for source in sources)
-    whole = {int(file.stem.removeprefix("tally-")) for file in folder.glob("tally-*.json")}
+    whole = whole_parts(folder)
     try:
         with Progress("tokenising", size_bytes, show=progress) as bar:
             tasks = ((i // PART_BLOCKS, *task) for i, task in enumerate(_tasks(sources, formats)))
             tasks = (task for task in tasks if task[0] not in whole)
             for part, of_part in groupby(_results(tasks, encoder, workers, size_bytes), key=itemgetter(0)):
                 _write_part(folder, part, ((at, result) for _, at, result in of_part), bar, schema)
-        _close(folder)
+        close_set(folder)
     except Overlong as too_long:
         shutil.rmtree(folder, ignore_errors=True)
         raise DataError(
@@ -204,8 +234,9 @@ def _write(
 def _write_part(
     folder: Path, part: int, results: Iterable[tuple[int, Result]], bar: Progress, schema: pa.Schema
 ) -> None:
+    rows = folder / part_file(part)
     with (
-        pa.OSFile(str(folder / f"rows-{part:05d}.arrow"), "wb") as sink,
+        pa.OSFile(str(rows), "wb") as sink,
         pa.ipc.new_file(sink, schema) as writer,
         Ledger(folder / f"ledger-{part:05d}.jsonl") as ledger,
     ):
@@ -219,35 +250,7 @@ def _write_part(
             if result.batch.num_rows:
                 writer.write_batch(result.batch)
             bar.update(position_bytes, f"{tally.usable:,} rows of part {part + 1}")
-    written = folder / f"tally-{part:05d}.tmp"
-    written.write_text(json.dumps(asdict(tally)))
-    written.rename(written.with_suffix(".json"))  # last: a part that has its tally is whole
-
-
-def _close(folder: Path) -> None:
-    """One tally and one ledger out of those of the parts. These go last: what ends in between can be done again."""
-    tallies = [Tally(**json.loads(file.read_text())) for file in sorted(folder.glob("tally-*.json"))]
-    bad: Counter[str] = Counter()
-    first: dict[str, str] = {}
-    for tally in tallies:
-        bad.update(tally.bad)
-        first = tally.first | first
-    total = Tally(
-        read=sum(t.read for t in tallies),
-        usable=sum(t.usable for t in tallies),
-        truncated=sum(t.truncated for t in tallies),
-        bad=dict(bad),
-        overlong=sum(t.overlong for t in tallies),
-        first=first,
-    )
-    with (folder / "ledger.jsonl").open("wb") as ledger:
-        for file in sorted(folder.glob("ledger-*.jsonl")):
-            with file.open("rb") as part:
-                shutil.copyfileobj(part, ledger)
-    (folder / "tally.json").write_text(json.dumps(asdict(total)))
-    for name in ("tally-*.json", "ledger-*.jsonl"):  # in this order: a part with a tally has a ledger
-        for file in folder.glob(name):
-            file.unlink()
+    SealedSet(tally, [PartSeal.of(rows, tally.usable)]).write(folder / f"tally-{part:05d}.json")
 
 
 def _tasks(sources: Sequence[Source], formats: Sequence[str]) -> Iterator[tuple[int, Task]]:
@@ -292,6 +295,7 @@ def _start_worker(encoder: Encoder) -> None:
     # One core each, as a pool of one thread: without a pool the tokenizers library takes a quarter more CPU time
     # for the same texts (benchmarks/tokenise.py).
     os.environ.update(TOKENIZERS_PARALLELISM="true", RAYON_NUM_THREADS="1")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the parent ends its workers
     # A killed parent leaves workers waiting for ever, with the caller's stdout open.
     parent = multiprocessing.parent_process()
     if parent is not None:

@@ -20,6 +20,8 @@ from ds_longft.errors import DataError
 
 Weighting = Literal["token", "sample"]
 
+ROW_HASH_BYTES = 16
+
 SCHEMA = pa.schema(
     {
         "input_ids": pa.list_(pa.int32()),
@@ -32,6 +34,7 @@ SCHEMA = pa.schema(
         "source": pa.string(),
         "origin": pa.string(),
         "language": pa.string(),
+        "row_hash": pa.binary(ROW_HASH_BYTES),  # of what is trained of it: ids, spans, weights
     }
 )
 
@@ -83,6 +86,14 @@ class TokenizedSet:
     def part(self, rows: NDArray[np.int64], fingerprint: str) -> TokenizedSet:
         """Some of the rows, by their numbers in this set."""
         return TokenizedSet(self._table, fingerprint, self.tally, self._rows[rows])
+
+    @cached_property
+    def content(self) -> str:
+        """Names the rows by what is trained of them, in their order: whatever files, parts or places they came from."""
+        chunks = self._table.column("row_hash").chunks
+        hashes = [np.frombuffer(c.buffers()[1], f"V{ROW_HASH_BYTES}")[c.offset :][: len(c)] for c in chunks if len(c)]
+        of_rows = np.concatenate(hashes)[self._rows].tobytes() if hashes else b""
+        return hashlib.sha256(of_rows).hexdigest()[:32]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -174,6 +185,14 @@ class TokenizedSet:
         return train, evaluation
 
 
+def row_hash(arrays: Sequence[NDArray[Any]], *numbers: float) -> bytes:
+    """Hash of a row's arrays and numbers."""
+    made = hashlib.blake2b(repr((numbers, [len(array) for array in arrays])).encode(), digest_size=ROW_HASH_BYTES)
+    for array in arrays:
+        made.update(np.ascontiguousarray(array).data)
+    return made.digest()
+
+
 def to_record_batch(rows: Sequence[EncodedRow]) -> pa.RecordBatch:
     """Encoded rows as one Arrow batch with columns `SCHEMA`."""
 
@@ -193,6 +212,10 @@ def to_record_batch(rows: Sequence[EncodedRow]) -> pa.RecordBatch:
         "source": [encoded.row.source for encoded in rows],
         "origin": [encoded.row.origin for encoded in rows],
         "language": [encoded.row.language for encoded in rows],
+        "row_hash": [
+            row_hash([r.input_ids, r.span_start, r.span_end, r.span_weight], float(np.float32(r.row.weight)))
+            for r in rows
+        ],
     }
     return pa.RecordBatch.from_arrays([pa.array(columns[f.name], type=f.type) for f in SCHEMA], schema=SCHEMA)
 

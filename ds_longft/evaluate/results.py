@@ -22,6 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ds_longft.errors import DataError
 from ds_longft.evaluate.subject import Subject
 from ds_longft.model.lora import BASE_CONFIG_FOLDER
+from ds_longft.run_files import EvaluationRow
+from ds_longft.stored import read_lines
 
 BEFORE = "-before"
 LINE_EVERY_S = 10.0
@@ -143,20 +145,8 @@ class Rows:
         self.file.close()
 
     def _earlier(self) -> list[dict[str, Any]]:
-        """Rows made with the same settings; none where the settings differ."""
-        if not self.path.exists():
+        """Rows made with the same settings; none where the settings differ. A line that is garbage is made again."""
+        lines, _ = read_lines(self.path, EvaluationRow)
+        if not lines or lines[0].get("settings") != json.loads(json.dumps(self.settings)):
             return []
-        rows: list[dict[str, Any]] = []
-        # Not splitlines(): replies hold line separators (U+2028, U+0085) that JSON leaves as they are.
-        lines = self.path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
-        for i, line in enumerate(lines):
-            try:
-                content = json.loads(line)
-            except json.JSONDecodeError:  # the last one, cut by a crash
-                break
-            if i == 0:
-                if content.get("settings") != json.loads(json.dumps(self.settings)):
-                    return []
-            else:
-                rows.append(content)
-        return rows
+        return [line for line in lines if "key" in line]

@@ -28,6 +28,7 @@ from ds_longft.model.rope_formulas import rope_parts
 
 PROMPT = "The capital of France is"
 # Merging rounds each weight once to its type; relative to the largest logit.
+NO_CODE = {"trust_remote_code": False}  # said, or transformers asks at the terminal
 MAX_LOGIT_DIFFERENCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
@@ -86,9 +87,9 @@ def _merge(run: Path, work: Path, base: str | None) -> dict[str, Any]:
     try:
         hf_config = _trained_config(run, base, source)
         model = AutoModelForCausalLM.from_pretrained(
-            base, config=hf_config, dtype="auto", use_safetensors=True, **source
+            base, config=hf_config, dtype="auto", use_safetensors=True, **NO_CODE, **source
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: it wants to run code of its own
         raise ModelError(
             f"the base model {base!r} cannot be loaded: {str(error).splitlines()[0]}; give --base"
         ) from error
@@ -135,10 +136,10 @@ def _copy(run: Path, work: Path) -> dict[str, Any]:
     for path in sorted(run.iterdir()):
         if path.is_file() and _belongs_to_model(path):
             shutil.copy2(path, work / path.name)
-    config = AutoConfig.from_pretrained(work)
+    config = AutoConfig.from_pretrained(work, **NO_CODE)
     config.use_cache = True
     config.save_pretrained(work)
-    model = AutoModelForCausalLM.from_pretrained(work, dtype="auto", use_safetensors=True)
+    model = AutoModelForCausalLM.from_pretrained(work, dtype="auto", use_safetensors=True, **NO_CODE)
     dtype, tokens = model.dtype, _prompt_tokens(run, str(work), config)
     logits = _logits(model, tokens)
     del model
@@ -160,11 +161,11 @@ def _belongs_to_model(path: Path) -> bool:
 
 def _trained_config(run: Path, base: str, source: dict[str, str]) -> PretrainedConfig:
     """The base's config as it was trained (with the RoPE change, if there was one), in the base's own dtype."""
-    of_base = AutoConfig.from_pretrained(base, **source)
+    of_base = AutoConfig.from_pretrained(base, **NO_CODE, **source)
     folder = run / BASE_CONFIG_FOLDER
     if not folder.is_dir():
         return of_base
-    trained = AutoConfig.from_pretrained(folder)
+    trained = AutoConfig.from_pretrained(folder, **NO_CODE)
     trained.dtype = of_base.dtype
     return trained
 
@@ -185,7 +186,7 @@ def _tokenizer(run: Path, base: str) -> Any | None:
         if Path(folder).is_dir() and not (Path(folder) / "tokenizer_config.json").is_file():
             continue
         try:
-            return AutoTokenizer.from_pretrained(folder)
+            return AutoTokenizer.from_pretrained(folder, **NO_CODE)
         except (OSError, ValueError):
             continue
     return None
@@ -206,7 +207,7 @@ def _logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 def _check_reload(work: Path, logits: torch.Tensor, tokens: torch.Tensor) -> dict[str, Any]:
     """Load the folder as a user would: every weight bit-equal to the file, RoPE as in its config, logits as before."""
-    model = AutoModelForCausalLM.from_pretrained(work, dtype="auto", use_safetensors=True)
+    model = AutoModelForCausalLM.from_pretrained(work, dtype="auto", use_safetensors=True, **NO_CODE)
     loaded = revert_weight_conversion(model, model.state_dict())  # files hold experts one by one, the model all in one
     files = set()
     for name, tensor in _tensors_in(work):

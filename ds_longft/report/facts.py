@@ -5,7 +5,6 @@ Works while the run is still going: every file is read as far as it is written.
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,18 @@ from typing import Any
 
 from ds_longft.config import RunConfig
 from ds_longft.errors import ConfigError
+from ds_longft.run_files import (
+    DataFile,
+    EngineFile,
+    EvaluationFile,
+    MetricsLine,
+    PlanFile,
+    StatusFile,
+    StoredFile,
+    VersionsFile,
+)
 from ds_longft.settings import load_config
+from ds_longft.stored import Unreadable, read_file, read_lines
 
 BEFORE = "-before"
 SILENT_S = 600  # a run without an exit code whose newest record is older is called silent, not running
@@ -72,6 +82,8 @@ class RunFacts:
     sample: dict[str, Any] | None
     total_steps: int | None
     evaluations: list[Evaluation] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+    """What is garbage among the files, in words."""
 
     @property
     def running(self) -> bool:
@@ -90,28 +102,41 @@ def gather_facts(folder: Path) -> RunFacts:
     config_file = folder / "config.yaml"
     if not config_file.is_file():
         raise ConfigError(f"RUN {str(folder)!r} holds no config.yaml: expected the output_dir of a run")
-    records = _records(folder / "metrics.jsonl")
-    facts = _json(folder / "versions.json") or {}
-    status, error = _status(folder, records)
+    unreadable: list[str] = []
+
+    def read(name: str, schema: type[StoredFile]) -> dict[str, Any]:
+        """The file's content, {} where it is not there or garbage; the latter is said on the page."""
+        try:
+            content = read_file(folder / name, schema) if (folder / name).exists() else None
+        except Unreadable as error:
+            unreadable.append(f"not shown: {error}")
+            content = None
+        return {} if content is None else content.model_dump(exclude_unset=True)
+
+    records, bad_lines = read_lines(folder / "metrics.jsonl", MetricsLine)
+    if bad_lines:
+        unreadable.append(f"not shown: {len(bad_lines)} lines of metrics.jsonl ({bad_lines[0]})")
+    facts, data, plan = read("versions.json", VersionsFile), read("data.json", DataFile), read("plan.json", PlanFile)
+    status, error = _status(folder, read("run_status.json", StatusFile), records)
     config = load_config(["--config", str(config_file)])
-    data = _json(folder / "data.json") or {}
     return RunFacts(
         folder=folder,
         config=config,
         config_text=config_file.read_text(encoding="utf-8"),
         steps=[r for r in records if "loss" in r],
-        held_out=[r for r in records if "eval_loss" in r],
+        held_out=[r for r in records if r.get("eval_loss") is not None],
         versions=facts.get("versions", {}),
         machine=facts.get("machine", {}),
-        engine=_json(folder / "ds_config.json") or {},
-        plan=_json(folder / "plan.json"),
+        engine=read("ds_config.json", EngineFile),
+        plan=plan or None,
         status=status,
         error=error,
         checkpoints=[p.name for p in sorted(folder.glob("checkpoint-*"), key=_number) if p.is_dir()],
         data=data.get("parts", {}),
         sample=data.get("sample"),
         total_steps=data.get("total_steps") or config.train.max_steps,
-        evaluations=_evaluations(folder / "eval"),
+        evaluations=_evaluations(folder / "eval", unreadable),
+        unreadable=unreadable,
     )
 
 
@@ -120,30 +145,8 @@ def _number(path: Path) -> tuple[int, str]:
     return (int(tail) if tail.isdigit() else -1, path.name)
 
 
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl up to one that is still being written."""
-    records: list[dict[str, Any]] = []
-    if not path.is_file():
-        return records
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
-
-
-def _status(folder: Path, records: list[dict[str, Any]]) -> tuple[str, str | None]:
+def _status(folder: Path, status: dict[str, Any], records: list[dict[str, Any]]) -> tuple[str, str | None]:
     """How the run stands, and the error that ended it."""
-    status = _json(folder / "run_status.json") or {}
     code, error = status.get("exit_code"), status.get("error")
     last = f"step {records[-1]['step']}" if records else "no step yet"
     if code is None:
@@ -156,9 +159,13 @@ def _status(folder: Path, records: list[dict[str, Any]]) -> tuple[str, str | Non
     return f"{known.get(code, 'failed')} (exit code {code}), {last}", error
 
 
-def _evaluations(folder: Path) -> list[Evaluation]:
+def _evaluations(folder: Path, unreadable: list[str]) -> list[Evaluation]:
     """Results of RUN/eval, before and after paired by name."""
-    found = {path.stem: content for path in sorted(folder.glob("*.json")) if (content := _json(path)) is not None}
-    results = {name: content for name, content in found.items() if "kind" in content and "settings" in content}
+    results = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            results[path.stem] = read_file(path, EvaluationFile).model_dump()
+        except Unreadable as error:
+            unreadable.append(f"not shown: eval/{error}")
     names = dict.fromkeys(name.removesuffix(BEFORE) for name in results)
     return [Evaluation(name, results.get(name), results.get(name + BEFORE)) for name in names]

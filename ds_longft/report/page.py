@@ -49,6 +49,7 @@ def html_page(facts: RunFacts) -> str:
     refresh = f'<meta http-equiv="refresh" content="{REFRESH_S}">' if facts.running else ""
     good = "good" if facts.status.startswith(("done", "running")) else "bad"
     error = f"<pre>{escape(facts.error)}</pre>" if facts.error else ""
+    error += "".join(f"<p class=bad>{escape(problem)}</p>" for problem in facts.unreadable)
     style, script = (files("ds_longft.report").joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -127,13 +128,13 @@ def _training(facts: RunFacts) -> str:
 
 
 def _held_out(facts: RunFacts, key: str) -> list[tuple[float, float]]:
-    return [(r["step"], r[key]) for r in facts.held_out if key in r]
+    return [(r["step"], r[key]) for r in facts.held_out if r.get(key) is not None]
 
 
 def _data(facts: RunFacts) -> str:
     parts = []
     for name, statistics in facts.data.items():
-        bars = [(f"up to {int(up_to):,}", count) for up_to, count in statistics["rows_up_to_tokens"].items()]
+        bars = [(f"up to {int(up_to):,}", count) for up_to, count in statistics.get("rows_up_to_tokens", {}).items()]
         chart = bar_chart(bars, name="tokens of a row", unit="rows")
         parts.append(f"<div><h3>{escape(name)}</h3>{_facts_table(data_rows(statistics))}{chart}</div>")
     return f"<div class=pair>{''.join(parts)}</div>" if parts else ""
@@ -146,7 +147,7 @@ def _evaluation(evaluation: Evaluation) -> str:
     made = _details(
         "How it was made",
         "".join(
-            f"<p><b>{label}</b> <small>{escape(r['model'])}; {r['date']}; {escape(settings_line(r))}</small></p>"
+            f"<p><b>{label}</b> <small>{escape('; '.join((r['model'], r['date'], settings_line(r))))}</small></p>"
             for label, r in results
         ),
     )
@@ -200,9 +201,9 @@ def _samples(facts: RunFacts) -> str:
 
 def _sample(sample: dict[str, Any]) -> str:
     right = sample.get("exact", sample.get("right"))
-    wanted = ", ".join(sample["answers"]) if "answers" in sample else sample["answer"]
+    wanted = sample["answer"] if sample["answers"] is None else ", ".join(sample["answers"])
     place = ""
-    if "length_tokens" in sample:
+    if sample["length_tokens"] is not None:
         depths = ", ".join(f"{100 * d:.0f} %" for d in sample["stands_at"])
         place = (
             f"<small>{sample['length_tokens']:,} tokens, at {depths}: {escape(' '.join(sample['hidden']))}</small><br>"

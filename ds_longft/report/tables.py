@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from ds_longft.report.facts import Evaluation, RunFacts
@@ -49,7 +50,7 @@ def progress(facts: RunFacts) -> Pairs:
         return []
     newest = facts.steps[-1]
     total = f" of {facts.total_steps}" if facts.total_steps else ""
-    pairs = [("step", f"{newest['step']}{total}"), ("tokens seen", f"{newest['tokens_seen']:,}")]
+    pairs = [("step", f"{newest['step']}{total}"), ("tokens seen", f"{newest.get('tokens_seen') or 0:,}")]
     if steps:
         n, first, last = first_and_last([r["loss"] for r in steps])
         pairs.append(
@@ -59,12 +60,10 @@ def progress(facts: RunFacts) -> Pairs:
         values = [r["eval_loss"] for r in facts.held_out]
         pairs.append(("held-out loss", " → ".join(f"{v:.4f}" for v in dict.fromkeys((values[0], values[-1])))))
     timed = facts.steps[1:] or facts.steps  # the first step warms up
-    speed = sum(r["tokens_per_s_per_gpu"] for r in timed) / len(timed)
-    pairs.append(("speed", f"{speed:,.0f} tokens/s a rank"))
-    pairs.append(("peak memory", f"{max(r['peak_gib'] for r in facts.steps):.1f} GiB a rank"))
-    pairs.append(("padding", f"{sum(r['padding_percent'] for r in facts.steps) / len(facts.steps):.1f} %"))
-    seconds = sum(r["step_s"] for r in facts.steps)
-    pairs.append(("time in steps", f"{seconds / 60:.1f} min"))
+    pairs.append(("speed", f"{fmean(_known(timed, 'tokens_per_s_per_gpu')):,.0f} tokens/s a rank"))
+    pairs.append(("peak memory", f"{max(_known(facts.steps, 'peak_gib')):.1f} GiB a rank"))
+    pairs.append(("padding", f"{fmean(_known(facts.steps, 'padding_percent')):.1f} %"))
+    pairs.append(("time in steps", f"{sum(_known(facts.steps, 'step_s')) / 60:.1f} min"))
     skipped = sum("skipped" in r for r in facts.steps)
     if skipped:
         pairs.append(("skipped steps", f"{skipped} (not finite)"))
@@ -72,6 +71,11 @@ def progress(facts: RunFacts) -> Pairs:
     if spikes:
         pairs.append(("loss spikes", f"{len(spikes)}, the last at step {spikes[-1]}"))
     return pairs
+
+
+def _known(records: Sequence[dict[str, Any]], key: str) -> list[float]:
+    """Values of a key that may be missing in some records; never empty."""
+    return [r[key] for r in records if r.get(key) is not None] or [0.0]
 
 
 def data_rows(statistics: dict[str, Any]) -> Pairs:
@@ -91,11 +95,19 @@ def data_rows(statistics: dict[str, Any]) -> Pairs:
         ("targets", f"{statistics['targets']:,} ({100 * statistics['target_share']:.1f} %)"),
         ("median length", f"{statistics['median_tokens']:,} tokens"),
         ("longest", f"{statistics['longest_tokens']:,} tokens"),
-        ("sources", "; ".join(f"{name}: {count:,}" for name, count in statistics["sources"].items())),
+        ("sources", _counts(statistics.get("sources", {}))),
     ]
     if statistics.get("languages"):
         pairs.append(("languages", ", ".join(f"{name} {count:,}" for name, count in statistics["languages"].items())))
-    return [*pairs, ("left out or cut", ", ".join(left_out) or "none"), ("fingerprint", statistics["fingerprint"])]
+    return [
+        *pairs,
+        ("left out or cut", ", ".join(left_out) or "none"),
+        ("fingerprint", statistics.get("fingerprint", "")),
+    ]
+
+
+def _counts(of: dict[str, int]) -> str:
+    return "; ".join(f"{name}: {count:,}" for name, count in of.items())
 
 
 def evaluation_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
@@ -178,9 +190,9 @@ def _list(value: Any) -> str:
 
 def reproduce(facts: RunFacts) -> list[str]:
     """Commands that make the run and its evaluations again, quoted for a shell."""
-    world = facts.machine.get("world", 1)
+    world = facts.machine.get("world") or 1
     launcher = ["deepspeed", "--num_gpus", str(world), "--module"] if world > 1 else ["python", "-m"]
-    again, sp = f"{facts.folder}-again", str(facts.machine.get("sp", 1))
+    again, sp = f"{facts.folder}-again", str(facts.machine.get("sp") or 1)
     config = str(facts.folder / "config.yaml")
     commands = [[*launcher, "ds_longft.train", "--config", config, "--sp", sp, "--output_dir", again]]
     for evaluation in facts.evaluations:
@@ -199,10 +211,10 @@ def _needle_words(settings: dict[str, Any]) -> list[str]:
     if settings["form"] == "single":
         flags["depths"] = ",".join(f"{100 * depth:g}" for depth in settings["depths"])
     else:
-        flags |= {"form": settings["form"], "facts": str(settings["facts"])}
-    flags |= {f"haystack_{k}": path for k, path in settings["haystacks"].items() if path != "built in"}
+        flags |= {"form": str(settings["form"]), "facts": str(settings["facts"])}
+    flags |= {f"haystack_{k}": str(path) for k, path in settings["haystacks"].items() if path != "built in"}
     if settings.get("where"):
-        flags["where"] = settings["where"]
+        flags["where"] = str(settings["where"])
     return [word for flag, value in flags.items() for word in (f"--{flag}", value)]
 
 
@@ -216,5 +228,5 @@ def _text_words(settings: dict[str, Any]) -> list[str]:
         if str(value).startswith("built in"):
             words += ["--language", str(value).rpartition(" ")[2]]
         elif value is not None:
-            words += [f"--{flag}", ",".join(value) if isinstance(value, list) else str(value)]
+            words += [f"--{flag}", ",".join(map(str, value)) if isinstance(value, list) else str(value)]
     return words

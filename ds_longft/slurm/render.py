@@ -163,6 +163,11 @@ def fill(
     run = load_config(["--config", config], check)
     _, sp = check(run)
     _check_groups(run, sp, nodes, gpus_per_node)
+    if run.train.resume != "auto":
+        raise ConfigError(
+            f"train.resume is {run.train.resume}: every start of the job would do the same steps again. Set it to "
+            "auto; to begin at another step, start once by hand"
+        )
     if run.train.save_every_steps is None:
         print(
             "note: train.save_every_steps is not set, so a crash costs everything since the last stop", file=sys.stderr
@@ -182,7 +187,6 @@ def fill(
         SIGNAL=signal_s,
         OPTIONS="\n".join(f"#SBATCH {k}={v}" for k, v in options.items() if v)
         or "# partition and account: your defaults",
-        LOG=f"{folder}/slurm-%j.log".replace(" ", "\\ "),
         FOLDER=shlex.quote(str(folder)),
         WHERE=shlex.quote(os.getcwd()),
         PYTHON=shlex.quote(sys.executable),

@@ -13,10 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ds_longft.errors import EXIT_CONFIG, EXIT_NON_FINITE, EXIT_REQUEUE
+from ds_longft.errors import EXIT_CONFIG, EXIT_NON_FINITE, EXIT_PORT, EXIT_REQUEUE
+from ds_longft.run_files import RequeueHistory, StatusFile
+from ds_longft.stored import read_if_good
+from ds_longft.train.status import STATUS, this_start
 
 HISTORY = ".requeue.json"
-STATUS = "run_status.json"
 
 
 def decide(folder: Path, code: int, max_crashes: int, start: str) -> tuple[bool, str]:
@@ -24,31 +26,32 @@ def decide(folder: Path, code: int, max_crashes: int, start: str) -> tuple[bool,
 
     The count of crashes is kept in the folder and forgotten by a planned stop and by another job.
     """
-    status = _read(folder / STATUS)
-    ours = status.get("start") == start
-    if ours and isinstance(status.get("exit_code"), int) and status["exit_code"] != 1:
-        code = status["exit_code"]  # srun reports the highest code: of a task that was killed, 137
+    status = read_if_good(folder / STATUS, StatusFile) or StatusFile()
+    ours = status.start == start
+    if ours and status.exit_code is not None and status.exit_code != 1:
+        code = status.exit_code  # srun reports the highest code: of a task that was killed, 137
     job = start.split(".", maxsplit=1)[0]
     if code == 0:
         return False, "the run is complete"
-    history = _read(folder / HISTORY)
-    history = history if history.get("job") == job else {}
+    history = read_if_good(folder / HISTORY, RequeueHistory) or RequeueHistory()
+    history = history if history.job == job else RequeueHistory()
     newest = newest_step(folder)
-    if code == EXIT_REQUEUE:
-        idle = history.get("idle", 0) + 1 if newest <= history.get("step", -1) else 0
+    if code in (EXIT_REQUEUE, EXIT_PORT):
+        idle = history.idle + 1 if newest <= history.step else 0
         if idle > max_crashes:
             return (
                 False,
-                f"stopped as planned, but {idle} starts in a row added no step to {newest}: is --time too short?",
+                f"exit {code}, and {idle} starts in a row added no step to {newest}: is --time too short?",
             )
         _write(folder / HISTORY, {"job": job, "crashes": 0, "step": newest, "idle": idle})
-        return True, f"it stopped as planned; saved is step {newest}"
+        why = "it stopped as planned" if code == EXIT_REQUEUE else "the port was taken, another one is tried"
+        return True, f"{why}; saved is step {newest}"
     if code in (EXIT_CONFIG, EXIT_NON_FINITE):
-        return False, f"exit {code}: the same would happen again ({status.get('error') if ours else 'see the log'})"
-    first = status.get("first_step") if ours else None
+        return False, f"exit {code}: the same would happen again ({status.error if ours else 'see the log'})"
+    first = status.first_step if ours else None
     if first is None or newest <= first:
         return False, f"exit {code}, and no checkpoint was added to step {newest}"
-    crashes = 1 + history.get("crashes", 0)
+    crashes = 1 + history.crashes
     if crashes > max_crashes:
         return False, f"exit {code}, for the {crashes}th time in this job (at most {max_crashes})"
     _write(folder / HISTORY, {"job": job, "crashes": crashes, "step": newest})
@@ -59,14 +62,6 @@ def newest_step(folder: Path) -> int:
     """Step of the newest complete checkpoint, 0 for none."""
     found = (re.fullmatch(r"checkpoint-(\d+)", p.name) for p in folder.glob("checkpoint-*"))
     return max((int(m[1]) for m in found if m), default=0)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
@@ -82,7 +77,7 @@ def main() -> int:
     parser.add_argument("--code", type=int, required=True)
     parser.add_argument("--max_crashes", type=int, default=3)
     given = parser.parse_args()
-    start = f"{os.environ.get('SLURM_JOB_ID', '')}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    start = this_start() or ""
     again, why = decide(given.folder, given.code, given.max_crashes, start)
     print(f"{'requeued' if again else 'not requeued'}: {why}", flush=True)
     return 0 if again else 1

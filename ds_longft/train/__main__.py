@@ -11,24 +11,41 @@ import sys
 import time
 import traceback
 from functools import partial
+from pathlib import Path
 
 from ds_longft.config import RunConfig
 from ds_longft.errors import ConfigError, GpuMemoryError, LongftError
+from ds_longft.train.console import outlive_the_console, speak_utf8
 from ds_longft.train.interrupt import StopRequest
 from ds_longft.train.ranks import Launch, visible_gpus
 from ds_longft.train.secrets import redact
 from ds_longft.train.status import Status
+from ds_longft.train.trackers import left_behind
 
+EXIT_INTERRUPTED = 130
 STATUS_FIRST_S = 0.5
 """Rank 0 writes the status before the others leave: srun and torchrun end all ranks as soon as one has failed."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train as `argv` says; returns the exit code (see `ds_longft.errors`)."""
+    if argv is None:
+        speak_utf8()
+    outlive_the_console()
+    launched = "RANK" in os.environ or "SLURM_PROCID" in os.environ
     launch = Launch.from_environment()
     status = Status(launch)
     stop = StopRequest()
-    with stop.listening():
+
+    def leave(why: str) -> None:
+        status.failed(why, EXIT_INTERRUPTED)
+        status.write(EXIT_INTERRUPTED)
+        if launch.local_rank == 0:
+            print(f"\n{why}", file=sys.stderr, flush=True)
+        os._exit(EXIT_INTERRUPTED)
+
+    stop.at_once = leave
+    with stop.listening(launched=launched):
         return _guarded(list(sys.argv[1:] if argv is None else argv), launch, status, stop)
 
 
@@ -48,7 +65,7 @@ def _guarded(argv: list[str], launch: Launch, status: Status, stop: StopRequest)
     status.write(code, force=alone)
     if code and launch.rank:
         time.sleep(STATUS_FIRST_S)
-    if code and launch.world > 1:
+    if (code and launch.world > 1) or left_behind():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # an ordinary exit can wait forever on the peers of an open process group
@@ -74,6 +91,7 @@ def train(argv: list[str], launch: Launch, status: Status, stop: StopRequest) ->
             raise ConfigError([p for p in e.problems if quickstart.CACHE not in p]) from None
 
     config = load_config(argv, check_early)
+    status.output = Path(config.output_dir).expanduser()
     stop.set_budget(config.train.max_minutes)
     quickstart.prepare(config)
     if not has_gpu:

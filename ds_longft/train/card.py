@@ -54,7 +54,7 @@ def write_card(folder: Path, config: RunConfig, layout: ParallelLayout, history:
         "tags": ["ds_longft", "long-context"],
     }
     steps = [r for r in history if r.get("loss") is not None]
-    evals = [r for r in history if "eval_loss" in r]
+    evals = [r for r in history if r.get("eval_loss") is not None]
     facts = {
         "base model": base,
         "training": f"LoRA r={config.lora.r}, alpha={config.lora.alpha:g}" if config.lora else "all weights",
@@ -67,7 +67,7 @@ def write_card(folder: Path, config: RunConfig, layout: ParallelLayout, history:
     }
     if steps:
         facts["optimizer steps"] = str(steps[-1]["step"])
-        facts["tokens"] = f"{steps[-1]['tokens_seen']:,}"
+        facts["tokens"] = f"{steps[-1].get('tokens_seen') or 0:,}"
         label, value = training_loss(steps)
         facts[label] = value
     accuracies = [r["eval_rewards/accuracies"] for r in evals if "eval_rewards/accuracies" in r]

@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,31 +29,17 @@ from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from safetensors.torch import load_file, save_file
 
 from ds_longft.errors import CheckpointError
-from ds_longft.train.elastic import load_for_other_world
+from ds_longft.run_files import Manifest
+from ds_longft.stored import Unreadable, read_file
+from ds_longft.train.elastic import load_for_other_world, own_settings
 from ds_longft.train.ranks import Agreement
+from ds_longft.train.same_run import TrainState
 
 MANIFEST = "manifest.json"
+STATE = "state.json"
 ENGINE = "engine"
 ROOM = 1.2  # times the size of the last checkpoint must be free before a save is begun
 SET_ASIDE = "set-aside-"
-
-
-@dataclass(frozen=True)
-class TrainState:
-    """Where the run stands after `step` optimizer steps, and what it may be continued with."""
-
-    step: int
-    epoch: int
-    step_in_epoch: int  # of the next step
-    tokens_seen: int
-    total_steps: int
-    world: int
-    fingerprint: str  # of the data and everything that decides its order
-    trained: str  # of the trainable parameters' names and shapes
-    wandb_id: str | None = None
-    eval_due: bool = False  # stopped before the evaluation that belongs to `step`
-    loss: dict[str, Any] = field(default_factory=dict)  # key -> value of what decides it; {}: not written down yet
-    base: str = ""  # of the weights before training; "": not written down, or out of reach
 
 
 class Checkpoints:
@@ -92,7 +78,7 @@ class Checkpoints:
                 raise writer.error
             save_file(rng_state(), tmp / f"rng-{self.agreement.rank:05d}.safetensors")
             if self.agreement.rank == 0:
-                (tmp / "state.json").write_text(json.dumps(asdict(state), indent=1))
+                (tmp / STATE).write_text(json.dumps(asdict(state), indent=1))
 
         self._all_ok(what, tmp, write)
         self._all_ok(what, tmp, lambda: write_model(tmp))
@@ -140,7 +126,7 @@ class Checkpoints:
         for path in found:
             problems = [p for p in self.agreement.gather(self._damage(path)) if p]
             if not problems:
-                state = TrainState(**json.loads((path / "state.json").read_text()))
+                state = read_file(path / STATE, TrainState)
                 self._last_bytes = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
                 return path, state
             rejected.append(f"{path.name}: {problems[0]}")
@@ -181,37 +167,11 @@ class Checkpoints:
         if state.world != self.agreement.world:
             load_for_other_world(engine, path, ENGINE, self.agreement)
             return
-        loaded, _ = engine.load_checkpoint(str(path), tag=ENGINE, load_module_strict=False)
+        with own_settings(engine):
+            loaded, _ = engine.load_checkpoint(str(path), tag=ENGINE, load_module_strict=False)
         if loaded is None:
             raise CheckpointError(f"DeepSpeed found nothing to load in {path}/{ENGINE}")
         set_rng_state(load_file(path / f"rng-{self.agreement.rank:05d}.safetensors"))
-
-    def check_same_run(self, path: Path, state: TrainState, new: TrainState) -> None:
-        """Refuse to continue a run whose data, their order, base model, trained weights or loss changed.
-
-        Raises:
-            CheckpointError: lists everything that changed.
-        """
-        changed = []
-        if state.fingerprint != new.fingerprint:
-            changed.append(
-                "the data, its order or the packs of a step (data.*, seed, dp x train.gradient_accumulation_steps) "
-                "changed"
-            )
-        if state.trained != new.trained:
-            changed.append("the trained parameters (lora.*, model.path) changed")
-        if state.base and new.base and state.base != new.base:
-            changed.append("model.path leads to other weights than those the run began with")
-        changed += [
-            f"{key} was {value} and is {new.loss[key]} now"
-            for key, value in state.loss.items()
-            if key in new.loss and new.loss[key] != value
-        ]
-        if changed:
-            raise CheckpointError(
-                f"{path} cannot be continued exactly: {'; '.join(changed)}. "
-                "Undo the change, or give a new output_dir, or set train.resume to never."
-            )
 
     def _found(self) -> list[Path]:
         """Complete checkpoint folders, newest first."""
@@ -242,16 +202,17 @@ class Checkpoints:
     def _damage(self, folder: Path) -> str | None:
         """What is wrong with this rank's share of the files; None if nothing is."""
         try:
-            files = json.loads((folder / MANIFEST).read_text())["files"]
-        except (OSError, ValueError, KeyError) as e:
-            return f"{MANIFEST} cannot be read ({e})"
+            files = read_file(folder / MANIFEST, Manifest).files
+            read_file(folder / STATE, TrainState)
+        except Unreadable as e:
+            return str(e)
         for name in sorted(files)[self.agreement.rank :: self.agreement.world]:
             path, expected = folder / name, files[name]
             if not path.is_file():
                 return f"{name} is missing"
-            if path.stat().st_size != expected["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes, the manifest says {expected['bytes']}"
-            if _sha256(path) != expected["sha256"]:
+            if path.stat().st_size != expected.bytes:
+                return f"{name} has {path.stat().st_size} bytes, the manifest says {expected.bytes}"
+            if _sha256(path) != expected.sha256:
                 return f"{name} has changed since it was written (sha256)"
         # DeepSpeed unpickles what it finds there: nothing that we did not write.
         foreign = sorted({str(p.relative_to(folder)) for p in (folder / ENGINE).rglob("*") if p.is_file()} - set(files))

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import io
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,15 @@ def load_for_other_world(engine: Any, path: Path, tag: str, agreement: Agreement
         CheckpointError: DeepSpeed's converter or loader cannot do it.
     """
     if engine.zero_optimization_stage() == 0:  # nothing is cut
-        engine.load_checkpoint(str(path), tag=tag, load_module_strict=False)
+        with own_settings(engine):
+            engine.load_checkpoint(str(path), tag=tag, load_module_strict=False)
         return
     joined = path.parent / f".universal-{path.name}"
     agreement.on_rank0(lambda: _join(path / tag, joined / tag))
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
     try:
         engine._config.load_universal_checkpoint = True
-        loaded, _ = engine.load_checkpoint(str(joined), tag=tag, load_module_strict=False)
+        with own_settings(engine):
+            loaded, _ = engine.load_checkpoint(str(joined), tag=tag, load_module_strict=False)
     finally:
         engine._config.load_universal_checkpoint = False
         agreement.gather(None)
@@ -44,13 +46,26 @@ def load_for_other_world(engine: Any, path: Path, tag: str, agreement: Agreement
             shutil.rmtree(joined, ignore_errors=True)
     if loaded is None:
         raise CheckpointError(f"DeepSpeed found nothing to load in the universal form of {path}")
-    # DeepSpeed 0.19.8 hands the first group's settings to all (norms would be decayed like matrices), and one counter
-    # of steps, which each group then counts up.
-    for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
-        group.update(own)
+    # DeepSpeed 0.19.8 hands one counter of steps to all groups, which each of them then counts up.
     for state in engine.optimizer.optimizer.state.values():
         if isinstance(state.get("step"), torch.Tensor):
             state["step"] = state["step"].clone()
+
+
+@contextlib.contextmanager
+def own_settings(engine: Any) -> Iterator[None]:
+    """Keep what this start says about decay, betas, epsilon and clipping, whatever a load brings with it.
+
+    DeepSpeed 0.19.8 restores them from the checkpoint: the config would name values that are not in force. Of a
+    universal one it hands the first group's to all, and norms would be decayed like matrices.
+    """
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
+    clip = getattr(engine.optimizer, "clip_grad", None)
+    yield
+    for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    if clip is not None:
+        engine.optimizer.clip_grad = clip
 
 
 def _join(source: Path, target: Path) -> None:

@@ -1,57 +1,110 @@
-"""When to stop: a signal or the end of the time a run was given. A rank only notes it; all ranks agree, save and leave.
+"""When to stop: a signal, the end of the time a run was given, or a launcher that is gone. A rank only notes it; all
+ranks agree, save and leave.
 
-Nothing is saved inside a signal handler: the flag is looked at between packs, where every rank is at the same place.
+Nothing is saved inside a signal handler: the flag is looked at between packs, where every rank is at the same place. A
+thread reads the signals, so that one is noted, and a second Ctrl-C obeyed, while a rank waits in a collective, too.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import FrameType
+from pathlib import Path
 
-SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SAVE_MARGIN = 1.5  # times the longest save so far: file systems are slowest when everybody is told to leave
 UNMEASURED_SAVE_S = 60.0
+SAME_PRESS_S = 2.0  # the terminal and the launcher both hand on one Ctrl-C
+LOOK_AT_LAUNCHER_S = 1.0
+GONE = -1  # no process's parent
 
 
 class StopRequest:
     """This rank's wish to stop. `reason` is None as long as there is none."""
 
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, wall_clock: Callable[[], float] = time.time
+    ) -> None:
+        """`clock` counts seconds, whatever is done to the machine's clock; SLURM speaks of `wall_clock`."""
         self.reason: str | None = None
-        self.clock = clock
+        self.saves = False
+        """Training has begun, so that a stop has something to save."""
+        self.at_once: Callable[[str], None] = lambda why: None
+        """Ends the process now; called with the reason, in a thread."""
+        self.clock, self.wall_clock = clock, wall_clock
         self.started = clock()
-        self.deadline: float | None = None  # on the clock
+        self._deadline: float | None = None  # on the clock
+        self._job_end: float | None = None  # on the wall clock
+        self._budget_s = 0.0  # what was left when the budget was set
+        self._pressed: float | None = None
         self._save_s: float | None = None
         self._round_s = 0.0  # longest time between two looks
         self._looked: float | None = None
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """USR1, USR2 and TERM ask to stop; a second one, also during the save, changes nothing."""
-
-        def note(number: int, frame: FrameType | None) -> None:
-            if self.reason is None:
-                self.reason = f"signal {signal.Signals(number).name}"
-
-        before = {number: signal.signal(number, note) for number in SIGNALS}
+    def listening(self, *, launched: bool = False) -> Iterator[None]:
+        """Heed USR1, USR2, TERM, INT and HUP; with `launched` also the end of the process that started this one."""
+        ends, wakes = os.pipe()
+        os.set_blocking(wakes, False)
+        watched = launchers() if launched else []
+        before = {number: signal.signal(number, lambda *_: None) for number in heeded()}
+        woken = signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
+        over = threading.Event()
+        thread = threading.Thread(
+            target=self._listen, args=(ends, watched, over), name="ds_longft-signals", daemon=True
+        )
+        thread.start()
         try:
             yield
         finally:
+            signal.set_wakeup_fd(woken)
             for number, handler in before.items():
                 signal.signal(number, handler)
+            over.set()
+            os.write(wakes, b"\0")
+            thread.join()
+            os.close(ends)
+            os.close(wakes)
+
+    def _listen(self, ends: int, watched: list[tuple[int, int]], over: threading.Event) -> None:
+        while not over.is_set():
+            ready, _, _ = select.select([ends], [], [], LOOK_AT_LAUNCHER_S)
+            for number in os.read(ends, 64) if ready else b"":
+                if number in SIGNALS:
+                    self.note(signal.Signals(number))
+            if self.reason is None and any(parent_of(child) != parent for child, parent in watched):
+                self.reason = "the launcher is gone"
+
+    def note(self, number: signal.Signals) -> None:
+        """A signal came. A second Ctrl-C, and one before there is anything to save, ends the process now."""
+        if number == signal.SIGINT:
+            now = self.clock()
+            if not self.saves:
+                self.at_once("interrupted before training began")
+            elif self._pressed is None:
+                self._pressed = now
+            elif now - self._pressed > SAME_PRESS_S:
+                self.at_once("interrupted twice: nothing was saved since the last checkpoint")
+        if self.reason is None:
+            self.reason = f"signal {number.name}"
 
     def set_budget(self, max_minutes: float | None, env: Mapping[str, str] = os.environ) -> None:
         """Stop in time for `max_minutes` after the start of the process and for the end of the SLURM job, if any."""
-        ends = []
-        if max_minutes is not None:
-            ends.append(self.started + 60 * max_minutes)
-        if env.get("SLURM_JOB_END_TIME", "").isdigit():
-            ends.append(float(env["SLURM_JOB_END_TIME"]))
-        self.deadline = min(ends, default=None)
+        job_end = env.get("SLURM_JOB_END_TIME", "")
+        self._deadline = None if max_minutes is None else self.started + 60 * max_minutes
+        self._job_end = float(job_end) if job_end.isdigit() else None
+        self._budget_s = self.left_s() or 0.0
+
+    def left_s(self) -> float | None:
+        """Seconds until the earlier of the two ends; None where there is neither."""
+        left = [] if self._deadline is None else [self._deadline - self.clock()]
+        left += [] if self._job_end is None else [self._job_end - self.wall_clock()]
+        return min(left, default=None)
 
     def saved(self, seconds: float) -> None:
         """Note how long a save took; the longest counts."""
@@ -60,11 +113,8 @@ class StopRequest:
 
     @property
     def margin_s(self) -> float:
-        """How long before the deadline to stop: for the save and for the work until the next look."""
-        save_s = self._save_s
-        if save_s is None:
-            assert self.deadline is not None
-            save_s = min(UNMEASURED_SAVE_S, 0.1 * (self.deadline - self.started))
+        """How long before the end to stop: for the save and for the work until the next look."""
+        save_s = min(UNMEASURED_SAVE_S, 0.1 * self._budget_s) if self._save_s is None else self._save_s
         return SAVE_MARGIN * save_s + self._round_s
 
     def asked(self) -> bool:
@@ -73,6 +123,48 @@ class StopRequest:
         if self._looked is not None:
             self._round_s = max(self._round_s, now - self._looked)
         self._looked = now
-        if self.reason is None and self.deadline is not None and now + self.margin_s >= self.deadline:
-            self.reason = f"the time is up in {self.deadline - now:.0f} s"
+        left_s = self.left_s()
+        if self.reason is None and left_s is not None and left_s <= self.margin_s:
+            self.reason = f"the time is up in {left_s:.0f} s"
         return self.reason is not None
+
+
+def heeded() -> list[signal.Signals]:
+    """Signals to heed: those that whoever started this process did not tell it to ignore, as nohup does with HUP."""
+    return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+
+
+def launchers() -> list[tuple[int, int]]:
+    """(process, its parent) for each process between this one and the command that the user started.
+
+    deepspeed on one machine is two: `deepspeed` itself, which may be told to end without its ranks hearing of it, and
+    `deepspeed.launcher.launch`, whose children they are.
+    """
+    here = os.getpid()
+    parent = parent_of(here)
+    if parent <= 1:  # of nobody, or of a container's first process, without which nothing is
+        return []
+    chain = [(here, parent)]
+    if "deepspeed.launcher.launch" in _command_of(parent):
+        above = parent_of(parent)
+        command = _command_of(above)
+        if "deepspeed" in command:
+            chain.append((parent, above))
+        elif above <= 1 or "systemd" in command:  # who takes in orphans: `deepspeed` was gone before its ranks began
+            chain.append((parent, GONE))
+    return chain
+
+
+def parent_of(pid: int) -> int:
+    """The parent of a process; 0 where it is no more."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def _command_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""

@@ -15,6 +15,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ds_longft.errors import ConfigError
+from ds_longft.run_files import LockHolder
+from ds_longft.stored import read_if_good
 
 LOCK = ".lock"
 HOLDER = ".lock-holder.json"
@@ -45,9 +47,8 @@ def lock_folder(folder: Path, patience_s: float = PATIENCE_S) -> FileLock:
 
 
 def _holder(folder: Path) -> str:
-    try:
-        holder = json.loads((folder / HOLDER).read_text())
-    except (OSError, ValueError):
+    holder = read_if_good(folder / HOLDER, LockHolder)
+    if holder is None:
         return "another run"
-    job = f", SLURM job {holder['job']}" if holder.get("job") else ""
-    return f"process {holder.get('pid')} on {holder.get('host')}{job}, since {holder.get('since')}"
+    job = f", SLURM job {holder.job}" if holder.job else ""
+    return f"process {holder.pid} on {holder.host}{job}, since {holder.since}"

@@ -49,18 +49,6 @@ def what_ranks_share(config: RunConfig, engine_config: dict[str, Any]) -> dict[s
     return facts | {f"the environment variable {name}": os.environ.get(name, "(unset)") for name in DECIDING_ENV}
 
 
-def what_decides_the_loss(config: RunConfig) -> dict[str, Any]:
-    """Keys that decide what is minimised, beside the data: a checkpoint is not continued with others.
-
-    Not `dpo.reference` and `dpo.passes`: log-probabilities from another place, and a step in other pieces, are equal to
-    rounding.
-    """
-    if config.objective == "sft":
-        return {"objective": "sft"}
-    keys = ("loss", "beta", "label_smoothing", "simpo_gamma", "rpo_alpha")
-    return {"objective": "dpo"} | {f"dpo.{key}": getattr(config.dpo, key) for key in keys}
-
-
 def write_facts(
     folder: Path, config: RunConfig, engine_config: dict[str, Any], layout: ParallelLayout, device: torch.device
 ) -> None:

@@ -1,10 +1,12 @@
-"""What a run records: one console line a step, metrics.jsonl, wandb, a loss plot, a table at the end. Rank 0 only."""
+"""What a run records: a console line a step, metrics.jsonl, trackers, a loss plot, a table at the end. Rank 0 only."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
+import shutil
 import sys
 import time
 from collections import deque
@@ -19,10 +21,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ds_longft.config import LogConfig
+from ds_longft.run_files import MetricsLine
 from ds_longft.smooth import FEWEST, first_and_last, running_mean, steps_of_a_mean
+from ds_longft.stored import read_lines
+from ds_longft.train import trackers
+from ds_longft.train.durable import DurableLines, insist
+from ds_longft.train.trackers import Background
 
 Record = dict[str, Any]
 
+METRICS = "metrics.jsonl"
 FILE_WIDTH = 180  # of the last table where there is no terminal to ask
 SPIKE_WINDOW_STEPS = 50  # what a loss is compared with
 SPIKE_DEVIATIONS = 5.0  # far outside of what steps over different rows differ by
@@ -50,7 +58,8 @@ def spike_of(loss: float, before: Sequence[float]) -> float | None:
 def step_line(record: Record, total_steps: int) -> str:
     """The console line of one step."""
     mfu = f" | MFU {record['mfu']:.1%}" if record.get("mfu") is not None else ""
-    loss = "no targets" if record["loss"] is None else f"loss {record['loss']:.4f}"
+    without = f"SKIPPED: {record['skipped']}" if "skipped" in record else "no targets"
+    loss = without if record["loss"] is None else f"loss {record['loss']:.4f}"
     if "rewards/accuracies" in record:
         loss += f" | accuracy {record['rewards/accuracies']:.2f} | margin {record['rewards/margins']:.3f}"
     norm = "-" if record["grad_norm"] is None else f"{record['grad_norm']:.3f}"
@@ -70,19 +79,18 @@ class Records:
 
     def __init__(self, folder: Path, log: LogConfig, *, total_steps: int, first_step: int, active: bool) -> None:
         self.folder, self.log, self.total_steps, self.active = folder, log, total_steps, active
-        self.wandb: Any = None
+        self.trackers: list[Background] = []
         self.progress: Progress | None = None
         self.started = time.monotonic()
         self.recent_losses: deque[float] = deque(maxlen=SPIKE_WINDOW_STEPS)
         if not active:
             return
-        self.path = folder / "metrics.jsonl"
-        self._forget_after(first_step)
-        earlier = read_metrics(self.path) if self.path.exists() else []
-        self.recent_losses.extend(r["loss"] for r in earlier if r.get("loss") is not None)
-        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
+        self.path = folder / METRICS
         width = None if sys.stdout.isatty() else FILE_WIDTH
         self.console = Console(soft_wrap=True, highlight=False, markup=False, width=width)
+        earlier = self._forget_after(first_step)
+        self.recent_losses.extend(r["loss"] for r in earlier if r.get("loss") is not None)
+        self.lines = DurableLines(self.path, self.say)
         if sys.stdout.isatty():
             self.progress = Progress(
                 TextColumn("training"), BarColumn(), MofNCompleteColumn(),
@@ -91,23 +99,16 @@ class Records:
             self.task = self.progress.add_task("train", total=total_steps, completed=first_step)
             self.progress.start()
 
-    def start_wandb(self, run_id: str | None, config: Record) -> str | None:
-        """Open the wandb run (the same one when `run_id` is given); returns its id, None when wandb is off."""
-        if not self.active or self.log.wandb == "off":
+    def start_trackers(self, run_id: str | None, config: Record) -> str | None:
+        """Begin to tell the trackers that are asked for; returns the run's id there, None where there is none."""
+        chosen = trackers.chosen(self.log) if self.active else {}
+        if not chosen:
             return run_id
-        import wandb
-
-        try:
-            self.wandb = wandb.init(
-                project=self.log.project, name=self.log.name or self.folder.name, id=run_id, resume="allow",
-                mode=self.log.wandb, dir=str(self.folder), config=config,
-            )  # fmt: skip
-            # Not wandb's own step, which may not go back: a resumed run repeats the steps after its checkpoint.
-            self.wandb.define_metric("train/*", step_metric="train/step")
-        except Exception as e:  # a tracker that is down must not stop training; metrics.jsonl has everything
-            self._lost_tracker(e)
-            return run_id
-        return str(self.wandb.id)
+        trackers.quiet_environment()
+        run_id = run_id or trackers.new_id()
+        run = trackers.TrackedRun(run_id, self.log.project, self.log.name or self.folder.name, self.folder, config)
+        self.trackers = [Background(name, tracker, run, self.say) for name, tracker in chosen.items()]
+        return run_id
 
     def step(self, record: Record) -> None:
         """Record one optimizer step."""
@@ -148,51 +149,48 @@ class Records:
             return
         if self.progress:
             self.progress.stop()
-        self.file.close()
-        plot_loss(read_metrics(self.path), self.folder / "loss.png")
-        if self.wandb is not None:
-            try:
-                self.wandb.finish()
-            except Exception as e:
-                self._lost_tracker(e)
+        insist(self.lines.flush, METRICS, self.say)
+        insist(lambda: plot_loss(read_metrics(self.path), self.folder / "loss.png"), "loss.png", self.say)
+        for tracker in self.trackers:
+            tracker.finish()
 
     def _write(self, record: Record) -> None:
-        self.file.write(json.dumps(record) + "\n")
-        if self.wandb is not None:
-            try:
-                self.wandb.log({f"train/{k}": v for k, v in record.items() if v is not None})
-            except Exception as e:
-                self._lost_tracker(e)
+        # JSON has no NaN: a loss that is not finite is null
+        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self.lines.write(json.dumps(record, allow_nan=False))
+        for tracker in self.trackers:
+            tracker.log(record)
 
-    def _lost_tracker(self, error: Exception) -> None:
-        """Go on without wandb, and say so once."""
-        self.wandb = None
-        self.say(f"wandb is lost ({type(error).__name__}: {error}); metrics.jsonl goes on")
+    def _forget_after(self, step: int) -> list[Record]:
+        """Drop records of steps after the checkpoint that is resumed, they are about to be made again; the others.
 
-    def _forget_after(self, step: int) -> None:
-        """Drop records of steps after the checkpoint that is resumed: they are about to be made again."""
-        if self.path.exists():
-            kept = [r for r in read_metrics(self.path) if r["step"] <= step] if step else []
-            tmp = self.path.with_name(".metrics.jsonl")
-            tmp.write_text("".join(json.dumps(r) + "\n" for r in kept))
-            os.replace(tmp, self.path)  # a kill in the middle must not cost the records
+        Lines that cannot be read are said, and the file as it was is kept beside.
+        """
+        read, bad = read_lines(self.path, MetricsLine)
+        kept = [r for r in read if r["step"] <= step] if step else []
+        if not self.path.exists():
+            return kept
+        tmp = self.path.with_name(".metrics.jsonl")
+        tmp.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        if bad:
+            damaged = self.path.with_name("metrics-damaged.jsonl")
+            shutil.copyfile(self.path, damaged)
+            self.say(
+                f"{METRICS}: lines that cannot be read: {len(bad)}, left out ({bad[0]}); all of it is in {damaged}"
+            )
+        os.replace(tmp, self.path)  # a kill in the middle must not cost the records
+        return kept
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """Records of a metrics.jsonl; a last line cut by a crash is left out."""
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+    """Records of a metrics.jsonl; lines that cannot be read are left out."""
+    return read_lines(path, MetricsLine)[0]
 
 
 def plot_loss(records: list[Record], path: Path) -> None:
     """Training and evaluation loss over steps as a PNG."""
     train = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
-    evals = [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r]
+    evals = [(r["step"], r["eval_loss"]) for r in records if r.get("eval_loss") is not None]
     of_pairs = any("rewards/accuracies" in r for r in records)
     if not train:
         return
@@ -231,7 +229,7 @@ def training_loss(steps: list[Record]) -> tuple[str, str]:
 def summary_table(records: list[Record], folder: Path, minutes: float) -> Table:
     """The table a run ends with: first and last loss, speed, memory, and where everything lies."""
     steps = [r for r in records if r.get("loss") is not None]
-    evals = [r["eval_loss"] for r in records if "eval_loss" in r]
+    evals = [r["eval_loss"] for r in records if r.get("eval_loss") is not None]
     table = Table(title="\nDone", show_header=False, title_justify="left", box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -247,9 +245,9 @@ def summary_table(records: list[Record], folder: Path, minutes: float) -> Table:
         table.add_row("held-out accuracy, first -> last", f"{accuracies[0]:.2f} -> {accuracies[-1]:.2f}")
     if steps:
         timed = steps[1:] or steps  # the first step includes warming up
-        speed = sum(r["tokens_per_s_per_gpu"] for r in timed) / len(timed)
+        speed = fmean(r.get("tokens_per_s_per_gpu") or 0.0 for r in timed)
         table.add_row("speed", f"{speed:,.0f} tokens/s per rank")
-        table.add_row("peak memory", f"{max(r['peak_gib'] for r in steps):.1f} GiB per rank")
+        table.add_row("peak memory", f"{max(r.get('peak_gib') or 0.0 for r in steps):.1f} GiB per rank")
     table.add_row("time", f"{minutes:.1f} min")
     adapter = folder / "adapter_model.safetensors"
     table.add_row("adapter" if adapter.exists() else "model", str(adapter if adapter.exists() else folder))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+import random
 import socket
 import warnings
 from collections.abc import Callable
@@ -12,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from ds_longft.errors import ConfigError, LongftError
+from ds_longft.errors import LongftError, PortError
 
 if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+
+PORTS = range(20_000, 32_000)  # below those that Linux takes for outgoing connections
 
 
 @dataclass(frozen=True)
@@ -51,16 +54,21 @@ class Launch:
         if "MASTER_PORT" not in env:
             # Alone: any free port. Under srun every task needs the same one: derived from the job.
             env["MASTER_PORT"] = str(
-                20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000 if launch.world > 1 else free_port()
+                PORTS[0] + int(env.get("SLURM_JOB_ID", "0")) % len(PORTS) if launch.world > 1 else free_port()
             )
         return launch
 
 
 def free_port() -> int:
-    """A TCP port nobody listens on right now."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """A TCP port nobody listens on right now, and which the kernel gives to no connection of its own accord."""
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        with socket.socket() as s:
+            try:
+                s.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise PortError(f"no port from {PORTS[0]} to {PORTS[-1]} is free")
 
 
 def visible_gpus() -> int:
@@ -102,7 +110,7 @@ def join(launch: Launch, timeout_s: float = 1800.0) -> tuple[torch.device, Agree
     except torch.distributed.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
-        raise ConfigError(
+        raise PortError(
             f"port {os.environ.get('MASTER_PORT')} is in use, perhaps by ranks of an earlier run that still train: end "
             f"them, or give the launcher another --master_port"
         ) from error

@@ -22,7 +22,7 @@ from ds_longft.train.launch import Flags, launch_ranks, run_rank
 from ds_longft.train.ranks import Launch, visible_gpus
 
 EPILOG = """\
-Every key of a run config may be given as well. The files go beside the tokenized set in data.cache_dir; training finds
+Every key of a run config may be given as well. The files go into data.cache_dir; training finds
 them by the model and the data, and says so where they do not fit.
 
   ds-longft data ref_logps --config mine.yaml                        starts the ranks itself: one a GPU, or on the CPU

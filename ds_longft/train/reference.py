@@ -1,7 +1,8 @@
 """Where precomputed log-probabilities of a reference model lie, and whose they are.
 
-One file beside the tokenized set for each model that was a reference: float64 [pairs, 2], chosen and rejected, NaN
-where a pair is still to be done. Its name holds a fingerprint of everything the numbers depend on beside the tokens.
+One file in the cache for each set of pairs and model that was its reference: float64 [pairs, 2], chosen and rejected,
+NaN where a pair is still to be done. Its name holds the content of the pairs and a fingerprint of everything else the
+numbers depend on: pairs that moved keep theirs.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ def reference_facts(config: RunConfig) -> dict[str, Any]:
 def reference_file(config: RunConfig, pairs: PairSet) -> Path:
     """The file for this model and this (whole) tokenized set, there or not."""
     facts = json.dumps(reference_facts(config), sort_keys=True)
-    name = f"reference-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.npy"
-    return Path(config.data.cache_dir).expanduser() / pairs.fingerprint / name
+    of_model = hashlib.sha256(facts.encode()).hexdigest()[:16]
+    return Path(config.data.cache_dir).expanduser() / f"reference-{pairs.content[:16]}-{of_model}.npy"
 
 
 def load_reference(config: RunConfig, pairs: PairSet) -> NDArray[np.float64]:

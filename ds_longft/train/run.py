@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,20 +30,31 @@ from ds_longft.plan.setting import Gpu
 from ds_longft.sequence.attention import ULYSSES
 from ds_longft.shipped import find_template
 from ds_longft.train.card import write_card
-from ds_longft.train.checkpoint import Checkpoints, TrainState
+from ds_longft.train.checkpoint import Checkpoints
 from ds_longft.train.data_facts import write_data_facts
 from ds_longft.train.health import Watchdog
 from ds_longft.train.install import keep_resident, liger_fits
 from ds_longft.train.interrupt import StopRequest
 from ds_longft.train.lock import lock_folder
-from ds_longft.train.made_of import what_decides_the_loss, what_ranks_share, write_facts
+from ds_longft.train.made_of import what_ranks_share, write_facts
 from ds_longft.train.memory import device_memory, own_memory_gib
 from ds_longft.train.metrics import Records, read_metrics, summary_table
 from ds_longft.train.model_check import check_model
 from ds_longft.train.ranks import Launch, join
 from ds_longft.train.rehearse import choose_passes, rehearse, settle
+from ds_longft.train.same_run import (
+    CHANGES,
+    TrainState,
+    changes_since,
+    in_words,
+    refuse_another_run,
+    what_decides,
+    what_may_change,
+    what_the_model_is,
+)
 from ds_longft.train.secrets import tracked_config
 from ds_longft.train.sets import tokenized
+from ds_longft.train.status import crashed_before
 from ds_longft.train.trainer import Trainer
 from ds_longft.train.weights import ModelWriter, start_fingerprint, trained_fingerprint
 
@@ -133,7 +147,12 @@ def _run(
     phases.done("processes joined")
 
     tokenizer = load_tokenizer(config.model)
-    train_set, eval_set = agreement.rank0_first(lambda: tokenized(config, tokenizer, progress=launch.rank == 0))
+    crashed = agreement.broadcast(crashed_before(folder))
+    train_set, eval_set = agreement.rank0_first(
+        lambda: tokenized(config, tokenizer, progress=launch.rank == 0, every_byte=crashed and launch.local_rank == 0)
+    )
+    held_out = {} if eval_set is None else {"the held-out rows": eval_set.content}
+    agreement.same({"the training rows": train_set.content, **held_out})
     phases.done("data tokenised")
 
     status.memory_gib, taken_gib = own_memory_gib(device)
@@ -161,6 +180,25 @@ def _run(
 
     train_loader = loader(train_set, config.train.gradient_accumulation_steps)
     total_steps = sum(train_loader.steps_per_epoch(e) for e in range(config.train.epochs))
+    checkpoints = Checkpoints(folder, agreement, config.train.keep_checkpoints)
+    state = TrainState(
+        step=0,
+        epoch=0,
+        step_in_epoch=0,
+        tokens_seen=0,
+        total_steps=min(total_steps, config.train.max_steps or total_steps),
+        world=layout.world,
+        rows=train_set.content,
+        order=train_loader.fingerprint,
+        trained=trained_fingerprint(built.model),
+        decides=what_decides(config, settings.engine, layout),
+        may_change=what_may_change(config),
+        model=what_the_model_is(built.hf_config),
+        base=agreement.broadcast(start_fingerprint(built.model)),
+    )
+    found = checkpoints.find(config.train.resume)
+    if found is not None:
+        refuse_another_run(*found, state)
     status.where = "in the dry run of the longest pack, before the first step"
     memory = device_memory(device)
     if memory is not None:  # before a checkpoint is loaded: it clears the optimizer's state
@@ -170,32 +208,18 @@ def _run(
     fullest = train_loader.fullest_pack(0, of_a_side=status.passes == "two")
     kept = rehearse(built.engine, built.recompute, fullest, layout, device, memory)
     phases.done("rehearsed" if kept else "ready")
-    status.where = "while a checkpoint was loaded"
-    checkpoints = Checkpoints(folder, agreement, config.train.keep_checkpoints)
-    state = TrainState(
-        step=0,
-        epoch=0,
-        step_in_epoch=0,
-        tokens_seen=0,
-        total_steps=min(total_steps, config.train.max_steps or total_steps),
-        world=layout.world,
-        fingerprint=train_loader.fingerprint,
-        trained=trained_fingerprint(built.model),
-        loss=what_decides_the_loss(config),
-        base=agreement.broadcast(start_fingerprint(built.model)),
-    )
-    found = checkpoints.find(config.train.resume)
     if found is not None:
+        status.where = "while a checkpoint was loaded"
         path, saved = found
-        checkpoints.check_same_run(path, saved, state)
         checkpoints.load(built.engine, path, saved)
-        now = {"total_steps": state.total_steps, "world": layout.world, "loss": state.loss, "base": state.base}
-        state = TrainState(**{**vars(saved), **now})
+        now = {key: getattr(state, key) for key in ("total_steps", "world", "decides", "may_change", "model", "base")}
+        state = replace(saved, **now, changes=changes_since(saved, state))
+        phases.done("checkpoint loaded")
     aside = checkpoints.set_aside_after(state.step)
     records = Records(folder, config.log, total_steps=state.total_steps, first_step=state.step, active=launch.rank == 0)
     tracked = tracked_config(config, {"world": layout.world, "dp": layout.dp, "total_steps": state.total_steps})
-    wandb_id = agreement.broadcast(records.start_wandb(state.wandb_id, tracked))
-    state = TrainState(**{**vars(state), "wandb_id": wandb_id})
+    tracker_id = agreement.broadcast(records.start_trackers(state.tracker_id, tracked))
+    state = replace(state, tracker_id=tracker_id)
     if launch.rank == 0:
         write_facts(folder, config, settings.engine, layout, device)
         write_data_facts(folder, train_set, eval_set, tokenizer, state.total_steps)
@@ -209,8 +233,6 @@ def _run(
             records.say(
                 f"other processes hold {taken_gib:.1f} GiB of a GPU (nvidia-smi names them): planned without it"
             )
-    if found is not None:
-        phases.done("checkpoint loaded")
     if launch.rank == 0:
         records.say(f"start-up {time.monotonic() - started:.1f} s: {phases.text()}")
         for line in (passes, kept):
@@ -220,10 +242,14 @@ def _run(
             records.say(
                 f"{found[0].name} was written by {found[1].world} ranks: optimizer and weights were divided anew"
             )
+        if state.changes:
+            (folder / CHANGES).write_text(json.dumps(state.changes, indent=1) + "\n")
+            records.say(f"changed on the way: {in_words(state.changes)}")
         if aside:
             records.say(f"checkpoints of later steps belong to another course, and are now called {', '.join(aside)}")
     status.training(state.step, phases.seconds)
     status.where = "in training"
+    stop.saves = True
     watchdog = Watchdog(folder, launch.rank, launch.world, hang_s, partial(_hung, status))
 
     if config.data.chat_template is not None and not tokenizer.chat_template:  # a base model has learnt to chat
@@ -254,10 +280,10 @@ def _run(
         raise
     watchdog.enter("the end")
     if finished:
-        writer.write_all(folder)
+        writer.write_all(folder, records.say)
     records.close()
     if not finished:
-        records.say(_farewell(trainer, stop))
+        records.say(_farewell(trainer, stop, config.train.resume))
         status.write(EXIT_REQUEUE)
         agreement.gather(None)  # whoever leaves first, the status is written: srun may end the others then
         watchdog.stop()
@@ -266,7 +292,8 @@ def _run(
         history = read_metrics(folder / "metrics.jsonl")
         write_card(folder, config, layout, history)
         records.console.print(summary_table(history, folder, (time.monotonic() - started) / 60))
-        records.console.print(f"Next: ds-longft export {folder} {folder}-merged   (an ordinary Hugging Face folder)")
+        export = shlex.join(["ds-longft", "export", str(folder), f"{folder}-merged"])
+        records.console.print(f"Next: {export}   (an ordinary Hugging Face folder)")
     agreement.gather(None)
     dist.destroy_process_group()
     watchdog.stop()
@@ -307,11 +334,15 @@ def _hung(status: Status, message: str, lowest: bool) -> None:
         status.write(EXIT_HANG, force=True)
 
 
-def _farewell(trainer: Trainer, stop: StopRequest) -> str:
+def _farewell(trainer: Trainer, stop: StopRequest, resume: str | int) -> str:
     step = trainer.state.step
     saved = f"saved as checkpoint-{step}" if step else "nothing was trained yet"
     reason = stop.reason or "another rank was asked to"
-    return f"stopped after step {step} ({reason}); {saved}. The same command goes on from there."
+    again = "The same command goes on from there."
+    if resume != "auto" and step:
+        begins = "over" if resume == "never" else f"at step {resume}"
+        again = f"train.resume is {resume}: the same command begins {begins} again; with auto it goes on from there."
+    return f"stopped after step {step} ({reason}); {saved}. {again}"
 
 
 class Phases:

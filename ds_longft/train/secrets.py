@@ -11,9 +11,13 @@ from typing import Any
 
 from ds_longft.config import RunConfig
 
-SECRET_NAME = re.compile(r"(^|_)(TOKEN|API_?KEY|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
-URL_LOGIN = re.compile(r"(?<=://)[^/\s@]+(?=@)")
+SECRET_NAME = re.compile(
+    r"(^|_)(TOKEN|API_?KEY|KEY|SECRET|PASS(WORD|WD|PHRASE)?|PW|PAT|JWT|CREDENTIALS?)(_|$)|(PASSWORD|PASSWD)$",
+    re.IGNORECASE,
+)
+URL_LOGIN = re.compile(r"(?<=://)[^\s'\"<>]*(?=@[\w.-]+(?::\d+)?(?:[/?#\s'\"<>]|$))")  # passwords hold / and @ too
 BLOT = "[redacted]"
+SECRET_LENGTH = 8  # shorter values are words that a message may hold by chance
 
 # What a tracker may see. Paths of this machine stay out of it, but for the names of model and data.
 TRACKED = {"sp", "seed", "lora", "optim", "train", "log"}
@@ -23,7 +27,8 @@ TRACKED_MODEL = {"path", "revision", "dtype", "kernel", "rope"}
 
 def redact(text: str, env: Mapping[str, str] = os.environ) -> str:
     """The text without logins in URLs and without the value of any environment variable named like a secret."""
-    values = {v for k, v in env.items() if SECRET_NAME.search(k) and len(v) >= 8}
+    # Files of secrets end in a line break, and what is printed of them need not.
+    values = {v.strip() for k, v in env.items() if SECRET_NAME.search(k) and len(v.strip()) >= SECRET_LENGTH}
     for value in sorted(values, key=len, reverse=True):
         text = text.replace(value, BLOT)
     return URL_LOGIN.sub(BLOT, text)

@@ -14,8 +14,12 @@ from ds_longft.sequence.attention import ULYSSES
 from ds_longft.train.reference import load_reference
 
 
-def tokenized(config: RunConfig, tokenizer: Any, *, progress: bool) -> tuple[TokenizedSet, TokenizedSet | None]:
+def tokenized(
+    config: RunConfig, tokenizer: Any, *, progress: bool, every_byte: bool = False
+) -> tuple[TokenizedSet, TokenizedSet | None]:
     """The training set and, where asked for, the held-out set; from the cache when nothing changed.
+
+    `every_byte`: of the cache is looked at, not its sizes alone.
 
     With `dpo.reference: precomputed`, each with its log-probabilities.
 
@@ -27,7 +31,7 @@ def tokenized(config: RunConfig, tokenizer: Any, *, progress: bool) -> tuple[Tok
     reference = pairs and reference_of(config.dpo, lora=config.lora is not None) == "precomputed"
 
     def make(sources: list[SourceConfig]) -> TokenizedSet:
-        made = tokenize_sources(sources, tokenizer, config.data, progress=progress, pairs=pairs)
+        made = tokenize_sources(sources, tokenizer, config.data, progress=progress, pairs=pairs, every_byte=every_byte)
         made.check_ids(hf_config.vocab_size)
         if reference and isinstance(made, PairSet):
             return made.with_reference(load_reference(config, made))

@@ -12,7 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ds_longft.errors import GpuMemoryError, LongftError
+from ds_longft.errors import EXIT_CONFIG, EXIT_REQUEUE, GpuMemoryError, LongftError
+from ds_longft.run_files import StatusFile
+from ds_longft.stored import read_if_good
+from ds_longft.train.durable import PATIENCE_S, insist
+from ds_longft.train.lock import lock_folder
 from ds_longft.train.ranks import Launch
 from ds_longft.train.secrets import redact
 
@@ -20,9 +24,17 @@ STATUS = "run_status.json"
 
 
 def this_start() -> str | None:
-    """Names one start of a SLURM job: its id, and how often it was requeued."""
+    """Names one start of a SLURM job: its id, how often it was requeued, and when, since ids are used again."""
+    if "LONGFT_START" in os.environ:
+        return os.environ["LONGFT_START"]
     job = os.environ.get("SLURM_JOB_ID")
     return f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}" if job else None
+
+
+def crashed_before(folder: Path) -> bool:
+    """Whether the run before this one in the folder came to no orderly end: something may be half written."""
+    before = read_if_good(folder / STATUS, StatusFile)
+    return before is not None and before.exit_code not in (0, EXIT_REQUEUE, EXIT_CONFIG)
 
 
 class Status:
@@ -30,7 +42,8 @@ class Status:
 
     def __init__(self, launch: Launch) -> None:
         self.launch = launch
-        self.folder: Path | None = None
+        self.folder: Path | None = None  # once it is this run's
+        self.output: Path | None = None  # as soon as it is known; another run may be in it
         self.error: str | None = None
         self.first_step: int | None = None
         self.start_up_s: dict[str, float] | None = None
@@ -53,8 +66,25 @@ class Status:
 
     def write(self, exit_code: int | None, *, force: bool = False) -> None:
         """Leave the code (None: running) and the error beside the run's records, where there is a run."""
-        if (self.launch.rank and not force) or self.folder is None or not self.folder.is_dir():
+        if self.launch.rank and not force:
             return
+        if self.folder is None:
+            self._write_if_free(exit_code)
+        elif self.folder.is_dir():
+            self._write(self.folder, exit_code)
+
+    def _write_if_free(self, exit_code: int | None) -> None:
+        """A start that failed early says so too, unless another run has the folder: there the status is that one's."""
+        if self.output is None or not self.output.is_dir():
+            return
+        try:
+            lock = lock_folder(self.output, patience_s=0.0)
+        except (LongftError, OSError):
+            return
+        self._write(self.output, exit_code)
+        lock.release()
+
+    def _write(self, folder: Path, exit_code: int | None) -> None:
         if exit_code == 1 and self._peer_said_why():
             return  # this rank only lost its peer
         content: dict[str, Any] = {
@@ -68,12 +98,15 @@ class Status:
             "rank": self.launch.rank,
             "time": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
-        tmp = self.folder / f".{STATUS}.{self.launch.rank}"
-        try:
+        tmp = folder / f".{STATUS}.{self.launch.rank}"
+
+        def work() -> None:
             tmp.write_text(json.dumps(content) + "\n")
-            os.replace(tmp, self.folder / STATUS)
-        except OSError as e:
-            print(f"{STATUS} could not be written: {e}", file=sys.stderr)
+            os.replace(tmp, folder / STATUS)
+
+        # While training goes on the code is null, which a reader takes for crashed or running: it is not worth a wait.
+        patience_s = 0.0 if exit_code is None else PATIENCE_S
+        insist(work, STATUS, lambda text: print(text, file=sys.stderr, flush=True), patience_s=patience_s)
 
     def _peer_said_why(self) -> bool:
         """Whether another rank of this run has left its reason."""
@@ -81,7 +114,7 @@ class Status:
         try:
             if path is None or path.stat().st_mtime < self.begun:
                 return False
-            content = json.loads(path.read_text())
-        except (OSError, ValueError):
+        except OSError:
             return False
-        return content.get("exit_code") is not None and content.get("rank") != self.launch.rank
+        content = read_if_good(path, StatusFile)
+        return content is not None and content.exit_code is not None and content.rank != self.launch.rank

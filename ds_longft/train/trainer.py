@@ -33,12 +33,13 @@ from ds_longft.objectives.dpo import METRICS, DpoObjective
 from ds_longft.plan.of_run import note_in_plan
 from ds_longft.plan.setting import GIB
 from ds_longft.sequence.relief import Relief
-from ds_longft.train.checkpoint import Checkpoints, TrainState, rng_state, set_rng_state
+from ds_longft.train.checkpoint import Checkpoints, rng_state, set_rng_state
 from ds_longft.train.engine import Built
 from ds_longft.train.health import Watchdog, describe_packs, write_nonfinite
 from ds_longft.train.interrupt import StopRequest
 from ds_longft.train.metrics import Records, peak_gib
 from ds_longft.train.ranks import Agreement
+from ds_longft.train.same_run import TrainState
 from ds_longft.train.schedule import learning_rate
 from ds_longft.train.step import apply_step, backpropagate, backpropagate_pack, evaluate_pack, loss_scale
 
@@ -225,9 +226,9 @@ class Trainer:
         skipped = (
             f" ({self._skipped} steps before it were skipped: train.max_skipped_in_a_row)" if self._skipped else ""
         )
+        skip = "" if train.on_nonfinite == "skip" else ", or set train.on_nonfinite to skip"
         raise NonFiniteError(
-            f"{text}{skipped} Look at them with `ds-longft data inspect`, lower optim.learning_rate, or set "
-            "train.on_nonfinite to skip."
+            f"{text}{skipped} Look at them with `ds-longft data inspect`, lower optim.learning_rate{skip}."
         )
 
     @torch.no_grad()

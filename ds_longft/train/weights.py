@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from ds_longft.model.lora import gather_adapter_state, save_adapter
+from ds_longft.train.durable import insist
 from ds_longft.train.ranks import Agreement
 
 
@@ -68,12 +70,16 @@ class ModelWriter:
             if self.agreement.rank == 0:
                 save_adapter(self.model, state, folder)
 
-    def write_all(self, folder: Path) -> None:
-        """Weights, tokenizer and chat template at the top of the output folder."""
-        self.write_weights(folder)
-        if not self.lora:
-            state = gather_weights(self.model)
-            if self.agreement.rank == 0:
+    def write_all(self, folder: Path, say: Callable[[str], None]) -> None:
+        """Weights, tokenizer and chat template at the top of the output folder; a full disk is waited for a while."""
+        state = gather_adapter_state(self.model) if self.lora else gather_weights(self.model)
+
+        def write() -> None:
+            if self.lora:
+                save_adapter(self.model, state, folder)
+            else:
                 self.model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
-        if self.agreement.rank == 0:
             self.tokenizer.save_pretrained(folder)
+
+        if self.agreement.rank == 0 and (error := insist(write, "the trained model", say)) is not None:
+            raise error

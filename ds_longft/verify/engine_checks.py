@@ -50,7 +50,7 @@ def check_engine(
         found[4] = check_positions(engine, built.hf_config, subject.step.packs, pack, layout, device, gather)
     asked = asked_of_attention(engine, pack, layout, device)
     if 6 in checks:
-        ModelWriter(built.model, subject.tokenizer, subject.agreement).write_all(work)
+        ModelWriter(built.model, subject.tokenizer, subject.agreement).write_all(work, print)
     engine.destroy()
     return found, built.hf_config, asked
 

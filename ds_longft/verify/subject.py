@@ -96,7 +96,9 @@ class Subject:
         settings.engine["zero_optimization"].pop("round_robin_gradients", None)
         layout = ParallelLayout.create(sp)
         tokenizer = load_tokenizer(config.model)
-        train_set, _ = agreement.rank0_first(lambda: tokenized(config, tokenizer, progress=False))
+        train_set, _ = agreement.rank0_first(
+            lambda: tokenized(config, tokenizer, progress=False, every_byte=agreement.rank == 0)
+        )
         tokens = tokens or DEFAULT_TOKENS[device.type]
         count = max(2, layout.world)
 

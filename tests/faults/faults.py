@@ -287,4 +287,5 @@ def _at_dead_tracker(fault: dict[str, Any]) -> None:
             raise ConnectionError("tracker is down")
         return Dead()
 
-    sys.modules["wandb"] = types.SimpleNamespace(init=init)  # type: ignore[assignment]
+    fake = types.SimpleNamespace(init=init, Settings=lambda **_: None, login=lambda **_: True)
+    sys.modules["wandb"] = fake  # type: ignore[assignment]

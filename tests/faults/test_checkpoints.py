@@ -86,26 +86,6 @@ def test_falls_back_and_trains_on(launcher: Launcher, golden: Path, finished: Pa
     assert (finished / "set-aside-checkpoint-8").is_dir()
 
 
-CHANGES = [
-    (("--data.packing", "best_fit"), "the data, its order or the packs of a step"),
-    (("--seed", "1"), "the data, its order or the packs of a step"),
-    (("--train.gradient_accumulation_steps", "1"), "dp x train.gradient_accumulation_steps"),
-    (("--lora.r", "8"), "the trained parameters (lora.*, model.path) changed"),
-]
-
-
-@pytest.mark.parametrize(("keys", "says"), CHANGES[1:2] + CHANGES[3:])
-def test_changed_run_is_refused(launcher: Launcher, finished: Path, keys: tuple[str, ...], says: str) -> None:
-    """F19, F20."""
-    before = sorted(p.name for p in finished.iterdir())
-    codes, run = launcher.run(finished, *keys)
-    assert codes == [64, 64], run.text()
-    assert says in run.text(0)
-    assert "cannot be continued exactly" in run.text(0)
-    assert checkpoints(finished) == [6, 8]
-    assert set(before) <= {p.name for p in finished.iterdir()}
-
-
 def test_another_base_model_is_refused(launcher: Launcher, finished: Path, tmp_path: Path) -> None:
     """F20: other weights of the same shapes, as an -Instruct beside its base; the same ones elsewhere are no other."""
     model = Path(yaml.safe_load((finished / "config.yaml").read_text())["model"]["path"])

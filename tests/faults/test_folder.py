@@ -48,6 +48,25 @@ def test_secrets_in_an_error(launcher: Launcher, tmp_path: Path) -> None:
     assert CANARY not in run.text()
 
 
+@pytest.mark.parametrize(
+    "name", ["PGPASSWORD", "GITHUB_PAT", "DB_PASS", "SLURM_JWT", "TOKEN_HF", "AWS_SECRET_ACCESS_KEY"]
+)
+def test_names_of_secrets(name: str) -> None:
+    assert redact(f"a {CANARY} b", {name: CANARY + "\n"}) == "a [redacted] b", "a file of a secret ends in a line break"
+    assert redact("a bananananana b", {"MONKEY": "bananananana", "PASSAGE": "bananananana"}) == "a bananananana b"
+
+
+@pytest.mark.parametrize("login", ["me", "me:pw", "me:p/w", "me:p@w", "me:p@/w:d"])
+def test_logins_in_urls(login: str) -> None:
+    for url in (
+        f"https://{login}@hub.com/x",
+        f"'https://{login}@hub.com'",
+        f"see https://{login}@hub.com:80?q and more",
+    ):
+        assert redact(url, {}) == url.replace(login, "[redacted]")
+    assert redact("https://hub.com/x and mail a@b.com", {}) == "https://hub.com/x and mail a@b.com"
+
+
 def test_redact() -> None:
     env = {"HF_TOKEN": CANARY, "NUM_TOKENS": "4096000000", "SSH_KEY": "short"}
     assert redact(f"a {CANARY} b https://me:pw@hub/x 4096000000 short", env) == (

@@ -4,16 +4,19 @@ reference beside the model, a loss with settings.
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from ds_longft.errors import CheckpointError
 from ds_longft.settings import load_config
 from ds_longft.train.checkpoint import Checkpoints
-from ds_longft.train.made_of import what_decides_the_loss
+from ds_longft.train.same_run import refuse_another_run, what_decides
 from tests.faults.alone import Alone
 from tests.faults.assets import pair_keys
 from tests.faults.ranks import CRASH, Launcher, checkpoints, trace
@@ -100,10 +103,12 @@ def test_another_loss_is_refused(keys: tuple[str, ...], golden_pairs: Path) -> N
     found = checkpoints.find("auto")
     assert found is not None
     path, state = found
+    engine = json.loads((golden_pairs / "ds_config.json").read_text())
 
     def go_on_with(*changed: str) -> None:
         config = load_config(["--config", str(golden_pairs / "config.yaml"), *changed])
-        checkpoints.check_same_run(path, state, replace(state, loss=what_decides_the_loss(config)))
+        layout: Any = SimpleNamespace(dp=1)
+        refuse_another_run(path, state, replace(state, decides=what_decides(config, engine, layout)))
 
     go_on_with()
     go_on_with("--dpo.passes", "one", "--dpo.reference", "precomputed", "--optim.learning_rate", "1e-3")
@@ -112,6 +117,4 @@ def test_another_loss_is_refused(keys: tuple[str, ...], golden_pairs: Path) -> N
     with pytest.raises(CheckpointError, match=r"dpo.loss was sigmoid and is ipo now. Undo the change"):
         go_on_with("--dpo.loss", "ipo")
     with pytest.raises(CheckpointError, match="objective was sft and is dpo now"):
-        checkpoints.check_same_run(path, replace(state, loss={"objective": "sft"}), state)
-    old = replace(state, loss={})  # of a version that did not write it down
-    checkpoints.check_same_run(path, old, state)
+        refuse_another_run(path, replace(state, decides={"objective": "sft"}), state)

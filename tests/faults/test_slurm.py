@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import time
@@ -62,6 +63,70 @@ def test_several_nodes(config: Path) -> None:
 def test_what_cannot_run_is_refused(config: Path, change: dict, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         fill(str(config), **{**ONE, **change})
+
+
+def changed(config: Path, folder: Path, old: str, new: str) -> Path:
+    """The run config with a line of it replaced."""
+    path = folder / "changed.yaml"
+    text = config.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    return path
+
+
+@pytest.mark.parametrize("resume", ["6", "never"])
+def test_a_job_that_would_do_the_same_steps_again_is_refused(config: Path, tmp_path: Path, resume: str) -> None:
+    again = changed(config, tmp_path, "\ntrain:\n", f"\ntrain:\n  resume: {resume}\n")
+    with pytest.raises(ConfigError, match=f"train.resume is {resume}: every start of the job would do the same steps"):
+        fill(str(again), **ONE)
+
+
+@pytest.mark.parametrize("name", ["x\ntouch${IFS}PWNED\nexit", "a\tb", "a\x7fb"])
+def test_control_characters_in_a_folder_are_refused(config: Path, tmp_path: Path, name: str) -> None:
+    line = next(line for line in config.read_text().splitlines() if line.startswith("output_dir"))
+    with pytest.raises(ConfigError, match="give a name without control characters"):
+        fill(str(changed(config, tmp_path, line, f"output_dir: {json.dumps(str(tmp_path / name))}")), **ONE)
+
+
+SRUN = """#!/bin/bash
+printf '%s\\n' "$MASTER_PORT $LONGFT_START" >> "$CALLS"
+echo "what the ranks say"
+exit $(cat "$CODE")
+"""
+
+
+@pytest.mark.parametrize("name", ["plain", "lr5%j and %u 'quoted' $(touch PWNED)"])
+def test_the_script_as_printed(config: Path, tmp_path: Path, name: str) -> None:
+    """Handed to a shell as SLURM would: it makes its folder, logs there, and says after each start whether it goes on."""
+    output, bins = tmp_path / name, tmp_path / "bin"
+    bins.mkdir()
+    for program, text in (("srun", SRUN), ("scontrol", '#!/bin/bash\necho "$@" >> "$REQUEUED"\n')):
+        (bins / program).write_text(text)
+        (bins / program).chmod(0o755)
+    line = next(line for line in config.read_text().splitlines() if line.startswith("output_dir"))
+    script = fill(str(changed(config, tmp_path, line, f"output_dir: {json.dumps(str(output))}")), **ONE)
+    assert all(not line.startswith("#SBATCH --output") or line.endswith("=/dev/null") for line in script.splitlines())
+    env = {
+        **os.environ, "PATH": f"{bins}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "CALLS": str(tmp_path / "calls"),
+        "CODE": str(tmp_path / "code"), "REQUEUED": str(tmp_path / "requeued"), "PYTHONPATH": str(Path.cwd()),
+    }  # fmt: skip
+    for restart, (code, again) in enumerate([(75, 1), (69, 2), (64, 2)]):
+        (tmp_path / "code").write_text(str(code))
+        done = subprocess.run(
+            ["bash", "-s"], input=script, text=True, capture_output=True, check=False, cwd=tmp_path,
+            env={**env, "SLURM_RESTART_COUNT": str(restart)},
+        )  # fmt: skip
+        assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+        assert (tmp_path / "requeued").read_text().splitlines() == ["requeue 7"] * again
+    log = (output / "slurm-7.log").read_text()
+    assert log.count("what the ranks say") == 3
+    assert "requeued: the port was taken, another one is tried" in log
+    calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+    assert len({port for port, _ in calls}) == 3
+    assert all(20_000 <= int(port) < 32_000 for port, _ in calls)
+    assert [start.rpartition(".")[0] for _, start in calls] == ["7.0", "7.1", "7.2"]
+    assert not list(tmp_path.rglob("PWNED"))
+    assert not list(Path.cwd().glob("PWNED"))
 
 
 class Folder:
@@ -140,7 +205,6 @@ def test_real_slurm(launcher: Launcher, config: Path, tmp_path: Path) -> None:
     with slurm_cluster.cluster(tmp_path) as slurm:
         script = tmp_path / "job.sbatch"
         script.write_text(fill(str(mine), **ONE))
-        output.mkdir()
         number = slurm.run("sbatch", "--parsable", str(script)).strip()
 
         wait_for_step(output, 6)

@@ -101,9 +101,9 @@ def test_margin_is_one_and_a_half_times_the_longest_save_plus_a_round() -> None:
 
 def test_the_earlier_end_counts_and_none_means_none() -> None:
     clock = Clock()
-    stop = StopRequest(clock)
+    stop = StopRequest(clock, clock)
     stop.set_budget(10.0, env={"SLURM_JOB_END_TIME": "1300"})
-    assert stop.deadline == 1300.0
+    assert stop.left_s() == 300.0
     stop.set_budget(None, env={})
     assert not stop.asked()
 

@@ -253,6 +253,19 @@ def test_output_dir_that_is_or_lies_under_a_file(folder: Path) -> None:
         assert f"output_dir is {path}, but {folder / 'data.jsonl'} is a file" in problems[0]
 
 
+def test_a_cache_that_cannot_be_made_is_said_before_anything(folder: Path) -> None:
+    given = folder / "data.jsonl" / "cache"
+    (problem,) = problems_of(config_in(folder, data={"cache_dir": str(given)}))
+    assert problem == f"data.cache_dir is {given}, but {folder / 'data.jsonl'} is a file: give another folder"
+
+
+def test_a_tracker_that_is_not_installed_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.delitem(sys.modules, "mlflow", raising=False)
+    (problem,) = problems_of(config_in(folder, log={"trackers": ["mlflow"]}))
+    assert problem.startswith("log: the tracker mlflow is not installed: pip install")
+
+
 def test_output_dir_without_the_right_to_write(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.access", lambda *_: False)  # the superuser may write anywhere
     assert "output_dir" in problems_of(config_in(folder))[0]

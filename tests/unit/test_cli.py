@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from typing import Any, Literal
 import pytest
 
 from ds_longft import cli
-from ds_longft.cli import COMMANDS, Command, bind_arguments, main
+from ds_longft.cli import COMMANDS, Command, _described, bind_arguments, main
 from ds_longft.errors import EXIT_CONFIG, DataError, LongftError
 from ds_longft.settings import load_config
 from ds_longft.yaml_io import load_yaml
@@ -204,7 +205,7 @@ def test_every_command_exists_and_explains_its_arguments(name: str, capsys: pyte
     assert main([*name.split(), "--help"]) == 0
     text = capsys.readouterr().out
     module, _, attribute = COMMANDS[name].target.partition(":")
-    function = getattr(sys.modules[module], attribute)
+    function = getattr(importlib.import_module(module), attribute)
     for parameter in inspect.signature(function).parameters.values():
         assert parameter.name in function.__doc__, f"{name}: the docstring does not explain {parameter.name}"
         assert parameter.name.upper() in text or f"--{parameter.name}" in text
@@ -218,3 +219,28 @@ def test_help_does_not_import_heavy_modules() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.endswith("[]\n")
+
+
+WITHOUT = """
+import sys
+from ds_longft.cli import COMMANDS, main
+for name, command in COMMANDS.items():
+    if not command.takes_run_keys:
+        assert main([*name.split(), "--help"]) == 0
+print([m for m in ("torch", "transformers", "deepspeed") if m in sys.modules], file=sys.stderr)
+"""
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """Half a second at most, and quiet."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "[]\n"
+
+
+@pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if not command.takes_run_keys])
+def test_help_describes_the_function_itself(name: str) -> None:
+    module, _, attribute = COMMANDS[name].target.partition(":")
+    function, described = getattr(importlib.import_module(module), attribute), _described(COMMANDS[name].target)
+    assert inspect.signature(described) == inspect.signature(function)
+    assert described.__doc__ == function.__doc__

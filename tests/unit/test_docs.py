@@ -94,7 +94,10 @@ def test_the_tree_of_the_readme_is_the_tree() -> None:
     assert {p for p in modules if p.name != "__init__.py"} <= seen
 
 
-@pytest.mark.parametrize(("function", "page"), [("config_page", "docs/config.md"), ("files_page", "docs/files.md"), ("readme_page", "README.md")])
+@pytest.mark.parametrize(
+    ("function", "page"),
+    [("config_page", "docs/config.md"), ("files_page", "docs/files.md"), ("readme_page", "README.md")],
+)
 def test_references_are_up_to_date(function: str, page: str) -> None:
     made = runpy.run_path(str(ROOT / "docs/make_reference.py"))[function]()
     assert made == (ROOT / page).read_text(), "run `make docs`"

@@ -192,3 +192,22 @@ def test_no_template_and_missing_file(tokenizer, tmp_path):
         load_template(tokenizer, str(tmp_path / "none.jinja"))
     (tmp_path / "mine.jinja").write_text(CHATML_MARKED)
     assert load_template(_with_template(tokenizer, None), str(tmp_path / "mine.jinja")).marked
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "{{ 1 // (messages[0].content | length - 4) }}",
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+        "{% for i in range(999999) %}{% endfor %}",
+    ],
+)
+def test_a_template_that_fails_on_a_row_costs_that_row(tokenizer, body):
+    """It divides by zero, nests without end, loops too long."""
+    other = copy.copy(tokenizer)
+    plain = "{% for m in messages %}{{ m.role + ':' + m.content + '<|im_end|>' }}{% endfor %}"
+    other.chat_template = "{% if messages[0].content == 'boom' %}" + body + "{% endif %}" + plain
+    template = load_template(other, None)
+    with pytest.raises(BadRow, match="the chat template refuses the row"):
+        template.render([Turn("user", "boom"), Turn("assistant", "a")])
+    assert template.render([Turn("user", "q"), Turn("assistant", "a")]).spans

@@ -167,3 +167,17 @@ def test_an_adapter_that_does_not_load_whole_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"does not load whole: 6 of its 28 tensors do not arrive in llama"):
         export_model(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_base_with_code_of_its_own_is_refused_without_a_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would ask at the terminal, and wait."""
+    run = make_run(tmp_path, LoraConfig(r=4))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
+    path = tmp_path / "base" / "config.json"
+    own = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "own", "auto_map": own}))
+    (tmp_path / "base" / "code.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(ModelError, match=r"base model .* cannot be loaded"):
+        export_model(run, tmp_path / "out")

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -303,3 +304,71 @@ def test_charts() -> None:
     assert line_chart([Line("x", [])], name="n", x_label="", y_label="") == ""
     lost = Line("held out", [(1, float("nan"))])  # the page's script reads out every line that is there
     assert "held out" not in line_chart([Line("x", [(1, 1.0), (2, 2.0)]), lost], name="n", x_label="", y_label="")
+
+
+POISON = """"'><img src=x onerror="document.title='PWNED'"><script>document.title='PWNED'</script>|``` x"""
+
+
+def poisonings(content: Any) -> Iterator[Any]:
+    """The content with one string of it, value or key, poisoned; once for each."""
+    if isinstance(content, str):
+        yield content + POISON
+        yield POISON
+    elif isinstance(content, dict):
+        for key, value in content.items():
+            yield {**{k: v for k, v in content.items() if k != key}, key + POISON: value}
+            for inner in poisonings(value):
+                yield {**content, key: inner}
+    elif isinstance(content, list):
+        for i, value in enumerate(content):
+            for inner in poisonings(value):
+                yield [*content[:i], inner, *content[i + 1 :]]
+
+
+class Alien(HTMLParser):
+    """Notes tags that no page of ours has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.scripts = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.scripts += tag == "script"
+        if tag == "img" or any(name.startswith("on") for name, _ in attrs):
+            self.found.append(str(self.get_starttag_text()))
+
+
+def test_no_string_of_any_file_becomes_code(run: Path) -> None:
+    """Every string of every file that a page is made of, one after the other."""
+    pages = 0
+    files = [p for p in run.rglob("*.json") if p.is_file()] + [run / "metrics.jsonl"]
+    for file in files:
+        original = file.read_text()
+        last = original.splitlines()[-1] if file.suffix == ".jsonl" else original
+        for content in poisonings(json.loads(last) | ({"skipped": "why"} if file.suffix == ".jsonl" else {})):
+            file.write_text(original.removesuffix(last + "\n") + json.dumps(content) + "\n")
+            facts = gather_facts(run)
+            seen = Alien()
+            seen.feed(html_page(facts))
+            assert (seen.found, seen.scripts) == ([], 1), (file.name, content)
+            text = markdown_page(facts).partition("### Again")[0]
+            assert "<img" not in text, (file.name, content)
+            pages += 1
+        file.write_text(original)
+    assert pages > 100
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_a_browser_runs_nothing_of_a_poisoned_run(run: Path, tmp_path: Path) -> None:
+    for file in run.rglob("*.json"):
+        content = json.loads(file.read_text())
+        for key in ("date", "model", "error", "sample"):
+            if key in content:
+                content[key] = next(poisonings(content[key])) if content[key] else POISON
+        file.write_text(json.dumps(content))
+    page = tmp_path / "page.html"
+    page.write_text(html_page(gather_facts(run)))
+    command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{page}"]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert "<title>PWNED" not in dom

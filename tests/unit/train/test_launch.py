@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from ds_longft.train.launch import telling_code
+
 RANK = """
 import os, pathlib, time
 pathlib.Path(os.environ["RANK"] + ".pid").write_text(str(os.getpid()))
@@ -48,3 +50,19 @@ def test_ranks_end_with_who_started_them(tmp_path: Path, how: signal.Signals) ->
     finally:
         for pid in filter(alive, pids):
             os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("codes", "told"),
+    [
+        ([0, 0], 0),
+        ([75, 75], 75),
+        ([1, 64], 64),  # the one that knew why, and one that lost its peer
+        ([1, -9], 137),
+        ([1, -15], 1),  # ended because the other one had failed
+        ([-15, -15], 143),
+        ([0, 71], 71),
+    ],
+)
+def test_the_code_that_says_most(codes: list[int], told: int) -> None:
+    assert telling_code(codes) == told

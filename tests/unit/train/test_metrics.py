@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ds_longft.config import LogConfig
-from ds_longft.train.metrics import Records, spike_of
+from ds_longft.train.metrics import Records, read_metrics, spike_of, summary_table
 
 CALM = [1.0, 1.1, 0.9] * 20
 
@@ -41,3 +41,31 @@ def test_spikes_are_recorded_across_a_resume(tmp_path: Path, capfd: pytest.Captu
     written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in written if "loss_spike" in r] == [len(CALM) + 1]
     assert capfd.readouterr().out.count("loss 9.0000 (spike: 9") == 1
+
+
+def test_a_skipped_step_and_a_loss_that_is_no_number_are_said_and_are_json(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    records = Records(tmp_path, LogConfig(), total_steps=9, first_step=0, active=True)
+    records.step({**record(1, 1.0), "loss": None, "grad_norm": None, "skipped": "the gradient is not finite"})
+    records.evaluation({"step": 1, "eval_loss": float("nan"), "eval_targets": 7, "eval_s": 1.0})
+    records.close()
+    said = capfd.readouterr().out
+    assert "step 1/9 | SKIPPED: the gradient is not finite | grad norm -" in said
+    assert "held-out loss at step 1 | nan" in said
+    lines = [
+        json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert lines[1]["eval_loss"] is None
+    assert summary_table(read_metrics(tmp_path / "metrics.jsonl"), tmp_path, 1.0).row_count
+
+
+def test_a_resume_keeps_what_stands_behind_a_bad_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    good = [json.dumps(record(step, 1.0)).encode() for step in range(1, 6)]
+    for bad in (b"\0\0\0", b"", b"null", b"5", b"\xff\xfe", b'{"loss": 1.0}', b'{"step": "3"}'):
+        (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([*good[:2], bad, *good[2:], b'{"step": 6, "lo']))
+        Records(tmp_path, LogConfig(), total_steps=9, first_step=5, active=True)
+        assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+        assert (
+            "metrics.jsonl: lines that cannot be read: 1, left out (metrics.jsonl: line 3: " in capfd.readouterr().out
+        )

@@ -20,4 +20,4 @@ def test_a_port_in_use_is_named() -> None:
         env = {**os.environ, **rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DS_ACCELERATOR": "cpu"}
         command = [sys.executable, "-c", JOIN]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
-    assert f"ConfigError: 1 problem in the configuration:\n  - port {port} is in use" in done.stderr
+    assert f"PortError: port {port} is in use" in done.stderr

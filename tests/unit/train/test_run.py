@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from ds_longft.config import RunConfig
-from ds_longft.train.run import _header
+from ds_longft.run_files import StatusFile
+from ds_longft.stored import read_file
+from ds_longft.train.interrupt import StopRequest
+from ds_longft.train.lock import lock_folder
+from ds_longft.train.ranks import Launch
+from ds_longft.train.run import _farewell, _header
+from ds_longft.train.status import STATUS, Status
 from tests.distributed.models import tiny_config
 
 
@@ -23,3 +29,24 @@ def test_a_warmup_longer_than_the_epochs_is_said(warmup_steps: int | None, said:
     state = cast(Any, SimpleNamespace(total_steps=4, step=0))
     text = _header(config, layout, torch.device("cpu"), loader, state, None)
     assert ("optim.warmup_steps is 5" in text) == said
+
+
+def test_a_start_that_fails_early_says_so_unless_another_run_has_the_folder(tmp_path: Path) -> None:
+    status = Status(Launch(rank=0, world=1, local_rank=0, local_world=1))
+    status.output = tmp_path
+    lock = lock_folder(tmp_path, patience_s=0.0)
+    status.write(64)
+    assert not (tmp_path / STATUS).exists(), "the status there is the other run's"
+    lock.release()
+    status.write(64)
+    assert read_file(tmp_path / STATUS, StatusFile).exit_code == 64
+    lock_folder(tmp_path, patience_s=0.0).release()
+
+
+@pytest.mark.parametrize(
+    ("resume", "says"),
+    [("auto", "The same command goes on"), (6, "begins at step 6 again"), ("never", "begins over again")],
+)
+def test_the_farewell_tells_what_the_same_command_does(resume: str | int, says: str) -> None:
+    trainer: Any = SimpleNamespace(state=SimpleNamespace(step=8))
+    assert says in _farewell(trainer, StopRequest(), resume)

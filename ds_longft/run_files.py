@@ -1,0 +1,235 @@
+"""The shape of each file that a run leaves: what its writers write, and its readers may count on (see `stored`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class StoredFile(BaseModel):
+    """Known keys have their types; others are let through: another version may write them."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class FileSeal(BaseModel):
+    """Size and hash of one file."""
+
+    bytes: int = Field(ge=0)
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """manifest.json of a checkpoint: every file in it."""
+
+    step: int
+    files: dict[str, FileSeal]
+
+
+class StatusFile(StoredFile):
+    """run_status.json."""
+
+    exit_code: int | None = None
+    error: str | None = None
+    first_step: int | None = None
+    start: str | None = None
+    host: str | None = None
+    rank: int | None = None
+
+
+class LockHolder(StoredFile):
+    """.lock-holder.json."""
+
+    host: str | None = None
+    pid: int | None = None
+    job: str | None = None
+    since: str | None = None
+
+
+class RequeueHistory(StoredFile):
+    """.requeue.json."""
+
+    job: str | None = None
+    crashes: int = 0
+    idle: int = 0
+    step: int = -1
+
+
+class MetricsLine(StoredFile):
+    """A line of metrics.jsonl: a step, or an evaluation."""
+
+    model_config = ConfigDict(allow_inf_nan=True)  # earlier versions wrote NaN, which JSON does not have
+
+    __pydantic_extra__: dict[str, float | int | str | None] = Field(init=False)
+
+    step: int = Field(ge=0)
+    epoch: int | None = None
+    loss: float | None = None
+    eval_loss: float | None = None
+    grad_norm: float | None = None
+    learning_rate: float | None = None
+    tokens_per_s_per_gpu: float | None = None
+    peak_gib: float | None = None
+    padding_percent: float | None = None
+    data_wait_percent: float | None = None
+    step_s: float | None = None
+    tokens_seen: int | None = None
+    loss_spike: float | None = None
+
+
+class MachineFacts(StoredFile):
+    """The machine in versions.json."""
+
+    device: str | None = None
+    world: int | None = None
+    sp: int | None = None
+    dp: int | None = None
+
+
+class VersionsFile(StoredFile):
+    """versions.json."""
+
+    versions: dict[str, str] = {}
+    machine: MachineFacts = MachineFacts()
+
+
+class PartFacts(StoredFile):
+    """Statistics of one set in data.json."""
+
+    rows: int
+    tokens: int
+    targets: int
+    target_share: float
+    median_tokens: int
+    longest_tokens: int
+    rows_up_to_tokens: dict[str, int] = {}
+    sources: dict[str, int] = {}
+    languages: dict[str, int] = {}
+    fingerprint: str = ""
+    bad_rows: int = 0
+    overlong_rows_dropped: int = 0
+    truncated_rows: int = 0
+
+    @model_validator(mode="after")
+    def _lengths_are_numbers(self) -> PartFacts:
+        if not all(up_to.isdecimal() for up_to in self.rows_up_to_tokens):
+            raise ValueError("rows_up_to_tokens has a key that is no length")
+        return self
+
+
+class SampleFacts(StoredFile):
+    """A training row in data.json."""
+
+    origin: str
+    tokens: int
+    before: str
+    trained: str
+
+
+class DataFile(StoredFile):
+    """data.json."""
+
+    total_steps: int | None = None
+    parts: dict[str, PartFacts] = {}
+    sample: SampleFacts | None = None
+
+
+class PlanFile(StoredFile):
+    """plan.json."""
+
+    peak_gib: float | None = None
+
+
+class EngineFile(StoredFile):
+    """ds_config.json."""
+
+    zero_optimization: dict[str, Any] = {}
+
+
+class AnswerFacts(StoredFile):
+    """A question of an evaluation, with what was answered."""
+
+    question: str
+    reply: str
+    answer: str | None = None
+    answers: list[str] | None = None
+    length_tokens: int | None = None
+    stands_at: list[float] = []
+    hidden: list[str] = []
+
+    @model_validator(mode="after")
+    def _is_answered(self) -> AnswerFacts:
+        if self.answer is None and self.answers is None:
+            raise ValueError("neither answer nor answers")
+        return self
+
+
+Percent = dict[str, dict[str, float | None]]
+
+OF_A_KIND = {
+    "perplexity": ("length_tokens", "loss", "loss_by_eighth", "edges_tokens", "loss_by_bucket"),
+    "needle": ("exact_percent", "grid", "lengths", "depths"),
+    "needle-multi": ("exact_percent", "found_percent"),
+    "needle-hop": ("exact_percent", "found_percent"),
+    "short": ("length_tokens", "loss", "right_percent"),
+    "longbench": ("averages", "scores"),
+    "longbench-e": ("averages", "scores"),
+}
+OF_NEEDLES = ("lengths", "trials", "languages", "seed", "form", "haystacks")
+
+
+class EvaluationFile(StoredFile):
+    """RUN/eval/NAME.json."""
+
+    kind: str
+    model: str
+    date: str = ""
+    settings: dict[str, Any]
+    samples: list[AnswerFacts] = []
+    length_tokens: int | None = None
+    loss: float | None = None
+    right_percent: float | None = None
+    loss_by_eighth: list[float | None] | None = None
+    edges_tokens: list[int] | None = None
+    loss_by_bucket: list[float | None] | None = None
+    exact_percent: Percent | None = None
+    found_percent: Percent | None = None
+    grid: dict[str, list[list[float | None]]] | None = None
+    lengths: list[int] | None = None
+    depths: list[float] | None = None
+    averages: dict[str, float | None] | None = None
+    scores: dict[str, float | None] | None = None
+    by_length: Percent = {}
+
+    @model_validator(mode="after")
+    def _has_what_its_kind_has(self) -> EvaluationFile:
+        missing = [key for key in OF_A_KIND.get(self.kind, ()) if getattr(self, key) is None]
+        if self.kind.startswith("needle"):
+            missing += [f"settings.{key}" for key in OF_NEEDLES if key not in self.settings]
+            if not isinstance(self.settings.get("haystacks"), dict):
+                missing.append("settings.haystacks")
+            depths = self.settings.get("depths", [])
+            single = self.settings.get("form") == "single"
+            if single and not (isinstance(depths, list) and all(isinstance(d, int | float) for d in depths)):
+                missing.append("settings.depths")
+            if not single and "facts" not in self.settings:
+                missing.append("settings.facts")
+            sizes = [
+                size for found in (self.exact_percent, self.found_percent) for s in (found or {}).values() for size in s
+            ]
+            missing += [f"lengths as numbers ({size})" for size in sizes if not size.isdecimal()]
+        if self.edges_tokens is not None and len(self.edges_tokens) != len(self.loss_by_bucket or []) + 1:
+            missing.append("as many edges_tokens as buckets, and one more")
+        if self.loss_by_eighth == []:
+            missing.append("loss_by_eighth")
+        if missing:
+            raise ValueError(f"lacks {', '.join(missing)}")
+        return self
+
+
+class EvaluationRow(StoredFile):
+    """A line of RUN/eval/NAME.rows.jsonl: the settings first, then a row each."""
+
+    settings: dict[str, Any] | None = None
+    key: str | None = None

@@ -1,0 +1,56 @@
+"""What a process speaks to, and how: a console that may go away, in an encoding that others' files can be read in."""
+
+from __future__ import annotations
+
+import locale
+import os
+import sys
+from typing import Any, TextIO
+
+
+class LastingStream:
+    """A text stream that goes nowhere once nobody is at its other end, instead of raising."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write, or drop what nobody can read."""
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._go_nowhere()
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush, or drop what nobody can read."""
+        try:
+            self._stream.flush()
+        except OSError:
+            self._go_nowhere()
+
+    def _go_nowhere(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())  # for C code that writes there too
+        os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def outlive_the_console() -> None:
+    """Put both streams of this process behind a `LastingStream`."""
+    for name in ("stdout", "stderr"):
+        if not isinstance(getattr(sys, name), LastingStream):
+            setattr(sys, name, LastingStream(getattr(sys, name)))
+
+
+def speak_utf8() -> None:
+    """Begin this program again in Python's UTF-8 mode where the locale has another encoding (zh_CN.GBK, plain ASCII).
+
+    Libraries read their own source and files in the locale's encoding, and torch 2.13 fails at it. Ranks keep their
+    process id.
+    """
+    if not sys.flags.utf8_mode and locale.getencoding().lower().replace("-", "") != "utf8":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
