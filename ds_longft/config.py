@@ -161,8 +161,17 @@ class DataConfig(Section):
     """Documents lie head to tail in a pack, isolated from each other. `best_fit`: as few packs as possible. `sorted`:
     rows of like length share packs and steps (LongAlign's sorted batching). `none`: one row a pack."""
 
-    overlong: Literal["drop", "truncate", "error"] = "drop"
-    """`truncate` cuts the middle of the longest untrained turn (the document), never an answer."""
+    overlong: Literal["drop", "truncate", "cut_turns", "error"] = "drop"
+    """`truncate` cuts the middle of the longest untrained turn (the document), never an answer. `cut_turns` keeps the
+    turns from the first on that fit, up to a whole answer: for trajectories of agents."""
+
+    thinking: Literal["all", "last", "none"] = "all"
+    """Which thoughts of answers are kept and trained (`<think>`, `reasoning_content`, `thinking`). `all`: rows are
+    refused whose template leaves one out. `last`: those behind the last question, and of these what the template
+    writes. `none`: none."""
+
+    train_turns: Literal["all", "last"] = "all"
+    """Which answers of a row are trained."""
 
     weighting: Literal["token", "sample"] = "token"
     """`token`: each target counts 1. `sample`: each of a row's N targets counts 1/N (LongAlign)."""

@@ -234,12 +234,12 @@ def _add(
 def _measured(rows: Sequence[Row], lengths: Lengths) -> list[int | BadRow]:
     """Tokens of each row, or why it has none."""
     try:
-        return list(lengths.rows([row.turns for row in rows]))
+        return list(lengths.rows([row.turns for row in rows], [row.tools for row in rows]))
     except BadRow:
         measured: list[int | BadRow] = []
         for row in rows:
             try:
-                measured += lengths.rows([row.turns])
+                measured += lengths.rows([row.turns], [row.tools])
             except BadRow as bad:
                 measured.append(bad)
         return measured

@@ -29,7 +29,7 @@ import pyarrow as pa
 from filelock import FileLock
 
 from ds_longft.config import DataConfig, SourceConfig
-from ds_longft.data.encode import EncodedRow, Encoder, Overlong
+from ds_longft.data.encode import EncodedRow, Encoder, Overlong, without_trimmed_offsets
 from ds_longft.data.formats import detect_format, to_row
 from ds_longft.data.ledger import Entry, Kind, Ledger, Tally
 from ds_longft.data.pairs import PAIR_SCHEMA, EncodedPair, PairSet, encode_pairs, pairs_to_batch
@@ -43,7 +43,7 @@ from ds_longft.errors import DataError
 
 __all__ = ["TokenizedSet", "tokenize_sources"]
 
-LAYOUT_VERSION = 4  # raise it when the same input gives other tokens, spans or columns
+LAYOUT_VERSION = 5  # raise it when the same input gives other tokens, spans or columns
 INLINE_BYTES = 4 << 20  # below this, starting processes takes longer than the work
 BLOCKS_UNDER_WAY = 3  # for each worker
 PART_BLOCKS = 64  # of about 1 MB each: what a killed process may have to do again
@@ -67,6 +67,8 @@ class Result:
     left_out: list[Entry]
     read: int
     truncated: int
+    unused: dict[str, int]  # what rows hold and nothing was made of -> rows
+    too_long: list[tuple[int, int]]  # (tokens, targets) of each row left out for its length
 
 
 def tokenize_sources(
@@ -112,12 +114,14 @@ def tokenize_sources(
                 partial.rename(folder)
     tally = Tally(**json.loads((folder / "tally.json").read_text()))
     tally.check(data.max_bad_fraction, ledger)
+    if progress and (remark := tally.unused_remark()):
+        say_once(remark)
     files = sorted(folder.glob("rows-*.arrow"))
     return (PairSet if pairs else TokenizedSet).open(files, fingerprint, tally)
 
 
 def _encoder(tokenizer: Any, data: DataConfig, *, chats: bool) -> Encoder:
-    backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())  # a copy of our own
+    backend = without_trimmed_offsets(tokenizer.backend_tokenizer)  # a copy of our own
     backend.no_truncation()
     backend.no_padding()
     return Encoder(
@@ -126,6 +130,8 @@ def _encoder(tokenizer: Any, data: DataConfig, *, chats: bool) -> Encoder:
         eos_id=tokenizer.eos_token_id,
         max_length_tokens=data.max_length_tokens,
         overlong=data.overlong,
+        thinking=data.thinking,
+        train_turns=data.train_turns,
     )
 
 
@@ -151,6 +157,7 @@ def _fingerprint(sources: Sequence[Source], formats: Sequence[str], encoder: Enc
         "sources": [[s.identity(), f, s.config.limit, s.config.path] for s, f in zip(sources, formats, strict=True)],
         "max_length_tokens": encoder.max_length_tokens,
         "overlong": encoder.overlong,
+        "turns": [encoder.thinking, encoder.train_turns],
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
 
@@ -214,6 +221,8 @@ def _write_part(
             tally.read += result.read
             tally.usable += result.batch.num_rows
             tally.truncated += result.truncated
+            tally.unused = dict(Counter(tally.unused) + Counter(result.unused))
+            tally.too_long += result.too_long
             for entry in result.left_out:
                 ledger.add(entry)
             if result.batch.num_rows:
@@ -239,6 +248,8 @@ def _close(folder: Path) -> None:
         bad=dict(bad),
         overlong=sum(t.overlong for t in tallies),
         first=first,
+        unused=dict(sum((Counter(t.unused) for t in tallies), Counter())),
+        too_long=[lengths for t in tallies for lengths in t.too_long],
     )
     with (folder / "ledger.jsonl").open("wb") as ledger:
         for file in sorted(folder.glob("ledger-*.jsonl")):
@@ -313,6 +324,8 @@ def encode_block(task: Task, encoder: Encoder) -> Result:
     """Parse, lay out and encode one block. Raises `Overlong` for the first row too long with `overlong: error`."""
     rows: list[Row | PreferenceRow] = []
     left_out: list[Entry] = []
+    unused: Counter[str] = Counter()
+    too_long: list[tuple[int, int]] = []
     read = 0
     for origin, record in parse_block(task.block):
         read += 1
@@ -332,15 +345,20 @@ def encode_block(task: Task, encoder: Encoder) -> Result:
     for row, result in zip(rows, results, strict=True):
         if not isinstance(result, BadRow):
             encoded.append(result)
+            unused.update(result.row.unused)
             continue
         origin = row.origin
         if isinstance(result, Overlong) and encoder.overlong == "error":
             raise Overlong(f"{origin}: {result.reason}", result.detail)
-        kind: Kind = "overlong" if isinstance(result, Overlong) else "bad"
+        kind: Kind = "bad"
+        if isinstance(result, Overlong):
+            kind = "overlong"
+            too_long.append((result.tokens, result.targets))
         left_out.append(Entry(origin, result.reason, result.detail, kind))
     batch = (
         pairs_to_batch([r for r in encoded if isinstance(r, EncodedPair)])
         if task.format == PREFERENCE
         else to_record_batch([r for r in encoded if isinstance(r, EncodedRow)])
     )
-    return Result(batch, left_out, read, sum(row.truncated for row in encoded))
+    truncated = sum(row.truncated for row in encoded)
+    return Result(batch, left_out, read, truncated, dict(unused), too_long)
