@@ -19,7 +19,10 @@ from ds_longft.errors import ConfigError
 from ds_longft.shipped import TEMPLATES, find_template
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".gz")
+DATA_SUFFIXES = (
+    *(".json", ".jsonl", ".jsonlines", ".ndjson", ".parquet", ".arrow", ".feather", ".txt", ".tar", ".tgz"),
+    *(".gz", ".bz2", ".lz4", ".zst"),
+)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 SPLITTABLE_LAYERS = {"full_attention", "sliding_attention", "attention"}
@@ -296,6 +299,8 @@ def _data_problems(config: RunConfig) -> list[str]:
 def _is_missing(source: SourceConfig) -> bool:
     """Whether a path that can only be meant locally does not exist."""
     path = Path(source.path).expanduser()
+    if "://" in source.path:
+        return False
     if is_pattern(source.path):
         return not path.exists() and not glob(str(path))
     is_hub_id = HUB_ID.fullmatch(source.path) and not source.path.endswith(DATA_SUFFIXES)

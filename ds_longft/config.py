@@ -123,7 +123,8 @@ class SourceConfig(Section):
         return {"path": value} if isinstance(value, str) else value
 
     path: str = Field(min_length=1)
-    """A JSON, JSONL or parquet file (.gz too), a folder of them, a pattern (texts_*.jsonl), or a hub id."""
+    """A file of JSON, JSONL, parquet, Arrow or text (packed too: .gz, .bz2, .lz4, .zst, .tar), a folder of them, a
+    pattern (texts_*.jsonl), a remote path (s3://, gs://, hf://), or a hub id."""
 
     format: Literal[
         "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "longalign", "grounded", "preference"
@@ -132,7 +133,13 @@ class SourceConfig(Section):
     it."""
 
     split: str = "train"
-    """Split of a hub set, or the name of one of its configurations; local files ignore it."""
+    """Split of a hub set or of a folder whose files are named after splits, as a clone of a hub set has them."""
+
+    name: str | None = None
+    """Configuration (subset) of a hub set, or the subfolder of a clone that holds it."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub set."""
 
     limit: int | None = Field(default=None, gt=0)
     """Take only the first so many rows."""

@@ -21,7 +21,7 @@ from ds_longft.data.formats import detect_format, to_row
 from ds_longft.data.language import detect_language
 from ds_longft.data.ledger import Entry, Kind, Ledger, Tally
 from ds_longft.data.preferences import PreferenceRow, is_preference, to_preference
-from ds_longft.data.progress import Progress
+from ds_longft.data.progress import Progress, say_once
 from ds_longft.data.readers import Source, find_source, first_record, parse_block
 from ds_longft.data.rows import BadRow, Row, Turn
 from ds_longft.data.where import EVERY_ROW, Where
@@ -55,6 +55,8 @@ def convert_set(
         DataError: nothing found or usable, or more than `max_bad_fraction` of the rows are bad. Then no file is left.
     """
     source = find_source(config)
+    if source.remark:
+        say_once(source.remark)
     layout = layout_of(source)
     ledger = Path(f"{path}.ledger.jsonl")
     languages: dict[str, int] = {}

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from ds_longft.data.pieces import characters_of, encode_pieces
-from ds_longft.data.rows import BadRow, Row, Turn
+from ds_longft.data.rows import BadRow, Row
 from ds_longft.data.template import ChatTemplate, Rendered
 from ds_longft.data.thinking import Kept, TrainTurns, chosen_turns
 

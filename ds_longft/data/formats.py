@@ -229,4 +229,3 @@ def check_order(turns: list[Turn]) -> None:
         raise BadRow("wrong role order", "the last turn is no answer")
     if all(turn.says_nothing for turn in chat if turn.role == "assistant"):
         raise BadRow("empty answer")
-

@@ -2,8 +2,8 @@
 
 The frame is the template's render with a placeholder for each thing that is said. Read along it, the real text shows
 where each content, thought and call lies. An answer that is words alone is trained from its first word on; one that
-thinks or calls from the end of what asks for an answer on, with the marks around thoughts and calls, which the model has
-to write itself.
+thinks or calls from the end of what asks for an answer on, with the marks around thoughts and calls, which the
+model has to write itself.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 
 from ds_longft.data.rows import BadRow, Turn
 
@@ -32,7 +31,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Filled:
-    """Where the things that are said lie in a text: (turn, "c" content, "t" thought, "n0" name of the first call, ...)."""
+    """Where things that are said lie in a text: (turn, "c" content, "t" thought, "n0" name of the first call, ...)."""
 
     at: dict[tuple[int, str], tuple[int, int]]  # first character, one past the last; in the order of the text
     length: int
@@ -74,13 +73,28 @@ def fill(frame: str, turns: Sequence[Turn], text: str) -> Filled:
         if turn.role == "assistant" and turn.content.strip() and (i, "c") not in found:
             if turn.calls:
                 raise BadRow("the chat template leaves out words beside a tool call", turn.content[:60])
-            raise BadRow("the chat template rewrites what is said", "an answer is missing from its text, or there twice")
+            raise BadRow(
+                "the chat template rewrites what is said", "an answer is missing from its text, or there twice"
+            )
     return Filled(found, len(text))
+
+
+def _common(one: str, other: str) -> str:
+    """What both begin with."""
+    differ = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return one[: next(differ, min(len(one), len(other)))]
 
 
 def _ways(said: str) -> tuple[str, ...]:
     """How templates write a text: as it is, trimmed, or as JSON."""
-    return (said, said.strip(), said.lstrip(), said.rstrip(), said.strip("\n"), json.dumps(said, ensure_ascii=False)[1:-1])
+    return (
+        said,
+        said.strip(),
+        said.lstrip(),
+        said.rstrip(),
+        said.strip("\n"),
+        json.dumps(said, ensure_ascii=False)[1:-1],
+    )
 
 
 @dataclass(frozen=True)
@@ -98,7 +112,7 @@ class Opening:
         """
         asking = prompt[len(bare) :] if prompt.startswith(bare) else ""
         told = whole.rpartition(answer)[0].rpartition(before)[2]
-        header = commonprefix([prompt.rpartition(before)[2], told])
+        header = _common(prompt.rpartition(before)[2], told)
         if not asking and told[len(header) :].strip():
             header = told  # a template that knows no asking
         return Opening(header, asking)
@@ -121,8 +135,7 @@ class Closing:
     @staticmethod
     def of(argument: str, alone: str, followed: str, turn_ends: Sequence[str]) -> Closing:
         """From the render of a chat that ends with a call with this argument, and of one that goes on behind it."""
-        tails = [text.partition(argument)[2] for text in (alone, followed)]
-        common = commonprefix(tails)
+        common = _common(alone.partition(argument)[2], followed.partition(argument)[2])
         stop = min((common.find(end) for end in turn_ends if end in common), default=len(common))
         markup = common[:stop].lstrip("\"}])'").rstrip()
         return Closing(markup[markup.rfind("<") :] if "<" in markup else markup)  # the last tag: calls differ before it

@@ -62,7 +62,9 @@ class Tally:
         """What was in the rows and is not trained on; nothing where all of it is."""
         if not self.unused:
             return ""
-        parts = [f"{name} ({count:,} rows)" for name, count in sorted(self.unused.items(), key=lambda nc: (-nc[1], nc[0]))]
+        parts = [
+            f"{name} ({count:,} rows)" for name, count in sorted(self.unused.items(), key=lambda nc: (-nc[1], nc[0]))
+        ]
         return f"not used, of {self.usable:,} rows: {', '.join(parts)}. docs/data.md lists what each layout reads"
 
     def reasons(self) -> str:

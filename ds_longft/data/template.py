@@ -28,8 +28,8 @@ from ds_longft.shipped import TEMPLATES, find_template
 
 # Tokens that close a turn in the known families; the tokenizer's eos token counts too.
 TURN_ENDS = (
-    "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|call|>", "<|return|>",
-    "<|END_OF_TURN_TOKEN|>", "<|end_of_text|>", "<|endoftext|>", "</s>",
+    "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|call|>",
+    "<|return|>",     "<|END_OF_TURN_TOKEN|>", "<|end_of_text|>", "<|endoftext|>", "</s>",
 )  # fmt: skip
 GLM_ENDS = ("<|user|>", "<|observation|>")  # GLM ends an answer with the token that begins the next turn
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -45,7 +45,8 @@ _CALL = Turn("assistant", "", calls=(Call("look_up", '{"word": "sea"}', "call000
 _CALLED = (_PROBE[0], _CALL, Turn("tool", "salt water", name="look_up", call_id="call00001"), _PROBE[1])
 _TOOLS = (
     '[{"type": "function", "function": {"name": "look_up", "description": "A word\'s meaning.", "parameters": '
-    '{"type": "object", "properties": {"word": {"type": "string", "description": "The word."}}, "required": ["word"]}}}]'
+    '{"type": "object", "properties": {"word": {"type": "string", "description": "The word."}}, "required": '
+    '["word"]}}}]'
 )
 # Written where a template asks for the date of the day (Llama 3.2, GPT-OSS), so that the same rows give the same tokens
 # on every day. It is the date that Llama's own templates fall back to.
@@ -110,7 +111,9 @@ class ChatTemplate:
             raise BadRow("the chat template rewrites an answer with thinking", self._keeps_thinking)
         lost = [i for i in answers if turns[i].trained and i not in by_turn]
         if lost:
-            raise BadRow("the chat template rewrites what is said", "an answer is missing from its text, or there twice")
+            raise BadRow(
+                "the chat template rewrites what is said", "an answer is missing from its text, or there twice"
+            )
         spans = tuple(replace(by_turn[i], weight=turns[i].weight) for i in answers if turns[i].trained)
         return Rendered(text, spans, (THOUGHT_LEFT_OUT,) if left_out else ())
 
@@ -199,7 +202,9 @@ class ChatTemplate:
             raise BadRow("the chat template writes no tools", "set data.chat_template to one that does")
         for turn in turns:
             if turn.role != "assistant" and not _is_in(turn.content.strip(), text):
-                raise BadRow("the chat template leaves out what is said", f"by {turn.role}: {turn.content.strip()[:40]!r}")
+                raise BadRow(
+                    "the chat template leaves out what is said", f"by {turn.role}: {turn.content.strip()[:40]!r}"
+                )
             for call in turn.calls:
                 if call.name not in text:
                     raise BadRow("the chat template leaves out a tool call", call.name)
@@ -214,7 +219,7 @@ class ChatTemplate:
         return [i for i in _answers(turns) if turns[i].thinking.strip() and (i, "t") not in filled.at]
 
     def _filled(self, turns: Sequence[Turn], tools: str, text: str) -> Filled:
-        """Where in `text`, the render of `turns`, things are said. Raises `BadRow`: it is another text than was said."""
+        """Where in `text`, the render of `turns`, things are said. Raises `BadRow`: it is not what was said."""
         plain = not tools and not any(turn.calls or turn.thinking or turn.role == "tool" for turn in turns)
 
         def frame(*roles: Role) -> str:
@@ -250,7 +255,7 @@ class ChatTemplate:
     @cached_property
     def _openings(self) -> dict[str, Opening]:
         """What stands between a turn of each role and the answer to it."""
-        openings = {}
+        openings: dict[str, Opening] = {}
         for chat in (_PROBE, _CALLED):
             with_marks = [self._named(turn, i) for i, turn in enumerate(chat)]
             try:
@@ -283,8 +288,8 @@ class ChatTemplate:
                 same = False
             if same:
                 return (
-                    f"data.chat_template: {file.name} keeps it as given, and is otherwise the same; data.thinking: last "
-                    "or none leaves it out"
+                    f"data.chat_template: {file.name} keeps it as given, and is otherwise the same; data.thinking: "
+                    "last or none leaves it out"
                 )
         return (
             "a data.chat_template with {% generation %} marks around answers as they are given would keep it; "
@@ -294,7 +299,9 @@ class ChatTemplate:
     @cached_property
     def _frame_of_roles(self) -> Callable[[tuple[Role, ...]], str]:
         """Render of a chat with a placeholder for every content, remembered by the chat's roles."""
-        return lru_cache(1024)(lambda roles: self._render([Turn(role, mark(i, "c")) for i, role in enumerate(roles)])[0])
+        return lru_cache(1024)(
+            lambda roles: self._render([Turn(role, mark(i, "c")) for i, role in enumerate(roles)])[0]
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """What is remembered stays behind when the template is sent to another process."""

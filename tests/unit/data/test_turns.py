@@ -18,7 +18,12 @@ def said(role, content, **more):
 
 ASK, CALL = said("user", "Weather in Ulm?"), Call("w", '{"c": "Ulm"}')
 RESULT, ANSWER = said("tool", "7"), said("assistant", "7 degrees.")
-TURNS = [Turn("user", "Weather in Ulm?"), Turn("assistant", "", calls=(CALL,)), Turn("tool", "7"), Turn("assistant", "7 degrees.")]
+TURNS = [
+    Turn("user", "Weather in Ulm?"),
+    Turn("assistant", "", calls=(CALL,)),
+    Turn("tool", "7"),
+    Turn("assistant", "7 degrees."),
+]
 OBJECT = {"name": "w", "arguments": {"c": "Ulm"}}
 TEXT = {"name": "w", "arguments": '{"c": "Ulm"}'}
 
@@ -26,7 +31,10 @@ TEXT = {"name": "w", "arguments": '{"c": "Ulm"}'}
 @pytest.mark.parametrize(
     ("column", "messages"),
     [
-        ("messages", [ASK, said("assistant", None, tool_calls=[{"type": "function", "function": OBJECT}]), RESULT, ANSWER]),
+        (
+            "messages",
+            [ASK, said("assistant", None, tool_calls=[{"type": "function", "function": OBJECT}]), RESULT, ANSWER],
+        ),
         ("messages", [ASK, said("assistant", "", tool_calls=[{"type": "function", "function": TEXT}]), RESULT, ANSWER]),
         ("messages", [ASK, said("assistant", "", tool_calls=json.dumps([OBJECT])), RESULT, ANSWER]),
         ("messages", [ASK, said("assistant", None, function_call=TEXT), said("function", "7"), ANSWER]),
@@ -74,7 +82,13 @@ def test_a_call_behind_words_is_one_answer_and_names_and_ids_are_kept():
     )
     assert row.turns[1] == Turn("assistant", "I look.", calls=(Call("w", '{"c": "Ulm"}', "call00001"),))
     assert row.turns[2] == Turn("tool", '{"degrees": 7}', name="w", call_id="call00001")
-    talk = [("human", "Q"), ("gpt", "I look."), ("function_call", json.dumps(OBJECT)), ("observation", "7"), ("gpt", "A")]
+    talk = [
+        ("human", "Q"),
+        ("gpt", "I look."),
+        ("function_call", json.dumps(OBJECT)),
+        ("observation", "7"),
+        ("gpt", "A"),
+    ]
     row = row_of({"conversations": [{"from": who, "value": what} for who, what in talk]})
     assert [turn.role for turn in row.turns] == ["user", "assistant", "tool", "assistant"]
     assert row.turns[1] == Turn("assistant", "I look.", calls=(CALL,))
