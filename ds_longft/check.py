@@ -232,6 +232,7 @@ def _length_problems(config: RunConfig, text: dict[str, Any]) -> list[str]:
     window = text.get("max_position_embeddings", text.get("n_positions"))
     if not isinstance(window, int) or problems:
         return problems
+    window = max([window, *_stretched_windows(text, window)])
     if rope.type == "none":
         if length > window and not _rope_types(text) & set(LENGTH_AWARE_ROPE):
             problems.append(
@@ -269,14 +270,27 @@ def _reference_problems(config: RunConfig, text: dict[str, Any]) -> list[str]:
     ]
 
 
+def _stretched_windows(text: dict[str, Any], window: int) -> list[int]:
+    """Windows of a config stretched by hand, as model cards tell people to: they leave max_position_embeddings alone."""
+    windows = []
+    for part in _rope_settings(text):
+        kind, original = part.get("rope_type", part.get("type")), part.get("original_max_position_embeddings")
+        if kind in ("yarn", "linear"):  # as `model.rope.window_tokens` has it
+            windows.append(int((original or (window if kind == "yarn" else 0)) * (part.get("factor") or 1.0)))
+    return windows
+
+
 def _rope_types(text: dict[str, Any]) -> set[str]:
     """The model's own RoPE types; the keys changed their names over the years, and may be nested by layer type."""
-    types: set[str] = set()
+    return {str(part.get("rope_type", part.get("type"))) for part in _rope_settings(text)}
+
+
+def _rope_settings(text: dict[str, Any]) -> list[dict[str, Any]]:
+    parts: list[dict[str, Any]] = []
     for parameters in (text.get("rope_parameters"), text.get("rope_scaling")):
         if isinstance(parameters, dict):
-            parts = [v for v in parameters.values() if isinstance(v, dict)] or [parameters]
-            types |= {str(part.get("rope_type", part.get("type"))) for part in parts}
-    return types
+            parts += [v for v in parameters.values() if isinstance(v, dict)] or [parameters]
+    return parts
 
 
 def _data_problems(config: RunConfig) -> list[str]:

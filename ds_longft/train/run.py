@@ -214,6 +214,8 @@ def _run(
     if config.data.chat_template is not None and not tokenizer.chat_template:  # a base model has learnt to chat
         tokenizer.chat_template = without_marks(find_template(config.data.chat_template).read_text(encoding="utf-8"))
     writer = ModelWriter(built.model, tokenizer, agreement)
+    if launch.rank == 0 and writer.stop_remark:
+        records.say(writer.stop_remark)
     trainer = Trainer(
         config=config,
         layout=layout,

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ds_longft.model.lora import gather_adapter_state, save_adapter
+from ds_longft.model.stops import serve_stop
 from ds_longft.train.ranks import Agreement
 
 
@@ -60,6 +61,8 @@ class ModelWriter:
     def __init__(self, model: nn.Module, tokenizer: Any, agreement: Agreement) -> None:
         self.model, self.tokenizer, self.agreement = model, tokenizer, agreement
         self.lora = hasattr(model, "peft_config")
+        base: Any = model.get_base_model() if self.lora else model  # type: ignore[operator]
+        self.stop_remark = serve_stop(tokenizer, base.config, getattr(base, "generation_config", None))
 
     def write_weights(self, folder: Path) -> None:
         """The adapter in PEFT's format. In full fine-tuning nothing: checkpoints hold the engine's own shards."""

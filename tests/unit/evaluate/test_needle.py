@@ -16,6 +16,7 @@ from ds_longft.errors import ConfigError, DataError
 from ds_longft.evaluate import grid as grid_module
 from ds_longft.evaluate.facts import judge, make_needle
 from ds_longft.evaluate.generate import end_ids
+from ds_longft.model.stops import serve_stop
 from ds_longft.evaluate.haystack import MARK, Haystack, build_prompt, chat_around
 from ds_longft.evaluate.results import Rows
 from ds_longft.evaluate.subject import find_subject, load_subject
@@ -90,6 +91,9 @@ def test_an_answer_is_asked_for_without_thinking_and_ends_with_its_turn(tmp_path
     tiny_model(tmp_path / "model")
     loaded = load_subject(find_subject(str(tmp_path / "model")), torch.device("cpu"), attention="sdpa")
     named = {"<|im_end|>", "<|endoftext|>"}
+    loaded.plain.config.eos_token_id = loaded.plain.generation_config.eos_token_id = tokenizer.eos_token_id
+    assert set(tokenizer.convert_tokens_to_ids(["<|endoftext|>"])) == end_ids(loaded, tokenizer), "as it is served"
+    serve_stop(tokenizer, loaded.plain.config, loaded.plain.generation_config)  # as a run writes it
     assert set(tokenizer.convert_tokens_to_ids(sorted(named))) <= end_ids(loaded, tokenizer)
 
 
