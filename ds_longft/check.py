@@ -271,7 +271,7 @@ def _reference_problems(config: RunConfig, text: dict[str, Any]) -> list[str]:
 
 
 def _stretched_windows(text: dict[str, Any], window: int) -> list[int]:
-    """Windows of a config stretched by hand, as model cards tell people to: they leave max_position_embeddings alone."""
+    """Windows of a config stretched as model cards say: max_position_embeddings is left alone."""
     windows = []
     for part in _rope_settings(text):
         kind, original = part.get("rope_type", part.get("type")), part.get("original_max_position_embeddings")

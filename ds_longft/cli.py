@@ -95,6 +95,7 @@ COMMANDS = {
     "slurm render": Command("ds_longft.slurm.render:render", "the sbatch script of a run, filled and checked"),
     "slurm submit": Command("ds_longft.slurm.render:submit", "the same, handed to sbatch"),
     "doctor": Command("ds_longft.doctor:doctor", "is this machine fit for training, and how to mend what is not"),
+    "migrate": Command("ds_longft.migrate:migrate", "a config of Axolotl, LLaMA-Factory, TRL or swift as one of ours"),
     "config": Command("ds_longft.cli:show_config", "the resolved run config; --help lists every key", True),
     "train": Command("ds_longft.cli:show_train", "how to start a training run", True),
 }

@@ -95,7 +95,14 @@ def _merge(run: Path, work: Path, base: str | None) -> dict[str, Any]:
     dtype = model.dtype
     if {"embed_tokens", "lm_head"} & {name.rpartition(".")[2] for name in adapter.target_modules or ()}:
         _untie(model)
-    adapted = peft.PeftModel.from_pretrained(model, run, autocast_adapter_dtype=False).eval()
+    try:
+        adapted = peft.PeftModel.from_pretrained(model, run, autocast_adapter_dtype=False).eval()
+    except RuntimeError as error:
+        seen = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error))
+        raise ModelError(
+            f"the adapter in {str(run)!r} does not fit its base {base!r}: {seen[:300]}. Were tokens added to the base "
+            "before it was trained? Give that base by --base"
+        ) from error
     tokens = _prompt_tokens(run, base, hf_config)
     with_adapter = _logits(adapted, tokens)
     try:
@@ -193,7 +200,8 @@ def _save(model: Model, run: Path, work: Path, base: str, source: dict[str, str]
 
 def _stop_where_served(tokenizer: Any, config: PretrainedConfig, generation: Any) -> bool:
     """The end of an answer in what is exported, also where the run wrote it into its own config alone; whether the
-    tokenizer changed."""
+    tokenizer changed.
+    """
     changed = serve_stop(tokenizer, config, generation) is not None
     if set(stop_ids(config)) - set(stop_ids(generation)):
         generation.eos_token_id = stop_ids(generation, config)

@@ -15,7 +15,7 @@ _MARK = "\ue000"  # a character no template writes
 
 
 def end_of_answer(tokenizer: Any) -> int | None:
-    """Id of the first added token that the tokenizer's chat template writes behind an answer; None where there is none."""
+    """Id of the first added token that the chat template writes behind an answer; None where there is none."""
     if not tokenizer.chat_template:
         return None
     turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": _MARK}]
@@ -52,6 +52,6 @@ def serve_stop(tokenizer: Any, config: PretrainedConfig, generation: GenerationC
             holder.eos_token_id = [*stops, stop]
     tokenizer.eos_token = token
     return (
-        f"the chat template ends an answer with {token!r}, the model's end token is {before!r}: {token!r} is written into "
-        "generation_config.json, config.json and the tokenizer beside it, so that the model stops where it is served"
+        f"the chat template ends an answer with {token!r}, the model's end token is {before!r}: {token!r} is written "
+        "into generation_config.json, config.json and the tokenizer beside it, so that it stops where it is served"
     )

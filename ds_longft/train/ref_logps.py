@@ -114,8 +114,7 @@ def _compute(config: RunConfig, launch: Launch, gpus: int, *, as_json: bool) -> 
     parts = agreement.rank0_first(sets)
     built = build(config, settings.engine, layout, device, resident_if_fits=settings.resident_if_fits)
     built.engine.eval()
-    pad_id = tokenizer.pad_token_id or 0
-    results = [fill(built.engine, config, part, layout, device, agreement, pad_id=pad_id) for part in parts]
+    results = [fill(built.engine, config, part, layout, device, agreement) for part in parts]
     if launch.rank == 0:
         for result in results:
             print(
@@ -128,9 +127,7 @@ def _compute(config: RunConfig, launch: Launch, gpus: int, *, as_json: bool) -> 
     dist.destroy_process_group()
 
 
-def fill(
-    engine: Any, config: RunConfig, pairs: Any, layout: Any, device: Any, agreement: Any, *, pad_id: int = 0
-) -> dict[str, Any]:
+def fill(engine: Any, config: RunConfig, pairs: Any, layout: Any, device: Any, agreement: Any) -> dict[str, Any]:
     """Compute what the file of `pairs` lacks; packs are shared out over the dp ranks. Collective."""
     from ds_longft.batch import Pairs
     from ds_longft.data.pack import filler_pack
@@ -154,10 +151,10 @@ def fill(
             number = plan.step(index)[layout.dp_rank][0]
             if number is None:
                 rows: list[int] = []
-                pack = replace(filler_pack(layout.sp, pad_id), pairs=Pairs(np.zeros(0, dtype=np.float32)))
+                pack = replace(filler_pack(layout.sp), pairs=Pairs(np.zeros(0, dtype=np.float32)))
             else:
                 rows = missing[plan.packs[number]].tolist()
-                pack = pairs.pack(rows, pad_to_multiple=layout.sp, pad_id=pad_id)
+                pack = pairs.pack(rows, pad_to_multiple=layout.sp, pad_id=0)
             logps = reference_logps(engine, pack, layout, device).cpu().numpy()
             for theirs, values in agreement.gather((rows, logps) if layout.sp_rank == 0 else ([], None)):
                 tokens += int(pairs.lengths[theirs].sum()) if theirs else 0

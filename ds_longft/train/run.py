@@ -150,7 +150,7 @@ def _run(
     def loader(part: TokenizedSet, accumulation: int) -> StepLoader:
         return StepLoader(
             part, data=config.data, dp=layout.dp, dp_rank=layout.dp_rank, sp=layout.sp,
-            accumulation=accumulation, seed=config.seed, pad_id=tokenizer.pad_token_id or 0,
+            accumulation=accumulation, seed=config.seed,
             equal_cost_tokens=equal_cost_tokens(built.shape, lora=config.lora is not None),
         )  # fmt: skip
 
@@ -181,11 +181,18 @@ def _run(
     tracked = tracked_config(config, {"world": layout.world, "dp": layout.dp, "total_steps": state.total_steps})
     wandb_id = agreement.broadcast(records.start_wandb(state.wandb_id, tracked))
     state = TrainState(**{**vars(state), "wandb_id": wandb_id})
-    if launch.rank == 0:
+    ended_before = found is not None and state.step >= state.total_steps
+    if launch.rank == 0 and not ended_before:  # else the records would tell of settings that nothing was trained with
         write_facts(folder, config, settings.engine, layout, device)
         write_data_facts(folder, train_set, eval_set, tokenizer, state.total_steps)
+    if launch.rank == 0:
         records.say(_header(config, layout, device, train_loader, state, found[0] if found else None))
         records.say(f"{trainable_parameters(built.model)}; {kernels}")
+        if ended_before:
+            records.say(
+                f"{folder} is finished: it has all {state.total_steps} steps, nothing is trained now, its records stay "
+                "as they are. Give another output_dir to train with other settings, or more epochs to go on"
+            )
         if taken_gib:
             records.say(
                 f"other processes hold {taken_gib:.1f} GiB of a GPU (nvidia-smi names them): planned without it"
@@ -250,7 +257,8 @@ def _run(
         return EXIT_REQUEUE
     if launch.rank == 0:
         history = read_metrics(folder / "metrics.jsonl")
-        write_card(folder, config, layout, history)
+        if not ended_before:
+            write_card(folder, config, layout, history)
         records.console.print(summary_table(history, folder, (time.monotonic() - started) / 60))
         records.console.print(f"Next: ds-longft export {folder} {folder}-merged   (an ordinary Hugging Face folder)")
     agreement.gather(None)

@@ -16,11 +16,11 @@ from ds_longft.errors import ConfigError, DataError
 from ds_longft.evaluate import grid as grid_module
 from ds_longft.evaluate.facts import judge, make_needle
 from ds_longft.evaluate.generate import end_ids
-from ds_longft.model.stops import serve_stop
 from ds_longft.evaluate.haystack import MARK, Haystack, build_prompt, chat_around
 from ds_longft.evaluate.results import Rows
 from ds_longft.evaluate.subject import find_subject, load_subject
 from ds_longft.evaluate.texts import chinese, english, read_texts
+from ds_longft.model.stops import serve_stop
 from ds_longft.shipped import TEMPLATES
 from tests.tokenizer import tiny_tokenizer
 from tests.unit.model.tiny import save_tiny

@@ -23,7 +23,8 @@ def test_the_end_of_an_answer_is_added_to_all_three(tmp_path: Path) -> None:
     stop, text_end = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     assert end_of_answer(tokenizer) == stop
     remark = serve_stop(tokenizer, config, generation)
-    assert "'<|im_end|>'" in remark and "'<|endoftext|>'" in remark
+    assert "'<|im_end|>'" in remark
+    assert "'<|endoftext|>'" in remark
     for part in (tokenizer, config, generation):
         part.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == [text_end, stop]
