@@ -94,7 +94,9 @@ def test_the_tree_of_the_readme_is_the_tree() -> None:
     assert {p for p in modules if p.name != "__init__.py"} <= seen
 
 
-@pytest.mark.parametrize(("function", "page"), [("config_page", "config.md"), ("files_page", "files.md")])
+@pytest.mark.parametrize(
+    ("function", "page"), [("config_page", "config.md"), ("files_page", "files.md"), ("data_page", "data.md")]
+)
 def test_references_are_up_to_date(function: str, page: str) -> None:
     made = runpy.run_path(str(ROOT / "docs/make_reference.py"))[function]()
     assert made == (ROOT / "docs" / page).read_text(), "run `make docs`"
