@@ -108,6 +108,10 @@ class LoraConfig(Section):
     modules_to_save: list[str] = []
     """Whole modules trained and saved beside the adapters, e.g. [embed_tokens, lm_head]."""
 
+    init_from: str | None = None
+    """Folder of an adapter (PEFT's format, e.g. a run's output_dir) to go on from, on the base it was trained on. The
+    other keys have to be those it was made with."""
+
 
 def is_pattern(path: str) -> bool:
     """Whether a path may stand for several files, as texts_*.jsonl does; a file really called so comes first."""
@@ -434,6 +438,11 @@ def _objective_problems(config: RunConfig) -> list[str]:
         problems.append(f"dpo.simpo_gamma is {dpo.simpo_gamma:g}, but dpo.loss is {dpo.loss}: it is for simpo only")
     if dpo.loss == "simpo" and dpo.reference != "auto":
         problems.append(f"dpo.reference is {dpo.reference}, but dpo.loss simpo has no reference: leave it out")
+    if config.lora is not None and config.lora.init_from and dpo.loss != "simpo":
+        problems.append(
+            "lora.init_from is given, but with objective dpo the model without its adapter is the reference, not the one "
+            "this run starts from: merge it with `ds-longft export` and give the result as model.path"
+        )
     if dpo.reference == "adapter_off" and config.lora is None:
         problems.append("dpo.reference is adapter_off, but lora is null: set it to model or precomputed")
     if dpo.reference == "model" and config.lora is not None:
