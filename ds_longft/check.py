@@ -113,7 +113,7 @@ def check_run(
     if config.lora is not None and config.lora.init_from:
         folder = Path(config.lora.init_from).expanduser()
         if not (folder / "adapter_config.json").is_file():
-            problems.append(f"lora.init_from: there is no adapter_config.json in {folder}: give the folder of an adapter")
+            problems.append(f"lora.init_from: no adapter_config.json in {folder}: give the folder of an adapter")
     if config.lora is not None and config.lora.targets in ("", []):
         problems.append(
             "lora.targets is empty: give all-linear or names such as [q_proj, v_proj]; lora: null trains all"
@@ -166,8 +166,8 @@ def _model_folder_problems(config: RunConfig) -> list[str]:
     if not (folder / "config.json").is_file():
         is_adapter = (folder / "adapter_config.json").exists()
         hint = (
-            "it holds an adapter: give its base here and this folder as lora.init_from to go on from it, or merge it with "
-            "`ds-longft export`"
+            "it holds an adapter: to go on from it give its base here and this folder as lora.init_from, or merge it "
+            "with `ds-longft export`"
             if is_adapter
             else "seen none"
         )

@@ -66,6 +66,7 @@ COMMANDS = {
         "ds_longft.data.synth.commands:needle", "questions about long texts, answers checked by program"
     ),
     "data synth code": Command("ds_longft.data.synth.commands:code", "long code questions from Python's own source"),
+    "data synth agents": Command("ds_longft.data.synth.commands:agents", "an agent's long way to an answer, by tools"),
     "data synth stretches": Command(
         "ds_longft.data.synth.text_commands:stretches", "long texts cut into plain rows of many lengths"
     ),

@@ -440,8 +440,8 @@ def _objective_problems(config: RunConfig) -> list[str]:
         problems.append(f"dpo.reference is {dpo.reference}, but dpo.loss simpo has no reference: leave it out")
     if config.lora is not None and config.lora.init_from and dpo.loss != "simpo":
         problems.append(
-            "lora.init_from is given, but with objective dpo the model without its adapter is the reference, not the one "
-            "this run starts from: merge it with `ds-longft export` and give the result as model.path"
+            "lora.init_from is given, but with objective dpo the model without its adapter is the reference, not the "
+            "one this run starts from: merge it with `ds-longft export` and give the result as model.path"
         )
     if dpo.reference == "adapter_off" and config.lora is None:
         problems.append("dpo.reference is adapter_off, but lora is null: set it to model or precomputed")

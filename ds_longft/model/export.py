@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers import PreTrainedModel as Model
 
 from ds_longft.errors import ModelError
+from ds_longft.model.elsewhere import spell_for_older_readers
 from ds_longft.model.lora import BASE_CONFIG_FOLDER, WEIGHTS_NAME
 from ds_longft.model.rope import check_rope
 from ds_longft.model.rope_formulas import rope_parts
@@ -153,6 +154,7 @@ def _copy(run: Path, work: Path) -> dict[str, Any]:
             tokenizer.save_pretrained(work)
         generation.save_pretrained(work)
     config.save_pretrained(work)
+    spell_for_older_readers(work)
     model = AutoModelForCausalLM.from_pretrained(work, dtype="auto", use_safetensors=True)
     dtype, tokens = model.dtype, _prompt_tokens(run, str(work), config)
     logits = _logits(model, tokens)
@@ -196,6 +198,7 @@ def _save(model: Model, run: Path, work: Path, base: str, source: dict[str, str]
     generation.save_pretrained(work)
     if tokenizer is not None:
         tokenizer.save_pretrained(work)
+    spell_for_older_readers(work)
 
 
 def _stop_where_served(tokenizer: Any, config: PretrainedConfig, generation: Any) -> bool:

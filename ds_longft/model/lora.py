@@ -18,6 +18,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ds_longft.config import LoraConfig
 from ds_longft.errors import ModelError
+from ds_longft.model.elsewhere import spell_for_older_readers
 from ds_longft.model.rope_formulas import rope_parts
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -81,7 +82,7 @@ def _go_on_from(folder: Path, model: peft.PeftModel) -> None:
     """Put the weights of a saved adapter in place of the initial ones.
 
     Raises:
-        ModelError: no adapter there, or one of another shape, scale or RoPE than this model's: it would be another model.
+        ModelError: no adapter there, or one of another shape, scale or RoPE than this model's.
     """
     if not (folder / WEIGHTS_NAME).is_file() or not (folder / peft.utils.CONFIG_NAME).is_file():
         raise ModelError(f"lora.init_from: {folder} holds no {peft.utils.CONFIG_NAME} with {WEIGHTS_NAME}")
@@ -108,8 +109,8 @@ def _go_on_from(folder: Path, model: peft.PeftModel) -> None:
     if missing or outcome.unexpected_keys:
         odd = (missing or sorted(outcome.unexpected_keys))[0]
         raise ModelError(
-            f"lora.init_from: the adapter in {folder} adapts other layers than lora.targets and lora.modules_to_save name, "
-            f"the first is {odd}"
+            f"lora.init_from: the adapter in {folder} adapts other layers than lora.targets and lora.modules_to_save "
+            f"name, the first is {odd}"
         )
 
 
@@ -183,6 +184,7 @@ def save_base_config(base: PreTrainedModel, folder: str | Path) -> None:
     config = copy.deepcopy(base.config)
     config.use_cache = True  # off for training only
     config.save_pretrained(Path(folder) / BASE_CONFIG_FOLDER)
+    spell_for_older_readers(Path(folder) / BASE_CONFIG_FOLDER)
 
 
 def _on_cpu(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ds_longft.model.elsewhere import spell_for_older_readers
 from ds_longft.model.lora import gather_adapter_state, save_adapter
 from ds_longft.model.stops import serve_stop
 from ds_longft.train.ranks import Agreement
@@ -80,3 +81,4 @@ class ModelWriter:
                 self.model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
         if self.agreement.rank == 0:
             self.tokenizer.save_pretrained(folder)
+            spell_for_older_readers(folder)

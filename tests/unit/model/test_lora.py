@@ -117,7 +117,9 @@ def test_what_peft_refuses_is_a_mistake_of_the_config() -> None:
         add_lora(model, LoraConfig(dora=True), seed=0)
 
 
-@pytest.mark.parametrize("lora", [LoraConfig(r=4), LoraConfig(r=4, dora=True), LoraConfig(r=4, modules_to_save=["lm_head"])])
+@pytest.mark.parametrize(
+    "lora", [LoraConfig(r=4), LoraConfig(r=4, dora=True), LoraConfig(r=4, modules_to_save=["lm_head"])]
+)
 def test_going_on_from_an_adapter_starts_where_it_ended(lora: LoraConfig, tmp_path: Path) -> None:
     path = save_tiny(tmp_path / "base")
     model = add_lora(base_model(path), lora, seed=3)
