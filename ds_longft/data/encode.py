@@ -92,7 +92,7 @@ class Encoder:
             if self.overlong == "truncate":
                 return self._truncate(row, len(encoded.input_ids))
             if self.overlong == "cut_turns":
-                return self._cut_turns(row, seen)
+                return self._cut_turns(row, len(encoded.input_ids))
         except Overlong as bad:
             too_long = bad
         except BadRow as bad:
@@ -143,19 +143,25 @@ class Encoder:
             excess += over
         raise Overlong("too long, and the answers alone do not fit", seen)
 
-    def _cut_turns(self, row: Row, seen: str) -> EncodedRow:
+    def _cut_turns(self, row: Row, length: int) -> EncodedRow:
         """The longest beginning of the row that fits and ends with a whole answer; nothing of it is another text."""
+        seen = f"{length} tokens, the limit is {self.max_length_tokens}"
         if row.is_text:
             raise Overlong("too long, and plain text is trained whole, never cut", seen)
-        answers = [i for i, turn in enumerate(row.turns) if turn.role == "assistant"]
-        best, low, high = None, 0, len(answers) - 1  # answers[low:high]: those that may be the last one
-        while low < high:
-            middle = (low + high) // 2
-            encoded = self._encode_alone(replace(row, turns=row.turns[: answers[middle] + 1]))
+        answers = [i for i, turn in enumerate(row.turns) if turn.role == "assistant"][:-1]
+        characters = np.cumsum([len(turn.content) + len(turn.thinking) for turn in row.turns])
+        share = self.max_length_tokens / length
+        fitting = int(np.searchsorted(characters[answers], share * characters[-1])) if answers else 0
+        number = max(1, fitting)  # of answers that probably fit
+        best: EncodedRow | None = None
+        while 0 < number <= len(answers):
+            encoded = self._encode_alone(replace(row, turns=row.turns[: answers[number - 1] + 1]))
             if len(encoded.input_ids) <= self.max_length_tokens:
-                best, low = encoded, middle + 1
+                best, number = encoded, number + 1
+            elif best is None:
+                number -= 1
             else:
-                high = middle
+                break
         if best is None or best.targets == 0:
             raise Overlong("too long, and no beginning of it that ends with a trained answer fits", seen)
         return replace(best, truncated=True)

@@ -1,15 +1,15 @@
 """`synth agents`: trajectories of an agent that looks for something in a small file system, each call really run.
 
 A folder tree of made-up notes is built from the seed. The agent lists folders, searches and reads files until it has
-the value that is asked for, and says it. Results are what the tools give back, so that the answer follows from them, and
-what makes the row long is what makes real trajectories long: the results.
+the value that is asked for, and says it. Results are what the tools give back, so that the answer follows from them;
+they are what makes the row long, as in real trajectories.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ds_longft.data.lengths import Lengths
@@ -55,7 +55,12 @@ class FileSystem:
 
     def run(self, name: str, arguments: dict[str, str]) -> str:
         """What a tool gives back."""
-        return {"list_folder": self.list_folder, "read_file": self.read_file, "search": self.search}[name](**arguments)
+        tools: dict[str, Callable[..., str]] = {
+            "list_folder": self.list_folder,
+            "read_file": self.read_file,
+            "search": self.search,
+        }
+        return tools[name](**arguments)
 
     def list_folder(self, folder: str) -> str:
         """Names, one a line."""
