@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ds_longft.data.rows import Turn
-from ds_longft.data.template import ChatTemplate, load_template
+from ds_longft.data.template import ChatTemplate
+from ds_longft.data.template_source import load_template
 from ds_longft.errors import ConfigError
 
 # Measured on novels, manuals and essays with Llama-3, Qwen and DeepSeek tokenizers: 0.96-1.14 Chinese and 4.1-5.3

@@ -37,7 +37,7 @@ from ds_longft.data.preferences import PreferenceRow, check_columns, to_preferen
 from ds_longft.data.progress import Progress, say_once
 from ds_longft.data.readers import Block, Source, find_source, first_record, parse_block
 from ds_longft.data.rows import BadRow, Row
-from ds_longft.data.template import load_template
+from ds_longft.data.template_source import load_template
 from ds_longft.data.tokenized import SCHEMA, TokenizedSet, to_record_batch
 from ds_longft.errors import DataError
 

@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from ds_longft.config import RunConfig
 from ds_longft.data.loader import StepLoader
-from ds_longft.data.template import without_marks
+from ds_longft.data.template_source import without_marks
 from ds_longft.data.tokenized import TokenizedSet
 from ds_longft.ds_config import DeepSpeedSettings
 from ds_longft.errors import EXIT_HANG, EXIT_REQUEUE, GpuMemoryError

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ds_longft.data.encode import Encoder, without_trimmed_offsets
 from ds_longft.data.rows import BadRow, Row, Turn
-from ds_longft.data.template import load_template
+from ds_longft.data.template_source import load_template
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|end|>"]
 TEXTS = [

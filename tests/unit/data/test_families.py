@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from ds_longft.data.rows import BadRow, Call, Turn
-from ds_longft.data.template import THOUGHT_LEFT_OUT, load_template
+from ds_longft.data.template import THOUGHT_LEFT_OUT
+from ds_longft.data.template_source import load_template
 from ds_longft.data.thinking import apart
 from tests.tokenizer import tiny_tokenizer
 
