@@ -16,20 +16,9 @@ from ds_longft.config import RunConfig
 from ds_longft.errors import ConfigError
 from ds_longft.messages import all_keys, validation_problems
 from ds_longft.settings import read_config_file
-from ds_longft.spellings import EXPLANATIONS, KEYS_OF_OTHER_TOOLS
+from ds_longft.spellings import EXPLANATIONS, HOLDS_ANYWAY, KEYS_OF_OTHER_TOOLS
 from ds_longft.yaml_io import dump_yaml
 
-# Keys that change nothing about what is trained, or that hold here anyway.
-HOLDS_ANYWAY = {
-    "do_train", "do_eval", "overwrite_output_dir", "overwrite_cache", "plot_loss", "logging_steps", "logging_dir",
-    "logging_first_step", "ddp_timeout", "dataloader_num_workers", "dataloader_pin_memory", "remove_unused_columns",
-    "disable_tqdm", "dataset_prepared_path", "include_num_input_tokens_seen", "strict", "save_strategy",
-    "eval_strategy", "evaluation_strategy", "save_safetensors", "bf16", "tf32", "gradient_checkpointing",
-    "gradient_checkpointing_kwargs", "flash_attention", "flash_attn", "attn_implementation", "sample_packing_eff_est",
-    "pad_to_sequence_len", "eval_sample_packing", "per_device_eval_batch_size", "eval_batch_size", "save_only_model",
-    "wandb_watch", "wandb_log_model", "completion_only_loss", "assistant_only_loss", "use_peft", "lora_target_linear",
-    "model_type", "tokenizer_type", "dataset_dir", "dataset_config", "subset", "xformers_attention", "local_rank",
-}  # fmt: skip
 OPTIMIZERS = {"sgd": "sgd"}  # all others are AdamW: fused, torch, paged, 8 bit are ways to compute it
 SCHEDULES = {"cosine", "linear", "constant"}
 
