@@ -155,6 +155,7 @@ def show(found: Statistics) -> None:
             "left out",
             "\n".join(f"{count:,} {reason}{_first(found, reason)}" for reason, count in left_out) or "nothing",
         ),
+        ("rows cut to fit", f"{found.truncated:,}"),
         ("in the rows, and not used", "\n".join(f"{n:,} {what}" for what, n in found.unused.items()) or "nothing"),
     ):
         facts.add_row(name, Text(value))
