@@ -139,7 +139,7 @@ class SourceConfig(Section):
     split: str = "train"
     """Split of a hub set or of a folder whose files are named after splits, as a clone of a hub set has them."""
 
-    name: str | None = None
+    subset: str | None = None
     """Configuration (subset) of a hub set, or the subfolder of a clone that holds it."""
 
     revision: str | None = None

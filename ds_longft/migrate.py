@@ -147,7 +147,7 @@ def _sources(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> N
     if theirs.get("dataset_dir") or "finetuning_type" in theirs:
         made.note(key, "LLaMA-Factory's names stand for files in dataset_info.json: put their paths in their place")
     split = theirs.get("dataset_config") or theirs.get("subset")
-    named = [source | ({"name": split} if split else {}) for source in sources]
+    named = [source | ({"subset": split} if split else {}) for source in sources]
     made.put("data.eval" if key in EVAL_SOURCES else "data.train", named)
 
 
@@ -159,7 +159,7 @@ USUAL_OF_SOURCES: dict[str, tuple[Any, ...]] = {
     "train_on_eos": ("turn", "all"),
     "field_messages": ("messages", "conversations"),
 }
-SOURCE_KEYS = {"split": "split", "name": "name", "revision": "revision", "shards_limit": "limit"}
+SOURCE_KEYS = {"split": "split", "name": "subset", "revision": "revision", "shards_limit": "limit"}
 EVAL_SOURCES = ("test_datasets", "eval_dataset", "val_dataset", "eval_file", "validation_file")
 
 

@@ -74,11 +74,11 @@ def local_files(config: SourceConfig) -> Files | None:
 
 def _of_folder(path: Path, config: SourceConfig) -> Files:
     _refuse_hub_keys(config, "a folder", split=False)
-    root = path / config.name if config.name else path
+    root = path / config.subset if config.subset else path
     if not root.is_dir():
         inside = ", ".join(sorted(p.name for p in path.iterdir() if p.is_dir() and p.name[0] != ".")[:SHOWN])
         raise DataError(
-            f"data.train[].name is {config.name!r}, but {path} has no such folder; it has {inside or 'none'}"
+            f"data.train[].subset is {config.subset!r}, but {path} has no such folder; it has {inside or 'none'}"
         )
     files = _chosen(root, sorted(p for p in root.rglob("*") if p.is_file()), config.split)
     if not files.read:
@@ -90,7 +90,7 @@ def _refuse_hub_keys(config: SourceConfig, what: str, *, split: bool) -> None:
     """A key that would have no effect is refused, not ignored."""
     keys = {"revision": config.revision is not None}
     if split:
-        keys |= {"name": config.name is not None, "split": config.split != "train"}
+        keys |= {"subset": config.subset is not None, "split": config.split != "train"}
     for key, given in keys.items():
         if given:
             raise DataError(f"data.train[].{key} is given, but {config.path} is {what}, which has none: leave it out")

@@ -181,7 +181,8 @@ def local(source: MixSource, root: Path | None) -> SourceConfig:
         found = [root / stem, *sorted((root / stem).parent.glob(f"{Path(stem).name}.*"))]
         path = next((path for path in found if path.exists()), None)
         if path is not None:
-            return source.model_copy(update={"path": str(path)})
+            of_hub = {} if path.is_dir() else {"split": "train", "subset": None, "revision": None}  # a file has none
+            return source.model_copy(update={"path": str(path), **of_hub})
     return source
 
 

@@ -126,21 +126,21 @@ def _load_remote(config: SourceConfig) -> Any:
 def _load_hub(config: SourceConfig) -> Any:
     import datasets  # heavy, and not needed for local files
 
-    given = {"name": config.name, "revision": config.revision}
+    given = {"name": config.subset, "revision": config.revision}
     keys = {key: value for key, value in given.items() if value is not None}
     try:
         try:
             return datasets.load_dataset(config.path, split=config.split, **keys)
         except ValueError:
             # Sets rename their parts over time: Fusang-v1 has had `long` as a split and as a configuration.
-            if config.name or config.split not in datasets.get_dataset_config_names(config.path):
+            if config.subset or config.split not in datasets.get_dataset_config_names(config.path):
                 raise
             return datasets.load_dataset(config.path, config.split, split="train")
     except Exception as error:  # the hub client raises errors of many libraries
-        asked = f"split {config.split!r}, name {config.name!r}"
+        asked = f"split {config.split!r}, subset {config.subset!r}"
         raise DataError(
             f"{config.path!r} is no local file or folder, and as a hub id ({asked}) it cannot be loaded: "
-            f"{_first_lines(error)}. data.train[].name chooses a configuration, split a split"
+            f"{_first_lines(error)}. data.train[].subset chooses a configuration, split a split"
         ) from error
 
 

@@ -104,7 +104,7 @@ def test_axolotl(tmp_path: Path) -> None:
     run, notes = of(tmp_path, AXOLOTL)
     assert (run.model.path, run.sp, run.output_dir, run.data.max_length_tokens) == ("Qwen/Qwen3-8B", 4, "./out", 65536)
     assert (run.lora.r, run.lora.alpha, run.lora.targets) == (16, 32, ["q_proj", "v_proj"])
-    assert [(s.path, s.name, s.split) for s in run.data.train] == [
+    assert [(s.path, s.subset, s.split) for s in run.data.train] == [
         ("data/long.jsonl", None, "train"),
         ("org/set", "main", "train_sft"),
     ]
@@ -132,7 +132,7 @@ def test_llama_factory(tmp_path: Path) -> None:
 def test_trl_trains_every_weight_where_nothing_says_lora(tmp_path: Path) -> None:
     run, notes = of(tmp_path, TRL)
     assert run.lora is None
-    assert (run.data.train[0].path, run.data.train[0].name) == ("org/set", "main")
+    assert (run.data.train[0].path, run.data.train[0].subset) == ("org/set", "main")
     assert (run.model.rope.type, run.model.rope.factor, run.optim.betas) == ("yarn", 4.0, (0.9, 0.95))
     assert (run.data.max_length_tokens, run.optim.learning_rate, run.train.max_steps) == (16384, 2e-5, None)
     assert notes == []

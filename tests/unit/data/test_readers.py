@@ -144,7 +144,7 @@ def test_a_clone_of_a_hub_set_is_read_by_its_splits(tmp_path):
         read(folder, split="validation")
 
 
-@pytest.mark.parametrize("keys", [{"split": "test"}, {"name": "main"}, {"revision": "abc"}])
+@pytest.mark.parametrize("keys", [{"split": "test"}, {"subset": "main"}, {"revision": "abc"}])
 def test_keys_of_hub_sets_are_refused_where_they_would_do_nothing(tmp_path, keys):
     (tmp_path / "a.jsonl").write_text('{"text": "t"}\n')
     with pytest.raises(DataError, match=f"{next(iter(keys))}.*leave it out|no such folder"):
@@ -157,9 +157,9 @@ def test_a_configuration_of_a_clone_is_a_subfolder(tmp_path):
     for name in ("main", "socratic"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "train-00000-of-00001.jsonl").write_text(json.dumps({"text": name}) + "\n")
-    assert texts(tmp_path, name="socratic") == ["socratic"]
+    assert texts(tmp_path, subset="socratic") == ["socratic"]
     with pytest.raises(DataError, match="it has main, socratic"):
-        read(tmp_path, name="extra")
+        read(tmp_path, subset="extra")
 
 
 def test_hidden_folders_are_left_out_and_said(tmp_path):
@@ -242,9 +242,9 @@ def test_configuration_split_and_revision_of_a_hub_set(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.setattr(datasets, "get_dataset_config_names", lambda path: ["main", "socratic"])
-    assert texts("openai/gsm8k", name="main", split="test", revision="abc") == ["one"]
+    assert texts("openai/gsm8k", subset="main", split="test", revision="abc") == ["one"]
     assert asked == [("openai/gsm8k", "main", "test", "abc")]
-    with pytest.raises(DataError, match=r"'main', 'socratic'.*data\.train\[\]\.name"):
+    with pytest.raises(DataError, match=r"'main', 'socratic'.*data\.train\[\]\.subset"):
         read("openai/gsm8k", split="test")
 
 
