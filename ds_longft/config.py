@@ -425,6 +425,10 @@ def _objective_problems(config: RunConfig) -> list[str]:
         for source in sources
         if source.format not in ("auto", "preference")
     ]
+    if config.data.overlong == "cut_turns":
+        problems.append(
+            "data.overlong is cut_turns, but the two answers of a pair end its prompt: set drop or truncate"
+        )
     if config.data.weighting == "sample":
         problems.append("data.weighting is sample, but with objective dpo each pair counts once: leave it out")
     if config.lora is not None and config.lora.dropout:
