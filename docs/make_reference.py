@@ -1,6 +1,5 @@
-"""Writes docs/config.md from `RunConfig`, docs/files.md from the docstrings, the README's table from the results.
-
-`make docs`; a test keeps them in step.
+"""Writes docs/config.md from `RunConfig`, docs/files.md from the docstrings, the table of columns in docs/data.md from
+the layouts, and the README's table from the results: `make docs`. A test keeps them in step.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ds_longft.config import RunConfig, SourceConfig
+from ds_longft.data.layouts import EVERY_CHAT, EVERY_ROW, LAYOUTS
 from ds_longft.messages import describe, on_resume
 
 HEAD = """\
@@ -37,6 +37,7 @@ FILES_HEAD = """\
 
 Made from the first line of each file by `make docs`. How they hang together: [architecture.md](architecture.md).
 """
+COLUMNS_BEGIN, COLUMNS_END = "<!-- columns: written by make_reference.py -->", "<!-- end of columns -->"
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -131,6 +132,24 @@ def _one_line(text: str | None) -> str:
     return " ".join((text or "").split()).replace("|", "\\|")
 
 
+def data_page() -> str:
+    """The whole text of docs/data.md, its table of columns made from the list that rows are read by."""
+    page = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    before, rest = page.split(COLUMNS_BEGIN)
+    rows = [
+        f"| `{layout.format}` | {_code(layout.needs)} | {_code(layout.also)} |\n"
+        for layout in LAYOUTS
+        if (layout.format, layout.needs) != ("longalign", ("messages",))
+    ]
+    head = "\n| `format` | recognised by | read beside them |\n|---|---|---|\n"
+    every = f"| every one | | {_code(EVERY_ROW)} |\n| every one but `text` | | {_code(EVERY_CHAT)} |\n"
+    return before + COLUMNS_BEGIN + head + "".join(rows) + every + COLUMNS_END + rest.split(COLUMNS_END)[1]
+
+
+def _code(names: tuple[str, ...]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
 def files_page() -> str:
     """The whole text of docs/files.md."""
     page = FILES_HEAD
@@ -151,4 +170,5 @@ def _summary(path: Path) -> str:
 if __name__ == "__main__":
     (ROOT / "docs/config.md").write_text(config_page())
     (ROOT / "docs/files.md").write_text(files_page())
+    (ROOT / "docs/data.md").write_text(data_page())
     (ROOT / "README.md").write_text(readme_page())

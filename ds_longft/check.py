@@ -22,7 +22,10 @@ from ds_longft.errors import ConfigError
 from ds_longft.shipped import TEMPLATES, find_template
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".gz")
+DATA_SUFFIXES = (
+    *(".json", ".jsonl", ".jsonlines", ".ndjson", ".parquet", ".arrow", ".feather", ".txt", ".tar", ".tgz"),
+    *(".gz", ".bz2", ".lz4", ".zst"),
+)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 SPLITTABLE_LAYERS = {"full_attention", "sliding_attention", "attention"}
@@ -116,6 +119,10 @@ def check_run(
         for name in config.log.tracker_names
         if not _is_installed(name)
     ]
+    if config.lora is not None and config.lora.init_from:
+        folder = Path(config.lora.init_from).expanduser()
+        if not (folder / "adapter_config.json").is_file():
+            problems.append(f"lora.init_from: no adapter_config.json in {folder}: give the folder of an adapter")
     if config.lora is not None and config.lora.targets in ("", []):
         problems.append(
             "lora.targets is empty: give all-linear or names such as [q_proj, v_proj]; lora: null trains all"
@@ -168,7 +175,8 @@ def _model_folder_problems(config: RunConfig) -> list[str]:
     if not (folder / "config.json").is_file():
         is_adapter = (folder / "adapter_config.json").exists()
         hint = (
-            "it holds an adapter: merge it with `ds-longft export`, or give the base model"
+            "it holds an adapter: to go on from it give its base here and this folder as lora.init_from, or merge it "
+            "with `ds-longft export`"
             if is_adapter
             else "seen none"
         )
@@ -238,6 +246,7 @@ def _length_problems(config: RunConfig, text: dict[str, Any]) -> list[str]:
     window = text.get("max_position_embeddings", text.get("n_positions"))
     if not isinstance(window, int) or problems:
         return problems
+    window = max([window, *_stretched_windows(text, window)])
     if rope.type == "none":
         if length > window and not _rope_types(text) & set(LENGTH_AWARE_ROPE):
             problems.append(
@@ -262,14 +271,27 @@ def _length_problems(config: RunConfig, text: dict[str, Any]) -> list[str]:
     return problems
 
 
+def _stretched_windows(text: dict[str, Any], window: int) -> list[int]:
+    """Windows of a config stretched as model cards say: max_position_embeddings is left alone."""
+    windows = []
+    for part in _rope_settings(text):
+        kind, original = part.get("rope_type", part.get("type")), part.get("original_max_position_embeddings")
+        if kind in ("yarn", "linear"):  # as `model.rope.window_tokens` has it
+            windows.append(int((original or (window if kind == "yarn" else 0)) * (part.get("factor") or 1.0)))
+    return windows
+
+
 def _rope_types(text: dict[str, Any]) -> set[str]:
     """The model's own RoPE types; the keys changed their names over the years, and may be nested by layer type."""
-    types: set[str] = set()
+    return {str(part.get("rope_type", part.get("type"))) for part in _rope_settings(text)}
+
+
+def _rope_settings(text: dict[str, Any]) -> list[dict[str, Any]]:
+    parts: list[dict[str, Any]] = []
     for parameters in (text.get("rope_parameters"), text.get("rope_scaling")):
         if isinstance(parameters, dict):
-            parts = [v for v in parameters.values() if isinstance(v, dict)] or [parameters]
-            types |= {str(part.get("rope_type", part.get("type"))) for part in parts}
-    return types
+            parts += [v for v in parameters.values() if isinstance(v, dict)] or [parameters]
+    return parts
 
 
 def _data_problems(config: RunConfig) -> list[str]:
@@ -292,6 +314,8 @@ def _data_problems(config: RunConfig) -> list[str]:
 def _is_missing(source: SourceConfig) -> bool:
     """Whether a path that can only be meant locally does not exist."""
     path = Path(source.path).expanduser()
+    if "://" in source.path:
+        return False
     if is_pattern(source.path):
         return not path.exists() and not glob(str(path))
     is_hub_id = HUB_ID.fullmatch(source.path) and not source.path.endswith(DATA_SUFFIXES)

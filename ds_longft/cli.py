@@ -68,6 +68,7 @@ COMMANDS = {
         "ds_longft.data.synth.commands:needle", "questions about long texts, answers checked by program"
     ),
     "data synth code": Command("ds_longft.data.synth.commands:code", "long code questions from Python's own source"),
+    "data synth agents": Command("ds_longft.data.synth.commands:agents", "an agent's long way to an answer, by tools"),
     "data synth stretches": Command(
         "ds_longft.data.synth.text_commands:stretches", "long texts cut into plain rows of many lengths"
     ),
@@ -97,6 +98,7 @@ COMMANDS = {
     "slurm render": Command("ds_longft.slurm.render:render", "the sbatch script of a run, filled and checked"),
     "slurm submit": Command("ds_longft.slurm.render:submit", "the same, handed to sbatch"),
     "doctor": Command("ds_longft.doctor:doctor", "is this machine fit for training, and how to mend what is not"),
+    "migrate": Command("ds_longft.migrate:migrate", "a config of Axolotl, LLaMA-Factory, TRL or swift as one of ours"),
     "config": Command("ds_longft.cli:show_config", "the resolved run config; --help lists every key", True),
     "train": Command("ds_longft.cli:show_train", "how to start a training run", True),
 }

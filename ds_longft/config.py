@@ -147,6 +147,10 @@ class LoraConfig(Section):
     modules_to_save: Refused[list[str]] = []
     """Whole modules trained and saved beside the adapters, e.g. [embed_tokens, lm_head]."""
 
+    init_from: ByContent[str | None] = None
+    """Folder of an adapter (PEFT's format, e.g. a run's output_dir) to go on from, on the base it was trained on. The
+    other keys have to be those it was made with."""
+
 
 def is_pattern(path: str) -> bool:
     """Whether a path may stand for several files, as texts_*.jsonl does; a file really called so comes first."""
@@ -164,7 +168,8 @@ class SourceConfig(Section):
         return {"path": value} if isinstance(value, str) else value
 
     path: ByContent[str] = Field(min_length=1)
-    """A JSON, JSONL or parquet file (.gz too), a folder of them, a pattern (texts_*.jsonl), or a hub id."""
+    """A file of JSON, JSONL, parquet, Arrow or text (packed too: .gz, .bz2, .lz4, .zst, .tar), a folder of them, a
+    pattern (texts_*.jsonl), a remote path (s3://, gs://, hf://), or a hub id."""
 
     format: ByContent[
         Literal[
@@ -175,7 +180,13 @@ class SourceConfig(Section):
     it."""
 
     split: ByContent[str] = "train"
-    """Split of a hub set, or the name of one of its configurations; local files ignore it."""
+    """Split of a hub set or of a folder whose files are named after splits, as a clone of a hub set has them."""
+
+    subset: ByContent[str | None] = None
+    """Configuration (subset) of a hub set, or the subfolder of a clone that holds it."""
+
+    revision: ByContent[str | None] = None
+    """Branch, tag or commit of a hub set."""
 
     limit: ByContent[int | None] = Field(default=None, gt=0)
     """Take only the first so many rows."""
@@ -204,8 +215,17 @@ class DataConfig(Section):
     """Documents lie head to tail in a pack, isolated from each other. `best_fit`: as few packs as possible. `sorted`:
     rows of like length share packs and steps (LongAlign's sorted batching). `none`: one row a pack."""
 
-    overlong: ByContent[Literal["drop", "truncate", "error"]] = "drop"
-    """`truncate` cuts the middle of the longest untrained turn (the document), never an answer."""
+    overlong: ByContent[Literal["drop", "truncate", "cut_turns", "error"]] = "drop"
+    """`truncate` cuts the middle of the longest untrained turn (the document), never an answer. `cut_turns` keeps the
+    turns from the first on that fit, up to a whole answer: for trajectories of agents."""
+
+    thinking: ByContent[Literal["all", "last", "none"]] = "all"
+    """Which thoughts of answers are kept and trained (`<think>`, `reasoning_content`, `thinking`). `all`: rows are
+    refused whose template leaves one out. `last`: those behind the last question, and of these what the template
+    writes. `none`: none."""
+
+    train_turns: ByContent[Literal["all", "last"]] = "all"
+    """Which answers of a row are trained."""
 
     weighting: Refused[Literal["token", "sample"]] = "token"
     """`token`: each target counts 1. `sample`: each of a row's N targets counts 1/N (LongAlign)."""
@@ -471,6 +491,10 @@ def _objective_problems(config: RunConfig) -> list[str]:
         for source in sources
         if source.format not in ("auto", "preference")
     ]
+    if config.data.overlong == "cut_turns":
+        problems.append(
+            "data.overlong is cut_turns, but the two answers of a pair end its prompt: set drop or truncate"
+        )
     if config.data.weighting == "sample":
         problems.append("data.weighting is sample, but with objective dpo each pair counts once: leave it out")
     if config.lora is not None and config.lora.dropout:
@@ -484,6 +508,11 @@ def _objective_problems(config: RunConfig) -> list[str]:
         problems.append(f"dpo.simpo_gamma is {dpo.simpo_gamma:g}, but dpo.loss is {dpo.loss}: it is for simpo only")
     if dpo.loss == "simpo" and dpo.reference != "auto":
         problems.append(f"dpo.reference is {dpo.reference}, but dpo.loss simpo has no reference: leave it out")
+    if config.lora is not None and config.lora.init_from and dpo.loss != "simpo":
+        problems.append(
+            "lora.init_from is given, but with objective dpo the model without its adapter is the reference, not the "
+            "one this run starts from: merge it with `ds-longft export` and give the result as model.path"
+        )
     if dpo.reference == "adapter_off" and config.lora is None:
         problems.append("dpo.reference is adapter_off, but lora is null: set it to model or precomputed")
     if dpo.reference == "model" and config.lora is not None:

@@ -70,6 +70,18 @@ EXPLANATIONS = {
     ),
 }
 
+# Keys that change nothing about what is trained, or that hold here anyway.
+HOLDS_ANYWAY = {
+    "do_train", "do_eval", "overwrite_output_dir", "overwrite_cache", "plot_loss", "logging_steps", "logging_dir",
+    "logging_first_step", "ddp_timeout", "dataloader_num_workers", "dataloader_pin_memory", "remove_unused_columns",
+    "disable_tqdm", "dataset_prepared_path", "include_num_input_tokens_seen", "strict", "save_strategy",
+    "eval_strategy", "evaluation_strategy", "save_safetensors", "bf16", "tf32", "gradient_checkpointing",
+    "gradient_checkpointing_kwargs", "flash_attention", "flash_attn", "attn_implementation", "sample_packing_eff_est",
+    "pad_to_sequence_len", "eval_sample_packing", "per_device_eval_batch_size", "eval_batch_size", "save_only_model",
+    "wandb_watch", "wandb_log_model", "completion_only_loss", "assistant_only_loss", "use_peft", "lora_target_linear",
+    "model_type", "tokenizer_type", "dataset_dir", "dataset_config", "subset", "xformers_attention", "local_rank",
+}  # fmt: skip
+
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """`: did you mean X?` for the closest of the known words, or nothing."""
@@ -81,6 +93,10 @@ def unknown_key(key: str, known: list[str]) -> str:
     """The problem text for a dotted key that is not among the known ones, naming the one most likely meant."""
     if explanation := EXPLANATIONS.get(_leaf(key)):
         return f"unknown key {key}: {explanation}"
+    if _leaf(key) == "overwrite_output_dir":
+        return f"unknown key {key}: train.resume: never starts anew in a folder that holds a run"
+    if _leaf(key) in HOLDS_ANYWAY:
+        return f"unknown key {key}: leave it out, it has nothing to set here (`ds-longft migrate` reads a whole config)"
     if key in known:
         return f"unknown key {key!r}: in YAML nest it, `{key.partition('.')[0]}:` and the rest indented below"
     meant = meant_key(key, known)

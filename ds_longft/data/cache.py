@@ -126,4 +126,6 @@ def _sum(tallies: Sequence[Tally]) -> Tally:
         bad=dict(bad),
         overlong=sum(t.overlong for t in tallies),
         first=first,
+        unused=dict(sum((Counter(t.unused) for t in tallies), Counter())),
+        too_long=[lengths for t in tallies for lengths in t.too_long],
     )

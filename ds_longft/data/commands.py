@@ -114,6 +114,8 @@ def as_json(found: Statistics, rows: TokenizedSet) -> dict[str, Any]:
         "lengths": lengths,
         "left_out": found.left_out,
         "first_left_out": found.first_left_out,
+        "unused": found.unused,
+        "retention": [asdict(window) for window in found.retention],
     }
 
 
@@ -153,9 +155,16 @@ def show(found: Statistics) -> None:
             "left out",
             "\n".join(f"{count:,} {reason}{_first(found, reason)}" for reason, count in left_out) or "nothing",
         ),
+        ("rows cut to fit", f"{found.truncated:,}"),
+        ("in the rows, and not used", "\n".join(f"{n:,} {what}" for what, n in found.unused.items()) or "nothing"),
     ):
         facts.add_row(name, Text(value))
     console.print(facts)
+    if len(found.retention) > 1:
+        kept = Table("data.max_length_tokens", "rows kept whole", "targets in them")
+        for window in found.retention:
+            kept.add_row(f"{window.window_tokens:,}", f"{window.rows:.1%}", f"{window.targets:.1%}")
+        console.print(kept)
 
 
 def _first(found: Statistics, reason: str) -> str:

@@ -21,7 +21,7 @@ from ds_longft.data.formats import detect_format, to_row
 from ds_longft.data.language import detect_language
 from ds_longft.data.ledger import Entry, Kind, Ledger, Tally
 from ds_longft.data.preferences import PreferenceRow, is_preference, to_preference
-from ds_longft.data.progress import Progress
+from ds_longft.data.progress import Progress, say_once
 from ds_longft.data.readers import Source, find_source, first_record, parse_block
 from ds_longft.data.rows import BadRow, Row, Turn
 from ds_longft.data.where import EVERY_ROW, Where
@@ -55,6 +55,8 @@ def convert_set(
         DataError: nothing found or usable, or more than `max_bad_fraction` of the rows are bad. Then no file is left.
     """
     source = find_source(config)
+    if source.remark:
+        say_once(source.remark)
     layout = layout_of(source)
     ledger = Path(f"{path}.ledger.jsonl")
     languages: dict[str, int] = {}
@@ -93,8 +95,11 @@ def usable_records(
                     if isinstance(record, BadRow):
                         raise record
                     # The id comes second: a row that is not used does not take it from a later one.
-                    yield _on_disk(record, layout, name, origin) | _identity(record, ids)
+                    made, unused = _on_disk(record, layout, name, origin)
+                    yield made | _identity(record, ids)
                     tally.usable += 1
+                    for what in unused:
+                        tally.unused[what] = tally.unused.get(what, 0) + 1
                 except BadRow as bad:
                     kind: Kind = "repeated" if isinstance(bad, Repeated) else "bad"
                     ledger.add(Entry(origin, bad.reason, bad.detail[:1000], kind))
@@ -114,7 +119,8 @@ def _identity(record: dict[str, Any], seen: set[int]) -> dict[str, str]:
     return {"id": name}
 
 
-def _on_disk(record: dict[str, Any], layout: str, name: str, origin: str) -> dict[str, Any]:
+def _on_disk(record: dict[str, Any], layout: str, name: str, origin: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """(the row as it is written, what the record holds beside it)."""
     row: Row | PreferenceRow
     if layout == PREFERENCE:
         row = to_preference(record, source=name, origin=origin)
@@ -130,12 +136,23 @@ def _on_disk(record: dict[str, Any], layout: str, name: str, origin: str) -> dic
     part = {"part": row.source} if row.source != name else {}
     weight = {"weight": row.weight} if row.weight != 1 else {}
     language = row.language or detect_language(turns)
-    return {**content, "source": name, **part, "language": language, **weight}
+    tools = {"tools": json.loads(row.tools)} if row.tools else {}
+    return {**content, **tools, "source": name, **part, "language": language, **weight}, row.unused
 
 
 def _message(turn: Turn) -> dict[str, Any]:
-    weight = {"weight": turn.weight} if turn.role == "assistant" and turn.weight != 1 else {}
-    return {"role": turn.role, "content": turn.content, **weight}
+    message: dict[str, Any] = {"role": turn.role, "content": turn.content}
+    if turn.thinking:
+        message["reasoning_content"] = turn.thinking
+    if turn.calls:
+        message["tool_calls"] = [
+            {"type": "function", "function": {"name": call.name, "arguments": json.loads(call.arguments)}}
+            | ({"id": call.id} if call.id else {})
+            for call in turn.calls
+        ]
+    if turn.role == "assistant" and turn.weight != 1:
+        message["weight"] = turn.weight
+    return message | {k: v for k, v in {"name": turn.name, "tool_call_id": turn.call_id}.items() if v}
 
 
 @contextmanager

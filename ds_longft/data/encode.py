@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -11,14 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
-from ds_longft.data.rows import BadRow, Row, Turn
+from ds_longft.data.pieces import characters_of, encode_pieces
+from ds_longft.data.rows import BadRow, Row
 from ds_longft.data.template import ChatTemplate, Rendered
+from ds_longft.data.thinking import Kept, TrainTurns, chosen_turns
 
 TRUNCATE_ROUNDS = 8  # cutting changes a few merges at the cut: the first round is exact or off by a handful of tokens
 
 
 class Overlong(BadRow):
     """A row longer than the limit that was not to be cut, or could not be cut without touching an answer."""
+
+    tokens = 0  # of the row, where they are known
+    targets = 0
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,9 @@ class Encoder:
     template: ChatTemplate | None  # None: plain text only
     eos_id: int | None
     max_length_tokens: int
-    overlong: Literal["drop", "truncate", "error"]
+    overlong: Literal["drop", "truncate", "cut_turns", "error"]
+    thinking: Kept = "all"
+    train_turns: TrainTurns = "all"
 
     def encode(self, rows: Sequence[Row]) -> list[EncodedRow | BadRow]:
         """One result a row, in order: its tokens, or why it was left out (`Overlong` or another `BadRow`)."""
@@ -55,7 +62,7 @@ class Encoder:
         for i, row in enumerate(rows):
             if not row.is_text:
                 try:
-                    chats.append((i, self._render(row.turns)))
+                    chats.append((i, self._render(row)))
                 except BadRow as bad:
                     results[i] = bad
         texts = [(i, Rendered(row.turns[0].content, ())) for i, row in enumerate(rows) if row.is_text]
@@ -68,36 +75,57 @@ class Encoder:
         assert all(result is not None for result in results)
         return results  # type: ignore[return-value]
 
-    def _render(self, turns: Sequence[Turn]) -> Rendered:
+    def _render(self, row: Row) -> Rendered:
         assert self.template is not None, "a chat template is loaded before the first chat is encoded"
-        return self.template.render(turns)
+        turns = chosen_turns(row.turns, self.thinking, self.train_turns)
+        return self.template.render(turns, row.tools, own_rule=self.thinking == "last")
 
     def _finish(self, row: Row, rendered: Rendered, encoding: Encoding) -> EncodedRow | BadRow:
-        encoded = self._plain_text(row, encoding) if row.is_text else _chat(row, rendered, encoding)
+        encoded = self._plain_text(row, encoding) if row.is_text else self._chat(row, rendered, encoding)
         if encoded.targets == 0 or row.weight == 0:
             return BadRow("nothing to train on", "no answer has a weight above 0")
         if len(encoded.input_ids) <= self.max_length_tokens:
             return encoded
-        if self.overlong != "truncate":
-            return Overlong("too long", f"{len(encoded.input_ids)} tokens, the limit is {self.max_length_tokens}")
+        seen = f"{len(encoded.input_ids)} tokens, the limit is {self.max_length_tokens}"
+        too_long = Overlong("too long", seen)
         try:
-            return self._truncate(row, len(encoded.input_ids))
+            if self.overlong == "truncate":
+                return self._truncate(row, len(encoded.input_ids))
+            if self.overlong == "cut_turns":
+                return self._cut_turns(row, len(encoded.input_ids))
+        except Overlong as bad:
+            too_long = bad
         except BadRow as bad:
             return bad
+        too_long.tokens, too_long.targets = len(encoded.input_ids), encoded.targets
+        return too_long
 
     def _plain_text(self, row: Row, encoding: Encoding) -> EncodedRow:
         """Plain text is trained whole and ends with the end-of-sequence token; the tokenizer may put a bos first."""
         ids = encoding.ids
+        if len(ids) > 1 and ids[0] == ids[1] and encoding.special_tokens_mask[0]:
+            ids = ids[1:]  # the text has its bos already
         if self.eos_id is not None and (not ids or ids[-1] != self.eos_id):
             ids.append(self.eos_id)
         return _encoded(row, ids, [(0, len(ids), row.turns[0].weight)])
+
+    def _chat(self, row: Row, rendered: Rendered, encoding: Encoding) -> EncodedRow:
+        cuts = [at for span in rendered.spans for at in (span.start, span.said_end, span.end)]
+        pieces = encode_pieces(self.tokenizer, rendered.text, encoding, cuts)
+        spans = [(*pieces.tokens_of(span.start, span.end), span.weight) for span in rendered.spans]
+        unused = tuple(sorted({*row.unused, *rendered.unused}))
+        return _encoded(replace(row, unused=unused), pieces.ids, spans)
+
+    def _encode_alone(self, row: Row) -> EncodedRow:
+        rendered = self._render(row)
+        return self._chat(row, rendered, self.tokenizer.encode(rendered.text, add_special_tokens=False))
 
     def _truncate(self, row: Row, length: int) -> EncodedRow:
         """Cut the middle of the longest turns that are no answers until the row fits."""
         seen = f"{length} tokens, the limit is {self.max_length_tokens}"
         if row.is_text:
             raise Overlong("too long, and plain text is trained whole, never cut", seen)
-        documents = [i for i, turn in enumerate(row.turns) if turn.role in ("system", "user")]
+        documents = [i for i, turn in enumerate(row.turns) if turn.role in ("system", "user", "tool")]
         parts = {i: self.tokenizer.encode(row.turns[i].content, add_special_tokens=False) for i in documents}
         excess = length - self.max_length_tokens
         for _ in range(TRUNCATE_ROUNDS):
@@ -108,19 +136,52 @@ class Encoder:
                 replace(turn, content=_without_middle(turn.content, parts[i], kept[i])) if i in parts else turn
                 for i, turn in enumerate(row.turns)
             ]
-            rendered = self._render(turns)
-            cut = replace(row, turns=tuple(turns))
-            encoded = _chat(cut, rendered, self.tokenizer.encode(rendered.text, add_special_tokens=False))
+            encoded = self._encode_alone(replace(row, turns=tuple(turns)))
             over = len(encoded.input_ids) - self.max_length_tokens
             if over <= 0:
                 return replace(encoded, truncated=True)
             excess += over
         raise Overlong("too long, and the answers alone do not fit", seen)
 
+    def _cut_turns(self, row: Row, length: int) -> EncodedRow:
+        """The longest beginning of the row that fits and ends with a whole answer; nothing of it is another text."""
+        seen = f"{length} tokens, the limit is {self.max_length_tokens}"
+        if row.is_text:
+            raise Overlong("too long, and plain text is trained whole, never cut", seen)
+        answers = [i for i, turn in enumerate(row.turns) if turn.role == "assistant"][:-1]
+        characters = np.cumsum([len(turn.content) + len(turn.thinking) for turn in row.turns])
+        share = self.max_length_tokens / length
+        fitting = int(np.searchsorted(characters[answers], share * characters[-1])) if answers else 0
+        number = max(1, fitting)  # of answers that probably fit
+        best: EncodedRow | None = None
+        while 0 < number <= len(answers):
+            encoded = self._encode_alone(replace(row, turns=row.turns[: answers[number - 1] + 1]))
+            if len(encoded.input_ids) <= self.max_length_tokens:
+                best, number = encoded, number + 1
+            elif best is None:
+                number -= 1
+            else:
+                break
+        if best is None or best.targets == 0:
+            raise Overlong("too long, and no beginning of it that ends with a trained answer fits", seen)
+        return replace(best, truncated=True)
 
-def _chat(row: Row, rendered: Rendered, encoding: Encoding) -> EncodedRow:
-    spans = [(*_tokens_of(encoding, start, end), weight) for start, end, weight in rendered.spans]
-    return _encoded(row, encoding.ids, spans)
+
+def without_trimmed_offsets(tokenizer: Tokenizer) -> Tokenizer:
+    """The same tokenizer, whose tokens say all characters that they stand for, blanks too.
+
+    By default those of byte-level tokenizers leave out the blank they begin with: a token that reaches over the border
+    of an answer would not be seen.
+    """
+    content = json.loads(tokenizer.to_str())
+    parts = [content.get("post_processor"), content.get("pre_tokenizer")]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict):
+            if "trim_offsets" in part:
+                part["trim_offsets"] = False
+            parts += [*(part.get("processors") or []), *(part.get("pretokenizers") or [])]
+    return Tokenizer.from_str(json.dumps(content, ensure_ascii=False))
 
 
 def _encoded(row: Row, ids: list[int], spans: list[tuple[int, int, float]]) -> EncodedRow:
@@ -133,24 +194,6 @@ def _encoded(row: Row, ids: list[int], spans: list[tuple[int, int, float]]) -> E
         np.asarray(ends, dtype=np.int32),
         np.asarray(weights, dtype=np.float32),
     )
-
-
-def _tokens_of(encoding: Encoding, start: int, end: int) -> tuple[int, int]:
-    """The run of tokens that hold any of the characters [start, end).
-
-    Asks for the offsets of some twenty tokens: turning the offsets of all tokens into Python objects would cost more
-    than a tenth of the whole tokenisation. A token of blanks may have an empty range at its own end; it still counts.
-    """
-    tokens = range(len(encoding))
-    first = bisect_right(tokens, start, key=lambda token: _characters(encoding, token)[1])
-    last = bisect_left(tokens, end, key=lambda token: _characters(encoding, token)[0])
-    return first, max(first, last)
-
-
-def _characters(encoding: Encoding, token: int) -> tuple[int, int]:
-    characters = encoding.token_to_chars(token)
-    assert characters is not None, "only tokens added around the text have no characters, and chats get none"
-    return characters
 
 
 def _level(sizes: dict[int, int], excess: int) -> dict[int, int] | None:
@@ -171,5 +214,5 @@ def _without_middle(text: str, encoding: Encoding, kept_tokens: int) -> str:
         return text
     head = (kept_tokens + 1) // 2
     tail = kept_tokens - head
-    end = _characters(encoding, head - 1)[1]
-    return text[:end] + (text[max(end, _characters(encoding, total - tail)[0]) :] if tail else "")
+    end = characters_of(encoding, head - 1)[1]
+    return text[:end] + (text[max(end, characters_of(encoding, total - tail)[0]) :] if tail else "")

@@ -39,6 +39,8 @@ class Tally:
     set_aside: dict[str, int] = field(default_factory=dict)  # reason -> rows
     repeated: int = 0  # rows with the id of an earlier row
     first: dict[str, str] = field(default_factory=dict)  # reason of `left_out` -> the first such row, what was seen
+    unused: dict[str, int] = field(default_factory=dict)  # what usable rows hold and nothing was made of -> rows
+    too_long: list[tuple[int, int]] = field(default_factory=list)  # (tokens, targets) of rows above the limit
 
     @property
     def bad_rows(self) -> int:
@@ -55,6 +57,15 @@ class Tally:
         """Reason -> rows, whatever the kind."""
         kinds = {KEYS["repeated"]: self.repeated, KEYS["overlong"]: self.overlong}
         return {**self.bad, **self.set_aside, **{reason: count for reason, count in kinds.items() if count}}
+
+    def unused_remark(self) -> str:
+        """What was in the rows and is not trained on; nothing where all of it is."""
+        if not self.unused:
+            return ""
+        parts = [
+            f"{name} ({count:,} rows)" for name, count in sorted(self.unused.items(), key=lambda nc: (-nc[1], nc[0]))
+        ]
+        return f"not used, of {self.usable:,} rows: {', '.join(parts)}. docs/data.md lists what each layout reads"
 
     def reasons(self) -> str:
         """A line for each reason why rows were left out, the most frequent first, each with its first row."""

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ds_longft.data.rows import Turn
-from ds_longft.data.template import ChatTemplate, load_template
+from ds_longft.data.template import ChatTemplate
+from ds_longft.data.template_source import load_template
 from ds_longft.errors import ConfigError
 
 # Measured on novels, manuals and essays with Llama-3, Qwen and DeepSeek tokenizers: 0.96-1.14 Chinese and 4.1-5.3
@@ -62,16 +63,26 @@ class Lengths:
         offsets = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).offsets
         return np.fromiter((start for start, _ in offsets), dtype=np.int64, count=len(offsets))
 
-    def rows(self, rows: Sequence[Sequence[Turn]]) -> list[int]:
-        """Tokens of each row.
+    def rows(self, rows: Sequence[Sequence[Turn]], tools: Sequence[str] | None = None) -> list[int]:
+        """Tokens of each row, with its tool schemas (JSON) where there are any.
 
         Raises:
             BadRow: the chat template refuses a row.
             ConfigError: a chat is among them, and the tokenizer has no usable chat template.
         """
         if self._tokenizer is None:
-            return [sum(self.text(turn.content) + TOKENS_PER_TURN for turn in turns) for turns in rows]
-        texts = [turns[0].content if turns[0].role == "text" else self._template.render(turns).text for turns in rows]
+            return [
+                sum(self.text(_all_of(turn)) + TOKENS_PER_TURN for turn in turns) + self.text(schemas)
+                for turns, schemas in zip(rows, tools or [""] * len(rows), strict=True)
+            ]
+        texts = [
+            turns[0].content if turns[0].role == "text" else self._template.render(turns, schemas, own_rule=True).text
+            for turns, schemas in zip(rows, tools or [""] * len(rows), strict=True)
+        ]
         encodings = self._tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         ends = [2 if turns[0].role == "text" else 0 for turns in rows]  # bos and eos, which templates write themselves
         return [len(encoding.ids) + end for encoding, end in zip(encodings, ends, strict=True)]
+
+
+def _all_of(turn: Turn) -> str:
+    return turn.content + turn.thinking + "".join(call.name + call.arguments for call in turn.calls)

@@ -39,7 +39,7 @@ class StepLoader:
         sp: int,
         accumulation: int,
         seed: int,
-        pad_id: int,
+        pad_id: int = 0,
         equal_cost_tokens: int = EQUAL_COST_TOKENS,
     ) -> None:
         """Of `data`, budget, packing and weighting are read. `sp` decides the padding, and the order in a pack.

@@ -20,7 +20,7 @@ from ds_longft.data.encode import EncodedRow, Encoder, Overlong
 from ds_longft.data.ledger import Tally
 from ds_longft.data.pack import build_pack, documents_of, pack_of
 from ds_longft.data.preferences import PreferenceRow
-from ds_longft.data.rows import BadRow
+from ds_longft.data.rows import BadRow, Row
 from ds_longft.data.tokenized import SCHEMA, TokenizedRow, TokenizedSet, Weighting, row_hash
 
 PAIR_SCHEMA = pa.schema(
@@ -44,6 +44,11 @@ class EncodedPair:
     def truncated(self) -> bool:
         """Whether the prompt was cut, in both alike."""
         return self.chosen.truncated
+
+    @property
+    def row(self) -> Row:
+        """The row of the chosen document."""
+        return self.chosen.row
 
     @property
     def shared_tokens(self) -> int:

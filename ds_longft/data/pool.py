@@ -181,7 +181,8 @@ def local(source: MixSource, root: Path | None) -> SourceConfig:
         found = [root / stem, *sorted((root / stem).parent.glob(f"{Path(stem).name}.*"))]
         path = next((path for path in found if path.exists()), None)
         if path is not None:
-            return source.model_copy(update={"path": str(path)})
+            of_hub = {} if path.is_dir() else {"split": "train", "subset": None, "revision": None}  # a file has none
+            return source.model_copy(update={"path": str(path), **of_hub})
     return source
 
 
@@ -234,12 +235,12 @@ def _add(
 def _measured(rows: Sequence[Row], lengths: Lengths) -> list[int | BadRow]:
     """Tokens of each row, or why it has none."""
     try:
-        return list(lengths.rows([row.turns for row in rows]))
+        return list(lengths.rows([row.turns for row in rows], [row.tools for row in rows]))
     except BadRow:
         measured: list[int | BadRow] = []
         for row in rows:
             try:
-                measured += lengths.rows([row.turns])
+                measured += lengths.rows([row.turns], [row.tools])
             except BadRow as bad:
                 measured.append(bad)
         return measured

@@ -6,16 +6,16 @@ On disk a pair is TRL's conversational form with an explicit prompt: `{"prompt":
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
-from ds_longft.data.formats import language_of, text_of, turns_of, weight_of
+from ds_longft.data.formats import FOLLOWS, asked, language_of, system_of, tools_in
+from ds_longft.data.layouts import ASKED, Columns
 from ds_longft.data.rows import BadRow, Row, Turn
+from ds_longft.data.turns import text_of, turns_of, weight_of
 from ds_longft.errors import DataError
-
-PROMPT_KEYS = ("prompt", "question", "instruction", "input")
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,15 @@ class PreferenceRow:
     origin: str  # "file:number"
     language: str | None = None
     weight: float = 1.0
+    tools: str = ""  # as in `Row`
+    unused: tuple[str, ...] = ()  # as in `Row`
 
     @property
     def documents(self) -> tuple[Row, Row]:
         """The chosen and the rejected answer as complete rows; of the prompt, nothing is trained."""
         prompt = tuple(replace(turn, weight=0.0) for turn in self.prompt)
         chosen, rejected = (
-            Row(prompt + answer, self.source, self.origin, self.language, self.weight)
+            Row(prompt + answer, self.source, self.origin, self.language, self.weight, self.tools, self.unused)
             for answer in (self.chosen, self.rejected)
         )
         return chosen, rejected
@@ -56,85 +58,103 @@ def check_columns(columns: Iterable[str], path: str) -> None:
         )
 
 
-def to_preference(record: dict[str, Any], *, source: str, origin: str) -> PreferenceRow:
+def to_preference(record: Mapping[str, Any], *, source: str, origin: str) -> PreferenceRow:
     """`PreferenceRow` of a record with `chosen` and `rejected`. Raises `BadRow`.
 
     Layouts: orca_dpo_pairs (`system`, `question`, two texts), truthy-dpo and Chinese-dpo-pairs (`prompt`, `system`, two
-    texts), ultrafeedback-binarized (`prompt`, two message lists that repeat the prompt), LLaMA-Factory
-    (`conversations`, two single messages), and lists whose common beginning is the prompt.
+    texts), ultrafeedback-binarized (`prompt`, two message lists that repeat the prompt), alpaca (`instruction`,
+    `input`, `history`, two texts), LLaMA-Factory (`conversations`, two single messages), and lists whose common
+    beginning is the prompt, also beside a `prompt` that says a part of it again.
     """
-    chosen, rejected = (_answer(record.get(key), key) for key in ("chosen", "rejected"))
-    prompt = _prompt(record)
-    if not prompt:
-        shared = sum(1 for _ in takewhile(lambda ab: ab[0] == ab[1], zip(chosen, rejected, strict=False)))
-        # Where one conversation is the other's beginning, its last answer is no prompt.
-        prompt = chosen[: max(0, min(shared, len(chosen) - 1, len(rejected) - 1))]
-    chosen, rejected = (_without_prompt(turns, prompt) for turns in (chosen, rejected))
-    system = next((key for key in ("system", "system_prompt") if record.get(key)), None)
-    if system is not None and (not prompt or prompt[0].role != "system"):
-        prompt = [Turn("system", text_of(record[system], system)), *prompt]
+    columns, unused = Columns(record), set[str]()
+    chosen, rejected = (_answer(columns.get(key), key, unused) for key in ("chosen", "rejected"))
+    prompt, chosen, rejected = _parted(_prompt(columns, unused), chosen, rejected)
+    prompt = system_of(columns, prompt)
     _check(prompt, chosen, rejected)
-    own = record.get("source")
+    own, language = columns.get("source"), language_of(columns)
     return PreferenceRow(
         prompt=tuple(prompt),
         chosen=tuple(chosen),
         rejected=tuple(rejected),
         source=text_of(own, "source") if isinstance(own, str) and own else source,
         origin=origin,
-        language=language_of(record),
-        weight=weight_of(record.get("weight"), "weight of the row"),
+        language=language,
+        weight=weight_of(columns.get("weight"), "weight of the row"),
+        tools=tools_in(columns),
+        unused=tuple(sorted(unused | set(columns.unused))),
     )
 
 
-def _prompt(record: dict[str, Any]) -> list[Turn]:
+def _prompt(columns: Columns, unused: set[str]) -> list[Turn]:
     """The turns that both answers answer; empty where the answers carry it themselves."""
-    if isinstance(record.get("conversations"), list):
-        return turns_of(record["conversations"], "from", "value")
-    key = next((key for key in PROMPT_KEYS if record.get(key)), None)
-    if key is None:
-        return []
-    value = record[key]
-    return turns_of(value, "role", "content") if isinstance(value, list) else [Turn("user", text_of(value, key))]
+    if columns.has("conversations"):
+        value = columns.get("conversations")
+        return turns_of(value, unused) if isinstance(value, list) else [Turn("user", text_of(value, "conversations"))]
+    key = columns.first(*ASKED)
+    return asked(columns, key, unused) if key else []
 
 
-def _answer(value: Any, what: str) -> list[Turn]:
+def _answer(value: Any, what: str, unused: set[str]) -> list[Turn]:
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list):
         return [Turn("assistant", text_of(value, what))]
-    if value and isinstance(value[0], dict) and "from" in value[0]:
-        return turns_of(value, "from", "value")
-    return turns_of(value, "role", "content")
+    return turns_of(value, unused)
 
 
-def _without_prompt(turns: list[Turn], prompt: list[Turn]) -> list[Turn]:
-    """The answer turns of a list that may repeat the prompt, its system message or only its last question."""
-    said = [(turn.role, turn.content) for turn in turns]
+def _parted(prompt: list[Turn], chosen: list[Turn], rejected: list[Turn]) -> tuple[list[Turn], list[Turn], list[Turn]]:
+    """(what both answer, the two answers): what the lists begin with alike belongs to the prompt, said once."""
+    chosen, rejected = (_without(prompt, turns) for turns in (chosen, rejected))
+    alike = sum(1 for _ in takewhile(lambda ab: _said(ab[0]) == _said(ab[1]), zip(chosen, rejected, strict=False)))
+    # Where one conversation is the other's beginning, its last answer is no prompt; nor is an answer ever its end.
+    alike = max(0, min(alike, len(chosen) - 1, len(rejected) - 1))
+    while alike and chosen[alike - 1].role == "assistant":
+        alike -= 1
+    shared = chosen[:alike]
+    if shared and shared[0].role in ("system", "user"):
+        told = [_said(turn) for turn in shared]
+        prompt = [turn for turn in prompt if _said(turn) not in told]  # a column that says a part of it again
+        if any(turn.role != "system" for turn in prompt):
+            raise BadRow("the prompt is not in what chosen and rejected begin with", prompt[-1].content[:60])
+    return [*prompt, *shared], chosen[alike:], rejected[alike:]
+
+
+def _without(prompt: list[Turn], turns: list[Turn]) -> list[Turn]:
+    """The turns of a list that may repeat the prompt, all of it or from some turn on, as its beginning."""
+    said = [_said(turn) for turn in turns]
     for start in range(len(prompt)):
-        end = [(turn.role, turn.content) for turn in prompt[start:]]
+        end = [_said(turn) for turn in prompt[start:]]
         if said[: len(end)] == end:
             return turns[len(end) :]
     return turns
+
+
+def _said(turn: Turn) -> tuple[Any, ...]:
+    """What a turn says, blanks around it aside: columns that repeat one often differ in those."""
+    return turn.role, turn.content.strip(), turn.thinking.strip(), [(call.name, call.arguments) for call in turn.calls]
 
 
 def _check(prompt: list[Turn], chosen: list[Turn], rejected: list[Turn]) -> None:
     chat = prompt[1:] if prompt and prompt[0].role == "system" else prompt
     if not chat:
         raise BadRow("no prompt", "neither a prompt column nor a common beginning of chosen and rejected")
-    _check_turns(chat, "user", "the prompt")
+    _check_turns(chat, "start", ("user", "tool"), "the prompt")
     for turns, what in ((chosen, "chosen"), (rejected, "rejected")):
         if not turns:
             raise BadRow(f"{what} is empty")
-        _check_turns(turns, "assistant", what)
-    if [(t.role, t.content.strip()) for t in chosen] == [(t.role, t.content.strip()) for t in rejected]:
+        _check_turns(turns, "user", ("assistant",), what)
+    if [_said(turn) for turn in chosen] == [_said(turn) for turn in rejected]:
         raise BadRow("chosen and rejected are the same")
 
 
-def _check_turns(turns: list[Turn], role: str, what: str) -> None:
-    """`role` first and last, the two roles in turns, words in each."""
-    other = "assistant" if role == "user" else "user"
-    if len(turns) % 2 == 0 or any(turn.role != (role, other)[i % 2] for i, turn in enumerate(turns)):
-        seen = " ".join(turn.role for turn in turns[:8])
-        raise BadRow(f"wrong role order in {what}", f"seen {seen}, expected {role} first and last")
-    if any(not turn.content.strip() for turn in turns):
+def _check_turns(turns: list[Turn], before: str, last: tuple[str, ...], what: str) -> None:
+    """The roles in turns, the last one of `last`, words in each turn."""
+    seen = " ".join(turn.role for turn in turns[:8])
+    for turn in turns:
+        if turn.role not in FOLLOWS[before]:
+            raise BadRow(f"wrong role order in {what}", f"seen {seen}")
+        before = turn.role
+    if turns[-1].role not in last:
+        raise BadRow(f"wrong role order in {what}", f"seen {seen}, expected {' or '.join(last)} last")
+    if any(turn.says_nothing for turn in turns):
         raise BadRow(f"{what} holds an empty message")

@@ -1,4 +1,4 @@
-"""Where rows come from: JSON, JSONL, parquet (.gz too), folders of them, hub ids.
+"""Where rows come from: JSON, JSONL, parquet, Arrow, text (packed too), folders of them, hub ids, remote files.
 
 Reading is split in two so that it can be shared by processes: `Source.blocks` only cuts the input into pieces of raw
 records (about as fast as the disk), `parse_block` turns a piece into dicts and runs wherever the piece was sent.
@@ -7,14 +7,15 @@ records (about as fast as the disk), `parse_block` turns a piece into dicts and 
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import tarfile
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from glob import glob
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -22,13 +23,21 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ds_longft.config import SourceConfig, is_pattern
-from ds_longft.data.records import MAX_EXPANSION, Bomb, Metered, Record, array_elements, lines
+from ds_longft.config import SourceConfig
+from ds_longft.data.files import LINES, SUFFIXES, TABLES, is_member, is_remote, local_files, suffix_of
+from ds_longft.data.records import (
+    MAX_EXPANSION,
+    MAX_RECORD_BYTES,
+    Bomb,
+    Metered,
+    Record,
+    array_elements,
+    lines,
+    too_large,
+)
 from ds_longft.data.rows import BadRow
 from ds_longft.errors import DataError
 
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
-UNREAD = {".zst", ".bz2", ".xz", ".zip", ".csv", ".tsv", ".arrow"}  # data too, in a form not read here
 BLOCK_BYTES = 1 << 20
 PARQUET_ROWS = 64  # rows of a parquet block: long documents make wide rows
 
@@ -50,6 +59,7 @@ class Source:
     config: SourceConfig
     files: tuple[Path, ...]
     hub: Any = None  # datasets.Dataset
+    remark: str = ""  # what of it is not read
 
     @property
     def size_bytes(self) -> int:
@@ -78,65 +88,69 @@ class Source:
         for file in self.files:
             try:
                 yield from _file_blocks(file, before)
-            except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+            except (OSError, EOFError, zlib.error, tarfile.TarError, pa.ArrowException) as error:
                 raise DataError(f"{file} cannot be read: {error}; is the file complete?") from error
             before += file.stat().st_size
 
 
-def _readable(files: Iterable[Path]) -> list[Path]:
-    """Those of a known ending. Raises `DataError` where data lies among them that would go untrained unseen."""
-    found = list(files)
-    unread = [p for p in found if {p.suffix.lower(), _suffix(p)} & UNREAD]
-    if unread:
-        names = ", ".join(p.name for p in unread[:5]) + " ..." * (len(unread) > 5)
-        raise DataError(
-            f"{unread[0].parent} holds data that cannot be read: {names}. "
-            f"Expected {', '.join(SUFFIXES)} (.gz too): convert or unpack these, or move them elsewhere"
-        )
-    return [p for p in found if _suffix(p) in SUFFIXES]
-
-
 def find_source(config: SourceConfig) -> Source:
-    """Files of a local path or pattern, or the hub set of that id.
+    """Files of a local path or pattern, remote files, or the hub set of that id.
 
-    Raises `DataError` when there is neither, naming what was looked for.
+    Raises `DataError` when there is none of them, naming what was looked for.
     """
-    path = Path(config.path).expanduser()
-    if is_pattern(config.path) and not path.exists():
-        files = _readable(Path(p) for p in sorted(glob(str(path))))
-        if not files:
-            raise DataError(f"no file fits {config.path!r}: expected {', '.join(SUFFIXES)} (.gz too)")
-        return Source(config, tuple(files))
-    if path.is_dir():
-        files = _readable(sorted(p for p in path.rglob("*") if p.is_file() and p.name[0] != "."))
-        if not files:
-            raise DataError(f"the folder {path} holds no data: expected {', '.join(SUFFIXES)} (.gz too)")
-        return Source(config, tuple(files))
-    if path.is_file():
-        if _suffix(path) not in SUFFIXES:
-            raise DataError(f"{path} has an unknown ending: expected {', '.join(SUFFIXES)} (.gz too)")
-        return Source(config, (path,))
-    if path.is_absolute() or config.path.startswith((".", "~")) or _suffix(path) in SUFFIXES or not config.path:
+    if is_remote(config.path):
+        return Source(config, (), _load_remote(config))
+    files = local_files(config)
+    if files is not None:
+        return Source(config, files.read, remark=files.remark)
+    path = Path(config.path)
+    if path.is_absolute() or config.path.startswith((".", "~")) or suffix_of(path) in SUFFIXES or not config.path:
         raise DataError(f"no such file or folder: {config.path!r} (data.train[].path or data.eval[].path)")
     return Source(config, (), _load_hub(config))
+
+
+def _load_remote(config: SourceConfig) -> Any:
+    """Files that fsspec finds (s3://, gs://, hf://, https://), fetched to the local cache of `datasets`."""
+    import datasets  # heavy, and not needed for local files
+
+    kinds = {".parquet": "parquet", ".arrow": "arrow", ".txt": "text"} | dict.fromkeys(LINES, "json")
+    kind = kinds.get(suffix_of(Path(config.path)))
+    if kind is None:
+        raise DataError(
+            f"{config.path} has an unknown ending: expected one or several files of {', '.join(kinds)}, e.g. "
+            "s3://bucket/folder/*.parquet"
+        )
+    more = {"sample_by": "document"} if kind == "text" else {}
+    try:
+        return datasets.load_dataset(kind, data_files=config.path, split="train", **more)
+    except Exception as error:  # every file system raises errors of its own
+        raise DataError(f"{config.path!r} cannot be read: {_first_lines(error)}") from error
 
 
 def _load_hub(config: SourceConfig) -> Any:
     import datasets  # heavy, and not needed for local files
 
+    given = {"name": config.subset, "revision": config.revision}
+    keys = {key: value for key, value in given.items() if value is not None}
     try:
         try:
-            return datasets.load_dataset(config.path, split=config.split)
+            return datasets.load_dataset(config.path, split=config.split, **keys)
         except ValueError:
             # Sets rename their parts over time: Fusang-v1 has had `long` as a split and as a configuration.
-            if config.split not in datasets.get_dataset_config_names(config.path):
+            if config.subset or config.split not in datasets.get_dataset_config_names(config.path):
                 raise
             return datasets.load_dataset(config.path, config.split, split="train")
     except Exception as error:  # the hub client raises errors of many libraries
+        asked = f"split {config.split!r}, subset {config.subset!r}"
         raise DataError(
-            f"{config.path!r} is no local file or folder, and as a hub id (split {config.split!r}) it cannot be "
-            f"loaded: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            f"{config.path!r} is no local file or folder, and as a hub id ({asked}) it cannot be loaded: "
+            f"{_first_lines(error)}. data.train[].subset chooses a configuration, split a split"
         ) from error
+
+
+def _first_lines(error: Exception) -> str:
+    """The error and the lines behind it, in which the hub client lists what there is."""
+    return " ".join([f"{type(error).__name__}:", *str(error).split("\n")[:4]])[:600]
 
 
 def parse_block(block: Block) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
@@ -151,16 +165,23 @@ def parse_block(block: Block) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
 def _plain(batch: pa.RecordBatch) -> list[Any]:
     """Records of a batch as dicts; those that hold what Python cannot (text that is no UTF-8) as `BadRow`."""
     try:
-        return list(batch.to_pylist())
+        return [_without_nulls(record) for record in batch.to_pylist()]
     except (ValueError, OverflowError, pa.ArrowException):
         pass
     records: list[Any] = []
     for number in range(batch.num_rows):
         try:
-            records += batch.slice(number, 1).to_pylist()
+            records += map(_without_nulls, batch.slice(number, 1).to_pylist())
         except (ValueError, OverflowError, pa.ArrowException) as error:
             records.append(BadRow("not UTF-8" if isinstance(error, UnicodeDecodeError) else "unreadable", str(error)))
     return records
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value of a table without the keys that objects of other rows have: all of a column share one type there."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _is_blank(record: Any) -> bool:
@@ -208,38 +229,67 @@ def read_rows(config: SourceConfig) -> Iterator[tuple[str, dict[str, Any] | BadR
         yield from parse_block(block)
 
 
-def _suffix(path: Path) -> str:
-    suffixes = [s.lower() for s in path.suffixes]
-    return suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else "".join(suffixes[-1:])
-
-
 @contextmanager
 def _opened(file: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     """(stream of plain bytes, stream whose position tells how much of the file is read)."""
+    kind = file.suffix.lower()
     with file.open("rb") as raw:
-        if file.suffix.lower() != ".gz":
-            yield raw, raw
-        else:
+        if kind in (".gz", ".tgz"):
             with gzip.open(raw, "rb") as plain:
                 yield plain, raw  # type: ignore[misc]
+        elif kind in (".bz2", ".lz4", ".zst"):
+            codec = {".bz2": "bz2", ".lz4": "lz4", ".zst": "zstd"}[kind]
+            with pa.CompressedInputStream(raw, codec) as unpacked:
+                yield io.BufferedReader(unpacked), raw
+        else:
+            yield raw, raw
 
 
 def _file_blocks(file: Path, before_bytes: int) -> Iterator[Block]:
     with _opened(file) as (stream, raw):
-        if _suffix(file) == ".parquet":
-            yield from _parquet_blocks(file, stream, before_bytes)
-            return
-        is_array = _suffix(file) == ".json" and _first_byte(stream) == b"["
-        metered = Metered(stream, file.stat().st_size if file.suffix.lower() == ".gz" else None)
-        first, records, size = 1, [], 0
-        for record in _until_bomb(array_elements(metered) if is_array else lines(metered)):
-            records.append(record)
-            size += len(record) if isinstance(record, bytes) else 0
-            if size >= BLOCK_BYTES:
-                yield Block(str(file), first, records, before_bytes + raw.tell())
-                first, records, size = first + len(records), [], 0
-        if records:
-            yield Block(str(file), first, records, before_bytes + raw.tell())
+        kind = suffix_of(file)
+        if kind in TABLES:
+            yield from _table_blocks(file, stream, before_bytes)
+        elif kind in (".tar", ".tgz"):
+            with tarfile.open(fileobj=stream, mode="r|") as archive:
+                for member in archive:
+                    inner = archive.extractfile(member) if member.isfile() and is_member(member.name) else None
+                    if inner is not None:
+                        name = f"{file}:{member.name}"
+                        for block in _record_blocks(
+                            name, suffix_of(Path(member.name)), Metered(inner, file.stat().st_size)
+                        ):
+                            yield replace(block, position_bytes=before_bytes + raw.tell())
+        else:
+            packed_bytes = None if stream is raw else file.stat().st_size
+            for block in _record_blocks(str(file), kind, Metered(stream, packed_bytes)):
+                yield replace(block, position_bytes=before_bytes + raw.tell())
+
+
+def _record_blocks(name: str, kind: str, stream: Metered) -> Iterator[Block]:
+    """Blocks of raw records; a text file is one record."""
+    if kind == ".txt":
+        text = stream.read(MAX_RECORD_BYTES + 1)
+        record = too_large(len(text)) if len(text) > MAX_RECORD_BYTES else _as_row(text)
+        yield Block(name, 1, [record], 0)
+        return
+    is_array = kind == ".json" and stream.first_byte() == b"["
+    first, records, size = 1, [], 0
+    for record in _until_bomb(array_elements(stream) if is_array else lines(stream)):
+        records.append(record)
+        size += len(record) if isinstance(record, bytes) else 0
+        if size >= BLOCK_BYTES:
+            yield Block(name, first, records, 0)
+            first, records, size = first + len(records), [], 0
+    if records:
+        yield Block(name, first, records, 0)
+
+
+def _as_row(text: bytes) -> Record:
+    try:
+        return json.dumps({"text": text.decode("utf-8-sig")}).encode()
+    except UnicodeDecodeError as error:
+        return BadRow("not UTF-8", str(error))
 
 
 def _until_bomb(records: Iterator[Record]) -> Iterator[Record]:
@@ -249,22 +299,34 @@ def _until_bomb(records: Iterator[Record]) -> Iterator[Record]:
         yield BadRow("the rest of the file is a zip bomb", f"it unpacks to over {MAX_EXPANSION} times its size")
 
 
-def _first_byte(stream: IO[bytes]) -> bytes:
-    head = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-    stream.seek(0)
-    return head
-
-
-def _parquet_blocks(file: Path, stream: IO[bytes], before_bytes: int) -> Iterator[Block]:
+def _table_blocks(file: Path, stream: IO[bytes], before_bytes: int) -> Iterator[Block]:
     with tempfile.TemporaryFile() as plain:
-        if file.suffix.lower() == ".gz":  # parquet is read from its end: unpack to disk, not to memory
+        if file.suffix.lower() not in TABLES:  # tables are read from their end: unpack to disk, not to memory
             _unpack(Metered(stream, file.stat().st_size), plain, file)
             stream = plain
-        table = pq.ParquetFile(stream)
-        first, total, size = 1, max(table.metadata.num_rows, 1), file.stat().st_size
-        for batch in table.iter_batches(batch_size=PARQUET_ROWS):
+        first, size = 1, file.stat().st_size
+        for batch, total in _batches(stream, suffix_of(file)):
             first += batch.num_rows
-            yield Block(str(file), first - batch.num_rows, batch, before_bytes + size * (first - 1) // total)
+            done = size * (first - 1) // max(total, first - 1, 1)
+            yield Block(str(file), first - batch.num_rows, batch, before_bytes + done)
+
+
+def _batches(stream: IO[bytes], kind: str) -> Iterator[tuple[pa.RecordBatch, int]]:
+    """(batch of few rows, rows of the whole table as far as they are known)."""
+    if kind == ".parquet":
+        table = pq.ParquetFile(stream)
+        for batch in table.iter_batches(batch_size=PARQUET_ROWS):
+            yield batch, table.metadata.num_rows
+        return
+    try:
+        reader: Any = pa.ipc.open_file(stream)  # feather
+        batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+    except pa.ArrowInvalid:  # `datasets` writes a stream
+        stream.seek(0)
+        batches = pa.ipc.open_stream(stream)
+    for whole in batches:
+        for at in range(0, whole.num_rows, PARQUET_ROWS):
+            yield whole.slice(at, PARQUET_ROWS), 0
 
 
 def _unpack(stream: Metered, plain: IO[bytes], file: Path) -> None:

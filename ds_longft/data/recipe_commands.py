@@ -63,6 +63,8 @@ def convert(
     print(f"{done.path}: {done.tally.usable:,} {done.format} rows ({languages})")
     if done.tally.unusable_rows:
         print(f"{done.ledger}: {reasons(done.tally)}")
+    if remark := done.tally.unused_remark():
+        print(remark)
 
 
 def mix(

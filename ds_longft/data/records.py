@@ -47,6 +47,10 @@ class Metered:
         """At most `size` bytes."""
         return self._count(self._stream.read(size))
 
+    def first_byte(self) -> bytes:
+        """The first byte that is no blank, as far as it can be seen without reading."""
+        return self._stream.peek(4096)[:4096].removeprefix(b"\xef\xbb\xbf").lstrip()[:1]  # type: ignore[attr-defined]
+
     def readline(self, size: int) -> bytes:
         """Up to the next line end, at most `size` bytes."""
         return self._count(self._stream.readline(size))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Role = Literal["system", "user", "assistant", "text"]
+Role = Literal["system", "user", "assistant", "tool", "text"]
 
 
 class BadRow(Exception):
@@ -23,17 +23,35 @@ class BadRow(Exception):
 
 
 @dataclass(frozen=True)
+class Call:
+    """One call of a tool, as an answer asks for it."""
+
+    name: str
+    arguments: str  # JSON of an object
+    id: str = ""  # what the result refers to, where the row names it
+
+
+@dataclass(frozen=True)
 class Turn:
     """One message. Role `text` is plain text outside any chat: the only turn of its row, trained whole."""
 
     role: Role
     content: str
     weight: float = 1.0  # 0: not trained. Counts on answers and plain text only, other roles are never trained
+    thinking: str = ""  # of an answer: what was thought before it, where the row keeps it apart from the content
+    calls: tuple[Call, ...] = ()  # of an answer
+    name: str = ""  # of a tool's result: the tool
+    call_id: str = ""  # of a tool's result: the call it answers
 
     @property
     def trained(self) -> bool:
         """Whether its tokens are targets."""
         return self.role in ("assistant", "text") and self.weight > 0
+
+    @property
+    def says_nothing(self) -> bool:
+        """No words, no thought and no call."""
+        return not (self.content.strip() or self.thinking.strip() or self.calls)
 
 
 @dataclass(frozen=True)
@@ -45,6 +63,8 @@ class Row:
     origin: str  # "file:number", number of the line (JSONL) or of the record, from 1
     language: str | None = None
     weight: float = 1.0
+    tools: str = ""  # JSON of a list of tool schemas, or nothing
+    unused: tuple[str, ...] = ()  # what the record holds beside all this: columns, keys of messages
 
     @property
     def is_text(self) -> bool:

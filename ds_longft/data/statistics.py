@@ -9,9 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ds_longft.config import DataConfig
+from ds_longft.data.pairs import PairSet
 from ds_longft.data.plan import EQUAL_COST_TOKENS, costs_of, plan_epoch
 from ds_longft.data.tokenized import TokenizedSet
 
+WINDOWS = tuple(1 << e for e in range(12, 21))  # 4K to 1M
 MAX_KINDS = 12  # of sources or languages told apart; the smallest are counted together
 
 
@@ -31,6 +33,15 @@ class Group:
     def target_share(self) -> float:
         """Share of the tokens that are trained."""
         return self.targets / max(1, self.tokens)
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What a window keeps, of all rows that can be trained on, those left out for their length among them."""
+
+    window_tokens: int
+    rows: float  # share
+    targets: float  # share
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,8 @@ class Statistics:
     first_left_out: dict[str, str]  # reason -> the first of these rows, and what was seen in it
     truncated: int
     fingerprint: str
+    unused: dict[str, int]  # what rows hold and nothing was made of -> rows
+    retention: list[Retention]
 
 
 def statistics(rows: TokenizedSet, data: DataConfig, *, dp: int, sp: int, accumulation: int, seed: int) -> Statistics:
@@ -132,7 +145,22 @@ def statistics(rows: TokenizedSet, data: DataConfig, *, dp: int, sp: int, accumu
         first_left_out=tally.first,
         truncated=tally.truncated,
         fingerprint=rows.fingerprint,
+        unused=tally.unused,
+        retention=_retention(rows),
     )
+
+
+def _retention(rows: TokenizedSet) -> list[Retention]:
+    """From the window that takes the shortest rows to the one that takes all; a pair counts by its longer document."""
+    known = [(tokens, targets) for tokens, targets in rows.tally.too_long if tokens]
+    own = rows.side_lengths.max(axis=1) if isinstance(rows, PairSet) else rows.lengths
+    lengths = np.concatenate([own, [tokens for tokens, _ in known]])
+    targets = np.concatenate([rows.targets, [trained for _, trained in known]])
+    top = int(np.ceil(np.log2(max(lengths.max(), WINDOWS[0]))))
+    windows = [w for w in WINDOWS if w < 1 << top] + [1 << top]
+    return [
+        Retention(w, float((lengths <= w).mean()), float(targets[lengths <= w].sum() / targets.sum())) for w in windows
+    ]
 
 
 def _kinds(values: NDArray[Any]) -> NDArray[Any]:

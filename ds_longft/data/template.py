@@ -1,40 +1,42 @@
 """The chat template: turns -> text, and which characters of the text are the answers.
 
 A template that carries `{% generation %}` marks says itself where its answers lie. Most templates carry none. Then the
-template is rendered a second time with a placeholder in the place of each content: the text around the placeholders is
-the frame, and the answers are what fills it in the first text. The text that is trained on is always the template's
-own, to the last character, and a row that does not fit into its frame exactly (an answer rewritten, repeated or left
-out) is refused instead of guessed. Works for every family whose template writes an answer
-down as it is: ChatML (SmolLM2, Qwen), Llama-3, Mistral, Gemma, Phi-3, ...
+template is rendered a second time with a placeholder in the place of each thing that is said: the text around the
+placeholders is the frame, and the answers are what fills it in the first text (`frame.py`). The text that is trained on
+is always the template's own, to the last character, and a row that does not fit into its frame exactly (an answer
+rewritten, repeated or left out) is refused instead of guessed. Works for every family whose template writes an answer
+down as it is: ChatML (SmolLM2, Qwen), Llama-3, Mistral, Gemma, Phi-3, DeepSeek, GLM, gpt-oss, ...
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from datetime import datetime
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
-from ds_longft.data.rows import BadRow, Role, Turn
-from ds_longft.errors import ConfigError
-from ds_longft.shipped import TEMPLATES, find_template
+from ds_longft.data.frame import Closing, Filled, Opening, Span, closed, fill, mark, spans_of
+from ds_longft.data.rows import BadRow, Call, Role, Turn
+from ds_longft.data.thinking import THINK_END, apart, within
+from ds_longft.shipped import TEMPLATES
 
-# Tokens that close a turn in the known families; the tokenizer's eos token counts too.
-TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eot|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|endoftext|>", "</s>")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_MARK = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
-_PROBE = (Turn("user", "How many?"), Turn("assistant", "Just one."))
+PROBE = (Turn("user", "How many?"), Turn("assistant", "Just one."))
 _PLAIN_CHATS = (
-    _PROBE,
-    (Turn("system", " Be brief. "), *_PROBE, Turn("user", " And then?\n"), Turn("assistant", " Two.\n")),
+    PROBE,
+    (Turn("system", " Be brief. "), *PROBE, Turn("user", " And then?\n"), Turn("assistant", " Two.\n")),
 )
-THINK_END = "</think>"
-# Written where a template asks for the date of the day (Llama 3.2, GPT-OSS), so that the same rows give the same tokens
-# on every day. It is the date that Llama's own templates fall back to.
-TODAY = datetime(2024, 7, 26)
-_TODAY = re.compile(r"""strftime_now\(\s*(['"])([^'"\\]*)\1\s*\)""")
+_THOUGHT = (PROBE[0], Turn("assistant", "Just one.", thinking="Let me count."))
+_CALL = Turn("assistant", "", calls=(Call("look_up", '{"word": "sea"}', "call00001"),))
+_CALLED = (PROBE[0], _CALL, Turn("tool", "salt water", name="look_up", call_id="call00001"), PROBE[1])
+_TOOLS = (
+    '[{"type": "function", "function": {"name": "look_up", "description": "A word\'s meaning.", "parameters": '
+    '{"type": "object", "properties": {"word": {"type": "string", "description": "The word."}}, "required": '
+    '["word"]}}}]'
+)
+THOUGHT_LEFT_OUT = "thinking that the chat template leaves out of an earlier answer"
 
 
 @dataclass(frozen=True)
@@ -42,68 +44,222 @@ class Rendered:
     """The text of a row and the parts of it that are trained."""
 
     text: str
-    spans: tuple[tuple[int, int, float], ...]  # (first character, one past the last, weight), in order, weight > 0
+    spans: tuple[Span, ...]  # in order, weight > 0
+    unused: tuple[str, ...] = ()  # what the template leaves out, where that is asked for
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A chat template that is known to show where its answers lie. Picklable; make it with `load_template`."""
+    """A chat template known to show where its answers lie. Picklable; `template_source.load_template` makes it."""
 
     source: str  # Jinja
     variables: dict[str, str]  # bos_token, eos_token, ... as the template knows them
     turn_ends: tuple[str, ...]  # tokens that close an answer
     remarks: tuple[str, ...] = ()  # what a user should know before training with it
+    in_parts: bool = False  # it reads contents as lists of parts only
 
     @property
     def marked(self) -> bool:
         """Whether the template carries its own `{% generation %}` marks."""
         return _GENERATION.search(self.source) is not None
 
-    def render(self, turns: Sequence[Turn]) -> Rendered:
+    def render(self, turns: Sequence[Turn], tools: str = "", *, own_rule: bool = False) -> Rendered:
         """Text of a chat and the character spans of its answers, each with the token that closes it.
 
-        Raises `BadRow` when the template refuses the chat or an answer cannot be found in the text.
-        """
-        if self.marked:
-            text, spans = self._render(turns, marks=True)
-        else:
-            text, _ = self._render(turns)
-            spans = self._by_frame(turns, text)
-        answers = [turn for turn in turns if turn.role == "assistant"]
-        if len(spans) != len(answers):
-            seen = f"{len(spans)} marks, {len(answers)} answers"
-            raise BadRow("the chat template does not mark each answer once", seen)
-        trained = [(*span, turn.weight) for span, turn in zip(spans, answers, strict=True) if turn.trained]
-        return Rendered(text, tuple((start, self._with_turn_end(text, start, end), w) for start, end, w in trained))
+        Args:
+            turns: the chat.
+            tools: JSON of a list of tool schemas, or nothing.
+            own_rule: the template may leave out thoughts of all answers but the last.
 
-    def _render(self, turns: Sequence[Turn], *, marks: bool = False) -> tuple[str, list[tuple[int, int]]]:
+        Raises:
+            BadRow: the template refuses the chat, leaves out something that is said, or an answer cannot be found.
+        """
+        turns = [self._laid_out(turn) for turn in turns]
+        text, marks = self._render(turns, tools, marks=self.marked)
+        self._check_nothing_is_left_out(turns, tools, text)
+        answers = _answers(turns)
+        if not self.marked:
+            by_turn, left_out = self._by_frame(turns, tools, text)
+        elif len(marks) == len(answers):
+            by_turn = {i: self._marked_span(text, *span) for i, span in zip(answers, marks, strict=True)}
+            left_out = []
+            if any(turn.calls or turn.thinking for turn in turns):
+                left_out = self._thoughts_left_out(turns, self._filled(turns, tools, text))
+            for turn in turns:
+                if not _is_in(turn.content.strip(), text):
+                    raise self._rewrites(turns, BadRow("the chat template rewrites what is said", turn.content[:60]))
+        else:
+            seen = f"{len(marks)} marks, {len(answers)} answers"
+            raise BadRow("the chat template does not mark each answer once", seen)
+        if left_out and not (own_rule and answers[-1] not in left_out):
+            raise BadRow("the chat template rewrites an answer with thinking", self._keeps_thinking)
+        lost = [i for i in answers if turns[i].trained and i not in by_turn]
+        if lost:
+            raise BadRow(
+                "the chat template rewrites what is said", "an answer is missing from its text, or there twice"
+            )
+        spans = tuple(replace(by_turn[i], weight=turns[i].weight) for i in answers if turns[i].trained)
+        return Rendered(text, spans, (THOUGHT_LEFT_OUT,) if left_out else ())
+
+    def _laid_out(self, turn: Turn) -> Turn:
+        """A turn with its thought where this template reads it: in a field of its own, or within the content."""
+        if turn.role != "assistant" or not (turn.thinking or THINK_END in turn.content):
+            return turn
+        return apart(turn) if self._reads_thinking else within(turn)
+
+    def _render(
+        self, turns: Sequence[Turn], tools: str = "", *, marks: bool = False, prompt: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
         # here, not above: transformers takes longer to import than everything else a tokenising process needs
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         try:
             texts, spans = render_jinja_template(
-                conversations=[messages],
+                conversations=[[self._message(turn) for turn in turns]],
+                tools=json.loads(tools) if tools else None,
                 chat_template=self.source,
                 return_assistant_tokens_mask=marks,
+                add_generation_prompt=prompt,
                 **self.variables,
             )
         except Exception as error:  # a program of somebody else's: it divides by zero, recurses, loops too long
             raise BadRow("the chat template refuses the row", f"{type(error).__name__}: {error}") from error
         return texts[0], spans[0] if marks else []
 
-    def _by_frame(self, turns: Sequence[Turn], text: str) -> list[tuple[int, int]]:
-        """Where the answers lie in `text`, the template's render of `turns`."""
-        try:  # the frame of other chats with the same roles fits nearly always, and costs nothing
-            return _fill(self._frame_of_roles(tuple(turn.role for turn in turns)), turns, text)
-        except BadRow:
-            names = [replace(t, content=_name(i)) if t.role == "assistant" else t for i, t in enumerate(turns)]
+    def _message(self, turn: Turn) -> dict[str, Any]:
+        """A turn as templates know messages."""
+        message: dict[str, Any] = {"role": turn.role, "content": turn.content}
+        if turn.thinking:
+            message["reasoning_content"] = turn.thinking  # transformers gives it its other names too
+        if turn.calls:
+            as_text, blank = self._way_of_calls
+            message["content"] = turn.content or blank
+            message["tool_calls"] = [
+                {
+                    "type": "function",
+                    "function": {
+                        "name": call.name,
+                        "arguments": call.arguments if as_text else json.loads(call.arguments),
+                    },
+                    **({"id": call.id} if call.id else {}),
+                }
+                for call in turn.calls
+            ]
+        if self.in_parts and message["content"] is not None:
+            message["content"] = [{"type": "text", "text": message["content"]}]
+        more = {"name": turn.name, "tool_call_id": turn.call_id}
+        return message | {key: value for key, value in more.items() if value}
+
+    @cached_property
+    def _way_of_calls(self) -> tuple[bool, str | None]:
+        """(whether arguments go in as text, content of an answer that only calls): the first way that shows a call."""
+        ways: list[tuple[bool, str | None]] = [(False, ""), (False, None), (True, ""), (True, None)]
+        for way in ways:
+            other = replace(self)
+            other.__dict__["_way_of_calls"] = way
             try:
-                return _fill(self._render(names)[0], turns, text)
+                text, _ = other._render(_CALLED)
+            except BadRow:
+                continue
+            if text.count("look_up") and "sea" in text and "{'" not in text:
+                return way
+        return ways[0]
+
+    @cached_property
+    def _reads_thinking(self) -> bool:
+        """Whether the template writes what stands in `reasoning_content`."""
+        try:
+            return _THOUGHT[1].thinking in self._render(_THOUGHT)[0]
+        except BadRow:
+            return False
+
+    @cached_property
+    def _writes_tools(self) -> bool:
+        try:
+            return "look_up" in self._render(PROBE[:1], _TOOLS)[0]
+        except BadRow:
+            return False
+
+    def _check_nothing_is_left_out(self, turns: Sequence[Turn], tools: str, text: str) -> None:
+        """Raise `BadRow` for tools, calls and turns that the template takes without writing them."""
+        if tools and not self._writes_tools:
+            raise BadRow("the chat template writes no tools", "set data.chat_template to one that does")
+        for turn in turns:
+            if turn.role != "assistant" and not _is_in(turn.content.strip(), text):
+                raise BadRow(
+                    "the chat template leaves out what is said", f"by {turn.role}: {turn.content.strip()[:40]!r}"
+                )
+            for call in turn.calls:
+                if call.name not in text:
+                    raise BadRow("the chat template leaves out a tool call", call.name)
+
+    def _by_frame(self, turns: Sequence[Turn], tools: str, text: str) -> tuple[dict[int, Span], list[int]]:
+        """(span of each answer in `text`, answers whose thought is not there)."""
+        filled = self._filled(turns, tools, text)
+        spans = spans_of(filled, turns, text, self._openings, self._closing, self.turn_ends)
+        return spans, self._thoughts_left_out(turns, filled)
+
+    def _thoughts_left_out(self, turns: Sequence[Turn], filled: Filled) -> list[int]:
+        return [i for i in _answers(turns) if turns[i].thinking.strip() and (i, "t") not in filled.at]
+
+    def _filled(self, turns: Sequence[Turn], tools: str, text: str) -> Filled:
+        """Where in `text`, the render of `turns`, things are said. Raises `BadRow`: it is not what was said."""
+        plain = not tools and not any(turn.calls or turn.thinking or turn.role == "tool" for turn in turns)
+
+        def frame(*roles: Role) -> str:
+            return self._render([self._named(t, i) if t.role in roles else t for i, t in enumerate(turns)], tools)[0]
+
+        ways: tuple[Callable[[], str], ...] = (
+            # the frame of other chats with the same roles fits nearly always, and costs nothing
+            partial(self._frame_of_roles, tuple(turn.role for turn in turns))
+            if plain
+            else partial(frame, "system", "user", "assistant", "tool"),
+            partial(frame, "assistant", "tool"),  # some templates look into what the user says
+        )
+        seen = BadRow("the chat template rewrites what is said")
+        for way in ways:
+            try:
+                return fill(way(), turns, text)
             except BadRow as bad:
-                if any(THINK_END in turns[i].content for i in _answers(turns)):
-                    raise BadRow("the chat template rewrites an answer with thinking", self._keeps_thinking) from bad
-                raise
+                seen = bad
+        raise self._rewrites(turns, seen)
+
+    def _rewrites(self, turns: Sequence[Turn], seen: BadRow) -> BadRow:
+        """What to say of a row whose text is not what was said: with thinking there is something to do about it."""
+        if any(THINK_END in turns[i].content for i in _answers(turns)):
+            return BadRow("the chat template rewrites an answer with thinking", self._keeps_thinking)
+        return seen
+
+    def _named(self, turn: Turn, i: int) -> Turn:
+        """The turn with placeholders for what is said; nothing stays nothing, as templates go by that."""
+        calls = tuple(replace(call, name=mark(i, f"n{k}")) for k, call in enumerate(turn.calls))
+        content = mark(i, "c") if turn.content.strip() or not (turn.calls or turn.thinking) else turn.content
+        return replace(turn, content=content, thinking=mark(i, "t") if turn.thinking.strip() else "", calls=calls)
+
+    @cached_property
+    def _openings(self) -> dict[str, Opening]:
+        """What stands between a turn of each role and the answer to it."""
+        openings: dict[str, Opening] = {}
+        for chat in (PROBE, _CALLED):
+            with_marks = [self._named(turn, i) for i, turn in enumerate(chat)]
+            try:
+                prompt, _ = self._render(with_marks[:-1], prompt=True)
+                bare, _ = self._render(with_marks[:-1])
+                whole, _ = self._render(with_marks)
+            except BadRow:
+                continue
+            before, answer = (mark(len(chat) - k, "c") for k in (2, 1))
+            openings[chat[-2].role] = Opening.between(before, answer, prompt, bare, whole)
+        return openings
+
+    @cached_property
+    def _closing(self) -> Closing:
+        """What stands behind the last call of an answer."""
+        named = [self._named(turn, i) for i, turn in enumerate(_CALLED)]
+        try:
+            return Closing.of("sea", self._render(named[:2])[0], self._render(named)[0], self.turn_ends)
+        except BadRow:
+            return Closing("")
 
     @cached_property
     def _keeps_thinking(self) -> str:
@@ -115,122 +271,43 @@ class ChatTemplate:
             except BadRow:
                 same = False
             if same:
-                return f"data.chat_template: {file.name} keeps it as given, and is otherwise the same"
-        return "a data.chat_template with {% generation %} marks around answers as they are given would keep it"
+                return (
+                    f"data.chat_template: {file.name} keeps it as given, and is otherwise the same; data.thinking: "
+                    "last or none leaves it out"
+                )
+        return (
+            "a data.chat_template with {% generation %} marks around answers as they are given would keep it; "
+            "data.thinking: last or none leaves it out"
+        )
 
     @cached_property
     def _frame_of_roles(self) -> Callable[[tuple[Role, ...]], str]:
         """Render of a chat with a placeholder for every content, remembered by the chat's roles."""
-        return lru_cache(1024)(lambda roles: self._render([Turn(role, _name(i)) for i, role in enumerate(roles)])[0])
+        return lru_cache(1024)(
+            lambda roles: self._render([Turn(role, mark(i, "c")) for i, role in enumerate(roles)])[0]
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """What is remembered stays behind when the template is sent to another process."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
-    def _with_turn_end(self, text: str, start: int, end: int) -> int:
-        """`end`, moved behind the token that closes the answer, so that the model learns to stop."""
-        if text[start:end].rstrip().endswith(self.turn_ends):
-            return end
-        closing = re.compile(r"\s*(?:" + "|".join(map(re.escape, self.turn_ends)) + ")").match(text, end)
-        return closing.end() if closing else end
+    def _marked_span(self, text: str, start: int, end: int) -> Span:
+        """What a template marks, without the header that asks for the answer and blanks behind its stop."""
+        for asking in {opening.asking for opening in self._openings.values()} - {""}:
+            if text.startswith(asking, start):
+                start += len(asking)
+                break
+        bare = text[start:end].rstrip()
+        stop = next((token for token in self.turn_ends if bare.endswith(token)), None)
+        if stop is None:
+            return Span(start, end, closed(text, end, self.turn_ends))
+        return Span(start, start + len(bare) - len(stop), start + len(bare))
 
 
-def _name(turn: int) -> str:
-    """Placeholder for the content of a turn, in characters of private use."""
-    return f"\ue000{turn}\ue001"
-
-
-def _fill(frame: str, turns: Sequence[Turn], text: str) -> list[tuple[int, int]]:
-    """Read `text` along the frame; returns the spans of the answers. A character that does not fit is a `BadRow`."""
-    literals = re.split("\ue000([0-9]+)\ue001", frame)  # literal, turn, literal, turn, ..., literal
-    filled = [int(turn) for turn in literals[1::2]]
-    spans = []
-    at = len(literals[0])
-    fits = text.startswith(literals[0])
-    for number, following in zip(filled, literals[2::2], strict=True):
-        content = turns[number].content
-        ways = (content, content.strip(), content.lstrip(), content.rstrip())  # many templates trim
-        ends = (at + len(way) for way in ways if text.startswith(way, at) and text.startswith(following, at + len(way)))
-        end = next(ends, None) if fits else None
-        if end is None:
-            raise BadRow("the chat template rewrites what is said", f"seen {text[at : at + 60]!r}")
-        if turns[number].role == "assistant":
-            spans.append((at, end))
-        at = end + len(following)
-    if at != len(text) or [n for n in filled if turns[n].role == "assistant"] != _answers(turns):
-        raise BadRow("the chat template rewrites what is said", "an answer is missing from its text, or there twice")
-    return spans
+def _is_in(said: str, text: str) -> bool:
+    """Whether a text holds these words, as they are or as JSON writes them."""
+    return said in text or json.dumps(said, ensure_ascii=False)[1:-1] in text
 
 
 def _answers(turns: Sequence[Turn]) -> list[int]:
     return [i for i, turn in enumerate(turns) if turn.role == "assistant"]
-
-
-def load_template(tokenizer: Any, path: str | None) -> ChatTemplate:
-    """The chat template at `path`, or the tokenizer's own, tried on a small chat before any data is read.
-
-    Args:
-        tokenizer: a fast Hugging Face tokenizer.
-        path: Jinja file or the name of a shipped one, or None for the tokenizer's template.
-
-    Raises:
-        ConfigError: no template, or one whose answers cannot be told from the rest.
-    """
-    if path is not None:
-        file = find_template(path)
-        if not file.is_file():
-            raise ConfigError(f"data.chat_template: no such file: {path!r}")
-        source, name = file.read_text(encoding="utf-8"), f"the chat template {path}"
-    elif tokenizer.chat_template:
-        source, name = tokenizer.get_chat_template(), "the tokenizer's chat template"
-    else:
-        raise ConfigError(
-            "the tokenizer has no chat template (a base model?): set data.chat_template to a Jinja file with "
-            "{% generation %} marks, or train on plain text (format: text)"
-        )
-    source, remarks = _with_fixed_date(source, name)
-    special = tokenizer.special_tokens_map
-    variables = {key: str(value) for key, value in special.items() if isinstance(value, str)}
-    known = set(tokenizer.get_added_vocab())
-    ends = {token for token in TURN_ENDS if token in known} | {variables.get("eos_token", "")} - {""}
-    template = ChatTemplate(source, variables, tuple(sorted(ends, key=lambda token: (-len(token), token))))
-    try:
-        probe = template.render(_PROBE)
-    except BadRow as bad:
-        raise _unusable(name, str(bad)) from bad
-    start, end, _ = probe.spans[0]
-    if _PROBE[1].content not in probe.text[start:end] or _PROBE[0].content in probe.text[start:end]:
-        raise _unusable(name, f"its {{% generation %}} marks enclose {probe.text[start:end]!r} instead of the answer")
-    if not probe.text[start:end].rstrip().endswith((*ends, *known)):
-        remarks += (
-            f"{name} ends no answer with a token that says so: the model will not learn to stop. Expected "
-            f"{variables.get('eos_token', 'the eos token')!r} (the tokenizer's eos_token) behind the answer, seen "
-            f"{probe.text[start:][:60]!r}. Set data.chat_template to a Jinja file that writes it, inside "
-            "{% generation %} ... {% endgeneration %}",
-        )
-    return replace(template, remarks=remarks)
-
-
-def without_marks(source: str) -> str:
-    """The same template without `{% generation %}` marks, which few programs but transformers know."""
-    return _MARK.sub(lambda mark: f"{mark[1]}{'endif' if mark[2] else 'if true'}{mark[3]}", source)
-
-
-def _with_fixed_date(source: str, name: str) -> tuple[str, tuple[str, ...]]:
-    """A template with `TODAY` for the date of the day, and the remark about it. Raises ConfigError."""
-    fixed = _TODAY.sub(lambda call: repr(TODAY.strftime(call[2])), source)
-    if re.search(r"strftime_now\s*\(", fixed):
-        raise ConfigError(
-            f"{name} writes the date of the day by strftime_now(...), in a format that is not written out there: the "
-            "same rows would give other tokens tomorrow. Set data.chat_template to a Jinja file with a fixed date"
-        )
-    if fixed == source:
-        return source, ()
-    return fixed, (f"{name} writes the date of the day: all rows get {TODAY:%d %b %Y}, whenever they are tokenized",)
-
-
-def _unusable(name: str, seen: str) -> ConfigError:
-    return ConfigError(
-        f"{name} does not show which part of its text is the answer: {seen}. Set data.chat_template to a Jinja file "
-        "that puts {% generation %} ... {% endgeneration %} around each answer and the token that ends it"
-    )

@@ -15,7 +15,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -32,7 +32,7 @@ from filelock import FileLock
 
 from ds_longft.config import DataConfig, SourceConfig
 from ds_longft.data.cache import LEDGER, PartSeal, SealedSet, close_set, part_file, sealed_set, whole_parts
-from ds_longft.data.encode import EncodedRow, Encoder, Overlong
+from ds_longft.data.encode import EncodedRow, Encoder, Overlong, without_trimmed_offsets
 from ds_longft.data.formats import detect_format, to_row
 from ds_longft.data.ledger import Entry, Kind, Ledger
 from ds_longft.data.pairs import PAIR_SCHEMA, EncodedPair, PairSet, encode_pairs, pairs_to_batch
@@ -40,7 +40,7 @@ from ds_longft.data.preferences import PreferenceRow, check_columns, to_preferen
 from ds_longft.data.progress import Progress, say_once
 from ds_longft.data.readers import Block, Source, find_source, first_record, parse_block
 from ds_longft.data.rows import BadRow, Row
-from ds_longft.data.template import load_template
+from ds_longft.data.template_source import load_template
 from ds_longft.data.tokenized import SCHEMA, TokenizedSet, to_record_batch
 from ds_longft.errors import DataError
 from ds_longft.stored import Unreadable
@@ -71,6 +71,8 @@ class Result:
     left_out: list[Entry]
     read: int
     truncated: int
+    unused: dict[str, int]  # what rows hold and nothing was made of -> rows
+    too_long: list[tuple[int, int]]  # (tokens, targets) of each row left out for its length
 
 
 def tokenize_sources(
@@ -101,6 +103,10 @@ def tokenize_sources(
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise DataError(f"{type(tokenizer).__name__} is not a fast tokenizer: the model folder needs a tokenizer.json")
     found = [find_source(source) for source in sources]
+    if progress:
+        for source in found:
+            if source.remark:
+                say_once(source.remark)
     formats = [_format_of(source, pairs) for source in found]
     encoder = _encoder(tokenizer, data, chats=any(name != "text" for name in formats))
     if progress and encoder.template is not None:
@@ -119,6 +125,8 @@ def tokenize_sources(
         with FileLock(cache / f"{fingerprint}.lock"):  # a second process waits, and finds the set made
             found_set = _make(folder, found, formats, encoder, data.workers, progress=progress, every_byte=every_byte)
     found_set.tally.check(data.max_bad_fraction, folder / LEDGER)
+    if progress and (remark := found_set.tally.unused_remark()):
+        say_once(remark)
     files = [folder / part.file for part in found_set.parts]
     return (PairSet if pairs else TokenizedSet).open(files, fingerprint, found_set.tally)
 
@@ -147,7 +155,7 @@ def _make(
 
 
 def _encoder(tokenizer: Any, data: DataConfig, *, chats: bool) -> Encoder:
-    backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())  # a copy of our own
+    backend = without_trimmed_offsets(tokenizer.backend_tokenizer)  # a copy of our own
     backend.no_truncation()
     backend.no_padding()
     return Encoder(
@@ -156,6 +164,8 @@ def _encoder(tokenizer: Any, data: DataConfig, *, chats: bool) -> Encoder:
         eos_id=tokenizer.eos_token_id,
         max_length_tokens=data.max_length_tokens,
         overlong=data.overlong,
+        thinking=data.thinking,
+        train_turns=data.train_turns,
     )
 
 
@@ -181,6 +191,7 @@ def _fingerprint(sources: Sequence[Source], formats: Sequence[str], encoder: Enc
         "sources": [[s.identity(), f, s.config.limit, s.config.path] for s, f in zip(sources, formats, strict=True)],
         "max_length_tokens": encoder.max_length_tokens,
         "overlong": encoder.overlong,
+        "turns": [encoder.thinking, encoder.train_turns],
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
 
@@ -245,6 +256,8 @@ def _write_part(
             tally.read += result.read
             tally.usable += result.batch.num_rows
             tally.truncated += result.truncated
+            tally.unused = dict(Counter(tally.unused) + Counter(result.unused))
+            tally.too_long += result.too_long
             for entry in result.left_out:
                 ledger.add(entry)
             if result.batch.num_rows:
@@ -317,6 +330,8 @@ def encode_block(task: Task, encoder: Encoder) -> Result:
     """Parse, lay out and encode one block. Raises `Overlong` for the first row too long with `overlong: error`."""
     rows: list[Row | PreferenceRow] = []
     left_out: list[Entry] = []
+    unused: Counter[str] = Counter()
+    too_long: list[tuple[int, int]] = []
     read = 0
     for origin, record in parse_block(task.block):
         read += 1
@@ -336,15 +351,20 @@ def encode_block(task: Task, encoder: Encoder) -> Result:
     for row, result in zip(rows, results, strict=True):
         if not isinstance(result, BadRow):
             encoded.append(result)
+            unused.update(result.row.unused)
             continue
         origin = row.origin
         if isinstance(result, Overlong) and encoder.overlong == "error":
             raise Overlong(f"{origin}: {result.reason}", result.detail)
-        kind: Kind = "overlong" if isinstance(result, Overlong) else "bad"
+        kind: Kind = "bad"
+        if isinstance(result, Overlong):
+            kind = "overlong"
+            too_long.append((result.tokens, result.targets))
         left_out.append(Entry(origin, result.reason, result.detail, kind))
     batch = (
         pairs_to_batch([r for r in encoded if isinstance(r, EncodedPair)])
         if task.format == PREFERENCE
         else to_record_batch([r for r in encoded if isinstance(r, EncodedRow)])
     )
-    return Result(batch, left_out, read, sum(row.truncated for row in encoded))
+    truncated = sum(row.truncated for row in encoded)
+    return Result(batch, left_out, read, truncated, dict(unused), too_long)

@@ -163,7 +163,8 @@ class TokenizedSet:
                 row = next(i for i, each in enumerate(ids) if pc.max(each.values).as_py() == largest)
                 raise DataError(
                     f"{batch.column('origin')[row]}: token id {largest}, but the model knows ids 0 to "
-                    f"{vocab_size - 1}: the tokenizer beside it (model.path) is another model's"
+                    f"{vocab_size - 1}: the tokenizer beside it (model.path) is another model's, or "
+                    "tokens were added to it without rows in the model's embeddings"
                 )
 
     def split(self, fraction: float, seed: int) -> tuple[TokenizedSet, TokenizedSet]:

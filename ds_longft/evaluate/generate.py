@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ds_longft.evaluate.haystack import MARK
 from ds_longft.evaluate.subject import Loaded
-from ds_longft.evaluate.texts import encode
 from ds_longft.model.rope_lengths import cache_outdated, set_rope_lengths
+from ds_longft.model.stops import stop_ids
 
 CHUNK_TOKENS = 8192
 """Of a prompt at a time: its activations, not the prompt's, are what a GPU holds beside weights and cache."""
@@ -59,17 +58,8 @@ def generate(
 
 
 def end_ids(loaded: Loaded, tokenizer: Any) -> set[int]:
-    """Tokens that end an answer: the tokenizer's, the model's, and the one the chat template ends a turn with."""
-    ids: set[int] = set()
-    of_model = getattr(getattr(loaded.plain, "generation_config", None), "eos_token_id", None)
-    for value in (tokenizer.eos_token_id, loaded.plain.config.eos_token_id, of_model):
-        ids |= set(value) if isinstance(value, list | tuple) else {value} if value is not None else set()
-    if tokenizer.chat_template:  # a base model that was given one keeps its own end of text
-        turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": MARK}]
-        behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(MARK)[2]
-        special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
-        ids |= set([i for i in encode(tokenizer, behind) if i in special][:1])
-    return ids
+    """Tokens that end an answer where the model is served: those of its tokenizer, config and generation config."""
+    return set(stop_ids(tokenizer, loaded.plain.config, getattr(loaded.plain, "generation_config", None)))
 
 
 def _logits(loaded: Loaded, ids: Tensor, cache: DynamicCache, most: int) -> Tensor:

@@ -22,9 +22,11 @@ from transformers import PreTrainedModel as Model
 from transformers.core_model_loading import revert_weight_conversion
 
 from ds_longft.errors import ModelError
+from ds_longft.model.elsewhere import spell_for_older_readers
 from ds_longft.model.lora import BASE_CONFIG_FOLDER, WEIGHTS_NAME, load_adapter
 from ds_longft.model.rope import check_rope
 from ds_longft.model.rope_formulas import rope_parts
+from ds_longft.model.stops import serve_stop, stop_ids
 
 PROMPT = "The capital of France is"
 # Merging rounds each weight once to its type; relative to the largest logit.
@@ -138,7 +140,16 @@ def _copy(run: Path, work: Path) -> dict[str, Any]:
             shutil.copy2(path, work / path.name)
     config = AutoConfig.from_pretrained(work, **NO_CODE)
     config.use_cache = True
+    tokenizer = _tokenizer(work, str(work))
+    if tokenizer is not None:
+        generation = GenerationConfig.from_model_config(config)
+        with contextlib.suppress(OSError):
+            generation = GenerationConfig.from_pretrained(work)
+        if _stop_where_served(tokenizer, config, generation):
+            tokenizer.save_pretrained(work)
+        generation.save_pretrained(work)
     config.save_pretrained(work)
+    spell_for_older_readers(work)
     model = AutoModelForCausalLM.from_pretrained(work, dtype="auto", use_safetensors=True, **NO_CODE)
     dtype, tokens = model.dtype, _prompt_tokens(run, str(work), config)
     logits = _logits(model, tokens)
@@ -172,12 +183,27 @@ def _trained_config(run: Path, base: str, source: dict[str, str]) -> PretrainedC
 
 def _save(model: Model, run: Path, work: Path, base: str, source: dict[str, str]) -> None:
     model.config.use_cache = True
-    model.save_pretrained(work)
+    generation = model.generation_config
     with contextlib.suppress(OSError):  # some models have none
-        GenerationConfig.from_pretrained(base, **source).save_pretrained(work)
+        generation = GenerationConfig.from_pretrained(base, **source)
     tokenizer = _tokenizer(run, base)
     if tokenizer is not None:
+        _stop_where_served(tokenizer, model.config, generation)
+    model.save_pretrained(work)
+    generation.save_pretrained(work)
+    if tokenizer is not None:
         tokenizer.save_pretrained(work)
+    spell_for_older_readers(work)
+
+
+def _stop_where_served(tokenizer: Any, config: PretrainedConfig, generation: Any) -> bool:
+    """The end of an answer in what is exported, also where the run wrote it into its own config alone; whether the
+    tokenizer changed.
+    """
+    changed = serve_stop(tokenizer, config, generation) is not None
+    if set(stop_ids(config)) - set(stop_ids(generation)):
+        generation.eos_token_id = stop_ids(generation, config)
+    return changed
 
 
 def _tokenizer(run: Path, base: str) -> Any | None:

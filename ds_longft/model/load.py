@@ -76,7 +76,9 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path, **_source(model))
     except Exception as error:  # every tokenizer backend has its own way to fail on a missing or broken file
-        raise ModelError(f"model.path: no tokenizer can be read from {path!r}: {_first_line(error)}") from error
+        alone = (Path(path) / "tokenizer.model").is_file() and not (Path(path) / "tokenizer.json").is_file()
+        hint = ". It holds tokenizer.model alone: `pip install sentencepiece`" if alone else ""
+        raise ModelError(f"model.path: no tokenizer can be read from {path!r}: {_first_line(error)}{hint}") from error
 
 
 def load_model(

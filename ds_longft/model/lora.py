@@ -11,13 +11,15 @@ from pathlib import Path
 
 import peft
 import torch
-from peft.utils import get_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from ds_longft.config import LoraConfig
 from ds_longft.errors import ModelError
+from ds_longft.model.elsewhere import spell_for_older_readers
+from ds_longft.model.rope_formulas import rope_parts
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 BASE_CONFIG_FOLDER = "base_config"  # the base's config as trained: its RoPE may differ from the base's own
@@ -64,12 +66,52 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int, revision: s
         torch.manual_seed(seed)
         # PEFT would keep adapters of a bf16 model in fp32; the optimizer holds fp32 master weights already
         try:
-            return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+            adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
         except (TypeError, ValueError) as error:
             raise ModelError(
                 f"PEFT cannot adapt this {model.config.model_type} so: {error}. Change lora.targets, "
                 f"lora.modules_to_save or lora.dora"
             ) from error
+    assert isinstance(adapted, peft.PeftModel)
+    if lora.init_from is not None:
+        _go_on_from(Path(lora.init_from).expanduser(), adapted)
+    return adapted
+
+
+def _go_on_from(folder: Path, model: peft.PeftModel) -> None:
+    """Put the weights of a saved adapter in place of the initial ones.
+
+    Raises:
+        ModelError: no adapter there, or one of another shape, scale or RoPE than this model's.
+    """
+    if not (folder / WEIGHTS_NAME).is_file() or not (folder / peft.utils.CONFIG_NAME).is_file():
+        raise ModelError(f"lora.init_from: {folder} holds no {peft.utils.CONFIG_NAME} with {WEIGHTS_NAME}")
+    theirs, ours = peft.PeftConfig.from_pretrained(folder), model.peft_config["default"]
+    keys = {"r": "r", "lora_alpha": "alpha", "use_rslora": "rslora", "use_dora": "dora"}
+    differ = {key: getattr(theirs, name) for name, key in keys.items() if getattr(theirs, name) != getattr(ours, name)}
+    if differ:
+        these = ", ".join(f"lora.{key}: {value}" for key, value in differ.items())
+        raise ModelError(f"lora.init_from: the adapter in {folder} was made with other keys: set {these}")
+    if (folder / BASE_CONFIG_FOLDER).is_dir():
+        trained, own = AutoConfig.from_pretrained(folder / BASE_CONFIG_FOLDER), model.get_base_model().config
+        if rope_parts(trained) != rope_parts(own):
+            raise ModelError(
+                f"lora.init_from: the adapter in {folder} was trained with RoPE {rope_parts(trained)}, this run has "
+                f"{rope_parts(own)}: set model.rope as that run's config.yaml has it"
+            )
+    state = load_file(folder / WEIGHTS_NAME)
+    wanted = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    try:
+        outcome = set_peft_model_state_dict(model, state)
+    except RuntimeError as error:
+        raise ModelError(f"lora.init_from: the adapter in {folder} does not fit: {str(error)[:300]}") from error
+    missing = sorted(wanted & set(outcome.missing_keys))
+    if missing or outcome.unexpected_keys:
+        odd = (missing or sorted(outcome.unexpected_keys))[0]
+        raise ModelError(
+            f"lora.init_from: the adapter in {folder} adapts other layers than lora.targets and lora.modules_to_save "
+            f"name, the first is {odd}"
+        )
 
 
 def load_adapter(base: PreTrainedModel, folder: str | Path) -> peft.PeftModel:
@@ -165,6 +207,7 @@ def save_base_config(base: PreTrainedModel, folder: str | Path) -> None:
     config = copy.deepcopy(base.config)
     config.use_cache = True  # off for training only
     config.save_pretrained(Path(folder) / BASE_CONFIG_FOLDER)
+    spell_for_older_readers(Path(folder) / BASE_CONFIG_FOLDER)
 
 
 def _on_cpu(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:

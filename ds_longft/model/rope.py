@@ -27,8 +27,18 @@ MAX_RELATIVE_ERROR = 1e-5  # HF's own float32 arithmetic stays near 1e-6; bf16 r
 
 
 def window_tokens(hf_config: PretrainedConfig) -> int | None:
-    """The longest document the model's positions are made for, in tokens; None where the config states none."""
-    return getattr(hf_config, "max_position_embeddings", None)
+    """The longest document the model's positions are made for, in tokens; None where the config states none.
+
+    Model cards say how to write YaRN into a config, and to leave the window as it was: then it reaches factor times as
+    far.
+    """
+    window = getattr(hf_config, "max_position_embeddings", None)
+    for layer_type, part in rope_parts(hf_config).items():
+        if window and layer_type in (None, "full_attention") and part["rope_type"] in ("yarn", "linear"):
+            # linear: some leave the window alone and some do not, so that only a stated original tells
+            original = part.get("original_max_position_embeddings") or (window if part["rope_type"] == "yarn" else 0)
+            window = max(window, int(original * part.get("factor", 1.0)))
+    return window
 
 
 def positions_end(hf_config: PretrainedConfig) -> int | None:

@@ -120,8 +120,7 @@ def _compute(config: RunConfig, launch: Launch, gpus: int, *, as_json: bool) -> 
     keep_resident(settings, config, hf_config, memory_gib)
     built = build(config, settings.engine, layout, device, memory_gib=memory_gib)
     built.engine.eval()
-    pad_id = tokenizer.pad_token_id or 0
-    results = [fill(built.engine, config, part, layout, device, agreement, pad_id=pad_id) for part in parts]
+    results = [fill(built.engine, config, part, layout, device, agreement) for part in parts]
     if launch.rank == 0:
         for result in results:
             print(
@@ -134,9 +133,7 @@ def _compute(config: RunConfig, launch: Launch, gpus: int, *, as_json: bool) -> 
     dist.destroy_process_group()
 
 
-def fill(
-    engine: Any, config: RunConfig, pairs: Any, layout: Any, device: Any, agreement: Any, *, pad_id: int = 0
-) -> dict[str, Any]:
+def fill(engine: Any, config: RunConfig, pairs: Any, layout: Any, device: Any, agreement: Any) -> dict[str, Any]:
     """Compute what the file of `pairs` lacks; packs are shared out over the dp ranks. Collective."""
     from ds_longft.batch import Pairs
     from ds_longft.data.pack import filler_pack
@@ -160,10 +157,10 @@ def fill(
             number = plan.step(index)[layout.dp_rank][0]
             if number is None:
                 rows: list[int] = []
-                pack = replace(filler_pack(layout.sp, pad_id), pairs=Pairs(np.zeros(0, dtype=np.float32)))
+                pack = replace(filler_pack(layout.sp), pairs=Pairs(np.zeros(0, dtype=np.float32)))
             else:
                 rows = missing[plan.packs[number]].tolist()
-                pack = pairs.pack(rows, pad_to_multiple=layout.sp, pad_id=pad_id)
+                pack = pairs.pack(rows, pad_to_multiple=layout.sp, pad_id=0)
             logps = reference_logps(engine, pack, layout, device).cpu().numpy()
             for theirs, values in agreement.gather((rows, logps) if layout.sp_rank == 0 else ([], None)):
                 if theirs and not np.isfinite(values).all():  # every rank sees it; in the file NaN means "still to do"

@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from ds_longft.config import RunConfig
 from ds_longft.data.loader import StepLoader
-from ds_longft.data.template import without_marks
+from ds_longft.data.template_source import without_marks
 from ds_longft.data.tokenized import TokenizedSet
 from ds_longft.ds_config import DeepSpeedSettings
 from ds_longft.errors import EXIT_HANG, EXIT_REQUEUE, GpuMemoryError
@@ -174,7 +174,7 @@ def _run(
     def loader(part: TokenizedSet, accumulation: int) -> StepLoader:
         return StepLoader(
             part, data=config.data, dp=layout.dp, dp_rank=layout.dp_rank, sp=layout.sp,
-            accumulation=accumulation, seed=config.seed, pad_id=tokenizer.pad_token_id or 0,
+            accumulation=accumulation, seed=config.seed,
             equal_cost_tokens=equal_cost_tokens(built.shape, lora=config.lora is not None),
         )  # fmt: skip
 
@@ -220,14 +220,21 @@ def _run(
     tracked = tracked_config(config, {"world": layout.world, "dp": layout.dp, "total_steps": state.total_steps})
     tracker_id = agreement.broadcast(records.start_trackers(state.tracker_id, tracked))
     state = replace(state, tracker_id=tracker_id)
-    if launch.rank == 0:
+    ended_before = found is not None and state.step >= state.total_steps
+    if launch.rank == 0 and not ended_before:  # else the records would tell of settings that nothing was trained with
         write_facts(folder, config, settings.engine, layout, device)
         write_data_facts(folder, train_set, eval_set, tokenizer, state.total_steps)
+    if launch.rank == 0:
         records.say(_header(config, layout, device, train_loader, state, found[0] if found else None))
         records.say(f"{trainable_parameters(built.model)}; {kernels}")
         if whole:
             records.say(
                 "ZeRO-3 divides nothing here: the frozen weights fit on each GPU and stay there whole (stage 2)"
+            )
+        if ended_before:
+            records.say(
+                f"{folder} is finished: it has all {state.total_steps} steps, nothing is trained now, its records stay "
+                "as they are. Give another output_dir to train with other settings, or more epochs to go on"
             )
         if taken_gib:
             records.say(
@@ -255,6 +262,8 @@ def _run(
     if config.data.chat_template is not None and not tokenizer.chat_template:  # a base model has learnt to chat
         tokenizer.chat_template = without_marks(find_template(config.data.chat_template).read_text(encoding="utf-8"))
     writer = ModelWriter(built.model, tokenizer, agreement)
+    if launch.rank == 0 and writer.stop_remark:
+        records.say(writer.stop_remark)
     trainer = Trainer(
         config=config,
         layout=layout,
@@ -290,7 +299,8 @@ def _run(
         return EXIT_REQUEUE
     if launch.rank == 0:
         history = read_metrics(folder / "metrics.jsonl")
-        write_card(folder, config, layout, history)
+        if not ended_before:
+            write_card(folder, config, layout, history)
         records.console.print(summary_table(history, folder, (time.monotonic() - started) / 60))
         export = shlex.join(["ds-longft", "export", str(folder), f"{folder}-merged"])
         records.console.print(f"Next: {export}   (an ordinary Hugging Face folder)")

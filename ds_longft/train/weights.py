@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ds_longft.model.elsewhere import spell_for_older_readers
 from ds_longft.model.lora import gather_adapter_state, save_adapter
+from ds_longft.model.stops import serve_stop
 from ds_longft.train.durable import insist
 from ds_longft.train.ranks import Agreement
 
@@ -62,6 +64,8 @@ class ModelWriter:
     def __init__(self, model: nn.Module, tokenizer: Any, agreement: Agreement) -> None:
         self.model, self.tokenizer, self.agreement = model, tokenizer, agreement
         self.lora = hasattr(model, "peft_config")
+        base: Any = model.get_base_model() if self.lora else model  # type: ignore[operator]
+        self.stop_remark = serve_stop(tokenizer, base.config, getattr(base, "generation_config", None))
 
     def write_weights(self, folder: Path) -> None:
         """The adapter in PEFT's format. In full fine-tuning nothing: checkpoints hold the engine's own shards."""
@@ -80,6 +84,7 @@ class ModelWriter:
             else:
                 self.model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
             self.tokenizer.save_pretrained(folder)
+            spell_for_older_readers(folder)
 
         if self.agreement.rank == 0 and (error := insist(write, "the trained model", say)) is not None:
             raise error

@@ -105,7 +105,6 @@ class Subject:
         def first_step(dp: int, dp_rank: int, accumulation: int) -> Step:
             loader = StepLoader(
                 train_set, data=config.data, dp=dp, dp_rank=dp_rank, sp=sp, accumulation=accumulation, seed=config.seed,
-                pad_id=tokenizer.pad_token_id or 0,
             )  # fmt: skip
             steps = loader.steps(0)
             step = next(steps)

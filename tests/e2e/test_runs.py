@@ -129,6 +129,12 @@ def test_export_merges(sp2: tuple[Path, str], tmp_path: Path, capsys: pytest.Cap
 def test_a_base_model_is_saved_with_the_template_it_learnt(job: Path, ranks: Launcher, tmp_path: Path) -> None:
     base = Path(shutil.copytree(job.parent / "model", tmp_path / "base"))
     (base / "chat_template.jinja").unlink()
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    stop, tokenizer.eos_token = tokenizer.eos_token_id, "<|endoftext|>"  # as base models have it
+    tokenizer.save_pretrained(base)
+    for name in ("config.json", "generation_config.json"):
+        facts = json.loads((base / name).read_text()) | {"eos_token_id": tokenizer.eos_token_id}
+        (base / name).write_text(json.dumps(facts))
     keys = ["--model.path", str(base), "--data.chat_template", "qwen3_thinking.jinja", "--train.max_steps", "1"]
     codes, run = ranks.run(tmp_path / "out", *keys, world=1)
     assert codes == [0], run.text()
@@ -137,6 +143,19 @@ def test_a_base_model_is_saved_with_the_template_it_learnt(job: Path, ranks: Lau
     text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     assert text == "<|im_start|>user\nQ?<|im_end|>\n<|im_start|>assistant\n"
     assert "generation %}" not in tokenizer.chat_template
+    # it stops where it is served
+    assert tokenizer.eos_token_id == stop
+    assert "ends an answer with '<|im_end|>'" in run.text()
+    cli(["export", str(tmp_path / "out"), str(tmp_path / "merged")])
+    served = json.loads((tmp_path / "merged/generation_config.json").read_text())["eos_token_id"]
+    assert served == [tokenizer.convert_tokens_to_ids("<|endoftext|>"), stop]
+
+    # the run is finished: other settings train nothing, and are not written down as if they had
+    records = {name: (tmp_path / "out" / name).read_bytes() for name in ("config.yaml", "README.md", "metrics.jsonl")}
+    codes, run = ranks.run(tmp_path / "out", *keys, "--optim.learning_rate", "0.7", world=1)
+    assert codes == [0], run.text()
+    assert "is finished: it has all 1 steps" in run.text()
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in records} == records
 
 
 def test_full_fine_tuning_of_uneven_heads_under_torchrun(job: Path, ranks: Launcher, tmp_path: Path) -> None:

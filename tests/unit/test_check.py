@@ -356,3 +356,12 @@ def test_checking_imports_neither_torch_nor_deepspeed() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("kind", ["type", "rope_type"])
+def test_yarn_as_model_cards_write_it_is_a_window_of_factor_times_the_original(kind: str, folder: Path) -> None:
+    scaling = {"rope_scaling": {kind: "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}}
+    too_long = config_in(folder, data={"max_length_tokens": 32769})
+    assert "the model's window is 32768 tokens" in problems_of(too_long, **scaling)[0]
+    fits = config_in(folder, data={"max_length_tokens": 32768})
+    check_run(fits, world=2, local_world=2, ds=settings(), model_config=read_model_config(fits))

@@ -96,7 +96,12 @@ def test_the_tree_of_the_readme_is_the_tree() -> None:
 
 @pytest.mark.parametrize(
     ("function", "page"),
-    [("config_page", "docs/config.md"), ("files_page", "docs/files.md"), ("readme_page", "README.md")],
+    [
+        ("config_page", "docs/config.md"),
+        ("files_page", "docs/files.md"),
+        ("data_page", "docs/data.md"),
+        ("readme_page", "README.md"),
+    ],
 )
 def test_references_are_up_to_date(function: str, page: str) -> None:
     made = runpy.run_path(str(ROOT / "docs/make_reference.py"))[function]()

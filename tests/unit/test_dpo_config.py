@@ -24,6 +24,8 @@ def problems(content: dict[str, Any]) -> str:
         ({"data": {"train": [{"path": "a", "format": "preference"}]}}, "set objective to dpo"),
         ({**DPO, "data": {"train": [{"path": "a", "format": "messages"}]}}, "a has format messages"),
         ({**DPO, "data": {"weighting": "sample"}}, "data.weighting is sample"),
+        ({**DPO, "data": {"overlong": "cut_turns"}}, "data.overlong is cut_turns"),
+        ({**DPO, "lora": {"init_from": "runs/sft"}}, "lora.init_from is given"),
         ({**DPO, "lora": {"dropout": 0.1}}, "lora.dropout is 0.1"),
         ({**DPO, "dpo": {"loss": "ipo", "label_smoothing": 0.1}}, "dpo.label_smoothing is 0.1"),
         ({**DPO, "dpo": {"simpo_gamma": 1.0}}, "dpo.simpo_gamma is 1, but dpo.loss is sigmoid"),

@@ -25,6 +25,7 @@ RECIPES = [path for path in ALL if "sources" not in load_yaml(path.read_text())]
 WINDOWS = {
     "sft_lora_128k": 131072,
     "sft_full_64k": 131072,
+    "sft_agents_128k": 262144,
     "sft_lora_yarn": 40960,
     "dpo_lora_64k": 131072,
 }  # of the models they name

@@ -359,3 +359,17 @@ def test_words_that_look_like_something_else_stay_words(word: str) -> None:
 def test_dumped_config_runs_again(tmp_path: Path) -> None:
     config = load_config(["--lora", "null", "--data.train", "a.jsonl", "--data.max_length_tokens", "128K"])
     assert config_of(dump_config(config), tmp_path) == config
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("plot_loss", "leave it out"),
+        ("do_train", "leave it out"),
+        ("logging_steps", "leave it out"),
+        ("overwrite_output_dir", "train.resume: never"),
+    ],
+)
+def test_keys_of_other_trainers_that_set_nothing_here(key: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_config([f"--{key}", "true"])

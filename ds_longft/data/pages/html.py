@@ -42,6 +42,8 @@ def page(stats: Statistics, *, title: str, note: str = "") -> str:
     picture = base64.b64encode(png(stats)).decode()
     first = stats.first_left_out
     left_out = [(escape(r), f"{count:,}", escape(first.get(r, ""))) for r, count in stats.left_out.items()]
+    unused = [(escape(what), f"{count:,}") for what, count in stats.unused.items()]
+    kept = [(f"{w.window_tokens:,}", f"{w.rows:.1%}", f"{w.targets:.1%}") for w in stats.retention]
     lengths = [
         (f"{bound:,}", *(f"{counts[i]:,}" for counts in stats.by_source.values()), f"{tokens:,}")
         for i, (bound, tokens) in enumerate(zip(stats.bounds, stats.tokens_by_length, strict=True))
@@ -57,6 +59,8 @@ def page(stats: Statistics, *, title: str, note: str = "") -> str:
             _section("Sources", _groups(stats.sources)),
             _section("Languages", _groups(stats.languages)),
             _section("Lengths: rows", _table(["tokens up to", *map(escape, stats.by_source), "tokens"], lengths)),
+            _section("What a window keeps", _table(["tokens", "rows kept whole", "targets in them"], kept)),
+            _section("Not used, though the rows hold it", _table(["", "rows"], unused)) if unused else "",
             _section("Rows left out", _table(["reason", "rows", "first of them"], left_out)) if left_out else "",
             '<p class="dim">Attention cost: sum of squared lengths. Work in attention: for a model whose attention '
             f"costs as much as its linear layers at {packs.equal_cost_tokens:,} tokens. "

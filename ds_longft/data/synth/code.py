@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ds_longft.data.rows import Turn
-from ds_longft.data.template import load_template
+from ds_longft.data.template_source import load_template
 from ds_longft.errors import DataError
 
 Messages = list[dict[str, str]]

@@ -1,4 +1,4 @@
-"""What `ds-longft data synth refgpt8x|needle|code` do: samples made of sets and texts, written as rows."""
+"""What `ds-longft data synth refgpt8x|needle|code|agents` do: samples made of sets and texts, written as rows."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ds_longft.data.formats import to_row
 from ds_longft.data.ledger import Ledger
 from ds_longft.data.lengths import Lengths
 from ds_longft.data.recipe_commands import reasons
+from ds_longft.data.synth.agents import agent_rows
 from ds_longft.data.synth.code import Part, write_code_set
 from ds_longft.data.synth.needle import needle_rows
 from ds_longft.data.synth.needle_tasks import TASKS, Task
@@ -160,6 +161,43 @@ def code(
     print(f"{done.path}: {done.rows} rows of {done.shortest_tokens:,} to {done.longest_tokens:,} tokens{about}")
 
 
+def agents(
+    out: str,
+    *,
+    rows: int = 200,
+    shortest_tokens: int | str = "20K",
+    context_tokens: int | str = "128K",
+    tokenizer: str | None = None,
+    seed: int = 0,
+    name: str = "agents",
+    json: bool = False,
+) -> None:
+    """Trajectories of an agent that finds a number in a small file system: tools, thinking, calls and their results.
+
+    Args:
+        out: JSONL file to write.
+        rows: how many.
+        shortest_tokens: of the shortest row, about.
+        context_tokens: of the longest row, about: the last file that is read may go beyond it by a few thousand.
+        tokenizer: folder or hub id of a model whose template writes tools, to count lengths. Left out: estimates.
+        seed: the same seed gives the same rows.
+        name: written to each row as its source.
+        json: print one JSON object instead of a line.
+    """
+    longest, shortest = context_length(context_tokens), context_length(shortest_tokens)
+    if rows < 1 or shortest > longest:
+        raise ConfigError(
+            f"--rows is {rows}, --shortest_tokens {shortest}, --context_tokens {longest}: expected at least one row, "
+            "and the second at most the third"
+        )
+    lengths = Lengths(load_tokenizer(tokenizer) if tokenizer else None)
+    with Ledger(Path(f"{out}.ledger.jsonl")) as ledger:
+        made = agent_rows(
+            rows=rows, shortest_tokens=shortest, longest_tokens=longest, seed=seed, lengths=lengths, name=name
+        )
+        write_made(made, out, lengths, ledger, json)
+
+
 def context_length(given: int | str) -> int:
     """Tokens of --context_tokens. Raises ConfigError."""
     tokens = parse_tokens(given)
@@ -174,7 +212,7 @@ def write_made(made: Iterator[dict[str, Any]], out: str, lengths: Lengths, ledge
     with written_whole(Path(out)) as file:
         for record in made:
             row = to_row(record, "messages", source="", origin="")
-            tokens += lengths.rows([row.turns])
+            tokens += lengths.rows([row.turns], [row.tools])
             file.write(json_text.dumps(record, ensure_ascii=False) + "\n")
     facts = {
         "path": out,

@@ -114,14 +114,16 @@ def test_turn_weights_language_and_row_weight_are_kept():
             "wrong role order",
         ),
         ({"messages": [message("user", "q"), message("user", "q"), message("assistant", "b")]}, "wrong role order"),
-        ({"messages": [message("user", "q"), message("tool", "a")]}, "unknown role"),
+        ({"messages": [message("user", "q"), message("narrator", "a")]}, "unknown role"),
         (
-            {"messages": [message("user", "q"), message("assistant", "a")], "tools": [{"name": "f"}]},
-            "tools cannot be trained",
+            {"messages": [message("user", "q"), message("tool", "7"), message("assistant", "a")]},
+            "wrong role order",
         ),
+        ({"messages": [message("user", "q"), message("assistant", "a")], "tools": "[{"}, "tools are no JSON"),
+        ({"messages": [message("user", "q"), message("assistant", "a")], "tools": [3]}, "a tool is not an object"),
         (
-            {"messages": [message("user", "q"), message("assistant", "a", reasoning_content="hm")]},
-            "reasoning beside the answer cannot be trained",
+            {"messages": [message("user", "q"), message("assistant", "a", training="no")]},
+            "training of a message is neither true nor false",
         ),
         *(
             (
@@ -136,7 +138,16 @@ def test_turn_weights_language_and_row_weight_are_kept():
         ),
         (
             {"messages": [message("user", "q"), message("assistant", "a", tool_calls=[1])]},
-            "tool calls cannot be trained",
+            "a tool call is not an object",
+        ),
+        (
+            {
+                "messages": [
+                    message("user", "q"),
+                    message("assistant", "", tool_calls=[{"name": "f", "arguments": "x"}]),
+                ]
+            },
+            "arguments of a tool call are no JSON",
         ),
         (
             {"messages": [message("user", [{"type": "image"}]), message("assistant", "a")]},

@@ -51,9 +51,60 @@ def test_answers_of_the_prompt_are_not_trained() -> None:
     assert turns({"chosen": MORE + GOOD, "rejected": MORE + BAD}) == [chosen, rejected]
 
 
+def talk(*contents: str, system: str = "") -> list[dict[str, str]]:
+    said = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+    return [{"role": "system", "content": system}, *said] if system else said
+
+
+@pytest.mark.parametrize("prompt", [None, "q1", "q2", " q2\n", talk("q1"), talk("q1", "a1", "q2")])
+@pytest.mark.parametrize("system", ["", "Be kind."])
+def test_a_prompt_that_says_a_part_again_changes_nothing(prompt: Any, system: str) -> None:
+    """orpo-dpo-mix and capybara-dpo have the first or the last question beside whole conversations."""
+    record = {
+        "chosen": talk("q1", "a1", "q2", "a", system=system),
+        "rejected": talk("q1", "a1", "q2", "b", system=system),
+    }
+    pair = to_preference(record | ({"prompt": prompt} if prompt else {}), source="x", origin="x:1")
+    asked = [turn.content for turn in pair.prompt]
+    assert asked == ([system] if system else []) + ["q1", "a1", "q2"]
+    assert ([t.content for t in pair.chosen], [t.content for t in pair.rejected]) == (["a"], ["b"])
+    assert pair.unused == ()
+
+
+def test_alpaca_pairs_keep_their_input_and_history() -> None:
+    record = {
+        "instruction": "q",
+        "input": "The document.",
+        "history": [["h", "i"]],
+        "chosen": "a",
+        "rejected": "b",
+        "system": "s",
+    }
+    pair = to_preference(record, source="x", origin="x:1")
+    assert [t.content for t in pair.prompt] == ["s", "h", "i", "q\n\nThe document."]
+    assert not any(t.trained for t in pair.documents[0].turns[:-1])
+
+
+def test_pairs_with_tools() -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "w", "arguments": {}}}]}
+    record = {
+        "prompt": "q",
+        "tools": [{"name": "w"}],
+        "chosen": [call, {"role": "tool", "content": "7"}, *GOOD],
+        "rejected": BAD,
+    }
+    pair = to_preference(record, source="x", origin="x:1")
+    assert [t.role for t in pair.chosen] == ["assistant", "tool", "assistant"]
+    assert all(json.loads(row.tools)[0]["function"] == {"name": "w"} for row in pair.documents)
+
+
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
+        (
+            {"prompt": "z", "chosen": talk("q1", "a"), "rejected": talk("q1", "b")},
+            "the prompt is not in what chosen and rejected begin with",
+        ),
         ({"prompt": "q", "chosen": "a", "rejected": " a "}, "chosen and rejected are the same"),
         ({"chosen": ASK + GOOD, "rejected": ASK + GOOD}, "chosen and rejected are the same"),
         ({"prompt": "q", "chosen": "", "rejected": "a"}, "chosen holds an empty message"),

@@ -1,12 +1,15 @@
+import bz2
 import gzip
 import json
+import tarfile
 
 import pyarrow as pa
+import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
 from ds_longft.config import SourceConfig
-from ds_longft.data.readers import read_rows
+from ds_longft.data.readers import find_source, read_rows
 from ds_longft.data.rows import BadRow
 from ds_longft.errors import DataError
 
@@ -99,9 +102,157 @@ def test_empty_folder_and_unknown_ending(tmp_path):
 
 
 def test_a_pattern_takes_its_files_in_order(tmp_path):
-    for name, number in (("b_2.jsonl", 2), ("b_1.jsonl", 1), ("b_3.txt", 3), ("c.jsonl", 4), ("b_[0].jsonl", 0)):
+    for name, number in (("b_2.jsonl", 2), ("b_1.jsonl", 1), ("b_3.png", 3), ("c.jsonl", 4), ("b_[0].jsonl", 0)):
         (tmp_path / name).write_text(json.dumps({"text": str(number)}) + "\n")
     assert [row["text"] for _, row in read(tmp_path / "b_*")] == ["1", "2", "0"]
     assert [row["text"] for _, row in read(tmp_path / "b_[0].jsonl")] == ["0"], "a file of that very name"
     with pytest.raises(DataError, match=r"no file fits .*x_\*"):
         read(tmp_path / "x_*")
+
+
+def clone(folder):
+    """A hub set as `git clone` leaves it."""
+    for name, rows in (("train", 3), ("test", 2)):
+        file = folder / f"data/{name}-00000-of-00001.parquet"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist([{"text": f"{name} {i}"} for i in range(rows)]), file)
+    (folder / "README.md").write_text("# A set")
+    (folder / "dataset_infos.json").write_text("{}")
+    (folder / ".gitattributes").write_text("")
+    return folder
+
+
+def texts(path, **more):
+    return [row["text"] for _, row in read(path, **more)]
+
+
+def test_a_clone_of_a_hub_set_is_read_by_its_splits(tmp_path):
+    folder = clone(tmp_path / "clone")
+    assert texts(folder) == ["train 0", "train 1", "train 2"]
+    assert texts(folder, split="test") == ["test 0", "test 1"]
+    remark = find_source(SourceConfig(path=str(folder))).remark
+    for name in (
+        "data/test-00000-of-00001.parquet (split test)",
+        "README.md",
+        "dataset_infos.json",
+        ".gitattributes (hidden)",
+    ):
+        assert name in remark
+    with pytest.raises(
+        DataError, match=r"no files of split 'validation', only of test, train: set data\.train\[\]\.split"
+    ):
+        read(folder, split="validation")
+
+
+@pytest.mark.parametrize("keys", [{"split": "test"}, {"subset": "main"}, {"revision": "abc"}])
+def test_keys_of_hub_sets_are_refused_where_they_would_do_nothing(tmp_path, keys):
+    (tmp_path / "a.jsonl").write_text('{"text": "t"}\n')
+    with pytest.raises(DataError, match=f"{next(iter(keys))}.*leave it out|no such folder"):
+        read(tmp_path / "a.jsonl", **keys)
+    with pytest.raises(DataError, match=r"leave it out|no such folder"):
+        read(tmp_path, **keys)
+
+
+def test_a_configuration_of_a_clone_is_a_subfolder(tmp_path):
+    for name in ("main", "socratic"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train-00000-of-00001.jsonl").write_text(json.dumps({"text": name}) + "\n")
+    assert texts(tmp_path, subset="socratic") == ["socratic"]
+    with pytest.raises(DataError, match="it has main, socratic"):
+        read(tmp_path, subset="extra")
+
+
+def test_hidden_folders_are_left_out_and_said(tmp_path):
+    for folder in (".", ".ipynb_checkpoints", "inner/.cache"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / "train.jsonl").write_text(json.dumps({"text": folder}) + "\n")
+    assert texts(tmp_path) == ["."]
+    assert (
+        ".ipynb_checkpoints/train.jsonl, inner/.cache/train.jsonl (hidden)"
+        in find_source(SourceConfig(path=str(tmp_path))).remark
+    )
+
+
+def test_every_file_of_a_folder_is_read_or_named(tmp_path):
+    row = json.dumps({"text": "jsonl"}).encode() + b"\n"
+    (tmp_path / "a.jsonl").write_bytes(row)
+    (tmp_path / "b.jsonlines").write_bytes(row)
+    (tmp_path / "c.txt").write_text("A whole\nbook.\n")
+    (tmp_path / "c2.txt.gz").write_bytes(gzip.compress(b"Packed."))
+    (tmp_path / "e.jsonl.bz2").write_bytes(bz2.compress(row))
+    for codec, suffix in (("lz4", ".lz4"), ("zstd", ".zst")):
+        with pa.CompressedOutputStream(str(tmp_path / f"f.jsonl{suffix}"), codec) as out:
+            out.write(row)
+    table = pa.Table.from_pylist([{"text": "table"}])
+    pa.feather.write_feather(table, tmp_path / "g.feather")
+    with pa.ipc.new_stream(tmp_path / "h.arrow", table.schema) as out:
+        out.write_table(table)
+    with tarfile.open(tmp_path / "i.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "a.jsonl", "inner/a.jsonl")
+        archive.add(tmp_path / "c.txt", "inner/c.txt")
+        archive.add(tmp_path / "g.feather", "inner/g.feather")
+    (tmp_path / "j.jsonl.1").write_bytes(row)
+    (tmp_path / "README.txt").write_text("About it.")
+    expected = [
+        "jsonl",
+        "jsonl",
+        "A whole\nbook.\n",
+        "Packed.",
+        "jsonl",
+        "jsonl",
+        "jsonl",
+        "table",
+        "table",
+        "jsonl",
+        "A whole\nbook.\n",
+    ]
+    assert texts(tmp_path) == expected
+    remark = find_source(SourceConfig(path=str(tmp_path))).remark
+    assert "README.txt, j.jsonl.1 (no data)" in remark
+    assert "i.tar.gz: not read: inner/g.feather" in remark
+
+
+def test_what_save_to_disk_leaves_is_read_by_its_splits(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([{"text": "one"}, {"text": "two"}])
+    rows.save_to_disk(tmp_path / "set")
+    assert texts(tmp_path / "set") == ["one", "two"]
+    datasets.DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(tmp_path / "sets")
+    assert texts(tmp_path / "sets") == ["one", "two"]
+    assert texts(tmp_path / "sets", split="test") == ["two"]
+
+
+def test_keys_that_other_rows_of_a_table_have_are_not_there(tmp_path):
+    calls = [{"arguments": {"city": "Ulm"}}, {"arguments": {"word": "sea"}}]
+    pq.write_table(pa.Table.from_pylist([{"calls": [call]} for call in calls]), tmp_path / "a.parquet")
+    assert [row for _, row in read(tmp_path / "a.parquet")] == [{"calls": [call]} for call in calls]
+
+
+def test_configuration_split_and_revision_of_a_hub_set(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load(path, name=None, split=None, revision=None):
+        asked.append((path, name, split, revision))
+        if name is None:
+            raise ValueError(
+                "Config name is missing.\nPlease pick one among the available configs: ['main', 'socratic']"
+            )
+        return datasets.Dataset.from_list([{"text": "one"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda path: ["main", "socratic"])
+    assert texts("openai/gsm8k", subset="main", split="test", revision="abc") == ["one"]
+    assert asked == [("openai/gsm8k", "main", "test", "abc")]
+    with pytest.raises(DataError, match=r"'main', 'socratic'.*data\.train\[\]\.subset"):
+        read("openai/gsm8k", split="test")
+
+
+def test_remote_files_are_read_through_datasets(tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "a.jsonl").write_text('{"text": "far away"}\n')
+    (tmp_path / "b.txt").write_text("A\nbook.")
+    assert texts(f"file://{tmp_path}/a.jsonl") == ["far away"]
+    assert texts(f"file://{tmp_path}/b.txt") == ["A\nbook."]
+    with pytest.raises(DataError, match="unknown ending"):
+        read("s3://bucket/folder")

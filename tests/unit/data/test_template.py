@@ -5,7 +5,7 @@ import pytest
 
 from ds_longft.data.encode import EncodedRow, Encoder
 from ds_longft.data.rows import BadRow, Row, Turn
-from ds_longft.data.template import load_template
+from ds_longft.data.template_source import load_template
 from ds_longft.errors import ConfigError
 from tests.tokenizer import SMOLLM2
 

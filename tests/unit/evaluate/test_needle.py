@@ -20,6 +20,7 @@ from ds_longft.evaluate.haystack import MARK, Haystack, build_prompt, chat_aroun
 from ds_longft.evaluate.results import Rows
 from ds_longft.evaluate.subject import find_subject, load_subject
 from ds_longft.evaluate.texts import chinese, english, read_texts
+from ds_longft.model.stops import serve_stop
 from ds_longft.shipped import TEMPLATES
 from tests.tokenizer import tiny_tokenizer
 from tests.unit.model.tiny import save_tiny
@@ -90,6 +91,9 @@ def test_an_answer_is_asked_for_without_thinking_and_ends_with_its_turn(tmp_path
     tiny_model(tmp_path / "model")
     loaded = load_subject(find_subject(str(tmp_path / "model")), torch.device("cpu"), attention="sdpa")
     named = {"<|im_end|>", "<|endoftext|>"}
+    loaded.plain.config.eos_token_id = loaded.plain.generation_config.eos_token_id = tokenizer.eos_token_id
+    assert set(tokenizer.convert_tokens_to_ids(["<|endoftext|>"])) == end_ids(loaded, tokenizer), "as it is served"
+    serve_stop(tokenizer, loaded.plain.config, loaded.plain.generation_config)  # as a run writes it
     assert set(tokenizer.convert_tokens_to_ids(sorted(named))) <= end_ids(loaded, tokenizer)
 
 

@@ -115,3 +115,45 @@ def test_what_peft_refuses_is_a_mistake_of_the_config() -> None:
     model = tiny_model(tiny_config("qwen3_moe", **experts), attn="eager", dtype=torch.float32)
     with pytest.raises(ModelError, match=r"PEFT cannot adapt this qwen3_moe so: .*Change lora\.targets.*lora\.dora"):
         add_lora(model, LoraConfig(dora=True), seed=0)
+
+
+@pytest.mark.parametrize(
+    "lora", [LoraConfig(r=4), LoraConfig(r=4, dora=True), LoraConfig(r=4, modules_to_save=["lm_head"])]
+)
+def test_going_on_from_an_adapter_starts_where_it_ended(lora: LoraConfig, tmp_path: Path) -> None:
+    path = save_tiny(tmp_path / "base")
+    model = add_lora(base_model(path), lora, seed=3)
+    train_a_little(model)
+    save_adapter(model, gather_adapter_state(model), tmp_path / "run")
+    again = add_lora(base_model(path), lora.model_copy(update={"init_from": str(tmp_path / "run")}), seed=4)
+    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+    assert [n for n, p in again.named_parameters() if p.requires_grad] == [
+        n for n, p in model.named_parameters() if p.requires_grad
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"r": 8}, "made with other keys: set lora.r: 4"),
+        ({"alpha": 7, "rslora": True}, "set lora.alpha: 32.*, lora.rslora: False"),
+        ({"targets": ["q_proj"]}, "adapts other layers"),
+        ({"targets": ["q_proj", "v_proj", "lm_head"]}, "adapts other layers"),
+        ({"init_from": "nowhere"}, "holds no adapter_config.json"),
+    ],
+)
+def test_an_adapter_of_other_keys_is_not_gone_on_from(change: dict, said: str, tmp_path: Path) -> None:
+    path, lora = save_tiny(tmp_path / "base"), LoraConfig(r=4, targets=["q_proj", "v_proj"])
+    model = add_lora(base_model(path), lora, seed=3)
+    save_adapter(model, gather_adapter_state(model), tmp_path / "run")
+    with pytest.raises(ModelError, match=said):
+        add_lora(base_model(path), lora.model_copy(update={"init_from": str(tmp_path / "run"), **change}), seed=4)
+
+
+def test_an_adapter_of_a_stretched_model_needs_the_same_stretch(tmp_path: Path) -> None:
+    path = save_tiny(tmp_path / "base")
+    model = add_lora(base_model(path), LoraConfig(r=4), seed=3)
+    model.get_base_model().config.rope_parameters["rope_theta"] = 1e6
+    save_adapter(model, gather_adapter_state(model), tmp_path / "run")
+    with pytest.raises(ModelError, match=r"trained with RoPE.*set model\.rope"):
+        add_lora(base_model(path), LoraConfig(r=4, init_from=str(tmp_path / "run")), seed=4)

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from ds_longft.config import ModelConfig, RopeConfig
 from ds_longft.errors import ModelError
 from ds_longft.model.load import config_remarks, load_config, load_model
-from ds_longft.model.rope import apply_rope, check_rope, restore_rope, seen_tokens
+from ds_longft.model.rope import apply_rope, check_rope, restore_rope, seen_tokens, window_tokens
 from ds_longft.model.rope_formulas import rope_parts
 from ds_longft.model.rope_lengths import set_rope_lengths
 from tests.unit.model.tiny import FAMILIES, WINDOW, tiny_config
@@ -283,3 +283,15 @@ def test_rounded_frequencies_are_made_again(family: str) -> None:
     restore_rope(model, config)
     assert check_rope(model, config) < 1e-6
     assert {b.dtype for b in frequencies(model).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("window", [64, 80])
+def test_yarn_as_model_cards_write_it_reaches_factor_times_the_original(window: int) -> None:
+    """They leave max_position_embeddings at the original, or (Qwen3) a little above it."""
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 500000.0}
+    config = tiny_config("llama", max_position_embeddings=window, rope_parameters=scaling)
+    assert window_tokens(config) == 256
+    apply_rope(config, RopeConfig(), 256)
+    assert config.rope_parameters["rope_theta"] == 500000.0, "nothing is laid on top of it"
+    with pytest.raises(ModelError, match="window is 256 tokens"):
+        apply_rope(config, RopeConfig(), 257)

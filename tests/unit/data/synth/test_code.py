@@ -4,7 +4,7 @@ import pytest
 
 from ds_longft.data.rows import Turn
 from ds_longft.data.synth.code import module_names, read_module, write_code_set
-from ds_longft.data.template import load_template
+from ds_longft.data.template_source import load_template
 from ds_longft.errors import DataError
 
 
