@@ -147,7 +147,7 @@ class LoraConfig(Section):
     modules_to_save: Refused[list[str]] = []
     """Whole modules trained and saved beside the adapters, e.g. [embed_tokens, lm_head]."""
 
-    init_from: ByContent[str | None] = None
+    init_from: Refused[str | None] = None
     """Folder of an adapter (PEFT's format, e.g. a run's output_dir) to go on from, on the base it was trained on. The
     other keys have to be those it was made with."""
 
