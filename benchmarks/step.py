@@ -121,7 +121,7 @@ def main() -> None:
     from ds_longft.model.load import load_config
     from ds_longft.sequence.kernels import AttentionSpec, choose_kernel
     from ds_longft.train.engine import build
-    from ds_longft.train.install import keep_resident
+    from ds_longft.train.install import decided, keep_resident, known_run
     from ds_longft.train.memory import device_memory, own_memory_gib
     from ds_longft.train.rehearse import choose_passes, rehearse, settle
     from ds_longft.train.step import backpropagate_pack
@@ -163,12 +163,16 @@ def main() -> None:
     memory, (memory_gib, _) = device_memory(device), own_memory_gib(device)
     hf_config = load_config(config.model, longest, attn_implementation="eager")
     keep_resident(settings, config, hf_config, memory_gib)
+    known = known_run(
+        config, settings.engine, hf_config, layout, device, memory_gib=memory_gib,
+        kernel="" if args.kernel == "auto" else args.kernel,
+    )  # fmt: skip
     built = build(
         config,
         settings.engine,
         layout,
         device,
-        memory_gib=memory_gib,
+        decisions=decided(known, device),
         prepare=lambda model: start.append(fingerprint(model)) if args.fingerprint else None,
     )
     build_s = time.time() - started

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
-
-from transformers import PretrainedConfig
 
 from ds_longft.config import RunConfig
-from ds_longft.errors import GpuMemoryError, ModelError
-from ds_longft.objectives.dpo import Reference, reference_of
-from ds_longft.plan.memory import SPARE_SHARE, host_bytes, place, predict, stays_resident
-from ds_longft.plan.search import (
-    TILE_TOKENS,
-    Question,
-    fastest_of,
-    fastest_saver,
-    last_resorts,
-    passes_of,
-)
+from ds_longft.errors import GpuMemoryError
+from ds_longft.objectives.dpo import Reference
+from ds_longft.plan.decide import Run
+from ds_longft.plan.memory import predict, stays_resident
+from ds_longft.plan.search import TILE_TOKENS, Question, fastest_saver
 from ds_longft.plan.setting import GIB, Gpu, ModelSizes, Setting
-from ds_longft.plan.step import Keep
 
 WORTH_GIB = 0.5
 """What saves less is not mentioned."""
@@ -40,28 +29,12 @@ class Adviser:
     config: RunConfig
 
     @classmethod
-    def for_run(
-        cls,
-        config: RunConfig,
-        engine_config: dict[str, Any],
-        hf_config: PretrainedConfig,
-        *,
-        sp: int,
-        world: int,
-        gpu: Gpu,
-        fused: bool,
-    ) -> Adviser:
+    def for_run(cls, run: Run) -> Adviser:
         """Call it before ZeRO-3 is switched on for every model that is built."""
-        try:
-            model = ModelSizes.from_config(hf_config)
-        except ModelError:  # a mixture of experts
-            model = None
-        setting = setting_of_run(
-            config, engine_config, model, sp=sp, world=world, local_world=world, gpu=gpu, fused=fused
-        )
+        setting = run.setting
         if setting.passes == "auto":  # until it is settled a run makes two passes
             setting = replace(setting, passes="two")
-        return cls(model, setting, gpu, config)
+        return cls(run.model, setting, run.gpu, run.config)
 
     def error(self, seen: BaseException, where: str) -> GpuMemoryError:
         """What a user reads instead of a traceback."""
@@ -159,89 +132,3 @@ class Adviser:
                 f"pack predicted to fit"
             ]
         return [f"  data.max_length_tokens (and data.pack_tokens): {tokens}   is the longest pack predicted to fit"]
-
-
-def setting_of_run(
-    config: RunConfig,
-    engine_config: dict[str, Any],
-    model: ModelSizes | None,
-    *,
-    sp: int,
-    world: int,
-    local_world: int,
-    gpu: Gpu,
-    fused: bool,
-    kernel: str = "",
-) -> Setting:
-    """A run as the planner describes it, for its longest pack: one document, or one pair.
-
-    `kernel`: of its attention; one that the GPU has no rates for counts as the GPU's fastest.
-    """
-    zero = engine_config.get("zero_optimization", {})
-    pairs, rows = config.objective == "dpo", config.documents_per_row
-    return Setting(
-        lengths=(-(-config.longest_pack_tokens // rows),) * rows,
-        sp=sp,
-        world=world,
-        lora_r=config.lora.r if config.lora else None,
-        stage=int(zero.get("stage", 0)),
-        resident=zero.get("stage3_param_persistence_threshold", 0) >= (model.weights if model else math.inf),
-        offload_optimizer="offload_optimizer" in zero,
-        offload_params="offload_param" in zero,
-        recompute=config.train.recompute,
-        every=config.train.recompute_every,
-        host_gib=config.train.offload_host_gib,
-        local_world=local_world,
-        tile_tokens=config.train.mlp_tile_tokens,
-        kv_heads=config.train.kv_heads_at_a_time,
-        kernel=kernel if kernel in gpu.attention_tflops else gpu.kernels[0],
-        fused=fused,
-        reference=reference_of(config.dpo, lora=config.lora is not None) if pairs else "none",
-        passes=config.dpo.passes if pairs else "one",
-        accumulation=config.train.gradient_accumulation_steps,
-    )
-
-
-def choose_for_run(
-    config: RunConfig,
-    engine_config: dict[str, Any],
-    hf_config: PretrainedConfig,
-    *,
-    sp: int,
-    world: int,
-    local_world: int,
-    gpu: Gpu,
-    fused: bool,
-    kernel: str = "",
-) -> tuple[Setting, tuple[Keep, ...]] | None:
-    """With `auto` recomputation: tiles, turns and more recomputation only where the longest pack needs them; with
-    `dpo.passes: auto` one pass or two; and what waits on the host.
-
-    None for a model that the planner does not describe: everything is then kept on the GPU. Call it before ZeRO-3 is
-    switched on for every model that is built.
-    """
-    try:
-        model = ModelSizes.from_config(hf_config)
-    except ModelError:
-        return None
-    setting = setting_of_run(
-        config,
-        engine_config,
-        model,
-        sp=sp,
-        world=world,
-        local_world=local_world,
-        gpu=gpu,
-        fused=fused,
-        kernel=kernel,
-    )
-    if setting.recompute == "auto":
-        host_gib = config.train.offload_host_gib + host_bytes(model, setting) * local_world / GIB
-        asked, setting = setting, fastest_saver(model, setting, gpu, host_gib)
-        if not predict(model, setting, gpu).fits(gpu, host_gib, local_world):
-            setting = fastest_of(last_resorts(asked, model), model, gpu, host_gib)
-    else:
-        setting = fastest_of(passes_of(setting), model, gpu)
-    outside = (gpu.context_gib + (gpu.nccl_gib if world > 1 else 0.0)) * GIB
-    keep, _ = place(model, setting, gpu.memory_gib * (1 - SPARE_SHARE) * GIB - outside)
-    return setting, keep

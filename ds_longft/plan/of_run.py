@@ -7,14 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
-
-from ds_longft.config import RunConfig
-from ds_longft.plan.advice import choose_for_run
+from ds_longft.plan.decide import Decisions, Run
 from ds_longft.plan.memory import predict
 from ds_longft.plan.report import as_json
 from ds_longft.plan.search import Plan, Question
-from ds_longft.plan.setting import Gpu, ModelSizes, shipped_gpus
+from ds_longft.plan.setting import Gpu, shipped_gpus
 from ds_longft.plan.time import predict_time
 
 MADE_BY = "made_by"
@@ -44,42 +41,24 @@ def note_in_plan(folder: Path, given_back: dict[str, float]) -> None:
     file.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
 
 
-def foresee_run(
-    config: RunConfig,
-    engine_config: dict[str, Any],
-    hf_config: PretrainedConfig,
-    *,
-    sp: int,
-    world: int,
-    local_world: int,
-    gpu: Gpu,
-    has_rates: bool,
-    kernel: str,
-    fused: bool,
-) -> dict[str, Any] | None:
+def foresee_run(run: Run, decisions: Decisions) -> dict[str, Any] | None:
     """What `ds-longft plan --json` prints, for this run: the longest pack as one document, every token a target.
 
-    `gpu`, `has_rates`: as from `gpu_of_run`. `kernel`: of its attention. Seconds only for GPU types that have rates of
-    it. None where the planner does not describe the run: pairs, mixtures of experts. Call it before ZeRO-3
-    is switched on for every model that is built.
+    Seconds only for GPU types that have rates of its kernel. None where the planner does not describe the run: pairs,
+    mixtures of experts.
     """
-    if config.objective != "sft":
+    model, gpu = run.model, run.gpu
+    if run.config.objective != "sft" or model is None or decisions.setting is None:
         return None
-    chosen = choose_for_run(
-        config, engine_config, hf_config,
-        sp=sp, world=world, local_world=local_world, gpu=gpu, fused=fused, kernel=kernel,
-    )  # fmt: skip
-    if chosen is None:
-        return None
-    has_rates = has_rates and kernel in gpu.attention_tflops
-    model, setting = ModelSizes.from_config(hf_config), replace(chosen[0], kernel=kernel)
+    setting, has_rates = replace(decisions.setting, kernel=run.kernel), run.has_rates
+    has_rates = has_rates and run.kernel in gpu.attention_tflops
     memory = predict(model, setting, gpu)
     rated = setting if has_rates else replace(setting, kernel=gpu.kernels[0])
-    plan = Plan(setting, memory, predict_time(model, rated, gpu, memory.keep), config.ds_config)
-    found = as_json(plan, Question(model, gpu, world, setting.host_gib))
+    plan = Plan(setting, memory, predict_time(model, rated, gpu, memory.keep), run.config.ds_config)
+    found = as_json(plan, Question(model, gpu, run.world, setting.host_gib))
     if not has_rates:
         return {key: value for key, value in found.items() if key not in TIMES}
-    packs = config.train.gradient_accumulation_steps
+    packs = run.config.train.gradient_accumulation_steps
     return found | {"step_s": round(packs * plan.time.total_s, 3), "packs_a_step": packs * setting.dp}
 
 

@@ -29,11 +29,10 @@ from ds_longft.model.rope import check_rope
 from ds_longft.model.supported import decoder_layers
 from ds_longft.objectives.dpo import DpoObjective, reference_of
 from ds_longft.objectives.sft import SftObjective
-from ds_longft.plan.advice import choose_for_run
-from ds_longft.plan.of_run import gpu_of_run
+from ds_longft.plan.decide import Decisions
 from ds_longft.sequence.attention import ULYSSES, register
 from ds_longft.sequence.linear import LinearGroup, unhook
-from ds_longft.train.install import Recompute, fuse_and_tile, fused_kernels, liger_fits
+from ds_longft.train.install import Recompute, decided, fuse_and_tile, fused_kernels, known_run
 from ds_longft.train.model_check import check_zero_section
 
 
@@ -74,13 +73,12 @@ def build(
     *,
     prepare: Callable[[nn.Module], None] | None = None,
     loaded: Callable[[], None] | None = None,
-    memory_gib: float | None = None,
-    kernel: str = "",
+    decisions: Decisions | None = None,
 ) -> Built:
     """Load the model and wrap it in a DeepSpeed engine.
 
     `engine_config` is the merged DeepSpeed JSON without "auto". Every rank draws the same adapter initialisation.
-    `memory_gib`: of each GPU, for this run to plan with; left out, all of it. `kernel`: of its attention, for the plan.
+    `decisions`: how it saves memory; left out, what the planner decides for all of the GPU.
     `prepare` is called with the model, adapters in place, before the optimizer copies its weights, `loaded` when that
     model stands.
     """
@@ -94,29 +92,8 @@ def build(
     hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation=ULYSSES)
     shape = ModelShape.from_config(hf_config)  # before ZeRO-3 is switched on for every model that is built
     stage = engine_config.get("zero_optimization", {}).get("stage", 0)
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    train = config.train
-    tile_tokens, kv_heads, places = train.mlp_tile_tokens, train.kv_heads_at_a_time, None
-    policy: str = train.recompute
-    every, passes = train.recompute_every, config.dpo.passes
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        total_gib = properties.total_memory / 2**30
-        chosen = choose_for_run(
-            config,
-            engine_config,
-            hf_config,
-            sp=layout.sp,
-            world=layout.world,
-            local_world=local_world,
-            gpu=gpu_of_run(properties.name, total_gib, memory_gib or total_gib)[0],
-            fused=liger_fits(config, hf_config.model_type),
-            kernel=kernel,
-        )
-        if chosen is not None:
-            planned, places = chosen
-            tile_tokens, kv_heads = planned.tile_tokens, planned.kv_heads
-            policy, every, passes = planned.recompute, planned.every, planned.passes
+    if decisions is None:
+        decisions = decided(known_run(config, engine_config, hf_config, layout, device), device)
     base = load_model(
         config.model, hf_config, ds_engine_config=engine_config, dtype=dtype, device=device, seed=config.seed
     )
@@ -136,18 +113,22 @@ def build(
         reference = None
         if reference_of(config.dpo, lora=config.lora is not None) == "model":
             reference = frozen_reference(config, engine_config, hf_config, dtype, device)
-            if tile_tokens:  # its forward pass would have the highest peak
+            if decisions.tile_tokens:  # its forward pass would have the highest peak
                 for layer in decoder_layers(reference):
-                    groups += fuse_and_tile(layer, stage, tile_tokens)[0]
+                    groups += fuse_and_tile(layer, stage, decisions.tile_tokens)[0]
         objective = DpoObjective(
-            model, layout, config.dpo, config.model.kernel, reference_model=reference, kv_heads_at_a_time=kv_heads
+            model,
+            layout,
+            config.dpo,
+            config.model.kernel,
+            reference_model=reference,
+            kv_heads_at_a_time=decisions.kv_heads,
         )
-        objective.passes = "two" if passes == "two" else "one"
+        objective.passes = "two" if decisions.passes == "two" else "one"
     else:
-        objective = SftObjective(model, layout, config.model.kernel, kv_heads)
-    recompute = Recompute.install(
-        base, config, stage, local_world, device, policy=policy, every=every, tile_tokens=tile_tokens, places=places
-    )
+        objective = SftObjective(model, layout, config.model.kernel, decisions.kv_heads)
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    recompute = Recompute.install(base, config, stage, local_world, device, decisions)
     model.train()
     optimizer = None
     if "optimizer" not in engine_config:

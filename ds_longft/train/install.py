@@ -7,8 +7,10 @@ that is left; `Recompute.spend` then keeps the outputs of linears with it, layer
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
@@ -19,9 +21,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ds_longft.config import RunConfig
 from ds_longft.ds_config import DeepSpeedSettings
 from ds_longft.errors import ModelError
+from ds_longft.layout import ParallelLayout
 from ds_longft.model.flops import ModelShape
 from ds_longft.model.supported import decoder_layers
+from ds_longft.plan.decide import Decisions, Run, decide
 from ds_longft.plan.memory import spend, stays_resident
+from ds_longft.plan.of_run import gpu_of_run
+from ds_longft.plan.setting import GIB
 from ds_longft.plan.step import Keep
 from ds_longft.sequence.kept import HostStore
 from ds_longft.sequence.linear import LinearGroup, fuse_linears, gather_with
@@ -81,6 +87,44 @@ def keep_resident(
     return True
 
 
+def known_run(
+    config: RunConfig,
+    engine_config: dict[str, Any],
+    hf_config: PretrainedConfig,
+    layout: ParallelLayout,
+    device: torch.device,
+    *,
+    memory_gib: float | None = None,
+    kernel: str = "",
+) -> Run:
+    """The run as the planner is told of it.
+
+    `memory_gib`: of each GPU, as from `own_memory_gib`; left out, all of it. `kernel`: of its attention.
+    """
+    name, total_gib = "", 0.0
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name, total_gib = properties.name, properties.total_memory / GIB
+    gpu, has_rates = gpu_of_run(name, total_gib, memory_gib or total_gib)
+    return Run(
+        config=config,
+        engine_config=engine_config,
+        hf_config=hf_config,
+        sp=layout.sp,
+        world=layout.world,
+        local_world=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        gpu=gpu,
+        has_rates=has_rates,
+        kernel=kernel,
+        fused=liger_fits(config, hf_config.model_type),
+    )
+
+
+def decided(run: Run, device: torch.device) -> Decisions:
+    """How the run saves memory: as the planner decides; on a CPU as configured."""
+    return decide(run) if device.type == "cuda" else Decisions.as_configured(run.config)
+
+
 @dataclass
 class Recompute:
     """The recomputation of one model: its layers' linears, and which of them are kept."""
@@ -99,25 +143,20 @@ class Recompute:
         stage: int,
         local_world: int,
         device: torch.device,
-        *,
-        policy: str,
-        every: int,
-        tile_tokens: int | None = None,
-        places: Sequence[Keep] | None = None,
+        decisions: Decisions,
     ) -> Recompute:
         """Fuse the decoder layers' linears, tile their MLPs, and put the recompute policy on the layers.
 
-        `policy`, `every`: as in the config, or what was planned where that says auto.
-        `places`: where each layer's input and attention output wait, as planned; left out: on the GPU.
         Raises ModelError: tiles for a model without gate, up and down projections.
         """
         layers = decoder_layers(base)
+        policy, places = decisions.recompute, decisions.keep
         made = cls(policy, int(config.train.offload_host_gib * 2**30) // local_world)
         made.keep = [LayerKeep(i) for i in range(len(layers))]
         # Segments call layers outside of the gathering that a fused layer needs under ZeRO-3.
         if not (stage == 3 and policy in ("every_k", "sqrt")):
             for keep, layer in zip(made.keep, layers, strict=True):
-                groups, tiled = fuse_and_tile(layer, stage, tile_tokens)
+                groups, tiled = fuse_and_tile(layer, stage, decisions.tile_tokens)
                 made.groups.append(groups)
                 keep.last = tiled or next((g for g in groups if g.names == ("down_proj",)), None)
                 made.tiled = made.tiled or tiled is not None
@@ -135,7 +174,7 @@ class Recompute:
         apply_recompute(
             layers,
             policy,
-            every=every,
+            every=decisions.every,
             keep=made.keep,
         )
         return made

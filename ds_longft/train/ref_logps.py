@@ -93,7 +93,7 @@ def _compute(config: RunConfig, launch: Launch, gpus: int, *, as_json: bool) -> 
     from ds_longft.model.load import load_config, load_tokenizer
     from ds_longft.sequence.attention import ULYSSES
     from ds_longft.train.engine import build
-    from ds_longft.train.install import keep_resident
+    from ds_longft.train.install import decided, keep_resident, known_run
     from ds_longft.train.memory import own_memory_gib
     from ds_longft.train.ranks import join
 
@@ -118,7 +118,8 @@ def _compute(config: RunConfig, launch: Launch, gpus: int, *, as_json: bool) -> 
     memory_gib, _ = own_memory_gib(device)
     hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation=ULYSSES)
     keep_resident(settings, config, hf_config, memory_gib)
-    built = build(config, settings.engine, layout, device, memory_gib=memory_gib)
+    known = known_run(config, settings.engine, hf_config, layout, device, memory_gib=memory_gib)
+    built = build(config, settings.engine, layout, device, decisions=decided(known, device))
     built.engine.eval()
     results = [fill(built.engine, config, part, layout, device, agreement) for part in parts]
     if launch.rank == 0:

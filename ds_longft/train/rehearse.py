@@ -139,7 +139,7 @@ def choose_passes(
     """`dpo.passes: auto`: the plan's choice, and where that is one pass, whether the longest pack fits so. Collective;
     a line, None if nothing was open. Call `settle` before.
 
-    The plan (`plan.advice.choose_for_run`) has put its choice into the objective: one pass where it is predicted to fit
+    The plan (`plan.decide`) has put its choice into the objective: one pass where it is predicted to fit
     and two are not faster for what they leave free. Measured in two passes, which need less: one pass holds the
     activations of both sides at once, so it takes at most twice what two passes took beyond the memory that was in use
     before. Nothing can run out of memory by trying.

@@ -9,7 +9,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -25,15 +25,15 @@ from ds_longft.layout import ParallelLayout
 from ds_longft.model.flops import equal_cost_tokens, peak_tflops
 from ds_longft.model.load import config_remarks, load_config, load_tokenizer
 from ds_longft.model.lora import trainable_parameters
-from ds_longft.plan.of_run import foresee_run, gpu_of_run, write_plan
-from ds_longft.plan.setting import Gpu
+from ds_longft.plan.advice import Adviser
+from ds_longft.plan.of_run import foresee_run, write_plan
 from ds_longft.sequence.attention import ULYSSES
 from ds_longft.shipped import find_template
 from ds_longft.train.card import write_card
 from ds_longft.train.checkpoint import Checkpoints
 from ds_longft.train.data_facts import write_data_facts
 from ds_longft.train.health import Watchdog
-from ds_longft.train.install import keep_resident, liger_fits
+from ds_longft.train.install import decided, keep_resident, known_run
 from ds_longft.train.interrupt import StopRequest
 from ds_longft.train.lock import lock_folder
 from ds_longft.train.made_of import what_ranks_share, write_facts
@@ -80,37 +80,21 @@ def run(
     try:
         return _run(config, settings, sp, launch, status, stop, started)
     except torch.OutOfMemoryError as error:
-        if status.passes is not None:
-            config = config.model_copy(update={"dpo": config.dpo.model_copy(update={"passes": status.passes})})
-        raise memory_error(error, config, settings.engine, sp, launch.world, status.where, status.memory_gib) from error
+        raise memory_error(error, status) from error
 
 
-def memory_error(
-    error: torch.OutOfMemoryError,
-    config: RunConfig,
-    engine_config: dict[str, Any],
-    sp: int,
-    world: int,
-    where: str,
-    memory_gib: float | None,
-) -> GpuMemoryError:
-    """The error with the planner's advice for this run. `memory_gib`: as from `own_memory_gib`."""
+def memory_error(error: torch.OutOfMemoryError, status: Status) -> GpuMemoryError:
+    """The error with the planner's advice for this run."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    from ds_longft.plan.advice import Adviser
-
+    known = status.run
+    if known is None:
+        return GpuMemoryError(f"out of GPU memory {status.where}: {error}")
     unset_hf_deepspeed_config()  # else the model without memory would be built as ZeRO-3 builds it
-    hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation=ULYSSES)
-    adviser = Adviser.for_run(
-        config,
-        engine_config,
-        hf_config,
-        sp=sp,
-        world=world,
-        gpu=_gpu(memory_gib)[0],
-        fused=liger_fits(config, hf_config.model_type),
-    )
-    return adviser.error(error, where)
+    if status.passes is not None:
+        dpo = known.config.dpo.model_copy(update={"passes": status.passes})
+        known = replace(known, config=known.config.model_copy(update={"dpo": dpo}))
+    return Adviser.for_run(known).error(error, status.where)
 
 
 def _run(
@@ -155,18 +139,19 @@ def _run(
     agreement.same({"the training rows": train_set.content, **held_out})
     phases.done("data tokenised")
 
-    status.memory_gib, taken_gib = own_memory_gib(device)
+    memory_gib, taken_gib = own_memory_gib(device)
     hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation=ULYSSES)
-    whole = keep_resident(settings, config, hf_config, status.memory_gib)
-    if launch.rank == 0:
-        write_plan(folder, _foreseen(config, settings.engine, layout, device, kernel, status.memory_gib))
+    whole = keep_resident(settings, config, hf_config, memory_gib)
+    known = known_run(config, settings.engine, hf_config, layout, device, memory_gib=memory_gib, kernel=kernel)
+    status.run, decisions = known, decided(known, device)
+    if launch.rank == 0:  # on a CPU the memory of a whole process is what is measured: nothing is foreseen
+        write_plan(folder, foresee_run(known, decisions) if device.type == "cuda" else None)
     built = build(
         config,
         settings.engine,
         layout,
         device,
-        memory_gib=status.memory_gib,
-        kernel=kernel,
+        decisions=decisions,
         loaded=lambda: phases.done("model loaded"),
     )
     phases.done("engine built")
@@ -308,34 +293,6 @@ def _run(
     dist.destroy_process_group()
     watchdog.stop()
     return 0
-
-
-def _foreseen(
-    config: RunConfig,
-    engine_config: dict[str, Any],
-    layout: ParallelLayout,
-    device: torch.device,
-    kernel: str,
-    memory_gib: float | None,
-) -> dict[str, Any] | None:
-    """The planner's prediction; none on a CPU, where the memory of a whole process is what is measured."""
-    if memory_gib is None:
-        return None
-    hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation="eager")
-    gpu, has_rates = _gpu(memory_gib)
-    return foresee_run(
-        config, engine_config, hf_config,
-        sp=layout.sp, world=layout.world, local_world=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        gpu=gpu, has_rates=has_rates, kernel=kernel, fused=liger_fits(config, hf_config.model_type),
-    )  # fmt: skip
-
-
-def _gpu(memory_gib: float | None) -> tuple[Gpu, bool]:
-    """This rank's type of GPU with the memory that the run may use, and whether its rates are known."""
-    if memory_gib is None:
-        return gpu_of_run("", 0.0, 0.0)
-    properties = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0")))
-    return gpu_of_run(properties.name, properties.total_memory / 2**30, memory_gib)
 
 
 def _hung(status: Status, message: str, lowest: bool) -> None:

@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ds_longft.errors import EXIT_CONFIG, EXIT_REQUEUE, GpuMemoryError, LongftError
 from ds_longft.run_files import StatusFile
@@ -19,6 +19,9 @@ from ds_longft.train.durable import PATIENCE_S, insist
 from ds_longft.train.lock import lock_folder
 from ds_longft.train.ranks import Launch
 from ds_longft.train.secrets import redact
+
+if TYPE_CHECKING:  # the planner brings torch
+    from ds_longft.plan.decide import Run
 
 STATUS = "run_status.json"
 
@@ -49,7 +52,7 @@ class Status:
         self.start_up_s: dict[str, float] | None = None
         self.where = "at the start"  # what the run is at, for messages
         self.passes: str | None = None  # what dpo.passes: auto was settled to, for messages
-        self.memory_gib: float | None = None  # of each GPU, for this run
+        self.run: Run | None = None  # what is known of it, for messages
         self.begun = time.time()
 
     def training(self, first_step: int, start_up_s: dict[str, float]) -> None:

@@ -16,7 +16,9 @@ from transformers import AutoConfig
 from ds_longft.config import RunConfig
 from ds_longft.ds_config import load_ds_config, merge_ds_config
 from ds_longft.layout import ParallelLayout
+from ds_longft.model.load import load_config
 from ds_longft.train.engine import build
+from ds_longft.train.install import decided, known_run
 from ds_longft.train.memory import device_memory
 from ds_longft.train.ranks import Launch, join
 from ds_longft.train.rehearse import rehearse, settle
@@ -47,7 +49,9 @@ def main(hog: bool) -> None:
         load_ds_config("ds_configs/zero2_sp.json"), config, world=1, device="cuda", hidden_size=SHAPE["hidden_size"]
     )
     layout = ParallelLayout.create(1)
-    built = build(config, settings.engine, layout, device, memory_gib=30.0)  # little enough that auto stays auto
+    hf_config = load_config(config.model, TOKENS, attn_implementation="eager")
+    known = known_run(config, settings.engine, hf_config, layout, device, memory_gib=30.0)  # auto stays auto
+    built = build(config, settings.engine, layout, device, decisions=decided(known, device))
     memory, pack = device_memory(device), make_pack([TOKENS], seed=0)
     settle(built.engine, layout, device)
     rehearse(built.engine, built.recompute, pack, layout, device, memory)

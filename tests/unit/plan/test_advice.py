@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from dataclasses import replace
 from typing import Any, Literal
@@ -12,8 +13,10 @@ from transformers import AutoConfig
 
 from ds_longft.config import RunConfig
 from ds_longft.errors import EXIT_CONFIG
-from ds_longft.plan.advice import Adviser, choose_for_run
+from ds_longft.plan.advice import Adviser
+from ds_longft.plan.decide import Run, decide
 from ds_longft.plan.memory import predict
+from ds_longft.plan.of_run import foresee_run
 from ds_longft.plan.search import Question, fastest
 from ds_longft.plan.setting import Gpu, Setting
 from ds_longft.plan.time import predict_time
@@ -24,14 +27,20 @@ def h200(memory_gib: float) -> Gpu:
     return replace(Gpu.load("h200"), memory_gib=memory_gib)
 
 
+def known(
+    config: RunConfig, of: dict[str, Any], *, world: int = 1, sp: int = 1, stage: int = 2, memory_gib: float = 139.8
+) -> Run:
+    return Run(
+        config, {"zero_optimization": {"stage": stage}}, AutoConfig.for_model(**of), sp, world, world,
+        h200(memory_gib), has_rates=True, kernel="flash-attn-4", fused=True,
+    )  # fmt: skip
+
+
 def adviser(
     of: dict[str, Any] = LLAMA_8B, *, world: int = 8, sp: int = 2, stage: int = 2, memory_gib: float = 79.1, **keys: Any
 ) -> Adviser:
     config = RunConfig.model_validate({"data": {"max_length_tokens": "256K"}, **keys})
-    return Adviser.for_run(
-        config, {"zero_optimization": {"stage": stage}}, AutoConfig.for_model(**of),
-        sp=sp, world=world, gpu=h200(memory_gib), fused=True,
-    )  # fmt: skip
+    return Adviser.for_run(known(config, of, world=world, sp=sp, stage=stage, memory_gib=memory_gib))
 
 
 def test_savings_name_keys_and_are_ordered() -> None:
@@ -106,12 +115,9 @@ def test_the_run_takes_the_passes_that_the_plan_names(length: str, memory_gib: f
 
     def chosen(**keys: Any) -> Setting:
         config = RunConfig.model_validate({"objective": "dpo", "data": {"max_length_tokens": length}, **keys})
-        found = choose_for_run(
-            config, {"zero_optimization": {"stage": 2}}, AutoConfig.for_model(**LLAMA_8B),
-            sp=1, world=1, local_world=1, gpu=h200(memory_gib), fused=True,
-        )  # fmt: skip
+        found = decide(known(config, LLAMA_8B, memory_gib=memory_gib)).setting
         assert found is not None
-        return found[0]
+        return found
 
     of_run = chosen()
     assert of_run.passes == passes
@@ -139,12 +145,7 @@ def test_nothing_is_computed_again_where_there_is_room_to_spare(
     def chosen(**train: Any) -> str:
         data = {"max_length_tokens": tokens}
         config = RunConfig.model_validate({"data": data, "lora": {"r": 16}, "train": train})
-        found = choose_for_run(
-            config, {"zero_optimization": {"stage": 2}}, AutoConfig.for_model(**family),
-            sp=1, world=1, local_world=1, gpu=h200(memory_gib), fused=True,
-        )  # fmt: skip
-        assert found is not None
-        return found[0].recompute
+        return decide(known(config, family, memory_gib=memory_gib)).recompute
 
     assert chosen() == expected
     assert chosen(recompute="keep_attention") == "keep_attention"  # what is asked for stays
@@ -187,7 +188,6 @@ def test_every_family_gets_a_choice(
     family: str, memory_gib: float, world: int, sp: int, stage: int, lora: bool
 ) -> None:
     """A run asks before it loads the model: whatever the planner thinks, it must answer."""
-    hf_config = AutoConfig.for_model(**FAMILIES[family])
     for length, host_gib, objective in (("4K", 0, "sft"), ("512K", 0, "dpo"), ("512K", 200, "sft")):
         config = RunConfig.model_validate(
             {
@@ -197,14 +197,11 @@ def test_every_family_gets_a_choice(
                 "train": {"offload_host_gib": host_gib},
             }
         )
-        chosen = choose_for_run(
-            config, {"zero_optimization": {"stage": stage}}, hf_config,
-            sp=sp, world=world, local_world=world, gpu=h200(memory_gib), fused=True,
-        )  # fmt: skip
-        assert chosen is not None
-        setting, keep = chosen
-        assert len(keep) == hf_config.num_hidden_layers
-        on_host = any("host" in (place.input, place.attention) for place in keep)
+        run = known(config, FAMILIES[family], world=world, sp=sp, stage=stage, memory_gib=memory_gib)
+        setting = decide(run)
+        assert setting.keep is not None
+        assert len(setting.keep) == run.hf_config.num_hidden_layers
+        on_host = any("host" in (place.input, place.attention) for place in setting.keep)
         assert host_gib or not on_host
         if memory_gib > 100 and length == "4K":
             assert setting.tile_tokens is None
@@ -218,12 +215,9 @@ def test_auto_recomputes_more_where_nothing_else_fits() -> None:
         config = RunConfig.model_validate(
             {"data": {"max_length_tokens": length}, "train": {"offload_host_gib": host_gib}}
         )
-        found = choose_for_run(
-            config, {"zero_optimization": {"stage": stage}}, AutoConfig.for_model(**LLAMA_8B),
-            sp=1, world=1, local_world=1, gpu=h200(139.8), fused=True,
-        )  # fmt: skip
+        found = decide(known(config, LLAMA_8B, stage=stage)).setting
         assert found is not None
-        return found[0]
+        return found
 
     assert chosen("128K").recompute == "auto"
     assert chosen("320K").recompute == "full"
@@ -232,3 +226,30 @@ def test_auto_recomputes_more_where_nothing_else_fits() -> None:
     assert million.recompute == "every_k"
     assert million.tile_tokens == 8192
     assert chosen("1M", host_gib=120, stage=3).recompute == "full"  # no segments there, and nothing fits
+
+
+def test_the_same_run_gets_the_same_answer_and_the_planner_gives_it() -> None:
+    """Engine, plan.json and `ds-longft plan` read one answer: drawn runs, decided twice and planned once."""
+    rng = random.Random(0)
+    for _ in range(40):
+        world, stage = rng.choice([(1, 2), (2, 2), (2, 3), (8, 3)])
+        sp = rng.choice([d for d in (1, 2, 4, 8) if d <= world])
+        length, memory_gib = rng.choice(["8K", "64K", "256K", "1M"]), rng.choice([23.5, 79.1, 139.8])
+        host_gib = rng.choice([0, 100])
+        config = RunConfig.model_validate(
+            {"data": {"max_length_tokens": length}, "train": {"offload_host_gib": host_gib}, "lora": {"r": 16}}
+        )
+        run = known(
+            config, rng.choice([LLAMA_8B, QWEN_7B, SMOLLM2]), world=world, sp=sp, stage=stage, memory_gib=memory_gib
+        )
+        decisions, again = decide(run), decide(replace(run))
+        assert decisions == again
+        foreseen = foresee_run(run, decisions)
+        assert foreseen is not None
+        assert decisions.setting is not None
+        assert (foreseen["recompute"], foreseen["sp"]) == (decisions.recompute, sp)
+        assert run.model is not None
+        memory = predict(run.model, decisions.setting, run.gpu)
+        assert foreseen["peak_gib"] == pytest.approx(memory.peak_gib, abs=0.01)
+        bare = [(k.input, k.attention) for k in memory.keep]
+        assert bare == [(k.input, k.attention) for k in decisions.keep or ()]

@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoConfig
 
 from ds_longft.config import RunConfig
+from ds_longft.plan.decide import Run, decide
 from ds_longft.plan.memory import predict
 from ds_longft.plan.of_run import foresee_run, gpu_of_run, gpu_type, write_plan
 from ds_longft.plan.setting import Gpu, ModelSizes, Setting
@@ -22,10 +23,10 @@ def foreseen(of: dict[str, Any] = SMOLLM2, *, kernel: str = "flash-attn-4", **ke
     }
     config = RunConfig.model_validate({"data": {"max_length_tokens": "128K"}, "lora": None, **keys})
     gpu, has_rates = gpu_of_run(**device)
-    return foresee_run(
-        config, {"zero_optimization": {"stage": 2}}, AutoConfig.for_model(**of),
-        sp=1, world=1, local_world=1, gpu=gpu, has_rates=has_rates, kernel=kernel, fused=True,
+    run = Run(
+        config, {"zero_optimization": {"stage": 2}}, AutoConfig.for_model(**of), 1, 1, 1, gpu, has_rates, kernel, True
     )  # fmt: skip
+    return foresee_run(run, decide(run))
 
 
 DEVICE = ("device_name", "total_gib", "memory_gib")

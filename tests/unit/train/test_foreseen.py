@@ -12,11 +12,13 @@ from transformers import AutoConfig
 
 from ds_longft.config import RunConfig
 from ds_longft.layout import ParallelLayout
-from ds_longft.train.run import _foreseen
+from ds_longft.model.load import load_config
+from ds_longft.plan.of_run import foresee_run
+from ds_longft.train.install import decided, known_run
 from tests.unit.plan.shapes import SMOLLM2
 
 
-def foreseen(folder: Path, device: str, memory_gib: float | None) -> dict[str, Any] | None:
+def foreseen(folder: Path, memory_gib: float) -> dict[str, Any] | None:
     AutoConfig.for_model(**SMOLLM2).save_pretrained(folder)
     config = RunConfig.model_validate(
         {
@@ -25,24 +27,32 @@ def foreseen(folder: Path, device: str, memory_gib: float | None) -> dict[str, A
             "data": {"max_length_tokens": "128K"},
         }
     )
-    layout = cast(ParallelLayout, SimpleNamespace(sp=1, world=1))
-    engine_config = {"zero_optimization": {"stage": 3}}
-    return _foreseen(config, engine_config, layout, torch.device(device), "flash-attn-4", memory_gib)
+    layout, engine_config = cast(ParallelLayout, SimpleNamespace(sp=1, world=1)), {"zero_optimization": {"stage": 3}}
+    hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation="eager")
+    known = known_run(
+        config, engine_config, hf_config, layout, torch.device("cuda"), memory_gib=memory_gib, kernel="flash-attn-4"
+    )
+    return foresee_run(known, decided(known, torch.device("cuda")))
 
 
 def test_the_demonstration_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     properties = SimpleNamespace(name="NVIDIA H200", total_memory=int(139.8 * 2**30))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    found = foreseen(tmp_path, "cuda", 139.8)
+    found = foreseen(tmp_path, 139.8)
     assert found is not None
     assert found["tokens"] == 131072
     assert 10 < found["peak_gib"] < 131
     assert 1 < found["step_s"] < 30
-    beside_another = foreseen(tmp_path, "cuda", 24.0)  # another process holds the rest
+    beside_another = foreseen(tmp_path, 24.0)  # another process holds the rest
     assert beside_another is not None
     assert beside_another["peak_gib"] < 24 < found["peak_gib"]
     assert beside_another["rates"] == found["rates"] == "measured"
 
 
-def test_nothing_is_foreseen_on_a_cpu(tmp_path: Path) -> None:
-    assert foreseen(tmp_path, "cpu", None) is None
+def test_a_cpu_run_does_what_is_configured(tmp_path: Path) -> None:
+    AutoConfig.for_model(**SMOLLM2).save_pretrained(tmp_path)
+    config = RunConfig.model_validate({"model": {"path": str(tmp_path)}, "train": {"recompute": "sqrt"}})
+    hf_config = load_config(config.model, 8192, attn_implementation="eager")
+    layout = cast(ParallelLayout, SimpleNamespace(sp=1, world=1))
+    decisions = decided(known_run(config, {}, hf_config, layout, torch.device("cpu")), torch.device("cpu"))
+    assert (decisions.recompute, decisions.tile_tokens, decisions.keep, decisions.setting) == ("sqrt", None, None, None)
