@@ -202,7 +202,7 @@ def compare(case: Case, measured: dict[str, Any], gpu: str, *, tiny: bool) -> di
     shape = shape_of(case.shape, case.layers)
     model, rates = ModelSizes.from_config(AutoConfig.for_model(**shape)), Gpu.load(gpu)
     kernel = case.kernel if case.kernel in rates.attention_tflops else next(iter(rates.attention_tflops))
-    whole = stays_resident(model.weights, lora=not case.full, offload_params=False, memory_gib=rates.memory_gib)
+    whole = stays_resident(2 * model.weights, lora=not case.full, offload_params=False, memory_gib=rates.memory_gib)
     setting = Setting(
         lengths=tuple(lengths_of(case.documents)),
         sp=case.sp or case.gpus,

@@ -132,6 +132,12 @@ def _stage_problems(stage: Any, zero: dict[str, Any]) -> list[str]:
     if stage not in (0, 1, 2, 3):
         problems.append(f"ds_config: zero_optimization.stage is {json.dumps(stage)}, expected 0, 1, 2 or 3")
         return problems
+    ratio = zero.get("offload_optimizer", {}).get("ratio", 1.0)
+    if ratio != 1.0:
+        problems.append(
+            f"ds_config: zero_optimization.offload_optimizer.ratio is {json.dumps(ratio)}: DeepSpeed then steps a part "
+            "of the weights with a second optimizer, which no schedule reaches; leave it out"
+        )
     for key, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
         target = zero.get(key, {}).get("device", "none")
         if target not in ("none", "cpu", "nvme"):

@@ -70,7 +70,7 @@ class Adviser:
         """The same under ZeRO-3, with the shipped JSONs."""
         assert self.model is not None
         lora, memory_gib = x.lora_r is not None, self.gpu.memory_gib
-        whole = stays_resident(self.model.weights, lora=lora, offload_params=offload, memory_gib=memory_gib)
+        whole = stays_resident(2 * self.model.weights, lora=lora, offload_params=offload, memory_gib=memory_gib)
         away = replace(x, resident=False, offload_optimizer=offload, offload_params=offload)
         return replace(away, stage=2 if whole else 3)
 

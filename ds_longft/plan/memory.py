@@ -154,11 +154,11 @@ def spend(
     return places, on_device, on_host
 
 
-def stays_resident(weights: int, *, lora: bool, offload_params: bool, memory_gib: float) -> bool:
-    """Whether a model's elements stay whole on each GPU though the JSON says ZeRO-3: with LoRA, not offloaded, where
+def stays_resident(weights_bytes: int, *, lora: bool, offload_params: bool, memory_gib: float) -> bool:
+    """Whether a model's weights stay whole on each GPU though the JSON says ZeRO-3: with LoRA, not offloaded, where
     they fit into their share of it.
     """
-    return lora and not offload_params and 2 * weights / GIB <= RESIDENT_SHARE * memory_gib
+    return lora and not offload_params and weights_bytes / GIB <= RESIDENT_SHARE * memory_gib
 
 
 def host_bytes(model: ModelSizes, setting: Setting) -> float:

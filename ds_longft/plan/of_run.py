@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,17 @@ def write_plan(folder: Path, foreseen: dict[str, Any] | None) -> None:
 
 
 def note_in_plan(folder: Path, given_back: dict[str, float]) -> None:
-    """Add to plan.json what a full GPU gave back: the run goes on with less kept than was planned."""
-    file = folder / "plan.json"
-    if not file.exists():
-        return
-    plan = json.loads(file.read_text(encoding="utf-8"))
-    plan.setdefault("given_back", []).append(given_back)
-    file.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+    """Add to our plan.json what a full GPU gave back: the run goes on with less kept than was planned.
+
+    A user's own plan stays as it is, and training goes on where the file cannot be read or written.
+    """
+    file, new = folder / "plan.json", folder / ".plan.json"
+    with suppress(OSError, ValueError):
+        plan = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(plan, dict) and plan.get(MADE_BY) == US:
+            plan.setdefault("given_back", []).append(given_back)
+            new.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+            new.replace(file)
 
 
 def foresee_run(run: Run, decisions: Decisions) -> dict[str, Any] | None:

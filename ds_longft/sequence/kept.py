@@ -77,6 +77,8 @@ class Kept:
         """Move it to ordinary host memory until it is taken; returns the bytes. Slow: for a GPU that is full."""
         size, value = self.device_bytes, self._value
         if size and value:
+            if value[0].is_cuda:  # what failed may have been on another stream than the one that computes these
+                torch.cuda.synchronize(value[0].device)
             self._home = value[0].device
             self._value = tuple(t.to("cpu", copy=True) for t in value)
         return size

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import locale
 import os
 import sys
 from typing import Any, TextIO
+
+NOBODY_THERE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)
 
 
 class LastingStream:
@@ -18,18 +21,21 @@ class LastingStream:
         """Write, or drop what nobody can read."""
         try:
             return self._stream.write(text)
-        except OSError:
-            self._go_nowhere()
+        except OSError as error:
+            self._lost(error)
             return len(text)
 
     def flush(self) -> None:
         """Flush, or drop what nobody can read."""
         try:
             self._stream.flush()
-        except OSError:
-            self._go_nowhere()
+        except OSError as error:
+            self._lost(error)
 
-    def _go_nowhere(self) -> None:
+    def _lost(self, error: OSError) -> None:
+        """On a full disk this line alone; where nobody listens any more, all that follow."""
+        if error.errno not in NOBODY_THERE:
+            return
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())  # for C code that writes there too
         os.close(nowhere)

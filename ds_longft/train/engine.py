@@ -34,6 +34,7 @@ from ds_longft.sequence.attention import ULYSSES, register
 from ds_longft.sequence.linear import LinearGroup, unhook
 from ds_longft.train.install import Recompute, decided, fuse_and_tile, fused_kernels, known_run
 from ds_longft.train.model_check import check_zero_section
+from ds_longft.train.rehearse import forget_steps
 
 
 @dataclass
@@ -150,6 +151,8 @@ def build(
         model_parameters=None if optimizer is not None else param_groups(model, config.optim.weight_decay),
         config={"zero_allow_untested_optimizer": True, **engine_config},
     )
+    if stage == 0:  # its bf16 wrapper has taken a step of zeros: Adam's corrections would count it
+        forget_steps(getattr(engine.optimizer, "optimizer", engine.optimizer))
     if stage == 3:
         for group in [*groups, *(group for layer in recompute.groups for group in layer)]:
             group.unhook()

@@ -64,7 +64,11 @@ def liger_fits(config: RunConfig, model_type: str) -> bool:
 
 
 def keep_resident(
-    settings: DeepSpeedSettings, config: RunConfig, hf_config: PretrainedConfig, memory_gib: float | None
+    settings: DeepSpeedSettings,
+    config: RunConfig,
+    hf_config: PretrainedConfig,
+    memory_gib: float | None,
+    saved_stage: int | None = None,
 ) -> bool:
     """With adapters, frozen weights that fit stay whole on each GPU, where the JSON leaves open whether ZeRO-3 releases
     weights. Then nothing is left for stage 3 to divide, and the engine is given stage 2.
@@ -72,15 +76,21 @@ def keep_resident(
     ZeRO-3 that releases nothing would hold each GPU's share besides, 7.5 GiB of a Llama-8B on two GPUs, and gather all
     weights anew in each step, also those that never change: 0.2 of 6.2 s on two H200s (8 x 16,384 tokens).
 
-    `memory_gib`: as from `own_memory_gib`, so that every rank decides alike; None on CPUs, where nothing is decided.
+    Args:
+        settings: its engine config is changed in place.
+        memory_gib: as from `own_memory_gib`, so that every rank decides alike; None on CPUs, where nothing is decided.
+        saved_stage: of the checkpoint that the run goes on from: how full a GPU is at this start must not decide it.
+
     Returns whether it was done. Call it before ZeRO-3 is switched on for every model that is built.
     """
     zero = settings.engine["zero_optimization"]
-    if memory_gib is None or not settings.resident_if_fits or zero["stage"] != 3:
+    if memory_gib is None or not settings.resident_if_fits or zero["stage"] != 3 or saved_stage == 3:
         return False
-    weights, offloaded = ModelShape.from_config(hf_config).all_weights, "offload_param" in zero
-    if not stays_resident(weights, lora=config.lora is not None, offload_params=offloaded, memory_gib=memory_gib):
-        return False
+    if saved_stage != 2:
+        weights, size = ModelShape.from_config(hf_config).all_weights, 2 if settings.engine["bf16"]["enabled"] else 4
+        lora, offloaded = config.lora is not None, "offload_param" in zero
+        if not stays_resident(size * weights, lora=lora, offload_params=offloaded, memory_gib=memory_gib):
+            return False
     for key in [key for key in zero if key.startswith("stage3_")]:
         del zero[key]
     zero["stage"] = 2

@@ -21,7 +21,6 @@ SAVE_MARGIN = 1.5  # times the longest save so far: file systems are slowest whe
 UNMEASURED_SAVE_S = 60.0
 SAME_PRESS_S = 2.0  # the terminal and the launcher both hand on one Ctrl-C
 LOOK_AT_LAUNCHER_S = 1.0
-GONE = -1  # no process's parent
 
 
 class StopRequest:
@@ -77,7 +76,7 @@ class StopRequest:
             for number in os.read(ends, 64) if ready else b"":
                 if number in SIGNALS:
                     self.note(signal.Signals(number))
-            if self.reason is None and any(parent_of(child) != parent for child, parent in watched):
+            if self.reason is None and any(parent_of(child) not in (parent, None) for child, parent in watched):
                 self.reason = "the launcher is gone"
 
     def note(self, number: signal.Signals) -> None:
@@ -141,26 +140,28 @@ def launchers() -> list[tuple[int, int]]:
     `deepspeed.launcher.launch`, whose children they are.
     """
     here = os.getpid()
-    parent = parent_of(here)
+    parent = parent_of(here) or 0
     if parent <= 1:  # of nobody, or of a container's first process, without which nothing is
         return []
     chain = [(here, parent)]
     if "deepspeed.launcher.launch" in _command_of(parent):
         above = parent_of(parent)
-        command = _command_of(above)
-        if "deepspeed" in command:
+        # Otherwise it was started by somebody else, perhaps by a container's first process: that proves nothing.
+        if above and "deepspeed" in _command_of(above):
             chain.append((parent, above))
-        elif above <= 1 or "systemd" in command:  # who takes in orphans: `deepspeed` was gone before its ranks began
-            chain.append((parent, GONE))
     return chain
 
 
-def parent_of(pid: int) -> int:
-    """The parent of a process; 0 where it is no more."""
+def parent_of(pid: int) -> int | None:
+    """The parent of a process, 0 where it is no more, None where that cannot be told now (too many open files)."""
+    if pid == os.getpid():
+        return os.getppid()
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except (OSError, ValueError, IndexError):
+    except (FileNotFoundError, ProcessLookupError):
         return 0
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def _command_of(pid: int) -> str:

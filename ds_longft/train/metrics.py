@@ -168,7 +168,7 @@ class Records:
         """
         read, bad = read_lines(self.path, MetricsLine)
         kept = [r for r in read if r["step"] <= step] if step else []
-        if not self.path.exists():
+        if not self.path.exists() or (not bad and len(kept) == len(read)):
             return kept
         tmp = self.path.with_name(".metrics.jsonl")
         tmp.write_text("".join(json.dumps(r) + "\n" for r in kept))

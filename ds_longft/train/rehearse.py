@@ -26,6 +26,7 @@ from ds_longft.data.pairs import pair_sides
 from ds_longft.layout import ParallelLayout
 from ds_longft.objectives.dpo import DpoObjective
 from ds_longft.plan.setting import GIB
+from ds_longft.sequence.relief import Relief
 from ds_longft.train.install import Recompute
 from ds_longft.train.memory import DeviceMemory
 from ds_longft.train.step import apply_step, backpropagate_pack
@@ -83,14 +84,21 @@ def _undone(engine: Any) -> Iterator[None]:
         for group, values in groups:
             group.update(values)
             group.update({key: 0 for key in ("step",) if key in group})  # Apex-like optimizers count there
-        for state in optimizer.state.values():
-            for key, value in state.items():
-                if isinstance(value, Tensor):
-                    value.zero_()
-                elif isinstance(value, (int, float)):
-                    state[key] = 0
+        forget_steps(optimizer)
         for name, value in counters.items():
             setattr(engine, name, value)
+
+
+def forget_steps(optimizer: Any) -> None:
+    """Put a torch optimizer's state back to what it is before a first step, the memory of it kept."""
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            if key == "momentum_buffer":  # SGD's first step takes the gradient as it is, without dampening
+                state[key] = None
+            elif isinstance(value, Tensor):
+                value.zero_()
+            elif isinstance(value, (int, float)):
+                state[key] = 0
 
 
 def rehearse(
@@ -109,7 +117,8 @@ def rehearse(
     if memory is None:
         return None
     memory.reset_peak()
-    dry_step(engine, _as_last(engine, pack, layout), layout, device)
+    with Relief([], 0, device):  # as steps will run: autograd adds out of place under any such mode
+        dry_step(engine, _as_last(engine, pack, layout), layout, device)
     free = _least(memory.free(), device)
     peak = memory.peak()
     if recompute.policy != "auto":

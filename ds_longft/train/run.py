@@ -44,6 +44,7 @@ from ds_longft.train.ranks import Launch, join
 from ds_longft.train.rehearse import choose_passes, rehearse, settle
 from ds_longft.train.same_run import (
     CHANGES,
+    STAGE,
     TrainState,
     changes_since,
     in_words,
@@ -141,7 +142,9 @@ def _run(
 
     memory_gib, taken_gib = own_memory_gib(device)
     hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation=ULYSSES)
-    whole = keep_resident(settings, config, hf_config, memory_gib)
+    checkpoints = Checkpoints(folder, agreement, config.train.keep_checkpoints)
+    found = checkpoints.find(config.train.resume)
+    whole = keep_resident(settings, config, hf_config, memory_gib, found[1].decides.get(STAGE) if found else None)
     known = known_run(config, settings.engine, hf_config, layout, device, memory_gib=memory_gib, kernel=kernel)
     status.run, decisions = known, decided(known, device)
     if launch.rank == 0:  # on a CPU the memory of a whole process is what is measured: nothing is foreseen
@@ -165,7 +168,6 @@ def _run(
 
     train_loader = loader(train_set, config.train.gradient_accumulation_steps)
     total_steps = sum(train_loader.steps_per_epoch(e) for e in range(config.train.epochs))
-    checkpoints = Checkpoints(folder, agreement, config.train.keep_checkpoints)
     state = TrainState(
         step=0,
         epoch=0,
@@ -181,7 +183,6 @@ def _run(
         model=what_the_model_is(built.hf_config),
         base=agreement.broadcast(start_fingerprint(built.model)),
     )
-    found = checkpoints.find(config.train.resume)
     if found is not None:
         refuse_another_run(*found, state)
     status.where = "in the dry run of the longest pack, before the first step"

@@ -19,6 +19,7 @@ from ds_longft.errors import CheckpointError
 from ds_longft.layout import ParallelLayout
 from ds_longft.messages import keys_on_resume
 
+STAGE = "zero_optimization.stage in ds_config"
 CHANGES = "changes.json"
 OF_THE_SOFTWARE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 """Keys of a model's config that do not decide what it computes, or are compared elsewhere."""
@@ -62,7 +63,7 @@ def what_decides(config: RunConfig, engine_config: dict[str, Any], layout: Paral
         "data.pack_tokens": config.budget_tokens,
         "dp x train.gradient_accumulation_steps": layout.dp * packs,
         "optim.type": str(optimizer).lower(),
-        "zero_optimization.stage in ds_config": engine_config.get("zero_optimization", {}).get("stage", 0),
+        STAGE: engine_config.get("zero_optimization", {}).get("stage", 0),
     }
 
 

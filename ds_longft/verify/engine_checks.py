@@ -14,7 +14,10 @@ from ds_longft.exactness.isolation import check_borders, check_isolation
 from ds_longft.exactness.labels import check_labels
 from ds_longft.exactness.packs import in_two, two_documents, weight_of
 from ds_longft.exactness.positions import check_positions
+from ds_longft.model.load import load_config
 from ds_longft.train.engine import Built, build
+from ds_longft.train.install import decided, keep_resident, known_run
+from ds_longft.train.memory import own_memory_gib
 from ds_longft.train.step import backpropagate
 from ds_longft.train.weights import ModelWriter
 from ds_longft.verify.dropout import check_dropout
@@ -31,7 +34,12 @@ def check_engine(
     The engine is gone when this returns; `work` holds what it saved, if check 6 is asked for.
     """
     layout, device, gather = subject.layout, subject.device, subject.agreement.gather
-    built = build(subject.config, subject.settings.engine, layout, device, prepare=wake_adapters)
+    hf_config = load_config(subject.config.model, subject.config.data.max_length_tokens, attn_implementation="eager")
+    memory_gib, _ = own_memory_gib(device)
+    keep_resident(subject.settings, subject.config, hf_config, memory_gib)  # the engine that the run will have
+    known = known_run(subject.config, subject.settings.engine, hf_config, layout, device, memory_gib=memory_gib)
+    decisions = decided(known, device)
+    built = build(subject.config, subject.settings.engine, layout, device, prepare=wake_adapters, decisions=decisions)
     engine, pack = built.engine, subject.packs[0]
     found: dict[int, list[Finding]] = {}
     if 5 in checks:  # first: the random state is still the one a run starts with

@@ -89,7 +89,7 @@ def verify_model(subject: Subject, checks: frozenset[int]) -> tuple[list[Finding
         "ranks": layout.world,
         "sp": layout.sp,
         "dp": layout.dp,
-        "ZeRO": subject.settings.stage,
+        "ZeRO": subject.settings.engine["zero_optimization"]["stage"],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "type": str(subject.dtype).removeprefix("torch."),
         "kernel": " ".join(dict.fromkeys(a.kernel for a in asked)),

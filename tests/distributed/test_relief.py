@@ -136,4 +136,4 @@ def test_it_ends_when_nothing_is_left(pools: Any, tmp_path: Path) -> None:
     folder = model(tmp_path)
     counts = [rank[4] for rank in pools(2).run(three_steps, folder, LORA, "", 0.0, 0, None)]
     with pytest.raises(AssertionError, match="OutOfMemoryError"):
-        pools(2).run(three_steps, folder, LORA, "backward", 0.5, 1000, counts, timeout_s=40)
+        pools(2).run(three_steps, folder, LORA, "backward", 0.5, 1000, counts, timeout_s=15)

@@ -91,6 +91,8 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "data.pack_tokens": ("--data.pack_tokens", "300"),
     "data.packing": ("--data.packing", "best_fit"),
     "data.overlong": ("--data.overlong", "truncate"),
+    "data.thinking": ("--data.thinking", "last"),
+    "data.train_turns": ("--data.train_turns", "last"),
     "data.weighting": ("--data.weighting", "sample"),
     "data.chat_template": ("--data.chat_template", SAME_TEMPLATE),
     "data.workers": ("--data.workers", "2"),
@@ -119,6 +121,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "train.save_every_steps": ("--train.save_every_steps", "1"),
     "train.keep_checkpoints": ("--train.keep_checkpoints", "5"),
     "train.resume": ("--train.resume", "6"),
+    "train.deterministic": ("--train.deterministic", "true"),
     "train.max_minutes": ("--train.max_minutes", "600"),
     "train.on_nonfinite": ("--train.on_nonfinite", "skip"),
     "train.max_skipped_in_a_row": ("--train.max_skipped_in_a_row", "5"),
@@ -130,8 +133,10 @@ OTHERS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 CHANGED_ROWS = {"data.train[].limit"}  # leads to other rows; other keys known by content lead to the same
 NOT_SEEN = {"train.on_nonfinite", "train.max_skipped_in_a_row"}  # in the losses of a run that stays finite
-ELSEWHERE = {key for key in CLASSES if key.startswith("dpo.")} | {"data.eval"}
-"""`dpo.*`: below, without a run. `data.eval` excludes `data.eval_fraction`, which decides the training rows."""
+OF_HUB_SETS = {"data.train[].subset", "data.train[].revision"}
+ELSEWHERE = {key for key in CLASSES if key.startswith("dpo.")} | {"data.eval", "lora.init_from"} | OF_HUB_SETS
+"""`dpo.*`, `lora.init_from`: below, without a run. `data.eval` excludes `data.eval_fraction`, which decides the training
+rows. What names a hub set's version is refused for files."""
 
 QUICK = {
     "lora.alpha", "lora.rslora", "lora.dropout", "model.rope.type", "model.dtype", "optim.type", "optim.weight_decay",
@@ -236,6 +241,12 @@ def test_another_value_in_preference_training(key: str) -> None:
         refuse_another_run(Path("checkpoint-6"), before, now)
         (change,) = changes_since(before, now)
         assert (change["key"], change["after_step"]) == (key, 6)
+
+
+def test_another_adapter_to_start_from_is_refused() -> None:
+    before, now = state_of(load_config([])), state_of(load_config(["--lora.init_from", "elsewhere"]))
+    with pytest.raises(CheckpointError, match=r"lora.init_from was null and is .*elsewhere.* now"):
+        refuse_another_run(Path("checkpoint-6"), before, now)
 
 
 def test_spellings_of_one_value_are_one() -> None:

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from ds_longft.config import RunConfig
 from ds_longft.plan.decide import Run, decide
 from ds_longft.plan.memory import predict
-from ds_longft.plan.of_run import foresee_run, gpu_of_run, gpu_type, write_plan
+from ds_longft.plan.of_run import foresee_run, gpu_of_run, gpu_type, note_in_plan, write_plan
 from ds_longft.plan.setting import Gpu, ModelSizes, Setting
 from tests.unit.plan.shapes import LLAMA_8B, SMOLLM2, shape
 
@@ -98,3 +98,19 @@ def test_the_users_own_plan_stays(tmp_path: Path) -> None:
     file.write_text("{")
     write_plan(tmp_path, {"peak_gib": 4.0})
     assert file.read_text() == "{", "whatever it is"
+
+
+def test_what_was_given_back_is_noted_in_our_plan_alone(tmp_path: Path) -> None:
+    file, given = tmp_path / "plan.json", {"step": 7, "rank": 1, "gib": 3.2}
+    note_in_plan(tmp_path, given)
+    assert not file.exists()
+    for theirs in ('{"of": "the user"}', "no JSON", "[1]"):
+        file.write_text(theirs)
+        note_in_plan(tmp_path, given)
+        assert file.read_text() == theirs
+    write_plan(tmp_path, None)
+    file.unlink(missing_ok=True)
+    write_plan(tmp_path, {"peak_gib": 1.0})
+    note_in_plan(tmp_path, given)
+    note_in_plan(tmp_path, {**given, "step": 8})
+    assert [note["step"] for note in json.loads(file.read_text())["given_back"]] == [7, 8]

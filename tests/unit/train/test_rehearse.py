@@ -52,3 +52,27 @@ def test_a_dry_pass_draws_no_random_numbers(monkeypatch: pytest.MonkeyPatch) -> 
     torch.manual_seed(0)
     rehearse.dry_pass(None, SimpleNamespace(tokens=8), ParallelLayout(1, 0, 1), torch.device("cpu"))  # type: ignore[arg-type]
     torch.testing.assert_close(torch.rand(3), drawn[0])
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda p: torch.optim.AdamW([p], lr=0.1, weight_decay=0.1),
+        lambda p: torch.optim.SGD([p], lr=0.1, momentum=0.9, dampening=0.5),
+    ],
+)
+def test_a_first_step_after_a_forgotten_one_is_a_first_step(optimizer: Any) -> None:
+    first, second = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    plain, stepped = optimizer(first), optimizer(second)
+    second.grad = torch.zeros(3)
+    for group in stepped.param_groups:
+        group.update(lr=0.0)
+    stepped.step()
+    for group in stepped.param_groups:
+        group.update(lr=0.1)
+    rehearse.forget_steps(stepped)
+    for parameter, each in ((first, plain), (second, stepped)):
+        for _ in range(2):
+            parameter.grad = torch.full((3,), 0.5)
+            each.step()
+    assert torch.equal(first, second)

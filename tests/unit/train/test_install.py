@@ -1,0 +1,41 @@
+"""Whether frozen weights stay whole on each GPU: what the JSON leaves open, what fits, what a checkpoint was made with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from ds_longft.config import RunConfig
+from ds_longft.ds_config import DeepSpeedSettings, merge_ds_config
+from ds_longft.train.install import keep_resident
+from tests.unit.plan.shapes import LLAMA_8B
+
+
+def settings(config: RunConfig, **zero: Any) -> DeepSpeedSettings:
+    section = {"stage": 3, "stage3_param_persistence_threshold": "auto", **zero}
+    return merge_ds_config({"zero_optimization": section}, config, world=2, device="cuda", hidden_size=4096)
+
+
+@pytest.mark.parametrize(
+    ("memory_gib", "saved", "keys", "zero", "whole"),
+    [
+        (139.8, None, {}, {}, True),
+        (42.0, None, {}, {}, False),  # 15 GiB are more than 0.35 of it
+        (60.0, None, {"model": {"dtype": "fp32"}}, {}, False),  # 30 GiB
+        (42.0, 2, {}, {}, True),  # how full a GPU is at this start decides nothing that was decided before
+        (139.8, 3, {}, {}, False),
+        (139.8, None, {"lora": None}, {}, False),
+        (139.8, None, {}, {"offload_param": {"device": "cpu"}}, False),
+        (139.8, None, {}, {"stage3_param_persistence_threshold": 10**6}, False),
+        (None, None, {}, {}, False),  # a CPU
+    ],
+)
+def test_who_stays_whole(memory_gib: float | None, saved: int | None, keys: Any, zero: Any, whole: bool) -> None:
+    config = RunConfig.model_validate({"lora": {"r": 16}, **keys})
+    found = settings(config, **zero)
+    assert keep_resident(found, config, AutoConfig.for_model(**LLAMA_8B), memory_gib, saved) == whole
+    section = found.engine["zero_optimization"]
+    assert section["stage"] == (2 if whole else 3)
+    assert any(key.startswith("stage3_") for key in section) != whole
