@@ -92,16 +92,14 @@ def model(folder: Path) -> str:
 
 FAILURES = [
     # phase, which of its operations, how often it fails, whether anything is kept then
-    ("forward", 0.6, 1, True),
     ("forward", 0.95, 3, True),
     ("backward", 0.3, 2, True),
-    ("backward", 0.95, 1, False),
     ("optimizer", 0.5, 1, False),
 ]
 
 
 @pytest.mark.parametrize(
-    ("keys", "failures"), [(LORA, FAILURES), ({"lora": None}, FAILURES[1:3])], ids=["adapters", "all weights"]
+    ("keys", "failures"), [(LORA, FAILURES), ({"lora": None}, FAILURES[1:2])], ids=["adapters", "all weights"]
 )
 def test_a_step_goes_on_to_the_same_bits(pools: Any, tmp_path: Path, keys: Any, failures: Any) -> None:
     folder = model(tmp_path)
