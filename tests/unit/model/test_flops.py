@@ -87,7 +87,7 @@ def test_experts_count_by_their_share_of_use() -> None:
 
 
 def test_attention_costs_as_much_as_the_linears_at_its_length() -> None:
-    shape = ModelShape(body_weights=6_979_321_856, head_weights=0, windows=(None,) * 32, attention_width=4096)
+    shape = ModelShape(body_weights=6_979_321_856, head_weights=0, all_weights=0, windows=(None,) * 32, attention_width=4096)
     for lora in (True, False):
         length = equal_cost_tokens(shape, lora=lora)
         whole = step_flops(shape, [length], lora=lora, targets=0)
@@ -98,7 +98,7 @@ def test_attention_costs_as_much_as_the_linears_at_its_length() -> None:
 
 def test_a_forward_pass_is_the_step_without_its_backward() -> None:
     """2 of 4 operations a frozen weight, 1 of 3 parts of attention."""
-    shape = ModelShape(body_weights=1000, head_weights=300, windows=(None, 4), attention_width=16)
+    shape = ModelShape(body_weights=1000, head_weights=300, all_weights=0, windows=(None, 4), attention_width=16)
     lengths, targets = (7, 10), 5
     whole = step_flops(shape, lengths, lora=True, targets=targets)
     linear = 4 * (17 * 1000 + 5 * 300)
