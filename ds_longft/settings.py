@@ -190,7 +190,7 @@ def _half_null_problems(given: dict[str, Any], argv: list[str]) -> Problems:
 def _validate(
     content: dict[str, Any], problems: Problems, preflight: Callable[[RunConfig], object] | None
 ) -> RunConfig:
-    """Each key alone; then what they have to be together, as far as that does not go by a wrong one."""
+    """Validate each key alone, then the rules across keys, but for rules that read a wrong key."""
     content = _tidy(content)
     try:
         config = RunConfig.model_validate(content, context=EACH_KEY_ALONE)

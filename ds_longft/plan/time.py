@@ -212,7 +212,7 @@ def _products(x: Setting, gpu: Gpu, weights: float) -> float:
 
 
 def _host(model: ModelSizes, x: Setting) -> float:
-    """Seconds in which the host launches a pack's forward pass, the same again and the backward pass, two of four."""
+    """Seconds the host takes to launch one pack: forward 1/4, recomputation 1/4, backward 2/4."""
     further = len(x.lengths) - 1 if x.kernel in PER_DOCUMENT else 0
     return (HOST_S + HOST_S_PER_DOCUMENT * further) * model.layers
 

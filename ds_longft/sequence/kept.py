@@ -4,8 +4,8 @@ Host copies go out on a stream of their own during the forward pass and come bac
 those of the layer before already on their way while a layer is computed. At 131,072 tokens and sp 2 the gate and up
 outputs of a Llama-8B layer are 3.5 GiB a GPU: 70 ms over PCIe, against 350 ms of backward pass.
 
-Every device tensor belongs to the compute stream, also those the copy streams fill: it is allocated there, held by name
-until its copy is over, and freed there. So the allocator needs no events (`record_stream`) and no pool for each stream;
+All device tensors are allocated and freed on the compute stream, even those that copy streams fill; each is held by
+name until its copy is over. So the allocator needs no events (`record_stream`) and no pool for each stream;
 with a nearly full GPU those make it free cached blocks and wait for the device.
 """
 

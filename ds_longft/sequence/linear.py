@@ -2,8 +2,9 @@
 
 PEFT computes base(x) + B(A(x)) * scale with a copy for each term, and reads x again for each of q, k, v. Here linears
 that read the same input are one group: one product with all their A matrices, the base product, then the low-rank term
-added in place. Where outputs are much wider than inputs it is no term of its own but more columns of the base product
-(`folds`). The arithmetic is PEFT's; the adapters stay PEFT's modules, so saving and loading know nothing of this.
+added in place. Where outputs are much wider than inputs, the low-rank term is folded into the base product as extra
+columns (`folds`). The arithmetic is PEFT's; the adapters stay PEFT's modules, so saving and loading know nothing of
+this.
 What is not plain LoRA (dropout, DoRA, several or merged adapters, other layer types) keeps PEFT's own path.
 
 Letters: t tokens, I input and O output features, r rank, m members of a group.

@@ -80,8 +80,8 @@ def build(
 
     `engine_config` is the merged DeepSpeed JSON without "auto". Every rank draws the same adapter initialisation.
     `decisions`: how it saves memory; left out, what the planner decides for all of the GPU.
-    `prepare` is called with the model, adapters in place, before the optimizer copies its weights, `loaded` when that
-    model stands.
+    `prepare` is called with the model, adapters in place, before the optimizer copies its weights; `loaded` is called
+    once the model is built.
     """
     check_zero_section(engine_config)
     register()

@@ -239,7 +239,7 @@ def _run(
             (folder / CHANGES).write_text(json.dumps(state.changes, indent=1) + "\n")
             records.say(f"changed on the way: {in_words(state.changes)}")
         if aside:
-            records.say(f"checkpoints of later steps belong to another course, and are now called {', '.join(aside)}")
+            records.say(f"checkpoints of later steps belong to a different run; renamed to {', '.join(aside)}")
     status.training(state.step, phases.seconds)
     status.where = "in training"
     stop.saves = True
