@@ -128,8 +128,8 @@ def term_one_rank(terminal: Terminal, output: Path) -> None:
 
 WAYS = [
     ("deepspeed", press),
-    ("deepspeed", kill_deepspeeds_launcher),
-    ("local", term_command),
+    pytest.param("deepspeed", kill_deepspeeds_launcher, marks=pytest.mark.slow),
+    pytest.param("local", term_command, marks=pytest.mark.slow),
     pytest.param("deepspeed", close, marks=pytest.mark.slow),
     pytest.param("deepspeed", term_command, marks=pytest.mark.slow),
     pytest.param("deepspeed", kill_command, marks=pytest.mark.slow),

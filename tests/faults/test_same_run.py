@@ -139,8 +139,7 @@ ELSEWHERE = {key for key in CLASSES if key.startswith("dpo.")} | {"data.eval", "
 rows. What names a hub set's version is refused for files."""
 
 QUICK = {
-    "lora.alpha", "lora.rslora", "lora.dropout", "model.rope.type", "model.dtype", "optim.type", "optim.weight_decay",
-    "optim.betas", "optim.max_grad_norm", "ds_config", "data.train", "data.train[].limit", "train.recompute", "output_dir",
+    "lora.alpha", "lora.dropout", "model.rope.type", "optim.weight_decay", "data.train", "data.train[].limit", "train.recompute",
 }  # fmt: skip
 
 

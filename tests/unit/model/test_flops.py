@@ -87,7 +87,9 @@ def test_experts_count_by_their_share_of_use() -> None:
 
 
 def test_attention_costs_as_much_as_the_linears_at_its_length() -> None:
-    shape = ModelShape(body_weights=6_979_321_856, head_weights=0, all_weights=0, windows=(None,) * 32, attention_width=4096)
+    shape = ModelShape(
+        body_weights=6_979_321_856, head_weights=0, all_weights=0, windows=(None,) * 32, attention_width=4096
+    )
     for lora in (True, False):
         length = equal_cost_tokens(shape, lora=lora)
         whole = step_flops(shape, [length], lora=lora, targets=0)
