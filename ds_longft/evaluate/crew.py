@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from ds_longft.errors import ConfigError, LongftError
 from ds_longft.train.ranks import Agreement, Launch, visible_gpus
 
-OWN_ERROR_S = 2.0
+OWN_ERROR_S = 10.0
 """What went wrong on every rank is said by rank 0, and its end is the others' within this time. Whoever is still there
 has an error of its own."""
 
