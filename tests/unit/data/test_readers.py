@@ -213,7 +213,8 @@ def test_every_file_of_a_folder_is_read_or_named(tmp_path):
 
 
 def test_what_save_to_disk_leaves_is_read_by_its_splits(tmp_path):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     rows = datasets.Dataset.from_list([{"text": "one"}, {"text": "two"}])
     rows.save_to_disk(tmp_path / "set")
     assert texts(tmp_path / "set") == ["one", "two"]
@@ -229,7 +230,8 @@ def test_keys_that_other_rows_of_a_table_have_are_not_there(tmp_path):
 
 
 def test_configuration_split_and_revision_of_a_hub_set(monkeypatch):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     asked = []
 
     def load(path, name=None, split=None, revision=None):
@@ -249,7 +251,6 @@ def test_configuration_split_and_revision_of_a_hub_set(monkeypatch):
 
 
 def test_remote_files_are_read_through_datasets(tmp_path):
-    pytest.importorskip("datasets")
     (tmp_path / "a.jsonl").write_text('{"text": "far away"}\n')
     (tmp_path / "b.txt").write_text("A\nbook.")
     assert texts(f"file://{tmp_path}/a.jsonl") == ["far away"]

@@ -11,6 +11,7 @@ from ds_longft.sequence.kept import LEAVING, HostStore, Kept, Unread, _pinned
 from ds_longft.sequence.linear import fuse_linears
 from ds_longft.sequence.mlp import tile_mlp
 from ds_longft.sequence.recompute import LayerKeep, apply_recompute
+from tests.unit.sequence.mlp import Mlp
 
 CPU = torch.device("cpu")
 
@@ -71,16 +72,6 @@ def test_of_two_calls_the_first_is_kept_for_the_first(slot: Kept) -> None:
     assert slot.take() is None
     slot.put(torch.zeros(3))
     assert slot.take() is None
-
-
-class Mlp(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate_proj, self.up_proj = nn.Linear(8, 24, bias=False), nn.Linear(8, 24, bias=False)
-        self.down_proj, self.act_fn = nn.Linear(24, 8, bias=False), nn.SiLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Layer(nn.Module):

@@ -16,14 +16,24 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ds_longft.errors import ModelError
-from ds_longft.sequence.kernels import CUDNN_MIN_WORK, AttentionSpec, base, choose_kernel, kernel_by_name, table
+from ds_longft.sequence.kernels import (
+    CUDNN_MIN_WORK,
+    AttentionSpec,
+    base,
+    choose_kernel,
+    flash_attn,
+    kernel_by_name,
+    table,
+)
 
 CUDA = torch.device("cuda", 0)
 MATH = kernel_by_name("math")
 LEAST_TOKENS = math.isqrt(CUDNN_MIN_WORK // (16 * 128))
 LENGTHS = [33, 1, 20]
+ORDERS = {False}  # of adding to dq, that flash-attn-4 may be asked for now: any order, or (True) a fixed one
 
 
 def pack(lengths: list[int], device: str = "cpu") -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -83,10 +93,14 @@ def flash_attention_4() -> dict[str, ModuleType]:
         learnable_sink=None,
     ):  # fmt: skip
         spec = as_spec(softmax_scale, causal, window_size_left, window_size_right, softcap)
-        lengths = lengths_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_k, q.shape[-3])
-        if cu_seqlens_q is None:
+        assert deterministic in ORDERS
+        lengths = lengths_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_k, k.shape[-3])
+        if cu_seqlens_q is None:  # q may be the last of the queries: those before it give no gradient
+            missing = k.shape[1] - q.shape[1]
+            q, out, dout = (pad(x, (0, 0, 0, 0, missing, 0)) for x in (q, out, dout))
+            lse = pad(lse, (missing, 0))
             grads = MATH.backward(dout[0], q[0], k[0], v[0], out[0], lse[0], cu_seqlens_q, lengths, spec)
-            return tuple(grad[None] for grad in grads)
+            return grads[0][None, missing:], grads[1][None], grads[2][None]
         return MATH.backward(dout, q, k, v, out, lse, cu_seqlens_q, lengths, spec)
 
     return _modules("flash_attn.cute.interface", _flash_attn_fwd, _flash_attn_bwd)
@@ -226,6 +240,21 @@ def test_installable_kernels_pass_everything_on(installed, name, lengths, spec):
     grads = kernel.backward(dout, q, k, v, out, lse, borders, lengths, spec)
     for seen, grad in zip(grads, MATH.backward(dout, q, k, v, out, lse, borders, lengths, spec), strict=True):
         assert torch.equal(seen, grad)
+
+
+@pytest.mark.parametrize("queries", [8, 33, 54])
+@pytest.mark.parametrize("lengths", [LENGTHS, [54]], ids=["documents", "one document"])
+@pytest.mark.parametrize("mask", [{}, {"window": 7}, {"softcap": 2.0}], ids=str)
+def test_a_fixed_order_is_asked_for_long_documents_in_parts(installed, monkeypatch, queries, lengths, mask):
+    installed("flash-attn-4")
+    monkeypatch.setattr(flash_attn, "REPEATABLE_QUERIES", queries)
+    monkeypatch.setattr(sys.modules[__name__], "ORDERS", {True})
+    q, k, v, dout, borders = pack(lengths)
+    spec = AttentionSpec(0.3, repeatable=True, **mask)
+    out, lse = MATH.forward(q, k, v, borders, lengths, spec)
+    grads = kernel_by_name("flash-attn-4").backward(dout, q, k, v, out, lse, borders, lengths, spec)
+    expected = MATH.backward(dout, q, k, v, out, lse, borders, lengths, spec)
+    torch.testing.assert_close(grads, expected)
 
 
 @pytest.mark.parametrize("name", ["cudnn", "varlen"])

@@ -14,6 +14,7 @@ from ds_longft.sequence.mlp import tile_mlp
 from ds_longft.sequence.recompute import LayerKeep, apply_recompute
 from ds_longft.sequence.reuse import ours_alone
 from tests.unit.sequence import zoo
+from tests.unit.sequence.mlp import Mlp
 
 
 def asked(share: bool, checkpointed: bool) -> list[bool]:
@@ -55,16 +56,6 @@ def test_not_where_something_keeps_the_memory_or_elements_share_a_place() -> Non
     del kept
     assert ours_alone(x)
     assert not ours_alone(torch.zeros(3, 1).expand(3, 4))
-
-
-class Mlp(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate_proj, self.up_proj = nn.Linear(8, 24, bias=False), nn.Linear(8, 24, bias=False)
-        self.down_proj, self.act_fn = nn.Linear(24, 8, bias=False), nn.SiLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Layer(nn.Module):
