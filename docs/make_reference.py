@@ -45,8 +45,19 @@ TABLE = re.compile(r"(<!-- measured: `make docs` -->\n).*?(<!-- /measured -->)",
 MEASURED = (
     # what the row is called, and `what` of its line in benchmarks/results.jsonl; the newest of that name counts
     ("one sample of 131,072 tokens, 2 GPUs, sp 2", "step 131072 sp2 lora fa4 zero3"),
+    (
+        "one sample of 131,072 tokens, 2 GPUs, sp 2, 176 GiB of host memory",
+        "step 131072 sp2 lora fa4 zero3, 176 GiB of host memory",
+    ),
     ("8 documents of 16,384 tokens, 2 GPUs, sp 2", "step 8x16384 sp2 lora fa4 zero3"),
+    ("documents as long as LongAlign's, 131,072 tokens, 2 GPUs, sp 2", "step longalign 131072 sp2 lora fa4 zero3"),
+    ("16 documents of 8,192 tokens, 2 GPUs, dp 2", "step 16x8192 dp2 lora fa4 zero3"),
     ("one sample of 65,536 tokens, all weights, 2 GPUs, sp 2", "step 65536 sp2 full fa4 zero3"),
+    (
+        "one sample of 524,288 tokens, 2 GPUs, sp 2, 200 GiB of host memory",
+        "step 524288 sp2 lora fa4 zero3, 200 GiB of host memory",
+    ),
+    ("a DPO pair of 2 x 131,072 tokens, 2 GPUs, sp 2", "dpo pair 2 x 131072 sp2 lora, live reference"),
     ("one sample of 131,072 tokens, 1 GPU, 88 GiB of host memory", "step 131072 sp1 lora fa4, 88 GiB of host memory"),
     ("one sample of 65,536 tokens, 1 GPU", "step 65536 sp1 lora fa4"),
     ("one sample of 65,536 tokens, 1 GPU, 88 GiB of host memory", "step 65536 sp1 lora fa4, 88 GiB of host memory"),
@@ -73,7 +84,7 @@ def measured_table() -> str:
         peer = "not run"
         if line.get("peer_value"):
             peer = f"{line['peer_value']:.1f} s: {line['ratio']:.2f} times as fast"
-        config = "zero3" if "zero3" in what or "full" in what else "zero2"
+        config = "zero3" if any(word in what for word in ("zero3", "full", "dpo")) else "zero2"
         measured = (f"{line['value']:.1f} s", f"{line['tokens_per_s_per_gpu']:,.0f}", f"{line['peak_gib']:.0f} GiB")
         code = f"{line['commit']}, `{config}_sp.json`, {line['date']}"
         rows.append(f"| {' | '.join((name, *measured, peer, code))} |")

@@ -125,8 +125,10 @@ class LinearGroup:
     def _call(self, i: int, x: Tensor) -> Tensor:
         module = self.modules[i]
         source = self.remade.source_of(x) if self.remade is not None and i == 0 else None
-        if getattr(module, "disable_adapters", False) or getattr(module, "merged", False):
+        if getattr(module, "merged", False):
             return self.members[i].base(x)
+        if getattr(module, "disable_adapters", False):
+            return self._without_adapters(i, x)
         if i in self._waiting and self._input is not None and x is self._input[0] and x._version == self._input[1]:
             out = self._waiting.pop(i)
             if not self._waiting:
@@ -140,6 +142,23 @@ class LinearGroup:
         if i == 0 and len(outs) > 1:
             self._input, self._waiting = (x, x._version), dict(enumerate(outs[1:], 1))
         return outs[0]
+
+    def _without_adapters(self, i: int, x: Tensor) -> Tensor:
+        """Member i's own output, by the product that its group computes with adapters, their columns zero.
+
+        Another product would round otherwise, and the log-probabilities of an answer of 131,072 tokens then differ by
+        76 where the adapters add nothing (Llama-8B shapes, random weights, bf16): a DPO loss of 7.6 instead of ln 2.
+        """
+        member = self.members[i]
+        rank = sum(m.lora[0].out_features for m in self.members if m.lora)
+        x2 = x.reshape(-1, x.shape[-1])  # [t, I]
+        if member.lora is None or not folds(
+            len(x2), x2.shape[1], sum(m.base.out_features for m in self.members if m.lora)
+        ):
+            return member.base(x)
+        weight = member.base.weight
+        wide = _beside(x2, x2.new_zeros(len(x2), rank)), _beside(weight, weight.new_zeros(len(weight), rank))
+        return F.linear(*wide, member.base.bias).view(*x.shape[:-1], -1)
 
 
 def _apply(

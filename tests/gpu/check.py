@@ -84,7 +84,8 @@ def kernels(gpus: int) -> list[Result]:
             "loss kernel, repeated gradients, dropout, full GPUs",
             (
                 *("tests/gpu/test_cross_entropy.py", "tests/gpu/test_repeatable.py", "tests/gpu/test_dropout.py"),
-                *("tests/gpu/test_relief.py", "tests/gpu/test_own_memory.py", "-k", "not test_runs_repeat"),
+                *("tests/gpu/test_relief.py", "tests/gpu/test_own_memory.py", "tests/gpu/test_dpo_start.py"),
+                *("-k", "not test_runs_repeat"),
             ),
             second,
         ),

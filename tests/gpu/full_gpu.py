@@ -14,7 +14,8 @@ import torch
 from transformers import AutoConfig
 
 from ds_longft.config import RunConfig
-from ds_longft.ds_config import load_ds_config, merge_ds_config
+from ds_longft.ds_config import merge_ds_config
+from ds_longft.ds_file import load_ds_config
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.load import load_config
 from ds_longft.train.engine import build

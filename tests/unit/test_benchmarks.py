@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -18,6 +19,11 @@ from benchmarks.longest import longest
 from benchmarks.work import compare_gradients, compared, fingerprint, is_settled, lengths_of, sample, start, step_times
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "tests" / "gpu").glob("*.py")))
+def test_what_runs_on_gpus_only_imports_here(name: str) -> None:
+    importlib.import_module(f"tests.gpu.{name}")
 
 
 def test_lengths_of_documents_as_they_are_written() -> None:

@@ -69,3 +69,24 @@ def test_folded_where_it_spares_memory_traffic() -> None:
     assert not folds(65_536, 4096, 4096 + 2 * 1024)  # q, k and v
     assert not folds(65_536, 14_336, 4096)
     assert not folds(1024, 4096, 2 * 14_336)  # few tokens: copying the weights would cost more
+
+
+@pytest.mark.parametrize("folded", [True, False])
+@pytest.mark.parametrize("ranks", [(3, 5), (8, 0)])
+def test_without_adapters_as_with_ones_that_add_nothing(
+    monkeypatch: pytest.MonkeyPatch, ranks: tuple[int, ...], folded: bool
+) -> None:
+    """To the bit: the reference of a preference pair is the policy before its first step."""
+    monkeypatch.setattr(linear, "folds", lambda *shape: folded and shape[2] > 0)
+    modules = [module.to(torch.bfloat16) for module in layers((48, 32), ranks, inner=509, bias=True)]
+    for module in modules:
+        if isinstance(module, PeftLinear):
+            nn.init.zeros_(module.lora_B["default"].weight)
+    LinearGroup(NAMES[:2], modules, [m for m in map(Member.of, modules) if m is not None])
+    x = torch.randn(1, 700, 509, dtype=torch.bfloat16)
+    policy = [module(x) for module in modules]
+    for module in modules:
+        if isinstance(module, PeftLinear):
+            module.enable_adapters(False)
+    for ours, reference in zip(policy, [module(x) for module in modules], strict=True):
+        assert torch.equal(ours, reference)
