@@ -196,7 +196,7 @@ def compare(case: Case, measured: dict[str, Any], gpu: str, *, tiny: bool) -> di
     from ds_longft.decide.memory import predict, stays_resident
     from ds_longft.decide.search import fastest_saver
     from ds_longft.decide.setting import GIB, Gpu, ModelSizes, Setting
-    from ds_longft.decide.step import ATTENTION, LAYER_INPUTS, LINEARS, REFERENCE, TRAINABLE, WEIGHTS
+    from ds_longft.decide.tensors import ATTENTION, LAYER_INPUTS, LINEARS, REFERENCE, TRAINABLE, WEIGHTS
     from ds_longft.decide.time import predict_time
 
     shape = shape_of(case.shape, case.layers)

@@ -13,7 +13,7 @@ from ds_longft.config.run_config import RunConfig
 from ds_longft.decide.memory import SPARE_SHARE, host_bytes, place, predict
 from ds_longft.decide.search import fastest_of, fastest_saver, last_resorts, passes_of
 from ds_longft.decide.setting import GIB, Gpu, ModelSizes, Setting
-from ds_longft.decide.step import Keep
+from ds_longft.decide.tensors import Keep
 from ds_longft.errors import ModelError
 from ds_longft.objectives.dpo import reference_of
 

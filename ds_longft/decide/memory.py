@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ds_longft.decide.setting import GIB, Gpu, ModelSizes, Setting
-from ds_longft.decide.step import GROUPS, REFERENCE, TRAINABLE, WEIGHTS, Keep, Sizes, Step
+from ds_longft.decide.step import Step
+from ds_longft.decide.tensors import GROUPS, REFERENCE, TRAINABLE, WEIGHTS, Keep, Sizes
 from ds_longft.decide.timeline import Timeline
 from ds_longft.sequence.kept import LEAVING
 

@@ -15,7 +15,7 @@ from itertools import pairwise
 
 from ds_longft.decide.memory import segment_starts, trained_weights
 from ds_longft.decide.setting import Gpu, ModelSizes, Setting
-from ds_longft.decide.step import GROUPS, Keep, Sizes
+from ds_longft.decide.tensors import GROUPS, Keep, Sizes
 from ds_longft.model.flops import visible_pairs
 from ds_longft.sequence.linear import folds
 

@@ -24,7 +24,7 @@ from ds_longft.decide.decisions import Decisions, Run, decide
 from ds_longft.decide.memory import spend, stays_resident
 from ds_longft.decide.of_run import gpu_of_run
 from ds_longft.decide.setting import GIB
-from ds_longft.decide.step import Keep
+from ds_longft.decide.tensors import Keep
 from ds_longft.errors import ModelError
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.flops import ModelShape

@@ -9,7 +9,8 @@ import pytest
 from ds_longft.decide.memory import fixed, predict, spend
 from ds_longft.decide.search import savers
 from ds_longft.decide.setting import GIB, Gpu, Setting
-from ds_longft.decide.step import Keep, Sizes, Step
+from ds_longft.decide.step import Step
+from ds_longft.decide.tensors import Keep, Sizes
 from ds_longft.decide.time import forward_weights, multiplied_weights, passes_ahead
 from ds_longft.decide.timeline import Timeline
 from tests.unit.decide.shapes import LLAMA_8B, LLAMA_13B, QWEN_7B, SMOLLM2, sizes

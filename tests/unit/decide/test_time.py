@@ -9,7 +9,7 @@ import pytest
 
 from ds_longft.decide.memory import predict
 from ds_longft.decide.setting import Gpu, Setting
-from ds_longft.decide.step import Keep
+from ds_longft.decide.tensors import Keep
 from ds_longft.decide.time import HALF_RATE_TOKENS, WITHOUT_GRADIENT, StepTime, predict_time, rate_at
 from tests.unit.decide.shapes import LLAMA_8B, SMOLLM2, sizes
 

@@ -31,7 +31,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from ds_longft.batch import IGNORE_INDEX, Batch, Documents, Pack, Pairs
 from ds_longft.config.run_config import DpoConfig, LoraConfig
 from ds_longft.decide.setting import Setting
-from ds_longft.decide.step import Keep
+from ds_longft.decide.tensors import Keep
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.lora import add_lora
 from ds_longft.objectives.dpo import DpoObjective
