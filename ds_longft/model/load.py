@@ -19,7 +19,7 @@ from transformers import (
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from ds_longft.config.run_config import ModelConfig
+from ds_longft.config.run_config import ModelConfig, RopeConfig
 from ds_longft.errors import ModelError
 from ds_longft.model.rope import apply_rope, restore_rope, seen_tokens
 from ds_longft.model.supported import check_class_supported, check_supported
@@ -31,15 +31,11 @@ def load_config(model: ModelConfig, max_length_tokens: int, *, attn_implementati
     Raises:
         ModelError: nothing readable at `model.path`, an unsupported model, or a length its positions do not reach.
     """
-    hf_config = _read_config(model)
-    check_supported(hf_config)
-    apply_rope(hf_config, model.rope, max_length_tokens)
-    hf_config.use_cache = False
-    hf_config._attn_implementation = attn_implementation
-    return hf_config
+    return prepare_config(read_config(model), model, max_length_tokens, attn_implementation=attn_implementation)
 
 
-def _read_config(model: ModelConfig) -> PretrainedConfig:
+def read_config(model: ModelConfig) -> PretrainedConfig:
+    """The model's config as it is stored. Raises ModelError: nothing readable at `model.path`."""
     path = model_path(model)
     try:
         return AutoConfig.from_pretrained(path, **_source(model))
@@ -47,14 +43,27 @@ def _read_config(model: ModelConfig) -> PretrainedConfig:
         raise ModelError(f"model.path: no model config can be read from {path!r}: {_first_line(error)}") from error
 
 
-def config_remarks(model: ModelConfig, max_length_tokens: int) -> list[str]:
-    """What to say before training: a RoPE base too small for the length, a loss that is asked for and left out."""
-    hf_config = _read_config(model)
+def prepare_config(
+    hf_config: PretrainedConfig, model: ModelConfig, max_length_tokens: int, *, attn_implementation: str
+) -> PretrainedConfig:
+    """`load_config` of a config that is read already; it is changed in place."""
+    check_supported(hf_config)
+    apply_rope(hf_config, model.rope, max_length_tokens)
+    hf_config.use_cache = False
+    hf_config._attn_implementation = attn_implementation
+    return hf_config
+
+
+def config_remarks(hf_config: PretrainedConfig, rope: RopeConfig, max_length_tokens: int) -> list[str]:
+    """What to say before training: a RoPE base too small for the length, a loss that is asked for and left out.
+
+    `hf_config`: as it is stored.
+    """
     remarks = []
-    seen = seen_tokens(hf_config, model.rope) if model.rope.theta is not None else None
+    seen = seen_tokens(hf_config, rope) if rope.theta is not None else None
     if seen is not None and seen < max_length_tokens:
         remarks.append(
-            f"model.rope.theta {model.rope.theta:g} turns some dimensions further than the model has seen from some "
+            f"model.rope.theta {rope.theta:g} turns some dimensions further than the model has seen from some "
             f"{seen:,} tokens on, and data.max_length_tokens is {max_length_tokens:,}: it may stay lost there; leave "
             "theta out for a base that fits"
         )
