@@ -76,10 +76,6 @@ COMMANDS = {
     "data synth stretches": Command(
         "ds_longft.tools.make_data.synth.text_commands:stretches", "long texts cut into plain rows of many lengths"
     ),
-    "data synth numbers": Command(
-        "ds_longft.tools.make_data.synth.text_commands:numbers",
-        "numbers hidden in long texts, asked for one or several at a time",
-    ),
     "data mix": Command("ds_longft.tools.make_data.commands:mix", "a training set of many sources, by a recipe"),
     "data tokenize": Command("ds_longft.tools.look.commands:tokenize", "chats to token ids, once, into the cache"),
     "data stats": Command("ds_longft.tools.look.commands:stats", "lengths, targets, packs and padding of a data set"),
