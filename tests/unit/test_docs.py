@@ -104,7 +104,6 @@ def test_the_tree_of_the_readme_is_the_tree() -> None:
     ("function", "page"),
     [
         ("config_page", "docs/config.md"),
-        ("files_page", "docs/files.md"),
         ("data_page", "docs/data.md"),
         ("readme_page", "README.md"),
     ],
