@@ -20,6 +20,7 @@ import pytest
 
 from tests.distributed.pool import free_port
 from tests.faults.assets import write_job
+from tests.faults.processes import tree
 from tests.faults.ranks import checkpoints, reached, status, trace
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,24 +33,18 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_job(tmp_path_factory.mktemp("launchers"))
 
 
-def tree(output: Path) -> dict[int, str]:
-    """Living processes whose command line names the output folder: pid -> command."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        try:
-            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-        except (OSError, ValueError):
-            continue
-        if entry.name.isdecimal() and str(output) in command and state != "Z" and int(entry.name) != os.getpid():
-            found[int(entry.name)] = command
-    return found
-
-
 def process_of(output: Path, words: str, without: str = "\0") -> int:
     """The one process whose command has these words."""
     (pid,) = [pid for pid, command in tree(output).items() if words in command and without not in command]
     return pid
+
+
+def _as_in_a_terminal() -> None:
+    """A terminal of its own, and no signal that is ignored: a test started with `&` in a script would hand that on."""
+    os.setsid()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 class Terminal:
@@ -59,7 +54,7 @@ class Terminal:
         self.master, slave = pty.openpty()
         self.command = subprocess.Popen(
             command, stdin=slave, stdout=slave, stderr=slave, cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT)},
-            preexec_fn=lambda: (os.setsid(), fcntl.ioctl(0, termios.TIOCSCTTY, 0)),  # noqa: PLW1509
+            preexec_fn=_as_in_a_terminal,  # noqa: PLW1509
         )  # fmt: skip
         os.close(slave)
         os.set_blocking(self.master, False)
@@ -260,6 +255,7 @@ def test_soak(
             number = dice.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
             with contextlib.suppress(ProcessLookupError):
                 os.kill(dice.choice(found[kind]), number)
+            terminal.said += f"\n--- {number.name} to {kind}, of {found}\n"
             terminal.wait_for(lambda: not tree(output), 60)
             code = terminal.command.wait()
             # DeepSpeed ends well when its own launcher is killed; whether it should is not ours to say.

@@ -11,6 +11,7 @@ from ds_longft.data.ledger import Ledger
 from ds_longft.data.lengths import Lengths
 from ds_longft.data.synth import numbers as hidden
 from ds_longft.data.synth.commands import context_length, write_made
+from ds_longft.data.synth.numbers import QUESTIONS
 from ds_longft.data.synth.row_plan import size_parts
 from ds_longft.data.synth.sources import read_documents
 from ds_longft.data.synth.stretches import stretch_rows
@@ -62,7 +63,7 @@ def numbers(
     *,
     rows: int = 1000,
     context_tokens: int | str = "32K",
-    questions: int = hidden.QUESTIONS,
+    questions: int = QUESTIONS,
     at_once: int | None = None,
     sizes: str | None = None,
     languages: str | None = None,
