@@ -209,7 +209,7 @@ class EvaluationFile(StoredFile):
             missing += [f"settings.{key}" for key in OF_NEEDLES if key not in self.settings]
             if not isinstance(self.settings.get("haystacks"), dict):
                 missing.append("settings.haystacks")
-            depths = self.settings.get("depths", [])
+            depths = self.settings.get("depths")
             single = self.settings.get("form") == "single"
             if single and not (isinstance(depths, list) and all(isinstance(d, int | float) for d in depths)):
                 missing.append("settings.depths")

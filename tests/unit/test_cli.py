@@ -224,9 +224,9 @@ try:
     {main}
 except SystemExit as stop:
     assert not stop.code
-new = [sys.modules[name] for name in set(sys.modules) - before]
-files = {{module.__name__.partition(".")[0]: getattr(module, "__file__", None) or "" for module in new}}
-print(sorted(n for n, f in files.items() if f.startswith((get_paths()["purelib"], get_paths()["platlib"]))), file=sys.stderr)
+places = get_paths()["purelib"], get_paths()["platlib"]
+new = {{n: getattr(sys.modules[n], "__file__", None) or "" for n in set(sys.modules) - before}}
+print(sorted({{n.partition(".")[0] for n, f in new.items() if f.startswith(places)}} - {{"ds_longft"}}), file=sys.stderr)
 """
 OF_ALL_KEYS = {
     "annotated_types",
