@@ -27,6 +27,17 @@ class Manifest(BaseModel):
     files: dict[str, FileSeal]
 
 
+class StateOfAnyVersion(StoredFile):
+    """state.json of a checkpoint, as far as it says which version wrote it (see `train.same_run.TrainState`)."""
+
+    step: int
+    trained: str
+    fingerprint: str | None = None  # of format 1
+    rows: str | None = None
+    format: int | None = None
+    written_by: str | None = None
+
+
 class StatusFile(StoredFile):
     """run_status.json."""
 

@@ -198,7 +198,8 @@ def _run(
         status.where = "while a checkpoint was loaded"
         path, saved = found
         checkpoints.load(built.engine, path, saved)
-        now = {key: getattr(state, key) for key in ("total_steps", "world", "decides", "may_change", "model", "base")}
+        of_now = ("total_steps", "world", "decides", "may_change", "model", "base", "format", "written_by")
+        now = {key: getattr(state, key) for key in of_now}
         state = replace(saved, **now, changes=changes_since(saved, state))
         phases.done("checkpoint loaded")
     aside = checkpoints.set_aside_after(state.step)

@@ -30,7 +30,7 @@ class Cluster:
 
     def run(self, *words: str) -> str:
         """Output of a SLURM command."""
-        done = subprocess.run(words, env=self.env, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(words, env=self.env, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, f"{words}: {done.stderr}"
         return done.stdout
 
@@ -42,15 +42,21 @@ class Cluster:
         """Until the job is in that state, after so many restarts."""
         deadline = time.monotonic() + timeout_s
         while (job := self.job(number))["JobState"] != state or restarts not in ("", job["Restarts"]):
-            assert time.monotonic() < deadline, f"job is {job['JobState']} ({job.get('Reason')}), not {state}"
+            words = f"job is {job['JobState']} ({job.get('Reason')}), not {state}"
+            assert time.monotonic() < deadline, words
+            assert job["JobState"] not in ("COMPLETED", "FAILED", "CANCELLED"), words
             time.sleep(0.5)
         return job
+
+    def signal(self, number: str, name: str) -> None:
+        """To the ranks of a job. scancel repeats it, and may find the job at its end then, which is no failure."""
+        subprocess.run(["scancel", f"--signal={name}", number], env=self.env, timeout=300, check=False)
 
     def array(self, number: str) -> list[tuple[str, str]]:
         """(id, state) of each job of an array."""
         jobs = self.run("scontrol", "-o", "show", "job", number).splitlines()
         fields = [dict(w.split("=", 1) for w in job.split() if "=" in w) for job in jobs]
-        return [(f["JobId"], f["JobState"]) for f in fields]
+        return [(f"{f['ArrayJobId']}_{f['ArrayTaskId']}", f["JobState"]) for f in fields]
 
     def wait_for_array(self, number: str, timeout_s: float) -> list[str]:
         """States of its jobs when none is waiting or running."""
@@ -87,6 +93,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmdParameters=config_overrides
 ReturnToService=2
+MessageTimeout=100
 SlurmctldPort=16817
 SlurmdPort=16818
 StateSaveLocation={folder}/state

@@ -258,6 +258,37 @@ def test_spellings_of_one_value_are_one() -> None:
     refuse_another_run(Path("checkpoint-6"), state_of(accumulated), over_ranks)
 
 
+def test_keys_that_only_one_version_knows() -> None:
+    """A key that came later did before what its default does; one that is gone decided something that cannot be had."""
+    state = state_of(load_config([]))
+
+    def without(key: str) -> TrainState:
+        return replace(state, decides={k: v for k, v in state.decides.items() if k != key})
+
+    for key in ("lora.dora", "seed"):
+        refuse_another_run(Path("checkpoint-6"), without(key), state)
+    now = state_of(load_config(["--lora.dora", "true"]))
+    with pytest.raises(CheckpointError, match=r"lora.dora was false and is true now"):
+        refuse_another_run(Path("checkpoint-6"), without("lora.dora"), now)
+    with pytest.raises(CheckpointError, match=r"lora.moon was full and is unknown to this version now"):
+        refuse_another_run(Path("checkpoint-6"), replace(state, decides=state.decides | {"lora.moon": "full"}), state)
+    may = {k: v for k, v in state.may_change.items() if k != "optim.eps"}
+    other = state_of(load_config(["--optim.eps", "1e-3"]))
+    assert changes_since(replace(state, may_change=may), state) == []
+    (change,) = changes_since(replace(state, may_change=may), other)
+    assert (change["key"], change["was"], change["now"]) == ("optim.eps", 1e-8, 1e-3)
+
+
+def test_a_line_removed_from_a_models_config_is_seen() -> None:
+    """What is not in it is the default of the family, which is the same as long as the software is."""
+    model = {"rms_norm_eps": 1e-5, "transformers_version": "5.24.0"}
+    before = replace(state_of(load_config([])), model=model)
+    now = replace(before, model={"transformers_version": "5.24.0"})
+    with pytest.raises(CheckpointError, match=r"rms_norm_eps in config.json was 1e-05 and is the default now"):
+        refuse_another_run(Path("checkpoint-6"), before, now)
+    refuse_another_run(Path("checkpoint-6"), before, replace(now, model={"transformers_version": "5.25.0"}))
+
+
 def test_another_norm_of_the_same_weights_is_refused() -> None:
     """The weights may be equal and the model another one: its config.json decides too."""
     state = replace(state_of(load_config([])), model={"rms_norm_eps": 1e-6})
@@ -271,7 +302,7 @@ def test_what_a_models_config_says_survives_being_written_down() -> None:
     model = what_the_model_is(config)
     assert model["rms_norm_eps"] == 1e-5
     assert json.loads(json.dumps(model)) == model
-    assert not {"transformers_version", "_name_or_path"} & set(model)
+    assert not {"architectures", "_name_or_path"} & set(model)
 
 
 def test_an_edited_answer_is_seen_though_size_and_time_were_kept(
