@@ -19,7 +19,7 @@ import fire
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.work import commit
-from ds_longft.evaluate.texts import chinese, english
+from ds_longft.tools.evaluate.texts import chinese, english
 
 CHARACTERS_A_TOKEN = {"en": 6, "zh": 2}  # more than SmolLM2's tokenizer takes
 DOCUMENT_CHARS = 20_000

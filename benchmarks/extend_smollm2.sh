@@ -26,7 +26,7 @@ SHORT=${SHORT:-64}     # texts of 512 tokens for the short-text loss
 PLACES=${PLACES:-21}   # of the held-out texts, at which texts of the full length begin: 21 x 16K are all eight plays once
 MODE=${MODE:-lora}   # lora or full
 ROPE=${ROPE:-yarn}   # yarn, abf or llama3
-GPUS=${GPUS:-$($PYTHON -c "from ds_longft.train.ranks import visible_gpus; print(visible_gpus())")}
+GPUS=${GPUS:-$($PYTHON -c "from ds_longft.ranks.join import visible_gpus; print(visible_gpus())")}
 RANKS=$((GPUS > 0 ? GPUS : 1))
 SP=${SP:-$((RANKS % 2 ? 1 : 2))}   # GPUs that share a text
 PACKS=2                            # of an optimizer step, on up to 2 x SP GPUs
@@ -38,7 +38,7 @@ longft() { "$PYTHON" -m ds_longft.cli "$@"; }
 part() { [ "$ONLY" = all ] || [ "$ONLY" = "$1" ]; }
 part data || part train || part before || part after || { echo "ONLY is $ONLY: expected data, train, before, after or all" >&2; exit 64; }
 
-$PYTHON -c "from ds_longft.model.smollm2 import prepare_smollm2; prepare_smollm2('~/.cache/ds_longft/quickstart')"
+$PYTHON -c "from ds_longft.tools.smollm2 import prepare_smollm2; prepare_smollm2('~/.cache/ds_longft/quickstart')"
 if part data && [ ! -f "$DATA/run.yaml" ]; then
   if [ -z "$TEXTS" ]; then $PYTHON benchmarks/extend_smollm2.py texts "$DATA/texts" "$LENGTH"; fi
   # Makes the rows, mixes them, tokenises them into the cache that training reads, and shows the packs in stats.html.

@@ -14,16 +14,16 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from ds_longft.config import RunConfig, SourceConfig
+from ds_longft.config.messages import describe, on_resume
+from ds_longft.config.run_config import RunConfig, SourceConfig
 from ds_longft.data.layouts import EVERY_CHAT, EVERY_ROW, LAYOUTS
-from ds_longft.messages import describe, on_resume
 
 HEAD = """\
 # Run config
 
-Made from `ds_longft/config.py` by `make docs`. The same keys stand in the YAML file of `--config` (nested), on the
-command line (`--data.max_length_tokens 128K`) and in `ds-longft config --help`. The command line wins over the file,
-the file over the defaults. Unknown keys are refused, and the nearest known one is named. 128K and 1M count tokens
+Made from `ds_longft/config/run_config.py` by `make docs`. The same keys stand in the YAML file of `--config` (nested),
+on the command line (`--data.max_length_tokens 128K`) and in `ds-longft config --help`. The command line wins over the
+file, the file over the defaults. Unknown keys are refused, and the nearest known one is named. 128K and 1M count tokens
 (1024-based), `null` switches off.
 
 On resume, another value of a key is *refused* (both values are named), compared *by content* (the rows, the weights

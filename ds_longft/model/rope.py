@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PretrainedConfig
 
-from ds_longft.config import RopeConfig
+from ds_longft.config.run_config import RopeConfig
 from ds_longft.errors import ModelError
 from ds_longft.model.rope_formulas import expected_frequencies, rope_parts, rotary_dim
 from ds_longft.model.rope_lengths import LENGTH_DEPENDENT, ByDocument, length_dependent_layers, rotary_modules

@@ -12,9 +12,9 @@ import pytest
 
 from ds_longft.cli import COMMANDS, bind_arguments
 from ds_longft.cli import main as cli
-from ds_longft.settings import load_config
-from ds_longft.verify.command import read as read_verify
-from ds_longft.yaml_io import load_yaml
+from ds_longft.config.settings import load_config
+from ds_longft.config.yaml_io import load_yaml
+from ds_longft.tools.verify.command import read as read_verify
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("*/README.md"))]
@@ -83,14 +83,15 @@ def test_links_and_names_lead_somewhere(page: Path) -> None:
 def test_the_tree_of_the_readme_is_the_tree() -> None:
     tree = re.search(r"## The tree\n\n```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert tree is not None
-    folder, seen = "", set()
+    folders, seen = [ROOT], set()
     for line in tree[1].splitlines():
-        name = line.split()[0]
-        folder = folder if line.startswith(" ") else name
-        path = ROOT / (folder + name if line.startswith(" ") else name)
+        depth = (len(line) - len(line.lstrip())) // 2
+        path = folders[depth] / line.split()[0]
         assert path.exists(), line
+        folders[depth + 1 :] = [path]
         seen.add(path)
-    modules = {p for p in (ROOT / "ds_longft").iterdir() if (p.suffix == ".py" or (p / "__init__.py").exists())}
+    places = [p for folder in ("ds_longft", "ds_longft/tools") for p in (ROOT / folder).iterdir()]
+    modules = {p for p in places if p.suffix == ".py" or (p / "__init__.py").exists()}
     assert {p for p in modules if p.name != "__init__.py"} <= seen
 
 

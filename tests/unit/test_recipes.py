@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 from jinja2 import Template
 
-from ds_longft import quickstart
-from ds_longft.check import check_run
-from ds_longft.config import RunConfig
-from ds_longft.data.recipe import read_recipe
-from ds_longft.data.synth.numbers import number_rows
-from ds_longft.data.synth.sources import Document
-from ds_longft.ds_config import merge_ds_config
-from ds_longft.ds_file import load_ds_config
+from ds_longft.config.check import check_run
+from ds_longft.config.ds_file import load_ds_config
+from ds_longft.config.ds_json import merge_ds_config
+from ds_longft.config.run_config import RunConfig
+from ds_longft.config.settings import dump_config, load_config
+from ds_longft.config.yaml_io import load_yaml
 from ds_longft.errors import ConfigError
-from ds_longft.settings import dump_config, load_config
-from ds_longft.yaml_io import load_yaml
+from ds_longft.tools import quickstart
+from ds_longft.tools.make_data.recipe import read_recipe
+from ds_longft.tools.make_data.synth.numbers import number_rows
+from ds_longft.tools.make_data.synth.sources import Document
 
 ALL = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 RECIPES = [path for path in ALL if "sources" not in load_yaml(path.read_text())]  # run configs; the others are mixes

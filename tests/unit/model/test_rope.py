@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from ds_longft.config import ModelConfig, RopeConfig
+from ds_longft.config.run_config import ModelConfig, RopeConfig
 from ds_longft.errors import ModelError
 from ds_longft.model.load import config_remarks, load_config, load_model
 from ds_longft.model.rope import apply_rope, check_rope, restore_rope, seen_tokens, window_tokens

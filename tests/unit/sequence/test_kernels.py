@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ds_longft.config import ModelConfig
+from ds_longft.config.run_config import ModelConfig
 from ds_longft.errors import ModelError
 from ds_longft.sequence.kernels import KERNELS, AttentionSpec, choose_kernel, kernel_by_name, reference
 
