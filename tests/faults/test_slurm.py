@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from tests.faults import slurm_cluster
 from tests.faults.assets import write_job
 from tests.faults.processes import tree
 from tests.faults.ranks import Launcher, checkpoints, reached, status, trace
+from tests.faults.soak import SOAK_STEPS, Soak
 
 ONE = {
     "nodes": 1, "gpus_per_node": 2, "time": "1:00:00", "partition": None, "account": None, "signal_s": 60,
@@ -217,15 +217,15 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm_cluster.Cl
         yield running
 
 
-def job_of(config: Path, folder: Path, **changes: Any) -> tuple[Path, Path]:
+def job_of(config: Path, folder: Path, *, into: Path | None = None, **changes: Any) -> tuple[Path, Path]:
     """(output folder, batch script) of the job, with another length."""
     written = yaml.safe_load(config.read_text())
-    written["output_dir"] = str(folder / "out")
+    written["output_dir"] = str(into or folder / "out")
     written["train"] |= {"epochs": 10, "save_every_steps": 5} | changes
     (folder / "run.yaml").write_text(yaml.safe_dump(written))
     script = folder / "job.sbatch"
     script.write_text(fill(str(folder / "run.yaml"), **ONE))
-    return folder / "out", script
+    return into or folder / "out", script
 
 
 @pytest.mark.slow
@@ -362,48 +362,45 @@ def test_soak_under_slurm(
     """As `test_launchers.py::test_soak`: signals to ranks, srun and the batch script. SLURM starts the job again, or,
     where it says why not, the test does.
     """
-    rounds, dice = int(os.environ.get("SOAK_ROUNDS", "100")), random.Random(int(os.environ.get("SOAK_SEED", "0")))
-    steps = max(40, 4 * rounds)
-    output, script = job_of(config, tmp_path, epochs=1000, max_steps=steps)
-    counts: Counter[str] = Counter()
-    number, done = "", 0
-    while done < rounds and reached(output) < steps:
-        if not number:
-            number = slurm.run("sbatch", "--parsable", str(script)).strip()
-        begun, first = time.monotonic(), reached(output)
-        wait_s, early = dice.uniform(0.0, 15.0), dice.random() < 1 / 3
-        while time.monotonic() < begun + 200 and slurm.job(number)["JobState"] == "RUNNING":
-            time.sleep(0.1)
-            if time.monotonic() > begun + wait_s and (early or reached(output) != first):
-                break
-        found = processes_of_job(tmp_path)
+    soak, dice = Soak("slurm", capsys), random.Random(int(os.environ.get("SOAK_SEED", "0")))
+    jobs: dict[Path, str] = {}
+
+    def job(folder: Path) -> str:
+        """The job that trains there, handed in if there is none."""
+        if folder not in jobs:
+            folder.mkdir(exist_ok=True)
+            script = job_of(config, folder, epochs=1000, max_steps=SOAK_STEPS, into=folder)
+            jobs[folder] = slurm.run("sbatch", "--parsable", str(script[1])).strip()
+        return jobs[folder]
+
+    def finish(folder: Path) -> None:
+        slurm.wait(job(folder), "COMPLETED", 1200)
+
+    def one_round(folder: Path) -> None:
+        number = job(folder)
+        if not soak.moment(folder, dice, lambda: slurm.job(number)["JobState"] in ("PENDING", "RUNNING")):
+            return
+        found = processes_of_job(folder)
         if not found:
-            continue
+            return
         kind = dice.choice(sorted(found))
-        what = dice.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+        # Not INT: srun asks for a second one, and a script waits for what it runs.
+        what = dice.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGUSR2])
         with contextlib.suppress(ProcessLookupError):
             os.kill(dice.choice(found[kind]), what)
-        state = ended(slurm, number, 150)
-        assert state != "COMPLETED" or reached(output) == steps, (kind, what)
-        assert not processes_of_job(tmp_path)
-        done += 1
-        again = "requeued" if state == "PENDING" else "handed in again"
-        counts[f"{what.name} to {kind}, {again}"] += 1
-        with capsys.disabled():
-            print(f"slurm, {done}: {what.name} to {kind} at step {reached(output)}: {state}", flush=True)
+        state = ended(slurm, number, 200)
+        assert state != "COMPLETED" or reached(folder) == SOAK_STEPS, (kind, what)
+        deadline = time.monotonic() + 60
+        while left := processes_of_job(folder):
+            assert time.monotonic() < deadline, left
+            time.sleep(0.3)
+        soak.note(f"{what.name} to {kind}: {'requeued' if state == 'PENDING' else state}", reached(folder))
         if state == "PENDING":
             restart(slurm, number)
-        else:
-            number = ""
-    if not number:
-        number = slurm.run("sbatch", "--parsable", str(script)).strip()
-    slurm.wait(number, "COMPLETED", 1200)
-    (tmp_path / "expected").mkdir()
-    alone, script = job_of(config, tmp_path / "expected", epochs=1000, max_steps=steps)
-    slurm.wait(slurm.run("sbatch", "--parsable", str(script)).strip(), "COMPLETED", 1200)
-    with capsys.disabled():
-        print(f"\nslurm: {done} rounds, {dict(counts)}")
-    assert trace(output) == trace(alone)
+        elif state != "COMPLETED":
+            del jobs[folder]
+
+    soak.run(tmp_path / "runs", one_round, finish)
 
 
 def ended(slurm: slurm_cluster.Cluster, number: str, timeout_s: float) -> str:
