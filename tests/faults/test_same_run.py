@@ -84,7 +84,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "data.train": ("--data.train", MOVED),
     "data.train[].path": ("--data.train", "{spelled}"),
     "data.train[].format": ("--data.train", '[{"path": "{rows}", "format": "messages"}]'),
-    "data.train[].split": ("--data.train", '[{"path": "{rows}", "split": "test"}]'),
+    "data.train[].split": ("--data.train", '[{"path": "{splits}", "split": "test"}]'),
     "data.train[].limit": ("--data.train", '[{"path": "{rows}", "limit": 9}]'),
     "data.eval_fraction": ("--data.eval_fraction", "0.3"),
     "data.max_length_tokens": ("--data.max_length_tokens", "200"),
@@ -157,10 +157,13 @@ def written(job: Path, folder: Path, words: tuple[str, ...]) -> list[str]:
     moved.parent.mkdir()
     shutil.copyfile(job.parent / "rows.jsonl", moved)
     os.utime(moved, (1, 1))
+    (folder / "splits").mkdir()
+    shutil.copyfile(job.parent / "rows.jsonl", folder / "splits" / "test.jsonl")
+    (folder / "splits" / "train.jsonl").write_text("{}\n")
     (folder / "template.jinja").write_text(TEMPLATE)
     (folder / "zero2.json").write_text(json.dumps({"train_batch_size": "auto", "zero_optimization": {"stage": 2}}))
     places = {
-        "{moved}": moved, "{spelled}": job.parent / "." / ".." / job.parent.name / "rows.jsonl", "{rows}": job.parent / "rows.jsonl",
+        "{moved}": moved, "{spelled}": job.parent / "." / ".." / job.parent.name / "rows.jsonl", "{rows}": job.parent / "rows.jsonl", "{splits}": folder / "splits",
         "{pairs}": job.parent / "pairs.jsonl", "{template}": folder / "template.jinja", "{stage2}": folder / "zero2.json",
         "{elsewhere}": folder / "cache", "{model}": shutil.copytree(job.parent / "model", folder / "model"),
     }  # fmt: skip
