@@ -113,7 +113,6 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "train.gradient_accumulation_steps": ("--train.gradient_accumulation_steps", "1"),
     "train.recompute": ("--train.recompute", "full"),
     "train.offload_host_gib": ("--train.offload_host_gib", "0.1"),
-    "train.mlp_tile_tokens": ("--train.mlp_tile_tokens", "16"),
     "train.kv_heads_at_a_time": ("--train.recompute", "full", "--train.kv_heads_at_a_time", "1"),
     "train.recompute_every": ("--train.recompute", "every_k", "--train.recompute_every", "1"),
     "train.verify_first": ("--train.verify_first", "true"),
@@ -134,8 +133,12 @@ OTHERS: dict[str, tuple[str, ...]] = {
 CHANGED_ROWS = {"data.train[].limit"}  # leads to other rows; other keys known by content lead to the same
 NOT_SEEN = {"train.on_nonfinite", "train.max_skipped_in_a_row"}  # in the losses of a run that stays finite
 OF_HUB_SETS = {"data.train[].subset", "data.train[].revision"}
-ELSEWHERE = {key for key in CLASSES if key.startswith("dpo.")} | {"data.eval", "lora.init_from"} | OF_HUB_SETS
-"""`dpo.*`, `lora.init_from`: below, without a run. `data.eval` excludes `data.eval_fraction`, which decides the training
+ELSEWHERE = (
+    {key for key in CLASSES if key.startswith("dpo.")}
+    | {"data.eval", "lora.init_from", "train.mlp_tile_tokens"}
+    | OF_HUB_SETS
+)
+"""`dpo.*`, `lora.init_from`: below, without a run. `train.mlp_tile_tokens`: below, with a run without dropout. `data.eval` excludes `data.eval_fraction`, which decides the training
 rows. What names a hub set's version is refused for files."""
 
 QUICK = {
@@ -213,6 +216,22 @@ def test_another_value(launcher: Launcher, golden: Path, tmp_path: Path, key: st
             assert mine == pytest.approx(other, rel=1e-5)
     else:
         assert ours == theirs, "bit for bit"
+
+
+@pytest.mark.slow
+def test_tiles_are_equal_to_rounding(launcher: Launcher, tmp_path: Path) -> None:
+    """Adapters with dropout, as the job has them, are not tiled."""
+    output, plain = tmp_path / "out", ("--lora.dropout", "0")
+    codes, run = launcher.run(output, *plain, timeout_s=120)
+    assert codes == [0, 0], run.text()
+    before = steps_of(output)
+    shutil.rmtree(output / "checkpoint-8")
+    codes, run = launcher.run(output, *plain, "--train.mlp_tile_tokens", "16", timeout_s=120)
+    assert codes == [0, 0], run.text()
+    (change,) = json.loads((output / "changes.json").read_text())
+    assert (change["key"], change["after_step"], change["now"]) == ("train.mlp_tile_tokens", 6, 16)
+    for mine, other in zip(steps_of(output), before, strict=True):
+        assert mine == pytest.approx(other, rel=1e-5)
 
 
 def state_of(config: RunConfig) -> TrainState:
