@@ -57,6 +57,7 @@ class Command:
     target: str  # "module:function"
     summary: str
     takes_run_keys: bool = False  # hands its arguments on as they are: --a.b value
+    flags: tuple[str, ...] = ()  # that it always has
 
 
 COMMANDS = {
@@ -75,10 +76,6 @@ COMMANDS = {
     ),
     "data synth stretches": Command(
         "ds_longft.tools.make_data.synth.text_commands:stretches", "long texts cut into plain rows of many lengths"
-    ),
-    "data synth numbers": Command(
-        "ds_longft.tools.make_data.synth.text_commands:numbers",
-        "numbers hidden in long texts, asked for one or several at a time",
     ),
     "data mix": Command("ds_longft.tools.make_data.commands:mix", "a training set of many sources, by a recipe"),
     "data tokenize": Command("ds_longft.tools.look.commands:tokenize", "chats to token ids, once, into the cache"),
@@ -107,7 +104,7 @@ COMMANDS = {
     "report": Command("ds_longft.tools.report.command:report", "one self-contained page about a run"),
     "export": Command("ds_longft.tools.export:export", "a run's result as an ordinary Hugging Face folder"),
     "slurm render": Command("ds_longft.tools.slurm.render:render", "the sbatch script of a run, filled and checked"),
-    "slurm submit": Command("ds_longft.tools.slurm.render:submit", "the same, handed to sbatch"),
+    "slurm submit": Command("ds_longft.tools.slurm.render:render", "the same, handed to sbatch", flags=("--submit",)),
     "doctor": Command("ds_longft.tools.doctor:doctor", "is this machine fit for training, and how to mend what is not"),
     "migrate": Command(
         "ds_longft.tools.migrate:migrate", "a config of Axolotl, LLaMA-Factory, TRL or swift as one of ours"
@@ -151,7 +148,8 @@ def _dispatch(argv: list[str]) -> int:
     name = next((n for n in COMMANDS if argv[: len(n.split())] == n.split()), None)
     if name is None:
         return _no_such_command(argv)
-    command, rest = COMMANDS[name], argv[len(name.split()) :]
+    command = COMMANDS[name]
+    rest = [*command.flags, *argv[len(name.split()) :]]
     if not command.takes_run_keys and {"--help", "-h"} & set(rest):
         _print_help(_described(command.target), f"ds-longft {name}")
         return 0
