@@ -350,6 +350,8 @@ def processes_of_job(folder: Path) -> dict[str, list[int]]:
     for pid, words in tree(Path("slurm_script")).items():
         if words.startswith("/bin/bash"):
             found.setdefault("script", []).append(pid)
+    if "srun" in found:  # it has a child, which hands nothing on
+        found["srun"] = [min(found["srun"])]
     return found
 
 
