@@ -28,7 +28,7 @@ from ds_longft.tools.make_data.synth.commands import write_made
 from ds_longft.tools.make_data.synth.sources import read_documents
 from ds_longft.tools.make_data.synth.text_commands import of_running_texts
 from ds_longft.tools.make_data.where import Where, parse_where
-from examples.extend_smollm2 import numbers as hidden
+from examples.extend_smollm2 import hidden_numbers as hidden
 
 CHARACTERS_A_TOKEN = {"en": 6, "zh": 2}  # more than SmolLM2's tokenizer takes
 DOCUMENT_CHARS = 20_000

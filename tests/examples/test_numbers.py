@@ -3,6 +3,8 @@
 import json
 import random
 import re
+import subprocess
+import sys
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -18,9 +20,9 @@ from ds_longft.tools.evaluate import facts as asked_in_evaluation
 from ds_longft.tools.make_data.lengths import Lengths
 from ds_longft.tools.make_data.synth.sources import Document
 from examples.extend_smollm2.extend import main as extend
+from examples.extend_smollm2.hidden_numbers import MAX_QUESTIONS, SENTENCE_END, hide, number_rows
 from examples.extend_smollm2.number_grammar import KINDS, Telling
 from examples.extend_smollm2.number_wordings import SPEECH, facts_about
-from examples.extend_smollm2.numbers import MAX_QUESTIONS, SENTENCE_END, hide, number_rows
 from tests.unit.conftest import chat
 from tests.unit.tools.make_data.test_mix import write
 from tests.unit.tools.make_data.texts import chinese, english
@@ -356,6 +358,14 @@ def test_mistakes_on_the_command_line(flags, expected, documents, tmp_path, caps
     assert extend(["numbers", str(tmp_path / "t.jsonl"), str(tmp_path / "out.jsonl"), *flags]) == 64
     assert expected in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_the_script_runs_by_itself(tmp_path):
+    """Its folder comes first among those that modules are looked for in."""
+    command = [sys.executable, str(EXAMPLE / "extend.py"), "numbers", str(tmp_path / "t.jsonl"), "out", "--rows", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 64
+    assert "--rows is 0: expected 1 or more" in done.stderr
 
 
 def test_the_demonstration_recipe_makes_stretches_numbers_and_takes_chats(tmp_path, tokenizer, capsys):
