@@ -166,20 +166,45 @@ def _described(target: str) -> Callable[..., Any]:
     take seconds (torch), and its help needs none of it.
     """
     module, _, name = target.partition(":")
+    origin, tree = _source_of(module)
+    (found,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
+    found.body, found.decorator_list = found.body[:1], []  # the docstring
+    namespace = _Constants(module, tree)
+    flags = annotations.compiler_flag  # they stay text, as everywhere here
+    exec(compile(ast.Module([found], []), origin, "exec", flags, dont_inherit=True), {}, namespace)
+    function: Callable[..., Any] = namespace[name]
+    return function
+
+
+class _Constants(dict[str, Any]):
+    """The constants that a module's defaults name, read from the source, its own or where it imports them from."""
+
+    def __init__(self, module: str, tree: ast.Module) -> None:
+        super().__init__()
+        self.module, self.tree = module, tree
+
+    def __missing__(self, name: str) -> Any:
+        for node in self.tree.body:
+            if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                if name in [target.id for target in targets if isinstance(target, ast.Name)]:
+                    try:
+                        return ast.literal_eval(node.value)
+                    except ValueError:  # it is computed
+                        return getattr(importlib.import_module(self.module), name)
+            if isinstance(node, ast.ImportFrom) and node.module:
+                for alias in node.names:
+                    if name == (alias.asname or alias.name):
+                        return _Constants(node.module, _source_of(node.module)[1])[alias.name]
+        raise KeyError(name)
+
+
+def _source_of(module: str) -> tuple[str, ast.Module]:
+    """(file, parsed source) of a module that is not imported for it."""
     spec = importlib.util.find_spec(module)
     assert spec is not None
     assert spec.origin is not None
-    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
-    (found,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
-    found.body, found.decorator_list = found.body[:1], []  # the docstring
-    namespace: dict[str, Any] = {}
-    flags = annotations.compiler_flag  # they stay text, as everywhere here
-    try:
-        exec(compile(ast.Module([found], []), spec.origin, "exec", flags, dont_inherit=True), namespace)
-    except NameError:  # a default is computed
-        namespace[name] = getattr(importlib.import_module(module), name)
-    function: Callable[..., Any] = namespace[name]
-    return function
+    return spec.origin, ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
 
 
 def _print_help(function: Callable[..., Any], name: str) -> None:

@@ -198,11 +198,15 @@ def _run(
         status.where = "while a checkpoint was loaded"
         path, saved = found
         checkpoints.load(built.engine, path, saved)
-        now = {key: getattr(state, key) for key in ("total_steps", "world", "decides", "may_change", "model", "base")}
+        of_now = ("total_steps", "world", "decides", "may_change", "model", "base", "format", "written_by")
+        now = {key: getattr(state, key) for key in of_now}
         state = replace(saved, **now, changes=changes_since(saved, state))
         phases.done("checkpoint loaded")
     aside = checkpoints.set_aside_after(state.step)
-    records = Records(folder, config.log, total_steps=state.total_steps, first_step=state.step, active=launch.rank == 0)
+    records = Records(
+        folder, config.log, total_steps=state.total_steps, first_step=state.step, active=launch.rank == 0,
+        eval_due=state.eval_due,
+    )  # fmt: skip
     tracked = tracked_config(config, {"world": layout.world, "dp": layout.dp, "total_steps": state.total_steps})
     tracker_id = agreement.broadcast(records.start_trackers(state.tracker_id, tracked))
     state = replace(state, tracker_id=tracker_id)
