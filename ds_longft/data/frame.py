@@ -93,6 +93,8 @@ def _ways(said: str) -> tuple[str, ...]:
         said.lstrip(),
         said.rstrip(),
         said.strip("\n"),
+        said.lstrip("\n"),
+        said.rstrip("\n"),
         json.dumps(said, ensure_ascii=False)[1:-1],
     )
 

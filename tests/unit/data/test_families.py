@@ -8,6 +8,7 @@ result, nothing of a question, each answer up to its stop.
 
 import copy
 import json
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -212,6 +213,9 @@ FAMILIES = {
 }  # fmt: skip
 
 
+_made_once = lru_cache(tiny_tokenizer)
+
+
 def source_of(family):
     own = Path(__file__).parent / "templates" / f"{family.removesuffix('_marked')}.jinja"
     if family == "llama4":
@@ -227,7 +231,7 @@ def source_of(family):
 
 
 def tokenizer_of(family, special):
-    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer = copy.deepcopy(_made_once())
     tokenizer.add_tokens(special, special_tokens=True)
     if special and family.startswith(("deepseek", "gemma4", "mistral", "granite", "llama4")):
         tokenizer.add_special_tokens({"eos_token": special[0]})
