@@ -286,7 +286,7 @@ def _run(
     if launch.rank == 0:
         history = read_metrics(folder / "metrics.jsonl")
         if not ended_before:
-            write_card(folder, config, layout, history)
+            write_card(folder, config, layout, history, hf_config.vocab_size)
         records.console.print(summary_table(history, folder, (time.monotonic() - started) / 60))
         export = shlex.join(["ds-longft", "export", str(folder), f"{folder}-merged"])
         records.console.print(f"Next: {export}   (an ordinary Hugging Face folder)")
