@@ -95,6 +95,7 @@ COMMANDS = {
     "eval longbench score": Command("ds_longft.evaluate.longbench.score:score", "score anyone's LongBench predictions"),
     "report": Command("ds_longft.report.command:report", "one self-contained page about a run"),
     "export": Command("ds_longft.model.export:export", "a run's result as an ordinary Hugging Face folder"),
+    "push": Command("ds_longft.report.push:push", "a run's result, card and report to a model hub"),
     "slurm render": Command("ds_longft.slurm.render:render", "the sbatch script of a run, filled and checked"),
     "slurm submit": Command("ds_longft.slurm.render:submit", "the same, handed to sbatch"),
     "doctor": Command("ds_longft.doctor:doctor", "is this machine fit for training, and how to mend what is not"),

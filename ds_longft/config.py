@@ -420,6 +420,19 @@ class LogConfig(Section):
         return list(dict.fromkeys([*self.trackers, *(["wandb"] if self.wandb != "off" else [])]))
 
 
+class HubConfig(Section):
+    """Upload of the result to a model hub, by huggingface_hub and its login (`hf auth login` or HF_TOKEN)."""
+
+    repo: Free[str | None] = Field(default=None, pattern=r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+    """Repository, e.g. me/mine: gets the result at the end of the run. Made at the start where it is not there."""
+
+    push_every_save: Free[bool] = False
+    """The adapter of every checkpoint too, in the background. A failed upload is said and ends nothing."""
+
+    private: Free[bool] = True
+    """Whether a repository that is made is private."""
+
+
 class RunConfig(Section):
     """One run. Precedence: defaults < YAML (`--config`) < command line (`--a.b value`)."""
 
@@ -446,6 +459,7 @@ class RunConfig(Section):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     log: LogConfig = LogConfig()
+    hub: HubConfig = HubConfig()
 
     @model_validator(mode="after")
     def _fits_together(self, info: ValidationInfo) -> RunConfig:
@@ -476,6 +490,13 @@ def contradictions(config: RunConfig) -> list[str]:
     problems = []
     if data.eval and data.eval_fraction:
         problems.append("data.eval and data.eval_fraction are both set: keep one of them")
+    if config.hub.repo is None and config.hub != HubConfig():
+        problems.append("hub has keys, but hub.repo is not set: name the repository, e.g. me/mine, or leave them out")
+    if config.hub.push_every_save and config.lora is None:
+        problems.append(
+            "hub.push_every_save is true, but lora is null: checkpoints of all weights are the engine's own shards. "
+            "Leave it out; hub.repo alone uploads the result"
+        )
     problems += _objective_problems(config) + _token_problems(config)
     if config.model.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", config.model.revision or ""):
         problems.append(

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -148,6 +147,7 @@ def test_a_loss_that_the_config_asks_for_and_is_left_out_is_named(tmp_path: Path
 
 def test_a_folder_with_tokenizer_model_alone(tmp_path):
     """Older Llamas, Mistrals and Yi."""
+    sentencepiece = pytest.importorskip("sentencepiece")
     texts = iter([Path(json.__file__).read_text(), "Hello the world"])
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
