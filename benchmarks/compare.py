@@ -25,7 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.work import append, compare_gradients, start
-from ds_longft.train.ranks import visible_gpus
+from ds_longft.ranks.join import visible_gpus
 
 # our kernel, and transformers' name of the same one
 FA4 = ("flash-attn-4", "flash_attention_4")

@@ -106,7 +106,7 @@ CASES = (
 )
 
 MADE_RATES = ("step 131072 sp2 lora fa4", "step smollm2 131072 sp1 full fa4")
-"""Steps that the shipped H200 rates and `plan.time` were made with; they count in no error."""
+"""Steps that the shipped H200 rates and `decide.time` were made with; they count in no error."""
 
 TINY = (
     Case("tiny sp2", "256", shape="tiny", kernel="cpu"),
@@ -151,7 +151,7 @@ def main() -> None:
 def timed_before(results: Path, gpu: str) -> Iterator[tuple[Case, dict[str, Any]]]:
     """Settings that step.py has timed on this type of GPU, by itself or for compare.py, and what it found."""
     from benchmarks import step
-    from ds_longft.plan.setting import Gpu
+    from ds_longft.decide.setting import Gpu
 
     for text in results.read_text(encoding="utf-8").splitlines():
         line = json.loads(text)
@@ -193,11 +193,11 @@ def compare(case: Case, measured: dict[str, Any], gpu: str, *, tiny: bool) -> di
     """One line: what was predicted, what was measured, how far apart."""
     from transformers import AutoConfig
 
-    from ds_longft.plan.memory import predict, stays_resident
-    from ds_longft.plan.search import fastest_saver
-    from ds_longft.plan.setting import GIB, Gpu, ModelSizes, Setting
-    from ds_longft.plan.step import ATTENTION, LAYER_INPUTS, LINEARS, REFERENCE, TRAINABLE, WEIGHTS
-    from ds_longft.plan.time import predict_time
+    from ds_longft.decide.memory import predict, stays_resident
+    from ds_longft.decide.search import fastest_saver
+    from ds_longft.decide.setting import GIB, Gpu, ModelSizes, Setting
+    from ds_longft.decide.tensors import ATTENTION, LAYER_INPUTS, LINEARS, REFERENCE, TRAINABLE, WEIGHTS
+    from ds_longft.decide.time import predict_time
 
     shape = shape_of(case.shape, case.layers)
     model, rates = ModelSizes.from_config(AutoConfig.for_model(**shape)), Gpu.load(gpu)

@@ -24,7 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.work import ADAPTER, ROOT, SHAPES, append, provenance
-from ds_longft.train.ranks import visible_gpus
+from ds_longft.ranks.join import visible_gpus
 
 CHARACTERS_A_TOKEN = 2  # fewer than the tokenizer's, so that no row is too long
 POLL_S = 0.05

@@ -99,7 +99,7 @@ def main() -> None:
     args = arguments()
     lengths = document_lengths(args)
 
-    from ds_longft.train.ranks import Launch, join
+    from ds_longft.ranks.join import Launch, join
 
     launch = Launch.from_environment()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -112,10 +112,10 @@ def main() -> None:
     import transformers
     from transformers import AutoConfig
 
-    from ds_longft.config import RunConfig
+    from ds_longft.config.ds_file import load_ds_config
+    from ds_longft.config.ds_json import merge_ds_config
+    from ds_longft.config.run_config import RunConfig
     from ds_longft.data.deal import deal_documents
-    from ds_longft.ds_config import merge_ds_config
-    from ds_longft.ds_file import load_ds_config
     from ds_longft.layout import ParallelLayout
     from ds_longft.model.flops import equal_cost_tokens, forward_flops, peak_tflops, step_flops
     from ds_longft.model.load import load_config

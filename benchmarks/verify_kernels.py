@@ -23,7 +23,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.work import SHAPES, append, commit, shape_of
-from ds_longft.train.ranks import visible_gpus
+from ds_longft.ranks.join import visible_gpus
 from tests.tokenizer import tiny_tokenizer
 
 KERNELS = {

@@ -57,49 +57,59 @@ class Command:
     target: str  # "module:function"
     summary: str
     takes_run_keys: bool = False  # hands its arguments on as they are: --a.b value
+    flags: tuple[str, ...] = ()  # that it always has
 
 
 COMMANDS = {
-    "data convert": Command("ds_longft.data.recipe_commands:convert", "a published set to rows of one kind"),
+    "data convert": Command("ds_longft.tools.make_data.commands:convert", "a published set to rows of one kind"),
     "data synth refgpt8x": Command(
-        "ds_longft.data.synth.commands:refgpt8x", "hide each dialogue's reference among near ones"
+        "ds_longft.tools.make_data.synth.commands:refgpt8x", "hide each dialogue's reference among near ones"
     ),
     "data synth needle": Command(
-        "ds_longft.data.synth.commands:needle", "questions about long texts, answers checked by program"
+        "ds_longft.tools.make_data.synth.commands:needle", "questions about long texts, answers checked by program"
     ),
-    "data synth code": Command("ds_longft.data.synth.commands:code", "long code questions from Python's own source"),
-    "data synth agents": Command("ds_longft.data.synth.commands:agents", "an agent's long way to an answer, by tools"),
+    "data synth code": Command(
+        "ds_longft.tools.make_data.synth.commands:code", "long code questions from Python's own source"
+    ),
+    "data synth agents": Command(
+        "ds_longft.tools.make_data.synth.commands:agents", "an agent's long way to an answer, by tools"
+    ),
     "data synth stretches": Command(
-        "ds_longft.data.synth.text_commands:stretches", "long texts cut into plain rows of many lengths"
+        "ds_longft.tools.make_data.synth.text_commands:stretches", "long texts cut into plain rows of many lengths"
     ),
-    "data synth numbers": Command(
-        "ds_longft.data.synth.text_commands:numbers", "numbers hidden in long texts, asked for one or several at a time"
-    ),
-    "data mix": Command("ds_longft.data.recipe_commands:mix", "a training set of many sources, by a recipe"),
-    "data tokenize": Command("ds_longft.data.commands:tokenize", "chats to token ids, once, into the cache"),
-    "data stats": Command("ds_longft.data.commands:stats", "lengths, targets, packs and padding of a data set"),
-    "data inspect": Command("ds_longft.data.commands:inspect", "show which tokens of a row are trained on"),
+    "data mix": Command("ds_longft.tools.make_data.commands:mix", "a training set of many sources, by a recipe"),
+    "data tokenize": Command("ds_longft.tools.look.commands:tokenize", "chats to token ids, once, into the cache"),
+    "data stats": Command("ds_longft.tools.look.commands:stats", "lengths, targets, packs and padding of a data set"),
+    "data inspect": Command("ds_longft.tools.look.commands:inspect", "show which tokens of a row are trained on"),
     "data ref_logps": Command(
-        "ds_longft.train.ref_logps:ref_logps", "a reference's log-probabilities of preference pairs, once", True
+        "ds_longft.tools.ref_logps:ref_logps", "a reference's log-probabilities of preference pairs, once", True
     ),
-    "plan": Command("ds_longft.plan.command:plan", "how long a sample fits, how fast it trains, as a recipe"),
-    "verify": Command("ds_longft.verify.command:verify", "prove that your run trains what one process would", True),
+    "plan": Command("ds_longft.tools.plan.command:plan", "how long a sample fits, how fast it trains, as a recipe"),
+    "verify": Command(
+        "ds_longft.tools.verify.command:verify", "prove that your run trains what one process would", True
+    ),
     "eval perplexity": Command(
-        "ds_longft.evaluate.perplexity:perplexity", "loss at every position of long texts, over several GPUs too"
+        "ds_longft.tools.evaluate.perplexity:perplexity", "loss at every position of long texts, over several GPUs too"
     ),
-    "eval needle": Command("ds_longft.evaluate.needle:needle", "hide facts in long texts and ask for them"),
+    "eval needle": Command("ds_longft.tools.evaluate.needle:needle", "hide facts in long texts and ask for them"),
     "eval short": Command(
-        "ds_longft.evaluate.short:short", "short questions and texts: what long training must not harm"
+        "ds_longft.tools.evaluate.short:short", "short questions and texts: what long training must not harm"
     ),
-    "eval longbench run": Command("ds_longft.evaluate.longbench.run:run", "answer LongBench or LongBench-E, and score"),
-    "eval longbench score": Command("ds_longft.evaluate.longbench.score:score", "score anyone's LongBench predictions"),
-    "report": Command("ds_longft.report.command:report", "one self-contained page about a run"),
-    "export": Command("ds_longft.model.export:export", "a run's result as an ordinary Hugging Face folder"),
-    "push": Command("ds_longft.report.push:push", "a run's result, card and report to a model hub"),
-    "slurm render": Command("ds_longft.slurm.render:render", "the sbatch script of a run, filled and checked"),
-    "slurm submit": Command("ds_longft.slurm.render:submit", "the same, handed to sbatch"),
-    "doctor": Command("ds_longft.doctor:doctor", "is this machine fit for training, and how to mend what is not"),
-    "migrate": Command("ds_longft.migrate:migrate", "a config of Axolotl, LLaMA-Factory, TRL or swift as one of ours"),
+    "eval longbench run": Command(
+        "ds_longft.tools.evaluate.longbench.run:run", "answer LongBench or LongBench-E, and score"
+    ),
+    "eval longbench score": Command(
+        "ds_longft.tools.evaluate.longbench.score:score", "score anyone's LongBench predictions"
+    ),
+    "report": Command("ds_longft.tools.report.command:report", "one self-contained page about a run"),
+    "export": Command("ds_longft.tools.export:export", "a run's result as an ordinary Hugging Face folder"),
+    "push": Command("ds_longft.tools.report.push:push", "a run's result, card and report to a model hub"),
+    "slurm render": Command("ds_longft.tools.slurm.render:render", "the sbatch script of a run, filled and checked"),
+    "slurm submit": Command("ds_longft.tools.slurm.render:render", "the same, handed to sbatch", flags=("--submit",)),
+    "doctor": Command("ds_longft.tools.doctor:doctor", "is this machine fit for training, and how to mend what is not"),
+    "migrate": Command(
+        "ds_longft.tools.migrate:migrate", "a config of Axolotl, LLaMA-Factory, TRL or swift as one of ours"
+    ),
     "config": Command("ds_longft.cli:show_config", "the resolved run config; --help lists every key", True),
     "train": Command("ds_longft.cli:show_train", "how to start a training run", True),
 }
@@ -121,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def show_config(*argv: str) -> None:
     """Print the run config that these arguments give, as YAML that `--config` reads back."""
-    from ds_longft.settings import dump_config, load_config
+    from ds_longft.config.settings import dump_config, load_config
 
     print(dump_config(load_config(list(argv))), end="")
 
@@ -139,7 +149,8 @@ def _dispatch(argv: list[str]) -> int:
     name = next((n for n in COMMANDS if argv[: len(n.split())] == n.split()), None)
     if name is None:
         return _no_such_command(argv)
-    command, rest = COMMANDS[name], argv[len(name.split()) :]
+    command = COMMANDS[name]
+    rest = [*command.flags, *argv[len(name.split()) :]]
     if not command.takes_run_keys and {"--help", "-h"} & set(rest):
         _print_help(_described(command.target), f"ds-longft {name}")
         return 0

@@ -5,4 +5,4 @@
 set -euo pipefail
 clone=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PATH="$clone/.venv/bin:$PATH" PYTHONPATH="$clone${PYTHONPATH:+:$PYTHONPATH}"
-exec python -m ds_longft.train.launch --ranks "${NPROC:-all}" "$@"
+exec python -m ds_longft.ranks.launch --ranks "${NPROC:-all}" "$@"

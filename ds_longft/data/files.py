@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
 
-from ds_longft.config import SourceConfig, is_pattern
+from ds_longft.config.run_config import SourceConfig, is_pattern
 from ds_longft.errors import DataError
 
 LINES = (".json", ".jsonl", ".jsonlines", ".ndjson")

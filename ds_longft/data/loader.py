@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ds_longft.batch import Pack, Pairs, Step
-from ds_longft.config import DataConfig
+from ds_longft.config.run_config import DataConfig
 from ds_longft.data.deal import deal_documents
 from ds_longft.data.pack import build_pack, filler_pack
 from ds_longft.data.pairs import PairSet

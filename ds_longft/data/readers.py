@@ -23,7 +23,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ds_longft.config import SourceConfig
+from ds_longft.config.run_config import SourceConfig
 from ds_longft.data.files import LINES, SUFFIXES, TABLES, is_member, is_remote, local_files, suffix_of
 from ds_longft.data.records import (
     MAX_EXPANSION,

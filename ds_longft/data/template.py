@@ -17,10 +17,10 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache, partial
 from typing import Any
 
+from ds_longft.config.shipped import TEMPLATES
 from ds_longft.data.frame import Closing, Filled, Opening, Span, closed, fill, mark, spans_of
 from ds_longft.data.rows import BadRow, Call, Role, Turn
 from ds_longft.data.thinking import THINK_END, apart, within
-from ds_longft.shipped import TEMPLATES
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PROBE = (Turn("user", "How many?"), Turn("assistant", "Just one."))

@@ -7,10 +7,10 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
+from ds_longft.config.shipped import find_template
 from ds_longft.data.rows import BadRow
 from ds_longft.data.template import PROBE, ChatTemplate
 from ds_longft.errors import ConfigError
-from ds_longft.shipped import find_template
 
 # Tokens that close a turn in the known families; the tokenizer's eos token counts too.
 TURN_ENDS = (

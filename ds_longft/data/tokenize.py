@@ -30,7 +30,7 @@ from typing import Any
 import pyarrow as pa
 from filelock import FileLock
 
-from ds_longft.config import DataConfig, SourceConfig
+from ds_longft.config.run_config import DataConfig, SourceConfig
 from ds_longft.data.cache import LEDGER, PartSeal, SealedSet, close_set, part_file, sealed_set, whole_parts
 from ds_longft.data.encode import EncodedRow, Encoder, Overlong, without_trimmed_offsets
 from ds_longft.data.formats import detect_format, to_row

@@ -19,7 +19,7 @@ from transformers import (
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from ds_longft.config import ModelConfig
+from ds_longft.config.run_config import ModelConfig
 from ds_longft.errors import ModelError
 from ds_longft.model.new_tokens import narrowed, widen
 from ds_longft.model.rope import apply_rope, restore_rope, seen_tokens

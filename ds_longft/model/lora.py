@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from ds_longft.config import LoraConfig
+from ds_longft.config.run_config import LoraConfig
 from ds_longft.errors import ModelError
 from ds_longft.model.elsewhere import spell_for_older_readers
 from ds_longft.model.new_tokens import rows_of_adapter, widen

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from ds_longft.batch import Batch
-from ds_longft.config import DpoConfig
+from ds_longft.config.run_config import DpoConfig
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.lora import adapters_off
 from ds_longft.objectives.forward import ShardedModel

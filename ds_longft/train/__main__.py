@@ -13,11 +13,11 @@ import traceback
 from functools import partial
 from pathlib import Path
 
-from ds_longft.config import RunConfig
+from ds_longft.config.run_config import RunConfig
 from ds_longft.errors import ConfigError, GpuMemoryError, LongftError
-from ds_longft.train.console import outlive_the_console, speak_utf8
-from ds_longft.train.interrupt import StopRequest
-from ds_longft.train.ranks import Launch, visible_gpus
+from ds_longft.ranks.console import outlive_the_console, speak_utf8
+from ds_longft.ranks.interrupt import StopRequest
+from ds_longft.ranks.join import Launch, visible_gpus
 from ds_longft.train.secrets import redact
 from ds_longft.train.status import Status
 from ds_longft.train.trackers import left_behind
@@ -74,9 +74,9 @@ def _guarded(argv: list[str], launch: Launch, status: Status, stop: StopRequest)
 
 def train(argv: list[str], launch: Launch, status: Status, stop: StopRequest) -> int:
     """The whole run; raises LongftError for everything the user can mend."""
-    from ds_longft import quickstart
-    from ds_longft.check import preflight
-    from ds_longft.settings import load_config
+    from ds_longft.config.check import preflight
+    from ds_longft.config.settings import load_config
+    from ds_longft.tools import quickstart
 
     started = time.monotonic()
     has_gpu = visible_gpus() > 0

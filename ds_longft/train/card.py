@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ds_longft.config import RunConfig
+from ds_longft.config.run_config import RunConfig
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.load import model_path
 from ds_longft.model.lora import BASE_CONFIG_FOLDER

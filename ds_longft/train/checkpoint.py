@@ -29,10 +29,10 @@ from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from safetensors.torch import load_file, save_file
 
 from ds_longft.errors import CheckpointError
+from ds_longft.ranks.join import Agreement
 from ds_longft.run_files import Manifest
 from ds_longft.stored import Unreadable, read_file
 from ds_longft.train.elastic import load_for_other_world, own_settings
-from ds_longft.train.ranks import Agreement
 from ds_longft.train.same_run import TrainState
 
 MANIFEST = "manifest.json"

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ds_longft.errors import CheckpointError
-from ds_longft.train.ranks import Agreement
+from ds_longft.ranks.join import Agreement
 
 
 def load_for_other_world(engine: Any, path: Path, tag: str, agreement: Agreement) -> None:

@@ -19,7 +19,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from ds_longft.config import OptimConfig, RunConfig
+from ds_longft.config.run_config import OptimConfig, RunConfig
+from ds_longft.decide.decisions import Decisions
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.dropout import random_rates, switch_off
 from ds_longft.model.flops import ModelShape
@@ -29,7 +30,6 @@ from ds_longft.model.rope import check_rope
 from ds_longft.model.supported import decoder_layers
 from ds_longft.objectives.dpo import DpoObjective, reference_of
 from ds_longft.objectives.sft import SftObjective
-from ds_longft.plan.decide import Decisions
 from ds_longft.sequence.attention import ULYSSES, register
 from ds_longft.sequence.linear import LinearGroup, unhook
 from ds_longft.train.install import Recompute, decided, fuse_and_tile, fused_kernels, known_run

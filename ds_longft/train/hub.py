@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ds_longft.config import HubConfig
+from ds_longft.config.run_config import HubConfig
 from ds_longft.errors import ConfigError
 from ds_longft.train.secrets import redact
 

@@ -18,17 +18,17 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ds_longft.config import RunConfig
-from ds_longft.ds_config import DeepSpeedSettings
+from ds_longft.config.ds_json import DeepSpeedSettings
+from ds_longft.config.run_config import RunConfig
+from ds_longft.decide.decisions import Decisions, Run, decide
+from ds_longft.decide.memory import spend, stays_resident
+from ds_longft.decide.of_run import gpu_of_run
+from ds_longft.decide.setting import GIB
+from ds_longft.decide.tensors import Keep
 from ds_longft.errors import ModelError
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.flops import ModelShape
 from ds_longft.model.supported import decoder_layers
-from ds_longft.plan.decide import Decisions, Run, decide
-from ds_longft.plan.memory import spend, stays_resident
-from ds_longft.plan.of_run import gpu_of_run
-from ds_longft.plan.setting import GIB
-from ds_longft.plan.step import Keep
 from ds_longft.sequence.kept import HostStore
 from ds_longft.sequence.linear import LinearGroup, fuse_linears, gather_with
 from ds_longft.sequence.mlp import TiledMlp, tile_mlp
@@ -207,7 +207,7 @@ class Recompute:
     def spend(self, free_bytes: int, local_tokens: int, element_bytes: int, device: torch.device) -> tuple[int, int]:
         """Keep outputs of as many linears as fit into `free_bytes` with packs of `local_tokens` per rank.
 
-        Which ones: `plan.memory.spend`. Down projections are not kept, their output is not needed again. Returns the
+        Which ones: `decide.memory.spend`. Down projections are not kept, their output is not needed again. Returns the
         bytes spent on the device and on the host.
         """
         left_out = {"down_proj"} | ({"gate_proj"} if self.tiled else set())

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from ds_longft.config import RunConfig
+from ds_longft.config.run_config import RunConfig
+from ds_longft.config.settings import dump_config
 from ds_longft.layout import ParallelLayout
-from ds_longft.settings import dump_config
 
 PACKAGES = (
     "ds-longft",

@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from ds_longft.plan.memory import SPARE_SHARE
-from ds_longft.plan.setting import GIB, Gpu
+from ds_longft.decide.memory import SPARE_SHARE
+from ds_longft.decide.setting import GIB, Gpu
 
 
 class DeviceMemory(Protocol):

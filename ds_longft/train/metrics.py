@@ -20,12 +20,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ds_longft.config import LogConfig
+from ds_longft.config.run_config import LogConfig
 from ds_longft.run_files import MetricsLine
-from ds_longft.smooth import FEWEST, first_and_last, running_mean, steps_of_a_mean
 from ds_longft.stored import read_lines
 from ds_longft.train import trackers
 from ds_longft.train.durable import DurableLines, insist
+from ds_longft.train.smooth import FEWEST, first_and_last, running_mean, steps_of_a_mean
 from ds_longft.train.trackers import Background
 
 Record = dict[str, Any]

@@ -8,7 +8,7 @@ import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 
-from ds_longft.config import RunConfig
+from ds_longft.config.run_config import RunConfig
 from ds_longft.errors import ConfigError
 from ds_longft.model.flops import layer_windows
 from ds_longft.model.load import load_config

@@ -23,9 +23,9 @@ from torch import Tensor
 from ds_longft.batch import Pack, Pairs
 from ds_longft.data.pack import filler_pack
 from ds_longft.data.pairs import pair_sides
+from ds_longft.decide.setting import GIB
 from ds_longft.layout import ParallelLayout
 from ds_longft.objectives.dpo import DpoObjective
-from ds_longft.plan.setting import GIB
 from ds_longft.sequence.relief import Relief
 from ds_longft.train.install import Recompute
 from ds_longft.train.memory import DeviceMemory
@@ -148,7 +148,7 @@ def choose_passes(
     """`dpo.passes: auto`: the plan's choice, and where that is one pass, whether the longest pack fits so. Collective;
     a line, None if nothing was open. Call `settle` before.
 
-    The plan (`plan.decide`) has put its choice into the objective: one pass where it is predicted to fit
+    The plan (`decide/decisions.py`) has put its choice into the objective: one pass where it is predicted to fit
     and two are not faster for what they leave free. Measured in two passes, which need less: one pass holds the
     activations of both sides at once, so it takes at most twice what two passes took beyond the memory that was in use
     before. Nothing can run out of memory by trying.

@@ -15,33 +15,33 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock
 
-from ds_longft.config import RunConfig
+from ds_longft.config.ds_json import DeepSpeedSettings
+from ds_longft.config.run_config import RunConfig
+from ds_longft.config.shipped import find_template
 from ds_longft.data.loader import StepLoader
 from ds_longft.data.template_source import without_marks
 from ds_longft.data.tokenized import TokenizedSet
-from ds_longft.ds_config import DeepSpeedSettings
+from ds_longft.decide.advice import Adviser
+from ds_longft.decide.of_run import foresee_run, write_plan
 from ds_longft.errors import EXIT_HANG, EXIT_REQUEUE, GpuMemoryError
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.flops import equal_cost_tokens, peak_tflops
 from ds_longft.model.load import config_remarks, load_config, load_tokenizer
 from ds_longft.model.lora import trainable_parameters
-from ds_longft.plan.advice import Adviser
-from ds_longft.plan.of_run import foresee_run, write_plan
+from ds_longft.ranks.interrupt import StopRequest
+from ds_longft.ranks.join import Launch, join
+from ds_longft.ranks.lock import lock_folder
 from ds_longft.sequence.attention import ULYSSES
-from ds_longft.shipped import find_template
 from ds_longft.train.card import write_card
 from ds_longft.train.checkpoint import Checkpoints
 from ds_longft.train.data_facts import write_data_facts
 from ds_longft.train.health import Watchdog
 from ds_longft.train.hub import Pusher, ready
 from ds_longft.train.install import decided, keep_resident, known_run
-from ds_longft.train.interrupt import StopRequest
-from ds_longft.train.lock import lock_folder
 from ds_longft.train.made_of import what_ranks_share, write_facts
 from ds_longft.train.memory import device_memory, own_memory_gib
 from ds_longft.train.metrics import Records, read_metrics, summary_table
 from ds_longft.train.model_check import check_model
-from ds_longft.train.ranks import Launch, join
 from ds_longft.train.rehearse import choose_passes, rehearse, settle
 from ds_longft.train.same_run import (
     CHANGES,

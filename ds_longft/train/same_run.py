@@ -1,4 +1,4 @@
-"""What a checkpoint may be continued with: every key of the run config, by the class declared beside it in `config.py`.
+"""What a checkpoint may be continued with: every key, by the class that it has in `config/run_config.py`.
 
 Nothing is listed here by name but what a key leads to: the type that `auto` became, the packs of a step, the rows, the
 weights. Two spellings of the same run are the same run, and a key nobody thought of is refused.
@@ -14,10 +14,10 @@ from typing import Any
 
 from pydantic import ConfigDict
 
-from ds_longft.config import OnResume, RunConfig
+from ds_longft.config.messages import keys_on_resume
+from ds_longft.config.run_config import OnResume, RunConfig
 from ds_longft.errors import CheckpointError
 from ds_longft.layout import ParallelLayout
-from ds_longft.messages import keys_on_resume
 
 STAGE = "zero_optimization.stage in ds_config"
 CHANGES = "changes.json"

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ds_longft.config import RunConfig
+from ds_longft.config.run_config import RunConfig
 
 SECRET_NAME = re.compile(
     r"(^|_)(TOKEN|API_?KEY|KEY|SECRET|PASS(WORD|WD|PHRASE)?|PW|PAT|JWT|CREDENTIALS?)(_|$)|(PASSWORD|PASSWD)$",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from ds_longft.config import RunConfig, SourceConfig
+from ds_longft.config.run_config import RunConfig, SourceConfig
 from ds_longft.data.pairs import PairSet
 from ds_longft.data.tokenize import tokenize_sources
 from ds_longft.data.tokenized import TokenizedSet
 from ds_longft.model.load import load_config
 from ds_longft.objectives.dpo import reference_of
+from ds_longft.objectives.reference import load_reference
 from ds_longft.sequence.attention import ULYSSES
-from ds_longft.train.reference import load_reference
 
 
 def tokenized(

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_longft.errors import EXIT_CONFIG, EXIT_REQUEUE, GpuMemoryError, LongftError
+from ds_longft.ranks.join import Launch
+from ds_longft.ranks.lock import lock_folder
 from ds_longft.run_files import StatusFile
 from ds_longft.stored import read_if_good
 from ds_longft.train.durable import PATIENCE_S, insist
-from ds_longft.train.lock import lock_folder
-from ds_longft.train.ranks import Launch
 from ds_longft.train.secrets import redact
 
 if TYPE_CHECKING:  # the planner brings torch
-    from ds_longft.plan.decide import Run
+    from ds_longft.decide.decisions import Run
 
 STATUS = "run_status.json"
 

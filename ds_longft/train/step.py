@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ds_longft.batch import Pack
 from ds_longft.layout import ParallelLayout
+from ds_longft.objectives.passes import backpropagate_pairs, evaluate_pairs
 from ds_longft.sequence.shard import shard
-from ds_longft.train.pairs import backpropagate_pairs, evaluate_pairs
 
 
 def loss_scale(total_weight: float, layout: ParallelLayout) -> float:

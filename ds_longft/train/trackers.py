@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from ds_longft.config import LogConfig
+from ds_longft.config.run_config import LogConfig
 
 Record = dict[str, Any]
 

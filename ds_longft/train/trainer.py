@@ -23,23 +23,23 @@ import torch
 import torch.distributed as dist
 
 from ds_longft.batch import Pack, Step
-from ds_longft.config import RunConfig
+from ds_longft.config.run_config import RunConfig
 from ds_longft.data.loader import StepLoader
+from ds_longft.decide.of_run import note_in_plan
+from ds_longft.decide.setting import GIB
 from ds_longft.errors import CheckpointError, NonFiniteError
 from ds_longft.exactness.first_step import check_first_step, raise_if_wrong
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.flops import forward_flops, step_flops
 from ds_longft.objectives.dpo import METRICS, DpoObjective
-from ds_longft.plan.of_run import note_in_plan
-from ds_longft.plan.setting import GIB
+from ds_longft.ranks.interrupt import StopRequest
+from ds_longft.ranks.join import Agreement
 from ds_longft.sequence.relief import Relief
 from ds_longft.train.checkpoint import Checkpoints, rng_state, set_rng_state
 from ds_longft.train.engine import Built
 from ds_longft.train.health import Watchdog, describe_packs, write_nonfinite
 from ds_longft.train.hub import Pusher
-from ds_longft.train.interrupt import StopRequest
 from ds_longft.train.metrics import Records, peak_gib
-from ds_longft.train.ranks import Agreement
 from ds_longft.train.same_run import TrainState
 from ds_longft.train.schedule import learning_rate
 from ds_longft.train.step import apply_step, backpropagate, backpropagate_pack, evaluate_pack, loss_scale

@@ -13,8 +13,8 @@ from torch import nn
 from ds_longft.model.elsewhere import spell_for_older_readers
 from ds_longft.model.lora import gather_adapter_state, save_adapter
 from ds_longft.model.stops import serve_stop
+from ds_longft.ranks.join import Agreement
 from ds_longft.train.durable import insist
-from ds_longft.train.ranks import Agreement
 
 
 def trained_fingerprint(model: nn.Module) -> str:

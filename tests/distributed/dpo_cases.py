@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, logsigmoid
 
 from ds_longft.batch import IGNORE_INDEX, Pack, Pairs
-from ds_longft.config import DpoConfig
+from ds_longft.config.run_config import DpoConfig
 from tests.distributed.models import VOCAB, forget_lengths
 
 PairLengths = Sequence[tuple[int, int, int]]

@@ -147,8 +147,8 @@ def built_engine(folder: str, ds: dict[str, Any], world: int, **keys: Any) -> tu
 
 def built_run(folder: str, ds: dict[str, Any], world: int, **keys: Any) -> tuple[Any, ParallelLayout]:
     """What a run builds from the DeepSpeed JSON `ds` and these keys, on the model in `folder`; its layout."""
-    from ds_longft.config import RunConfig
-    from ds_longft.ds_config import merge_ds_config
+    from ds_longft.config.ds_json import merge_ds_config
+    from ds_longft.config.run_config import RunConfig
     from ds_longft.train.engine import build
 
     content = {

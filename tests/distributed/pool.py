@@ -32,7 +32,7 @@ def _rank_main(rank: int, world: int, port: int, pipe: Connection) -> None:
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     from ds_longft.layout import ParallelLayout
-    from ds_longft.train.ranks import Launch, join
+    from ds_longft.ranks.join import Launch, join
 
     join(Launch.from_environment())
     # A group's threads wake up all the time: a hundred cases' groups, never closed, cost most of a core.

@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 
 from ds_longft.batch import Pack, Pairs
-from ds_longft.config import DpoConfig
+from ds_longft.config.run_config import DpoConfig
 from ds_longft.data.pack import filler_pack
 from ds_longft.layout import ParallelLayout
 from ds_longft.objectives.dpo import DpoObjective
+from ds_longft.objectives.passes import reference_logps
 from ds_longft.sequence.attention import ULYSSES, register
 from ds_longft.sequence.linear import fuse_linears, gather_with
 from ds_longft.sequence.recompute import apply_recompute
-from ds_longft.train.pairs import reference_logps
 from ds_longft.train.step import backpropagate, backpropagate_pack
 from tests.distributed.dpo_cases import PairLengths, pair_pack, reference_step
 from tests.distributed.models import relative_error, tiny_config, tiny_model

@@ -12,13 +12,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ds_longft.config import DpoConfig
+from ds_longft.config.run_config import DpoConfig
 from ds_longft.layout import ParallelLayout
 from ds_longft.objectives.dpo import METRICS, DpoObjective
+from ds_longft.objectives.passes import backpropagate_pairs, evaluate_pairs, reference_logps
 from ds_longft.sequence.attention import ULYSSES, register
 from ds_longft.sequence.recompute import apply_recompute
 from ds_longft.train.install import fuse_and_tile
-from ds_longft.train.pairs import backpropagate_pairs, evaluate_pairs, reference_logps
 from tests.distributed.dpo_cases import PairLengths, pair_pack, reference_step
 from tests.distributed.models import tiny_config, tiny_model
 from tests.distributed.test_exact import DYNAMIC, assert_equal, install, prepared

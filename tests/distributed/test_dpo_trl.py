@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from ds_longft.batch import IGNORE_INDEX, Pack, Pairs
-from ds_longft.config import DpoConfig, LoraConfig
+from ds_longft.config.run_config import DpoConfig, LoraConfig
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.lora import add_lora
 from ds_longft.objectives.dpo import METRICS, DpoObjective
+from ds_longft.objectives.passes import backpropagate_pairs
 from ds_longft.sequence.attention import ULYSSES, register
-from ds_longft.train.pairs import backpropagate_pairs
 from tests.distributed.models import relative_error, tiny_config, tiny_model
 from tests.distributed.test_dpo_exact import CPU, PlainEngine
 from tests.tokenizer import tiny_tokenizer

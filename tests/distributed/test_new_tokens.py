@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ds_longft.config import LoraConfig
+from ds_longft.config.run_config import LoraConfig
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.lora import add_lora
 from ds_longft.model.new_tokens import widen

@@ -16,10 +16,10 @@ from tests.distributed.pool import WorkerPool
 def case(rank: int, world: int, folder: str, sp: int, window: int) -> NDArray[np.float64]:
     import torch
 
-    from ds_longft.evaluate.position_loss import bucket_losses, read_in_windows
-    from ds_longft.evaluate.subject import find_subject, load_subject
     from ds_longft.layout import ParallelLayout
     from ds_longft.sequence.attention import ULYSSES, register
+    from ds_longft.tools.evaluate.position_loss import bucket_losses, read_in_windows
+    from ds_longft.tools.evaluate.subject import find_subject, load_subject
 
     register()
     loaded = load_subject(find_subject(folder), torch.device("cpu"), attention=ULYSSES)

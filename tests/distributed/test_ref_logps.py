@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from ds_longft.check import preflight
-from ds_longft.config import RunConfig
+from ds_longft.config.check import preflight
+from ds_longft.config.run_config import RunConfig
 from ds_longft.errors import ConfigError, DataError, NonFiniteError
 from tests.distributed.test_dpo_verify import pair_config
 
@@ -21,10 +21,10 @@ def filled(rank: int, world: int, content: dict[str, Any], forget: list[int]) ->
     from ds_longft.data.tokenize import tokenize_sources
     from ds_longft.layout import ParallelLayout
     from ds_longft.model.load import load_tokenizer
+    from ds_longft.objectives.reference import load_reference, open_reference
+    from ds_longft.ranks.join import Agreement
+    from ds_longft.tools.ref_logps import fill
     from ds_longft.train.engine import build
-    from ds_longft.train.ranks import Agreement
-    from ds_longft.train.ref_logps import fill
-    from ds_longft.train.reference import load_reference, open_reference
 
     config = RunConfig.model_validate(content)
     settings, sp = preflight(config, world=world, local_world=world, device="cpu")
@@ -59,7 +59,7 @@ def no_numbers(rank: int, world: int, content: dict[str, Any]) -> str:
     def faulty(engine: Any, pack: Any, *_: Any) -> torch.Tensor:
         return torch.full((len(pack.pairs), 2), torch.nan, dtype=torch.float64)
 
-    with patch("ds_longft.train.pairs.reference_logps", faulty):
+    with patch("ds_longft.objectives.passes.reference_logps", faulty):
         try:
             filled(rank, world, content, [])
         except NonFiniteError as error:
@@ -76,7 +76,7 @@ def test_a_reference_that_gives_no_numbers_is_refused(pools, tmp_path: Path) -> 
 def test_a_file_of_another_model_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ds_longft.data.tokenize import tokenize_sources
     from ds_longft.model.load import load_tokenizer
-    from ds_longft.train.reference import load_reference, open_reference
+    from ds_longft.objectives.reference import load_reference, open_reference
 
     config = RunConfig.model_validate(pair_config(tmp_path, reference="precomputed"))
     pairs: Any = tokenize_sources(config.data.train, load_tokenizer(config.model), config.data, pairs=True)
@@ -96,7 +96,7 @@ def test_a_file_of_another_model_is_not_taken(tmp_path: Path, monkeypatch: pytes
 
 
 def test_the_command_says_what_it_is_not_for(tmp_path: Path) -> None:
-    from ds_longft.train.ref_logps import read
+    from ds_longft.tools.ref_logps import read
 
     (tmp_path / "rows.jsonl").write_text("{}\n")
     keys = ["--data.train", str(tmp_path / "rows.jsonl")]

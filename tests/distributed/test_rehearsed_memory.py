@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.distributed.models import built_run, make_pack, tiny_config
-from tests.unit.plan.tracked import Tracker
+from tests.unit.decide.tracked import Tracker
 
 CPU = torch.device("cpu")
 SLACK_BYTES = 64 << 10  # counters, sums and rounding up of a few vectors

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ds_longft.sequence.relief import TRIED_ONCE
 from tests.distributed.models import built_run, make_pack, tiny_config
 from tests.distributed.test_rehearsed_memory import CountedMemory
-from tests.unit.plan.tracked import Tracker
+from tests.unit.decide.tracked import Tracker
 
 CPU = torch.device("cpu")
 LORA: dict[str, Any] = {"lora": {"r": 8}}

@@ -20,7 +20,7 @@ def case(rank: int, world: int, base: str, out: str) -> list[list[float]]:
     """Load partitioned, write as the end of a run does; the logits it was written with."""
     import deepspeed
 
-    from ds_longft.config import ModelConfig
+    from ds_longft.config.run_config import ModelConfig
     from ds_longft.model.load import load_config, load_model
     from ds_longft.train.weights import gather_weights
 

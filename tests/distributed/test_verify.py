@@ -17,12 +17,12 @@ import torch
 import yaml
 
 from ds_longft.batch import Batch, Documents, Pack
-from ds_longft.check import preflight
-from ds_longft.config import RunConfig
+from ds_longft.config.check import preflight
+from ds_longft.config.run_config import RunConfig
 from ds_longft.data.loader import build_pack
 from ds_longft.layout import ParallelLayout
 from ds_longft.objectives.sft import SftObjective
-from ds_longft.train.ranks import Agreement
+from ds_longft.ranks.join import Agreement
 from ds_longft.train.step import loss_scale
 from tests.distributed.test_exact import LONGROPE
 from tests.distributed.user_files import user_config
@@ -38,8 +38,8 @@ def agreed() -> Agreement:
 
 def verified(rank: int, world: int, content: dict[str, Any], checks: frozenset[int], fault: str | None) -> Any:
     """The findings, in a process where `fault` was planted."""
-    from ds_longft.verify.run import verify_model
-    from ds_longft.verify.subject import Subject
+    from ds_longft.tools.verify.run import verify_model
+    from ds_longft.tools.verify.subject import Subject
 
     config = RunConfig.model_validate(content)
     settings, sp = preflight(config, world=world, local_world=world, device="cpu")
@@ -120,7 +120,7 @@ def weights_averaged_per_rank(stack: ExitStack) -> None:
             total += loss.detach()
         return total
 
-    stack.enter_context(patch("ds_longft.verify.engine_checks.backpropagate", faulty))
+    stack.enter_context(patch("ds_longft.tools.verify.engine_checks.backpropagate", faulty))
 
 
 def one_seed_for_all_ranks(stack: ExitStack) -> None:
@@ -137,7 +137,7 @@ def adapter_saved_as_zeros(stack: ExitStack) -> None:
 
 
 def frequencies_rounded_to_bf16(stack: ExitStack) -> None:
-    from ds_longft.verify import engine_checks
+    from ds_longft.tools.verify import engine_checks
 
     def faulty(*args: Any, **kwargs: Any) -> Any:
         built = plain(*args, **kwargs)
@@ -304,7 +304,7 @@ def test_verify_first_passes_a_right_run(pools, tmp_path, world, stage):
 
 def test_command_line_end_to_end(tmp_path, capfd):
     """It starts its own ranks, cuts the model to its first layer, prints one JSON object, and ends with 0."""
-    from ds_longft.verify.command import main
+    from ds_longft.tools.verify.command import main
 
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(user_config(tmp_path)))

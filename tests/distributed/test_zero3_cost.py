@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 def shipped(stage: int) -> dict[str, Any]:
     """The DeepSpeed JSON of a ZeRO stage."""
-    from ds_longft.ds_file import load_ds_config
+    from ds_longft.config.ds_file import load_ds_config
 
     return load_ds_config(f"ds_configs/zero{stage}_sp.json")
 
@@ -23,7 +23,7 @@ def shipped(stage: int) -> dict[str, Any]:
 def cost_of_a_pass(rank: int, world: int, folder: str, stage: int, keys: dict[str, Any]) -> Any:
     """Operations and peak bytes of one forward and backward pass."""
     from ds_longft.train.rehearse import dry_pass
-    from tests.unit.plan.tracked import Tracker
+    from tests.unit.decide.tracked import Tracker
 
     engine, layout = built_engine(folder, shipped(stage), world, sp=world, **keys)
     pack = make_pack([3000, 1096], seed=0, multiple=world)

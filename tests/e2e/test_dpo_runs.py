@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ds_longft.train.ref_logps import main as ref_logps
+from ds_longft.tools.ref_logps import main as ref_logps
 from tests.e2e.job import WINDOW, write_model
 from tests.e2e.test_runs import losses
 from tests.faults.ranks import Launcher, trace

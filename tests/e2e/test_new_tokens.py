@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ds_longft.cli import main as cli
+from ds_longft.config.settings import load_config
 from ds_longft.errors import ConfigError
-from ds_longft.settings import load_config
 from tests.e2e.job import write_job
 from tests.e2e.test_runs import code_of_card, losses
 from tests.faults.ranks import Launcher

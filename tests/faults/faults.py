@@ -92,7 +92,7 @@ def _at_side(fault: dict[str, Any]) -> None:
     """In two passes over pairs: in training step `step`, the chosen documents behind it and the rejected ones ahead."""
     from contextlib import contextmanager
 
-    from ds_longft.train import pairs
+    from ds_longft.objectives import passes as pairs
     from ds_longft.train.trainer import Trainer
 
     holder: list[int] = []

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ds_longft.config import RunConfig
+from ds_longft.config.run_config import RunConfig
 from ds_longft.errors import ConfigError
-from ds_longft.train.lock import lock_folder
+from ds_longft.ranks.lock import lock_folder
 from ds_longft.train.secrets import redact, tracked_config
 from tests.faults.ranks import Launcher, checkpoints, status, trace
 

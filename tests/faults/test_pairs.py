@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from ds_longft.config.settings import load_config
 from ds_longft.errors import CheckpointError
-from ds_longft.settings import load_config
 from ds_longft.train.checkpoint import Checkpoints
 from ds_longft.train.same_run import refuse_another_run, what_decides
 from tests.faults.alone import Alone

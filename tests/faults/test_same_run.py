@@ -1,5 +1,5 @@
 """F19, F20: a resume with another value of every key there is: refused with both values, in force from there on, equal to
-rounding, or equal bit for bit, as the key says of itself in `config.py`.
+rounding, or equal bit for bit, as the key says of itself in `run_config.py`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import yaml
 from pydantic import BaseModel
 from transformers import LlamaConfig
 
-from ds_longft.config import DpoConfig, OnResume, RunConfig, SourceConfig
+from ds_longft.config.messages import _models_of, all_keys, on_resume
+from ds_longft.config.run_config import DpoConfig, OnResume, RunConfig, SourceConfig
+from ds_longft.config.settings import load_config
 from ds_longft.errors import CheckpointError
-from ds_longft.messages import _models_of, all_keys, on_resume
-from ds_longft.settings import load_config
 from ds_longft.train.same_run import (
     TrainState,
     changes_since,

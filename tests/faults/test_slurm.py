@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from ds_longft.errors import ConfigError
-from ds_longft.slurm.render import fill, limit_s
-from ds_longft.slurm.requeue import decide
+from ds_longft.tools.slurm.render import fill, limit_s
+from ds_longft.tools.slurm.requeue import decide
 from tests.faults import slurm_cluster
 from tests.faults.assets import write_job
 from tests.faults.ranks import Launcher, checkpoints, reached, status, trace

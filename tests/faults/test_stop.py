@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_longft.train.interrupt import SAVE_MARGIN, StopRequest
+from ds_longft.ranks.interrupt import SAVE_MARGIN, StopRequest
 from tests.faults.ranks import Launcher, checkpoints, status, trace
 
 CASES = [

@@ -23,8 +23,8 @@ from pathlib import Path
 
 from benchmarks.length import Case, compare, run
 from benchmarks.work import append
+from ds_longft.ranks.join import visible_gpus
 from ds_longft.sequence.kernels.base import import_failure
-from ds_longft.train.ranks import visible_gpus
 
 ROOT = Path(__file__).resolve().parents[2]
 K = 1024

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from ds_longft.config import RunConfig
-from ds_longft.ds_config import load_ds_config, merge_ds_config
+from ds_longft.config.ds_file import load_ds_config
+from ds_longft.config.ds_json import merge_ds_config
+from ds_longft.config.run_config import RunConfig
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.load import load_config
+from ds_longft.ranks.join import Launch, join
 from ds_longft.train.engine import build
 from ds_longft.train.install import decided, known_run
 from ds_longft.train.memory import device_memory
-from ds_longft.train.ranks import Launch, join
 from ds_longft.train.rehearse import rehearse, settle
 from ds_longft.train.step import apply_step, backpropagate
 from tests.distributed.models import make_pack

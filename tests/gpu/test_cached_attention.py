@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ds_longft.evaluate.cached_attention import _masked, cached_attention
+from ds_longft.tools.evaluate.cached_attention import _masked, cached_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

@@ -12,9 +12,9 @@ import pytest
 
 from ds_longft import cli
 from ds_longft.cli import COMMANDS, Command, _described, bind_arguments, main
+from ds_longft.config.settings import load_config
+from ds_longft.config.yaml_io import load_yaml
 from ds_longft.errors import EXIT_CONFIG, DataError, LongftError
-from ds_longft.settings import load_config
-from ds_longft.yaml_io import load_yaml
 
 CALLS: list[dict[str, Any]] = []
 

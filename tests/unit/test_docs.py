@@ -12,12 +12,17 @@ import pytest
 
 from ds_longft.cli import COMMANDS, bind_arguments
 from ds_longft.cli import main as cli
-from ds_longft.settings import load_config
-from ds_longft.verify.command import read as read_verify
-from ds_longft.yaml_io import load_yaml
+from ds_longft.config.settings import load_config
+from ds_longft.config.yaml_io import load_yaml
+from ds_longft.tools.verify.command import read as read_verify
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("*/README.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted(ROOT.glob("docs/*.md")),
+    *sorted(ROOT.glob("*/README.md")),
+    *sorted(ROOT.glob("examples/*/README.md")),
+]
 BLOCKS = re.compile(r"```\n(.*?)```", re.DOTALL)
 TRAIN = re.compile(r"(?:launch/train\.py|ds_longft\.train)\b(.*)")
 
@@ -72,7 +77,7 @@ def test_links_and_names_lead_somewhere(page: Path) -> None:
     text = page.read_text()
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
     shipped = re.findall(
-        r"\b(?:ds_configs|recipes|docs|launch|benchmarks)/[\w./-]+\.(?:jsonl?|yaml|md|py|sh|sbatch)", text
+        r"\b(?:ds_configs|recipes|docs|launch|benchmarks|examples)/[\w./-]+\.(?:jsonl?|yaml|md|py|sh|sbatch)", text
     )
     made_later = {"benchmarks/results.jsonl"}
     missing = [name for name in links if not (page.parent / name).exists()]
@@ -83,14 +88,15 @@ def test_links_and_names_lead_somewhere(page: Path) -> None:
 def test_the_tree_of_the_readme_is_the_tree() -> None:
     tree = re.search(r"## The tree\n\n```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert tree is not None
-    folder, seen = "", set()
+    folders, seen = [ROOT], set()
     for line in tree[1].splitlines():
-        name = line.split()[0]
-        folder = folder if line.startswith(" ") else name
-        path = ROOT / (folder + name if line.startswith(" ") else name)
+        depth = (len(line) - len(line.lstrip())) // 2
+        path = folders[depth] / line.split()[0]
         assert path.exists(), line
+        folders[depth + 1 :] = [path]
         seen.add(path)
-    modules = {p for p in (ROOT / "ds_longft").iterdir() if (p.suffix == ".py" or (p / "__init__.py").exists())}
+    places = [p for folder in ("ds_longft", "ds_longft/tools") for p in (ROOT / folder).iterdir()]
+    modules = {p for p in places if p.suffix == ".py" or (p / "__init__.py").exists()}
     assert {p for p in modules if p.name != "__init__.py"} <= seen
 
 
@@ -98,7 +104,6 @@ def test_the_tree_of_the_readme_is_the_tree() -> None:
     ("function", "page"),
     [
         ("config_page", "docs/config.md"),
-        ("files_page", "docs/files.md"),
         ("data_page", "docs/data.md"),
         ("readme_page", "README.md"),
     ],

@@ -19,24 +19,24 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ds_longft.config import LogConfig
+from ds_longft.config.run_config import LogConfig
+from ds_longft.config.settings import dump_config, load_config
 from ds_longft.data.cache import PartSeal, SealedSet, sealed_set
 from ds_longft.data.ledger import Tally
-from ds_longft.evaluate.results import Rows
-from ds_longft.report.facts import gather_facts
-from ds_longft.report.markdown import markdown_page
-from ds_longft.report.page import html_page
+from ds_longft.ranks.lock import HOLDER, _holder
 from ds_longft.run_files import StatusFile
-from ds_longft.settings import dump_config, load_config
-from ds_longft.slurm.requeue import decide
 from ds_longft.stored import Unreadable, read_file
+from ds_longft.tools.evaluate.results import Rows
+from ds_longft.tools.report.facts import gather_facts
+from ds_longft.tools.report.markdown import markdown_page
+from ds_longft.tools.report.page import html_page
+from ds_longft.tools.slurm.requeue import decide
 from ds_longft.train.checkpoint import MANIFEST, STATE
-from ds_longft.train.lock import HOLDER, _holder
 from ds_longft.train.metrics import Records
 from ds_longft.train.same_run import TrainState
 from ds_longft.train.status import STATUS, crashed_before
 from tests.faults.alone import find
-from tests.unit.report.test_report import needle_result, perplexity_result, step
+from tests.unit.tools.report.test_report import needle_result, perplexity_result, step
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),

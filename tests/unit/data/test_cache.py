@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ds_longft.config import DataConfig, SourceConfig
+from ds_longft.config.run_config import DataConfig, SourceConfig
 from ds_longft.data import tokenize as module
 from ds_longft.data.tokenize import tokenize_sources
 from ds_longft.errors import DataError
-from tests.unit.data.conftest import chat
+from tests.unit.conftest import chat
 
 ROWS = [chat(f"question {i}", f"answer {i}") for i in range(30)]
 

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from ds_longft.config import DataConfig, SourceConfig
-from ds_longft.data.convert import layout_of as layout_of_source
+from ds_longft.config.run_config import DataConfig, SourceConfig
 from ds_longft.data.layouts import ASKED, BOOKKEEPING, EVERY_CHAT, EVERY_ROW, LAYOUTS, is_bookkeeping
 from ds_longft.data.readers import find_source
 from ds_longft.data.tokenize import tokenize_sources
+from ds_longft.tools.make_data.convert import layout_of as layout_of_source
 from tests.tokenizer import CHATML_WITH_TOOLS, tiny_tokenizer
 
 CANARY = "kanarienvogel"

@@ -3,11 +3,11 @@ import threading
 import numpy as np
 import pytest
 
-from ds_longft.config import DataConfig, SourceConfig
+from ds_longft.config.run_config import DataConfig, SourceConfig
 from ds_longft.data.loader import StepLoader
 from ds_longft.data.tokenize import tokenize_sources
 from ds_longft.errors import DataError
-from tests.unit.data.conftest import chat
+from tests.unit.conftest import chat
 
 
 @pytest.fixture(scope="module")

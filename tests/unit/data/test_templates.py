@@ -4,10 +4,10 @@ import copy
 
 import pytest
 
+from ds_longft.config.shipped import find_template
 from ds_longft.data.encode import Encoder
 from ds_longft.data.rows import BadRow, Row, Turn
 from ds_longft.data.template_source import load_template, without_marks
-from ds_longft.shipped import find_template
 from tests.peers import trl_folder
 from tests.tokenizer import tiny_tokenizer
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from ds_longft.config import DataConfig, SourceConfig
-from ds_longft.data.convert import convert_set
+from ds_longft.config.run_config import DataConfig, SourceConfig
 from ds_longft.data.formats import to_row
-from ds_longft.data.lengths import Lengths
-from ds_longft.data.statistics import statistics
 from ds_longft.data.tokenize import tokenize_sources
+from ds_longft.tools.look.statistics import statistics
+from ds_longft.tools.make_data.convert import convert_set
+from ds_longft.tools.make_data.lengths import Lengths
 from tests.tokenizer import CHATML_WITH_TOOLS, tiny_tokenizer
 
 TOOLS = [{"type": "function", "function": {"name": "read", "parameters": {"type": "object", "properties": {}}}}]

@@ -23,7 +23,7 @@ from transformers import (
     Zamba2Config,
 )
 
-from ds_longft.config import ModelConfig
+from ds_longft.config.run_config import ModelConfig
 from ds_longft.errors import ModelError
 from ds_longft.model.load import config_remarks, load_config, load_model, load_tokenizer
 from tests.unit.model.tiny import FAMILIES, WINDOW, save_tiny, tiny_config

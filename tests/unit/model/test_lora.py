@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ds_longft.config import LoraConfig
+from ds_longft.config.run_config import LoraConfig
 from ds_longft.errors import ModelError
 from ds_longft.model.lora import add_lora, gather_adapter_state, save_adapter, trainable_parameters
 from tests.distributed.models import tiny_config, tiny_model

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import multiprocessing
 from transformers import AutoModelForCausalLM
 
-from ds_longft.config import LoraConfig, ModelConfig
+from ds_longft.config.run_config import LoraConfig, ModelConfig
 from tests.unit.model.tiny import WINDOW, save_tiny
 
 TOKENS = torch.arange(1, 20)[None]

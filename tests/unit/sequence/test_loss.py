@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ds_longft.config import LoraConfig
+from ds_longft.config.run_config import LoraConfig
 from ds_longft.errors import ModelError
 from ds_longft.model.lora import add_lora
 from ds_longft.sequence.linear import Member

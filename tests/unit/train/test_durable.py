@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_longft.config import LogConfig
+from ds_longft.config.run_config import LogConfig
 from ds_longft.train import durable
 from ds_longft.train.durable import DurableLines, insist
 from ds_longft.train.metrics import Records

@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from ds_longft.config import RunConfig
+from ds_longft.config.run_config import RunConfig
+from ds_longft.decide.of_run import foresee_run
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.load import load_config
-from ds_longft.plan.of_run import foresee_run
 from ds_longft.train.install import decided, known_run
-from tests.unit.plan.shapes import SMOLLM2
+from tests.unit.decide.shapes import SMOLLM2
 
 
 def foreseen(folder: Path, memory_gib: float) -> dict[str, Any] | None:

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from ds_longft.config import RunConfig
-from ds_longft.ds_config import DeepSpeedSettings, merge_ds_config
+from ds_longft.config.ds_json import DeepSpeedSettings, merge_ds_config
+from ds_longft.config.run_config import RunConfig
 from ds_longft.train.install import keep_resident
-from tests.unit.plan.shapes import LLAMA_8B
+from tests.unit.decide.shapes import LLAMA_8B
 
 
 def settings(config: RunConfig, **zero: Any) -> DeepSpeedSettings:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_longft.config import LogConfig
+from ds_longft.config.run_config import LogConfig
 from ds_longft.train.metrics import Records, read_metrics, spike_of, summary_table
 
 CALM = [1.0, 1.1, 0.9] * 20

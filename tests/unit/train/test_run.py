@@ -9,12 +9,12 @@ from typing import Any, cast
 import pytest
 import torch
 
-from ds_longft.config import RunConfig
+from ds_longft.config.run_config import RunConfig
+from ds_longft.ranks.interrupt import StopRequest
+from ds_longft.ranks.join import Launch
+from ds_longft.ranks.lock import lock_folder
 from ds_longft.run_files import StatusFile
 from ds_longft.stored import read_file
-from ds_longft.train.interrupt import StopRequest
-from ds_longft.train.lock import lock_folder
-from ds_longft.train.ranks import Launch
 from ds_longft.train.run import _farewell, _header
 from ds_longft.train.status import STATUS, Status
 from tests.distributed.models import tiny_config

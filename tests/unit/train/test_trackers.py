@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from ds_longft.config import LogConfig
+from ds_longft.config.run_config import LogConfig
 from ds_longft.train import trackers
 from ds_longft.train.metrics import Records
 from ds_longft.train.trackers import Background, TrackedRun, Wandb, chosen
@@ -115,7 +115,7 @@ def test_which_trackers() -> None:
 PROGRAM = """
 import sys
 from pathlib import Path
-from ds_longft.config import LogConfig
+from ds_longft.config.run_config import LogConfig
 from ds_longft.train.metrics import Records
 from tests.unit.train.test_metrics import record
 folder, names = Path(sys.argv[1]), sys.argv[2].split(",")

@@ -1,0 +1,322 @@
+"""Will this run work here? Every reason why not, within milliseconds, before a model is loaded or torch is imported.
+
+What can only be known from the loaded model (its class, its live RoPE frequencies) is checked again in `model`.
+Each text names all keys it goes by: `settings` tells by them what to leave out while the value of a key is wrong.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import sys
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+from ds_longft.config.ds_file import load_ds_config
+from ds_longft.config.ds_json import DeepSpeedSettings, Device, merge_ds_config
+from ds_longft.config.run_config import RunConfig, SourceConfig, is_pattern
+from ds_longft.config.shipped import TEMPLATES, find_template
+from ds_longft.config.window import reached_tokens, window_problem
+from ds_longft.errors import ConfigError
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+DATA_SUFFIXES = (
+    *(".json", ".jsonl", ".jsonlines", ".ndjson", ".parquet", ".arrow", ".feather", ".txt", ".tar", ".tgz"),
+    *(".gz", ".bz2", ".lz4", ".zst"),
+)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+SPLITTABLE_LAYERS = {"full_attention", "sliding_attention", "attention"}
+# State-space and linear-attention families whose config.json lists no layer types.
+RECURRENT_MODELS = re.compile(
+    r"(falcon_)?mamba2?|jamba|bamba|zamba2?|rwkv.*|xlstm|recurrent_gemma|nemotron_h|falcon_h1|lfm2.*"
+)
+ENCODERS = re.compile(
+    r"(xlm-|cam)?(roberta|bert)(-.*)?|(al|distil|mobile|modern|squeeze)bert|deberta(-v2)?|electra|mpnet|vit.*|clip.*|siglip.*"
+)
+LENGTH_AWARE_ROPE = ("dynamic", "longrope")  # they choose their frequencies by the length, so no window ends them
+
+
+def preflight(config: RunConfig, *, world: int, local_world: int, device: Device) -> tuple[DeepSpeedSettings, int]:
+    """Read the JSON and the model's config, merge, check: the settings for the engine, and sp.
+
+    `world` counts all ranks, `local_world` those of this node. Raises ConfigError with the problems of all three.
+    """
+    problems: list[str] = []
+    settings = model_config = None
+    try:
+        model_config = read_model_config(config)
+    except ConfigError as error:
+        problems += error.problems
+    try:
+        raw = load_ds_config(config.ds_config)
+        hidden_size = _text_config(model_config or {}).get("hidden_size")
+        settings = merge_ds_config(raw, config, world=world, device=device, hidden_size=hidden_size)
+    except ConfigError as error:
+        problems += error.problems
+    try:
+        check_run(config, world=world, local_world=local_world, ds=settings, model_config=model_config)
+    except ConfigError as error:
+        problems += [p for p in error.problems if p not in problems]
+    if problems or settings is None:
+        raise ConfigError(problems)
+    return settings, resolve_sp(config, settings, world, local_world)
+
+
+def read_model_config(config: RunConfig) -> dict[str, Any] | None:
+    """config.json of a local model folder, None for a hub id or where there is none. Raises ConfigError: not JSON."""
+    path = Path(config.model.path).expanduser() / "config.json"
+    if not config.model.path or not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"model.path: {path} cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"model.path: {path} holds a {type(content).__name__}, expected an object {{...}}")
+    return content
+
+
+def resolve_sp(config: RunConfig, ds: DeepSpeedSettings, world: int, local_world: int) -> int:
+    """GPUs that share one sample: key sp, else the JSON's sequence_parallel_size, else all ranks of a node.
+
+    Raises ConfigError where the two contradict, or sp does not divide the world.
+    """
+    sp, problems = _resolve_sp(config, ds, world, local_world)
+    if problems:
+        raise ConfigError(problems)
+    return sp
+
+
+def check_run(
+    config: RunConfig,
+    *,
+    world: int,
+    local_world: int,
+    ds: DeepSpeedSettings | None,
+    model_config: dict[str, Any] | None,
+) -> None:
+    """Raise one ConfigError with everything that keeps this run from working on `world` ranks.
+
+    `model_config` is the parsed config.json of a local model, None for a hub model: its checks then wait for the load.
+    `ds` is None where the JSON could not be read.
+    """
+    sp, problems = _resolve_sp(config, ds, world, local_world)
+    problems += _model_folder_problems(config)
+    if model_config is not None:
+        problems += _architecture_problems(model_config)
+        if sp:
+            problems += _head_problems(_text_config(model_config), sp, world)
+    problems += _length_problems(config, _text_config(model_config or {}))
+    problems += _data_problems(config)
+    problems += _folder_problems("output_dir", config.output_dir) + _folder_problems(
+        "data.cache_dir", config.data.cache_dir
+    )
+    problems += [
+        f"log: the tracker {name} is not installed: pip install {name}, or leave it out of log.trackers and log.wandb"
+        for name in config.log.tracker_names
+        if not _is_installed(name)
+    ]
+    stage = ds.engine.get("zero_optimization", {}).get("stage") if ds else None
+    if config.model.add_tokens and stage == 3:
+        problems.append(
+            f"model.add_tokens: the embeddings cannot grow under ZeRO-3 (stage 3 in {config.ds_config}): give a "
+            "JSON of stage 2 or lower as ds_config"
+        )
+    if config.lora is not None and config.lora.init_from:
+        folder = Path(config.lora.init_from).expanduser()
+        if not (folder / "adapter_config.json").is_file():
+            problems.append(f"lora.init_from: no adapter_config.json in {folder}: give the folder of an adapter")
+    if config.lora is not None and config.lora.targets in ("", []):
+        problems.append(
+            "lora.targets is empty: give all-linear or names such as [q_proj, v_proj]; lora: null trains all"
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _resolve_sp(config: RunConfig, ds: DeepSpeedSettings | None, world: int, local_world: int) -> tuple[int, list[str]]:
+    """sp, or 0 with the reasons why there is none."""
+    of_json = ds.sp if ds else None
+    if isinstance(config.sp, int) and of_json not in (None, config.sp):
+        return 0, [
+            f"sp is {config.sp}, sequence_parallel_size in {config.ds_config} is {of_json}: "
+            f'leave one of them out (sp: auto, or "auto" in the JSON)'
+        ]
+    if isinstance(config.sp, int):
+        sp, key = config.sp, "sp"
+    elif of_json:
+        sp, key = of_json, f"sequence_parallel_size in {config.ds_config}"
+    else:
+        sp, key = local_world, "sp (auto: all ranks of a node)"
+    if world % sp == 0:
+        return sp, []
+    fitting = ", ".join(str(d) for d in _divisors(world))
+    more = "; start more ranks (deepspeed --num_gpus N)" if sp > world else ""
+    return 0, [
+        f"{key} is {sp}, which does not divide the world of this run (ranks: {world}): possible are {fitting}{more}"
+    ]
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _model_folder_problems(config: RunConfig) -> list[str]:
+    """The folder named by model.path, as far as it can be judged without opening weights."""
+    given = config.model.path
+    if not given:
+        return ["model.path is empty: give a local Hugging Face folder or a hub id such as Qwen/Qwen3-8B"]
+    folder = Path(given).expanduser()
+    if not folder.exists():
+        if HUB_ID.fullmatch(given):
+            return []
+        return [
+            f"model.path: there is no {given}; expected a local Hugging Face folder or a hub id such as Qwen/Qwen3-8B"
+        ]
+    if not folder.is_dir():
+        return [f"model.path: {given} is a file, expected the folder around it"]
+    if not (folder / "config.json").is_file():
+        is_adapter = (folder / "adapter_config.json").exists()
+        hint = (
+            "it holds an adapter: to go on from it give its base here and this folder as lora.init_from, or merge it "
+            "with `ds-longft export`"
+            if is_adapter
+            else "seen none"
+        )
+        return [f"model.path: {given} should hold config.json, but {hint}"]
+    problems = []
+    if not config.model.random_weights and not any(folder.glob("*.safetensors")):
+        others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
+        seen = f"only {others[0]}" if others else "none"
+        problems.append(
+            f"model.path: {given} should hold *.safetensors, seen {seen}: convert the weights, or rehearse without any "
+            f"with model.random_weights: true"
+        )
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        problems.append(f"model.path: {given} holds no tokenizer (none of {', '.join(TOKENIZER_FILES)})")
+    return problems
+
+
+def _text_config(model_config: dict[str, Any]) -> dict[str, Any]:
+    """The language part of a config that also has others."""
+    text = model_config.get("text_config")
+    return text if isinstance(text, dict) else model_config
+
+
+def _architecture_problems(model_config: dict[str, Any]) -> list[str]:
+    """Models that cannot be split along the sequence, by name."""
+    kind = str(model_config.get("model_type", ""))
+    prefix = f"model.path: {kind or 'this model'}"
+    layers = _text_config(model_config)
+    types = layers.get("layer_types") or layers.get("layers_block_type") or layers.get("block_types") or []
+    other = sorted(set(map(str, types)) - SPLITTABLE_LAYERS)
+    if other:
+        return [
+            f"{prefix} has layers of type {', '.join(other)}, which carry state along the sequence or mask it "
+            f"differently and cannot be split over GPUs exactly; possible are full and sliding attention"
+        ]
+    if RECURRENT_MODELS.fullmatch(kind):
+        return [f"{prefix} has recurrent layers, which cannot be split over GPUs exactly; give an attention-only model"]
+    if model_config.get("is_encoder_decoder") or ENCODERS.fullmatch(kind):
+        return [f"{prefix} is an encoder; only causal (decoder-only) language models can be trained"]
+    return []
+
+
+def _head_problems(text: dict[str, Any], sp: int, world: int) -> list[str]:
+    heads = text.get("num_attention_heads", text.get("n_head"))
+    if not isinstance(heads, int) or sp <= heads:
+        return []
+    largest = max(d for d in _divisors(world) if d <= heads)
+    works = f"is {largest}" if largest == heads else f"with {world} ranks is {largest}, with {heads} ranks {heads}"
+    return [f"sp is {sp}, but the model has {heads} query heads to share among GPUs: the largest sp that works {works}"]
+
+
+def _length_problems(config: RunConfig, text: dict[str, Any]) -> list[str]:
+    """The longest row against the positions the model knows, and RoPE keys that would go unused."""
+    rope, length = config.model.rope, config.data.max_length_tokens
+    problems = []
+    if rope.theta is not None and rope.type != "abf":
+        problems.append(
+            f"model.rope.theta is {rope.theta:g}, but model.rope.type is {rope.type}: theta is for abf only"
+        )
+    if rope.attention_factor is not None and rope.type != "yarn":
+        problems.append(
+            f"model.rope.attention_factor is {rope.attention_factor:g}, but model.rope.type is {rope.type}: "
+            "attention_factor is for yarn only"
+        )
+    if rope.factor is not None and rope.type == "none":
+        problems.append(f"model.rope.factor is {rope.factor:g}, but model.rope.type is none: give a type, or no factor")
+    window = text.get("max_position_embeddings", text.get("n_positions"))
+    if not isinstance(window, int) or problems:
+        return problems
+    endless = bool(_rope_types(text) & set(LENGTH_AWARE_ROPE))
+    problem = window_problem(rope, reached_tokens(window, _rope_settings(text)), length, endless=endless)
+    return [problem] if problem else []
+
+
+def _rope_types(text: dict[str, Any]) -> set[str]:
+    """The model's own RoPE types; the keys changed their names over the years, and may be nested by layer type."""
+    return {str(part.get("rope_type", part.get("type"))) for part in _rope_settings(text)}
+
+
+def _rope_settings(text: dict[str, Any]) -> list[dict[str, Any]]:
+    parts: list[dict[str, Any]] = []
+    for parameters in (text.get("rope_parameters"), text.get("rope_scaling")):
+        if isinstance(parameters, dict):
+            parts += [v for v in parameters.values() if isinstance(v, dict)] or [parameters]
+    return parts
+
+
+def _data_problems(config: RunConfig) -> list[str]:
+    problems = []
+    if not config.data.train:
+        problems.append("data.train is empty: name at least one source, e.g. --data.train my.jsonl")
+    sources = [("data.train", s) for s in config.data.train] + [("data.eval", s) for s in config.data.eval]
+    problems += [
+        f"{key}: there is no {source.path}; expected a file, a folder or a hub id"
+        for key, source in sources
+        if _is_missing(source)
+    ]
+    template = config.data.chat_template
+    if template is not None and not find_template(template).is_file():
+        names = ", ".join(sorted(file.name for file in TEMPLATES.glob("*.jinja")))
+        problems.append(f"data.chat_template: there is no file {template}, nor is it one of the shipped {names}")
+    return problems
+
+
+def _is_missing(source: SourceConfig) -> bool:
+    """Whether a path that can only be meant locally does not exist."""
+    path = Path(source.path).expanduser()
+    if "://" in source.path:
+        return False
+    if is_pattern(source.path):
+        return not path.exists() and not glob(str(path))
+    is_hub_id = HUB_ID.fullmatch(source.path) and not source.path.endswith(DATA_SUFFIXES)
+    return not is_hub_id and not path.exists()
+
+
+def _is_installed(library: str) -> bool:
+    """Whether it can be imported; a folder of that name, as wandb makes one, is none."""
+    if library in sys.modules:
+        return True
+    spec = importlib.util.find_spec(library)
+    return spec is not None and spec.origin is not None
+
+
+def _folder_problems(key: str, given: str) -> list[str]:
+    """The folder exists and is writable, or can be made; its name goes into scripts and logs line by line."""
+    if not given.isprintable():
+        return [f"{key} is {given!r}: give a name without control characters"]
+    nearest = folder = Path(given).expanduser().absolute()
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        return [f"{key} is {given}, but {nearest} is a file: give another folder"]
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        made = "written to" if nearest == folder else f"made: no right to write in {nearest}"
+        return [f"{key} {given} cannot be {made}"]
+    return []

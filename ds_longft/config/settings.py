@@ -1,0 +1,264 @@
+"""Where a run config comes from: defaults < YAML (`--config`) < command line (`--a.b value`).
+
+pydantic-settings reads the command line and yields only what was given; that is laid over the YAML, and the whole is
+validated once, so that one failed start names every mistake. Nothing here touches torch, a model or the network.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import AliasChoices, Field, ValidationError
+from pydantic_settings import BaseSettings, CliSettingsSource, CliUnknownArgs, SettingsConfigDict
+from pydantic_settings.exceptions import SettingsError
+
+from ds_longft.config.messages import all_keys, dotted, expectation, keys_beside, validation_problems
+from ds_longft.config.run_config import EACH_KEY_ALONE, RunConfig, contradictions
+from ds_longft.config.shipped import find_file
+from ds_longft.config.spellings import meant_key, unknown_key
+from ds_longft.config.yaml_io import dump_yaml, load_yaml
+from ds_longft.errors import ConfigError
+
+EPILOG = """\
+example:
+  deepspeed launch/train.py --config recipes/sft_lora_128k.yaml \\
+      --model.path Qwen/Qwen3-8B --data.train my.jsonl --data.max_length_tokens 128K --sp 8
+
+Values: 128K and 1M count tokens (1024-based), null switches off (--lora null), lists are comma separated.
+Of a key given twice the last counts.
+Every key may also stand in the YAML file, nested: `data: {max_length_tokens: 128K}`.
+"""
+
+
+Problems = dict[str, str | None]
+"""Text of each problem -> the key whose value it leaves unknown (EVERY_KEY: of all keys, None: of no key).
+
+A problem found later that goes by such a key is not reported: it would be about the default in the key's place.
+"""
+EVERY_KEY = ""
+
+
+class CommandLine(BaseSettings, RunConfig):
+    """Train one run."""
+
+    model_config = SettingsConfigDict(cli_parse_none_str="null")
+
+    config: str | None = None
+    """YAML run config. Keys given on the command line win over it."""
+
+    local_rank: int | None = Field(default=None, validation_alias=AliasChoices("local_rank", "local-rank"))
+    """Added by the deepspeed launcher; the environment variable LOCAL_RANK is what counts."""
+
+    unrecognised: CliUnknownArgs
+
+
+def load_config(argv: list[str], preflight: Callable[[RunConfig], object] | None = None) -> RunConfig:
+    """The run config of a command line, e.g. `["--config", "recipe.yaml", "--train.max_steps", "5"]`.
+
+    `--help` prints every key and ends the process with 0. Raises ConfigError (exit 64) with every problem found:
+    unreadable file, unknown keys with the nearest known one, values of the wrong type or range, keys that contradict.
+    Where there are any, `preflight` is called too, with the keys that are right: the problems it raises stand beside
+    them. A config without a problem is returned without calling it.
+    """
+    given, problems = _read_command_line(argv)
+    path = given.pop("config", None)
+    given.pop("local_rank", None)
+    from_file: dict[str, Any] = {}
+    if path is not None:
+        try:
+            content = read_config_file(Path(path))
+            if no_words := _keys_that_are_no_words(content):
+                raise ConfigError([f"--config: {path}: {text}, expected a word" for text in no_words])
+            from_file = content
+        except ConfigError as error:
+            problems |= dict.fromkeys(error.problems, EVERY_KEY)
+    return _validate(_deep_merge(from_file, given), problems, preflight)
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The YAML file as nested dicts, not yet validated. Raises ConfigError: missing, bad YAML, repeated keys.
+
+    A relative path that does not exist here is looked for among the shipped files (recipes/...).
+    """
+    try:
+        content = load_yaml(find_file(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config: cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config: {path} is not valid YAML: {_one_line(error)}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config: {path} holds {type(content).__name__} at its top, expected `key: value` lines")
+    return content
+
+
+def dump_config(config: RunConfig) -> str:
+    """Every key of the config as YAML; reading it back with `--config` gives an equal config."""
+    return dump_yaml(config.model_dump(mode="json"))
+
+
+def _keys_that_are_no_words(content: Any, path: tuple[int | str, ...] = ()) -> list[str]:
+    """`1: 2` has a number for a key, which no section has and no message could name."""
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    where = f" of {dotted(path)}" if path else ""
+    return [
+        text
+        for key, value in items
+        for text in (
+            [f"key {'null' if key is None else str(key).lower()}{where} is no text"]
+            if isinstance(content, dict) and not isinstance(key, str)
+            else _keys_that_are_no_words(value, (*path, key))
+        )
+    ]
+
+
+def _read_command_line(argv: list[str]) -> tuple[dict[str, Any], Problems]:
+    """What was given, nested and not yet validated, and the problems of reading it."""
+    source = CliSettingsSource[Any](CommandLine, cli_ignore_unknown_args=True, cli_exit_on_error=False)
+    parser = source.root_parser
+    parser.usage = "deepspeed launch/train.py [--config FILE.yaml] [--key value ...]"
+    parser.epilog = EPILOG
+    try:
+        given = source(args=argv)()
+    except SettingsError as error:
+        key, problem = _unreadable(str(error))
+        rest = _without_flag(argv, key)
+        if rest == argv:
+            return {}, {problem: EVERY_KEY}
+        given, problems = _read_command_line(rest)
+        return given, {problem: key, **problems}
+    problems = _unrecognised_problems(given.pop("unrecognised", [])) | _half_null_problems(given, argv)
+    if sum(word.split("=")[0] == "--config" for word in argv) > 1:  # of the first one nothing would be left
+        problems["--config is given twice on the command line: one file holds a run's keys"] = EVERY_KEY
+    return given, problems
+
+
+def _unreadable(message: str) -> tuple[str, str]:
+    """The key of a value that the command-line library could not take apart, and a text with what it expects."""
+    match = re.search(
+        r"argument --(?P<flag>[\w.]+): |field \"(?P<field>[\w.]+)\"|encountered for (?P<list>[\w.]+)", message
+    )
+    key = next(filter(None, match.groups()), None) if match else None
+    if key is None or key not in all_keys():
+        return EVERY_KEY, message
+    what = "no value given" if "expected one argument" in message else "value cannot be read"
+    return key, f"{key}: {what} on the command line, expected {expectation(key)}"
+
+
+def _without_flag(argv: list[str], key: str) -> list[str]:
+    """The command line without a flag and its value."""
+    kept = []
+    is_value = False
+    for word in argv:
+        is_flag = word.split("=")[0] == f"--{key}"
+        is_value = is_value and not word.startswith("--")
+        if not is_flag and not is_value:
+            kept.append(word)
+        is_value = is_flag and "=" not in word
+    return kept
+
+
+def _unrecognised_problems(arguments: list[str]) -> Problems:
+    """One problem for each flag nobody knows; a word right behind such a flag is taken for its value."""
+    problems: Problems = {}
+    behind_flag = False
+    for argument in arguments:
+        if argument.startswith("-"):
+            key = argument.split("=")[0].lstrip("-")
+            problems[unknown_key(key, all_keys())] = meant_key(key, all_keys())
+        elif not behind_flag:
+            problems[f"{argument!r} on the command line belongs to no key: write --key value"] = None
+        behind_flag = argument.startswith("-") and "=" not in argument
+    return problems
+
+
+def _half_null_problems(given: dict[str, Any], argv: list[str]) -> Problems:
+    """Sections that the command line switches off and gives keys of; the library lets null win without a word."""
+    return {
+        f"{key} is null and {word.split('=')[0]} is given on the same command line: leave one of them out": key
+        for key, value in given.items()
+        for word in argv
+        if value is None and word.startswith(f"--{key}.")
+    }
+
+
+def _validate(
+    content: dict[str, Any], problems: Problems, preflight: Callable[[RunConfig], object] | None
+) -> RunConfig:
+    """Validate each key alone, then the rules across keys, but for rules that read a wrong key."""
+    content = _tidy(content)
+    try:
+        config = RunConfig.model_validate(content, context=EACH_KEY_ALONE)
+    except ValidationError as error:
+        unknown = [e["loc"] for e in error.errors() if e["type"] == "extra_forbidden"]
+        for loc in unknown:
+            key, known = dotted(loc), [*keys_beside(loc), *all_keys()]
+            problems[unknown_key(key, known)] = meant_key(key, known)
+        # Of a list with a wrong entry nothing is kept.
+        wrong = {text: key.split("[")[0] for key, text in validation_problems(error, content).items()}
+        problems |= wrong
+        rest = _without(content, [*unknown, *(tuple(key.split(".")) for key in wrong.values())])
+        try:
+            config = RunConfig.model_validate(rest, context=EACH_KEY_ALONE)
+        except ValidationError:  # there is no run behind it, e.g. a top-level key that is a number
+            raise ConfigError(list(problems)) from None
+    together = contradictions(config)
+    if preflight is not None and (problems or together):
+        try:
+            preflight(config)
+        except ConfigError as error:
+            together += error.problems
+    found = [*problems, *(p for p in together if not any(_goes_by(p, key) for key in problems.values()))]
+    if found:
+        raise ConfigError(found)
+    return config
+
+
+def _goes_by(problem: str, key: str | None) -> bool:
+    """Whether the text names the key, or one below it."""
+    return key is not None and (key == EVERY_KEY or bool(re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", problem)))
+
+
+def _tidy(content: dict[str, Any]) -> dict[str, Any]:
+    """A single word for a list-or-word key reaches us from the command line as a list of one: unwrap the keyword."""
+    lora = content.get("lora")
+    if isinstance(lora, dict) and lora.get("targets") == ["all-linear"]:
+        return {**content, "lora": {**lora, "targets": "all-linear"}}
+    return content
+
+
+def _deep_merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`: sections merge key by key, anything else replaces."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = _deep_merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _without(content: Any, unknown: list[tuple[int | str, ...]]) -> Any:
+    """A copy of the nested content that lacks the entries at these places."""
+    if isinstance(content, list):
+        items: Any = enumerate(content)
+    elif isinstance(content, dict):
+        items = content.items()
+    else:
+        return content
+    kept = {
+        key: _without(value, [loc[1:] for loc in unknown if loc[0] == key and len(loc) > 1])
+        for key, value in items
+        if (key,) not in unknown
+    }
+    return list(kept.values()) if isinstance(content, list) else kept
+
+
+def _one_line(error: yaml.YAMLError) -> str:
+    """`line 3, column 5: what is wrong` of a YAML error."""
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error)
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else " ".join(problem.split())

@@ -1,0 +1,118 @@
+"""What is decided for a run before its model is built: asked once, obeyed by the engine, shown by plan.json."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from ds_longft.config.run_config import RunConfig
+from ds_longft.decide.memory import SPARE_SHARE, host_bytes, place, predict
+from ds_longft.decide.search import fastest_of, fastest_saver, last_resorts, passes_of
+from ds_longft.decide.setting import GIB, Gpu, ModelSizes, Setting
+from ds_longft.decide.tensors import Keep
+from ds_longft.errors import ModelError
+from ds_longft.objectives.dpo import reference_of
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known of a run before its model is built. The same on every rank."""
+
+    config: RunConfig
+    engine_config: dict[str, Any]  # the merged DeepSpeed JSON, its stage decided (`train.install.keep_resident`)
+    hf_config: PretrainedConfig
+    sp: int
+    world: int
+    local_world: int
+    gpu: Gpu  # its memory is what the run may use
+    has_rates: bool  # whether `gpu` is of the type that is there; else its rates are an H200's
+    kernel: str  # of the attention; "" where it is not known: the GPU's fastest
+    fused: bool  # liger's kernels
+
+    @cached_property
+    def model(self) -> ModelSizes | None:
+        """The model's sizes; None where the planner does not describe it (mixtures of experts).
+
+        Ask for it before ZeRO-3 is switched on for every model that is built.
+        """
+        try:
+            return ModelSizes.from_config(self.hf_config)
+        except ModelError:
+            return None
+
+    @cached_property
+    def setting(self) -> Setting:
+        """The run as it is configured, for its longest pack: one document, or one pair.
+
+        A kernel that the GPU has no rates for counts as its fastest.
+        """
+        config, zero = self.config, self.engine_config.get("zero_optimization", {})
+        pairs, rows = config.objective == "dpo", config.documents_per_row
+        weights = self.model.weights if self.model else math.inf
+        return Setting(
+            lengths=(-(-config.longest_pack_tokens // rows),) * rows,
+            sp=self.sp,
+            world=self.world,
+            lora_r=config.lora.r if config.lora else None,
+            stage=int(zero.get("stage", 0)),
+            resident=zero.get("stage3_param_persistence_threshold", 0) >= weights,
+            offload_optimizer="offload_optimizer" in zero,
+            offload_params="offload_param" in zero,
+            recompute=config.train.recompute,
+            every=config.train.recompute_every,
+            host_gib=config.train.offload_host_gib,
+            local_world=self.local_world,
+            tile_tokens=config.train.mlp_tile_tokens,
+            kv_heads=config.train.kv_heads_at_a_time,
+            kernel=self.kernel if self.kernel in self.gpu.attention_tflops else self.gpu.kernels[0],
+            fused=self.fused,
+            reference=reference_of(config.dpo, lora=config.lora is not None) if pairs else "none",
+            passes=config.dpo.passes if pairs else "one",
+            accumulation=config.train.gradient_accumulation_steps,
+        )
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """How a run saves memory."""
+
+    recompute: str  # what train.recompute is, or what its `auto` becomes
+    every: int  # layers of a segment
+    tile_tokens: int | None
+    kv_heads: int | None
+    passes: str  # of pairs
+    keep: tuple[Keep, ...] | None = None  # where each layer's tensors wait; None: on the GPU
+    setting: Setting | None = None  # all of it as the planner describes it, where it does
+
+    @classmethod
+    def as_configured(cls, config: RunConfig) -> Decisions:
+        """Nothing but what the config says: on CPUs, and for models that the planner does not describe."""
+        train = config.train
+        return cls(
+            train.recompute, train.recompute_every, train.mlp_tile_tokens, train.kv_heads_at_a_time, config.dpo.passes
+        )
+
+
+def decide(run: Run) -> Decisions:
+    """With `auto` recomputation: tiles, turns and more recomputation only where the longest pack needs them; with
+    `dpo.passes: auto` one pass or two; and what waits on the host. Pure: the same run, the same answer.
+    """
+    model, gpu, setting = run.model, run.gpu, run.setting
+    if model is None:
+        return Decisions.as_configured(run.config)
+    if setting.recompute == "auto":
+        host_gib = run.config.train.offload_host_gib + host_bytes(model, setting) * run.local_world / GIB
+        asked, setting = setting, fastest_saver(model, setting, gpu, host_gib)
+        if not predict(model, setting, gpu).fits(gpu, host_gib, run.local_world):
+            setting = fastest_of(last_resorts(asked, model), model, gpu, host_gib)
+    else:
+        setting = fastest_of(passes_of(setting), model, gpu)
+    outside = (gpu.context_gib + (gpu.nccl_gib if run.world > 1 else 0.0)) * GIB
+    keep, _ = place(model, setting, gpu.memory_gib * (1 - SPARE_SHARE) * GIB - outside)
+    return Decisions(
+        setting.recompute, setting.every, setting.tile_tokens, setting.kv_heads, setting.passes, keep, setting
+    )

@@ -1,0 +1,281 @@
+"""One decoder layer on a timeline, forward and backward: tensors are held and dropped in the order the code does it.
+
+Every function follows one piece of the package (named in its docstring); docs/plan.md has the same as formulas. Letters
+and sizes: `tensors.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ds_longft.decide.tensors import ATTENTION, GROUPS, LAYER_INPUTS, LINEARS, TRAINABLE, WORK, Keep, Sizes
+from ds_longft.decide.timeline import Timeline
+
+_OF_A_LAYER = (
+    "norm1", "norm1 x32", "norm1 narrow", "q", "k", "v", "qkv a", "h1", "norm2", "norm2 x32", "norm2 narrow",
+    "gate", "up", "silu", "c", "gate_up a", "o a", "down a",
+)  # fmt: skip
+
+
+@dataclass
+class Layer:
+    """Any layer of the model, named by its number."""
+
+    t: Timeline
+    z: Sizes
+    keep: tuple[Keep, ...]
+
+    def input(self, i: int) -> None:
+        """The input of layer i; one that waits on the host is counted as in transit."""
+        away = i < len(self.keep) and self.keep[i].input == "host"
+        self.t.hold(f"x{i}", 0.0 if away else self.z.u, LAYER_INPUTS)
+
+    def norm(self, name: str, saving: bool) -> None:
+        """Liger keeps its input (held already) and one float a token; transformers works in float32."""
+        t, u = self.t, self.z.u
+        if self.z.setting.fused:
+            t.hold(name, u, at="a norm")
+            return
+        wide = 4 / self.z.setting.element_bytes * u
+        t.hold(f"{name} x32", wide)
+        t.during(f"{name} square", wide)
+        t.hold(f"{name} y32", wide)
+        if not saving:
+            t.drop(f"{name} x32")
+        t.hold(f"{name} narrow", u)
+        t.hold(name, u, at="a norm in float32")
+        t.drop(f"{name} y32")
+        if not (saving and self.z.setting.lora_r is None):  # kept for the gradient of the norm's weight
+            t.drop(f"{name} narrow")
+
+    def norm_backward(self, name: str) -> None:
+        """In place with liger; float32 temporaries without."""
+        t = self.t
+        if not self.z.setting.fused:
+            wide = 4 / self.z.setting.element_bytes * self.z.u
+            t.during(f"{name} backward", (2.0 if name == "final norm" else 4.5) * wide)
+        t.drop(f"{name} x32", f"{name} narrow")
+
+    def forward(self, i: int, *, saving: bool, first: bool) -> None:
+        """One decoder layer. `saving`: autograd keeps what it needs. `first`: not a recomputation."""
+        t, z, x, keep = self.t, self.z, self.z.setting, self.keep[i]
+        place = keep.attention if x.recompute in ("keep_attention", "auto") else ""
+        self.norm("norm1", saving)
+        self._linears(i, "qkv", keep.qkv, {"q": z.q, "k": z.k, "v": z.k}, 3 * z.a, first)
+        if not x.fused:
+            self._rope()
+        if first or not place:
+            self._attention(i, place)
+        self._linears(i, "o", keep.o, {"o": z.u}, z.a, first)
+        if not saving:
+            t.drop("q", "k", "v", "qkv a")
+        if not saving or z.tile:  # made again in the backward pass (`remade.py`)
+            t.drop("norm1")
+        t.hold("h1", z.u)
+        t.drop("o")
+        if not first and not x.fused and not z.tile:
+            t.drop(f"x{i}")  # autograd has it in float32
+        if not first:
+            t.drop(f"kept o {i}")
+        if not place and not saving:
+            t.drop(f"attention {i}")
+        self.norm("norm2", saving)
+        if z.tile:
+            self._tiled_forward(i, saving, first)
+        else:
+            self._mlp_forward(i, saving, first)
+
+    def _mlp_forward(self, i: int, saving: bool, first: bool) -> None:
+        """The gated MLP, whole."""
+        t, z, x = self.t, self.z, self.z.setting
+        self._linears(i, "gate_up", self.keep[i].gate_up, {"gate": z.f, "up": z.f}, 2 * z.a, first)
+        if not x.fused:
+            t.hold("silu", z.f)
+            if not saving:
+                t.drop("gate")
+        t.hold("c", z.f, at="the MLP, forward")
+        if not saving:
+            t.drop("gate", "up", "silu", "gate_up a")
+        if not first:  # torch stops the recomputation here, and the output takes no memory (`kept.Unread`)
+            t.hold("down a", z.a, at="the MLP, forward")
+            if not x.fused:
+                t.drop("h1")
+            return
+        t.hold("down", z.u + z.a, at="the MLP, forward")
+        self.input(i + 1)
+        t.drop("down")
+        if not saving:
+            t.drop("c")
+        self._end_of_layer(i, saving)
+
+    def _tiled_forward(self, i: int, saving: bool, first: bool) -> None:
+        """`mlp._Tiled.forward`; a recomputation has an output that nothing reads and that takes no memory."""
+        t, z = self.t, self.z
+        if not first:
+            if not z.setting.fused:
+                t.drop("h1")
+            return
+        t.hold("down", z.u)
+        t.during("a tile of the MLP, forward", z.tile * ((3 if z.setting.fused else 4) * z.f + z.u))
+        self.input(i + 1)
+        t.drop("down")
+        self._end_of_layer(i, saving)
+
+    def _end_of_layer(self, i: int, saving: bool) -> None:
+        """After a first pass; without recomputation everything of the layer stays, under its own name."""
+        t = self.t
+        if not saving:
+            t.drop("h1", "norm2", "o a")
+            return
+        if not self.z.setting.fused:  # autograd has it in float32
+            t.drop("h1", *([] if self.z.tile else [f"x{i}"]))
+        for name in _OF_A_LAYER:
+            if name in t.live:
+                t.live[f"{name} of {i}"] = t.live.pop(name)
+
+    def _linears(self, i: int, group: str, kept: str, outs: dict[str, float], a: float, first: bool) -> None:
+        """`linear._Linears`: outputs, x A', and what is kept of them (`kept.py`)."""
+        t = self.t
+        total = sum(outs.values()) + a
+        if kept and not first:  # taken: the kept storage is what the layer works on; from the host, in transit
+            return
+        for name, size in outs.items():
+            t.hold(name, size)
+        t.hold(f"{group} a", a)
+        if kept != "device":
+            return
+        if group != "qkv":  # the same storage; q, k, v are copied, because liger rotates q and k in place
+            t.drop(*outs, f"{group} a")
+        t.hold(f"kept {group} {i}", total, LINEARS)
+
+    def _rope(self) -> None:
+        """transformers' rotary embedding: q cos + rotate_half(q) sin, then the same for k."""
+        t, z = self.t, self.z
+        for name, size in (("q", z.q), ("k", z.k)):
+            t.hold(f"{name} cos", size)
+            t.hold(f"{name} half", size / 2)
+            t.hold(f"{name} turned", size)
+            t.drop(f"{name} half")
+            t.hold(f"{name} sin", size)
+            t.drop(f"{name} turned")
+            t.hold(f"{name} rotated", size, at="the rotary embedding")
+            t.drop(f"{name} cos", f"{name} sin")
+        t.drop("q rotated", "k rotated")  # they take the place of q and k
+
+    def _attention(self, i: int, place: str) -> None:
+        """`attention.SpAttention.forward`, all heads at once or in turns."""
+        t, z, at = self.t, self.z, "attention, forward"
+        part, turn = ATTENTION if place else WORK, z.turn
+        size = 0.0 if place == "host" else z.q + z.lse  # what waits on the host is in transit
+        if z.turns > 1:
+            t.hold(f"attention {i}", size, part)
+            t.hold("out", z.q + z.lse - size)
+        if z.setting.sp > 1:
+            t.hold("send", turn * z.send)
+            t.hold("heads", turn * (z.qs + 2 * z.kr), at=at)
+            if z.turns == 1:
+                t.drop("send")
+            t.hold("repeated", turn * 2 * z.ks if z.repeated else 0.0)
+            t.hold("computed", turn * (z.qs + z.lse if z.turns > 1 else z.qs), at=at)
+            if z.turns == 1:
+                t.hold("received", z.q)
+        elif z.turns > 1:
+            t.during(at, turn * (z.q + z.lse))
+        if z.turns == 1:
+            t.hold(f"attention {i}", size, part, at=at)
+        t.drop("send", "heads", "repeated", "computed", "received", "out")
+
+    def _attention_backward(self, i: int) -> None:
+        """`attention.SpAttention.backward`: exchange, kernel, exchange back; all heads at once or in turns."""
+        t, z, at = self.t, self.z, "attention, backward"
+        turn, many, grads = z.turn, z.setting.sp > 1, z.qs + 2 * z.ks
+        if z.turns > 1:  # written over q, k and v
+            t.hold("dq dk dv", 2 * z.k * 4 / z.setting.element_bytes if z.wide else 0.0)
+        if many:
+            t.hold("send", turn * (z.send + 2 * z.q))
+            t.hold("heads", turn * (3 * z.qs + 2 * z.kr), at=at)
+            t.drop("send")
+            t.hold("repeated", turn * 2 * z.ks if z.repeated else 0.0)
+        t.hold("grads", turn * grads, at=at)
+        t.during(at, turn * z.kernel_backward())
+        if z.turns > 1:
+            t.during("join", turn * (z.qs + 2 * z.kr) if many else 0.0)
+            t.drop("heads", "repeated", "grads")
+        elif many:
+            t.drop("heads", "repeated")
+            t.hold("join", z.qs + 2 * z.kr)
+            t.hold("received", z.send)
+            t.drop("join")
+            t.hold("dq dk dv", z.q + 2 * z.k, at="the exchange after attention, backward")
+            t.drop("grads", "received")
+        if z.turns == 1:
+            t.drop("q", "k", "v")
+        t.drop(f"attention {i}", "dattention")
+
+    def backward(self, i: int) -> None:
+        """One layer's backward pass; the gradient of its output is held as "g"."""
+        t, z, x = self.t, self.z, self.z.setting
+        if x.recompute == "none":
+            for name in _OF_A_LAYER:
+                if f"{name} of {i}" in t.live:
+                    t.live[name] = t.live.pop(f"{name} of {i}")
+        if z.tile:
+            self._tiled_backward()
+        else:
+            self._mlp_backward(i)
+        self.norm_backward("norm2")
+        t.drop("h1", "norm2", "dnorm2")  # added to g in place
+        t.hold("dattention", z.q)
+        self._weight_gradient("o_proj")
+        t.drop("o a", f"kept o {i}")
+        self._attention_backward(i)
+        if z.turns == 1:
+            t.drop(f"kept qkv {i}")
+        if not x.fused:
+            t.during("the rotary embedding, backward", 3 * z.q)
+        if z.tile:
+            t.during("norm1 again x32", 0.0 if x.fused else 3 * 4 / x.element_bytes * z.u)
+            t.hold("norm1 again", z.u)
+        t.hold("dnorm1", z.u)
+        self._weight_gradient("q_proj")
+        t.drop("dq dk dv", "grads", "q", "k", "v", "norm1", "norm1 again", "qkv a")
+        self.norm_backward("norm1")
+        t.drop("dnorm1", f"x{i}", f"kept qkv {i}")
+
+    def _mlp_backward(self, i: int) -> None:
+        """Down, the gated activation, gate and up."""
+        t, z, x = self.t, self.z, self.z.setting
+        t.hold("beside", z.beside())
+        t.hold("dc", z.f, at="the MLP, backward")
+        t.drop("beside")
+        self._weight_gradient("down_proj")
+        t.drop("c", "down a")
+        if not x.fused:
+            t.hold("dsilu", z.f)
+            t.hold("dup", z.f, at="the MLP's activation, backward")
+            t.drop("silu", "up", "dc")
+            t.hold("dgate", z.f)
+            t.drop("gate", "dsilu")
+        t.drop("dc")
+        t.hold("dnorm2", z.u)
+        self._weight_gradient("gate_proj")
+        t.drop("norm2", "gate", "up", "dgate", "dup", "gate_up a", f"kept gate_up {i}")
+
+    def _tiled_backward(self) -> None:
+        """`mlp._Tiled.backward`; gradients of weights are summed in float32."""
+        t, z, x = self.t, self.z, self.z.setting
+        t.hold("dnorm2", 0.0)  # written over the norm's output
+        if x.lora_r is None:
+            elements = sum(i * o for n, i, o in z.model.linear_io if n in (*GROUPS[2], *GROUPS[3]))
+            t.hold("sums", 4 * elements, TRAINABLE)
+            t.during("weight gradients of a tile", (4 + x.element_bytes) * elements * 2 / 3, TRAINABLE)
+        t.during("a tile of the MLP, backward", z.tile * ((4 if x.fused else 7) * z.f + z.u) + z.beside(z.tile))
+        t.drop("sums")
+
+    def _weight_gradient(self, name: str) -> None:
+        """Full training: the gradient of a group's weights, until it lies in the bucket."""
+        if self.z.setting.lora_r is not None:
+            return
+        names = next(g for g in GROUPS if name in g)
+        elements = sum(i * o for n, i, o in self.z.model.linear_io if n in names)
+        self.t.during(f"weight gradient of {name}", elements * self.z.setting.element_bytes, TRAINABLE)

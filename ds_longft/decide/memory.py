@@ -1,0 +1,218 @@
+"""Peak memory of one optimizer step on the fullest rank: what is held all the time, and where kept tensors are placed.
+
+The tensors of the step itself are in `step.py`; docs/plan.md has both as formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ds_longft.decide.setting import GIB, Gpu, ModelSizes, Setting
+from ds_longft.decide.step import Step
+from ds_longft.decide.tensors import GROUPS, REFERENCE, TRAINABLE, WEIGHTS, Keep, Sizes
+from ds_longft.decide.timeline import Timeline
+from ds_longft.sequence.kept import LEAVING
+
+SPARE_SHARE = 0.06
+"""Of GPU memory, never planned with nor spent: the allocator's fragments, NCCL, kernels' workspaces."""
+
+RESIDENT_SHARE = 0.35
+"""Frozen weights stay whole on each GPU when they take no more of it than this."""
+
+MAX_LIVE_PARAMETERS = 1e9
+"""ZeRO-3 keeps gathered weights up to so many elements (DeepSpeed's stage3_max_live_parameters, its default)."""
+
+SUB_GROUP_ELEMENTS = 1e9
+"""ZeRO-3 steps the optimizer on so many elements at a time (DeepSpeed's sub_group_size, its default)."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A predicted peak, of the fullest rank."""
+
+    peak: float  # bytes that torch has allocated at the highest moment
+    moment: str  # what was being computed then
+    parts: dict[str, float]  # the same bytes by what they are
+    outside: float  # bytes beside torch's: CUDA context, NCCL
+    host: float  # pinned host memory of this rank, bytes
+    keep: tuple[Keep, ...]  # per layer
+
+    @property
+    def peak_gib(self) -> float:
+        """What `torch.cuda.max_memory_allocated` is expected to say."""
+        return self.peak / GIB
+
+    def fits(self, gpu: Gpu, host_gib: float | None = None, local_world: int = 1) -> bool:
+        """Within the GPU's memory less the reserve, and the node's host memory where it is given."""
+        room = gpu.memory_gib * (1 - SPARE_SHARE) * GIB
+        return self.peak + self.outside <= room and (host_gib is None or self.host * local_world <= host_gib * GIB)
+
+
+def predict(model: ModelSizes, setting: Setting, gpu: Gpu) -> Memory:
+    """The peak of one step, with tensors placed as the run places them (`place`, `spend`).
+
+    Of pairs it is the peak of a forward and backward pass with its graph: passes without a graph (the reference, and
+    the log-probabilities ahead of two passes) make the same tensors, and keep none of them.
+    """
+    setting = setting.of_a_pass
+    outside = (gpu.context_gib + (gpu.nccl_gib if setting.world > 1 else 0.0)) * GIB
+    room = gpu.memory_gib * (1 - SPARE_SHARE) * GIB - outside
+    keep, host = place(model, setting, room)
+    timeline = step_timeline(model, setting, keep)
+    if setting.recompute == "auto":
+        sizes, names = Sizes(model, setting), {"qkv": GROUPS[0], "o": GROUPS[1], "gate_up": GROUPS[2]}
+        if setting.tile_tokens:
+            del names["gate_up"]  # tiles have no whole output to keep
+        costs = {group: sizes.group(group) for group in names.values()}
+        allowed = host_share(setting) if not host else 0.0  # linears are worth less than what is there already
+        places, _, on_host = spend([costs] * model.layers, room - timeline.peak, allowed)
+        if any(places):
+            host += on_host
+            kept = ({name: of[group] for name, group in names.items() if group in of} for of in places)
+            keep = tuple(replace(k, **more) for k, more in zip(keep, kept, strict=True))
+            timeline = step_timeline(model, setting, keep)
+    host += host_bytes(model, setting)
+    return Memory(timeline.peak, timeline.moment, timeline.at_peak, outside, host, keep)
+
+
+def place(model: ModelSizes, setting: Setting, room: float) -> tuple[tuple[Keep, ...], float]:
+    """Layer inputs and attention outputs: on the GPU what fits into `room` bytes, then on the host, then nowhere.
+
+    Later layers stay on the GPU: what the first ones send away has the longest time to go and to come back. Without
+    host memory everything that the policy keeps stays on the GPU. Also the bytes on this rank's host.
+    """
+    setting = setting.of_a_pass
+    allowed, count = host_share(setting), model.layers
+    plain = (Keep(),) * count
+    if not allowed or setting.recompute == "none" or step_timeline(model, setting, plain).peak <= room:
+        return plain, 0.0
+    sizes, keeping = Sizes(model, setting), setting.recompute in ("keep_attention", "auto")
+    inputs = segment_starts(model, setting) if setting.recompute in ("every_k", "sqrt") else range(count)
+    away = [Keep(attention="", input="host" if i in inputs else "device") for i in range(count)]
+    host = sizes.u * len(inputs)
+    free = room - step_timeline(model, setting, tuple(away)).peak
+    attention = sizes.q + sizes.lse
+    transit = LEAVING * attention if keeping else 0.0
+    for i in reversed(inputs):  # the peak holds every input that stays
+        if sizes.u > free - transit:
+            break
+        away[i] = replace(away[i], input="device")
+        free, host = free - sizes.u, host - sizes.u
+    for i in reversed(range(count if keeping else 0)):
+        if attention <= free - transit:
+            away[i] = replace(away[i], attention="device")
+            free -= attention
+        elif host + attention <= allowed and transit <= free:
+            away[i] = replace(away[i], attention="host")
+            host += attention
+    return tuple(away), host
+
+
+def segment_starts(model: ModelSizes, setting: Setting) -> range:
+    """First layers of the segments of `every_k` and `sqrt`."""
+    size = setting.every if setting.recompute == "every_k" else max(1, round(model.layers**0.5))
+    return range(0, model.layers, size)
+
+
+def host_share(setting: Setting) -> float:
+    """Bytes of host memory that a rank may use for kept tensors."""
+    return setting.host_gib * GIB / (setting.local_world or setting.world)
+
+
+def spend(
+    costs: Sequence[Mapping[tuple[str, ...], float]], free: float, host_free: float
+) -> tuple[list[dict[tuple[str, ...], str]], float, float]:
+    """Which linears' outputs wait for the backward pass, and where: "device" or "host".
+
+    A kept element saves the same time in every linear that reads the hidden states (2 * hidden size operations), so
+    what counts is what fits. q, k and v come first, and stay on the device. Later layers stay on the device: what
+    earlier ones send to the host has the longest time to go and to come back. Two layers' share of it is on the GPU at
+    a time.
+
+    Args:
+        costs: of each layer, names of a group of linears -> bytes that keeping its outputs takes.
+        free: bytes on the device.
+        host_free: bytes on this rank's host.
+
+    Returns the places of each layer's groups, and the bytes spent on the device and on the host.
+    """
+    order = [(i, names) for i in reversed(range(len(costs))) for names in sorted(costs[i], key=lambda n: costs[i][n])]
+    order.sort(key=lambda x: "q_proj" not in x[1])
+    if host_free:
+        of_a_layer = (sum(cost for names, cost in of.items() if "q_proj" not in names) for of in costs)
+        free -= LEAVING * max(of_a_layer, default=0.0)
+    places: list[dict[tuple[str, ...], str]] = [{} for _ in costs]
+    on_device = on_host = 0.0
+    for i, names in order:
+        cost = costs[i][names]
+        if cost and on_device + cost <= free:
+            places[i][names] = "device"
+            on_device += cost
+        elif cost and free > 0 and "q_proj" not in names and on_host + cost <= host_free:
+            places[i][names] = "host"
+            on_host += cost
+    return places, on_device, on_host
+
+
+def stays_resident(weights_bytes: int, *, lora: bool, offload_params: bool, memory_gib: float) -> bool:
+    """Whether a model's weights stay whole on each GPU though the JSON says ZeRO-3: with LoRA, not offloaded, where
+    they fit into their share of it.
+    """
+    return lora and not offload_params and weights_bytes / GIB <= RESIDENT_SHARE * memory_gib
+
+
+def host_bytes(model: ModelSizes, setting: Setting) -> float:
+    """Pinned host memory of a rank for what the DeepSpeed JSON offloads."""
+    trained = trained_weights(model, setting) / setting.world
+    states = (12 + 4) * trained if setting.offload_optimizer else 0.0  # master, two moments, gradient, float32
+    return states + (2 * models(setting) * model.weights / setting.world if setting.offload_params else 0.0)
+
+
+def models(setting: Setting) -> int:
+    """How many models lie in memory: with `reference: model` a frozen one beside the trained one."""
+    return 2 if setting.reference == "model" else 1
+
+
+def trained_weights(model: ModelSizes, setting: Setting) -> int:
+    """Elements with a gradient."""
+    return model.weights if setting.lora_r is None else model.lora_weights(setting.lora_r)
+
+
+def fixed(model: ModelSizes, setting: Setting) -> dict[str, float]:
+    """Bytes held all the time: weights, and what belongs to the trained ones (DeepSpeed 0.19.8, bf16).
+
+    Weights 2 bytes, a frozen reference's too; master and two moments 12 bytes a trained element, split over ranks from
+    stage 1; gradients 2, split from stage 2, and there 4 for adapters and where several packs are summed
+    (`ds_config._fill_sum_types`); reduce buckets of 2 bytes.
+    """
+    e, world, trained = setting.element_bytes, setting.world, trained_weights(model, setting)
+    whole = own = weights = float(e * model.weights)
+    if setting.stage == 3:
+        own = 0.0 if setting.offload_params else whole / world
+        gathered = whole if setting.resident else e * min(models(setting) * model.weights, MAX_LIVE_PARAMETERS)
+        weights = own + gathered
+    split_states = world if setting.stage >= 1 else 1
+    split_gradients = world if setting.stage >= 2 else 1
+    states = 0.0 if setting.offload_optimizer else 12 * trained / split_states
+    in_float32 = setting.stage >= 2 and (setting.lora_r is not None or setting.accumulation > 1)
+    gradients = 0.0 if setting.offload_optimizer else (4 if in_float32 else e) * trained / split_gradients
+    bucket = 5e6 if setting.lora_r is not None else max(5e6, model.hidden**2)
+    buffers = (2 if setting.stage >= 2 else 1) * e * bucket
+    if setting.lora_r is not None:
+        weights += e * trained / (world if setting.stage == 3 else 1)
+    return {WEIGHTS: weights, REFERENCE: (models(setting) - 1) * own, TRAINABLE: states + gradients + buffers}
+
+
+def step_timeline(model: ModelSizes, setting: Setting, keep: tuple[Keep, ...]) -> Timeline:
+    """Forward, backward and optimizer step of one pack."""
+    t = Timeline()
+    for part, size in fixed(model, setting).items():
+        t.hold(part, size, part)
+    Step(t, Sizes(model, setting), keep).run()
+    elements = trained_weights(model, setting) / (setting.world if setting.stage >= 1 else 1)
+    if not setting.offload_optimizer:  # gradients in float32 while the optimizer steps
+        t.during(
+            "float32 gradients", 4 * (min(elements, SUB_GROUP_ELEMENTS) if setting.stage == 3 else elements), TRAINABLE
+        )
+    return t

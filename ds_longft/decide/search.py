@@ -1,0 +1,240 @@
+"""Which settings fit: the longest length of each, and the fastest at a given length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from ds_longft.decide.memory import Memory, predict, stays_resident
+from ds_longft.decide.setting import Gpu, ModelSizes, Passes, Setting
+from ds_longft.decide.time import StepTime, predict_time
+from ds_longft.objectives.dpo import Reference
+
+LENGTH_STEP = 1024
+"""Lengths are searched in multiples of so many tokens."""
+
+LONGEST = 1 << 27
+
+WORTH_SAVING = 0.02
+"""Of a step: tiles and turns are taken for less only where nothing else fits. Below it predictions say nothing."""
+
+ROOMY = 0.8
+"""Of a GPU: where a step that keeps everything is predicted to need no more, `auto` computes nothing again. Predicted
+peaks without recomputation are within 3 % of counted ones; what is gained is no reason to come near the limit."""
+
+
+RECOMPUTE = (("auto", 2), ("full", 2), ("every_k", 2), ("every_k", 3), ("every_k", 4), ("sqrt", 2))
+"""`train.recompute` and `train.recompute_every` that are considered. Short segments leave less of one segment on the
+GPU while their many inputs wait on the host; long ones leave few inputs where there is no host memory."""
+
+TILE_TOKENS = 8192
+"""An MLP tile: large enough for the tensor cores, small beside a long shard."""
+
+
+def passes_of(setting: Setting) -> list[Setting]:
+    """`passes: auto` settled both ways, one pass first; anything else is settled already."""
+    if setting.passes != "auto":
+        return [setting]
+    return [replace(setting, passes="one"), replace(setting, passes="two")]
+
+
+def savers(setting: Setting, model: ModelSizes) -> Iterator[Setting]:
+    """The setting as it is, then with MLP tiles, then with heads in turns as well: first in one pass, then in two."""
+    for settled in passes_of(setting):
+        yield from _tiles_and_turns(settled, model)
+
+
+def _tiles_and_turns(setting: Setting, model: ModelSizes) -> Iterator[Setting]:
+    yield setting
+    segments = setting.stage == 3 and setting.recompute in ("every_k", "sqrt")  # not tiled there (`train.install`)
+    if setting.tile_tokens is None and setting.of_a_pass.local_tokens > TILE_TOKENS and not segments:
+        setting = replace(setting, tile_tokens=TILE_TOKENS)
+        yield setting
+    if setting.kv_heads is None and model.kv_heads > setting.sp:
+        yield replace(setting, kv_heads=1)
+
+
+def last_resorts(setting: Setting, model: ModelSizes) -> Iterator[Setting]:
+    """What `recompute: auto` turns to where keeping attention does not fit: everything again, then segments.
+
+    Not segments under ZeRO-3: there they would be without fused linears and tiles (`train.install`).
+    """
+    for recompute, every in RECOMPUTE[1:]:
+        if recompute == "full" or setting.stage != 3:
+            yield from savers(replace(setting, recompute=recompute, every=every), model)
+
+
+def fastest_saver(model: ModelSizes, setting: Setting, gpu: Gpu, host_gib: float | None = None) -> Setting:
+    """The fastest of `savers` that fits: room for kept attention can be worth more than kept linears.
+
+    `auto` becomes `none` where there is room for everything and it is faster: a small model on short packs spends a
+    quarter of its step on launching what it computes again.
+    """
+    found = fastest_of(savers(setting, model), model, gpu, host_gib)
+    whole, most = replace(found, recompute="none"), replace(gpu, memory_gib=ROOMY * gpu.memory_gib)
+    if found.recompute != "auto" or not predict(model, whole, gpu).fits(most):
+        return found
+    return fastest_of((found, whole), model, gpu, host_gib)
+
+
+def fastest_of(settings: Iterable[Setting], model: ModelSizes, gpu: Gpu, host_gib: float | None = None) -> Setting:
+    """The fastest that fits: the earlier one unless a later one gains `WORTH_SAVING`; the last one where none fits."""
+    least_s, chosen = float("inf"), None
+    for each in settings:
+        memory = predict(model, each, gpu)
+        if not memory.fits(gpu, host_gib, each.local_world or each.world):
+            continue
+        seconds = predict_time(model, each, gpu, memory.keep).total_s
+        if seconds < (1 - WORTH_SAVING) * least_s:
+            least_s, chosen = seconds, each
+    return chosen or each
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One setting with what is predicted of it."""
+
+    setting: Setting
+    memory: Memory
+    time: StepTime
+    ds_config: str  # the shipped JSON it stands for
+
+    @property
+    def label(self) -> str:
+        """Recomputation and offload in a few words."""
+        x = self.setting
+        words = [f"every {x.every} layers" if x.recompute == "every_k" else x.recompute]
+        if x.tile_tokens:
+            words.append("tiles")
+        if x.kv_heads:
+            words.append("heads in turns")
+        if x.passes == "two":
+            words.append("two passes")
+        if x.host_gib:
+            words.append(f"host {x.host_gib:.0f} GiB")
+        return " + ".join([*words, self.ds_config.removeprefix("ds_configs/").removesuffix(".json")])
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked for: a model on some GPUs, one way to train, whatever is left open."""
+
+    model: ModelSizes
+    gpu: Gpu
+    gpus: int
+    host_gib: float  # of the node
+    lora_r: int | None = 16
+    objective: str = "sft"
+    reference: Reference = "none"  # of pairs
+    passes: Passes = "auto"  # of pairs; auto: both are considered
+    kernel: str = ""  # "": the GPU's fastest
+    fused: bool = True
+    targets: float = 1.0
+    documents: int = 1  # equal documents of a pack, or equal pairs of one
+
+    @property
+    def documents_per_row(self) -> int:
+        """A pair is two documents of one pack, each as long as is asked for."""
+        return 2 if self.objective == "dpo" else 1
+
+    def settings(self) -> Iterator[tuple[Setting, str]]:
+        """Every way that is considered: sp, DeepSpeed JSON, recomputation, host memory. Lengths are not set yet."""
+        m, kernel = self.model, self.kernel or next(iter(self.gpu.attention_tflops))
+        lora, memory_gib = self.lora_r is not None, self.gpu.memory_gib
+        resident = stays_resident(2 * m.weights, lora=lora, offload_params=False, memory_gib=memory_gib)
+        for sp in (d for d in range(1, self.gpus + 1) if self.gpus % d == 0 and d <= m.q_heads):
+            base = Setting(
+                lengths=(LENGTH_STEP,),
+                sp=sp,
+                world=self.gpus,
+                lora_r=self.lora_r,
+                stage=2 if resident else 3,
+                resident=False,
+                kernel=kernel,
+                fused=self.fused,
+                targets=self.targets,
+                reference=self.reference,
+                passes=self.passes if self.objective == "dpo" else "one",
+            )
+            ways = [(base, "ds_configs/zero3_sp.json")]
+            if self.lora_r is not None:
+                if not resident:
+                    ways.append((replace(base, stage=2), "ds_configs/zero2_sp.json"))
+            else:
+                away = replace(base, resident=False, offload_optimizer=True, offload_params=True)
+                ways.append((away, "ds_configs/zero3_offload.json"))
+            for way, ds_config in ways:
+                for recompute, every in RECOMPUTE:
+                    for settled in passes_of(replace(way, recompute=recompute, every=every)):
+                        yield settled, ds_config
+                        if self.host_gib and not way.offload_params:
+                            yield replace(settled, host_gib=self.host_gib), ds_config
+
+    def at(self, setting: Setting, tokens: int) -> Setting:
+        """The same for packs of `tokens`; of pairs, for `tokens` of chosen and as many of rejected documents."""
+        share, rest = divmod(tokens, self.documents)
+        rows = (share + rest, *(share,) * (self.documents - 1))
+        return replace(setting, lengths=tuple(n for n in rows for _ in range(self.documents_per_row)))
+
+    def length(self, setting: Setting) -> int:
+        """What `at` was asked for: tokens of a pack, of pairs those of one side."""
+        return setting.tokens // self.documents_per_row
+
+    def plan(self, setting: Setting, ds_config: str, tokens: int) -> Plan | None:
+        """The prediction at a length, None where it does not fit, or is less than a token for each document."""
+        if tokens < self.documents:
+            return None
+        setting = fastest_saver(self.model, self.at(setting, tokens), self.gpu, self.host_gib)
+        memory = predict(self.model, setting, self.gpu)
+        if not memory.fits(self.gpu, self.host_gib, self.gpus):
+            return None
+        return Plan(setting, memory, predict_time(self.model, setting, self.gpu, memory.keep), ds_config)
+
+    def longest(self, setting: Setting, ds_config: str) -> Plan | None:
+        """The longest pack that fits, to `LENGTH_STEP` tokens; None where not even the shortest does."""
+        step = max(LENGTH_STEP, setting.sp)
+        # Kept tensors only use what is left: they decide the speed of a length, not whether it fits.
+        bare = replace(setting, recompute="keep_attention") if setting.recompute == "auto" else setting
+        low, high = 0, LONGEST // step
+        while low < high:
+            middle = (low + high + 1) // 2
+            *_, least = savers(self.at(bare, middle * step), self.model)
+            memory = predict(self.model, least, self.gpu)
+            low, high = (middle, high) if memory.fits(self.gpu, self.host_gib, self.gpus) else (low, middle - 1)
+        return self.plan(setting, ds_config, low * step) if low else None
+
+
+def longest_of_each(question: Question) -> list[Plan]:
+    """For each sp, recomputation, offload and number of passes the longest pack, with the JSON that allows most."""
+    best: dict[tuple[int, str, bool, str], Plan] = {}
+    for setting, ds_config in question.settings():
+        plan = question.longest(setting, ds_config)
+        if plan is None:
+            continue
+        key = (setting.sp, setting.recompute, setting.host_gib > 0, setting.passes)
+        seen = best.get(key)
+        if seen is None or plan.setting.tokens > seen.setting.tokens:
+            best[key] = plan
+    return list(best.values())
+
+
+def fastest(question: Question, tokens: int) -> Plan | None:
+    """The setting that trains most tokens a second at this length; None where nothing fits."""
+    plans = (question.plan(setting, ds_config, tokens) for setting, ds_config in question.settings())
+    return max((p for p in plans if p is not None), key=lambda p: p.time.tokens_per_s, default=None)
+
+
+def alternatives(question: Question, plan: Plan) -> dict[str, Plan | None]:
+    """Of pairs: the fastest setting at the plan's length with the other number of passes, and with the reference from
+    elsewhere, by the key that asks for it; None where nothing fits.
+    """
+    if question.objective == "sft":
+        return {}
+    passes: Passes = "two" if plan.setting.passes == "one" else "one"
+    live: Reference = "adapter_off" if question.lora_r is not None else "model"
+    reference: Reference = live if question.reference == "precomputed" else "precomputed"
+    others = {
+        f"dpo.passes: {passes}": replace(question, passes=passes),
+        f"dpo.reference: {reference}": replace(question, reference=reference),
+    }
+    return {key: fastest(other, question.length(plan.setting)) for key, other in others.items()}

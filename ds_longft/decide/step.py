@@ -1,0 +1,98 @@
+"""One step on the fullest rank, played on a timeline: every tensor is held and dropped in the order the code does it.
+
+docs/plan.md has the same as formulas. Letters and sizes: `tensors.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ds_longft.decide.layer import Layer
+from ds_longft.decide.tensors import GROUPS, HEAD, TRANSIT, Keep, Sizes
+from ds_longft.decide.timeline import Timeline
+from ds_longft.sequence.kept import LEAVING
+from ds_longft.sequence.loss import CHUNK_BYTES
+
+
+@dataclass
+class Step:
+    """Holds and drops on a timeline what one step holds and drops."""
+
+    t: Timeline
+    z: Sizes
+    keep: tuple[Keep, ...]
+    layer: Layer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.layer = Layer(self.t, self.z, self.keep)
+
+    def run(self) -> None:
+        """Embedding, layers, head, and back."""
+        t, z, x = self.t, self.z, self.z.setting
+        layers = z.model.layers
+        t.hold("cos sin", 2 * x.local_tokens * z.model.head_dim * x.element_bytes)  # arguments of every layer
+        t.hold("leaving", max(sum(sorted(self._on_host(k))[-LEAVING:]) for k in self.keep), TRANSIT)
+        self.layer.input(0)
+        if x.recompute in ("every_k", "sqrt"):
+            self._segments(x.every if x.recompute == "every_k" else max(1, round(layers**0.5)))
+            return
+        for i in range(layers):
+            self.layer.forward(i, saving=x.recompute == "none", first=True)
+        self._head()
+        for i in reversed(range(layers)):
+            if x.recompute != "none":
+                self.layer.forward(i, saving=True, first=False)
+            self.layer.backward(i)
+
+    def _on_host(self, keep: Keep) -> list[float]:
+        """Bytes of what waits on the host of one layer, and of another one (`kept.HostStore`)."""
+        z = self.z
+        places = (keep.qkv, keep.o, keep.gate_up, keep.attention, keep.input)
+        sizes = (*(z.group(names) for names in GROUPS[:3]), z.q + z.lse, z.u)
+        return 2 * [size for place, size in zip(places, sizes, strict=True) if place == "host"]
+
+    def _segments(self, size: int) -> None:
+        """`recompute._Segment`: inputs of segments, then of one segment's layers (nested checkpoints)."""
+        t, layers = self.t, self.z.model.layers
+        starts = list(range(0, layers, size))
+        for start in starts:
+            for i in range(start, min(start + size, layers)):
+                self.layer.forward(i, saving=False, first=True)
+                if i > start:
+                    t.drop(f"x{i}")
+        self._head()
+        if self.keep[0].input == "host":  # torch holds the one before until the next segment is recomputed
+            t.hold("input of the segment before", self.z.u, TRANSIT)
+        for start in reversed(starts):
+            last = min(start + size, layers) - 1
+            for i in range(start, last):  # the segment again; its last layer keeps its tensors at once
+                t.drop(f"x{i + 1}")
+                self.layer.forward(i, saving=False, first=True)
+            for i in range(last, start - 1, -1):
+                self.layer.forward(i, saving=True, first=False)
+                self.layer.backward(i)
+
+    def _head(self) -> None:
+        """`loss.ChunkedHead`: final norm, labelled rows, chunks of logits; leaves the gradient "g"."""
+        t, z, x, m = self.t, self.z, self.z.setting, self.z.model
+        rows = x.targets * z.u  # hidden states of labelled rows
+        self.layer.norm("final norm", True)
+        t.hold("labelled rows", rows, HEAD)
+        chunk = min(CHUNK_BYTES, 4 * x.targets * x.local_tokens * m.vocab)
+        logits, of_head = chunk * x.element_bytes / 4, m.head_weights * x.element_bytes
+        if x.lora_r is not None:  # in one kernel the gradient takes the logits' place
+            t.hold("dhidden", rows, HEAD)
+            t.during("logits", 3.5 * chunk if m.capped_logits else logits, HEAD)
+        else:  # the head's gradient, summed over the chunks in float32; beside it a chunk's, or the rounded sum
+            t.during("logits", 2.5 * chunk if m.capped_logits else logits, HEAD)
+            t.drop("final norm")
+            t.hold("dhidden", rows, HEAD)
+            of_chunk = max(3 * chunk, logits + of_head) if m.capped_logits else logits + of_head
+            t.during("logits", 4 * m.head_weights + of_chunk, HEAD)
+        t.drop("labelled rows")
+        t.drop("leaving")
+        t.hold("coming", max(sum(self._on_host(k)) for k in self.keep), TRANSIT)  # a layer's, and the next one's
+        t.hold("g", z.u)
+        t.drop("dhidden", "final norm")
+        self.layer.norm_backward("final norm")
+        t.drop(f"x{m.layers}")

@@ -1,0 +1,97 @@
+"""How large the tensors of a step are on the fullest rank, and where they may wait for the backward pass.
+
+Letters: s tokens of a rank, S of the pack, D hidden, I MLP width, d head size, e bytes of an element, r LoRA rank.
+Sizes in bytes: U = s D e (a hidden state), Q = s Hq d e, K = s Hkv d e, F = s I e.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from ds_longft.decide.setting import ModelSizes, Setting
+from ds_longft.sequence.exchange import deal_heads
+from ds_longft.sequence.linear import folds
+
+LAYER_INPUTS, ATTENTION, LINEARS = "layer inputs", "kept attention", "kept linears"
+WEIGHTS, TRAINABLE, WORK, HEAD = "weights", "gradients and optimizer", "working set", "head and loss"
+REFERENCE = "reference model"
+TRANSIT = "to and from the host"
+
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Where a layer's tensors wait for its backward pass: "device", "host", or "" for not at all."""
+
+    qkv: str = ""
+    o: str = ""
+    gate_up: str = ""
+    attention: str = "device"  # read by the policies that keep it
+    input: str = "device"
+
+
+@dataclass
+class Sizes:
+    """Bytes of a rank's tensors, for the rank with the most heads."""
+
+    model: ModelSizes
+    setting: Setting
+    u: float = field(init=False)
+    q: float = field(init=False)
+    k: float = field(init=False)
+    f: float = field(init=False)
+    a: float = field(init=False)  # x A' of one linear: s r e
+    qs: float = field(init=False)  # [S, h, d]: this rank's query heads of the whole pack
+    ks: float = field(init=False)  # [S, hk, d] as the kernel reads them
+    kr: float = field(init=False)  # [S, hk, d] as received
+    send: float = field(init=False)  # q, k, v for all ranks
+    lse: float = field(init=False)  # [h, S] float32
+    turns: int = field(init=False)  # in which attention works through its heads
+    turn: float = field(init=False)  # share of the heads in one of them
+    tile: float = field(init=False)  # share of the tokens in one MLP tile; 0: no tiles
+    wide: bool = field(init=False)  # some kv head lies on two ranks
+    repeated: bool = field(init=False)  # this rank's kv heads are repeated for the kernel
+
+    def __post_init__(self) -> None:
+        m, x = self.model, self.setting
+        s, big_s, e = x.local_tokens, x.tokens, x.element_bytes
+        self.u, self.f = s * m.hidden * e, s * m.inter * e
+        self.q, self.k = s * m.q_heads * m.head_dim * e, s * m.kv_heads * m.head_dim * e
+        self.a = s * (x.lora_r or 0) * e
+        shares = deal_heads(m.q_heads, m.kv_heads, x.sp)
+        most = max(shares, key=lambda share: (len(share.q), len(share.repeat or share.kv)))
+        unit = big_s * m.head_dim * e
+        self.qs, self.ks, self.kr = unit * len(most.q), unit * len(most.repeat or most.kv), unit * len(most.kv)
+        self.send = s * m.head_dim * e * sum(len(p.q) + 2 * len(p.kv) for p in shares)
+        self.lse = big_s * len(most.q) * 4
+        heads = max(len(share.kv) for share in shares)
+        self.turns = -(-heads // x.kv_heads) if x.kv_heads else 1
+        self.turn = min(1.0, (x.kv_heads or heads) / heads)
+        self.wide = any(b.kv.start < a.kv.stop for a, b in pairwise(shares))
+        self.tile = min(1.0, x.tile_tokens / s) if x.tile_tokens else 0.0
+        self.repeated = most.repeat is not None
+
+    def group(self, names: tuple[str, ...]) -> float:
+        """Outputs of a group of linears and their x A': what keeping it costs (`LinearGroup.out_features`)."""
+        x = self.setting
+        outs = [o for name, _, o in self.model.linear_io if name in names]
+        return x.local_tokens * x.element_bytes * (sum(outs) + len(outs) * (x.lora_r or 0))
+
+    def beside(self, share: float = 1.0) -> float:
+        """Copies of dy and W with the low-rank columns, for down's gradient of its input (`linear.folds`)."""
+        m, x = self.model, self.setting
+        tokens = round(share * x.local_tokens)
+        if x.lora_r is None or not folds(tokens, m.hidden, m.inter):
+            return 0.0
+        return (m.hidden + x.lora_r) * (tokens + m.inter) * x.element_bytes
+
+    def kernel_backward(self) -> float:
+        """Float32 workspace of an attention kernel's backward pass, beside dq, dk and dv (kernels' sources)."""
+        rows = self.qs / self.setting.element_bytes / self.model.head_dim  # S h
+        dq = 2 * self.qs * 2 / self.setting.element_bytes  # float32 sums of dq
+        grouped = self.qs != self.ks
+        if self.setting.kernel in ("varlen", "flash-attn-2"):  # dk and dv for every query head, summed afterwards
+            return dq + 4 * rows + (2 * self.qs if grouped else 0.0)
+        return dq + 8 * rows + (4 * self.ks * 2 / self.setting.element_bytes if grouped else 0.0)

@@ -1,0 +1,252 @@
+"""Seconds of one optimizer step on one GPU: operations over rates, bytes over bandwidths. Formulas in docs/plan.md.
+
+Counted: attention and matrix products (forward, recomputation, backward), LoRA's products and elementwise kernels by
+the bytes they move, the exchange, gathers of ZeRO-3, host copies that do not hide behind compute, the optimizer, and
+what of the host's launching all this does not hide; of pairs also the passes without a gradient. Rates are a GPU
+type's (`Gpu`), times its sustained share.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from ds_longft.decide.memory import segment_starts, trained_weights
+from ds_longft.decide.setting import Gpu, ModelSizes, Setting
+from ds_longft.decide.tensors import GROUPS, Keep, Sizes
+from ds_longft.model.flops import visible_pairs
+from ds_longft.sequence.linear import folds
+
+HOST_S = 0.015
+"""Host time of a layer, forward, again and backward: Python, torch and DeepSpeed launch some 250 kernels. Small models
+wait for it. From steps of 30 layers on three H100 machines: 0.38 to 0.54 s a pack, whatever is in it (SmolLM2, LoRA on
+all linears and all weights, sp 1 and 2)."""
+
+HOST_S_PER_DOCUMENT = 1.5e-4
+"""What each further document adds where the attention kernel is launched once a document. An estimate."""
+
+PER_DOCUMENT = ("cudnn",)
+
+WITHOUT_GRADIENT = "passes without gradient"
+
+NARROW_HEADS = 0.25
+"""Narrower heads use less of the tensor cores: rates fall with this power of head size / 128. From one step with heads
+of 64 on an H200 (SmolLM2, 131,072 tokens, flash-attn-4)."""
+
+HALF_RATE_TOKENS = 600
+"""Document length at which an attention kernel has half of its rate. An estimate."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step, by what takes them; one pack on every data-parallel rank."""
+
+    parts: dict[str, float]
+    tokens: int  # of one pack
+    world: int
+    sp: int
+
+    @property
+    def total_s(self) -> float:
+        """The step."""
+        return sum(self.parts.values())
+
+    @property
+    def tokens_per_s(self) -> float:
+        """All GPUs together."""
+        return self.tokens * (self.world // self.sp) / self.total_s
+
+
+def predict_time(model: ModelSizes, setting: Setting, gpu: Gpu, keep: Sequence[Keep]) -> StepTime:
+    """Seconds of one step of one pack, with the linears that `keep` says kept.
+
+    Of pairs in two passes everything but the optimizer happens twice, for one side of the pairs each.
+    """
+    x, times = setting.of_a_pass, 2 if setting.passes == "two" else 1
+    z, forwards = Sizes(model, x), layer_forwards(model, x)
+    keeping = x.recompute in ("none", "keep_attention", "auto")
+    again = sum(1 for k in keep if not (keeping and k.attention)) / model.layers  # layers that compute attention again
+    attention_forward = 1 + again * (forwards - 1)
+    attention_s = attention_forward * attention(model, x, gpu, "forward") + attention(model, x, gpu, "backward")
+
+    moved = elementwise_bytes(model, z, forwards) * model.layers
+    moved += lora_bytes(model, x, forwards) * model.layers
+    parts = {
+        "attention": attention_s,
+        "matrix products": _products(x, gpu, multiplied_weights(model, x, keep)),
+        "elementwise and LoRA": moved / (gpu.memory_gb_s * 1e9),
+        "exchange": _exchange(model, z, gpu, attention_forward * (z.send + z.q) + z.send + 2 * z.q + z.send),
+        "gathering weights": _gathering(model, x, gpu, min(forwards + 1, 3)),
+    }
+    parts = {name: times * seconds for name, seconds in parts.items()}
+    trained = trained_weights(model, x)
+    if x.offload_optimizer:  # gradients out, weights back, Adam on the host at about 5 GB/s an element's 16 bytes
+        parts["optimizer"] = trained / x.world * (4 / (gpu.host_gb_s * 1e9) + 16 / 2e10)
+    else:
+        parts["optimizer"] = trained / (x.world if x.stage else 1) * 40 / (gpu.memory_gb_s * 1e9)
+    parts["host copies"] = times * _host_copies(z, keep, sum(parts.values()) / times, gpu)
+    host_s = times * (forwards + 2) / 4 * _host(model, x)
+    parts["waiting for the host"] = max(0.0, host_s - sum(parts.values()))
+    ahead = passes_ahead(setting)
+    parts[WITHOUT_GRADIENT] = times * sum(without_gradient(model, x, gpu, adapters=on) for on in ahead)
+    return StepTime({k: v for k, v in parts.items() if v}, setting.tokens, x.world, x.sp)
+
+
+def multiplied_weights(model: ModelSizes, x: Setting, keep: Sequence[Keep]) -> float:
+    """Weights that each local token meets in the products of one pass forward, again and back; adapters apart."""
+    forwards = layer_forwards(model, x)
+    passes = forwards + (1 if x.lora_r is not None else 2)
+    linears = passes * model.layer_weights * model.layers
+    if forwards > 1 and not model.norm_after_mlp:  # the last one is not computed again for its own backward pass
+        linears -= _elements(model, GROUPS[3]) * model.layers
+    if x.lora_r is not None:  # nothing before the first layer's q, k and v is trained
+        linears -= _elements(model, GROUPS[0])
+    linears -= sum(_elements(model, group) for k in keep for group in _kept_groups(k))
+    return linears + model.head_weights * x.targets * (2 if x.lora_r is not None else 4)
+
+
+def passes_ahead(setting: Setting) -> list[bool]:
+    """Of each forward pass without gradient that pairs need first: whether adapters are on."""
+    live = setting.reference in ("adapter_off", "model")
+    return [False] * live + [True] * (setting.passes == "two")
+
+
+def without_gradient(model: ModelSizes, x: Setting, gpu: Gpu, *, adapters: bool) -> float:
+    """Seconds of one forward pass that keeps nothing: the reference's, or the model's own ahead of two passes."""
+    z = Sizes(model, x)
+    moved = elementwise_bytes(model, z, 1, backward=False)
+    if adapters:
+        moved += lora_bytes(model, x, 1, backward=False)
+    seconds = attention(model, x, gpu, "forward")
+    seconds += _products(x, gpu, forward_weights(model, x))
+    seconds += moved * model.layers / (gpu.memory_gb_s * 1e9)
+    seconds += _exchange(model, z, gpu, z.send + z.q) + _gathering(model, x, gpu, 1)
+    return max(seconds, _host(model, x) / 4)
+
+
+def forward_weights(model: ModelSizes, x: Setting) -> float:
+    """Weights that each local token meets in one forward pass."""
+    return model.layer_weights * model.layers + model.head_weights * x.targets
+
+
+def layer_forwards(model: ModelSizes, setting: Setting) -> float:
+    """How often a layer runs forward, on average: 2 with recomputation, in segments 3 but for their last layers."""
+    if setting.recompute == "none":
+        return 1.0
+    if setting.recompute not in ("every_k", "sqrt"):
+        return 2.0
+    segments = len(segment_starts(model, setting))
+    return (3 * model.layers - segments) / model.layers
+
+
+def attention(model: ModelSizes, setting: Setting, gpu: Gpu, direction: str) -> float:
+    """Seconds of all layers' attention on the rank with most heads, one forward or backward pass.
+
+    Forward 4 operations a pair of tokens, head and head feature, backward 10 (five products).
+    """
+    heads = -(-model.q_heads // setting.sp)
+    per_pair = (4 if direction == "forward" else 10) * heads * model.head_dim
+    share = gpu.sustained.get(f"attention_{direction}", 1.0)
+    narrow = min(1.0, model.head_dim / 128) ** NARROW_HEADS
+    table = gpu.attention_tflops[setting.kernel][direction]
+    counts: dict[int, int] = {}
+    for length in setting.lengths:
+        counts[length] = counts.get(length, 0) + 1
+    windows: dict[int | None, int] = {}
+    for window in model.windows:
+        windows[window] = windows.get(window, 0) + 1
+    seconds = 0.0
+    for window, layers in windows.items():
+        for length, documents in counts.items():
+            work = per_pair * visible_pairs(length, window) * documents * layers
+            seconds += work / (rate_at(table, min(length, window or length)) * 1e12 * share * narrow)
+    return seconds
+
+
+def rate_at(table: Sequence[Sequence[float]], tokens: int) -> float:
+    """TFLOP/s at a document length: linear in log(tokens) between the measured lengths.
+
+    Below the shortest of them it falls as n / (n + HALF_RATE_TOKENS), above the longest it stays.
+    """
+    points = sorted((float(n), float(rate)) for n, rate in table)
+    if tokens <= points[0][0]:
+        shortest, rate = points[0]
+        return rate * tokens / (tokens + HALF_RATE_TOKENS) * (shortest + HALF_RATE_TOKENS) / shortest
+    for (n0, r0), (n1, r1) in pairwise(points):
+        if tokens <= n1:
+            return r0 + (r1 - r0) * math.log(tokens / n0) / math.log(n1 / n0)
+    return points[-1][1]
+
+
+def elementwise_bytes(model: ModelSizes, z: Sizes, forwards: float, *, backward: bool = True) -> float:
+    """Read and written by a layer's norms, rotary embedding, activation and residual adds."""
+    forth = 2 * 2 * z.u + 2 * 3 * z.u + 3 * z.f + 2 * (z.q + z.k)
+    back = 2 * 3 * z.u + 2 * 3 * z.u + 5 * z.f + 2 * (z.q + z.k)
+    wide = 1 if z.setting.fused else 2.5  # float32 copies of transformers' own norm and rotary embedding
+    return wide * (forwards * forth + backward * back)
+
+
+def lora_bytes(model: ModelSizes, x: Setting, forwards: float, *, backward: bool = True) -> float:
+    """`linear._Linears`: x A' reads the input, adding reads and writes the output; backward reads dy twice and x once,
+    and adds to dx. Where the term is folded into the product, its input is copied instead.
+    """
+    if x.lora_r is None:
+        return 0.0
+    tokens, per_token = min(x.local_tokens, x.tile_tokens or x.local_tokens), 0.0
+    for group in GROUPS:
+        shapes = [(i, o) for name, i, o in model.linear_io if name in group]
+        if not shapes:
+            continue
+        inner, outer = shapes[0][0], sum(o for _, o in shapes)
+        per_token += forwards * (inner + 2 * (inner if folds(tokens, inner, outer) else outer))
+        folded = len(shapes) == 1 and folds(tokens, outer, inner)
+        per_token += backward * (2 * outer + inner + 2 * (outer if folded else inner))
+    return x.local_tokens * x.element_bytes * per_token
+
+
+def _products(x: Setting, gpu: Gpu, weights: float) -> float:
+    """Matrix products of a rank's tokens with so many weights."""
+    return 2 * x.local_tokens * weights / (gpu.gemm_tflops * 1e12 * gpu.sustained.get("gemm", 1.0))
+
+
+def _host(model: ModelSizes, x: Setting) -> float:
+    """Seconds the host takes to launch one pack: forward 1/4, recomputation 1/4, backward 2/4."""
+    further = len(x.lengths) - 1 if x.kernel in PER_DOCUMENT else 0
+    return (HOST_S + HOST_S_PER_DOCUMENT * further) * model.layers
+
+
+def _exchange(model: ModelSizes, z: Sizes, gpu: Gpu, of_a_layer: float) -> float:
+    """So many bytes of each layer to and from the other ranks, read and written on both ends."""
+    sp = z.setting.sp
+    if sp == 1:
+        return 0.0
+    exchanged, copies = of_a_layer * (sp - 1) / sp * model.layers, 2 * of_a_layer * 2 * model.layers
+    return exchanged / (gpu.all_to_all_gb_s * 1e9) + copies / (gpu.memory_gb_s * 1e9)
+
+
+def _kept_groups(keep: Keep) -> list[tuple[str, ...]]:
+    return [g for g, kept in zip(GROUPS, (keep.qkv, keep.o, keep.gate_up), strict=False) if kept]
+
+
+def _elements(model: ModelSizes, names: tuple[str, ...]) -> int:
+    return sum(i * o for n, i, o in model.linear_io if n in names)
+
+
+def _gathering(model: ModelSizes, x: Setting, gpu: Gpu, passes: float) -> float:
+    """ZeRO-3: released weights come once a pass; from the host, if they lie there. Nothing hidden is counted off."""
+    if x.stage < 3 or (not x.offload_params and (x.resident or x.world == 1)):
+        return 0.0
+    whole = x.element_bytes * model.weights * passes
+    seconds = whole * (x.world - 1) / x.world / (gpu.all_gather_gb_s * 1e9)
+    return seconds + (whole / x.world / (gpu.host_gb_s * 1e9) if x.offload_params else 0.0)
+
+
+def _host_copies(z: Sizes, keep: Sequence[Keep], compute_s: float, gpu: Gpu) -> float:
+    """What of the copies is not hidden: out during the forward pass (a third of the step), back during the rest."""
+    costs = (z.group(GROUPS[0]), z.group(GROUPS[1]), z.group(GROUPS[2]), z.q + z.lse, z.u)
+    names = ("qkv", "o", "gate_up", "attention", "input")
+    size = sum(c for k in keep for c, n in zip(costs, names, strict=True) if getattr(k, n) == "host")
+    copy_s = size / (gpu.host_gb_s * 1e9)
+    return max(0.0, copy_s - compute_s / 3) + max(0.0, copy_s - compute_s * 2 / 3)

@@ -1,0 +1,107 @@
+"""The processes of one evaluation, one a GPU: started here where no launcher has, and the same code for one alone.
+
+Every process prepares the same work and does its share of it; rank 0 writes. A rank that cannot go on ends with its
+exit code, and whoever started the ranks ends the others.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from ds_longft.errors import ConfigError, LongftError
+from ds_longft.ranks.join import Agreement, Launch, visible_gpus
+
+OWN_ERROR_S = 10.0
+"""What went wrong on every rank is said by rank 0, and its end is the others' within this time. Whoever is still there
+has an error of its own."""
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+
+def start_ranks(command: str, flag: str, ranks: int, arguments: dict[str, Any]) -> bool:
+    """Run `ds-longft eval COMMAND` with these arguments on `ranks` processes; False where there is nothing to start:
+    one is enough, or a launcher has started this one.
+
+    Raises:
+        ConfigError: `ranks`, which `flag` asks for, is not positive, or more than the GPUs of this machine.
+        SystemExit: with the code of the rank that failed.
+    """
+    if ranks < 1:
+        raise ConfigError(f"{flag} is {ranks}: expected 1 or more")
+    if ranks == 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1 or "SLURM_STEP_ID" in os.environ:
+        return False
+    gpus = visible_gpus()
+    if gpus and ranks > gpus:
+        raise ConfigError(f"{flag} is {ranks}, this machine has {gpus} GPUs")
+    from ds_longft.ranks.launch import launch_ranks
+
+    argv = [f"--{key}={value}" for key, value in arguments.items()]
+    code = launch_ranks("ds_longft.cli", ["eval", *command.split(), *argv], ranks=ranks, gpus=gpus)
+    if code:
+        raise SystemExit(code)
+    return True
+
+
+@contextmanager
+def said_once(rank: int) -> Iterator[None]:
+    """An error ends the process: rank 0 by raising it, which the command line shows, others without a word of it."""
+    try:
+        yield
+    except LongftError as error:
+        if rank == 0:
+            raise
+        time.sleep(OWN_ERROR_S)
+        print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
+        os._exit(error.exit_code)
+
+
+class Crew:
+    """This process among those of the evaluation."""
+
+    def __init__(self) -> None:
+        self.launch = Launch.from_environment()
+        self._agreement: Agreement | None = None
+        if self.launch.world == 1:
+            from ds_longft.tools.evaluate.subject import one_device
+
+            self.device = one_device()
+            return
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.launch.local_world)))
+        from ds_longft.ranks.join import join
+
+        self.device, self._agreement = join(self.launch)
+
+    @classmethod
+    @contextmanager
+    def of_launch(cls) -> Iterator[Crew]:
+        """Joined as long as the evaluation lasts; an error is shown once."""
+        crew = cls()
+        with said_once(crew.launch.rank):
+            yield crew
+            if crew._agreement is not None:
+                import torch.distributed as dist
+
+                crew._agreement.gather(None)  # whoever leaves first could end the others
+                dist.destroy_process_group()
+
+    def first(self, work: Callable[[], Made]) -> Made:
+        """What `work` gives on rank 0, on every rank."""
+        return work() if self._agreement is None else self._agreement.on_rank0(work)
+
+    def share_out(self, items: Sequence[Item], work: Callable[[Item], Made]) -> Iterator[Made]:
+        """`work` of every item, in order, on rank 0; each process does every world-th. Nothing on the others.
+
+        A round is one item each: put items that take equally long beside each other.
+        """
+        world = self.launch.world
+        for start in range(0, len(items), world):
+            made = [work(item) for item in items[start : start + world][self.launch.rank : self.launch.rank + 1]]
+            parts = [made] if self._agreement is None else self._agreement.gather(made)
+            if self.launch.rank == 0:
+                yield from (one for part in parts for one in part)

@@ -1,0 +1,121 @@
+"""A prompt of exactly so many tokens: chat template, a stretch of text with sentences hidden in it, a question."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ds_longft.errors import ConfigError, DataError
+from ds_longft.tools.evaluate.facts import HEAD, Needle
+from ds_longft.tools.evaluate.texts import Language, adds_bos, encode
+
+MARK = "\u241e"  # stands for the text while the chat template is rendered; no document holds it
+SENTENCE_END = re.compile(r"[.!?。！？\n]\s*$")
+
+
+@dataclass(frozen=True)
+class Haystack:
+    """Text as tokens, read from any place on, around and around if it is short."""
+
+    ids: Sequence[int]
+    ends: Sequence[bool]
+    """[tokens] whether a sentence may be put in behind the token."""
+
+    @classmethod
+    def make(cls, tokenizer: Any, texts: Sequence[str]) -> Haystack:
+        """Raises DataError where there is next to no text."""
+        ids: list[int] = []
+        ends: list[bool] = []
+        for text in texts:
+            # By characters: of a character in several tokens, only the last one may be an end.
+            encoded = tokenizer(text + "\n\n", add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            offsets = encoded["offset_mapping"]
+            following = [start for start, _ in offsets[1:]] + [len(text) + 2]
+            ids += encoded["input_ids"]
+            ends += [
+                bool(SENTENCE_END.search(text[max(0, end - 8) : end])) and after >= end
+                for (_, end), after in zip(offsets, following, strict=True)
+            ]
+        if len(ids) < 100:
+            raise DataError(f"the haystack has {len(ids)} tokens: give a longer text")
+        return cls(ids, ends)
+
+    def stretch(self, start: int, tokens: int) -> Haystack:
+        """So many tokens from `start` on."""
+        at = [(start + i) % len(self.ids) for i in range(tokens)]
+        return Haystack([self.ids[i] for i in at], [self.ends[i] for i in at])
+
+    def hide(self, sentences: Sequence[tuple[float, list[int]]]) -> tuple[list[int], list[float]]:
+        """Put each sentence behind the sentence end before its depth (0 to 1); also where they then stand, 0 to 1."""
+        places = sorted((self._place(depth), i) for i, (depth, _) in enumerate(sentences))
+        out: list[int] = []
+        starts: dict[int, int] = {}
+        before = 0
+        for place, i in places:
+            out += self.ids[before:place]
+            starts[i] = len(out)
+            out += sentences[i][1]
+            before = place
+        out += self.ids[before:]
+        return out, [starts[i] / len(out) for i in range(len(sentences))]
+
+    def _place(self, depth: float) -> int:
+        place = round(depth * len(self.ids))
+        while place and not self.ends[place - 1]:
+            place -= 1
+        return place
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids of a whole prompt, and where in its text the sentences stand (0 to 1)."""
+
+    ids: list[int]
+    depths: list[float]
+
+
+def build_prompt(
+    tokenizer: Any,
+    haystack: Haystack,
+    needle: Needle,
+    language: Language,
+    *,
+    tokens: int,
+    depths: Sequence[float],
+    rng: random.Random,
+) -> Prompt:
+    """A prompt of exactly `tokens` tokens, answer not counted.
+
+    Raises:
+        ConfigError: `tokens` leaves no room for text.
+    """
+    space = "" if language == "zh" else " "
+    sentences = [encode(tokenizer, space + s + space) for s in needle.sentences]
+    head, tail = chat_around(tokenizer, HEAD[language] + MARK + needle.question)
+    room = tokens - len(head) - len(tail) - sum(map(len, sentences))
+    if room < 16:
+        raise ConfigError(f"--lengths: {tokens} tokens leave no room for text beside the question: give at least 1K")
+    text = haystack.stretch(rng.randrange(len(haystack.ids)), room)
+    hidden, found = text.hide(list(zip(depths, sentences, strict=True)))
+    return Prompt(head + hidden + tail, found)
+
+
+def chat_around(tokenizer: Any, content: str) -> tuple[list[int], list[int]]:
+    """Token ids in front of and behind the mark, with the chat template around it where the tokenizer has one."""
+    if tokenizer.chat_template:
+        whole = chat_prompt(tokenizer, content)
+    else:
+        whole = (tokenizer.bos_token if adds_bos(tokenizer) else "") + content + "\n\nAnswer:"
+    head, found, tail = whole.partition(MARK)
+    assert found, "the chat template dropped the user's turn"
+    return encode(tokenizer, head), encode(tokenizer, tail)
+
+
+def chat_prompt(tokenizer: Any, content: str) -> str:
+    """A question in the chat template, up to where the answer begins."""
+    turns = [{"role": "user", "content": content}]
+    # Answers are short: a model that would think first (Qwen3) is asked not to. Other templates do not look at it.
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False))

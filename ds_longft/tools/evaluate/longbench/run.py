@@ -1,0 +1,207 @@
+"""`ds-longft eval longbench run`: answers of a model to LongBench or LongBench-E, and their scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ds_longft.errors import ConfigError
+from ds_longft.tools.evaluate.haystack import chat_prompt
+from ds_longft.tools.evaluate.longbench.data import find_copy, read_prompts, read_task
+from ds_longft.tools.evaluate.longbench.metrics import check_packages
+from ds_longft.tools.evaluate.longbench.score import print_scores, scores_by_length, task_scores
+from ds_longft.tools.evaluate.longbench.tasks import TASKS, Task, averages
+from ds_longft.tools.evaluate.needle import tokens_of
+
+if TYPE_CHECKING:
+    from ds_longft.tools.evaluate.crew import Crew
+
+RESERVED_TOKENS = 500  # of the window, for the chat template and the answer, as in LongBench's own list
+
+
+def run(
+    model: str,
+    *,
+    data: str | None = None,
+    prompts: str | None = None,
+    tasks: str = "all",
+    e: bool = False,
+    max_length: int | str | None = None,
+    limit: int | None = None,
+    chunk_tokens: int | str = "8K",
+    gpus: int = 1,
+    before: bool = False,
+    base: str | None = None,
+    out: str | None = None,
+    name: str | None = None,
+    json: bool = False,
+) -> None:
+    """Answer LongBench greedily as its own code does, and score the answers.
+
+    Answers go to RUN/eval/longbench.rows.jsonl as they are made (`eval longbench score` reads them too), scores to
+    RUN/eval/longbench.json. Stopped and started again with the same settings, it goes on. With --gpus N every GPU
+    answers its share; each holds the model.
+
+    Args:
+        model: output folder of a run, adapter, model folder or hub id.
+        data: folder of LongBench's data sets. Left out: fetched from the hub.
+        prompts: dataset2prompt.json. Left out: looked for in that folder.
+        tasks: names separated by commas, en, zh, code, or all.
+        e: LongBench-E: 13 tasks, scores by length as well.
+        max_length: prompt tokens; the middle of longer ones is cut. Left out: the window less 500.
+        limit: only the first so many rows of each task.
+        chunk_tokens: tokens of a prompt that are read at a time.
+        gpus: how many GPUs of this machine to use; on a CPU, processes.
+        before: evaluate the model that the run MODEL started from.
+        base: the base model of an adapter, where it has moved.
+        out: folder of the results. Left out: RUN/eval, or eval/<model>.
+        name: of the result. Left out: longbench, or longbench-e.
+        json: print one JSON object instead of tables.
+    """
+    arguments = {key: value for key, value in locals().items() if value not in (None, False)}
+    from ds_longft.tools.evaluate.crew import Crew, start_ranks
+
+    chosen = choose_tasks(tasks, e=e)
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--limit is {limit}: expected 1 or more")
+    check_packages()
+    longest = tokens_of("--max_length", max_length) if max_length else None
+    chunk = tokens_of("--chunk_tokens", chunk_tokens)
+    if start_ranks("longbench run", "--gpus", gpus, arguments):
+        return
+    from ds_longft.tools.evaluate import results  # brings torch: not in a process that only starts others
+
+    with Crew.of_launch() as crew:
+        copy = crew.first(lambda: find_copy(data))  # it may unpack a download, which one process should do
+        templates = read_prompts(copy, prompts, [task.name for task in chosen])
+        sets = {task.name: read_task(copy, task, e=e)[:limit] for task in chosen}
+        told = {"tasks": [t.name for t in chosen], "e": e, "limit": limit, "data": data, "prompts": prompts}
+        told["data_fingerprint"] = results.fingerprint([{t: templates[t] for t in sets}, *sets.items()])
+        asked = Asked(chosen, sets, templates, longest, told)
+        made = _measure(crew, asked, model, chunk, before=before, base=base, out=out, name=name)
+    results.show(made, json, _show)
+
+
+def _show(result: dict[str, Any], path: Path) -> None:
+    print_scores(result)
+    print(path)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked."""
+
+    tasks: list[Task]
+    rows: dict[str, list[dict[str, Any]]]  # by task
+    templates: dict[str, str]
+    max_length: int | None  # prompt tokens; None: the window less RESERVED_TOKENS
+    settings: dict[str, Any]
+
+
+def _measure(
+    crew: Crew,
+    asked: Asked,
+    model: str,
+    chunk_tokens: int,
+    *,
+    before: bool,
+    base: str | None,
+    out: str | None,
+    name: str | None,
+) -> tuple[dict[str, Any], Path] | None:
+    """The result and its file on the process that writes, None on the others."""
+    from ds_longft.tools.evaluate import results
+    from ds_longft.tools.evaluate.cached_attention import CACHED, register
+    from ds_longft.tools.evaluate.generate import end_ids, generate
+    from ds_longft.tools.evaluate.subject import find_subject, load_subject, subject_tokenizer
+
+    register()
+    subject = find_subject(model, before=before, base=base)
+    tokenizer = subject_tokenizer(subject)
+    loaded = load_subject(subject, crew.device, attention=CACHED)
+    longest = asked.max_length or (loaded.window or 8192) - RESERVED_TOKENS
+    e = asked.settings["e"]
+    kind = "longbench-e" if e else "longbench"
+    folder, file = results.result_folder(subject, out), results.result_name(name, kind, before)
+    opened: list[results.Rows] = []  # on the process that writes
+
+    def open_rows() -> set[str]:
+        settings = {"weights": results.weights_identity(subject), **asked.settings, "max_length_tokens": longest}
+        opened.append(results.Rows(folder, file, settings, total=sum(map(len, asked.rows.values()))))
+        return {row["key"] for row in opened[0].rows}
+
+    done = crew.first(open_rows)
+    stops = end_ids(loaded, tokenizer)
+    newline = tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]
+
+    def answer(one: tuple[Task, int]) -> dict[str, Any]:
+        task, i = one
+        row = asked.rows[task.name][i]
+        ids = prompt_ids(tokenizer, asked.templates[task.name].format(**row), task, longest)
+        line_by_line = task.name == "samsum"  # one dialogue's summary is one line
+        reply = generate(
+            loaded,
+            [ids],
+            max_new_tokens=task.max_new_tokens,
+            stop_ids=stops | set(newline) if line_by_line else stops,
+            chunk_tokens=chunk_tokens,
+            min_new_tokens=1 if line_by_line else 0,
+        )[0]
+        return {
+            "key": f"{task.name}/{i}",
+            "dataset": task.name,
+            "pred": tokenizer.decode(reply, skip_special_tokens=True),
+            "answers": row["answers"],
+            "all_classes": row.get("all_classes"),
+            "length": row.get("length"),
+            "prompt_tokens": len(ids),
+        }
+
+    todo = [(task, i) for task in asked.tasks for i in range(len(asked.rows[task.name]))]
+    for made in crew.share_out([(task, i) for task, i in todo if f"{task.name}/{i}" not in done], answer):
+        opened[0].add(made)
+    if not opened:
+        return None
+    rows = opened[0]
+    return rows.finish(kind, subject.shown, _scores(rows.rows, e)), rows.result_path
+
+
+def choose_tasks(names: str, *, e: bool) -> list[Task]:
+    """Tasks by name, language or all, in LongBench's order.
+
+    Raises:
+        ConfigError: an unknown name, or one that LongBench-E does not have.
+    """
+    wanted = [part.strip() for part in names.strip("()[]").split(",") if part.strip()]
+    unknown = [name for name in wanted if name not in TASKS and name not in ("all", "en", "zh", "code")]
+    if unknown:
+        raise ConfigError(f"--tasks: no task {', '.join(unknown)}; known are all, en, zh, code, {', '.join(TASKS)}")
+    chosen = [t for t in TASKS.values() if {"all", t.language, t.name} & set(wanted) and (t.in_e or not e)]
+    if not chosen:
+        raise ConfigError(
+            f"--tasks is {names!r}: LongBench-E has {', '.join(t.name for t in TASKS.values() if t.in_e)}"
+        )
+    return chosen
+
+
+def prompt_ids(tokenizer: Any, text: str, task: Task, max_length: int) -> list[int]:
+    """Token ids of a filled template: the middle cut out where it is too long, then put into the chat template.
+
+    As LongBench's code does: both halves are decoded and joined before the template is added, so that the result may be
+    some tokens longer than `max_length`. Few-shot and code tasks are continued as plain text.
+    """
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    if len(ids) > max_length:
+        half = max_length // 2
+        text = "".join(tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:half], ids[-half:]))
+    if task.chat and tokenizer.chat_template:
+        return list(tokenizer(chat_prompt(tokenizer, text), add_special_tokens=False, verbose=False)["input_ids"])
+    return list(tokenizer(text, verbose=False)["input_ids"])
+
+
+def _scores(rows: list[dict[str, Any]], e: bool) -> dict[str, Any]:
+    scores = task_scores(rows)
+    counts = {task: sum(row["dataset"] == task for row in rows) for task in scores}
+    lengths = {"by_length": scores_by_length(rows)} if e else {}
+    return {"scores": scores, "averages": averages(scores), "rows": counts, **lengths}

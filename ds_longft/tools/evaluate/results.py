@@ -1,0 +1,152 @@
+"""Where results go, and how an evaluation that was stopped goes on: rows are appended as they are finished.
+
+`<folder>/<name>.rows.jsonl` begins with the settings it was made with; a run with the same settings skips what is
+there, one with others begins anew. `<folder>/<name>.json` is the finished result. For the output folder of a run the
+folder is RUN/eval, and a name that ends in `-before` is the model the run started from: `ds-longft report` pairs them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ds_longft.errors import DataError
+from ds_longft.model.lora import BASE_CONFIG_FOLDER
+from ds_longft.run_files import EvaluationRow
+from ds_longft.stored import read_lines
+from ds_longft.tools.evaluate.subject import Subject
+
+BEFORE = "-before"
+LINE_EVERY_S = 10.0
+MODEL_FILES = (
+    "*.safetensors", "config.json", "adapter_config.json", f"{BASE_CONFIG_FOLDER}/config.json", "tokenizer.json",
+    "tokenizer_config.json", "chat_template.jinja",
+)  # fmt: skip
+
+
+def result_folder(subject: Subject, out: str | None) -> Path:
+    """`out`, else RUN/eval, else eval/<name of the model> in the current folder."""
+    if out is not None:
+        return Path(out).expanduser()
+    if subject.run is not None:
+        return subject.run / "eval"
+    return Path("eval") / (subject.adapter or Path(subject.base.path)).name
+
+
+def result_name(name: str | None, kind: str, before: bool) -> str:
+    """File name of a result, without its ending."""
+    return (name or kind) + (BEFORE if before else "")
+
+
+def show(
+    made: tuple[dict[str, Any], Path] | None, as_json: bool, tables: Callable[[dict[str, Any], Path], None]
+) -> None:
+    """A result and its file, as one JSON object or for people; nothing where another process has it."""
+    if made is None:
+        return
+    if as_json:
+        print(json.dumps(made[0], ensure_ascii=False))
+    else:
+        tables(*made)
+
+
+def weights_identity(subject: Subject) -> list[Any]:
+    """What tells this model from others without reading its weights: size and time of each file that it is made of."""
+    folder = subject.adapter or Path(subject.base.path).expanduser()
+    files = sorted(f for pattern in MODEL_FILES for f in folder.glob(pattern)) if folder.is_dir() else []
+    stats = [(str(f.relative_to(folder)), f.stat()) for f in files]
+    return [subject.shown, [[name, stat.st_size, int(stat.st_mtime)] for name, stat in stats]]
+
+
+def fingerprint(parts: Iterable[Any]) -> str:
+    """Tells what a model is asked from anything else: the same path may hold other texts the next time."""
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(json.dumps(part).encode() + b"\n")
+    return whole.hexdigest()[:12]
+
+
+class Rows:
+    """The rows of one evaluation, with a progress bar over them. One process writes."""
+
+    def __init__(self, folder: Path, name: str, settings: dict[str, Any], *, total: int, show: bool = True) -> None:
+        """Raises DataError where the folder cannot be written."""
+        self.path = folder / f"{name}.rows.jsonl"
+        self.result_path = folder / f"{name}.json"
+        self.settings, self.total = settings, total
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.rows = self._earlier()
+            header = json.dumps({"settings": settings}, ensure_ascii=False) + "\n"
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows]
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text(header + "".join(lines), encoding="utf-8")  # without a line that a crash cut
+            os.replace(temporary, self.path)
+            self.file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - open as long as it runs
+        except OSError as error:
+            raise DataError(f"{folder} cannot be written: {error}; give another folder with --out") from error
+        self.started = time.monotonic()
+        self.earlier = len(self.rows)
+        self._bar: Progress | None = None
+        self._show = show
+        self._next_line_s = self.started + LINE_EVERY_S
+        if show and self.earlier:
+            print(f"{name}: {self.earlier} of {total} rows are there already", file=sys.stderr, flush=True)
+        if show and sys.stderr.isatty():
+            columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task(name, total=total, completed=self.earlier)
+            self._bar.start()
+
+    def has(self, key: str) -> bool:
+        """Whether the row of that key is done."""
+        return any(row["key"] == key for row in self.rows)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append a finished row; `key` names it."""
+        self.rows.append(row)
+        self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        if self._bar:
+            self._bar.update(self._task, completed=len(self.rows))
+        elif self._show and time.monotonic() > self._next_line_s:
+            self._next_line_s = time.monotonic() + LINE_EVERY_S
+            print(f"{self.result_path.stem}: {len(self.rows)} of {self.total}", file=sys.stderr, flush=True)
+
+    def finish(self, kind: str, model: str, result: dict[str, Any]) -> dict[str, Any]:
+        """Write the result beside the rows; returns it with model, settings, date and seconds."""
+        self.close()
+        whole = {
+            "kind": kind,
+            "model": model,
+            "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "seconds": round(time.monotonic() - self.started, 1),
+            "rows_made_now": len(self.rows) - self.earlier,
+            "settings": self.settings,
+            **result,
+        }
+        temporary = self.result_path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(whole, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, self.result_path)
+        return whole
+
+    def close(self) -> None:
+        """Stop the bar, close the file."""
+        if self._bar:
+            self._bar.stop()
+        self.file.close()
+
+    def _earlier(self) -> list[dict[str, Any]]:
+        """Rows made with the same settings; none where the settings differ. A line that is garbage is made again."""
+        lines, _ = read_lines(self.path, EvaluationRow)
+        if not lines or lines[0].get("settings") != json.loads(json.dumps(self.settings)):
+            return []
+        return [line for line in lines if "key" in line]

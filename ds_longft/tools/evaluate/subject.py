@@ -1,0 +1,134 @@
+"""What is evaluated: a base model, an adapter on its base (with the RoPE it was trained with), or a full model.
+
+`MODEL` is a Hugging Face folder, a hub id, or the output folder of a run; of a run, `--before` means the model it
+started from, with its own RoPE: stretched and not trained, it is another and a worse one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from ds_longft.config.run_config import ModelConfig, RopeConfig
+from ds_longft.config.settings import load_config as load_run_config
+from ds_longft.errors import ConfigError
+from ds_longft.model.load import load_config, load_model, load_tokenizer, model_path
+from ds_longft.model.lora import BASE_CONFIG_FOLDER, WEIGHTS_NAME, load_adapter
+from ds_longft.model.rope import check_rope, window_tokens
+from ds_longft.model.rope_formulas import rope_parts
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Where the weights, the RoPE and the tokenizer come from. Nothing is loaded yet."""
+
+    base: ModelConfig
+    adapter: Path | None
+    config_folder: str
+    """Where the model's config is read from: base_config/ of an adapter, else the model itself."""
+    tokenizer_folder: str
+    run: Path | None
+    """Output folder of the run, where MODEL is one."""
+
+    @property
+    def shown(self) -> str:
+        """How results call it."""
+        return f"{self.base.path} + {self.adapter}" if self.adapter else self.base.path
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to be asked. `model` may be a PEFT model, `plain` is the causal language model in it."""
+
+    model: Any
+    plain: Any
+    device: torch.device
+
+    @property
+    def window(self) -> int | None:
+        """Tokens the model's positions are made for."""
+        return window_tokens(self.plain.config)
+
+
+def find_subject(model: str, *, before: bool = False, base: str | None = None) -> Subject:
+    """Tell what `model` is.
+
+    Raises:
+        ConfigError: `before` without a run, or a run that has no result yet.
+    """
+    folder = Path(model).expanduser()
+    run = folder if (folder / "config.yaml").is_file() else None
+    if before:
+        if run is None:
+            raise ConfigError(f"--before: {model} is no output folder of a run (no config.yaml): give the base itself")
+        started_from = load_run_config(["--config", str(folder / "config.yaml")]).model
+        unstretched = {"path": base or started_from.path, "random_weights": False, "rope": RopeConfig()}
+        plain = started_from.model_copy(update=unstretched)
+        return Subject(plain, None, model_path(plain), model_path(plain), run)
+    if (folder / "adapter_config.json").is_file():
+        if not (folder / WEIGHTS_NAME).is_file():
+            raise ConfigError(f"{model} holds adapter_config.json but no {WEIGHTS_NAME}: is the run finished?")
+        facts = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        named = base or facts.get("base_model_name_or_path")
+        if not named:
+            raise ConfigError(f"{folder / 'adapter_config.json'} names no base model: give --base")
+        plain = ModelConfig(path=named, revision=facts.get("revision"))
+        trained = folder / BASE_CONFIG_FOLDER
+        config_folder = str(trained) if trained.is_dir() else model_path(plain)
+        has_tokenizer = (folder / "tokenizer_config.json").is_file()
+        return Subject(plain, folder, config_folder, str(folder) if has_tokenizer else model_path(plain), run)
+    if run is not None and not (folder / "config.json").is_file():
+        checkpoints = ", ".join(p.name for p in sorted(folder.glob("checkpoint-*"))) or "none"
+        raise ConfigError(
+            f"{model} holds no adapter and no model yet (checkpoints: {checkpoints}): let the run finish, give one of "
+            f"its checkpoints that holds an adapter, or add --before to evaluate the model it started from"
+        )
+    plain = ModelConfig(path=model)
+    return Subject(plain, None, model_path(plain), model_path(plain), run)
+
+
+def load_subject(subject: Subject, device: torch.device, *, attention: str) -> Loaded:
+    """The model in bf16 on a GPU, in float32 on a CPU, with the attention of that name; its RoPE is checked.
+
+    Raises:
+        ModelError: it cannot be loaded, or is of a kind that cannot be evaluated exactly.
+    """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    hf_config = load_config(subject.base, 1, attn_implementation=attention)
+    if subject.config_folder != model_path(subject.base):
+        hf_config = AutoConfig.from_pretrained(subject.config_folder)
+        hf_config.use_cache = False
+        hf_config._attn_implementation = attention
+    model: Any = load_model(subject.base, hf_config, ds_engine_config=None, dtype=dtype, device=device)
+    plain = model
+    if subject.adapter is not None:
+        model = load_adapter(model, subject.adapter)
+        plain = model.get_base_model()
+        model.to(device)
+    if rope_parts(plain.config):
+        check_rope(plain, plain.config)
+    model.eval().requires_grad_(False)
+    return Loaded(model, plain, device)
+
+
+def subject_tokenizer(subject: Subject) -> Any:
+    """The tokenizer it was trained with."""
+    source = subject.base.model_copy(update={"path": subject.tokenizer_folder})
+    if Path(subject.tokenizer_folder).is_dir():
+        source = source.model_copy(update={"revision": None})
+    return load_tokenizer(source)
+
+
+def one_device() -> torch.device:
+    """The GPU of a command that runs in one process, or the CPU."""
+    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    return torch.device("cuda", 0) if cuda else torch.device("cpu")

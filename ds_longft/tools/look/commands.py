@@ -1,0 +1,285 @@
+"""What `ds-longft data tokenize|stats|inspect` do. Each prints for people, or JSON for machines."""
+
+from __future__ import annotations
+
+import json as json_text
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape as rich_escape
+from rich.table import Table
+from rich.text import Text
+
+from ds_longft.config.run_config import RunConfig, SourceConfig
+from ds_longft.data.plan import plan_epoch
+from ds_longft.data.tokenize import tokenize_sources
+from ds_longft.errors import ConfigError, DataError, ModelError
+from ds_longft.tools.look.colour import coloured
+from ds_longft.tools.look.statistics import Statistics, statistics
+
+if TYPE_CHECKING:
+    from ds_longft.data.tokenized import TokenizedRow, TokenizedSet, Weighting
+
+WIDTH = 40  # characters of the longest bar of a histogram
+
+
+def tokenize(config: str, json: bool = False) -> None:
+    """Tokenize the training and evaluation sets of a run config, so that the run itself starts at once.
+
+    Args:
+        config: YAML run config; its `data` section and `model.path` (for the tokenizer) are read.
+        json: print one JSON object instead of a table.
+    """
+    run, tokenizer = _read(config)
+    parts = {
+        part: _tokenized(run, sources, tokenizer)
+        for part, sources in (("train", run.data.train), ("eval", run.data.eval))
+        if sources
+    }
+    if not parts:
+        raise ConfigError(f"data.train is empty in {config}: give at least one source, e.g. [{{path: my.jsonl}}]")
+    facts = {part: rows.counts() for part, rows in parts.items()}
+    if json:
+        print(json_text.dumps(facts))
+        return
+    table = Table("", *facts)
+    for name in next(iter(facts.values())):
+        table.add_row(name.replace("_", " "), *(_shown(fact[name]) for fact in facts.values()))
+    Console().print(table)
+
+
+def stats(
+    config: str, dp: int = 1, sp: int = 1, html: str | None = None, png: str | None = None, json: bool = False
+) -> None:
+    """Show what a run config trains on: rows, lengths by source and language, targets, packs, padding, attention cost.
+
+    Args:
+        config: YAML run config.
+        dp: data-parallel ranks that share the packs of a step.
+        sp: ranks that share one pack; packs are padded to a multiple of it.
+        html: write all of it as one HTML file, picture included.
+        png: write the picture alone.
+        json: print one JSON object instead of tables.
+    """
+    if dp < 1 or sp < 1:
+        raise ConfigError(f"--dp is {dp}, --sp is {sp}: expected 1 or more")
+    run, tokenizer = _read(config)
+    rows = _tokenized(run, run.data.train, tokenizer)
+    found = statistics(rows, run.data, dp=dp, sp=sp, accumulation=run.train.gradient_accumulation_steps, seed=run.seed)
+    note = f"{config}: dp {dp}, sp {sp}, weighting {run.data.weighting}"
+    write_pages(found, html=html, png=png, title="Training data", note=note)
+    if json:
+        print(json_text.dumps(as_json(found, rows)))
+        return
+    show(found)
+    for path in filter(None, (html, png)):
+        print(f"written: {path}")
+
+
+def write_pages(found: Statistics, *, html: str | None, png: str | None, title: str, note: str) -> None:
+    """The HTML page and the picture, where a path is given."""
+    from ds_longft.tools.look import figure  # matplotlib
+    from ds_longft.tools.look import html as page
+
+    if html:
+        Path(html).parent.mkdir(parents=True, exist_ok=True)
+        Path(html).write_text(page.page(found, title=title, note=note), encoding="utf-8")
+    if png:
+        Path(png).parent.mkdir(parents=True, exist_ok=True)
+        Path(png).write_bytes(figure.png(found))
+
+
+def as_json(found: Statistics, rows: TokenizedSet) -> dict[str, Any]:
+    """The statistics for machines."""
+    lengths = [
+        {
+            "up_to_tokens": bound,
+            "rows": sum(counts[i] for counts in found.by_source.values()),
+            "tokens": found.tokens_by_length[i],
+            "by_source": {name: counts[i] for name, counts in found.by_source.items()},
+            "by_language": {name: counts[i] for name, counts in found.by_language.items()},
+        }
+        for i, bound in enumerate(found.bounds)
+    ]
+    packs = asdict(found.packs)
+    return {
+        **rows.counts(),
+        **{name: packs.pop(name) for name in ("packs", "filled", "padding_tokens", "imbalance")},
+        "steps_per_epoch": packs.pop("steps"),
+        "pack": packs,
+        "sources": [asdict(group) for group in found.sources],
+        "languages": [asdict(group) for group in found.languages],
+        "lengths": lengths,
+        "left_out": found.left_out,
+        "first_left_out": found.first_left_out,
+        "unused": found.unused,
+        "retention": [asdict(window) for window in found.retention],
+    }
+
+
+def show(found: Statistics) -> None:
+    """Tables for a terminal."""
+    console = Console()
+    packs = found.packs
+    table = Table("", "rows", "tokens", "median", "longest", "trained", "attention cost")
+    for groups in (found.sources, found.languages, [found.total]):
+        for group in groups:
+            table.add_row(
+                Text(group.name),
+                *(f"{n:,}" for n in (group.rows, group.tokens, group.median_tokens, group.longest_tokens)),
+                f"{group.target_share:.1%}",
+                f"{group.attention_share:.1%}",
+            )
+        table.add_section()
+    console.print(table)
+    most = max(sum(counts[i] for counts in found.by_source.values()) for i in range(len(found.bounds)))
+    bars = Table("tokens up to", "rows", *map(rich_escape, found.by_language), "")
+    for i, bound in enumerate(found.bounds):
+        count = sum(counts[i] for counts in found.by_source.values())
+        of_language = [f"{counts[i]:,}" for counts in found.by_language.values()]
+        bars.add_row(f"{bound:,}", f"{count:,}", *of_language, "█" * round(WIDTH * count / most))
+    console.print(bars)
+    facts = Table("packs", packs.packing)
+    left_out = found.left_out.items()
+    for name, value in (
+        ("packs of up to so many tokens", f"{packs.packs:,} of {packs.budget_tokens:,}"),
+        ("filled", f"{packs.filled:.1%}"),
+        ("documents in a pack", f"{packs.documents_per_pack:.1f}"),
+        ("steps an epoch", f"{packs.steps:,}"),
+        ("padding tokens", f"{packs.padding_tokens:,}"),
+        ("slowest rank over the mean", f"{packs.imbalance:.3f}"),
+        (f"work in attention (as much as the rest at {packs.equal_cost_tokens:,})", f"{packs.attention_share:.0%}"),
+        (
+            "left out",
+            "\n".join(f"{count:,} {reason}{_first(found, reason)}" for reason, count in left_out) or "nothing",
+        ),
+        ("rows cut to fit", f"{found.truncated:,}"),
+        ("in the rows, and not used", "\n".join(f"{n:,} {what}" for what, n in found.unused.items()) or "nothing"),
+    ):
+        facts.add_row(name, Text(value))
+    console.print(facts)
+    if len(found.retention) > 1:
+        kept = Table("data.max_length_tokens", "rows kept whole", "targets in them")
+        for window in found.retention:
+            kept.add_row(f"{window.window_tokens:,}", f"{window.rows:.1%}", f"{window.targets:.1%}")
+        console.print(kept)
+
+
+def _first(found: Statistics, reason: str) -> str:
+    """Where the first row stands that was left out for this reason; sets tokenized by older versions do not say."""
+    return f", first {found.first_left_out[reason]}" if reason in found.first_left_out else ""
+
+
+def inspect(
+    config: str, row: int = 0, pack: int | None = None, epoch: int = 0, max_chars: int = 4000, json: bool = False
+) -> None:
+    """Show one row, or one pack, as the model sees it: decoded from its tokens, with what is trained in colour.
+
+    Args:
+        config: YAML run config.
+        row: number of the row in the tokenized training set, from 0.
+        pack: number of a pack in the epoch, from 0; all its documents are shown, with their borders.
+        epoch: of which epoch, from 0; each has packs of its own.
+        max_chars: longer stretches without targets are shown by their ends.
+        json: print one JSON object instead.
+    """
+    if epoch < 0 or max_chars < 0:
+        raise ConfigError(f"--epoch is {epoch}, --max_chars is {max_chars}: expected 0 or more")
+    run, tokenizer = _read(config)
+    rows = _tokenized(run, run.data.train, tokenizer)
+    numbers = [row]
+    if pack is not None:
+        plan = plan_epoch(
+            rows.lengths,
+            budget_tokens=run.budget_tokens,
+            dp=1,
+            accumulation=run.train.gradient_accumulation_steps,
+            seed=run.seed,
+            epoch=epoch,
+            packing=run.data.packing,
+        )
+        if not 0 <= pack < len(plan.packs):
+            raise DataError(f"pack {pack} does not exist: epoch {epoch} has packs 0 to {len(plan.packs) - 1}")
+        numbers = plan.packs[pack].tolist()
+    elif not 0 <= row < len(rows):
+        raise DataError(f"row {row} does not exist: the set has rows 0 to {len(rows) - 1}")
+    shown = [
+        [part for one in rows.documents(number) for part in _parts(one, tokenizer, run.data.weighting)]
+        for number in numbers
+    ]
+    facts: list[dict[str, Any]] = [
+        {"row": one.index, "origin": one.origin, "tokens": int(rows.lengths[number]), "targets": one.targets}
+        for number, one in zip(numbers, map(rows.row, numbers), strict=True)
+    ]
+    if json:
+        documents = [
+            {**fact, "parts": [{"text": text, "loss_weight": weight} for text, weight in parts if text]}
+            for fact, parts in zip(facts, shown, strict=True)
+        ]
+        print(json_text.dumps(documents[0] if pack is None else {"pack": pack, "documents": documents}))
+        return
+    console = Console()
+    at = 0
+    for fact, parts in zip(facts, shown, strict=True):
+        if pack is not None:
+            head = f"tokens {at:,} to {at + fact['tokens']:,}: row {fact['row']}, {fact['origin']}"
+            console.rule(Text(head, style="bold cyan"), align="left")
+        console.print(coloured(parts, max_chars))
+        at += fact["tokens"]
+    if pack is None:
+        line = f"{facts[0]['origin']}: {facts[0]['tokens']:,} tokens, {facts[0]['targets']:,} of them trained (green)"
+    else:
+        targets = sum(fact["targets"] for fact in facts)
+        used = f"{at:,} of {max(at, run.budget_tokens):,} tokens"  # a longer row has a pack of its length
+        line = f"pack {pack}: {len(facts)} documents, {used}, {targets:,} trained (green)"
+    console.print(f"\n{line}", markup=False)
+
+
+def _parts(one: TokenizedRow, tokenizer: Any, weighting: Weighting) -> list[tuple[str, float]]:
+    """(text, weight of its labels) of a document, piece by piece."""
+    parts: list[tuple[str, float]] = []
+    at = 0
+    spans = zip(one.span_start.tolist(), one.span_end.tolist(), one.label_weights(weighting), strict=True)
+    for start, end, weight in spans:
+        parts.append((tokenizer.decode(one.input_ids[at:start]), 0.0))
+        parts.append((tokenizer.decode(one.input_ids[start:end]), float(weight)))
+        at = end
+    return [*parts, (tokenizer.decode(one.input_ids[at:]), 0.0)]
+
+
+def _read(config: str) -> tuple[RunConfig, Any]:
+    """The run config and its model's tokenizer."""
+    from ds_longft.config.settings import load_config
+
+    run = load_config(["--config", config])
+    if not run.model.path:
+        raise ConfigError(f"model.path is empty in {config}: it names the tokenizer")
+    kwargs = {"revision": run.model.revision, "trust_remote_code": run.model.trust_remote_code}
+    tokenizer = load_tokenizer(run.model.path, **kwargs)
+    tokenizer.add_tokens(run.model.add_tokens)
+    return run, tokenizer
+
+
+def _tokenized(run: RunConfig, sources: Sequence[SourceConfig], tokenizer: Any) -> TokenizedSet:
+    pairs = run.objective == "dpo"
+    return tokenize_sources(sources, tokenizer, run.data, progress=True, pairs=pairs)
+
+
+def load_tokenizer(path: str, **kwargs: Any) -> Any:
+    """A Hugging Face tokenizer by folder or hub id. Raises ModelError."""
+    from transformers import AutoTokenizer  # seconds, and not needed for `--help`
+
+    try:
+        return AutoTokenizer.from_pretrained(Path(path).expanduser() if path.startswith("~") else path, **kwargs)
+    except Exception as error:  # every tokenizer backend has its own way to fail on a missing or broken file
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ModelError(f"no tokenizer can be read from {path!r}: {why}") from error
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.1%}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,178 @@
+"""`Statistics`: the numbers of a tokenized set and of the packs it will be laid into."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ds_longft.config.run_config import DataConfig
+from ds_longft.data.pairs import PairSet
+from ds_longft.data.plan import EQUAL_COST_TOKENS, costs_of, plan_epoch
+from ds_longft.data.tokenized import TokenizedSet
+
+WINDOWS = tuple(1 << e for e in range(12, 21))  # 4K to 1M
+MAX_KINDS = 12  # of sources or languages told apart; the smallest are counted together
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of one source or language."""
+
+    name: str
+    rows: int
+    tokens: int
+    targets: int
+    median_tokens: int
+    longest_tokens: int
+    attention_share: float  # of the attention cost of the whole set
+
+    @property
+    def target_share(self) -> float:
+        """Share of the tokens that are trained."""
+        return self.targets / max(1, self.tokens)
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What a window keeps, of all rows that can be trained on, those left out for their length among them."""
+
+    window_tokens: int
+    rows: float  # share
+    targets: float  # share
+
+
+@dataclass(frozen=True)
+class Packs:
+    """The first epoch's packs."""
+
+    budget_tokens: int
+    packing: str
+    packs: int
+    steps: int
+    filled: float  # tokens over the room of all packs; a row longer than the budget fills its own
+    documents_per_pack: float
+    padding_tokens: int  # to a multiple of sp
+    imbalance: float  # cost of the costliest rank over the mean, mean over the steps: 1 where nobody waits
+    attention_share: float  # of all work, for a model of `equal_cost_tokens`
+    equal_cost_tokens: int
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Everything `data stats` shows."""
+
+    total: Group
+    sources: list[Group]
+    languages: list[Group]
+    bounds: list[int]  # upper ends of the length classes, in tokens; they double
+    by_source: dict[str, list[int]]  # rows in each length class
+    by_language: dict[str, list[int]]
+    tokens_by_length: list[int]
+    packs: Packs
+    pack_tokens: list[int]
+    left_out: dict[str, int]  # reason -> rows
+    first_left_out: dict[str, str]  # reason -> the first of these rows, and what was seen in it
+    truncated: int
+    fingerprint: str
+    unused: dict[str, int]  # what rows hold and nothing was made of -> rows
+    retention: list[Retention]
+
+
+def statistics(rows: TokenizedSet, data: DataConfig, *, dp: int, sp: int, accumulation: int, seed: int) -> Statistics:
+    """Count a tokenized set, and plan its first epoch for these ranks."""
+    lengths, targets = rows.lengths, rows.targets
+    sources = _kinds(rows.column("source"))
+    languages = _kinds(rows.column("language"))
+    attention = lengths.astype(np.float64) ** 2
+    share = attention / attention.sum()
+    top = int(np.ceil(np.log2(max(2, int(lengths.max())))))
+    bottom = int(np.floor(np.log2(max(1, int(lengths.min())))))
+    bounds = [1 << e for e in range(bottom + 1, max(top, bottom + 1) + 1)]
+    classes = np.searchsorted(bounds, lengths)
+    budget_tokens = data.budget_tokens(rows.documents_per_row)
+    plan = plan_epoch(
+        lengths,
+        budget_tokens=budget_tokens,
+        dp=dp,
+        accumulation=accumulation,
+        seed=seed,
+        epoch=0,
+        packing=data.packing,
+    )
+
+    def group(name: str, where: NDArray[np.bool_]) -> Group:
+        own = lengths[where]
+        return Group(
+            name,
+            int(where.sum()),
+            int(own.sum()),
+            int(targets[where].sum()),
+            int(np.median(own)),
+            int(own.max()),
+            float(share[where].sum()),
+        )
+
+    def histogram(kinds: NDArray[Any]) -> dict[str, list[int]]:
+        return {k: np.bincount(classes[kinds == k], minlength=len(bounds)).tolist() for k in _by_size(kinds)}
+
+    linear, work = float(lengths.sum()), float(costs_of(lengths).sum())
+    tally = rows.tally
+    return Statistics(
+        total=group("all", np.ones(len(lengths), dtype=bool)),
+        sources=[group(k, sources == k) for k in _by_size(sources)],
+        languages=[group(k, languages == k) for k in _by_size(languages)],
+        bounds=bounds,
+        by_source=histogram(sources),
+        by_language=histogram(languages),
+        tokens_by_length=np.bincount(classes, weights=lengths, minlength=len(bounds)).astype(int).tolist(),
+        packs=Packs(
+            budget_tokens=budget_tokens,
+            packing=data.packing,
+            packs=len(plan.packs),
+            steps=len(plan),
+            filled=float(plan.pack_tokens.sum() / np.maximum(plan.pack_tokens, budget_tokens).sum()),
+            documents_per_pack=len(lengths) / len(plan.packs),
+            padding_tokens=int((-plan.pack_tokens % sp).sum()),
+            imbalance=float(plan.imbalance().mean()),
+            attention_share=(work - linear) / work,
+            equal_cost_tokens=EQUAL_COST_TOKENS,
+        ),
+        pack_tokens=plan.pack_tokens.tolist(),
+        left_out=tally.left_out,
+        first_left_out=tally.first,
+        truncated=tally.truncated,
+        fingerprint=rows.fingerprint,
+        unused=tally.unused,
+        retention=_retention(rows),
+    )
+
+
+def _retention(rows: TokenizedSet) -> list[Retention]:
+    """From the window that takes the shortest rows to the one that takes all; a pair counts by its longer document."""
+    known = [(tokens, targets) for tokens, targets in rows.tally.too_long if tokens]
+    own = rows.side_lengths.max(axis=1) if isinstance(rows, PairSet) else rows.lengths
+    lengths = np.concatenate([own, [tokens for tokens, _ in known]])
+    targets = np.concatenate([rows.targets, [trained for _, trained in known]])
+    top = int(np.ceil(np.log2(max(lengths.max(), WINDOWS[0]))))
+    windows = [w for w in WINDOWS if w < 1 << top] + [1 << top]
+    return [
+        Retention(w, float((lengths <= w).mean()), float(targets[lengths <= w].sum() / targets.sum())) for w in windows
+    ]
+
+
+def _kinds(values: NDArray[Any]) -> NDArray[Any]:
+    """One name a row: the largest `MAX_KINDS` - 1 as they are, the rest as "others"; paths by their last part."""
+    names = np.asarray([str(v).rstrip("/").rpartition("/")[2] if v is not None else "unknown" for v in values])
+    kinds, counts = np.unique(names, return_counts=True)
+    if len(kinds) > MAX_KINDS:
+        small = kinds[np.argsort(-counts)[MAX_KINDS - 1 :]]
+        names = np.where(np.isin(names, small), "others", names)
+    return names
+
+
+def _by_size(kinds: NDArray[Any]) -> list[str]:
+    names, counts = np.unique(kinds, return_counts=True)
+    return [str(names[i]) for i in np.argsort(-counts, kind="stable")]

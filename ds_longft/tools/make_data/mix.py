@@ -1,0 +1,212 @@
+"""A recipe -> train.jsonl and eval.jsonl: rows of many sources in the wanted shares, each text in one of the two."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ds_longft.data.ledger import Entry, Ledger, Tally
+from ds_longft.errors import DataError
+from ds_longft.tools.make_data.convert import written_whole
+from ds_longft.tools.make_data.lengths import Lengths
+from ds_longft.tools.make_data.pool import Pool, fill_pool
+from ds_longft.tools.make_data.quota import Margin, partition, quotas
+from ds_longft.tools.make_data.recipe import Recipe
+from ds_longft.tools.make_data.similar import groups_sharing_text, near_duplicates
+
+COMMON_ROWS = 50  # a passage in more rows than this, and in more than a hundredth of them, is an instruction
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """What was written. Counts are rows."""
+
+    train: str
+    eval: str | None
+    ledger: str
+    train_rows: int
+    eval_rows: int
+    tokens: int
+    exact_lengths: bool
+    left_out: dict[str, int]  # reason -> rows, over the whole pool
+    first_left_out: dict[str, str]  # reason -> the first of these rows, and what was seen in it
+    kinds: list[dict[str, Any]]  # property, value, rows in the pool, share wanted, rows and share in the mix
+
+
+def mix_sources(
+    recipe: Recipe, folder: Path, *, tokenizer: Any = None, root: Path | None = None, progress: bool = False
+) -> Mixed:
+    """Write train.jsonl, eval.jsonl, ledger.jsonl and mix.json into `folder`.
+
+    Memory grows by some kilobytes a row (what tells rows apart); the rows themselves wait on disk.
+
+    Raises:
+        DataError: a source cannot be used, or the shares cannot be met.
+        LongftError: a library of the extra `synth` is missing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lengths = Lengths(tokenizer)
+    spool = folder / ".pool.jsonl"
+    try:
+        with Ledger(folder / "ledger.jsonl") as ledger:
+            pool = fill_pool(recipe, spool, ledger, lengths, root=root, progress=progress)
+            if not len(pool):
+                raise DataError(f"no source has a usable row of at most {recipe.max_length_tokens} tokens")
+            usable = _without_duplicates(pool, recipe, ledger)
+            chosen = _choose(pool, usable, recipe)
+            train, held_out = _split(pool, chosen, recipe, ledger)
+            tally = ledger.tally
+        rng = np.random.default_rng([recipe.seed, 1])
+        for name, rows in (("train", train), ("eval", held_out)):
+            path = folder / f"{name}.jsonl"
+            path.unlink(missing_ok=True)
+            if len(rows):
+                with written_whole(path) as file:
+                    file.writelines(pool.records(_chat_first(rng.permutation(rows).tolist(), pool)))
+    finally:
+        spool.unlink(missing_ok=True)
+    mixed = _report(pool, train, held_out, recipe, folder, tally, exact=lengths.exact)
+    (folder / "mix.json").write_text(
+        json.dumps({**asdict(mixed), "recipe": recipe.model_dump(mode="json")}, indent=1, ensure_ascii=False)
+    )
+    return mixed
+
+
+def _chat_first(order: list[int], pool: Pool) -> list[int]:
+    """The rows with a chat in front: the first row tells a file's layout, and among chats there may be plain texts."""
+    at = next((i for i, row in enumerate(order) if not pool.is_text[row]), 0)
+    return [order[at], *order[:at], *order[at + 1 :]]
+
+
+def _without_duplicates(pool: Pool, recipe: Recipe, ledger: Ledger) -> NDArray[np.int64]:
+    """Rows of the pool that are the first of their kind."""
+    if recipe.near_duplicates is None:
+        return np.arange(len(pool))
+    same = near_duplicates(pool.signatures, recipe.near_duplicates)
+    for row, earlier in same.items():
+        ledger.add(Entry(pool.origin[row], "nearly the same as an earlier row", pool.origin[earlier], "set_aside"))
+    return np.asarray([row for row in range(len(pool)) if row not in same], dtype=np.int64)
+
+
+def _band(tokens: int, recipe: Recipe) -> str:
+    """The band of a length, by its upper bound."""
+    return next((str(b.up_to_tokens) for b in recipe.lengths if tokens <= b.up_to_tokens), "")
+
+
+def _choose(pool: Pool, usable: NDArray[np.int64], recipe: Recipe) -> NDArray[np.int64]:
+    """Rows of the mix: drawn evenly inside each cell of source, language and band, as many as `quotas` says."""
+    kinds = [(pool.source[row], pool.language[row], _band(pool.tokens[row], recipe)) for row in usable]
+    cells = sorted(set(kinds))
+    number = {cell: i for i, cell in enumerate(cells)}
+    cell_of = np.asarray([number[kind] for kind in kinds])
+    margins = [
+        Margin(f"source {s.name}", np.asarray([cell[0] == s.name for cell in cells]), most=s.rows)
+        for s in recipe.sources
+        if s.rows is not None
+    ]
+    shares = {s.name: s.share for s in recipe.sources if s.share is not None}
+    margins += partition("sources", [cell[0] for cell in cells], shares)
+    margins += partition("languages", [cell[1] for cell in cells], recipe.languages)
+    bands = {str(band.up_to_tokens): band.share for band in recipe.lengths if band.share is not None}
+    margins += partition("lengths", [cell[2] for cell in cells], bands)
+    take = quotas(np.bincount(cell_of, minlength=len(cells)), margins, recipe.total_rows)
+    rng = np.random.default_rng([recipe.seed, 0])
+    drawn = [
+        rng.choice(usable[cell_of == cell], count, replace=False) for cell, count in enumerate(take.tolist()) if count
+    ]
+    return np.sort(np.concatenate(drawn))
+
+
+def _split(
+    pool: Pool, chosen: NDArray[np.int64], recipe: Recipe, ledger: Ledger
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(training rows, held-out rows): rows that share a passage stay on one side.
+
+    Made rows know their side already. A held-out one that shares text with a training row all the same (the text came
+    in by another source, too) is left out.
+    """
+    if not recipe.held_out:
+        return chosen, chosen[:0]
+    common = max(COMMON_ROWS, len(chosen) // 100)
+    group = groups_sharing_text([pool.anchors[row] for row in chosen], common)
+    members: dict[int, list[int]] = {}
+    for row, number in zip(chosen.tolist(), group.tolist(), strict=True):
+        members.setdefault(number, []).append(row)
+    held: list[int] = []
+    train: list[int] = []
+    free: list[list[int]] = []
+    for rows in members.values():
+        parts = {pool.part[row] for row in rows} - {""}
+        if not parts:
+            free.append(rows)
+        elif parts == {"eval"}:
+            held += rows
+        else:
+            train += [row for row in rows if pool.part[row] != "eval"]
+            for row in rows:
+                if pool.part[row] == "eval":
+                    detail = "it was to be held out"
+                    ledger.add(Entry(pool.origin[row], "shares text with a training row", detail, "set_aside"))
+    room = round(recipe.held_out * len(chosen)) - len(held)
+    for number in np.random.default_rng([recipe.seed, 2]).permutation(len(free)).tolist():
+        rows = free[number]
+        if len(rows) <= room:
+            held += rows
+            room -= len(rows)
+        else:
+            train += rows
+    if not train:
+        raise DataError("held_out leaves no training row: every row shares text with a held-out one; lower held_out")
+    return np.sort(np.asarray(train, dtype=np.int64)), np.sort(np.asarray(held, dtype=np.int64))
+
+
+def _report(
+    pool: Pool,
+    train: NDArray[np.int64],
+    held_out: NDArray[np.int64],
+    recipe: Recipe,
+    folder: Path,
+    tally: Tally,
+    *,
+    exact: bool,
+) -> Mixed:
+    mixed = np.concatenate([train, held_out])
+    wanted: dict[str, dict[str, float | None]] = {
+        "source": {s.name: s.share for s in recipe.sources},
+        "language": dict(recipe.languages),
+        "tokens up to": {str(band.up_to_tokens): band.share for band in recipe.lengths},
+    }
+    kinds = []
+    values: dict[str, Sequence[str]] = {
+        "source": pool.source,
+        "language": pool.language,
+        "tokens up to": [_band(tokens, recipe) for tokens in pool.tokens],
+    }
+    for name, of_row in values.items():
+        there, taken = Counter(of_row), Counter(of_row[row] for row in mixed)
+        names = [value for value in [*wanted[name], *sorted(there)] if value]
+        for value in dict.fromkeys(names):
+            share = taken[value] / len(mixed)
+            kinds.append(
+                {"of": name, "is": value, "pool": there[value], "wanted": wanted[name].get(value), "rows": taken[value],
+                 "held_out": sum(of_row[row] == value for row in held_out), "share": share}
+            )  # fmt: skip
+    return Mixed(
+        train=str(folder / "train.jsonl"),
+        eval=str(folder / "eval.jsonl") if len(held_out) else None,
+        ledger=str(folder / "ledger.jsonl"),
+        train_rows=len(train),
+        eval_rows=len(held_out),
+        tokens=int(sum(pool.tokens[row] for row in mixed)),
+        exact_lengths=exact,
+        left_out=tally.left_out,
+        first_left_out=tally.first,
+        kinds=kinds,
+    )

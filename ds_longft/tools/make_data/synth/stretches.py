@@ -1,0 +1,130 @@
+"""Stretches of running text in wanted lengths: documents laid one behind the other, cut anywhere, filled to the token.
+
+Plain text of all lengths up to the window is what a stretched window is trained on; the documents themselves may be
+much shorter.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ds_longft.data.rows import Turn
+from ds_longft.errors import DataError
+from ds_longft.tools.make_data.lengths import Lengths
+from ds_longft.tools.make_data.synth.row_plan import plan_rows
+from ds_longft.tools.make_data.synth.sources import Document
+
+T = TypeVar("T")
+
+BETWEEN = "\n\n"  # two documents
+LINE_CHARS = 400  # a stretch begins with a line where one begins so near
+FIT_ROUNDS = 8  # cutting changes a few tokens at the cut: the first round is exact or off by a handful
+
+
+@dataclass(frozen=True)
+class RunningText:
+    """Documents of one language as one text."""
+
+    text: str
+    starts: NDArray[np.int64]  # [tokens] character at which each token begins
+
+    @property
+    def tokens(self) -> int:
+        """How long it is."""
+        return len(self.starts)
+
+    def place(self, tokens: int, rng: random.Random) -> int:
+        """The character at which a stretch of so many tokens may begin: anywhere, at a line's beginning if one is near.
+
+        Raises:
+            DataError: the text is shorter.
+        """
+        if tokens > self.tokens:
+            raise DataError(
+                f"the texts of one language hold {self.tokens:,} tokens together, a stretch of {tokens:,} was wanted: "
+                "give more text, or a lower context_tokens"
+            )
+        last = int(self.starts[self.tokens - tokens])
+        at = int(self.starts[rng.randrange(self.tokens - tokens + 1)])
+        line = self.text.find("\n", at, at + LINE_CHARS) + 1
+        return line if 0 < line <= last else at
+
+    def cut(self, start: int, tokens: int) -> str:
+        """The text of about so many tokens from a character on."""
+        end = int(np.searchsorted(self.starts, start)) + tokens
+        return self.text[start : int(self.starts[end]) if end < self.tokens else None]
+
+
+def running_texts(documents: Sequence[Document], lengths: Lengths) -> dict[str, RunningText]:
+    """Language -> its documents, in their order, one behind the other. Memory: 8 bytes a token beside the text."""
+    texts: dict[str, list[str]] = {}
+    for document in documents:
+        texts.setdefault(document.language, []).append(document.text + BETWEEN)
+    running = {}
+    for language, parts in sorted(texts.items()):
+        before = np.cumsum([0, *map(len, parts)])
+        starts = [lengths.starts(part) + at for part, at in zip(parts, before, strict=False)]
+        running[language] = RunningText("".join(parts), np.concatenate(starts))
+    return running
+
+
+def stretch_rows(
+    documents: Sequence[Document],
+    *,
+    rows: int,
+    context_tokens: int,
+    seed: int,
+    name: str,
+    languages: Mapping[str, float] | None = None,
+    sizes: Mapping[str, float] | None = None,
+    lengths: Lengths | None = None,
+) -> Iterator[dict[str, Any]]:
+    """`rows` rows in `text` form; the same seed gives the same rows. Two stretches may overlap.
+
+    Args:
+        documents: what is cut; a stretch goes on in the next document of its language.
+        context_tokens: longest row.
+        languages: shares of the rows, by language code; left out, as there is text.
+        sizes: part of the longest row -> share of the rows, e.g. {"1/4": 3, "1": 1}; left out, `row_plan.SIZES`.
+        lengths: how tokens are counted; estimated when left out.
+
+    Raises:
+        DataError: there is less text in a language than its longest row has tokens.
+    """
+    lengths = lengths or Lengths()
+    running = running_texts(documents, lengths)
+    rng = random.Random(f"stretches {seed}")
+    amounts = {language: text.tokens for language, text in running.items()}
+    planned = plan_rows(rows, amounts, context_tokens, rng, languages=languages, sizes=sizes)
+    for number, (language, tokens) in enumerate(planned):
+        text = running[language]
+        start = text.place(tokens, rng)
+        made = fill(
+            lambda room, text=text, start=start: text.cut(start, room),  # type: ignore[misc]
+            lambda made: lengths.rows([[Turn("text", made)]])[0],
+            tokens,
+        )
+        yield {"text": made, "source": name, "language": language, "id": f"{name}-{seed}-{number}"}
+
+
+def fill(make: Callable[[int], T], measure: Callable[[T], int], tokens: int, room: int | None = None) -> T:
+    """What `make` makes of the most text such that `measure` finds `tokens` at most.
+
+    `room`: tokens of text to begin with; `tokens` when left out. Raises DataError where no text fits.
+    """
+    room = tokens if room is None else room
+    for _ in range(FIT_ROUNDS):
+        if room < 1:
+            break
+        made = make(room)
+        over = measure(made) - tokens
+        if over <= 0:
+            return made
+        room -= over
+    raise DataError(f"rows of {tokens:,} tokens leave no room for text: give a larger context_tokens")

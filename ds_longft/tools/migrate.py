@@ -1,0 +1,323 @@
+"""`ds-longft migrate FILE`: a run config of Axolotl, LLaMA-Factory, TRL or ms-swift as one of ours.
+
+Names come from `config/spellings.py`, which also answers near misses. What changes its meaning on the way is worked out
+here, and every key that is not carried over is listed with the reason: nothing is left out in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from ds_longft.config.messages import all_keys, validation_problems
+from ds_longft.config.run_config import RunConfig
+from ds_longft.config.settings import read_config_file
+from ds_longft.config.spellings import EXPLANATIONS, HOLDS_ANYWAY, KEYS_OF_OTHER_TOOLS
+from ds_longft.config.yaml_io import dump_yaml
+from ds_longft.errors import ConfigError
+
+OPTIMIZERS = {"sgd": "sgd"}  # all others are AdamW: fused, torch, paged, 8 bit are ways to compute it
+SCHEDULES = {"cosine", "linear", "constant"}
+
+
+class Migration:
+    """The keys of ours that come out, and what could not be carried over."""
+
+    def __init__(self) -> None:
+        self.keys: dict[str, Any] = {}
+        self.notes: list[str] = []
+
+    def put(self, key: str, value: Any) -> None:
+        """Set a dotted key of ours."""
+        self.keys[key] = value
+
+    def note(self, key: str, why: str) -> None:
+        """Say that a key was not carried over, or what became of it."""
+        self.notes.append(f"{key}: {why}")
+
+
+def migrate(file: str, out: str | None = None) -> None:
+    """Print a run config made of another trainer's YAML, and what of it could not be carried over.
+
+    Args:
+        file: YAML of Axolotl, LLaMA-Factory, TRL or ms-swift.
+        out: write the config to this file instead of printing it.
+    """
+    text, notes = migrated(Path(file).expanduser())
+    if out is None:
+        print(text + "".join(f"# {note}\n" for note in notes), end="")
+        return
+    if Path(out).exists():
+        raise ConfigError(f"--out {out} exists already: give a new file, or remove it first")
+    Path(out).write_text(text, encoding="utf-8")
+    print(f"{out} written; `ds-longft config --config {out}` shows every key" + "".join(f"\n  - {n}" for n in notes))
+
+
+def migrated(file: Path) -> tuple[str, list[str]]:
+    """(YAML of our run config, one line for each key that was not carried over as it is). Raises ConfigError."""
+    theirs = read_config_file(file)
+    ours = {key.partition(".")[0] for key in all_keys(RunConfig)}
+    if not set(theirs) - ours or isinstance(theirs.get("model"), dict):
+        raise ConfigError(
+            f"{file} holds no key of another trainer: expected YAML of Axolotl, LLaMA-Factory, TRL, swift"
+        )
+    made = Migration()
+    for key, value in theirs.items():
+        if value is not None and value != "":
+            _carry(key, value, theirs, made)
+    if not _uses_lora(theirs):
+        made.put("lora", None)
+        for key in [key for key in made.keys if key.startswith("lora.")]:
+            made.keys.pop(key)
+            made.note(key, "left out, as every weight is trained")
+    if theirs.get("finetuning_type") == "lora" and "lora.r" in made.keys:
+        made.keys.setdefault("lora.alpha", 2 * made.keys["lora.r"])  # LLaMA-Factory's default
+    tree = _nested(made.keys)
+    try:
+        RunConfig.model_validate(tree)
+    except ValidationError as error:  # what is wrong is named, not written: the config can be used as it is
+        for key, problem in validation_problems(error, tree).items():
+            made.notes.append(problem)
+            made.keys = {k: v for k, v in made.keys.items() if k != key and not key.startswith((f"{k}.", f"{k}["))}
+        tree = _nested(made.keys)
+    return dump_yaml(tree), made.notes
+
+
+def _nested(keys: dict[str, Any]) -> dict[str, Any]:
+    """Dotted keys as sections."""
+    tree: dict[str, Any] = {}
+    for key, value in keys.items():
+        *sections, leaf = key.split(".")
+        at = tree
+        for section in sections:
+            at = at.setdefault(section, {})
+        at[leaf] = value
+    return tree
+
+
+def _carry(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
+    if key in SPECIAL:
+        SPECIAL[key](key, value, theirs, made)
+    elif key in ("output_dir", "seed"):
+        made.put(key, value)
+    elif key in HOLDS_ANYWAY:
+        return
+    elif key in EXPLANATIONS:
+        if value is not False and str(value) != "1":
+            made.note(key, f"{value} is not carried over: {EXPLANATIONS[key]}")
+    elif (ours := KEYS_OF_OTHER_TOOLS.get(key)) is not None or (ours := _own_name(key)) is not None:
+        made.put(ours, value)
+    elif value is not False:
+        made.note(key, f"{str(value)[:60]!r} has nothing like it here")
+
+
+def _own_name(key: str) -> str | None:
+    """Our key that is called the same, e.g. learning_rate."""
+    named = [ours for ours in all_keys(RunConfig) if ours.rpartition(".")[2] == key]
+    return named[0] if len(named) == 1 else None
+
+
+def _uses_lora(theirs: dict[str, Any]) -> bool:
+    kinds = [theirs.get(key) for key in ("adapter", "finetuning_type", "train_type", "tuner_type")]
+    named = next((str(kind).lower() for kind in kinds if kind), None)
+    if named is not None:
+        return named in ("lora", "qlora")
+    return bool(theirs.get("use_peft")) or any(key in theirs for key in ("lora_r", "lora_rank"))
+
+
+def _sources(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
+    """Axolotl's list of sections, LLaMA-Factory's names, swift's ids with `#rows`, TRL's one name."""
+    names = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+    sources: list[dict[str, Any]] = []
+    for given in names if isinstance(names, list) else [names]:
+        section = dict(given) if isinstance(given, dict) else {"path": str(given)}
+        path = str(section.pop("path", ""))
+        path, mark, rows = path.partition("#")
+        source: dict[str, Any] = {"path": path}
+        if mark and rows.isdigit():
+            source["limit"] = int(rows)
+        source |= {ours: section.pop(k) for k, ours in SOURCE_KEYS.items() if section.get(k) is not None}
+        for left, seen in section.items():
+            if seen not in USUAL_OF_SOURCES.get(left, (seen,)) or left not in USUAL_OF_SOURCES:
+                made.note(f"{key}[].{left}", f"{seen!r} is not carried over: `format` and the columns decide")
+        sources.append(source)
+    if theirs.get("dataset_dir") or "finetuning_type" in theirs:
+        made.note(key, "LLaMA-Factory's names stand for files in dataset_info.json: put their paths in their place")
+    split = theirs.get("dataset_config") or theirs.get("subset")
+    named = [source | ({"subset": split} if split else {}) for source in sources]
+    made.put("data.eval" if key in EVAL_SOURCES else "data.train", named)
+
+
+# Keys of Axolotl's sections, and the values with which they ask for what is done here anyway.
+USUAL_OF_SOURCES: dict[str, tuple[Any, ...]] = {
+    "type": ("chat_template", "sharegpt", "alpaca", "completion", "chat_template.default"),
+    "ds_type": ("json", "parquet", "arrow", "text"),
+    "roles_to_train": (["assistant"], ["gpt"], ["assistant", "gpt"]),
+    "train_on_eos": ("turn", "all"),
+    "field_messages": ("messages", "conversations"),
+}
+SOURCE_KEYS = {"split": "split", "name": "subset", "revision": "revision", "shards_limit": "limit"}
+EVAL_SOURCES = ("test_datasets", "eval_dataset", "val_dataset", "eval_file", "validation_file")
+
+
+def _optimizer(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
+    made.put("optim.type", OPTIMIZERS.get(str(value).lower(), "adamw"))
+    if "adam" not in str(value).lower() and str(value).lower() != "sgd":
+        made.note(key, f"{value} is not there: AdamW in its place")
+
+
+def _schedule(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
+    name = str(value).lower().removesuffix("_with_warmup").removesuffix("_with_min_lr")
+    made.put("optim.schedule", name if name in SCHEDULES else "cosine")
+    if name not in SCHEDULES:
+        made.note(key, f"{value} is not there: cosine in its place")
+
+
+def _batch(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
+    if value != 1:
+        made.note(key, f"{value} rows are not carried over: {EXPLANATIONS['batch_size']}")
+
+
+def _deepspeed(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
+    stage = next((s for s in ("3", "2", "1", "0") if f"z{s}" in str(value) or f"zero{s}" in str(value)), "3")
+    made.put("ds_config", f"ds_configs/zero{'3' if stage == '3' else '2'}_sp.json")
+    made.note(key, f"{value}: the shipped JSON nearest to it in its place; offload is chosen by another of ds_configs/")
+
+
+def _epochs(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
+    made.put("train.epochs", max(1, round(float(value))))
+    if float(value) != max(1, round(float(value))):
+        made.note(key, f"{value} is rounded to whole epochs: train.max_steps ends within one")
+
+
+def _steps(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
+    if isinstance(value, int) and value > 0:
+        made.put(KEYS_OF_OTHER_TOOLS.get(key, f"train.{key}"), value)
+    elif value != -1:
+        made.note(key, f"{value} is not carried over: steps are counted, not parts of a run")
+
+
+def _warmup(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
+    made.put("optim.warmup_ratio" if isinstance(value, float) and value < 1 else f"optim.{key}", value)
+
+
+def _targets(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
+    names = [n.strip() for n in value.split(",")] if isinstance(value, str) else list(value)
+    made.put("lora.targets", "all-linear" if names in (["all"], ["all-linear"]) else names)
+
+
+def _template(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
+    made.note(key, f"{value}: the tokenizer's own template is used; set data.chat_template to a Jinja file for another")
+
+
+def _objective(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
+    name = {"pt": "sft", "simpo": "dpo", "ipo": "dpo"}.get(str(value).lower(), str(value).lower())
+    if name in ("sft", "dpo"):
+        made.put("objective", name)
+    else:
+        made.note(key, f"{value} is not there: possible are sft and dpo")
+    if str(value).lower() in ("simpo", "ipo"):
+        made.put("dpo.loss", str(value).lower())
+
+
+def _share(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
+    if isinstance(value, float) and 0 < value < 1:
+        made.put("data.eval_fraction", value)
+    elif value:
+        made.note(key, f"{value} rows: data.eval_fraction takes a share of the rows")
+
+
+def _wandb(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
+    names = value if isinstance(value, list) else [value]
+    if "wandb" in names:
+        made.put("log.wandb", "online")
+    others = [str(name) for name in names if name not in ("wandb", "none", "all")]
+    if others:
+        made.note(key, f"{', '.join(others)}: metrics.jsonl and wandb are what is written")
+
+
+def _lora_alone(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
+    if str(value).lower() not in ("lora", "full", "none"):
+        made.note(key, f"{value}: the base is not quantised here, LoRA on bf16 weights in its place")
+
+
+def _average(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
+    made.note(key, f"{value} is not carried over: set train.{key.removesuffix('s_per_epoch')}_every_steps")
+
+
+def _rope(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
+    kind = value.get("rope_type", value.get("type")) if isinstance(value, dict) else str(value)
+    if kind in ("linear", "dynamic", "yarn", "llama3"):
+        made.put("model.rope.type", kind)
+        if isinstance(value, dict) and value.get("factor"):
+            made.put("model.rope.factor", value["factor"])
+    else:
+        made.note(key, f"{value!r} is not carried over: see model.rope")
+
+
+def _packing(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
+    sorted_ = "length" in key and value
+    made.put("data.packing", "sorted" if sorted_ else "best_fit" if value or "length" in key else "none")
+
+
+def _flag(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
+    """Keys whose usual value holds here anyway."""
+    if value:
+        made.note(key, f"{value} is not there: {UNUSUAL[key]}")
+
+
+UNUSUAL = {
+    "train_on_inputs": "questions are never trained",
+    "train_on_prompt": "questions are never trained",
+    "trust_remote_code": "set model.trust_remote_code and model.revision where the model needs code of its own",
+    "push_to_hub": "set hub.repo for the same",
+    "mask_history": "set data.train_turns: last for the same",
+    "load_best_model_at_end": "the last step's weights are written; checkpoints of the others are kept",
+}
+
+
+def _dtype(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
+    names = {"bfloat16": "bf16", "float32": "fp32", "auto": "auto"}
+    made.put("model.dtype", names.get(str(value).removeprefix("torch."), "auto"))
+
+
+def _wandb_project(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
+    made.put("log.project", value)
+    made.put("log.wandb", "online")
+
+
+def _model(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
+    made.put("model.path", value)
+
+
+def _betas(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
+    made.put("optim.betas", [theirs.get("adam_beta1", 0.9), theirs.get("adam_beta2", 0.999)])
+
+
+SPECIAL: dict[str, Callable[[str, Any, dict[str, Any], Migration], None]] = {
+    **dict.fromkeys(["datasets", "dataset", "dataset_name", "train_file", "train_data", *EVAL_SOURCES], _sources),
+    **dict.fromkeys(["optimizer", "optim"], _optimizer),
+    **dict.fromkeys(["lr_scheduler", "lr_scheduler_type"], _schedule),
+    **dict.fromkeys(["micro_batch_size", "per_device_train_batch_size"], _batch),
+    **dict.fromkeys(["deepspeed", "deepspeed_config"], _deepspeed),
+    **dict.fromkeys(["num_epochs", "num_train_epochs"], _epochs),
+    **dict.fromkeys(["save_steps", "eval_steps", "max_steps"], _steps),
+    **dict.fromkeys(["warmup_ratio", "warmup_steps"], _warmup),
+    **dict.fromkeys(["lora_target", "lora_target_modules", "target_modules"], _targets),
+    **dict.fromkeys(["template", "chat_template", "chat_template_path"], _template),
+    **dict.fromkeys(["stage", "rl", "rlhf_type"], _objective),
+    **dict.fromkeys(["val_set_size", "val_size", "split_dataset_ratio"], _share),
+    **dict.fromkeys(["report_to"], _wandb),
+    **dict.fromkeys(["adapter", "finetuning_type", "train_type", "tuner_type"], _lora_alone),
+    **dict.fromkeys(["saves_per_epoch", "evals_per_epoch"], _average),
+    **dict.fromkeys(["rope_scaling"], _rope),
+    **dict.fromkeys(["adam_beta1", "adam_beta2"], _betas),
+    **dict.fromkeys(["sample_packing", "packing", "neat_packing", "group_by_length"], _packing),
+    **dict.fromkeys(UNUSUAL, _flag),
+    **dict.fromkeys(["torch_dtype", "dtype"], _dtype),
+    "wandb_project": _wandb_project,
+    "model": _model,
+}

@@ -1,0 +1,198 @@
+"""`ds-longft plan`: how long a sample fits, how fast it trains, and the recipe for it. Needs no GPU and no weights."""
+
+from __future__ import annotations
+
+import json as json_text
+import sys
+from typing import Literal
+
+from rich.console import Console
+
+from ds_longft.config.run_config import DpoConfig, ModelConfig, parse_tokens
+from ds_longft.decide.of_run import as_json, memory_parts
+from ds_longft.decide.search import Question, alternatives, fastest, longest_of_each
+from ds_longft.decide.setting import Gpu, ModelSizes
+from ds_longft.errors import ConfigError
+from ds_longft.objectives.dpo import reference_of
+from ds_longft.tools.plan import report
+from ds_longft.tools.plan.kernels import with_fitting_kernels
+
+FILE_WIDTH = 200
+"""Width where the output is no terminal: rows stay on one line, as `grep` and `sort` want them."""
+
+
+def plan(
+    model: str = "",
+    gpus: int = 8,
+    gpu: str = "h100-80",
+    host_gib: float = 0.0,
+    length: str | int | None = None,
+    lora: bool = False,
+    full: bool = False,
+    lora_r: int = 16,
+    objective: Literal["sft", "dpo"] = "sft",
+    reference: Literal["auto", "adapter_off", "precomputed", "model"] = "auto",
+    passes: Literal["auto", "one", "two"] = "auto",
+    kernel: str = "",
+    documents: int = 1,
+    targets: float = 1.0,
+    liger: Literal["auto", "off"] = "auto",
+    json: bool = False,
+    png: str | None = None,
+    calibrate: str | None = None,
+) -> None:
+    """Predict memory and time before a GPU is touched, from the model's config alone.
+
+    Without --length: the longest pack of each sp, recomputation and offload. With it: the fastest setting that fits, as
+    a run config on stdout, and where the memory goes. Formulas and their sources: docs/plan.md.
+
+    With --objective dpo a pack holds a pair: two documents, prompt and chosen, prompt and rejected answer. Each of them
+    has --length tokens (data.max_length_tokens), so the pack has twice as many.
+
+    Args:
+        model: folder with a config.json, or a hub id (its config is fetched, no weights).
+        gpus: GPUs of one node.
+        gpu: h200, h100-80, a100-80, ... (a wrong name lists them), or a file that --calibrate wrote.
+        host_gib: host memory of the node that may be used; 0 for none.
+        length: tokens of a pack, with dpo of each document of a pair; 128K and 1M count in 1024s.
+        lora: adapters of rank --lora_r on all linears (the default).
+        full: train every weight.
+        lora_r: rank.
+        objective: sft, or dpo (preference pairs, see above).
+        reference: with dpo, as dpo.reference; auto is adapter_off, and model with --full. A loss without one (simpo)
+            costs what precomputed costs.
+        passes: with dpo, as dpo.passes; auto considers both.
+        kernel: attention kernel; default the GPU's fastest.
+        documents: equal documents that share a pack and its --length; with dpo equal pairs.
+        targets: share of the tokens that have a target.
+        liger: off where liger-kernel is not installed or does not know the model.
+        json: print one JSON object.
+        png: write the memory chart to this file (with --length).
+        calibrate: measure this machine's GPU and write the rates to this JSON file (under a minute, needs the GPU).
+    """
+    if calibrate is not None:
+        from ds_longft.tools.plan.calibrate import calibrate as measure
+
+        measure(calibrate)
+        return
+    question, tokens = _question(
+        model, gpus, gpu, host_gib, None if full and not lora else lora_r, objective, reference, passes, kernel,
+        documents, targets, liger, length, both=lora and full, charted=png is not None,
+    )  # fmt: skip
+    console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else FILE_WIDTH)
+    if tokens is None:
+        plans = longest_of_each(question)
+        if json:
+            print(json_text.dumps({"longest": [as_json(p, question) for p in plans]}))
+        elif plans:
+            console.print(report.length_table(plans, question))
+        else:
+            raise ConfigError(_nothing_fits(question, model))
+        return
+    best = fastest(question, tokens)
+    if best is None:
+        longest = max((question.length(p.setting) for p in longest_of_each(question)), default=0)
+        raise ConfigError(
+            f"--length {tokens:,}: no setting fits {gpus} x {question.gpu.name}; the longest that does is {longest:,} "
+            f"tokens{' in each document of a pair' * (objective == 'dpo')}. More GPUs (--gpus), host memory "
+            f"(--host_gib) or a shorter sample"
+        )
+    others = alternatives(question, best)
+    if png:
+        report.write_png(best, question, png)
+    if json:
+        instead = {key: p and as_json(p, question) for key, p in others.items()}
+        print(json_text.dumps(as_json(best, question) | ({"instead": instead} if instead else {})))
+        return
+    print(report.recipe(best, question, model), end="")
+    parts = memory_parts(best, question)
+    notes = [f"peak while at: {best.memory.moment}", report.bars(parts, question.gpu.memory_gib), "seconds of a step:"]
+    notes.append("  " + ", ".join(f"{name} {s:.2f}" for name, s in best.time.parts.items()))
+    notes += report.instead(others) + report.not_ahead(best)
+    Console(stderr=True, soft_wrap=True, highlight=False).print("\n".join(notes))
+
+
+def _question(
+    model: str,
+    gpus: int,
+    gpu: str,
+    host_gib: float,
+    lora_r: int | None,
+    objective: str,
+    reference: Literal["auto", "adapter_off", "precomputed", "model"],
+    passes: Literal["auto", "one", "two"],
+    kernel: str,
+    documents: int,
+    targets: float,
+    liger: str,
+    length: str | int | None,
+    *,
+    both: bool,
+    charted: bool,
+) -> tuple[Question, int | None]:
+    """The arguments, checked together, and --length in tokens. Raises ConfigError with everything that is wrong."""
+    problems = []
+    if not model:
+        problems.append("--model is missing: a folder with a config.json, or a hub id")
+    if both:
+        problems.append("--lora and --full are both given: one of them")
+    if gpus < 1:
+        problems.append(f"--gpus is {gpus}: at least 1")
+    if lora_r is not None and lora_r < 1:
+        problems.append(f"--lora_r is {lora_r}: at least 1, or --full for no adapters")
+    if host_gib < 0:
+        problems.append(f"--host_gib is {host_gib}: 0 or more")
+    if documents < 1 or not 0 < targets <= 1:
+        problems.append(f"--documents is {documents}, --targets {targets}: expected 1 or more, and a share above 0")
+    tokens = None if length is None else parse_tokens(length)
+    if length is not None and (not isinstance(tokens, int) or tokens < 1):
+        problems.append(f"--length is {length!r}: give tokens, e.g. 65536, 128K or 1M")
+    elif tokens is not None and tokens < documents:
+        problems.append(f"--documents is {documents:,}, --length {tokens:,} tokens: a document has at least one")
+    if charted and length is None:
+        problems.append("--png shows one length: add --length")
+    pairs = objective == "dpo"
+    wrong = "model" if lora_r is not None else "adapter_off"
+    if reference == wrong:
+        problems.append(
+            f"--reference is {reference}, but {'adapters are' if lora_r is not None else 'every weight is'} trained: "
+            f"{'adapter_off' if wrong == 'model' else 'model'} or precomputed"
+        )
+    if not pairs and (reference, passes) != ("auto", "auto"):
+        problems.append("--reference and --passes are for preference pairs: add --objective dpo")
+    rates = None
+    try:
+        rates = Gpu.load(gpu)
+        if kernel and kernel not in rates.attention_tflops:
+            problems.append(f"--kernel is {kernel}: {rates.name} has rates for {', '.join(rates.attention_tflops)}")
+    except ConfigError as error:
+        problems += error.problems
+    if problems or rates is None:
+        raise ConfigError(problems)
+    from ds_longft.model.load import load_config
+
+    hf_config = load_config(ModelConfig(path=model), 1, attn_implementation="eager")
+    sizes = ModelSizes.from_config(hf_config)
+    question = Question(
+        model=sizes,
+        gpu=with_fitting_kernels(rates, sizes, kernel, tokens),
+        gpus=gpus,
+        host_gib=host_gib,
+        lora_r=lora_r,
+        objective=objective,
+        reference=reference_of(DpoConfig(reference=reference), lora=lora_r is not None) if pairs else "none",
+        passes=passes,
+        kernel=kernel,
+        fused=liger == "auto",
+        targets=targets,
+        documents=documents,
+    )
+    return question, tokens
+
+
+def _nothing_fits(question: Question, model: str) -> str:
+    fewer = f", or fewer than {question.documents:,} documents" if question.documents > 1 else ""
+    return (
+        f"{model} does not fit on {question.gpus} x {question.gpu.name} at any length: its weights alone are "
+        f"{2 * question.model.weights / 2**30:.1f} GiB. More GPUs, --lora, or a GPU with more memory{fewer}"
+    )

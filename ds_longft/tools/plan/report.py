@@ -1,0 +1,165 @@
+"""A plan for its reader: the table of longest lengths, the recipe, and the chart of where the memory goes."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from ds_longft.config.yaml_io import dump_yaml
+from ds_longft.decide.of_run import FREE, memory_parts
+from ds_longft.decide.setting import GIB
+from ds_longft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from ds_longft.decide.search import Plan, Question
+
+LEARNING_RATES = {("sft", True): 1e-4, ("sft", False): 1e-5, ("dpo", True): 5e-6, ("dpo", False): 5e-7}
+"""Where to begin, by objective and whether adapters are trained."""
+
+BAR = 40  # characters of the GPU's whole memory
+
+PAIRS = "a pair is two documents of this length, prompt and chosen and prompt and rejected answer, in one pack"
+
+
+def length_table(plans: list[Plan], question: Question) -> Table:
+    """Longest pack of each way, most tokens first within each sp; of pairs, the longest documents."""
+    caption = (
+        f"{question.gpu.name} ({question.gpu.source}); reserve of 6 % not used; tokens/s of all {question.gpus} GPUs"
+    )
+    if question.model.max_positions:
+        caption += (
+            f"\nthe model's window is {question.model.max_positions:,} tokens; for longer documents set model.rope.type"
+        )
+    longest = "longest pack"
+    if question.objective == "dpo":
+        longest = "longest documents"
+        caption += f"\n{PAIRS}; reference: {question.reference}; one pass where not said"
+    table = Table("sp", longest, "recomputation, JSON", "peak GiB", "host GiB", "step s", "tokens/s", caption=caption)
+    for p in sorted(plans, key=lambda p: (p.setting.sp, -p.setting.tokens)):
+        table.add_row(
+            str(p.setting.sp),
+            f"{question.length(p.setting):,}",
+            p.label,
+            f"{p.memory.peak_gib:.1f}",
+            f"{p.memory.host * p.setting.world / GIB:.0f}",
+            f"{p.time.total_s:.1f}",
+            f"{p.time.tokens_per_s:,.0f}",
+        )
+    return table
+
+
+def bars(parts: dict[str, float], total_gib: float) -> str:
+    """A line for each part: name, bar, GiB."""
+    width = max(map(len, parts))
+    return "\n".join(
+        f"  {name:<{width}} {'#' * round(BAR * gib / total_gib):<{BAR}} {gib:7.1f} GiB" for name, gib in parts.items()
+    )
+
+
+def write_png(plan: Plan, question: Question, path: str | Path) -> None:
+    """The same as one stacked bar, a PNG. Raises ConfigError where it cannot be written."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 2.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    left = 0.0
+    for name, gib in memory_parts(plan, question).items():
+        (bar,) = axes.barh([0], [gib], left=left, label=f"{name} {gib:.1f}")
+        if name == FREE:
+            bar.set(facecolor="white", edgecolor="gray", hatch="//")
+        left += gib
+    x = plan.setting
+    axes.set(yticks=[], xlabel="GiB", xlim=(0, question.gpu.memory_gib))
+    axes.set_title(
+        f"{length_in_words(plan, question)}, sp {x.sp}, {plan.label}, {question.gpu.name}, at {plan.memory.moment}",
+        fontsize=9,
+    )
+    axes.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.35), fontsize=8, frameon=False)
+    try:
+        figure.savefig(path, dpi=120, format="png")
+    except OSError as error:
+        raise ConfigError(f"--png {path} cannot be written: {error.strerror}") from None
+
+
+def length_in_words(plan: Plan, question: Question) -> str:
+    """Tokens of a pack; of pairs those of its documents too."""
+    tokens = f"{plan.setting.tokens:,} tokens"
+    return tokens if question.objective == "sft" else f"pairs of 2 x {question.length(plan.setting):,} = {tokens}"
+
+
+def recipe(plan: Plan, question: Question, model: str) -> str:
+    """The plan as a run config, ready but for the data."""
+    x = plan.setting
+    train: dict[str, Any] = {"recompute": x.recompute}
+    if x.recompute == "every_k":
+        train["recompute_every"] = x.every
+    if plan.memory.host and x.host_gib:
+        train["offload_host_gib"] = min(x.host_gib, math.ceil(plan.memory.host * x.world / GIB))
+    if x.tile_tokens:
+        train["mlp_tile_tokens"] = x.tile_tokens
+    if x.kv_heads:
+        train["kv_heads_at_a_time"] = x.kv_heads
+    pairs = question.objective == "dpo"
+    max_length, window = question.length(x), question.model.max_positions
+    stretch: dict[str, Any] = {"rope": {"type": "abf"}} if window and max_length > window else {}
+    asked = {"kernel": question.kernel} if question.kernel else {}
+    if not question.fused:
+        asked["liger"] = "off"
+    content: dict[str, Any] = {
+        "ds_config": plan.ds_config,
+        "output_dir": "runs/planned",
+        "sp": x.sp,
+        **({"objective": "dpo", "dpo": {"reference": x.reference, "passes": x.passes}} if pairs else {}),
+        "model": {"path": model, **asked, **stretch},
+        "lora": None if x.lora_r is None else {"r": x.lora_r, "alpha": 2 * x.lora_r},
+        "data": {"train": ["data/train.jsonl"], "max_length_tokens": max_length},
+        "optim": {"learning_rate": LEARNING_RATES[question.objective, x.lora_r is not None]},
+        "train": train,
+    }
+    head = (
+        f"# Planned for {question.gpus} x {question.gpu.name} ({question.gpu.source}), "
+        f"{length_in_words(plan, question)} a pack:\n"
+        f"# peak {plan.memory.peak_gib:.1f} of {question.gpu.memory_gib:.1f} GiB, {plan.time.total_s:.1f} s a step "
+        f"with {x.kernel}, {plan.time.tokens_per_s:,.0f} tokens/s of all GPUs, {x.dp} pack{'s' * (x.dp > 1)} a step.\n"
+    )
+    if stretch:
+        head += (
+            f"# The model's window is {window:,} tokens: model.rope stretches it, and training has to teach its use.\n"
+        )
+    if x.reference == "precomputed":
+        head += "#   ds-longft data ref_logps --config this.yaml --data.train my.jsonl\n"
+    return head + "#   deepspeed launch/train.py --config this.yaml --data.train my.jsonl\n" + dump_yaml(content)
+
+
+def instead(others: Mapping[str, Plan | None]) -> list[str]:
+    """A line for each key of `search.alternatives`."""
+    lines = [
+        f"  {key}: {p.time.tokens_per_s:,.0f} tokens/s, peak {p.memory.peak_gib:.1f} GiB, sp {p.setting.sp}, {p.label}"
+        if p
+        else f"  {key}: does not fit"
+        for key, p in others.items()
+    ]
+    return ["the fastest at this length with", *lines] if lines else []
+
+
+def not_ahead(plan: Plan) -> list[str]:
+    """What a live reference costs beside its pass, where ZeRO-3 gathers weights in each pass.
+
+    DeepSpeed keeps one order of modules, from one pass to the next. A second model's never fits the model's; without
+    adapters it is the beginning of the model's, but in one pass it is what DeepSpeed learns, and then it is too short.
+    """
+    x = plan.setting
+    alike = x.reference == "adapter_off" and x.passes == "two"
+    if x.reference not in ("adapter_off", "model") or alike or x.stage < 3 or x.resident or x.world == 1:
+        return []
+    return [
+        "with this reference DeepSpeed forgets the order of the weights in each step of ZeRO-3 and fetches them when",
+        "they are needed, not ahead; dpo.reference: precomputed has them fetched ahead",
+    ]

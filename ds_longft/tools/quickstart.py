@@ -1,0 +1,73 @@
+"""The job of the bare command: a small real model, real long-code data, nothing to download but Python packages.
+
+Its settings are recipes/quickstart.yaml (recipes/quickstart_gpu.yaml where there is a GPU). What such a recipe names in
+the quickstart's folder is made here on first use: the model out of a Python package, the rows out of the Python
+standard library's source on this machine.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ds_longft.config.run_config import RunConfig
+
+CACHE = "~/.cache/ds_longft/quickstart"
+MODEL = "SmolLM2-135M-Instruct"
+TRAIN_ROWS, EVAL_ROWS = 64, 3
+QUESTIONS = 4  # a row: with one alone, a step would have a few dozen targets and a loss that jumps
+CODE_SET = re.compile(r"code-(train|eval)-(\d+)\.jsonl")  # part, longest row in tokens
+
+
+def recipe(*, has_gpu: bool) -> str:
+    """The run config of the quickstart on this machine."""
+    return "recipes/quickstart_gpu.yaml" if has_gpu else "recipes/quickstart.yaml"
+
+
+def prepare(config: RunConfig, cache: str = CACHE) -> None:
+    """Make what the config names in the quickstart's folder and is not there yet: model, code-<part>-<tokens>.jsonl.
+
+    Does nothing for other configs. Safe when every rank of a launch calls it: one works, the others wait.
+
+    Raises:
+        ModelError: the model's package is neither installed nor to be had.
+        DataError: the rows are too short to hold a question.
+    """
+    folder = Path(cache).expanduser()
+    wants_model = Path(config.model.path).expanduser() == folder / MODEL
+    paths = [Path(source.path).expanduser() for source in config.data.train + config.data.eval]
+    sets = {path: match for path in paths if path.parent == folder and (match := CODE_SET.fullmatch(path.name))}
+    if not wants_model and not sets:
+        return
+    from filelock import FileLock
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        if wants_model or any(not path.exists() for path in sets):
+            from ds_longft.tools.smollm2 import prepare_smollm2
+
+            prepare_smollm2(folder)
+        for path, match in sets.items():
+            if not path.exists():
+                _write_rows(path, match, folder / MODEL)
+
+
+def _write_rows(path: Path, match: re.Match[str], model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from ds_longft.tools.make_data.synth.code import write_code_set
+
+    part, tokens = match.groups()
+    rows = TRAIN_ROWS if part == "train" else EVAL_ROWS
+    print(
+        f"making {path}: {rows} rows of up to {int(tokens):,} tokens, questions about the Python standard library",
+        flush=True,
+    )
+    write_code_set(
+        path,
+        rows=rows,
+        context_tokens=int(tokens),
+        questions=QUESTIONS,
+        part="train" if part == "train" else "eval",
+        tokenizer=AutoTokenizer.from_pretrained(model),
+    )

@@ -1,0 +1,62 @@
+"""`ds-longft report RUN`: write the page and the markdown beside the run's files."""
+
+from __future__ import annotations
+
+import json as json_text
+import os
+import time
+from pathlib import Path
+
+from ds_longft.errors import ConfigError
+from ds_longft.tools.report.facts import RunFacts, gather_facts
+from ds_longft.tools.report.markdown import markdown_page
+from ds_longft.tools.report.page import html_page
+
+CARD_MARK = "<!-- ds-longft report -->"
+
+
+def report(run: str, *, out: str | None = None, watch: int = 0, card: bool = False, json: bool = False) -> None:
+    """Write RUN/report.html, one file that opens anywhere without a network, and RUN/report.md with the same facts.
+
+    Works for a run that is still going; the page then loads itself again, and with --watch it is made anew.
+
+    Args:
+        run: output folder of a training run.
+        out: another place for the page, e.g. page.html; the markdown goes beside it.
+        watch: make it again every so many seconds, until the run has ended.
+        card: put the markdown at the end of the run's model card (RUN/README.md) as well.
+        json: print one JSON object with the paths and the status.
+    """
+    if watch < 0:
+        raise ConfigError(f"--watch is {watch}: expected seconds")
+    folder = Path(run).expanduser()
+    page = Path(out).expanduser() if out else folder / "report.html"
+    if out and (page.suffix != ".html" or not page.parent.is_dir()):
+        raise ConfigError(f"--out is {out}: expected a file .html in a folder that is there")
+    while True:
+        facts = gather_facts(folder)
+        write_report(facts, page)
+        if not (watch and facts.running):
+            break
+        time.sleep(watch)
+    if card:
+        _add_to_card(facts, folder / "README.md")
+    text = page.with_suffix(".md")
+    if json:
+        print(json_text.dumps({"page": str(page), "markdown": str(text), "status": facts.status}))
+    else:
+        print(f"{page}  {page.stat().st_size / 1024:.0f} KiB ({facts.status})\n{text}")
+
+
+def write_report(facts: RunFacts, page: Path) -> None:
+    """Both files, each complete or as before: a browser may be reading."""
+    for path, text in ((page, html_page(facts)), (page.with_suffix(".md"), markdown_page(facts))):
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def _add_to_card(facts: RunFacts, card: Path) -> None:
+    """The report behind the model card's own text; an earlier one is replaced."""
+    own = card.read_text(encoding="utf-8").partition(CARD_MARK)[0] if card.is_file() else ""
+    card.write_text(f"{own.rstrip()}\n\n{CARD_MARK}\n\n{markdown_page(facts)}", encoding="utf-8")

@@ -1,0 +1,250 @@
+"""The page: one HTML file with everything in it. No network, no fonts, no pictures beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+from ds_longft.tools.report.charts import Line, bar_chart, heat_table, line_chart
+from ds_longft.tools.report.facts import Evaluation, RunFacts
+from ds_longft.tools.report.tables import (
+    Pairs,
+    data_rows,
+    differences_line,
+    evaluation_rows,
+    overview,
+    progress,
+    reproduce,
+    settings_line,
+)
+from ds_longft.train.smooth import FEWEST, running_mean, steps_of_a_mean
+
+REFRESH_S = 30
+TITLES = {
+    "perplexity": "Loss by position",
+    "needle": "Needles",
+    "needle-multi": "Several needles at once",
+    "needle-hop": "Needles in a chain",
+    "short": "Short questions and texts",
+    "longbench": "LongBench",
+    "longbench-e": "LongBench-E",
+}
+
+
+def html_page(facts: RunFacts) -> str:
+    """The whole page of a run, finished or not."""
+    sections = [
+        ("Run", _run(facts)),
+        ("Training", _training(facts)),
+        ("Data", _data(facts)),
+        *((_title(e), _evaluation(e)) for e in _in_order(facts.evaluations)),
+        ("Samples", _samples(facts)),
+        ("Again", _again(facts)),
+    ]
+    shown = [(f"s{i}", title, body) for i, (title, body) in enumerate(sections) if body]
+    links = "".join(f'<a href="#{key}">{escape(title)}</a>' for key, title, _ in shown)
+    bodies = "".join(f'<section><h2 id="{key}">{escape(title)}</h2>{body}</section>' for key, title, body in shown)
+    refresh = f'<meta http-equiv="refresh" content="{REFRESH_S}">' if facts.running else ""
+    good = "good" if facts.status.startswith(("done", "running")) else "bad"
+    error = f"<pre>{escape(facts.error)}</pre>" if facts.error else ""
+    error += "".join(f"<p class=bad>{escape(problem)}</p>" for problem in facts.unreadable)
+    style, script = (
+        files("ds_longft.tools.report").joinpath(name).read_text("utf-8") for name in ("page.css", "page.js")
+    )
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"{refresh}<title>{escape(facts.folder.name)}: {escape(facts.status)}</title>"
+        f"<style>{style}</style></head><body>"
+        '<a class="skip" href="#s0">Skip to the content</a>'
+        f"<header><h1>{escape(facts.folder.name)}</h1>"
+        f'<p class="status {good}">{escape(facts.status)}</p>{error}</header>'
+        f"<nav aria-label=Sections>{links}</nav><main>{bodies}</main><script>{script}</script></body></html>\n"
+    )
+
+
+def _run(facts: RunFacts) -> str:
+    tiles = "".join(
+        f"<div class=tile><span>{escape(name)}</span><b>{escape(value)}</b></div>" for name, value in progress(facts)
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
+    more = [("versions", versions)] if versions else []
+    if facts.checkpoints:
+        more.append(("checkpoints", ", ".join(facts.checkpoints)))
+    return f"<div class=tiles>{tiles}</div>{_facts_table([*overview(facts), *more])}"
+
+
+def _training(facts: RunFacts) -> str:
+    def line(key: str, label: str, style: int = 0) -> Line:
+        return Line(label, [(r["step"], r[key]) for r in facts.steps if r.get(key) is not None], style)
+
+    held_out = Line("held out", _held_out(facts, "eval_loss"), 1)
+    planned = facts.plan and facts.plan.get("peak_gib")
+    level = (f"planned {planned:.1f}", float(planned)) if isinstance(planned, int | float) else None
+    step = "optimizer step"
+    losses = [line("loss", "training")]
+    points = losses[0].points
+    if len(points) >= FEWEST:
+        count = steps_of_a_mean(len(points))
+        losses = [Line("each step", points, 4), Line(f"mean of {count}", running_mean(points, count))]
+    charts = [
+        line_chart([*losses, held_out], name="Loss", x_label=step, y_label="per target token or pair"),
+        line_chart(
+            [line("learning_rate", "learning rate")], name="Learning rate", x_label=step, y_label="", from_zero=True
+        ),
+        line_chart(
+            [line("grad_norm", "norm")], name="Gradient norm", x_label=step, y_label="before clipping", from_zero=True
+        ),
+        line_chart(
+            [line("tokens_per_s_per_gpu", "tokens/s")],
+            name="Speed",
+            x_label=step,
+            y_label="tokens/s a rank",
+            from_zero=True,
+        ),
+        line_chart(
+            [line("peak_gib", "peak so far, fullest rank")],
+            name="Memory",
+            x_label=step,
+            y_label="GiB a rank",
+            level=level,
+            from_zero=True,
+        ),
+        line_chart(
+            [line("padding_percent", "padding", 0), line("data_wait_percent", "waiting for data", 1)],
+            name="Padding and balance",
+            x_label=step,
+            y_label="percent of tokens, percent of time",
+            from_zero=True,
+        ),
+    ]
+    if any("rewards/accuracies" in r for r in facts.steps):  # preference pairs
+        pairs = [
+            line("rewards/accuracies", "training"),
+            Line("held out", _held_out(facts, "eval_rewards/accuracies"), 1),
+        ]
+        charts.insert(1, line_chart(pairs, name="Accuracy", x_label=step, y_label="share of pairs", from_zero=True))
+    return f"<div class=pair>{''.join(charts)}</div>" if any(charts) else ""
+
+
+def _held_out(facts: RunFacts, key: str) -> list[tuple[float, float]]:
+    return [(r["step"], r[key]) for r in facts.held_out if r.get(key) is not None]
+
+
+def _data(facts: RunFacts) -> str:
+    parts = []
+    for name, statistics in facts.data.items():
+        bars = [(f"up to {int(up_to):,}", count) for up_to, count in statistics.get("rows_up_to_tokens", {}).items()]
+        chart = bar_chart(bars, name="tokens of a row", unit="rows")
+        parts.append(f"<div><h3>{escape(name)}</h3>{_facts_table(data_rows(statistics))}{chart}</div>")
+    return f"<div class=pair>{''.join(parts)}</div>" if parts else ""
+
+
+def _evaluation(evaluation: Evaluation) -> str:
+    results = evaluation.pair
+    different = differences_line(evaluation)
+    notes = f"<p class=bad>{escape(different)}</p>" if different else ""
+    made = _details(
+        "How it was made",
+        "".join(
+            f"<p><b>{label}</b> <small>{escape('; '.join((r['model'], r['date'], settings_line(r))))}</small></p>"
+            for label, r in results
+        ),
+    )
+    columns, rows = evaluation_rows(evaluation)
+    table = f"<div class=wide>{_table(columns, rows)}</div>"
+    picture = ""
+    if evaluation.kind == "perplexity":
+        picture = line_chart(
+            [Line(label, _curve(r), 1 - i) for i, (label, r) in enumerate(results)],
+            name="Loss by position",
+            x_label="position, tokens",
+            y_label="nats a token",
+        )
+    elif evaluation.kind == "needle":
+        languages = dict.fromkeys(language for _, r in results for language in r["grid"])
+        grids = [grid for language in languages for grid in _heat(results, language)]
+        picture = f"<div class=heats>{''.join(f'<div class=wide>{grid}</div>' for grid in grids)}</div>"
+    long = len(rows) > 12
+    return notes + picture + (_details(f"{len(rows)} numbers", table) if long and picture else table) + made
+
+
+def _curve(result: dict[str, Any]) -> list[tuple[float, float]]:
+    edges, values = result["edges_tokens"], result["loss_by_bucket"]
+    return [((edges[i] + edges[i + 1]) / 2, v) for i, v in enumerate(values) if v is not None]
+
+
+def _heat(results: Sequence[tuple[str, dict[str, Any]]], language: str) -> Iterable[str]:
+    """Grids of one language, before and after next to each other."""
+    for label, result in results:
+        columns = [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in result["lengths"]]
+        grid = result["grid"].get(language, [])
+        rows = [(f"{100 * depth:g} %", values) for depth, values in zip(result["depths"], grid, strict=False)]
+        if rows:
+            yield heat_table(columns, rows, name=f"{label}, {language}: exact, %", corner="depth")
+
+
+def _samples(facts: RunFacts) -> str:
+    parts = []
+    if facts.sample:
+        s = facts.sample
+        origin = f"<small>{escape(s['origin'])}, {s['tokens']:,} tokens; the trained part is green</small>"
+        text = f"… {escape(s['before'])}<span class=right>{escape(s['trained'])}</span>"
+        parts.append(_details("A training row", f"{origin}<pre>{text}</pre>", opened=True))
+    for evaluation in _in_order(facts.evaluations):
+        for label, result in evaluation.pair:
+            if result.get("samples"):
+                body = "".join(_sample(sample) for sample in result["samples"])
+                parts.append(_details(f"{_title(evaluation)}, {label}", f"<ul>{body}</ul>"))
+    return "".join(parts)
+
+
+def _sample(sample: dict[str, Any]) -> str:
+    right = sample.get("exact", sample.get("right"))
+    wanted = sample["answer"] if sample["answers"] is None else ", ".join(sample["answers"])
+    place = ""
+    if sample["length_tokens"] is not None:
+        depths = ", ".join(f"{100 * d:.0f} %" for d in sample["stands_at"])
+        place = (
+            f"<small>{sample['length_tokens']:,} tokens, at {depths}: {escape(' '.join(sample['hidden']))}</small><br>"
+        )
+    verdict = "right" if right else "wrong"
+    return (
+        f"<li>{place}{escape(sample['question'])}<br>expected {escape(wanted)}, "
+        f"<span class={verdict}>{verdict}: {escape(sample['reply'])}</span></li>"
+    )
+
+
+def _again(facts: RunFacts) -> str:
+    commands = f"<pre>{escape(chr(10).join(reproduce(facts)))}</pre>"
+    return commands + _details("config.yaml", f"<pre>{escape(facts.config_text)}</pre>")
+
+
+def _title(evaluation: Evaluation) -> str:
+    title = TITLES.get(evaluation.kind, evaluation.kind)
+    return title if evaluation.name == evaluation.kind else f"{title}: {evaluation.name}"
+
+
+def _in_order(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    order = list(TITLES)
+    return sorted(evaluations, key=lambda e: (order.index(e.kind) if e.kind in order else len(order), e.name))
+
+
+def _facts_table(pairs: Pairs) -> str:
+    rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in pairs)
+    return f"<table class=facts>{rows}</table>"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(c)}</th>" for c in columns)
+    body = "".join(
+        f"<tr><th>{escape(row[0])}</th>" + "".join(f"<td class=num>{escape(c)}</td>" for c in row[1:]) + "</tr>"
+        for row in rows
+    )
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _details(title: str, body: str, *, opened: bool = False) -> str:
+    return f"<details{' open' if opened else ''}><summary>{escape(title)}</summary>{body}</details>"

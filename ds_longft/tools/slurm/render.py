@@ -1,0 +1,195 @@
+"""`ds-longft slurm render|submit`: `launch/*.sbatch` filled from a run config, checked before they wait in a queue."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from string import Template
+
+from ds_longft.config.check import preflight
+from ds_longft.config.run_config import RunConfig
+from ds_longft.config.settings import load_config
+from ds_longft.config.shipped import find_file
+from ds_longft.errors import ConfigError
+
+TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}")
+NAME = re.compile(r"[\w.,-]+")
+
+
+def render(
+    config: str,
+    nodes: int = 1,
+    gpus_per_node: int = 8,
+    time: str = "24:00:00",
+    partition: str | None = None,
+    account: str | None = None,
+    signal_s: int = 300,
+    max_crashes: int = 3,
+    cpus_per_gpu: int = 8,
+    device: str = "cuda",
+    out: str | None = None,
+    submit: bool = False,
+) -> None:
+    """Print (or write to --out, or --submit) the sbatch script that trains this run config, one srun task for each GPU.
+
+    What can be checked without the nodes is checked: the config, the DeepSpeed JSON, the model's heads against sp,
+    and that sp groups stay inside a node where they fit.
+
+    Args:
+        config: the run's YAML.
+        nodes: machines.
+        gpus_per_node: GPUs, and ranks, on each.
+        time: limit of one start, as sbatch takes it. The run goes on in the next one.
+        partition: of your cluster; left out: its default.
+        account: that is charged; left out: your default.
+        signal_s: seconds before the limit at which SLURM asks the ranks to save and stop.
+        max_crashes: requeue after a crash that made progress at most so often; after a planned stop always.
+        cpus_per_gpu: cores for each rank.
+        device: cuda, or cpu for a rehearsal without GPUs.
+        out: file to write.
+        submit: keep the script in the output folder as job.sbatch, and hand it to sbatch (`ds-longft slurm submit`).
+    """
+    script = fill(
+        config, nodes=nodes, gpus_per_node=gpus_per_node, time=time, partition=partition, account=account,
+        signal_s=signal_s, max_crashes=max_crashes, cpus_per_gpu=cpus_per_gpu, device=device,
+    )  # fmt: skip
+    if submit and out is not None:
+        raise ConfigError(f"--out is {out}: with --submit the script lies in the output folder")
+    if submit:
+        _submit(script, config)
+    elif out is None:
+        print(script, end="")
+    else:
+        Path(out).write_text(script)
+        print(f"written: {out}. Hand it in with: sbatch {shlex.quote(out)}")
+
+
+def _submit(script: str, config: str) -> None:
+    """Keep the script in the output folder as job.sbatch, and hand it to sbatch."""
+    if shutil.which("sbatch") is None:
+        raise ConfigError(
+            "there is no sbatch here: run this on a login node, or use `ds-longft slurm render --out job.sbatch`"
+        )
+    folder = Path(load_config(["--config", config]).output_dir).expanduser().absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "job.sbatch"
+    path.write_text(script)
+    done = subprocess.run(["sbatch", str(path)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ConfigError(f"sbatch refused {path}: {done.stderr.strip()}")
+    print(f"{done.stdout.strip()}; script: {path}; log: {folder}/slurm-<job>.log")
+
+
+def limit_s(time: str) -> int:
+    """Seconds of a SLURM time: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
+    days, _, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    units = (3600, 60, 1) if days or len(parts) == 3 else (60, 1)
+    return 86_400 * int(days or 0) + sum(n * unit for n, unit in zip(parts, units, strict=False))
+
+
+def fill(
+    config: str,
+    *,
+    nodes: int,
+    gpus_per_node: int,
+    time: str,
+    partition: str | None,
+    account: str | None,
+    signal_s: int,
+    max_crashes: int,
+    cpus_per_gpu: int,
+    device: str,
+) -> str:
+    """The script's text. Raises ConfigError with everything that keeps the run from working on that many GPUs."""
+    problems = []
+    for key, value in (
+        ("nodes", nodes),
+        ("gpus_per_node", gpus_per_node),
+        ("signal_s", signal_s),
+        ("cpus_per_gpu", cpus_per_gpu),
+    ):
+        if value < 1:
+            problems.append(f"--{key} is {value}: give 1 or more")
+    if not TIME.fullmatch(str(time)):
+        problems.append(f"--time is {time!r}: give minutes, hours:minutes:seconds or days-hours:minutes:seconds")
+    elif 0 < limit_s(str(time)) <= signal_s:  # 0 is no limit
+        problems.append(
+            f"--signal_s is {signal_s}, not less than --time ({time}): every start would be told to stop at once"
+        )
+    for key, name in (("partition", partition), ("account", account)):
+        if name and not NAME.fullmatch(name):
+            problems.append(f"--{key} is {name!r}: give letters, digits, '_', '-', '.' and ','")
+    if max_crashes < 0:
+        problems.append(f"--max_crashes is {max_crashes}: give 0 or more")
+    if device not in ("cuda", "cpu"):
+        problems.append(f"--device is {device!r}: give cuda or cpu")
+    if problems:
+        raise ConfigError(problems)
+    check = partial(
+        preflight,
+        world=nodes * gpus_per_node,
+        local_world=gpus_per_node,
+        device="cuda" if device == "cuda" else "cpu",
+    )
+    run = load_config(["--config", config], check)
+    _, sp = check(run)
+    _check_groups(run, sp, nodes, gpus_per_node)
+    if run.train.resume != "auto":
+        raise ConfigError(
+            f"train.resume is {run.train.resume}: every start of the job would do the same steps again. Set it to "
+            "auto; to begin at another step, start once by hand"
+        )
+    if run.train.save_every_steps is None:
+        print(
+            "note: train.save_every_steps is not set, so a crash costs everything since the last stop", file=sys.stderr
+        )
+    template = "slurm.sbatch" if nodes == 1 else "slurm_multinode.sbatch"
+    folder = Path(run.output_dir).expanduser().absolute()
+    options = {"--partition": partition, "--account": account}
+    return _Script(find_file(f"launch/{template}").read_text()).substitute(
+        JOB=re.sub(r"[^\w.-]", "_", folder.name),
+        NODES=nodes,
+        TASKS=gpus_per_node,
+        CPUS=cpus_per_gpu,
+        GPUS=f"#SBATCH --gpus-per-node={gpus_per_node}"
+        if device == "cuda"
+        else "# no GPUs asked for: a rehearsal on CPUs",
+        TIME=time,
+        SIGNAL=signal_s,
+        OPTIONS="\n".join(f"#SBATCH {k}={v}" for k, v in options.items() if v)
+        or "# partition and account: your defaults",
+        FOLDER=shlex.quote(str(folder)),
+        WHERE=shlex.quote(os.getcwd()),
+        PYTHON=shlex.quote(sys.executable),
+        CONFIG=shlex.quote(str(Path(config).absolute())),
+        CRASHES=max_crashes,
+        DEVICE="unset DS_ACCELERATOR" if device == "cuda" else "export DS_ACCELERATOR=cpu",
+    )
+
+
+class _Script(Template):
+    """Blanks are written @{NAME}: the shell has the dollar sign."""
+
+    delimiter = "@"
+
+
+def _check_groups(run: RunConfig, sp: int, nodes: int, gpus_per_node: int) -> None:
+    """Ranks that share a sample talk in every layer: inside a node whenever they fit there."""
+    if sp <= gpus_per_node and gpus_per_node % sp:
+        fitting = [d for d in range(1, gpus_per_node + 1) if gpus_per_node % d == 0]
+        raise ConfigError(
+            f"sp is {sp}, which does not divide the {gpus_per_node} GPUs of a node: groups would straddle nodes; "
+            f"possible are {', '.join(map(str, fitting))}, or a multiple of {gpus_per_node}"
+        )
+    if sp > gpus_per_node and sp % gpus_per_node:
+        raise ConfigError(
+            f"sp is {sp}, more than the {gpus_per_node} GPUs of a node and no multiple of them: give a multiple, up to "
+            f"{nodes * gpus_per_node}"
+        )

@@ -1,0 +1,101 @@
+"""Checks 1 to 5 on a live engine, built as the run would build it; at the end its weights are saved for check 6."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from transformers import PretrainedConfig
+
+from ds_longft.exactness.engine_step import Gradients, step_gradients, weights_held, without_dropout
+from ds_longft.exactness.finding import TOLERANCE, Finding
+from ds_longft.exactness.gradients import Suspects, judge
+from ds_longft.exactness.isolation import check_borders, check_isolation
+from ds_longft.exactness.labels import check_labels
+from ds_longft.exactness.packs import in_two, two_documents, weight_of
+from ds_longft.model.load import load_config
+from ds_longft.tools.verify.dropout import check_dropout
+from ds_longft.tools.verify.kernel_error import Asked, asked_of_attention
+from ds_longft.tools.verify.positions import check_positions
+from ds_longft.tools.verify.reference import Reference
+from ds_longft.tools.verify.subject import Subject, wake_adapters
+from ds_longft.train.engine import Built, build
+from ds_longft.train.install import decided, keep_resident, known_run
+from ds_longft.train.memory import own_memory_gib
+from ds_longft.train.step import backpropagate
+from ds_longft.train.weights import ModelWriter
+
+
+def check_engine(
+    subject: Subject, checks: frozenset[int], reference: Reference | None, work: Path
+) -> tuple[dict[int, list[Finding]], PretrainedConfig, list[Asked]]:
+    """Findings by number of check, the model's config, and what its layers ask of attention. Collective.
+
+    The engine is gone when this returns; `work` holds what it saved, if check 6 is asked for.
+    """
+    layout, device, gather = subject.layout, subject.device, subject.agreement.gather
+    hf_config = load_config(subject.config.model, subject.config.data.max_length_tokens, attn_implementation="eager")
+    memory_gib, _ = own_memory_gib(device)
+    keep_resident(subject.settings, subject.config, hf_config, memory_gib)  # the engine that the run will have
+    known = known_run(subject.config, subject.settings.engine, hf_config, layout, device, memory_gib=memory_gib)
+    decisions = decided(known, device)
+    built = build(subject.config, subject.settings.engine, layout, device, prepare=wake_adapters, decisions=decisions)
+    engine, pack = built.engine, subject.packs[0]
+    found: dict[int, list[Finding]] = {}
+    if 5 in checks:  # first: the random state is still the one a run starts with
+        found[5] = check_dropout(engine, pack, layout, device, backpropagate, gather)
+    if 1 in checks and reference is not None:
+        with weights_held(engine), without_dropout(engine.module):
+            found[1] = _check_gradients(subject, built, reference)
+    if 2 in checks:
+        vocab = built.hf_config.vocab_size
+        neighbours = two_documents(pack, layout.sp)
+        found[2] = [check_borders(subject.step.packs, gather)]
+        found[2] += check_isolation(engine, neighbours, layout, device, TOLERANCE[subject.dtype].leak, vocab)
+    if 3 in checks:
+        found[3] = check_labels(subject.step.packs, subject.step.total_weight, layout, gather)
+    if 4 in checks:
+        found[4] = check_positions(engine, built.hf_config, subject.step.packs, pack, layout, device, gather)
+    asked = asked_of_attention(engine, pack, layout, device)
+    if 6 in checks:
+        ModelWriter(built.model, subject.tokenizer, subject.agreement).write_all(work, print)
+    engine.destroy()
+    return found, built.hf_config, asked
+
+
+def _check_gradients(subject: Subject, built: Built, reference: Reference) -> list[Finding]:
+    """Check 1: one step in four ways, each against the reference."""
+    layout, packs, tolerance = subject.layout, subject.packs, TOLERANCE[subject.dtype]
+    alone = replace(layout, sp=1, group=None)
+    weight = weight_of(packs)
+
+    def run(kind: str) -> Gradients:
+        match kind:
+            case "one":  # every rank does all of it: world times the weight
+                mine, split, divisor = packs, alone, weight * layout.world
+            case "dp":
+                mine, split, divisor = packs[layout.rank :: layout.world], alone, weight
+            case "sp":
+                mine, split, divisor = packs[layout.dp_rank :: layout.dp], layout, weight
+            case _:  # each pack's documents in two packs
+                halves = [half for pack in packs for half in in_two(pack, layout.sp)]
+                mine, split, divisor = halves[layout.dp_rank :: layout.dp], layout, weight
+        return step_gradients(built.engine, backpropagate, mine, divisor, split, subject.device)
+
+    rounding = None
+    findings: list[Finding] = []
+    ways = {"one": "one process"}
+    if layout.world > 1:
+        ways |= {"dp": f"dp {layout.world}", "sp": f"sp {layout.sp}" + (f" dp {layout.dp}" if layout.dp > 1 else "")}
+    ways["halves"] = f"sp {layout.sp}, accumulation split in two"
+    for kind, name in ways.items():
+        ours = run(kind)
+        if layout.rank:
+            continue
+        means = reference.means_of_means(packs, layout) if kind == "sp" and packs[0].pairs is None else ()
+        suspects = Suspects(alone if kind in ("one", "dp") else layout, ours.loss, means)
+        rows, apart = judge(name, ours, reference.gradients, tolerance, cause=suspects.cause, rounding=rounding)
+        findings += rows
+        if kind == "one":
+            rounding = apart
+    return subject.agreement.broadcast(findings)

@@ -1,0 +1,147 @@
+"""The yardstick: the same weights in float32 through transformers' own attention, each document alone, on one process.
+
+No packing, no sharding, no exchange, no kernel of ours, no chunked loss, no engine. What is shared with a run is the
+loading of the weights and the placing of adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from ds_longft.batch import Pack
+from ds_longft.config.run_config import RunConfig
+from ds_longft.exactness.engine_step import Gradients, without_dropout
+from ds_longft.exactness.isolation import decoder_of
+from ds_longft.layout import ParallelLayout
+from ds_longft.model.load import load_config, load_model, trained_rows
+from ds_longft.model.lora import add_lora
+from ds_longft.model.rope_lengths import set_rope_lengths
+from ds_longft.tools.verify.subject import wake_adapters
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What one process computes."""
+
+    gradients: Gradients
+    token_losses: list[NDArray[np.float64]]
+    """For each pack [S]: w * ce of every token, 0 where nothing is trained."""
+
+    def means_of_means(self, packs: Sequence[Pack], layout: ParallelLayout) -> tuple[float, float]:
+        """What a frequent mistake would show: each rank divides by its own weight, then ranks are averaged.
+
+        Once in the whole step, or in each micro-step.
+        """
+        sums, weights = (np.zeros((len(packs), layout.sp)) for _ in range(2))
+        for i, pack in enumerate(packs):
+            parts = [pack.part(layout.sp, rank) for rank in range(layout.sp)]
+            sums[i] = [self.token_losses[i][part].sum() for part in parts]
+            weights[i] = [pack.loss_weights[part].sum(dtype=np.float64) for part in parts]
+        by_rank = [  # packs of one dp rank
+            (sums[r :: layout.dp].sum(0) / np.maximum(weights[r :: layout.dp].sum(0), 1e-30)).mean()
+            for r in range(layout.dp)
+        ]
+        return float(np.mean(by_rank)), float((sums / np.maximum(weights, 1e-30)).mean())
+
+
+def reference_model(config: RunConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The run's model, rounded to the run's type, then in float32; its adapters too."""
+    hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation="sdpa")
+    hf_config._attn_implementation = attention_name(hf_config)
+    model: Any = load_model(
+        config.model, hf_config, ds_engine_config=None, dtype=dtype, device=device, seed=config.seed
+    )
+    if config.lora is not None:
+        rows = trained_rows(config.model)
+        model = add_lora(model, config.lora, seed=config.seed, revision=config.model.revision, train_rows=rows)
+        wake_adapters(model)
+    return in_float32(model)
+
+
+def in_float32(model: nn.Module) -> nn.Module:
+    """Weights in float32, on the GPU kept small by recomputing layers."""
+    model = model.float()
+    if next(model.parameters()).device.type == "cuda":
+        base: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def attention_name(hf_config: Any) -> str:
+    """transformers' own attention that honours all the config asks for: its sdpa knows neither softcap nor sinks."""
+    softcap = getattr(hf_config, "attn_logit_softcapping", None)
+    return "eager" if softcap or hf_config.model_type == "gpt_oss" else "sdpa"
+
+
+Scales = Callable[[nn.Module, Pack], tuple[float, dict[int, float]]]
+"""For a pack of pairs: the sum of their losses, and what each document's token losses are multiplied with."""
+
+
+def reference_step(
+    model: nn.Module,
+    packs: Sequence[Pack],
+    total_weight: float,
+    device: torch.device,
+    rank: int,
+    world: int,
+    pair_scales: Scales | None = None,
+) -> Reference:
+    """Loss and gradients of one step over `packs`; ranks share the packs out and add up. Collective."""
+    token_losses = [np.zeros(pack.tokens) for pack in packs]
+    of_pairs = torch.zeros((), dtype=torch.float64, device=device)
+    with without_dropout(model):
+        for i in range(rank, len(packs), world):
+            loss_of_pairs, scales = pair_scales(model, packs[i]) if pair_scales is not None else (0.0, {})
+            of_pairs += loss_of_pairs
+            for a, b, losses in document_losses(model, packs[i], device):
+                (losses.sum() * scales.get(a, 1.0) / total_weight).backward()
+                token_losses[i][a:b] = losses.detach().double().cpu().numpy()
+    losses_of_all = torch.from_numpy(np.concatenate(token_losses)).to(device)
+    if world > 1:
+        dist.all_reduce(losses_of_all)
+        dist.all_reduce(of_pairs)
+    grads = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        grad = torch.zeros_like(p) if p.grad is None else p.grad
+        if world > 1:
+            dist.all_reduce(grad)
+        if rank == 0:
+            grads[name] = grad.detach().to("cpu", torch.float32, copy=True)
+        p.grad = None
+    whole = losses_of_all.cpu().numpy()
+    borders = np.cumsum([0, *(pack.tokens for pack in packs)])
+    return Reference(
+        Gradients((float(whole.sum()) if pair_scales is None else float(of_pairs)) / total_weight, grads),
+        [whole[a:b] for a, b in pairwise(borders)],
+    )
+
+
+def document_losses(model: nn.Module, pack: Pack, device: torch.device) -> Any:
+    """For each document with targets: (start, end, w * ce of its tokens [n] float32)."""
+    borders = pack.cu_seqlens.tolist()
+    for a, b in pairwise(borders):
+        weights = torch.from_numpy(pack.loss_weights[a:b]).to(device)
+        rows = weights.nonzero()[:, 0]
+        if not len(rows):
+            continue
+        set_rope_lengths(decoder_of(model), [b - a])  # transformers' own choice remembers earlier documents
+        ids, labels = (torch.from_numpy(x[a:b]).to(device) for x in (pack.input_ids, pack.labels))
+        logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=rows).logits[0]  # [t, V]
+        losses = torch.zeros(b - a, device=device)
+        yield (
+            a,
+            b,
+            losses.index_add(0, rows, cross_entropy(logits.float(), labels[rows], reduction="none") * weights[rows]),
+        )

@@ -1,0 +1,106 @@
+"""The checks in the order that needs least memory: reference model, engine, what it saved, kernels."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.text import Text
+
+from ds_longft.config.check import preflight
+from ds_longft.config.ds_json import Device
+from ds_longft.config.run_config import RunConfig
+from ds_longft.errors import ModelError
+from ds_longft.exactness.finding import Finding
+from ds_longft.exactness.packs import weight_of
+from ds_longft.ranks.join import Launch, join
+from ds_longft.tools import quickstart
+from ds_longft.tools.verify.command import Options
+from ds_longft.tools.verify.engine_checks import check_engine
+from ds_longft.tools.verify.kernel_error import check_kernels
+from ds_longft.tools.verify.pairs import pair_scales
+from ds_longft.tools.verify.reference import reference_model, reference_step
+from ds_longft.tools.verify.report import print_report, trained_text
+from ds_longft.tools.verify.saving import check_saved
+from ds_longft.tools.verify.subject import Subject, first_layers
+
+
+def run(config: RunConfig, options: Options, launch: Launch, device: Device) -> int:
+    """All ranks call it alike. Returns 0 where every check passed, 1 where one failed."""
+    if device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // launch.local_world)))
+    quickstart.prepare(config)
+    with first_layers(config, options.layers) as shortened:
+        settings, sp = preflight(shortened, world=launch.world, local_world=launch.local_world, device=device)
+        torch_device, agreement = join(launch)
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()  # it would list the weights of the layers left out
+        try:
+            made = Subject.make(shortened, settings, sp, torch_device, agreement, tokens=options.tokens)
+            findings, facts, sample = verify_model(made, options.checks)
+        except torch.OutOfMemoryError as error:
+            raise ModelError(
+                f"out of GPU memory: the reference needs the whole model in float32 on one GPU. Give --layers to "
+                f"verify the first layers, or fewer --tokens ({str(error).splitlines()[0]})"
+            ) from error
+    if launch.rank == 0:
+        if options.layers is not None:
+            facts["model"] = f"the first {options.layers} layers of {config.model.path}"
+        print_report(findings, facts, sample, as_json=options.json)
+    agreement.gather(None)
+    dist.destroy_process_group()
+    return 1 if any(f.ok is False for f in findings) else 0
+
+
+def verify_model(subject: Subject, checks: frozenset[int]) -> tuple[list[Finding], dict[str, Any], Text]:
+    """The findings of the checks asked for, facts about the run, and a sample of trained text. Collective."""
+    layout, device, packs = subject.layout, subject.device, subject.packs
+    reference = None
+    if checks & {1, 6}:
+        model = reference_model(subject.config, subject.dtype, device)
+        dpo = subject.config.dpo if subject.config.objective == "dpo" else None
+        scales = None if dpo is None else partial(pair_scales, dpo=dpo, device=device)
+        reference = reference_step(model, packs, weight_of(packs), device, layout.rank, layout.world, scales)
+        del model
+        _free()
+    with tempfile.TemporaryDirectory(prefix="ds_longft-verify-") as work:
+        found, hf_config, asked = check_engine(subject, checks, reference, Path(work))
+        _free()
+        if 6 in checks and reference is not None:
+            here: list[Finding] = []
+            if layout.rank == 0:
+                before = float(reference.token_losses[0].sum())
+                here = check_saved(Path(work), subject.config, packs[0], before, subject.dtype, device)
+                _free()
+            found[6] = subject.agreement.broadcast(here)
+    if 7 in checks:
+        found[7] = check_kernels(asked, hf_config, packs[0], layout, device, subject.agreement.gather)
+    facts = {
+        "model": subject.config.model.path,
+        "ranks": layout.world,
+        "sp": layout.sp,
+        "dp": layout.dp,
+        "ZeRO": subject.settings.engine["zero_optimization"]["stage"],
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "type": str(subject.dtype).removeprefix("torch."),
+        "kernel": " ".join(dict.fromkeys(a.kernel for a in asked)),
+        "tokens": sum(pack.tokens - pack.padding_tokens for pack in packs),
+        "documents": sum(len(pack.cu_seqlens) - 1 - bool(pack.padding_tokens) for pack in packs),
+    }
+    return [f for number in sorted(found) for f in found[number]], facts, trained_text(packs[0], subject.tokenizer)
+
+
+def _free() -> None:
+    """Give memory back before the next model."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,62 @@
+"""Configs of real models, by their published sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig
+
+from ds_longft.decide.setting import ModelSizes
+
+
+def shape(model_type: str = "llama", **sizes: Any) -> dict[str, Any]:
+    rope = {"rope_type": "default", "rope_theta": 5e5}
+    return {"model_type": model_type, "max_position_embeddings": 1 << 22, "rope_parameters": rope, **sizes}
+
+
+LLAMA_8B = shape(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+)
+QWEN_7B = shape(
+    "qwen2",
+    vocab_size=152064,
+    hidden_size=3584,
+    intermediate_size=18944,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+)
+SMOLLM2 = shape(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    tie_word_embeddings=True,
+)
+YI_9B = shape(
+    vocab_size=64000,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=48,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+)
+LLAMA_13B = shape(
+    vocab_size=32000,
+    hidden_size=5120,
+    intermediate_size=13824,
+    num_hidden_layers=40,
+    num_attention_heads=40,
+    num_key_value_heads=40,
+)
+
+
+def sizes(of: dict[str, Any], **changes: Any) -> ModelSizes:
+    return ModelSizes.from_config(AutoConfig.for_model(**{**of, **changes}))

@@ -1,0 +1,374 @@
+"""The page of a run: everything in one file, whatever is there yet, the same facts as markdown."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ds_longft.cli import COMMANDS, bind_arguments, main
+from ds_longft.config.settings import dump_config, load_config
+from ds_longft.tools.report.charts import Line, line_chart, shown, thin, ticks
+from ds_longft.tools.report.facts import gather_facts
+from ds_longft.tools.report.markdown import markdown_page
+from ds_longft.tools.report.page import html_page
+from ds_longft.tools.report.tables import reproduce
+
+VOID = {"meta", "link", "br", "img", "line", "polyline", "circle", "input", "hr"}
+
+
+class Tags(HTMLParser):
+    """Checks that tags are closed in order, and notes everything that would be fetched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.fetched: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in VOID and not (self.get_starttag_text() or "").endswith("/>"):
+            self.open.append(tag)
+        found = dict(attrs)
+        self.fetched += [str(v) for k, v in attrs if k in ("src", "srcset") or (k == "href" and tag == "link")]
+        if tag == "a":
+            self.links.append(str(found["href"]))
+        if "id" in found:
+            self.ids.append(str(found["id"]))
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def step(number: int, **more: Any) -> dict[str, Any]:
+    record = {
+        "step": number, "epoch": 0, "loss": 3.0 / number, "grad_norm": 1.0, "learning_rate": 1e-4,
+        "tokens_per_s_per_gpu": 1000.0 * number, "mfu": None, "peak_gib": 40.0 + number, "padding_percent": 1.0,
+        "data_wait_percent": 0.5, "step_s": 2.0, "tokens_seen": 1000 * number, "targets_weight": 10.0,
+    }  # fmt: skip
+    return record | more
+
+
+def needle_result(model: str, value: float) -> dict[str, Any]:
+    settings = {
+        "weights": [model], "form": "single", "facts": 1, "lengths": [8192, 131072], "depths": [0.0, 1.0], "trials": 2,
+        "languages": ["en"], "haystacks": {"en": "built in"}, "where": None, "seed": 0,
+    }  # fmt: skip
+    sample = {
+        "language": "en", "length_tokens": 131072, "stands_at": [0.5], "hidden": ["A <b> holds 123456."],
+        "question": "Which?", "answers": ["123456"], "reply": "<script>alert(1)</script>", "exact": False,
+    }  # fmt: skip
+    return {
+        "kind": "needle", "form": "single", "model": model, "date": "2026-01-01 00:00:00", "settings": settings,
+        "exact_percent": {"en": {"8192": 100.0, "131072": value}}, "found_percent": {"en": {"8192": 100.0, "131072": value}},
+        "grid": {"en": [[100.0, value], [100.0, value]]}, "lengths": [8192, 131072], "depths": [0.0, 1.0], "samples": [sample],
+    }  # fmt: skip
+
+
+def perplexity_result(model: str, last: float) -> dict[str, Any]:
+    return {
+        "kind": "perplexity", "model": model, "date": "2026-01-01 00:00:00", "length_tokens": 131072, "texts": 2,
+        "settings": {"weights": [model], "text": "plays.jsonl", "length_tokens": 131072, "join": True},
+        "loss": 3.0, "perplexity": 20.1, "edges_tokens": [0, 65536, 131072], "loss_by_bucket": [3.0, last],
+        "loss_by_eighth": [3.0, 3.0, 3.0, 3.0, last, last, last, last], "loss_by_range": {"0-65536": 3.0},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A finished run as training and evaluation leave it."""
+    folder = tmp_path / "my run"
+    (folder / "eval").mkdir(parents=True)
+    (folder / "checkpoint-3").mkdir()
+    config = load_config(["--model.path", "some/model", "--data.train", "a.jsonl", "--output_dir", str(folder)])
+    (folder / "config.yaml").write_text(dump_config(config))
+    records = [step(1), step(2), {"step": 2, "eval_loss": 1.5, "eval_targets": 7, "eval_s": 1.0}, step(3)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    machine = {"device": "H200", "cores": 32, "world": 2, "sp": 2, "dp": 1}
+    (folder / "versions.json").write_text(json.dumps({"versions": {"torch": "2.11"}, "machine": machine}))
+    (folder / "run_status.json").write_text(json.dumps({"exit_code": 0, "error": None}))
+    (folder / "plan.json").write_text(json.dumps({"peak_gib": 44.5}))
+    part = {
+        "rows": 4, "tokens": 100, "targets": 10, "target_share": 0.1, "median_tokens": 20, "longest_tokens": 60,
+        "rows_up_to_tokens": {"32": 3, "64": 1}, "sources": {"a.jsonl": 4}, "languages": {}, "fingerprint": "abc",
+        "bad_rows": 1, "overlong_rows_dropped": 0, "truncated_rows": 0,
+    }  # fmt: skip
+    sample = {"origin": "a.jsonl:1", "tokens": 60, "before": "question & more", "trained": "the answer"}
+    (folder / "data.json").write_text(json.dumps({"total_steps": 3, "parts": {"train": part}, "sample": sample}))
+    for name, content in (
+        ("needle-before", needle_result("base", 0.0)),
+        ("needle", needle_result("tuned", 95.5)),
+        ("perplexity-before", perplexity_result("base", 7.7)),
+        ("perplexity", perplexity_result("tuned", 3.1)),
+    ):
+        (folder / "eval" / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_the_page_is_whole_and_fetches_nothing(run: Path) -> None:
+    page = html_page(gather_facts(run))
+    tags = Tags()
+    tags.feed(page)
+    assert tags.open == []
+    assert tags.fetched == []
+    assert not re.search(r"https?://|url\(|@import", page)
+    assert {link.removeprefix("#") for link in tags.links} <= set(tags.ids)
+    assert "<script>alert(1)" not in page
+    for words in (
+        "done (exit code 0)",
+        "some/model",
+        "sp 2, dp 1",
+        "planned",
+        "95.5",
+        "+95.5",
+        "-4.600",
+        "question & more",
+    ):
+        assert words in tags.text, words
+    assert page.count('class="chart"') == 7
+    assert 'http-equiv="refresh"' not in page
+    assert "needle" in tags.text.partition("Again")[2]
+
+
+def test_markdown_has_the_same_facts(run: Path) -> None:
+    text = markdown_page(gather_facts(run))
+    for words in ("| base model | some/model |", "| en 131,072: exact % | 0.0 | 95.5 | +95.5 |", "torch 2.11"):
+        assert words in text
+    assert "--before" in text
+    assert all(len(line.split("|")) > 3 for line in text.splitlines() if line.startswith("|"))
+
+
+def test_a_run_still_going(run: Path) -> None:
+    shutil.rmtree(run / "eval")
+    for name in ("run_status.json", "data.json", "versions.json", "plan.json"):
+        (run / name).unlink()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "loss"')  # being written
+    facts = gather_facts(run)
+    page = html_page(facts)
+    assert facts.status == "running, step 3"
+    assert 'http-equiv="refresh"' in page
+    (run / "metrics.jsonl").unlink()
+    assert "no step yet" in html_page(gather_facts(run))
+    markdown_page(gather_facts(run))
+
+
+def test_a_run_that_failed(run: Path) -> None:
+    (run / "run_status.json").write_text(json.dumps({"exit_code": 70, "error": "the <loss> is not finite"}))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(step(4, loss=None, grad_norm=None, skipped="the loss is not finite")) + "\n")
+        file.write(json.dumps(step(5, loss_spike=7.5, **{"rewards/accuracies": 0.5})) + "\n")
+        file.write(json.dumps(step(6, **{"rewards/accuracies": 0.75})) + "\n")
+    page = html_page(gather_facts(run))
+    assert "1, the last at step 5" in page
+    assert 'aria-label="Accuracy"' in page
+    assert "not finite (exit code 70)" in page
+    assert "the &lt;loss&gt; is not finite" in page
+    assert "skipped steps" in page
+
+
+def test_a_run_on_pairs_says_so(run: Path) -> None:
+    config = load_config(["--config", str(run / "config.yaml"), "--objective", "dpo", "--dpo.beta", "0.2"])
+    (run / "config.yaml").write_text(dump_config(config))
+    text = markdown_page(gather_facts(run))
+    assert "| objective | DPO: sigmoid, beta 0.2, reference auto, passes auto |" in text
+    assert "token weighting" not in text
+
+
+def test_before_and_after_of_different_settings_are_marked(run: Path) -> None:
+    other = needle_result("base", 0.0)
+    other["settings"]["trials"] = 9
+    (run / "eval" / "needle-before.json").write_text(json.dumps(other))
+    for page in (html_page(gather_facts(run)), markdown_page(gather_facts(run))):
+        assert page.count("made with different settings: trials 9 and ") == 1
+
+
+def test_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(run), "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert Path(made["page"]).read_text().startswith("<!doctype html>")
+    assert Path(made["markdown"]).read_text().startswith("## Training report")
+    (run / "README.md").write_text("# card\n")
+    for _ in range(2):  # the second time it replaces what it put there
+        assert main(["report", str(run), "--card"]) == 0
+    card = (run / "README.md").read_text()
+    assert card.startswith("# card\n")
+    assert card.count("## Training report") == 1
+    for out in (str(run / "page.md"), str(run), str(run / "missing" / "page.html")):
+        assert main(["report", str(run), "--out", out]) == 64
+        assert f"--out is {out}" in capsys.readouterr().err
+    assert main(["report", str(run / "eval")]) == 64
+    assert "no config.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("inside", [".", "eval/.."])
+def test_the_page_of_the_folder_one_is_in_bears_its_name(
+    inside: str, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(run)
+    assert main(["report", inside]) == 0
+    capsys.readouterr()
+    assert "<h1>my run</h1>" in (run / "report.html").read_text()
+    assert f"{run}-again" in (run / "report.md").read_text()
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_charts_answer_to_the_keyboard(run: Path, tmp_path: Path) -> None:
+    """In a real browser: the arrow keys move the cursor of a chart and put its values into words."""
+    press = (
+        "<script>const f = document.querySelector('figure.chart'); f.focus();"
+        "f.dispatchEvent(new KeyboardEvent('keydown', {key: 'End', bubbles: true}));</script></body>"
+    )
+    page = tmp_path / "page.html"
+    page.write_text(html_page(gather_facts(run)).replace("</body>", press))
+    command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{page}"]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert "optimizer step 3: training 1, held out 1.5 at 2</output>" in dom
+    assert "visibility: visible" in dom
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_long_words_do_not_widen_the_page_of_a_phone(run: Path, tmp_path: Path) -> None:
+    result = needle_result("tuned", 95.5)
+    result["model"] = result["samples"][0]["reply"] = "x" * 300
+    (run / "eval" / "needle.json").write_text(json.dumps(result))
+    (tmp_path / "page.html").write_text(html_page(gather_facts(run)).replace("<details>", "<details open>"))
+    measure = "document.body.title = document.querySelector('iframe').contentDocument.documentElement.scrollWidth"
+    frame = f'<body onload="{measure}"><iframe src="page.html" style="width: 390px; border: 0"></iframe></body>'
+    (tmp_path / "phone.html").write_text(frame)
+    command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
+    command += ["--dump-dom", f"file://{tmp_path / 'phone.html'}"]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    (width,) = re.findall(r'<body[^>]* title="(\d+)"', dom)
+    assert int(width) <= 390
+
+
+def test_the_commands_under_again_are_commands(run: Path) -> None:
+    """What the page prints is taken by the program: every flag exists, and values with blanks are quoted."""
+    plays = {"where": "collection=Shakespeare plays (sample)", "haystacks": {"en": "my plays.jsonl.gz"}}
+    for name, more in (("needle-zh", {"depths": [0.1, 0.5]}), ("needle-multi", {"form": "multi", "facts": 4} | plays)):
+        result = needle_result("some/model", 0.0)
+        result |= {"kind": "needle-multi" if "form" in more else "needle", "settings": result["settings"] | more}
+        (run / "eval" / f"{name}.json").write_text(json.dumps(result))
+    chinese = perplexity_result("some/model", 3.0)
+    chinese["settings"]["text"] = "built in, zh"
+    (run / "eval" / "perplexity-zh.json").write_text(json.dumps(chinese))
+    asked = {"tasks": ["lcc"], "e": False, "limit": None, "data": "my copy", "prompts": "p.json"}
+    scored = {"kind": "longbench", "model": "m", "date": "", "settings": asked, "scores": {"lcc": 1.0}, "averages": {}}
+    (run / "eval" / "longbench.json").write_text(json.dumps(scored))
+    commands = [shlex.split(line) for line in reproduce(gather_facts(run))]
+    assert commands[0][:5] == ["deepspeed", "--num_gpus", "2", "--module", "ds_longft.train"]
+    given = {}
+    for words in commands[1:]:
+        called = words[2:4] if words[2] == "longbench" else words[2:3]
+        name = " ".join(["eval", *called])
+        module, _, function = COMMANDS[name].target.partition(":")
+        arguments = bind_arguments(getattr(importlib.import_module(module), function), name, words[2 + len(called) :])
+        given[" ".join(words)] = arguments
+    (chinese,) = [a for line, a in given.items() if "--name perplexity-zh" in line]
+    assert "--language=zh" in chinese
+    (longbench,) = [a for line, a in given.items() if "eval longbench run" in line]
+    assert {"--data='my copy'", "--prompts='p.json'", "--tasks='lcc'"} <= set(longbench)
+    (single,) = [a for line, a in given.items() if "--name needle-zh" in line]
+    assert "--depths='10,50'" in single
+    assert not any("facts" in word for word in single), "refused with one needle"
+    (multi,) = [a for line, a in given.items() if "--form multi" in line]
+    assert {"--where='collection=Shakespeare plays (sample)'", "--facts=4"} <= set(multi)
+    assert not any("depths" in word for word in multi)
+
+
+def test_charts() -> None:
+    assert ticks(0, 10) == [0, 2.5, 5, 7.5, 10]
+    assert ticks(3.02, 3.2)[0] <= 3.02
+    assert ticks(5, 5)[-1] > 5
+    assert [shown(v) for v in (0, 131072, 0.00025, 1500, 7.325)] == ["0", "128K", "2.5e-4", "1,500", "7.325"]
+    assert len(thin([(i, i) for i in range(5000)])) <= 400
+    assert thin([(0, 1.0), (1, float("nan"))]) == [(0, 1.0)]
+    assert line_chart([Line("x", [])], name="n", x_label="", y_label="") == ""
+    lost = Line("held out", [(1, float("nan"))])  # the page's script reads out every line that is there
+    assert "held out" not in line_chart([Line("x", [(1, 1.0), (2, 2.0)]), lost], name="n", x_label="", y_label="")
+
+
+POISON = """"'><img src=x onerror="document.title='PWNED'"><script>document.title='PWNED'</script>|``` x"""
+
+
+def poisonings(content: Any) -> Iterator[Any]:
+    """The content with one string of it, value or key, poisoned; once for each."""
+    if isinstance(content, str):
+        yield content + POISON
+        yield POISON
+    elif isinstance(content, dict):
+        for key, value in content.items():
+            yield {**{k: v for k, v in content.items() if k != key}, key + POISON: value}
+            for inner in poisonings(value):
+                yield {**content, key: inner}
+    elif isinstance(content, list):
+        for i, value in enumerate(content):
+            for inner in poisonings(value):
+                yield [*content[:i], inner, *content[i + 1 :]]
+
+
+class Alien(HTMLParser):
+    """Notes tags that no page of ours has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.scripts = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.scripts += tag == "script"
+        if tag == "img" or any(name.startswith("on") for name, _ in attrs):
+            self.found.append(str(self.get_starttag_text()))
+
+
+def test_no_string_of_any_file_becomes_code(run: Path) -> None:
+    """Every string of every file that a page is made of, one after the other."""
+    pages = 0
+    files = [p for p in run.rglob("*.json") if p.is_file()] + [run / "metrics.jsonl"]
+    for file in files:
+        original = file.read_text()
+        last = original.splitlines()[-1] if file.suffix == ".jsonl" else original
+        for content in poisonings(json.loads(last) | ({"skipped": "why"} if file.suffix == ".jsonl" else {})):
+            file.write_text(original.removesuffix(last + "\n") + json.dumps(content) + "\n")
+            facts = gather_facts(run)
+            seen = Alien()
+            seen.feed(html_page(facts))
+            assert (seen.found, seen.scripts) == ([], 1), (file.name, content)
+            text = markdown_page(facts).partition("### Again")[0]
+            assert "<img" not in text, (file.name, content)
+            pages += 1
+        file.write_text(original)
+    assert pages > 100
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_a_browser_runs_nothing_of_a_poisoned_run(run: Path, tmp_path: Path) -> None:
+    for file in run.rglob("*.json"):
+        content = json.loads(file.read_text())
+        for key in ("date", "model", "error", "sample"):
+            if key in content:
+                content[key] = next(poisonings(content[key])) if content[key] else POISON
+        file.write_text(json.dumps(content))
+    page = tmp_path / "page.html"
+    page.write_text(html_page(gather_facts(run)))
+    command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{page}"]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert "<title>PWNED" not in dom

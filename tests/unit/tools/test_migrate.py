@@ -1,0 +1,155 @@
+"""Configs of other trainers become ours, and what is not carried over is named key by key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ds_longft.cli import main
+from ds_longft.config.settings import load_config
+from ds_longft.errors import ConfigError
+from ds_longft.tools.migrate import migrated
+
+AXOLOTL = """
+base_model: Qwen/Qwen3-8B
+chat_template: qwen3
+datasets:
+  - {path: data/long.jsonl, type: chat_template, field_messages: messages, roles_to_train: [assistant]}
+  - {path: org/set, name: main, split: train_sft, field_messages: dialog}
+val_set_size: 0.02
+output_dir: ./out
+sequence_len: 65536
+sample_packing: true
+adapter: qlora
+load_in_4bit: true
+lora_r: 16
+lora_alpha: 32
+lora_target_modules: [q_proj, v_proj]
+context_parallel_size: 4
+gradient_accumulation_steps: 4
+micro_batch_size: 2
+num_epochs: 2
+optimizer: adamw_torch_fused
+lr_scheduler: cosine
+learning_rate: 1e-4
+bf16: auto
+flash_attention: true
+warmup_ratio: 0.05
+saves_per_epoch: 2
+wandb_project: x
+deepspeed: ds_configs/zero2.json
+"""
+LLAMA_FACTORY = """
+model_name_or_path: Qwen/Qwen3-8B
+stage: dpo
+do_train: true
+finetuning_type: lora
+lora_rank: 8
+lora_target: all
+dataset: one,two
+template: qwen3
+cutoff_len: 32768
+preprocessing_num_workers: 16
+output_dir: saves/x
+logging_steps: 10
+save_steps: 500
+per_device_train_batch_size: 1
+num_train_epochs: 3.0
+pref_beta: 0.2
+pref_loss: orpo
+lr_scheduler_type: cosine_with_restarts
+report_to: none
+"""
+TRL = """
+model_name_or_path: Qwen/Qwen3-8B
+dataset_name: org/set
+dataset_config: main
+max_length: 16384
+packing: true
+learning_rate: 2.0e-5
+num_train_epochs: 1
+per_device_train_batch_size: 1
+gradient_checkpointing: true
+max_steps: -1
+adam_beta2: 0.95
+rope_scaling: {type: yarn, factor: 4.0}
+"""
+SWIFT = """
+model: Qwen/Qwen3-8B
+tuner_type: lora
+dataset: [org/set#500, my.jsonl]
+max_length: 8192
+lora_rank: 8
+target_modules: all-linear
+split_dataset_ratio: 0.01
+warmup_ratio: 0.05
+torch_dtype: bfloat16
+galore_rank: 3
+"""
+
+
+def of(tmp_path: Path, text: str):
+    (tmp_path / "theirs.yaml").write_text(text)
+    ours, notes = migrated(tmp_path / "theirs.yaml")
+    (tmp_path / "ours.yaml").write_text(ours)
+    return load_config(["--config", str(tmp_path / "ours.yaml")]), notes
+
+
+def named(notes: list[str]) -> set[str]:
+    return {note.partition(":")[0].partition(" is ")[0] for note in notes}
+
+
+def test_axolotl(tmp_path: Path) -> None:
+    run, notes = of(tmp_path, AXOLOTL)
+    assert (run.model.path, run.sp, run.output_dir, run.data.max_length_tokens) == ("Qwen/Qwen3-8B", 4, "./out", 65536)
+    assert (run.lora.r, run.lora.alpha, run.lora.targets) == (16, 32, ["q_proj", "v_proj"])
+    assert [(s.path, s.subset, s.split) for s in run.data.train] == [
+        ("data/long.jsonl", None, "train"),
+        ("org/set", "main", "train_sft"),
+    ]
+    assert (run.data.eval_fraction, run.data.packing, run.log.wandb, run.log.project) == (
+        0.02,
+        "best_fit",
+        "online",
+        "x",
+    )
+    assert (run.ds_config, run.optim.type, run.optim.warmup_ratio) == ("ds_configs/zero2_sp.json", "adamw", 0.05)
+    assert named(notes) == {
+        "chat_template", "datasets[].field_messages", "adapter", "load_in_4bit", "micro_batch_size", "saves_per_epoch", "deepspeed",
+    }  # fmt: skip
+
+
+def test_llama_factory(tmp_path: Path) -> None:
+    run, notes = of(tmp_path, LLAMA_FACTORY)
+    assert (run.objective, run.dpo.beta, run.data.workers, run.train.epochs) == ("dpo", 0.2, 16, 3)
+    assert (run.lora.r, run.lora.alpha, run.lora.targets) == (8, 16, "all-linear")
+    assert [s.path for s in run.data.train] == ["one", "two"]
+    assert (run.train.save_every_steps, run.log.wandb, run.optim.schedule) == (500, "off", "cosine")
+    assert named(notes) == {"dataset", "template", "lr_scheduler_type", "dpo.loss"}
+
+
+def test_trl_trains_every_weight_where_nothing_says_lora(tmp_path: Path) -> None:
+    run, notes = of(tmp_path, TRL)
+    assert run.lora is None
+    assert (run.data.train[0].path, run.data.train[0].subset) == ("org/set", "main")
+    assert (run.model.rope.type, run.model.rope.factor, run.optim.betas) == ("yarn", 4.0, (0.9, 0.95))
+    assert (run.data.max_length_tokens, run.optim.learning_rate, run.train.max_steps) == (16384, 2e-5, None)
+    assert notes == []
+
+
+def test_swift(tmp_path: Path) -> None:
+    run, notes = of(tmp_path, SWIFT)
+    assert [(s.path, s.limit) for s in run.data.train] == [("org/set", 500), ("my.jsonl", None)]
+    assert (run.model.path, run.model.dtype, run.data.eval_fraction) == ("Qwen/Qwen3-8B", "bf16", 0.01)
+    assert named(notes) == {"galore_rank"}
+
+
+def test_our_own_config_and_an_existing_file_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "mine.yaml").write_text("model: {path: x}\n")
+    with pytest.raises(ConfigError, match="no key of another trainer"):
+        migrated(tmp_path / "mine.yaml")
+    (tmp_path / "theirs.yaml").write_text(SWIFT)
+    assert main(["migrate", str(tmp_path / "theirs.yaml"), "--out", str(tmp_path / "ours.yaml")]) == 0
+    assert "galore_rank" in capsys.readouterr().out
+    assert main(["migrate", str(tmp_path / "theirs.yaml"), "--out", str(tmp_path / "ours.yaml")]) == 64

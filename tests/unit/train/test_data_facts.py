@@ -1,0 +1,39 @@
+"""What a run notes about its data is what it trains on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ds_longft.config.run_config import DataConfig, SourceConfig
+from ds_longft.data.tokenize import tokenize_sources
+from ds_longft.train.data_facts import write_data_facts
+from tests.tokenizer import tiny_tokenizer
+
+
+def test_statistics_and_sample(tmp_path: Path) -> None:
+    file = tmp_path / "chats.jsonl"
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"question {i} " * (i + 1)},
+                {"role": "assistant", "content": "answer"},
+            ]
+        }
+        for i in range(6)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = tiny_tokenizer()
+    config = DataConfig(cache_dir=str(tmp_path / "cache"), workers=1, max_length_tokens=4096)
+    tokenized = tokenize_sources([SourceConfig(path=str(file))], tokenizer, config)
+    train, held_out = tokenized.split(0.34, 0)
+    write_data_facts(tmp_path, train, held_out, tokenizer, 7)
+    facts = json.loads((tmp_path / "data.json").read_text())
+    assert facts["total_steps"] == 7
+    assert facts["parts"]["train"]["rows"] == 4
+    assert facts["parts"]["held out"]["rows"] == 2
+    assert facts["parts"]["train"]["tokens"] == int(train.lengths.sum())
+    assert sum(facts["parts"]["train"]["rows_up_to_tokens"].values()) == 4
+    assert facts["parts"]["train"]["sources"] == {str(file): 4}
+    assert facts["sample"]["trained"].startswith("answer")
+    assert facts["sample"]["before"].endswith("<|im_start|>assistant\n")
