@@ -103,6 +103,7 @@ COMMANDS = {
     ),
     "report": Command("ds_longft.tools.report.command:report", "one self-contained page about a run"),
     "export": Command("ds_longft.tools.export:export", "a run's result as an ordinary Hugging Face folder"),
+    "push": Command("ds_longft.tools.push:push", "a run's result, card and report to a model hub"),
     "slurm render": Command("ds_longft.tools.slurm.render:render", "the sbatch script of a run, filled and checked"),
     "slurm submit": Command("ds_longft.tools.slurm.render:render", "the same, handed to sbatch", flags=("--submit",)),
     "doctor": Command("ds_longft.tools.doctor:doctor", "is this machine fit for training, and how to mend what is not"),

@@ -258,7 +258,9 @@ def _read(config: str) -> tuple[RunConfig, Any]:
     if not run.model.path:
         raise ConfigError(f"model.path is empty in {config}: it names the tokenizer")
     kwargs = {"revision": run.model.revision, "trust_remote_code": run.model.trust_remote_code}
-    return run, load_tokenizer(run.model.path, **kwargs)
+    tokenizer = load_tokenizer(run.model.path, **kwargs)
+    tokenizer.add_tokens(run.model.add_tokens)
+    return run, tokenizer
 
 
 def _tokenized(run: RunConfig, sources: Sequence[SourceConfig], tokenizer: Any) -> TokenizedSet:
