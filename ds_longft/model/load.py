@@ -19,7 +19,7 @@ from transformers import (
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from ds_longft.config.run_config import ModelConfig
+from ds_longft.config.run_config import ModelConfig, RopeConfig
 from ds_longft.errors import ModelError
 from ds_longft.model.new_tokens import narrowed, widen
 from ds_longft.model.rope import apply_rope, restore_rope, seen_tokens
@@ -32,7 +32,22 @@ def load_config(model: ModelConfig, max_length_tokens: int, *, attn_implementati
     Raises:
         ModelError: nothing readable at `model.path`, an unsupported model, or a length its positions do not reach.
     """
-    hf_config = _read_config(model)
+    return prepare_config(read_config(model), model, max_length_tokens, attn_implementation=attn_implementation)
+
+
+def read_config(model: ModelConfig) -> PretrainedConfig:
+    """The model's config as it is stored. Raises ModelError: nothing readable at `model.path`."""
+    path = model_path(model)
+    try:
+        return AutoConfig.from_pretrained(path, **_source(model))
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise ModelError(f"model.path: no model config can be read from {path!r}: {_first_line(error)}") from error
+
+
+def prepare_config(
+    hf_config: PretrainedConfig, model: ModelConfig, max_length_tokens: int, *, attn_implementation: str
+) -> PretrainedConfig:
+    """`load_config` of a config that is read already; it is changed in place."""
     check_supported(hf_config)
     if model.add_tokens:
         hf_config.vocab_size = max(hf_config.vocab_size, len(load_tokenizer(model)))
@@ -42,22 +57,16 @@ def load_config(model: ModelConfig, max_length_tokens: int, *, attn_implementati
     return hf_config
 
 
-def _read_config(model: ModelConfig) -> PretrainedConfig:
-    path = model_path(model)
-    try:
-        return AutoConfig.from_pretrained(path, **_source(model))
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise ModelError(f"model.path: no model config can be read from {path!r}: {_first_line(error)}") from error
+def config_remarks(hf_config: PretrainedConfig, rope: RopeConfig, max_length_tokens: int) -> list[str]:
+    """What to say before training: a RoPE base too small for the length, a loss that is asked for and left out.
 
-
-def config_remarks(model: ModelConfig, max_length_tokens: int) -> list[str]:
-    """What to say before training: a RoPE base too small for the length, a loss that is asked for and left out."""
-    hf_config = _read_config(model)
+    `hf_config`: as it is stored.
+    """
     remarks = []
-    seen = seen_tokens(hf_config, model.rope) if model.rope.theta is not None else None
+    seen = seen_tokens(hf_config, rope) if rope.theta is not None else None
     if seen is not None and seen < max_length_tokens:
         remarks.append(
-            f"model.rope.theta {model.rope.theta:g} turns some dimensions further than the model has seen from some "
+            f"model.rope.theta {rope.theta:g} turns some dimensions further than the model has seen from some "
             f"{seen:,} tokens on, and data.max_length_tokens is {max_length_tokens:,}: it may stay lost there; leave "
             "theta out for a base that fits"
         )
@@ -154,7 +163,7 @@ def _pretrained_model(
     zero3 = (ds_engine_config or {}).get("zero_optimization", {}).get("stage") == 3
     # transformers finds this object through a weak reference and then builds the model under zero.Init
     holder = HfDeepSpeedConfig(ds_engine_config) if zero3 else None
-    rows = narrowed(hf_config, _read_config(model))
+    rows = narrowed(hf_config, read_config(model) if model.add_tokens else hf_config)
     placement = {} if zero3 or device.type == "cpu" else {"device_map": {"": device}}
     try:
         loaded, report = AutoModelForCausalLM.from_pretrained(

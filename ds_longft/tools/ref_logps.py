@@ -90,12 +90,11 @@ def _compute(config: RunConfig, launch: Launch, gpus: int, *, as_json: bool) -> 
     from ds_longft.data.pairs import PairSet
     from ds_longft.data.tokenize import tokenize_sources
     from ds_longft.layout import ParallelLayout
-    from ds_longft.model.load import load_config, load_tokenizer
+    from ds_longft.model.load import load_tokenizer
     from ds_longft.ranks.join import join
-    from ds_longft.sequence.attention import ULYSSES
     from ds_longft.tools import quickstart
     from ds_longft.train.engine import build
-    from ds_longft.train.install import decided, keep_resident, known_run
+    from ds_longft.train.install import known_run
     from ds_longft.train.memory import own_memory_gib
 
     quickstart.prepare(config)
@@ -117,10 +116,7 @@ def _compute(config: RunConfig, launch: Launch, gpus: int, *, as_json: bool) -> 
 
     parts = agreement.rank0_first(sets)
     memory_gib, _ = own_memory_gib(device)
-    hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation=ULYSSES)
-    keep_resident(settings, config, hf_config, memory_gib)
-    known = known_run(config, settings.engine, hf_config, layout, device, memory_gib=memory_gib)
-    built = build(config, settings.engine, layout, device, decisions=decided(known, device))
+    built = build(known_run(config, settings, layout, device, memory_gib=memory_gib), layout, device)
     built.engine.eval()
     results = [fill(built.engine, config, part, layout, device, agreement) for part in parts]
     if launch.rank == 0:

@@ -25,9 +25,10 @@ from ds_longft.decide.advice import Adviser
 from ds_longft.decide.of_run import foresee_run, write_plan
 from ds_longft.errors import EXIT_HANG, EXIT_REQUEUE, GpuMemoryError
 from ds_longft.layout import ParallelLayout
-from ds_longft.model.flops import equal_cost_tokens, peak_tflops
-from ds_longft.model.load import config_remarks, load_config, load_tokenizer
+from ds_longft.model.facts import ModelFacts
+from ds_longft.model.load import config_remarks, load_tokenizer, prepare_config, read_config
 from ds_longft.model.lora import trainable_parameters
+from ds_longft.model.peaks import peak_tflops
 from ds_longft.ranks.interrupt import StopRequest
 from ds_longft.ranks.join import Launch, join
 from ds_longft.ranks.lock import lock_folder
@@ -37,7 +38,7 @@ from ds_longft.train.checkpoint import Checkpoints
 from ds_longft.train.data_facts import write_data_facts
 from ds_longft.train.health import Watchdog
 from ds_longft.train.hub import Pusher, ready
-from ds_longft.train.install import decided, keep_resident, known_run
+from ds_longft.train.install import decided, known_run
 from ds_longft.train.made_of import what_ranks_share, write_facts
 from ds_longft.train.memory import device_memory, own_memory_gib
 from ds_longft.train.metrics import Records, read_metrics, summary_table
@@ -87,16 +88,13 @@ def run(
 
 def memory_error(error: torch.OutOfMemoryError, status: Status) -> GpuMemoryError:
     """The error with the planner's advice for this run."""
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
     known = status.run
     if known is None:
         return GpuMemoryError(f"out of GPU memory {status.where}: {error}")
-    unset_hf_deepspeed_config()  # else the model without memory would be built as ZeRO-3 builds it
     if status.passes is not None:
         dpo = known.config.dpo.model_copy(update={"passes": status.passes})
         known = replace(known, config=known.config.model_copy(update={"dpo": dpo}))
-    return Adviser.for_run(known).error(error, status.where)
+    return Adviser(known).error(error, status.where)
 
 
 def _run(
@@ -110,8 +108,13 @@ def _run(
 ) -> int:
     phases = Phases(started)
     cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    hf_config, length = read_config(config.model), config.data.max_length_tokens
+    remarks = config_remarks(hf_config, config.model.rope, length)
+    hf_config = prepare_config(hf_config, config.model, length, attn_implementation=ULYSSES)
+    facts = ModelFacts.from_config(hf_config)
     kernel, kernels = check_model(
         config,
+        facts,
         sp,
         torch.device("cuda", launch.local_rank) if cuda else torch.device("cpu"),
         torch.bfloat16 if settings.engine["bf16"]["enabled"] else torch.float32,
@@ -136,37 +139,33 @@ def _run(
 
     tokenizer = load_tokenizer(config.model)
     crashed = agreement.broadcast(crashed_before(folder))
+    every_byte = crashed and launch.local_rank == 0
     train_set, eval_set = agreement.rank0_first(
-        lambda: tokenized(config, tokenizer, progress=launch.rank == 0, every_byte=crashed and launch.local_rank == 0)
+        lambda: tokenized(config, tokenizer, facts.vocab, progress=launch.rank == 0, every_byte=every_byte)
     )
     held_out = {} if eval_set is None else {"the held-out rows": eval_set.content}
     agreement.same({"the training rows": train_set.content, **held_out})
     phases.done("data tokenised")
 
     memory_gib, taken_gib = own_memory_gib(device)
-    hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation=ULYSSES)
     checkpoints = Checkpoints(folder, agreement, config.train.keep_checkpoints)
     found = checkpoints.find(config.train.resume)
-    whole = keep_resident(settings, config, hf_config, memory_gib, found[1].decides.get(STAGE) if found else None)
-    known = known_run(config, settings.engine, hf_config, layout, device, memory_gib=memory_gib, kernel=kernel)
+    saved_stage = found[1].decides.get(STAGE) if found else None
+    known = known_run(
+        config, settings, layout, device,
+        hf_config=hf_config, facts=facts, memory_gib=memory_gib, saved_stage=saved_stage, kernel=kernel,
+    )  # fmt: skip
     status.run, decisions = known, decided(known, device)
     if launch.rank == 0:  # on a CPU the memory of a whole process is what is measured: nothing is foreseen
         write_plan(folder, foresee_run(known, decisions) if device.type == "cuda" else None)
-    built = build(
-        config,
-        settings.engine,
-        layout,
-        device,
-        decisions=decisions,
-        loaded=lambda: phases.done("model loaded"),
-    )
+    built = build(known, layout, device, decisions=decisions, loaded=lambda: phases.done("model loaded"))
     phases.done("engine built")
 
     def loader(part: TokenizedSet, accumulation: int) -> StepLoader:
         return StepLoader(
             part, data=config.data, dp=layout.dp, dp_rank=layout.dp_rank, sp=layout.sp,
             accumulation=accumulation, seed=config.seed,
-            equal_cost_tokens=equal_cost_tokens(built.shape, lora=config.lora is not None),
+            equal_cost_tokens=facts.equal_cost_tokens(lora=config.lora is not None),
         )  # fmt: skip
 
     train_loader = loader(train_set, config.train.gradient_accumulation_steps)
@@ -183,7 +182,7 @@ def _run(
         trained=trained_fingerprint(built.model),
         decides=what_decides(config, settings.engine, layout),
         may_change=what_may_change(config),
-        model=what_the_model_is(built.hf_config),
+        model=what_the_model_is(hf_config),
         base=agreement.broadcast(start_fingerprint(built.model)),
     )
     if found is not None:
@@ -218,9 +217,10 @@ def _run(
         write_facts(folder, config, settings.engine, layout, device)
         write_data_facts(folder, train_set, eval_set, tokenizer, state.total_steps)
     if launch.rank == 0:
-        records.say(_header(config, layout, device, train_loader, state, found[0] if found else None))
+        header = _header(config, layout, device, train_loader, state, found[0] if found else None)
+        records.say("\n".join([header, *remarks]))
         records.say(f"{trainable_parameters(built.model)}; {kernels}")
-        if whole:
+        if known.whole:
             records.say(
                 "ZeRO-3 divides nothing here: the frozen weights fit on each GPU and stay there whole (stage 2)"
             )
@@ -364,7 +364,6 @@ def _header(
             f"optim.warmup_steps is {config.optim.warmup_steps}, more than the steps of this run: the learning rate "
             f"will not reach its peak; lower it, or train longer"
         )
-    lines += config_remarks(config.model, config.data.max_length_tokens)
     if resumed:
         lines.append(f"resumed from {resumed} at step {state.step}")
     return "\n".join(lines)

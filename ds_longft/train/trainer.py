@@ -30,7 +30,6 @@ from ds_longft.decide.setting import GIB
 from ds_longft.errors import CheckpointError, NonFiniteError
 from ds_longft.exactness.first_step import check_first_step, raise_if_wrong
 from ds_longft.layout import ParallelLayout
-from ds_longft.model.flops import forward_flops, step_flops
 from ds_longft.objectives.dpo import METRICS, DpoObjective
 from ds_longft.ranks.interrupt import StopRequest
 from ds_longft.ranks.join import Agreement
@@ -115,7 +114,7 @@ class Trainer:
             self.device,
             backpropagate=backpropagate,
             gather=self.agreement.gather,
-            vocab_size=self.built.hf_config.vocab_size,
+            vocab_size=self.built.run.facts.vocab,
             dtype=torch.bfloat16 if self.built.engine.bfloat16_enabled() else torch.float32,
         )
         raise_if_wrong(findings)
@@ -315,10 +314,11 @@ class Trainer:
         lengths = np.diff(pack.cu_seqlens).tolist()
         useful = lengths[:-1] if pack.padding_tokens else lengths
         targets = int((pack.loss_weights != 0).sum())
-        flops = step_flops(self.built.shape, useful, lora=self.config.lora is not None, targets=targets)
+        facts = self.built.run.facts
+        flops = facts.step_flops(useful, lora=self.config.lora is not None, targets=targets)
         objective = self.built.engine.module
         if isinstance(objective, DpoObjective) and objective.live_reference:
-            flops += forward_flops(self.built.shape, useful, targets=targets)
+            flops += facts.forward_flops(useful, targets=targets)
         return flops / self.layout.sp
 
     @property

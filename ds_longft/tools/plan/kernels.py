@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import torch
 
-from ds_longft.decide.setting import Gpu, ModelSizes
+from ds_longft.decide.setting import Gpu
 from ds_longft.errors import ConfigError
+from ds_longft.model.facts import ModelFacts
 from ds_longft.sequence.kernels import AttentionSpec, Job, kernel_by_name
 
 
-def refusal(name: str, model: ModelSizes, gpu: Gpu, tokens: int | None) -> str | None:
+def refusal(name: str, model: ModelFacts, gpu: Gpu, tokens: int | None) -> str | None:
     """Why a kernel cannot work for one of the model's layers in bf16, None if it can for all.
 
     `tokens` of the longest document: a window that is no narrower asks for nothing. None: it is not known.
@@ -26,7 +27,7 @@ def refusal(name: str, model: ModelSizes, gpu: Gpu, tokens: int | None) -> str |
     return None
 
 
-def with_fitting_kernels(gpu: Gpu, model: ModelSizes, asked: str, tokens: int | None) -> Gpu:
+def with_fitting_kernels(gpu: Gpu, model: ModelFacts, asked: str, tokens: int | None) -> Gpu:
     """The GPU with the rates of those kernels alone that `refusal` has nothing against.
 
     Raises:

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from ds_longft.batch import Pack
 from ds_longft.exactness.finding import Finding, Gather, nan_as_inf
 from ds_longft.layout import ParallelLayout
+from ds_longft.model.facts import ModelFacts
 from ds_longft.sequence import attention
 from ds_longft.sequence.exchange import deal_heads
 from ds_longft.sequence.kernels import KERNELS, AttentionSpec, Job, Kernel, Saved, kernel_by_name
@@ -67,16 +67,14 @@ def asked_of_attention(engine: Any, pack: Pack, layout: ParallelLayout, device: 
 
 def check_kernels(
     asked: list[Asked],
-    hf_config: PretrainedConfig,
+    facts: ModelFacts,
     pack: Pack,
     layout: ParallelLayout,
     device: torch.device,
     gather: Gather,
 ) -> list[Finding]:
     """The chosen kernel, and the others of the table that fit, on this rank's heads and the pack's documents."""
-    q_heads = hf_config.num_attention_heads
-    kv_heads = getattr(hf_config, "num_key_value_heads", None) or q_heads
-    share = deal_heads(q_heads, kv_heads, layout.sp)[layout.sp_rank]
+    share = deal_heads(facts.q_heads, facts.kv_heads, layout.sp)[layout.sp_rank]
     kv = len(share.repeat or share.kv)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     findings = []

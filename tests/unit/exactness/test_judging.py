@@ -43,7 +43,7 @@ def itself(value: Any) -> list[Any]:
 @pytest.mark.parametrize("where", [0, 1])
 def test_a_kernel_that_gives_no_number_on_any_rank_fails(where: int) -> None:
     asked = [Asked(AttentionSpec(0.25), 16, torch.float32, "cpu", "")]
-    heads = SimpleNamespace(num_attention_heads=4, num_key_value_heads=2)
+    heads = SimpleNamespace(q_heads=4, kv_heads=2)
 
     class Broken:
         """On its rank: attention whose keys' gradient is no number."""
