@@ -21,6 +21,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ds_longft.config.run_config import ModelConfig, RopeConfig
 from ds_longft.errors import ModelError
+from ds_longft.model.new_tokens import narrowed, widen
 from ds_longft.model.rope import apply_rope, restore_rope, seen_tokens
 from ds_longft.model.supported import check_class_supported, check_supported
 
@@ -48,6 +49,8 @@ def prepare_config(
 ) -> PretrainedConfig:
     """`load_config` of a config that is read already; it is changed in place."""
     check_supported(hf_config)
+    if model.add_tokens:
+        hf_config.vocab_size = max(hf_config.vocab_size, len(load_tokenizer(model)))
     apply_rope(hf_config, model.rope, max_length_tokens)
     hf_config.use_cache = False
     hf_config._attn_implementation = attn_implementation
@@ -76,18 +79,29 @@ def config_remarks(hf_config: PretrainedConfig, rope: RopeConfig, max_length_tok
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer.
+    """The model's tokenizer, with `model.add_tokens`.
 
     Raises:
         ModelError: there is none at `model.path`.
     """
     path = model_path(model)
     try:
-        return AutoTokenizer.from_pretrained(path, **_source(model))
+        tokenizer = AutoTokenizer.from_pretrained(path, **_source(model))
+        tokenizer.add_tokens(model.add_tokens)
+        return tokenizer
     except Exception as error:  # every tokenizer backend has its own way to fail on a missing or broken file
         alone = (Path(path) / "tokenizer.model").is_file() and not (Path(path) / "tokenizer.json").is_file()
         hint = ". It holds tokenizer.model alone: `pip install sentencepiece`" if alone else ""
         raise ModelError(f"model.path: no tokenizer can be read from {path!r}: {_first_line(error)}{hint}") from error
+
+
+def trained_rows(model: ModelConfig) -> list[int]:
+    """Ids of `model.add_tokens` where an adapter is to train their rows."""
+    if not model.add_tokens or not model.train_added:
+        return []
+    ids = load_tokenizer(model).convert_tokens_to_ids(model.add_tokens)
+    assert isinstance(ids, list)
+    return sorted(ids)
 
 
 def load_model(
@@ -149,6 +163,7 @@ def _pretrained_model(
     zero3 = (ds_engine_config or {}).get("zero_optimization", {}).get("stage") == 3
     # transformers finds this object through a weak reference and then builds the model under zero.Init
     holder = HfDeepSpeedConfig(ds_engine_config) if zero3 else None
+    rows = narrowed(hf_config, read_config(model) if model.add_tokens else hf_config)
     placement = {} if zero3 or device.type == "cpu" else {"device_map": {"": device}}
     try:
         loaded, report = AutoModelForCausalLM.from_pretrained(
@@ -171,6 +186,8 @@ def _pretrained_model(
             f"model.path: {path!r} lacks {len(missing)} of the model's weights, the first is {missing[0]}: they would "
             f"be random. Give a complete checkpoint of {hf_config.model_type}"
         )
+    if rows > hf_config.vocab_size:
+        widen(loaded, rows)
     if holder is not None:
         loaded._hf_deepspeed_config = holder  # lives as long as the model: later layers are to see ZeRO-3 too
     return loaded

@@ -11,15 +11,14 @@ import json
 import os
 import time
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from ds_longft.config.run_config import RunConfig
-from ds_longft.config.settings import load_config
 from ds_longft.errors import ConfigError, NonFiniteError
 from ds_longft.ranks.join import Launch, visible_gpus
 from ds_longft.ranks.launch import Flags, launch_ranks, run_rank
+
+if TYPE_CHECKING:
+    from ds_longft.config.run_config import RunConfig
 
 EPILOG = """\
 Every key of a run config may be given as well. The files go into data.cache_dir; training finds
@@ -54,6 +53,8 @@ def read(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
     parser.add_argument("--ranks", type=int, help="processes to start: sp, or a multiple of it")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     own, rest = parser.parse_known_args(argv)
+    from ds_longft.config.settings import load_config  # not for the help
+
     config = load_config(rest)
     if config.objective != "dpo":
         raise ConfigError("ds-longft data ref_logps: objective is sft, which has no reference: set objective to dpo")
@@ -132,6 +133,8 @@ def _compute(config: RunConfig, launch: Launch, gpus: int, *, as_json: bool) -> 
 
 def fill(engine: Any, config: RunConfig, pairs: Any, layout: Any, device: Any, agreement: Any) -> dict[str, Any]:
     """Compute what the file of `pairs` lacks; packs are shared out over the dp ranks. Collective."""
+    import numpy as np
+
     from ds_longft.batch import Pairs
     from ds_longft.data.pack import filler_pack
     from ds_longft.data.plan import plan_epoch

@@ -21,7 +21,7 @@ from ds_longft.config.run_config import OptimConfig
 from ds_longft.decide.decisions import Decisions, Run
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.dropout import random_rates, switch_off
-from ds_longft.model.load import load_model
+from ds_longft.model.load import load_model, trained_rows
 from ds_longft.model.lora import add_lora
 from ds_longft.model.rope import check_rope
 from ds_longft.model.supported import decoder_layers
@@ -89,7 +89,8 @@ def build(
     check_rope(base, hf_config)
     fused_kernels(base, config, device)
     if config.lora is not None:
-        model = add_lora(base, config.lora, seed=config.seed, revision=config.model.revision)
+        rows = trained_rows(config.model)
+        model = add_lora(base, config.lora, seed=config.seed, revision=config.model.revision, train_rows=rows)
     if loaded is not None:
         loaded()
     if prepare is not None:

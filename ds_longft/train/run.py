@@ -37,6 +37,7 @@ from ds_longft.train.card import write_card
 from ds_longft.train.checkpoint import Checkpoints
 from ds_longft.train.data_facts import write_data_facts
 from ds_longft.train.health import Watchdog
+from ds_longft.train.hub import Pusher, ready
 from ds_longft.train.install import decided, known_run
 from ds_longft.train.made_of import what_ranks_share, write_facts
 from ds_longft.train.memory import device_memory, own_memory_gib
@@ -131,6 +132,8 @@ def _run(
     status.folder = folder
     status.where = "while the model was built"
     layout = ParallelLayout.create(sp)
+    if config.hub.repo is not None:
+        agreement.on_rank0(lambda: ready(config.hub))
     agreement.same(what_ranks_share(config, settings.engine))
     phases.done("processes joined")
 
@@ -197,11 +200,15 @@ def _run(
         status.where = "while a checkpoint was loaded"
         path, saved = found
         checkpoints.load(built.engine, path, saved)
-        now = {key: getattr(state, key) for key in ("total_steps", "world", "decides", "may_change", "model", "base")}
+        of_now = ("total_steps", "world", "decides", "may_change", "model", "base", "format", "written_by")
+        now = {key: getattr(state, key) for key in of_now}
         state = replace(saved, **now, changes=changes_since(saved, state))
         phases.done("checkpoint loaded")
     aside = checkpoints.set_aside_after(state.step)
-    records = Records(folder, config.log, total_steps=state.total_steps, first_step=state.step, active=launch.rank == 0)
+    records = Records(
+        folder, config.log, total_steps=state.total_steps, first_step=state.step, active=launch.rank == 0,
+        eval_due=state.eval_due,
+    )  # fmt: skip
     tracked = tracked_config(config, {"world": layout.world, "dp": layout.dp, "total_steps": state.total_steps})
     tracker_id = agreement.broadcast(records.start_trackers(state.tracker_id, tracked))
     state = replace(state, tracker_id=tracker_id)
@@ -250,6 +257,7 @@ def _run(
     writer = ModelWriter(built.model, tokenizer, agreement)
     if launch.rank == 0 and writer.stop_remark:
         records.say(writer.stop_remark)
+    pusher = Pusher(config.hub, records.say) if config.hub.repo is not None and launch.rank == 0 else None
     trainer = Trainer(
         config=config,
         layout=layout,
@@ -265,6 +273,7 @@ def _run(
         stop=stop,
         watchdog=watchdog,
         saved_step=state.step,
+        pusher=pusher if config.hub.push_every_save else None,
         relief=built.recompute.relief(device),
         peak_tflops=peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None,
     )
@@ -286,7 +295,9 @@ def _run(
     if launch.rank == 0:
         history = read_metrics(folder / "metrics.jsonl")
         if not ended_before:
-            write_card(folder, config, layout, history)
+            write_card(folder, config, layout, history, hf_config.vocab_size)
+        if pusher is not None and not ended_before:
+            pusher.finish(folder)
         records.console.print(summary_table(history, folder, (time.monotonic() - started) / 60))
         export = shlex.join(["ds-longft", "export", str(folder), f"{folder}-merged"])
         records.console.print(f"Next: {export}   (an ordinary Hugging Face folder)")

@@ -37,6 +37,7 @@ from ds_longft.sequence.relief import Relief
 from ds_longft.train.checkpoint import Checkpoints, rng_state, set_rng_state
 from ds_longft.train.engine import Built
 from ds_longft.train.health import Watchdog, describe_packs, write_nonfinite
+from ds_longft.train.hub import Pusher
 from ds_longft.train.metrics import Records, peak_gib
 from ds_longft.train.same_run import TrainState
 from ds_longft.train.schedule import learning_rate
@@ -65,6 +66,7 @@ class Trainer:
     peak_tflops: float | None = None  # bf16 dense peak of one GPU, for MFU
     stopping: bool = False  # agreed on: the same on every rank
     saved_step: int = 0  # of the newest checkpoint
+    pusher: Pusher | None = None  # on rank 0, where checkpoints are uploaded
     relief: Relief | None = None  # where something could be given back when the GPU is full
     _waited_s: float = 0.0  # the loader's wait, as of the previous step
     _failed_saves: int = 0  # in a row
@@ -283,7 +285,7 @@ class Trainer:
             self.watchdog.enter(f"save after step {self.state.step}")
             started = time.monotonic()
             try:
-                self.checkpoints.save(self.built.engine, self.state, self.write_model)
+                saved = self.checkpoints.save(self.built.engine, self.state, self.write_model)
             except CheckpointError as e:
                 self._failed_saves += 1
                 self.records.say(
@@ -296,6 +298,8 @@ class Trainer:
             else:
                 self._failed_saves = 0
                 self.saved_step = self.state.step
+                if self.pusher is not None:
+                    self.pusher.after_save(saved)
                 self.stop.saved(time.monotonic() - started)
             break
         self._agree_on_stopping()

@@ -16,7 +16,7 @@ from ds_longft.layout import ParallelLayout
 from ds_longft.model.facts import ModelFacts
 from ds_longft.sequence import attention
 from ds_longft.sequence.exchange import deal_heads
-from ds_longft.sequence.kernels import KERNELS, AttentionSpec, Kernel, kernel_by_name
+from ds_longft.sequence.kernels import KERNELS, AttentionSpec, Job, Kernel, Saved, kernel_by_name
 from ds_longft.sequence.shard import shard
 
 CHECK = "7 attention kernel"
@@ -85,10 +85,7 @@ def check_kernels(
             kernel.name
             for kernel in KERNELS
             if kernel.name not in (chosen, "math")
-            and kernel.refuses(
-                device_type=device.type, dtype=dtype, head_dim=head_dim, spec=spec, capability=capability
-            )
-            is None
+            and kernel.refuses(Job(device.type, dtype, head_dim, spec, capability)) is None
         ]
         for name in (chosen, *fitting):
             error, where = max(
@@ -121,11 +118,11 @@ def _error(
     cu = torch.from_numpy(pack.cu_seqlens).to(device)
     lengths = (cu[1:] - cu[:-1]).tolist()
     out, lse = kernel.forward(q, k, v, cu, lengths, spec)
-    grads = kernel.backward(dout, q, k, v, out, lse, cu, lengths, spec)
+    grads = kernel.backward(dout, Saved(q, k, v, out, lse), cu, lengths, spec)
     wide = torch.float32 if dtype == torch.bfloat16 else torch.float64
     truth = kernel_by_name("math")
     qw, kw, vw, doutw = (t.to(wide) for t in (q, k, v, dout))
     true_out, true_lse = truth.forward(qw, kw, vw, cu, lengths, spec)
-    true_grads = truth.backward(doutw, qw, kw, vw, true_out, true_lse, cu, lengths, spec)
+    true_grads = truth.backward(doutw, Saved(qw, kw, vw, true_out, true_lse), cu, lengths, spec)
     pairs = zip(("out", "dq", "dk", "dv"), (out, *grads), (true_out, *true_grads), strict=True)
     return max((nan_as_inf(float((a.to(wide) - b).norm() / b.norm().clamp_min(1e-30))), name) for name, a, b in pairs)

@@ -32,7 +32,7 @@ def test_predictions_meet_measured_steps(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("setting", "seconds"),
-    [  # a pack of the demonstration (docs/evaluate.md) on H100s; without the host's share 0.07 to 0.38 s
+    [  # a pack of the demonstration (examples/extend_smollm2) on H100s; without the host's share 0.07 to 0.38 s
         (Setting((8192,) * 4, 2, 4, stage=2, lora_r=64, kernel="varlen"), 0.54),
         (Setting((8192,) * 4, 1, 1, stage=2, lora_r=64, kernel="varlen"), 0.51),
         (Setting((32768,), 1, 1, stage=2, lora_r=None, kernel="cudnn"), 0.43),
