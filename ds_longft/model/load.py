@@ -188,6 +188,7 @@ def _pretrained_model(
         )
     if rows > hf_config.vocab_size:
         widen(loaded, rows)
+        hf_config.vocab_size = rows  # others ask it, and a frozen reference is made of it
     if holder is not None:
         loaded._hf_deepspeed_config = holder  # lives as long as the model: later layers are to see ZeRO-3 too
     return loaded
