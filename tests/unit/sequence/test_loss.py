@@ -10,7 +10,7 @@ from ds_longft.config.run_config import LoraConfig
 from ds_longft.errors import ModelError
 from ds_longft.model.lora import add_lora
 from ds_longft.sequence.linear import Member
-from ds_longft.sequence.loss import ChunkedHead, DocumentRows, weighted_nll
+from ds_longft.sequence.loss import ChunkedHead, DocumentRows, WeightedCrossEntropy, token_loss_sum
 from tests.distributed.models import tiny_config, tiny_model
 
 
@@ -23,7 +23,7 @@ def test_the_scale_of_the_loss_is_not_rounded_apart(scale: float) -> None:
 
     def gradient(factor: float) -> torch.Tensor:
         hidden = torch.randn(256, 64, generator=torch.Generator().manual_seed(1)).bfloat16().requires_grad_()
-        loss = weighted_nll(Member(head, None), hidden, targets, weights, lambda logits: logits, 100)
+        loss = token_loss_sum(Member(head, None), hidden, targets, weights, WeightedCrossEntropy(), 100)
         (loss * factor).backward()
         return hidden.grad.double()
 
@@ -46,7 +46,7 @@ def test_the_gradient_of_a_trained_head_is_rounded_once(chunks: int, documents: 
     factors = torch.rand(documents or 1, dtype=torch.float64) * scale
 
     member, of = Member(head, adapter), DocumentRows(of_row, documents) if documents else None
-    loss = weighted_nll(member, hidden, targets, weights, lambda logits: logits, rows // chunks, of)
+    loss = token_loss_sum(member, hidden, targets, weights, WeightedCrossEntropy(), rows // chunks, of)
     (loss * factors.squeeze()).sum().backward()
 
     exact = [t.detach().double().requires_grad_() for t in (hidden, *member.tensors()) if t is not None]
