@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import time
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -136,7 +135,6 @@ def _compute(config: RunConfig, launch: Launch, gpus: int, *, as_json: bool) -> 
 
 def fill(engine: Any, config: RunConfig, pairs: Any, layout: Any, device: Any, agreement: Any) -> dict[str, Any]:
     """Compute what the file of `pairs` lacks; packs are shared out over the dp ranks. Collective."""
-    from ds_longft.batch import Pairs
     from ds_longft.data.pack import filler_pack
     from ds_longft.data.plan import plan_epoch
     from ds_longft.data.progress import Progress
@@ -158,7 +156,7 @@ def fill(engine: Any, config: RunConfig, pairs: Any, layout: Any, device: Any, a
             number = plan.step(index)[layout.dp_rank][0]
             if number is None:
                 rows: list[int] = []
-                pack = replace(filler_pack(layout.sp), pairs=Pairs(np.zeros(0, dtype=np.float32)))
+                pack = filler_pack(layout.sp)
             else:
                 rows = missing[plan.packs[number]].tolist()
                 pack = pairs.pack(rows, pad_to_multiple=layout.sp, pad_id=0)

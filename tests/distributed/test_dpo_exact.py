@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 from ds_longft.config.run_config import DpoConfig
 from ds_longft.layout import ParallelLayout
-from ds_longft.objectives.dpo import METRICS, DpoObjective
+from ds_longft.objectives.dpo import DpoObjective
+from ds_longft.objectives.pair_loss import METRICS
 from ds_longft.objectives.passes import backpropagate_pairs, evaluate_pairs, reference_logps
 from ds_longft.sequence.attention import ULYSSES, register
 from ds_longft.sequence.recompute import apply_recompute

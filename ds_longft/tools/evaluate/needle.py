@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ds_longft.config.run_config import parse_tokens
 from ds_longft.errors import ConfigError
-from ds_longft.tools.evaluate.facts import Form, make_needle
+from ds_longft.tools.evaluate.facts import Form, Needle, make_needle
 from ds_longft.tools.evaluate.grid import (
     ANSWER_TOKENS,
     Ask,
@@ -28,7 +28,7 @@ from ds_longft.tools.evaluate.grid import (
     spread,
     summarize,
 )
-from ds_longft.tools.evaluate.haystack import Haystack, build_prompt
+from ds_longft.tools.evaluate.haystack import Haystack, Prompt, build_prompt
 from ds_longft.tools.evaluate.texts import Language, read_texts
 
 if TYPE_CHECKING:
@@ -156,18 +156,7 @@ def _measure(
     stops = end_ids(loaded, tokenizer)
 
     def answer(group: list[Ask]) -> list[dict[str, Any]]:
-        prompts, needles = [], []
-        for ask in group:
-            rng = random.Random(f"{grid.seed} {grid.form} {ask.key}")
-            hidden = make_needle(grid.form, ask.language, grid.facts, rng)
-            places = [ask.depth] if ask.depth is not None else spread(len(hidden.sentences), rng)
-            prompts.append(
-                build_prompt(
-                    tokenizer, stacks[ask.language], hidden, ask.language,
-                    tokens=ask.length_tokens, depths=places, rng=rng,
-                )
-            )  # fmt: skip
-            needles.append(hidden)
+        prompts, needles = zip(*(_hidden(ask, grid, tokenizer, stacks[ask.language]) for ask in group), strict=True)
         started = time.monotonic()
         replies = generate(
             loaded,
@@ -196,6 +185,17 @@ def _measure(
 
         draw_heatmap(result, folder / f"{file}.png")
     return result, rows.result_path
+
+
+def _hidden(ask: Ask, grid: Grid, tokenizer: Any, haystack: Haystack) -> tuple[Prompt, Needle]:
+    """A needle in its haystack; the same whenever it is asked for."""
+    rng = random.Random(f"{grid.seed} {grid.form} {ask.key}")
+    needle = make_needle(grid.form, ask.language, grid.facts, rng)
+    places = [ask.depth] if ask.depth is not None else spread(len(needle.sentences), rng)
+    prompt = build_prompt(
+        tokenizer, haystack, needle, ask.language, tokens=ask.length_tokens, depths=places, rng=rng
+    )  # fmt: skip
+    return prompt, needle
 
 
 def tokens_of(flag: str, value: int | str) -> int:

@@ -13,7 +13,7 @@ from ds_longft.decide.of_run import as_json, memory_parts
 from ds_longft.decide.search import Question, alternatives, fastest, longest_of_each
 from ds_longft.decide.setting import Gpu, ModelSizes
 from ds_longft.errors import ConfigError
-from ds_longft.objectives.dpo import reference_of
+from ds_longft.objectives.objective import reference_of
 from ds_longft.tools.plan import report
 from ds_longft.tools.plan.kernels import with_fitting_kernels
 
@@ -80,22 +80,27 @@ def plan(
         documents, targets, liger, length, both=lora and full, charted=png is not None,
     )  # fmt: skip
     console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else FILE_WIDTH)
-    if tokens is None:
-        plans = longest_of_each(question)
-        if json:
-            print(json_text.dumps({"longest": [as_json(p, question) for p in plans]}))
-        elif plans:
-            console.print(report.length_table(plans, question))
-        else:
-            raise ConfigError(_nothing_fits(question, model))
+    if tokens is not None:
+        _show_fastest(question, tokens, model, png=png, json=json)
         return
+    plans = longest_of_each(question)
+    if json:
+        print(json_text.dumps({"longest": [as_json(p, question) for p in plans]}))
+    elif plans:
+        console.print(report.length_table(plans, question))
+    else:
+        raise ConfigError(_nothing_fits(question, model))
+
+
+def _show_fastest(question: Question, tokens: int, model: str, *, png: str | None, json: bool) -> None:
+    """The recipe of one length, and where memory and time go. Raises ConfigError where nothing fits."""
     best = fastest(question, tokens)
     if best is None:
         longest = max((question.length(p.setting) for p in longest_of_each(question)), default=0)
         raise ConfigError(
-            f"--length {tokens:,}: no setting fits {gpus} x {question.gpu.name}; the longest that does is {longest:,} "
-            f"tokens{' in each document of a pair' * (objective == 'dpo')}. More GPUs (--gpus), host memory "
-            f"(--host_gib) or a shorter sample"
+            f"--length {tokens:,}: no setting fits {question.gpus} x {question.gpu.name}; the longest that does is "
+            f"{longest:,} tokens{' in each document of a pair' * (question.documents_per_row > 1)}. More GPUs "
+            f"(--gpus), host memory (--host_gib) or a shorter sample"
         )
     others = alternatives(question, best)
     if png:

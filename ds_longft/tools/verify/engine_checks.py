@@ -92,7 +92,7 @@ def _check_gradients(subject: Subject, built: Built, reference: Reference) -> li
         ours = run(kind)
         if layout.rank:
             continue
-        means = reference.means_of_means(packs, layout) if kind == "sp" and packs[0].pairs is None else ()
+        means = reference.means_of_means(packs, layout) if kind == "sp" and packs[0].documents_per_row == 1 else ()
         suspects = Suspects(alone if kind in ("one", "dp") else layout, ours.loss, means)
         rows, apart = judge(name, ours, reference.gradients, tolerance, cause=suspects.cause, rounding=rounding)
         findings += rows

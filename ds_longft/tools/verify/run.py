@@ -67,8 +67,8 @@ def verify_model(subject: Subject, checks: frozenset[int]) -> tuple[list[Finding
     reference = None
     if checks & {1, 6}:
         model = reference_model(subject.config, subject.dtype, device)
-        dpo = subject.config.dpo if subject.config.objective == "dpo" else None
-        scales = None if dpo is None else partial(pair_scales, dpo=dpo, device=device)
+        pairs = subject.config.documents_per_row > 1
+        scales = partial(pair_scales, dpo=subject.config.dpo, device=device) if pairs else None
         reference = reference_step(model, packs, weight_of(packs), device, layout.rank, layout.world, scales)
         del model
         _free()

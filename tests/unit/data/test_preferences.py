@@ -199,8 +199,8 @@ def test_the_fullest_pack_of_a_side_is_not_the_longest_pack(tokenized) -> None:
     long["chosen"], long["rejected"] = "a" * 150, "b"
     rows = tokenized([even, long, short])
     lengths = [[len(document.input_ids) for document in rows.documents(i)] for i in range(3)]
-    assert rows.side_lengths.tolist() == lengths
-    assert rows.part(np.array([2, 0]), "part").side_lengths.tolist() == [lengths[2], lengths[0]]
+    assert rows.document_lengths.tolist() == lengths
+    assert rows.part(np.array([2, 0]), "part").document_lengths.tolist() == [lengths[2], lengths[0]]
     packs = loader(rows, packing="none")
     assert packs.fullest_pack(0).rows == (0,)
     assert packs.fullest_pack(0, of_a_side=True).rows == (1,)
