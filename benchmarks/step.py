@@ -120,9 +120,9 @@ def main() -> None:
     from ds_longft.model.flops import equal_cost_tokens, forward_flops, peak_tflops, step_flops
     from ds_longft.model.load import load_config
     from ds_longft.sequence.kernels import AttentionSpec, choose_kernel
+    from ds_longft.train.device_memory import device_memory, own_memory_gib
     from ds_longft.train.engine import build
     from ds_longft.train.install import decided, keep_resident, known_run
-    from ds_longft.train.memory import device_memory, own_memory_gib
     from ds_longft.train.rehearse import choose_passes, rehearse, settle
     from ds_longft.train.step import backpropagate_pack
 

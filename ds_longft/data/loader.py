@@ -16,7 +16,7 @@ from ds_longft.batch import Pack, Step
 from ds_longft.config.run_config import DataConfig
 from ds_longft.data.deal import deal_documents
 from ds_longft.data.pack import filler_pack
-from ds_longft.data.plan import EQUAL_COST_TOKENS, PackPlan, plan_epoch
+from ds_longft.data.pack_plan import EQUAL_COST_TOKENS, PackPlan, plan_epoch
 from ds_longft.data.tokenized import TokenizedSet
 
 STEPS_AHEAD = 3

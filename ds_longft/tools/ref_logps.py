@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ds_longft.config.run_config import RunConfig
-from ds_longft.config.settings import load_config
+from ds_longft.config.settings import load_run_config
 from ds_longft.errors import ConfigError, NonFiniteError
 from ds_longft.ranks.join import Launch, visible_gpus
 from ds_longft.ranks.launch import Flags, launch_ranks, run_rank
@@ -53,7 +53,7 @@ def read(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
     parser.add_argument("--ranks", type=int, help="processes to start: sp, or a multiple of it")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     own, rest = parser.parse_known_args(argv)
-    config = load_config(rest)
+    config = load_run_config(rest)
     if config.objective != "dpo":
         raise ConfigError("ds-longft data ref_logps: objective is sft, which has no reference: set objective to dpo")
     if config.dpo.loss == "simpo":
@@ -92,9 +92,9 @@ def _compute(config: RunConfig, launch: Launch, gpus: int, *, as_json: bool) -> 
     from ds_longft.ranks.join import join
     from ds_longft.sequence.attention import ULYSSES
     from ds_longft.tools import quickstart
+    from ds_longft.train.device_memory import own_memory_gib
     from ds_longft.train.engine import build
     from ds_longft.train.install import decided, keep_resident, known_run
-    from ds_longft.train.memory import own_memory_gib
 
     quickstart.prepare(config)
     settings, sp = preflight(
@@ -136,10 +136,10 @@ def _compute(config: RunConfig, launch: Launch, gpus: int, *, as_json: bool) -> 
 def fill(engine: Any, config: RunConfig, pairs: Any, layout: Any, device: Any, agreement: Any) -> dict[str, Any]:
     """Compute what the file of `pairs` lacks; packs are shared out over the dp ranks. Collective."""
     from ds_longft.data.pack import filler_pack
-    from ds_longft.data.plan import plan_epoch
+    from ds_longft.data.pack_plan import plan_epoch
     from ds_longft.data.progress import Progress
     from ds_longft.objectives.passes import reference_logps
-    from ds_longft.objectives.reference import open_reference, reference_file
+    from ds_longft.objectives.reference_cache import open_reference, reference_file
 
     file = reference_file(config, pairs)
     store = agreement.on_rank0(lambda: np.array(open_reference(config, pairs)))

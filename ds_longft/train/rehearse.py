@@ -23,8 +23,8 @@ from ds_longft.data.pack import filler_pack
 from ds_longft.decide.setting import GIB
 from ds_longft.layout import ParallelLayout
 from ds_longft.sequence.relief import Relief
+from ds_longft.train.device_memory import DeviceMemory
 from ds_longft.train.install import Recompute
-from ds_longft.train.memory import DeviceMemory
 from ds_longft.train.step import apply_step, backpropagate_pack
 
 SHORT_TOKENS = 8

@@ -29,8 +29,8 @@ from ds_longft.ranks.join import Launch
 from ds_longft.train.card import write_card
 from ds_longft.train.data_facts import write_data_facts
 from ds_longft.train.health import Watchdog
-from ds_longft.train.made_of import write_facts
 from ds_longft.train.metrics import Records, read_metrics, summary_table
+from ds_longft.train.provenance import write_facts
 from ds_longft.train.same_run import CHANGES, TrainState, in_words
 from ds_longft.train.secrets import tracked_config
 from ds_longft.train.start import (

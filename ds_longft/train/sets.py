@@ -10,7 +10,7 @@ from ds_longft.data.tokenize import tokenize_sources
 from ds_longft.data.tokenized import TokenizedSet
 from ds_longft.model.load import load_config
 from ds_longft.objectives.objective import Needs
-from ds_longft.objectives.reference import load_reference
+from ds_longft.objectives.reference_cache import load_reference
 from ds_longft.sequence.attention import ULYSSES
 
 

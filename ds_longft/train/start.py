@@ -24,11 +24,11 @@ from ds_longft.ranks.join import Agreement, Launch, join
 from ds_longft.ranks.lock import lock_folder
 from ds_longft.sequence.attention import ULYSSES
 from ds_longft.train.checkpoint import Checkpoints
+from ds_longft.train.device_memory import device_memory, own_memory_gib
 from ds_longft.train.engine import Built, build
 from ds_longft.train.install import decided, keep_resident, known_run
-from ds_longft.train.made_of import what_ranks_share
-from ds_longft.train.memory import device_memory, own_memory_gib
 from ds_longft.train.model_check import check_model
+from ds_longft.train.provenance import what_ranks_share
 from ds_longft.train.rehearse import choose_passes, rehearse, settle
 from ds_longft.train.same_run import (
     STAGE,

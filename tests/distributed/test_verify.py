@@ -38,15 +38,15 @@ def agreed() -> Agreement:
 
 def verified(rank: int, world: int, content: dict[str, Any], checks: frozenset[int], fault: str | None) -> Any:
     """The findings, in a process where `fault` was planted."""
-    from ds_longft.tools.verify.run import verify_model
-    from ds_longft.tools.verify.subject import Subject
+    from ds_longft.tools.verify.checks import verify_model
+    from ds_longft.tools.verify.verified_run import VerifiedRun
 
     config = RunConfig.model_validate(content)
     settings, sp = preflight(config, world=world, local_world=world, device="cpu")
     with ExitStack() as stack:
         if fault is not None:
             FAULTS[fault](stack)
-        subject = Subject.make(config, settings, sp, torch.device("cpu"), agreed(), tokens=160)
+        subject = VerifiedRun.make(config, settings, sp, torch.device("cpu"), agreed(), tokens=160)
         findings, facts, text = verify_model(subject, checks)
     return findings, facts, str(text)
 

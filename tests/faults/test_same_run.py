@@ -21,7 +21,7 @@ from transformers import LlamaConfig
 
 from ds_longft.config.messages import _models_of, all_keys, on_resume
 from ds_longft.config.run_config import DpoConfig, OnResume, RunConfig, SourceConfig
-from ds_longft.config.settings import load_config
+from ds_longft.config.settings import load_run_config
 from ds_longft.errors import CheckpointError
 from ds_longft.train.same_run import (
     TrainState,
@@ -231,8 +231,8 @@ OTHERS_OF_PAIRS = {
 def test_another_value_in_preference_training(key: str) -> None:
     assert set(OTHERS_OF_PAIRS) == {f"dpo.{name}" for name in DpoConfig.model_fields}
     loss = ["--dpo.loss", "simpo"] if key == "dpo.simpo_gamma" else []
-    before = state_of(load_config([*DPO, *loss]))
-    now = state_of(load_config([*DPO, *loss, f"--{key}", *OTHERS_OF_PAIRS[key]]))
+    before = state_of(load_run_config([*DPO, *loss]))
+    now = state_of(load_run_config([*DPO, *loss, f"--{key}", *OTHERS_OF_PAIRS[key]]))
     if CLASSES[key] is OnResume.REFUSED:
         with pytest.raises(CheckpointError, match=f"{key} was .* and is .* now"):
             refuse_another_run(Path("checkpoint-6"), before, now)
@@ -243,24 +243,24 @@ def test_another_value_in_preference_training(key: str) -> None:
 
 
 def test_another_adapter_to_start_from_is_refused() -> None:
-    before, now = state_of(load_config([])), state_of(load_config(["--lora.init_from", "elsewhere"]))
+    before, now = state_of(load_run_config([])), state_of(load_run_config(["--lora.init_from", "elsewhere"]))
     with pytest.raises(CheckpointError, match=r"lora.init_from was null and is .*elsewhere.* now"):
         refuse_another_run(Path("checkpoint-6"), before, now)
 
 
 def test_spellings_of_one_value_are_one() -> None:
     """What `auto` became, the budget that follows from the length, and packs over ranks or over micro-steps."""
-    plain, said = load_config([]), load_config(["--data.pack_tokens", "128K", "--model.dtype", "fp32"])
+    plain, said = load_run_config([]), load_run_config(["--data.pack_tokens", "128K", "--model.dtype", "fp32"])
     refuse_another_run(Path("checkpoint-6"), state_of(plain), state_of(said))
     four: Any = SimpleNamespace(dp=4)
-    accumulated = load_config(["--train.gradient_accumulation_steps", "4"])
+    accumulated = load_run_config(["--train.gradient_accumulation_steps", "4"])
     over_ranks = replace(state_of(plain), decides=what_decides(plain, {"zero_optimization": {"stage": 3}}, four))
     refuse_another_run(Path("checkpoint-6"), state_of(accumulated), over_ranks)
 
 
 def test_another_norm_of_the_same_weights_is_refused() -> None:
     """The weights may be equal and the model another one: its config.json decides too."""
-    state = replace(state_of(load_config([])), model={"rms_norm_eps": 1e-6})
+    state = replace(state_of(load_run_config([])), model={"rms_norm_eps": 1e-6})
     with pytest.raises(CheckpointError, match=r"model.path: rms_norm_eps in config.json was 1e-06 and is 1e-05 now"):
         refuse_another_run(Path("checkpoint-6"), state, replace(state, model={"rms_norm_eps": 1e-5}))
 

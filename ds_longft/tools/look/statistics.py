@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ds_longft.config.run_config import DataConfig
-from ds_longft.data.plan import EQUAL_COST_TOKENS, costs_of, plan_epoch
+from ds_longft.data.pack_plan import EQUAL_COST_TOKENS, costs_of, plan_epoch
 from ds_longft.data.tokenized import TokenizedSet
 
 WINDOWS = tuple(1 << e for e in range(12, 21))  # 4K to 1M

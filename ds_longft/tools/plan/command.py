@@ -14,8 +14,8 @@ from ds_longft.decide.search import Question, alternatives, fastest, longest_of_
 from ds_longft.decide.setting import Gpu, ModelSizes
 from ds_longft.errors import ConfigError
 from ds_longft.objectives.objective import reference_of
-from ds_longft.tools.plan import report
-from ds_longft.tools.plan.kernels import with_fitting_kernels
+from ds_longft.tools.plan import plan_text
+from ds_longft.tools.plan.fitting_kernels import with_fitting_kernels
 
 FILE_WIDTH = 200
 """Width where the output is no terminal: rows stay on one line, as `grep` and `sort` want them."""
@@ -87,7 +87,7 @@ def plan(
     if json:
         print(json_text.dumps({"longest": [as_json(p, question) for p in plans]}))
     elif plans:
-        console.print(report.length_table(plans, question))
+        console.print(plan_text.length_table(plans, question))
     else:
         raise ConfigError(_nothing_fits(question, model))
 
@@ -104,16 +104,20 @@ def _show_fastest(question: Question, tokens: int, model: str, *, png: str | Non
         )
     others = alternatives(question, best)
     if png:
-        report.write_png(best, question, png)
+        plan_text.write_png(best, question, png)
     if json:
         instead = {key: p and as_json(p, question) for key, p in others.items()}
         print(json_text.dumps(as_json(best, question) | ({"instead": instead} if instead else {})))
         return
-    print(report.recipe(best, question, model), end="")
+    print(plan_text.recipe(best, question, model), end="")
     parts = memory_parts(best, question)
-    notes = [f"peak while at: {best.memory.moment}", report.bars(parts, question.gpu.memory_gib), "seconds of a step:"]
+    notes = [
+        f"peak while at: {best.memory.moment}",
+        plan_text.bars(parts, question.gpu.memory_gib),
+        "seconds of a step:",
+    ]
     notes.append("  " + ", ".join(f"{name} {s:.2f}" for name, s in best.time.parts.items()))
-    notes += report.instead(others) + report.not_ahead(best)
+    notes += plan_text.instead(others) + plan_text.not_ahead(best)
     Console(stderr=True, soft_wrap=True, highlight=False).print("\n".join(notes))
 
 

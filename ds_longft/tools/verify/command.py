@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ds_longft.config.check import preflight
 from ds_longft.config.run_config import RunConfig, parse_tokens
-from ds_longft.config.settings import load_config
+from ds_longft.config.settings import load_run_config
 from ds_longft.errors import ConfigError
 from ds_longft.ranks.join import Launch, visible_gpus
 from ds_longft.ranks.launch import Flags, launch_ranks
@@ -52,9 +52,9 @@ def main(argv: list[str]) -> int:
     gpus = visible_gpus()
     if "RANK" not in os.environ and "SLURM_STEP_ID" not in os.environ:
         return launch_ranks("ds_longft.tools.verify", argv, ranks=_ranks(options, config, gpus), gpus=gpus)
-    from ds_longft.tools.verify.run import run
+    from ds_longft.tools.verify.checks import run_checks
 
-    return run(config, options, Launch.from_environment(), device="cuda" if gpus else "cpu")
+    return run_checks(config, options, Launch.from_environment(), device="cuda" if gpus else "cpu")
 
 
 def read(argv: list[str]) -> tuple[Options, RunConfig]:
@@ -85,7 +85,7 @@ def read(argv: list[str]) -> tuple[Options, RunConfig]:
     for flag, value in (("--layers", own.layers), ("--tokens", tokens), ("--ranks", own.ranks)):
         if value is not None and value < 1:
             raise ConfigError(f"ds-longft verify: {flag} is {value}, expected 1 or more")
-    return Options(own.layers, tokens, own.ranks, checks, own.json), load_config(rest)
+    return Options(own.layers, tokens, own.ranks, checks, own.json), load_run_config(rest)
 
 
 def _ranks(options: Options, config: RunConfig, gpus: int) -> int:

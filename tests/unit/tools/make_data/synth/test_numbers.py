@@ -11,7 +11,7 @@ import pytest
 from ds_longft.cli import main
 from ds_longft.data.formats import to_row
 from ds_longft.errors import ConfigError, DataError
-from ds_longft.tools.evaluate import facts as asked_in_evaluation
+from ds_longft.tools.evaluate import needle_facts as asked_in_evaluation
 from ds_longft.tools.make_data.lengths import Lengths
 from ds_longft.tools.make_data.synth.number_grammar import KINDS, Telling
 from ds_longft.tools.make_data.synth.number_wordings import SPEECH, facts_about

@@ -17,7 +17,7 @@ from ds_longft.batch import Pack
 from ds_longft.config.run_config import DpoConfig
 from ds_longft.objectives.objective import reference_of
 from ds_longft.objectives.pair_loss import pair_losses
-from ds_longft.tools.verify.reference import document_losses
+from ds_longft.tools.verify.baseline import document_losses
 
 
 @torch.no_grad()
