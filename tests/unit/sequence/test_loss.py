@@ -59,6 +59,30 @@ def test_the_gradient_of_a_trained_head_is_rounded_once(chunks: int, documents: 
         assert float((seen.grad - true.grad).norm() / true.grad.norm()) < 5e-3, true.shape
 
 
+def squared_normalizer(
+    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, *, gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """weights * log(sum(exp(logits)))^2, known as z-loss; targets are not read."""
+    with torch.enable_grad():
+        x = logits.detach().requires_grad_()
+        losses = torch.logsumexp(x, dim=1) ** 2 * weights
+        return losses.detach(), torch.autograd.grad(losses.sum(), x)[0] if gradient else None
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_another_token_loss_is_a_function(trained: bool) -> None:
+    torch.manual_seed(0)
+    head = nn.Linear(8, 12, bias=False).double().requires_grad_(trained)
+    targets, weights = torch.zeros(50, dtype=torch.int64), torch.rand(50).double()
+    hidden = torch.randn(50, 8).double().requires_grad_()
+    inputs = [hidden, head.weight] if trained else [hidden]
+    loss = token_loss_sum(Member(head, None), hidden, targets, weights, squared_normalizer, 7)
+    truth = (torch.logsumexp(head(hidden), dim=1) ** 2 * weights).sum()
+    torch.testing.assert_close(loss, truth)
+    for seen, true in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(truth, inputs), strict=True):
+        torch.testing.assert_close(seen, true)
+
+
 def test_a_head_with_dora_is_refused_by_name() -> None:
     config = tiny_config("llama")
     model = add_lora(
