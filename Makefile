@@ -14,7 +14,7 @@ help:
 	@echo "make test-all    these, and the ones that take minutes to hours"
 	@echo "make test-gpu    what needs GPUs, on one or two of them: kernels, whole runs, time and memory beside the plan"
 	@echo "make format      let ruff format and mend what it can"
-	@echo "make docs        docs/config.md, docs/files.md and the README's table out of code and results"
+	@echo "make docs        docs/config.md, the columns in docs/data.md and the README's table out of code and results"
 
 # Made again only when what it was made from has changed.
 .venv/.installed: pyproject.toml launch/setup.sh

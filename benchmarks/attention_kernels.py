@@ -29,7 +29,9 @@ from ds_longft.sequence.kernels import (
     CUDNN_MIN_WORK,
     KERNELS,
     AttentionSpec,
+    Job,
     Kernel,
+    Saved,
     choose_kernel,
     kernel_by_name,
 )
@@ -90,7 +92,8 @@ class Pack:
         return kernel.forward(self.q, self.k, self.v, self.borders, self.lengths, self.spec)
 
     def backward(self, kernel: Kernel, out: torch.Tensor, lse: torch.Tensor) -> object:
-        return kernel.backward(self.dout, self.q, self.k, self.v, out, lse, self.borders, self.lengths, self.spec)
+        saved = Saved(self.q, self.k, self.v, out, lse)
+        return kernel.backward(self.dout, saved, self.borders, self.lengths, self.spec)
 
 
 def first_ms(pack: Pack, kernel: Kernel, device: torch.device) -> float:
@@ -147,11 +150,7 @@ def main() -> None:
     kernels = []
     for name in args.kernels.split(","):
         reason = kernel_by_name(name).refuses(
-            device_type=device.type,
-            dtype=getattr(torch, args.dtype),
-            head_dim=args.head_dim,
-            spec=AttentionSpec(1.0),
-            capability=capability,
+            Job(device.type, getattr(torch, args.dtype), args.head_dim, AttentionSpec(1.0), capability)
         )
         if reason is None:
             kernels.append(kernel_by_name(name))

@@ -195,12 +195,13 @@ def compare(case: Case, measured: dict[str, Any], gpu: str, *, tiny: bool) -> di
 
     from ds_longft.decide.memory import predict, stays_resident
     from ds_longft.decide.search import fastest_saver
-    from ds_longft.decide.setting import GIB, Gpu, ModelSizes, Setting
+    from ds_longft.decide.setting import GIB, Gpu, Setting
     from ds_longft.decide.tensors import ATTENTION, LAYER_INPUTS, LINEARS, REFERENCE, TRAINABLE, WEIGHTS
     from ds_longft.decide.time import predict_time
+    from ds_longft.model.facts import ModelFacts
 
     shape = shape_of(case.shape, case.layers)
-    model, rates = ModelSizes.from_config(AutoConfig.for_model(**shape)), Gpu.load(gpu)
+    model, rates = ModelFacts.from_config(AutoConfig.for_model(**shape)), Gpu.load(gpu)
     kernel = case.kernel if case.kernel in rates.attention_tflops else next(iter(rates.attention_tflops))
     whole = stays_resident(2 * model.weights, lora=not case.full, offload_params=False, memory_gib=rates.memory_gib)
     setting = Setting(
@@ -217,6 +218,7 @@ def compare(case: Case, measured: dict[str, Any], gpu: str, *, tiny: bool) -> di
         kernel=kernel,
         fused=not tiny,
         element_bytes=4 if tiny else 2,
+        pairs=case.reference != "none",
         reference=case.reference,
         passes=case.passes,
     )

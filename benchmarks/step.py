@@ -117,12 +117,11 @@ def main() -> None:
     from ds_longft.config.run_config import RunConfig
     from ds_longft.data.deal import deal_documents
     from ds_longft.layout import ParallelLayout
-    from ds_longft.model.flops import equal_cost_tokens, forward_flops, peak_tflops, step_flops
-    from ds_longft.model.load import load_config
+    from ds_longft.model.peaks import peak_tflops
     from ds_longft.sequence.kernels import AttentionSpec, choose_kernel
     from ds_longft.train.device_memory import device_memory, own_memory_gib
     from ds_longft.train.engine import build
-    from ds_longft.train.install import decided, keep_resident, known_run
+    from ds_longft.train.install import known_run
     from ds_longft.train.rehearse import choose_passes, rehearse, settle
     from ds_longft.train.step import backpropagate_pack
 
@@ -161,18 +160,13 @@ def main() -> None:
     layout = ParallelLayout.create(sp)
     started, start = time.time(), list[str]()
     memory, (memory_gib, _) = device_memory(device), own_memory_gib(device)
-    hf_config = load_config(config.model, longest, attn_implementation="eager")
-    keep_resident(settings, config, hf_config, memory_gib)
-    known = known_run(
-        config, settings.engine, hf_config, layout, device, memory_gib=memory_gib,
-        kernel="" if args.kernel == "auto" else args.kernel,
-    )  # fmt: skip
+    kernel_name = "" if args.kernel == "auto" else args.kernel
+    known = known_run(config, settings, layout, device, memory_gib=memory_gib, kernel=kernel_name)
+    facts = known.facts
     built = build(
-        config,
-        settings.engine,
+        known,
         layout,
         device,
-        decisions=decided(known, device),
         prepare=lambda model: start.append(fingerprint(model)) if args.fingerprint else None,
     )
     build_s = time.time() - started
@@ -196,7 +190,7 @@ def main() -> None:
         dist.all_reduce(total)
         return pack, float(total) / sp  # every sp rank counted its whole pack
 
-    cost_tokens = equal_cost_tokens(built.shape, lora=not args.full)
+    cost_tokens = facts.equal_cost_tokens(lora=not args.full)
     pack, total_weight = prepare()
     targets = int(pack.loss_weights.sum())
     kept = passes = None
@@ -251,14 +245,13 @@ def main() -> None:
     timed = step_times(times[: len(times) - bool(args.profile)] or times)
     peak = peak_gib(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    head_dim = built.hf_config.hidden_size // built.hf_config.num_attention_heads
     kernel, reason = choose_kernel(
-        args.kernel, device=device, dtype=dtype, heads=-(-built.hf_config.num_attention_heads // sp), head_dim=head_dim,
-        spec=AttentionSpec(head_dim**-0.5), lengths=lengths,
+        args.kernel, device=device, dtype=dtype, heads=-(-facts.q_heads // sp), head_dim=facts.head_dim,
+        spec=AttentionSpec(facts.head_dim**-0.5), lengths=lengths,
     )  # fmt: skip
-    flops = step_flops(built.shape, lengths, lora=not args.full, targets=targets)
+    flops = facts.step_flops(lengths, lora=not args.full, targets=targets)
     if args.objective == "dpo" and built.engine.module.live_reference:
-        flops += forward_flops(built.shape, lengths, targets=targets)
+        flops += facts.forward_flops(lengths, targets=targets)
     flops *= layout.dp
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     peak_rate = peak_tflops(name)

@@ -1,10 +1,9 @@
-"""Writes docs/config.md from `RunConfig`, docs/files.md from the docstrings, the table of columns in docs/data.md from
-the layouts, and the README's table from the results: `make docs`. A test keeps them in step.
+"""Writes docs/config.md from `RunConfig`, the table of columns in docs/data.md from the layouts, and the README's table
+from the results: `make docs`. A test keeps them in step.
 """
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from pathlib import Path
@@ -32,11 +31,6 @@ or the engine's settings it leads to), *applied* from the step on at which the r
 """
 
 
-FILES_HEAD = """\
-# File by file
-
-Made from the first line of each file by `make docs`. How they hang together: [architecture.md](architecture.md).
-"""
 COLUMNS_BEGIN, COLUMNS_END = "<!-- columns: written by make_reference.py -->", "<!-- end of columns -->"
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -161,25 +155,7 @@ def _code(names: tuple[str, ...]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
-def files_page() -> str:
-    """The whole text of docs/files.md."""
-    page = FILES_HEAD
-    for folder in sorted({path.parent for path in ROOT.glob("ds_longft/**/*.py")}):
-        docs = {path.name: _summary(path) for path in sorted(folder.glob("*.py"))}
-        title = docs.pop("__init__.py", "")
-        page += f"\n## {folder.relative_to(ROOT)}\n\n{title}\n\n| file | what |\n|---|---|\n"
-        page += "".join(f"| `{name}` | {text.replace('|', chr(92) + '|')} |\n" for name, text in docs.items())
-    return page
-
-
-def _summary(path: Path) -> str:
-    """First sentence or paragraph of a file's docstring, on one line."""
-    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    return re.sub(r"\s+", " ", text.split("\n\n")[0])
-
-
 if __name__ == "__main__":
     (ROOT / "docs/config.md").write_text(config_page())
-    (ROOT / "docs/files.md").write_text(files_page())
     (ROOT / "docs/data.md").write_text(data_page())
     (ROOT / "README.md").write_text(readme_page())

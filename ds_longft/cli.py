@@ -57,6 +57,7 @@ class Command:
     target: str  # "module:function"
     summary: str
     takes_run_keys: bool = False  # hands its arguments on as they are: --a.b value
+    flags: tuple[str, ...] = ()  # that it always has
 
 
 COMMANDS = {
@@ -75,10 +76,6 @@ COMMANDS = {
     ),
     "data synth stretches": Command(
         "ds_longft.tools.make_data.synth.text_commands:stretches", "long texts cut into plain rows of many lengths"
-    ),
-    "data synth numbers": Command(
-        "ds_longft.tools.make_data.synth.text_commands:numbers",
-        "numbers hidden in long texts, asked for one or several at a time",
     ),
     "data mix": Command("ds_longft.tools.make_data.commands:mix", "a training set of many sources, by a recipe"),
     "data tokenize": Command("ds_longft.tools.look.commands:tokenize", "chats to token ids, once, into the cache"),
@@ -106,8 +103,9 @@ COMMANDS = {
     ),
     "report": Command("ds_longft.tools.report.command:report", "one self-contained page about a run"),
     "export": Command("ds_longft.tools.export:export", "a run's result as an ordinary Hugging Face folder"),
+    "push": Command("ds_longft.tools.push:push", "a run's result, card and report to a model hub"),
     "slurm render": Command("ds_longft.tools.slurm.render:render", "the sbatch script of a run, filled and checked"),
-    "slurm submit": Command("ds_longft.tools.slurm.render:submit", "the same, handed to sbatch"),
+    "slurm submit": Command("ds_longft.tools.slurm.render:render", "the same, handed to sbatch", flags=("--submit",)),
     "doctor": Command("ds_longft.tools.doctor:doctor", "is this machine fit for training, and how to mend what is not"),
     "migrate": Command(
         "ds_longft.tools.migrate:migrate", "a config of Axolotl, LLaMA-Factory, TRL or swift as one of ours"
@@ -151,7 +149,8 @@ def _dispatch(argv: list[str]) -> int:
     name = next((n for n in COMMANDS if argv[: len(n.split())] == n.split()), None)
     if name is None:
         return _no_such_command(argv)
-    command, rest = COMMANDS[name], argv[len(name.split()) :]
+    command = COMMANDS[name]
+    rest = [*command.flags, *argv[len(name.split()) :]]
     if not command.takes_run_keys and {"--help", "-h"} & set(rest):
         _print_help(_described(command.target), f"ds-longft {name}")
         return 0
@@ -168,20 +167,45 @@ def _described(target: str) -> Callable[..., Any]:
     take seconds (torch), and its help needs none of it.
     """
     module, _, name = target.partition(":")
+    origin, tree = _source_of(module)
+    (found,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
+    found.body, found.decorator_list = found.body[:1], []  # the docstring
+    namespace = _Constants(module, tree)
+    flags = annotations.compiler_flag  # they stay text, as everywhere here
+    exec(compile(ast.Module([found], []), origin, "exec", flags, dont_inherit=True), {}, namespace)
+    function: Callable[..., Any] = namespace[name]
+    return function
+
+
+class _Constants(dict[str, Any]):
+    """The constants that a module's defaults name, read from the source, its own or where it imports them from."""
+
+    def __init__(self, module: str, tree: ast.Module) -> None:
+        super().__init__()
+        self.module, self.tree = module, tree
+
+    def __missing__(self, name: str) -> Any:
+        for node in self.tree.body:
+            if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                if name in [target.id for target in targets if isinstance(target, ast.Name)]:
+                    try:
+                        return ast.literal_eval(node.value)
+                    except ValueError:  # it is computed
+                        return getattr(importlib.import_module(self.module), name)
+            if isinstance(node, ast.ImportFrom) and node.module:
+                for alias in node.names:
+                    if name == (alias.asname or alias.name):
+                        return _Constants(node.module, _source_of(node.module)[1])[alias.name]
+        raise KeyError(name)
+
+
+def _source_of(module: str) -> tuple[str, ast.Module]:
+    """(file, parsed source) of a module that is not imported for it."""
     spec = importlib.util.find_spec(module)
     assert spec is not None
     assert spec.origin is not None
-    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
-    (found,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
-    found.body, found.decorator_list = found.body[:1], []  # the docstring
-    namespace: dict[str, Any] = {}
-    flags = annotations.compiler_flag  # they stay text, as everywhere here
-    try:
-        exec(compile(ast.Module([found], []), spec.origin, "exec", flags, dont_inherit=True), namespace)
-    except NameError:  # a default is computed
-        namespace[name] = getattr(importlib.import_module(module), name)
-    function: Callable[..., Any] = namespace[name]
-    return function
+    return spec.origin, ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
 
 
 def _print_help(function: Callable[..., Any], name: str) -> None:

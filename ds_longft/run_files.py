@@ -27,6 +27,17 @@ class Manifest(BaseModel):
     files: dict[str, FileSeal]
 
 
+class StateOfAnyVersion(StoredFile):
+    """state.json of a checkpoint, as far as it says which version wrote it (see `train.same_run.TrainState`)."""
+
+    step: int
+    trained: str
+    fingerprint: str | None = None  # of format 1
+    rows: str | None = None
+    format: int | None = None
+    written_by: str | None = None
+
+
 class StatusFile(StoredFile):
     """run_status.json."""
 
@@ -209,7 +220,7 @@ class EvaluationFile(StoredFile):
             missing += [f"settings.{key}" for key in OF_NEEDLES if key not in self.settings]
             if not isinstance(self.settings.get("haystacks"), dict):
                 missing.append("settings.haystacks")
-            depths = self.settings.get("depths", [])
+            depths = self.settings.get("depths")
             single = self.settings.get("form") == "single"
             if single and not (isinstance(depths, list) and all(isinstance(d, int | float) for d in depths)):
                 missing.append("settings.depths")

@@ -46,5 +46,9 @@ if [ ! -x $venv/bin/deepspeed ]; then
   wanted=$($venv/bin/python -c 'from importlib.metadata import version; print(version("deepspeed"))')
   $venv/bin/python -m pip install --quiet --disable-pip-version-check --ignore-installed --no-deps "deepspeed==$wanted"
 fi
+# Tests read its chat templates and rules; what it needs to run would not fit beside ours.
+if [[ ,$extras, == *,dev,* ]] && [ ! -d $venv/peers/axolotl ]; then
+  $venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $venv/peers axolotl==0.19.0
+fi
 touch $venv/.installed
 echo "setup: done. $venv/bin/ds-longft --help, or: source $venv/bin/activate"

@@ -19,6 +19,7 @@ from ds_longft.config.ds_file import load_ds_config
 from ds_longft.config.ds_json import DeepSpeedSettings, Device, merge_ds_config
 from ds_longft.config.run_config import RunConfig, SourceConfig, is_pattern
 from ds_longft.config.shipped import TEMPLATES, find_template
+from ds_longft.config.window import reached_tokens, window_problem
 from ds_longft.errors import ConfigError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -119,6 +120,12 @@ def check_run(
         for name in config.log.tracker_names
         if not _is_installed(name)
     ]
+    stage = ds.engine.get("zero_optimization", {}).get("stage") if ds else None
+    if config.model.add_tokens and stage == 3:
+        problems.append(
+            f"model.add_tokens: the embeddings cannot grow under ZeRO-3 (stage 3 in {config.ds_config}): give a "
+            "JSON of stage 2 or lower as ds_config"
+        )
     if config.lora is not None and config.lora.init_from:
         folder = Path(config.lora.init_from).expanduser()
         if not (folder / "adapter_config.json").is_file():
@@ -246,39 +253,9 @@ def _length_problems(config: RunConfig, text: dict[str, Any]) -> list[str]:
     window = text.get("max_position_embeddings", text.get("n_positions"))
     if not isinstance(window, int) or problems:
         return problems
-    window = max([window, *_stretched_windows(text, window)])
-    if rope.type == "none":
-        if length > window and not _rope_types(text) & set(LENGTH_AWARE_ROPE):
-            problems.append(
-                f"data.max_length_tokens is {length}, the model's window is {window} tokens: lower the first, or "
-                f"stretch the window with model.rope.type (yarn, llama3, abf, linear or dynamic)"
-            )
-        return problems
-    if rope.theta is not None:
-        return problems
-    factor = rope.factor if rope.factor is not None else length / window
-    if factor <= 1:
-        problems.append(
-            f"model.rope.type is {rope.type}, but data.max_length_tokens ({length}) lies inside the model's window of "
-            f"{window} tokens: set model.rope.type to none, or give "
-            f"{'model.rope.theta' if rope.type == 'abf' else 'model.rope.factor'}"
-        )
-    elif window * factor < length and rope.type != "dynamic":
-        problems.append(
-            f"model.rope.factor {factor:g} stretches the window of {window} to {int(window * factor)} tokens, less "
-            f"than data.max_length_tokens ({length}): leave the factor out, or give at least {length / window:g}"
-        )
-    return problems
-
-
-def _stretched_windows(text: dict[str, Any], window: int) -> list[int]:
-    """Windows of a config stretched as model cards say: max_position_embeddings is left alone."""
-    windows = []
-    for part in _rope_settings(text):
-        kind, original = part.get("rope_type", part.get("type")), part.get("original_max_position_embeddings")
-        if kind in ("yarn", "linear"):  # as `model.rope.window_tokens` has it
-            windows.append(int((original or (window if kind == "yarn" else 0)) * (part.get("factor") or 1.0)))
-    return windows
+    endless = bool(_rope_types(text) & set(LENGTH_AWARE_ROPE))
+    problem = window_problem(rope, reached_tokens(window, _rope_settings(text)), length, endless=endless)
+    return [problem] if problem else []
 
 
 def _rope_types(text: dict[str, Any]) -> set[str]:

@@ -123,6 +123,13 @@ class ModelConfig(Section):
     random_weights: Refused[bool] = False
     """Initialise from the config alone, without weights: rehearsals and benchmarks."""
 
+    add_tokens: Refused[list[str]] = []
+    """Tokens to add to the tokenizer, with rows in the embeddings that begin as the mean of all others. Not with
+    ZeRO-3."""
+
+    train_added: Refused[bool] = True
+    """Whether these rows are trained. With LoRA the adapter holds them (PEFT's `trainable_token_indices`)."""
+
     rope: RopeConfig = RopeConfig()
 
 
@@ -416,6 +423,19 @@ class LogConfig(Section):
         return list(dict.fromkeys([*self.trackers, *(["wandb"] if self.wandb != "off" else [])]))
 
 
+class HubConfig(Section):
+    """Upload of the result to a model hub, by huggingface_hub and its login (`hf auth login` or HF_TOKEN)."""
+
+    repo: Free[str | None] = Field(default=None, pattern=r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+    """Repository, e.g. me/mine: gets the result at the end of the run. Made at the start where it is not there."""
+
+    push_every_save: Free[bool] = False
+    """The adapter of every checkpoint too, in the background. A failed upload is said and ends nothing."""
+
+    private: Free[bool] = True
+    """Whether a repository that is made is private."""
+
+
 class RunConfig(Section):
     """One run. Precedence: defaults < YAML (`--config`) < command line (`--a.b value`)."""
 
@@ -442,6 +462,7 @@ class RunConfig(Section):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     log: LogConfig = LogConfig()
+    hub: HubConfig = HubConfig()
 
     @model_validator(mode="after")
     def _fits_together(self, info: ValidationInfo) -> RunConfig:
@@ -472,11 +493,38 @@ def contradictions(config: RunConfig) -> list[str]:
     problems = []
     if data.eval and data.eval_fraction:
         problems.append("data.eval and data.eval_fraction are both set: keep one of them")
-    problems += _objective_problems(config)
+    if config.hub.repo is None and config.hub != HubConfig():
+        problems.append("hub has keys, but hub.repo is not set: name the repository, e.g. me/mine, or leave them out")
+    if config.hub.push_every_save and config.lora is None:
+        problems.append(
+            "hub.push_every_save is true, but lora is null: checkpoints of all weights are the engine's own shards. "
+            "Leave it out; hub.repo alone uploads the result"
+        )
+    problems += _objective_problems(config) + _token_problems(config)
     if config.model.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", config.model.revision or ""):
         problems.append(
             f"model.trust_remote_code needs model.revision pinned to a full commit hash (40 hex digits), "
             f"seen {config.model.revision!r}"
+        )
+    return problems
+
+
+def _token_problems(config: RunConfig) -> list[str]:
+    tokens, lora = config.model.add_tokens, config.lora
+    if not tokens and not config.model.train_added:
+        return ["model.train_added is false, but model.add_tokens is empty: leave it out, or name the tokens"]
+    problems = []
+    odd = [token for token in tokens if not token.strip() or tokens.count(token) > 1]
+    if odd:
+        problems.append(f"model.add_tokens holds {odd[0]!r}, which is blank or there twice: take it out")
+    if tokens and lora is None and not config.model.train_added:
+        problems.append("model.train_added is false, but lora: null trains every row: leave it out, or set lora")
+    names = [lora.targets] if lora and isinstance(lora.targets, str) else lora.targets if lora else []
+    both = sorted({"embed_tokens", "lm_head"} & {name.rpartition(".")[2] for name in names})
+    if tokens and both:
+        problems.append(
+            f"lora.targets holds {both[0]}, and model.add_tokens trains rows of its own there: name it in "
+            "lora.modules_to_save instead, which trains all rows, or leave it out"
         )
     return problems
 

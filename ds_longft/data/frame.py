@@ -93,6 +93,8 @@ def _ways(said: str) -> tuple[str, ...]:
         said.lstrip(),
         said.rstrip(),
         said.strip("\n"),
+        said.lstrip("\n"),
+        said.rstrip("\n"),
         json.dumps(said, ensure_ascii=False)[1:-1],
     )
 
@@ -175,10 +177,10 @@ def spans_of(
         opening = openings.get(turns[i - 1].role) if i else None
         asked = opening.end_in(text, literal, first) if opening else None
         start = first
-        if kind == "c":  # blanks between the two are the model's to write
+        if kind == "c" and not turn.calls:  # blanks between the two are the model's to write
             start = asked if asked is not None and not text[asked:first].strip() else first
-        elif asked is not None:
-            empty = _EMPTY_THOUGHT.match(text, asked, first) if kind[0] == "n" else None
+        elif asked is not None:  # marks around thoughts and calls are the model's too
+            empty = _EMPTY_THOUGHT.match(text, asked, first) if kind != "t" else None
             start = empty.end() if empty else asked
         elif kind[0] == "n":
             raise BadRow("the beginning of a tool call cannot be found", f"seen {text[literal:first][-60:]!r}")

@@ -118,6 +118,21 @@ class TokenizedSet:
             origin=self._table.column("origin")[at].as_py(),
         )
 
+    def counts(self) -> dict[str, Any]:
+        """The set in a few numbers."""
+        tokens, targets = int(self.lengths.sum()), int(self.targets.sum())
+        return {
+            "rows": len(self),
+            "tokens": tokens,
+            "longest_tokens": int(self.lengths.max()),
+            "targets": targets,
+            "target_share": round(targets / tokens, 6),
+            "bad_rows": self.tally.bad_rows,
+            "overlong_rows_dropped": self.tally.overlong,
+            "truncated_rows": self.tally.truncated,
+            "fingerprint": self.fingerprint,
+        }
+
     def documents(self, index: int) -> tuple[TokenizedRow, ...]:
         """Row `index` as the documents it becomes in a pack: one."""
         return (self.row(index),)

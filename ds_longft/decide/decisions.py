@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,9 +11,9 @@ from transformers import PretrainedConfig
 from ds_longft.config.run_config import RunConfig
 from ds_longft.decide.memory import SPARE_SHARE, host_bytes, place, predict
 from ds_longft.decide.search import fastest_of, fastest_saver, last_resorts, passes_of
-from ds_longft.decide.setting import GIB, Gpu, ModelSizes, Setting
+from ds_longft.decide.setting import GIB, Gpu, Setting
 from ds_longft.decide.tensors import Keep
-from ds_longft.errors import ModelError
+from ds_longft.model.facts import ModelFacts
 from ds_longft.objectives.objective import Needs
 
 
@@ -24,7 +23,8 @@ class Run:
 
     config: RunConfig
     engine_config: dict[str, Any]  # the merged DeepSpeed JSON, its stage decided (`train.install.keep_resident`)
-    hf_config: PretrainedConfig
+    hf_config: PretrainedConfig  # what the model is built from
+    facts: ModelFacts
     sp: int
     world: int
     local_world: int
@@ -32,17 +32,12 @@ class Run:
     has_rates: bool  # whether `gpu` is of the type that is there; else its rates are an H200's
     kernel: str  # of the attention; "" where it is not known: the GPU's fastest
     fused: bool  # liger's kernels
+    whole: bool = False  # its weights stay whole on each GPU though the JSON asks for ZeRO-3
 
-    @cached_property
-    def model(self) -> ModelSizes | None:
-        """The model's sizes; None where the planner does not describe it (mixtures of experts).
-
-        Ask for it before ZeRO-3 is switched on for every model that is built.
-        """
-        try:
-            return ModelSizes.from_config(self.hf_config)
-        except ModelError:
-            return None
+    @property
+    def stage(self) -> int:
+        """ZeRO stage."""
+        return int(self.engine_config.get("zero_optimization", {}).get("stage", 0))
 
     @cached_property
     def setting(self) -> Setting:
@@ -53,14 +48,13 @@ class Run:
         config, zero = self.config, self.engine_config.get("zero_optimization", {})
         needs = Needs.of(config)
         rows = needs.documents_per_row
-        weights = self.model.weights if self.model else math.inf
         return Setting(
             lengths=(-(-config.longest_pack_tokens // rows),) * rows,
             sp=self.sp,
             world=self.world,
             lora_r=config.lora.r if config.lora else None,
-            stage=int(zero.get("stage", 0)),
-            resident=zero.get("stage3_param_persistence_threshold", 0) >= weights,
+            stage=self.stage,
+            resident=zero.get("stage3_param_persistence_threshold", 0) >= self.facts.weights,
             offload_optimizer="offload_optimizer" in zero,
             offload_params="offload_param" in zero,
             recompute=config.train.recompute,
@@ -71,6 +65,7 @@ class Run:
             kv_heads=config.train.kv_heads_at_a_time,
             kernel=self.kernel if self.kernel in self.gpu.attention_tflops else self.gpu.kernels[0],
             fused=self.fused,
+            pairs=rows > 1,
             reference=needs.reference,
             passes=needs.passes,
             accumulation=config.train.gradient_accumulation_steps,
@@ -100,8 +95,8 @@ def decide(run: Run) -> Decisions:
     """With `auto` recomputation: tiles, turns and more recomputation only where the longest pack needs them; with
     `dpo.passes: auto` one pass or two; and what waits on the host. Pure: the same run, the same answer.
     """
-    model, gpu, setting = run.model, run.gpu, run.setting
-    if model is None:
+    model, gpu, setting = run.facts, run.gpu, run.setting
+    if model.experts:
         return Decisions.as_configured(run.config)
     if setting.recompute == "auto":
         host_gib = run.config.train.offload_host_gib + host_bytes(model, setting) * run.local_world / GIB

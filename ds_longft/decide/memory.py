@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ds_longft.decide.setting import GIB, Gpu, ModelSizes, Setting
+from ds_longft.decide.setting import GIB, Gpu, Setting
 from ds_longft.decide.simulated_step import SimulatedStep
 from ds_longft.decide.tensors import GROUPS, REFERENCE, TRAINABLE, WEIGHTS, Keep, Sizes
 from ds_longft.decide.timeline import Timeline
+from ds_longft.model.facts import ModelFacts
 from ds_longft.sequence.kept import LEAVING
 
 SPARE_SHARE = 0.06
@@ -49,7 +50,7 @@ class Memory:
         return self.peak + self.outside <= room and (host_gib is None or self.host * local_world <= host_gib * GIB)
 
 
-def predict(model: ModelSizes, setting: Setting, gpu: Gpu) -> Memory:
+def predict(model: ModelFacts, setting: Setting, gpu: Gpu) -> Memory:
     """The peak of one step, with tensors placed as the run places them (`place`, `spend`).
 
     Of pairs it is the peak of a forward and backward pass with its graph: passes without a graph (the reference, and
@@ -76,7 +77,7 @@ def predict(model: ModelSizes, setting: Setting, gpu: Gpu) -> Memory:
     return Memory(timeline.peak, timeline.moment, timeline.at_peak, outside, host, keep)
 
 
-def place(model: ModelSizes, setting: Setting, room: float) -> tuple[tuple[Keep, ...], float]:
+def place(model: ModelFacts, setting: Setting, room: float) -> tuple[tuple[Keep, ...], float]:
     """Layer inputs and attention outputs: on the GPU what fits into `room` bytes, then on the host, then nowhere.
 
     Later layers stay on the GPU: what the first ones send away has the longest time to go and to come back. Without
@@ -109,7 +110,7 @@ def place(model: ModelSizes, setting: Setting, room: float) -> tuple[tuple[Keep,
     return tuple(away), host
 
 
-def segment_starts(model: ModelSizes, setting: Setting) -> range:
+def segment_starts(model: ModelFacts, setting: Setting) -> range:
     """First layers of the segments of `every_k` and `sqrt`."""
     size = setting.every if setting.recompute == "every_k" else max(1, round(model.layers**0.5))
     return range(0, model.layers, size)
@@ -162,9 +163,9 @@ def stays_resident(weights_bytes: int, *, lora: bool, offload_params: bool, memo
     return lora and not offload_params and weights_bytes / GIB <= RESIDENT_SHARE * memory_gib
 
 
-def host_bytes(model: ModelSizes, setting: Setting) -> float:
+def host_bytes(model: ModelFacts, setting: Setting) -> float:
     """Pinned host memory of a rank for what the DeepSpeed JSON offloads."""
-    trained = trained_weights(model, setting) / setting.world
+    trained = model.trained_weights(setting.lora_r) / setting.world
     states = (12 + 4) * trained if setting.offload_optimizer else 0.0  # master, two moments, gradient, float32
     return states + (2 * models(setting) * model.weights / setting.world if setting.offload_params else 0.0)
 
@@ -174,19 +175,14 @@ def models(setting: Setting) -> int:
     return 2 if setting.reference == "model" else 1
 
 
-def trained_weights(model: ModelSizes, setting: Setting) -> int:
-    """Elements with a gradient."""
-    return model.weights if setting.lora_r is None else model.lora_weights(setting.lora_r)
-
-
-def fixed(model: ModelSizes, setting: Setting) -> dict[str, float]:
+def fixed(model: ModelFacts, setting: Setting) -> dict[str, float]:
     """Bytes held all the time: weights, and what belongs to the trained ones (DeepSpeed 0.19.8, bf16).
 
     Weights 2 bytes, a frozen reference's too; master and two moments 12 bytes a trained element, split over ranks from
     stage 1; gradients 2, split from stage 2, and there 4 for adapters and where several packs are summed
     (`ds_config._fill_sum_types`); reduce buckets of 2 bytes.
     """
-    e, world, trained = setting.element_bytes, setting.world, trained_weights(model, setting)
+    e, world, trained = setting.element_bytes, setting.world, model.trained_weights(setting.lora_r)
     whole = own = weights = float(e * model.weights)
     if setting.stage == 3:
         own = 0.0 if setting.offload_params else whole / world
@@ -204,13 +200,13 @@ def fixed(model: ModelSizes, setting: Setting) -> dict[str, float]:
     return {WEIGHTS: weights, REFERENCE: (models(setting) - 1) * own, TRAINABLE: states + gradients + buffers}
 
 
-def step_timeline(model: ModelSizes, setting: Setting, keep: tuple[Keep, ...]) -> Timeline:
+def step_timeline(model: ModelFacts, setting: Setting, keep: tuple[Keep, ...]) -> Timeline:
     """Forward, backward and optimizer step of one pack."""
     t = Timeline()
     for part, size in fixed(model, setting).items():
         t.hold(part, size, part)
     SimulatedStep(t, Sizes(model, setting), keep).run()
-    elements = trained_weights(model, setting) / (setting.world if setting.stage >= 1 else 1)
+    elements = model.trained_weights(setting.lora_r) / (setting.world if setting.stage >= 1 else 1)
     if not setting.offload_optimizer:  # gradients in float32 while the optimizer steps
         t.during(
             "float32 gradients", 4 * (min(elements, SUB_GROUP_ELEMENTS) if setting.stage == 3 else elements), TRAINABLE

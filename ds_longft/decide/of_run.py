@@ -52,8 +52,8 @@ def foresee_run(run: Run, decisions: Decisions) -> dict[str, Any] | None:
     Seconds only for GPU types that have rates of its kernel. None where the planner does not describe the run: pairs,
     mixtures of experts.
     """
-    model, gpu = run.model, run.gpu
-    if run.config.objective != "sft" or model is None or decisions.setting is None:
+    model, gpu = run.facts, run.gpu
+    if run.config.objective != "sft" or decisions.setting is None:
         return None
     setting, has_rates = replace(decisions.setting, kernel=run.kernel), run.has_rates
     has_rates = has_rates and run.kernel in gpu.attention_tflops

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 from ds_longft.config.run_config import DOCUMENTS_PER_ROW
 from ds_longft.decide.memory import Memory, predict, stays_resident
-from ds_longft.decide.setting import Gpu, ModelSizes, Setting
+from ds_longft.decide.setting import Gpu, Setting
 from ds_longft.decide.time import StepTime, predict_time
+from ds_longft.model.facts import ModelFacts
 from ds_longft.objectives.objective import Passes, Reference
 
 LENGTH_STEP = 1024
@@ -39,13 +40,13 @@ def passes_of(setting: Setting) -> list[Setting]:
     return [replace(setting, passes="one"), replace(setting, passes="two")]
 
 
-def savers(setting: Setting, model: ModelSizes) -> Iterator[Setting]:
+def savers(setting: Setting, model: ModelFacts) -> Iterator[Setting]:
     """The setting as it is, then with MLP tiles, then with heads in turns as well: first in one pass, then in two."""
     for settled in passes_of(setting):
         yield from _tiles_and_turns(settled, model)
 
 
-def _tiles_and_turns(setting: Setting, model: ModelSizes) -> Iterator[Setting]:
+def _tiles_and_turns(setting: Setting, model: ModelFacts) -> Iterator[Setting]:
     yield setting
     segments = setting.stage == 3 and setting.recompute in ("every_k", "sqrt")  # not tiled there (`train.install`)
     if setting.tile_tokens is None and setting.of_a_pass.local_tokens > TILE_TOKENS and not segments:
@@ -55,7 +56,7 @@ def _tiles_and_turns(setting: Setting, model: ModelSizes) -> Iterator[Setting]:
         yield replace(setting, kv_heads=1)
 
 
-def last_resorts(setting: Setting, model: ModelSizes) -> Iterator[Setting]:
+def last_resorts(setting: Setting, model: ModelFacts) -> Iterator[Setting]:
     """What `recompute: auto` turns to where keeping attention does not fit: everything again, then segments.
 
     Not segments under ZeRO-3: there they would be without fused linears and tiles (`train.install`).
@@ -65,7 +66,7 @@ def last_resorts(setting: Setting, model: ModelSizes) -> Iterator[Setting]:
             yield from savers(replace(setting, recompute=recompute, every=every), model)
 
 
-def fastest_saver(model: ModelSizes, setting: Setting, gpu: Gpu, host_gib: float | None = None) -> Setting:
+def fastest_saver(model: ModelFacts, setting: Setting, gpu: Gpu, host_gib: float | None = None) -> Setting:
     """The fastest of `savers` that fits: room for kept attention can be worth more than kept linears.
 
     `auto` becomes `none` where there is room for everything and it is faster: a small model on short packs spends a
@@ -78,7 +79,7 @@ def fastest_saver(model: ModelSizes, setting: Setting, gpu: Gpu, host_gib: float
     return fastest_of((found, whole), model, gpu, host_gib)
 
 
-def fastest_of(settings: Iterable[Setting], model: ModelSizes, gpu: Gpu, host_gib: float | None = None) -> Setting:
+def fastest_of(settings: Iterable[Setting], model: ModelFacts, gpu: Gpu, host_gib: float | None = None) -> Setting:
     """The fastest that fits: the earlier one unless a later one gains `WORTH_SAVING`; the last one where none fits."""
     least_s, chosen = float("inf"), None
     for each in settings:
@@ -120,7 +121,7 @@ class Plan:
 class Question:
     """What is asked for: a model on some GPUs, one way to train, whatever is left open."""
 
-    model: ModelSizes
+    model: ModelFacts
     gpu: Gpu
     gpus: int
     host_gib: float  # of the node
@@ -154,6 +155,7 @@ class Question:
                 kernel=kernel,
                 fused=self.fused,
                 targets=self.targets,
+                pairs=self.objective == "dpo",
                 reference=self.reference,
                 passes=self.passes if self.objective == "dpo" else "one",
             )

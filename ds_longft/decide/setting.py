@@ -1,23 +1,16 @@
-"""What a prediction is made of: the model's sizes, one way to train it, and the GPU it runs on."""
+"""What a prediction is made of, beside the model's facts: one way to train it, and the GPU it runs on."""
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
-from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from ds_longft.errors import ConfigError, ModelError
-from ds_longft.model.flops import layer_windows
-from ds_longft.model.rope import positions_end
-from ds_longft.model.supported import decoder_layers
+from ds_longft.errors import ConfigError
 from ds_longft.objectives.objective import Passes, Reference
 from ds_longft.sequence.kernels import KERNELS, Capability
 
@@ -26,84 +19,6 @@ GIB = 2**30
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rates = Annotated[list[Annotated[list[Positive], Field(min_length=2, max_length=2)]], Field(min_length=1)]
-
-
-@dataclass(frozen=True)
-class ModelSizes:
-    """Sizes of a dense decoder, as its code has them. All counts are elements."""
-
-    hidden: int  # D
-    inter: int  # I, input features of the down projection
-    layers: int  # L
-    q_heads: int
-    kv_heads: int
-    head_dim: int  # d
-    softcap: float | None  # of attention scores
-    vocab: int  # V
-    capped_logits: bool  # a softcap after the head (Gemma 2): the loss is not one kernel then
-    weights: int  # every weight, embedding and head included; a tied matrix counts once
-    linear_io: tuple[tuple[str, int, int], ...]  # (name, in, out) of one layer's linears
-    windows: tuple[int | None, ...]  # per layer, tokens; None: full attention
-    tied: bool
-    norm_after_mlp: bool  # the MLP's output is needed again in the backward pass (Gemma 2 and 3)
-    max_positions: int  # documents longer than this need model.rope; 0: none is too long
-
-    @property
-    def layer_weights(self) -> int:
-        """Elements of one layer's linear weights."""
-        return sum(i * o for _, i, o in self.linear_io)
-
-    @property
-    def head_weights(self) -> int:
-        """Elements of the output head, V * D."""
-        return self.vocab * self.hidden
-
-    def lora_weights(self, r: int) -> int:
-        """Adapter elements of rank r on every linear of every layer: r * (in + out)."""
-        return self.layers * sum(r * (i + o) for _, i, o in self.linear_io)
-
-    @classmethod
-    def from_config(cls, hf_config: PretrainedConfig) -> ModelSizes:
-        """Read off a model without memory ("meta") built from the config.
-
-        Raises:
-            ModelError: a mixture of experts, whose memory this model does not describe.
-        """
-        experts = getattr(hf_config, "num_local_experts", None) or getattr(hf_config, "num_experts", None)
-        if experts:
-            raise ModelError(
-                f"{hf_config.model_type} is a mixture of experts ({experts} experts); plan knows dense models only. "
-                f"Train it with train.recompute: auto, which measures instead"
-            )
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), attn_implementation="eager")
-        layer = decoder_layers(model)[0]
-        linears = tuple(
-            (name.rsplit(".", 1)[-1], m.in_features, m.out_features)
-            for name, m in layer.named_modules()
-            if isinstance(m, nn.Linear)
-        )
-        down = [
-            i for name, i, o in linears if o == hf_config.hidden_size and name.startswith(("down", "fc2", "c_proj"))
-        ]
-        heads = hf_config.num_attention_heads
-        return cls(
-            hidden=hf_config.hidden_size,
-            inter=down[0] if down else int(hf_config.intermediate_size),
-            layers=hf_config.num_hidden_layers,
-            q_heads=heads,
-            kv_heads=getattr(hf_config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads,
-            softcap=getattr(hf_config, "attn_logit_softcapping", None),
-            vocab=hf_config.vocab_size,
-            capped_logits=getattr(hf_config, "final_logit_softcapping", None) is not None,
-            weights=sum(p.numel() for p in model.parameters()),
-            linear_io=linears,
-            windows=layer_windows(hf_config),
-            tied=bool(hf_config.tie_word_embeddings),
-            norm_after_mlp=hasattr(layer, "post_feedforward_layernorm"),
-            max_positions=positions_end(hf_config) or 0,
-        )
 
 
 @dataclass(frozen=True)
@@ -129,6 +44,7 @@ class Setting:
     targets: float = 1.0  # share of the tokens that have a target
     element_bytes: int = 2
     accumulation: int = 1  # packs of a rank in a step
+    pairs: bool = False  # of preferences: they are never dealt whole to the ranks
     reference: Reference = "none"  # of pairs: where the reference's log-probabilities come from
     passes: Passes = "one"  # of pairs, as dpo.passes; "auto" is counted as one until `search.savers` settles it
 

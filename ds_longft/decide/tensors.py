@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from ds_longft.decide.setting import ModelSizes, Setting
+from ds_longft.decide.setting import Setting
+from ds_longft.model.facts import ModelFacts
 from ds_longft.sequence.exchange import deal_heads
 from ds_longft.sequence.linear import folds
 
@@ -36,7 +37,7 @@ class Keep:
 class Sizes:
     """Bytes of a rank's tensors, for the rank with the most heads."""
 
-    model: ModelSizes
+    model: ModelFacts
     setting: Setting
     u: float = field(init=False)
     q: float = field(init=False)

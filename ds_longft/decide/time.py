@@ -13,10 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from ds_longft.decide.memory import segment_starts, trained_weights
-from ds_longft.decide.setting import Gpu, ModelSizes, Setting
+import numpy as np
+
+from ds_longft.data.deal import deal_documents
+from ds_longft.decide.memory import segment_starts
+from ds_longft.decide.setting import Gpu, Setting
 from ds_longft.decide.tensors import GROUPS, Keep, Sizes
-from ds_longft.model.flops import visible_pairs
+from ds_longft.model.facts import ModelFacts, visible_pairs
 from ds_longft.sequence.linear import folds
 
 HOST_S = 0.015
@@ -59,7 +62,7 @@ class StepTime:
         return self.tokens * (self.world // self.sp) / self.total_s
 
 
-def predict_time(model: ModelSizes, setting: Setting, gpu: Gpu, keep: Sequence[Keep]) -> StepTime:
+def predict_time(model: ModelFacts, setting: Setting, gpu: Gpu, keep: Sequence[Keep]) -> StepTime:
     """Seconds of one step of one pack, with the linears that `keep` says kept.
 
     Of pairs in two passes everything but the optimizer happens twice, for one side of the pairs each.
@@ -81,7 +84,7 @@ def predict_time(model: ModelSizes, setting: Setting, gpu: Gpu, keep: Sequence[K
         "gathering weights": _gathering(model, x, gpu, min(forwards + 1, 3)),
     }
     parts = {name: times * seconds for name, seconds in parts.items()}
-    trained = trained_weights(model, x)
+    trained = model.trained_weights(x.lora_r)
     if x.offload_optimizer:  # gradients out, weights back, Adam on the host at about 5 GB/s an element's 16 bytes
         parts["optimizer"] = trained / x.world * (4 / (gpu.host_gb_s * 1e9) + 16 / 2e10)
     else:
@@ -94,7 +97,7 @@ def predict_time(model: ModelSizes, setting: Setting, gpu: Gpu, keep: Sequence[K
     return StepTime({k: v for k, v in parts.items() if v}, setting.tokens, x.world, x.sp)
 
 
-def multiplied_weights(model: ModelSizes, x: Setting, keep: Sequence[Keep]) -> float:
+def multiplied_weights(model: ModelFacts, x: Setting, keep: Sequence[Keep]) -> float:
     """Weights that each local token meets in the products of one pass forward, again and back; adapters apart."""
     forwards = layer_forwards(model, x)
     passes = forwards + (1 if x.lora_r is not None else 2)
@@ -113,7 +116,7 @@ def passes_ahead(setting: Setting) -> list[bool]:
     return [False] * live + [True] * (setting.passes == "two")
 
 
-def without_gradient(model: ModelSizes, x: Setting, gpu: Gpu, *, adapters: bool) -> float:
+def without_gradient(model: ModelFacts, x: Setting, gpu: Gpu, *, adapters: bool) -> float:
     """Seconds of one forward pass that keeps nothing: the reference's, or the model's own ahead of two passes."""
     z = Sizes(model, x)
     moved = elementwise_bytes(model, z, 1, backward=False)
@@ -126,12 +129,12 @@ def without_gradient(model: ModelSizes, x: Setting, gpu: Gpu, *, adapters: bool)
     return max(seconds, _host(model, x) / 4)
 
 
-def forward_weights(model: ModelSizes, x: Setting) -> float:
+def forward_weights(model: ModelFacts, x: Setting) -> float:
     """Weights that each local token meets in one forward pass."""
     return model.layer_weights * model.layers + model.head_weights * x.targets
 
 
-def layer_forwards(model: ModelSizes, setting: Setting) -> float:
+def layer_forwards(model: ModelFacts, setting: Setting) -> float:
     """How often a layer runs forward, on average: 2 with recomputation, in segments 3 but for their last layers."""
     if setting.recompute == "none":
         return 1.0
@@ -141,7 +144,7 @@ def layer_forwards(model: ModelSizes, setting: Setting) -> float:
     return (3 * model.layers - segments) / model.layers
 
 
-def attention(model: ModelSizes, setting: Setting, gpu: Gpu, direction: str) -> float:
+def attention(model: ModelFacts, setting: Setting, gpu: Gpu, direction: str) -> float:
     """Seconds of all layers' attention on the rank with most heads, one forward or backward pass.
 
     Forward 4 operations a pair of tokens, head and head feature, backward 10 (five products).
@@ -180,7 +183,7 @@ def rate_at(table: Sequence[Sequence[float]], tokens: int) -> float:
     return points[-1][1]
 
 
-def elementwise_bytes(model: ModelSizes, z: Sizes, forwards: float, *, backward: bool = True) -> float:
+def elementwise_bytes(model: ModelFacts, z: Sizes, forwards: float, *, backward: bool = True) -> float:
     """Read and written by a layer's norms, rotary embedding, activation and residual adds."""
     forth = 2 * 2 * z.u + 2 * 3 * z.u + 3 * z.f + 2 * (z.q + z.k)
     back = 2 * 3 * z.u + 2 * 3 * z.u + 5 * z.f + 2 * (z.q + z.k)
@@ -188,7 +191,7 @@ def elementwise_bytes(model: ModelSizes, z: Sizes, forwards: float, *, backward:
     return wide * (forwards * forth + backward * back)
 
 
-def lora_bytes(model: ModelSizes, x: Setting, forwards: float, *, backward: bool = True) -> float:
+def lora_bytes(model: ModelFacts, x: Setting, forwards: float, *, backward: bool = True) -> float:
     """`linear._Linears`: x A' reads the input, adding reads and writes the output; backward reads dy twice and x once,
     and adds to dx. Where the term is folded into the product, its input is copied instead.
     """
@@ -211,30 +214,36 @@ def _products(x: Setting, gpu: Gpu, weights: float) -> float:
     return 2 * x.local_tokens * weights / (gpu.gemm_tflops * 1e12 * gpu.sustained.get("gemm", 1.0))
 
 
-def _host(model: ModelSizes, x: Setting) -> float:
+def _host(model: ModelFacts, x: Setting) -> float:
     """Seconds the host takes to launch one pack: forward 1/4, recomputation 1/4, backward 2/4."""
     further = len(x.lengths) - 1 if x.kernel in PER_DOCUMENT else 0
     return (HOST_S + HOST_S_PER_DOCUMENT * further) * model.layers
 
 
-def _exchange(model: ModelSizes, z: Sizes, gpu: Gpu, of_a_layer: float) -> float:
+def _exchange(model: ModelFacts, z: Sizes, gpu: Gpu, of_a_layer: float) -> float:
     """So many bytes of each layer to and from the other ranks, read and written on both ends."""
     sp = z.setting.sp
-    if sp == 1:
+    if sp == 1 or dealt_whole(model, z.setting):
         return 0.0
     exchanged, copies = of_a_layer * (sp - 1) / sp * model.layers, 2 * of_a_layer * 2 * model.layers
     return exchanged / (gpu.all_to_all_gb_s * 1e9) + copies / (gpu.memory_gb_s * 1e9)
+
+
+def dealt_whole(model: ModelFacts, x: Setting) -> bool:
+    """Whether the loader deals the pack's documents whole to the ranks (`data.deal`): nothing is exchanged then."""
+    cost_tokens = model.equal_cost_tokens(lora=x.lora_r is not None)
+    return not x.pairs and deal_documents(np.array(x.lengths), x.sp, x.local_tokens, cost_tokens) is not None
 
 
 def _kept_groups(keep: Keep) -> list[tuple[str, ...]]:
     return [g for g, kept in zip(GROUPS, (keep.qkv, keep.o, keep.gate_up), strict=False) if kept]
 
 
-def _elements(model: ModelSizes, names: tuple[str, ...]) -> int:
+def _elements(model: ModelFacts, names: tuple[str, ...]) -> int:
     return sum(i * o for n, i, o in model.linear_io if n in names)
 
 
-def _gathering(model: ModelSizes, x: Setting, gpu: Gpu, passes: float) -> float:
+def _gathering(model: ModelFacts, x: Setting, gpu: Gpu, passes: float) -> float:
     """ZeRO-3: released weights come once a pass; from the host, if they lie there. Nothing hidden is counted off."""
     if x.stage < 3 or (not x.offload_params and (x.resident or x.world == 1)):
         return 0.0

@@ -19,8 +19,9 @@ from transformers import (
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from ds_longft.config.run_config import ModelConfig
+from ds_longft.config.run_config import ModelConfig, RopeConfig
 from ds_longft.errors import ModelError
+from ds_longft.model.new_tokens import narrowed, widen
 from ds_longft.model.rope import apply_rope, restore_rope, seen_tokens
 from ds_longft.model.supported import check_class_supported, check_supported
 
@@ -31,15 +32,11 @@ def load_config(model: ModelConfig, max_length_tokens: int, *, attn_implementati
     Raises:
         ModelError: nothing readable at `model.path`, an unsupported model, or a length its positions do not reach.
     """
-    hf_config = _read_config(model)
-    check_supported(hf_config)
-    apply_rope(hf_config, model.rope, max_length_tokens)
-    hf_config.use_cache = False
-    hf_config._attn_implementation = attn_implementation
-    return hf_config
+    return prepare_config(read_config(model), model, max_length_tokens, attn_implementation=attn_implementation)
 
 
-def _read_config(model: ModelConfig) -> PretrainedConfig:
+def read_config(model: ModelConfig) -> PretrainedConfig:
+    """The model's config as it is stored. Raises ModelError: nothing readable at `model.path`."""
     path = model_path(model)
     try:
         return AutoConfig.from_pretrained(path, **_source(model))
@@ -47,14 +44,29 @@ def _read_config(model: ModelConfig) -> PretrainedConfig:
         raise ModelError(f"model.path: no model config can be read from {path!r}: {_first_line(error)}") from error
 
 
-def config_remarks(model: ModelConfig, max_length_tokens: int) -> list[str]:
-    """What to say before training: a RoPE base too small for the length, a loss that is asked for and left out."""
-    hf_config = _read_config(model)
+def prepare_config(
+    hf_config: PretrainedConfig, model: ModelConfig, max_length_tokens: int, *, attn_implementation: str
+) -> PretrainedConfig:
+    """`load_config` of a config that is read already; it is changed in place."""
+    check_supported(hf_config)
+    if model.add_tokens:
+        hf_config.vocab_size = max(hf_config.vocab_size, len(load_tokenizer(model)))
+    apply_rope(hf_config, model.rope, max_length_tokens)
+    hf_config.use_cache = False
+    hf_config._attn_implementation = attn_implementation
+    return hf_config
+
+
+def config_remarks(hf_config: PretrainedConfig, rope: RopeConfig, max_length_tokens: int) -> list[str]:
+    """What to say before training: a RoPE base too small for the length, a loss that is asked for and left out.
+
+    `hf_config`: as it is stored.
+    """
     remarks = []
-    seen = seen_tokens(hf_config, model.rope) if model.rope.theta is not None else None
+    seen = seen_tokens(hf_config, rope) if rope.theta is not None else None
     if seen is not None and seen < max_length_tokens:
         remarks.append(
-            f"model.rope.theta {model.rope.theta:g} turns some dimensions further than the model has seen from some "
+            f"model.rope.theta {rope.theta:g} turns some dimensions further than the model has seen from some "
             f"{seen:,} tokens on, and data.max_length_tokens is {max_length_tokens:,}: it may stay lost there; leave "
             "theta out for a base that fits"
         )
@@ -67,18 +79,29 @@ def config_remarks(model: ModelConfig, max_length_tokens: int) -> list[str]:
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer.
+    """The model's tokenizer, with `model.add_tokens`.
 
     Raises:
         ModelError: there is none at `model.path`.
     """
     path = model_path(model)
     try:
-        return AutoTokenizer.from_pretrained(path, **_source(model))
+        tokenizer = AutoTokenizer.from_pretrained(path, **_source(model))
+        tokenizer.add_tokens(model.add_tokens)
+        return tokenizer
     except Exception as error:  # every tokenizer backend has its own way to fail on a missing or broken file
         alone = (Path(path) / "tokenizer.model").is_file() and not (Path(path) / "tokenizer.json").is_file()
         hint = ". It holds tokenizer.model alone: `pip install sentencepiece`" if alone else ""
         raise ModelError(f"model.path: no tokenizer can be read from {path!r}: {_first_line(error)}{hint}") from error
+
+
+def trained_rows(model: ModelConfig) -> list[int]:
+    """Ids of `model.add_tokens` where an adapter is to train their rows."""
+    if not model.add_tokens or not model.train_added:
+        return []
+    ids = load_tokenizer(model).convert_tokens_to_ids(model.add_tokens)
+    assert isinstance(ids, list)
+    return sorted(ids)
 
 
 def load_model(
@@ -140,6 +163,7 @@ def _pretrained_model(
     zero3 = (ds_engine_config or {}).get("zero_optimization", {}).get("stage") == 3
     # transformers finds this object through a weak reference and then builds the model under zero.Init
     holder = HfDeepSpeedConfig(ds_engine_config) if zero3 else None
+    rows = narrowed(hf_config, read_config(model) if model.add_tokens else hf_config)
     placement = {} if zero3 or device.type == "cpu" else {"device_map": {"": device}}
     try:
         loaded, report = AutoModelForCausalLM.from_pretrained(
@@ -162,6 +186,8 @@ def _pretrained_model(
             f"model.path: {path!r} lacks {len(missing)} of the model's weights, the first is {missing[0]}: they would "
             f"be random. Give a complete checkpoint of {hf_config.model_type}"
         )
+    if rows > hf_config.vocab_size:
+        widen(loaded, rows)
     if holder is not None:
         loaded._hf_deepspeed_config = holder  # lives as long as the model: later layers are to see ZeRO-3 too
     return loaded

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from transformers import AutoConfig, PreTrainedModel
 from ds_longft.config.run_config import LoraConfig
 from ds_longft.errors import ModelError
 from ds_longft.model.elsewhere import spell_for_older_readers
+from ds_longft.model.new_tokens import rows_of_adapter, widen
 from ds_longft.model.rope_formulas import rope_parts
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -36,8 +37,17 @@ class ParameterCounts:
         return f"{self.trainable:,} of {self.total:,} weights trained ({100 * self.trainable / self.total:.2f}%)"
 
 
-def add_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int, revision: str | None = None) -> peft.PeftModel:
+def add_lora(
+    model: PreTrainedModel,
+    lora: LoraConfig,
+    *,
+    seed: int,
+    revision: str | None = None,
+    train_rows: Sequence[int] = (),
+) -> peft.PeftModel:
     """Wrap `model` with adapters in the model's dtype, initialised from `seed` alike on every rank; the base is frozen.
+
+    `train_rows`: ids of tokens whose rows in the embeddings are trained besides.
 
     Raises:
         ModelError: a name of `lora.targets` or `lora.modules_to_save` is no layer of the model, or PEFT refuses.
@@ -58,6 +68,7 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int, revision: s
         modules_to_save=list(lora.modules_to_save) or None,  # PEFT may add to the list it is given
         # one matrix that is both embedding and head must stay one while it is trained, or it could not be merged
         ensure_weight_tying=tied and bool(saved),
+        trainable_token_indices=_rows_by_module(model, lora, list(train_rows), tied) or None,
         base_model_name_or_path=model.config.name_or_path,
         revision=revision,
     )
@@ -76,6 +87,13 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int, revision: s
     if lora.init_from is not None:
         _go_on_from(Path(lora.init_from).expanduser(), adapted)
     return adapted
+
+
+def _rows_by_module(model: PreTrainedModel, lora: LoraConfig, rows: list[int], tied: bool) -> dict[str, list[int]]:
+    """Name of a matrix -> its rows that are trained; where it is saved whole it is trained whole."""
+    ends = [model.get_input_embeddings(), *([] if tied else [model.get_output_embeddings()])]
+    names = [name.rpartition(".")[2] for name, module in model.named_modules() if any(module is end for end in ends)]
+    return {name: rows for name in names if rows and name not in lora.modules_to_save}
 
 
 def _go_on_from(folder: Path, model: peft.PeftModel) -> None:
@@ -121,11 +139,13 @@ def load_adapter(base: PreTrainedModel, folder: str | Path) -> peft.PeftModel:
         ModelError: it does not fit, or a tensor of its file is not in the model afterwards: PEFT warns at most, and
             goes on with what the adapter was initialised with.
     """
+    widen(base, rows_of_adapter(Path(folder), BASE_CONFIG_FOLDER))
     try:
         model = peft.PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"the adapter in {folder} does not fit {base.config.name_or_path}: {error}") from error
-    present = get_peft_model_state_dict(model, save_embedding_layers=False)
+    # beside the adapter's own: embeddings, which PEFT saves with it where they had grown
+    present = {**model.state_dict(), **get_peft_model_state_dict(model, save_embedding_layers=False)}
     file = load_file(Path(folder) / WEIGHTS_NAME)
     lost = sorted(name for name, tensor in file.items() if not _same_bytes(tensor, present.get(name)))
     if lost:

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from ds_longft.config.run_config import RopeConfig
+from ds_longft.config.window import reached_tokens, stretch_factor, window_problem
 from ds_longft.errors import ModelError
 from ds_longft.model.rope_formulas import expected_frequencies, rope_parts, rotary_dim
 from ds_longft.model.rope_lengths import LENGTH_DEPENDENT, ByDocument, length_dependent_layers, rotary_modules
@@ -27,18 +28,10 @@ MAX_RELATIVE_ERROR = 1e-5  # HF's own float32 arithmetic stays near 1e-6; bf16 r
 
 
 def window_tokens(hf_config: PretrainedConfig) -> int | None:
-    """The longest document the model's positions are made for, in tokens; None where the config states none.
-
-    Model cards say how to write YaRN into a config, and to leave the window as it was: then it reaches factor times as
-    far.
-    """
+    """The longest document the model's positions are made for, in tokens; None where the config states none."""
     window = getattr(hf_config, "max_position_embeddings", None)
-    for layer_type, part in rope_parts(hf_config).items():
-        if window and layer_type in (None, "full_attention") and part["rope_type"] in ("yarn", "linear"):
-            # linear: some leave the window alone and some do not, so that only a stated original tells
-            original = part.get("original_max_position_embeddings") or (window if part["rope_type"] == "yarn" else 0)
-            window = max(window, int(original * part.get("factor", 1.0)))
-    return window
+    full = [part for layer_type, part in rope_parts(hf_config).items() if layer_type in (None, "full_attention")]
+    return reached_tokens(window, full) if window else window
 
 
 def positions_end(hf_config: PretrainedConfig) -> int | None:
@@ -55,26 +48,24 @@ def apply_rope(hf_config: PretrainedConfig, rope: RopeConfig, max_length_tokens:
         ModelError: the length does not fit, the model has no RoPE, or it is stretched already.
     """
     window = window_tokens(hf_config)
-    parts = rope_parts(hf_config)
-    if rope.type == "none":
-        end = positions_end(hf_config)
-        if end is not None and max_length_tokens > end:
+    full = [part for layer_type, part in rope_parts(hf_config).items() if layer_type in (None, "full_attention")]
+    if rope.type != "none":
+        if not rope_parts(hf_config) or window is None:
             raise ModelError(
-                f"data.max_length_tokens is {max_length_tokens}, the model's window is {end} tokens: lower the "
-                f"first, or stretch the window with model.rope.type (yarn, llama3, abf, linear or dynamic)"
+                f"model.rope.type is {rope.type}, but {hf_config.model_type} has no rotary position embedding to "
+                "stretch: set model.rope.type to none"
             )
-        return
-    if not parts or window is None:
-        raise ModelError(
-            f"model.rope.type is {rope.type}, but {hf_config.model_type} has no rotary position embedding to stretch: "
-            f"set model.rope.type to none"
-        )
-    for layer_type, parameters in parts.items():
-        if layer_type in (None, "full_attention"):
+        for parameters in full:
             _check_unstretched(rope, parameters)
-            parameters.update(_stretched(hf_config, rope, parameters, window, max_length_tokens))
+    endless = bool(length_dependent_layers(hf_config))
+    if window is not None and (problem := window_problem(rope, window, max_length_tokens, endless=endless)):
+        raise ModelError(problem)
+    if rope.type == "none" or window is None:
+        return
+    for parameters in full:
+        parameters.update(_stretched(hf_config, rope, parameters, window, max_length_tokens))
     if rope.type != "dynamic":  # dynamic measures its stretch against max_position_embeddings: it must stay as it was
-        by_factor = math.ceil(window * _factor(rope, window, max_length_tokens)) if rope.theta is None else 0
+        by_factor = math.ceil(window * stretch_factor(rope, window, max_length_tokens)) if rope.theta is None else 0
         hf_config.max_position_embeddings = max(window, by_factor, max_length_tokens if rope.theta else 0)
     _check_survives_saving(hf_config, rope)
 
@@ -149,10 +140,6 @@ def restore_rope(model: nn.Module, hf_config: PretrainedConfig) -> None:
                 setattr(rotary, name, buffer.to(rounded.device))
 
 
-def _factor(rope: RopeConfig, window: int, max_length_tokens: int) -> float:
-    return rope.factor if rope.factor is not None else max_length_tokens / window
-
-
 def _check_unstretched(rope: RopeConfig, parameters: dict) -> None:
     present = parameters["rope_type"]
     if present == "default" or (rope.type == "abf" and present not in LENGTH_DEPENDENT):
@@ -168,19 +155,7 @@ def _stretched(
     hf_config: PretrainedConfig, rope: RopeConfig, parameters: dict, window: int, max_length_tokens: int
 ) -> dict:
     """The keys of `rope_parameters` that change."""
-    factor = _factor(rope, window, max_length_tokens)
-    explicit_theta = rope.type == "abf" and rope.theta is not None
-    if factor <= 1 and not explicit_theta:
-        raise ModelError(
-            f"model.rope.type is {rope.type}, but data.max_length_tokens ({max_length_tokens}) lies inside the model's "
-            f"window of {window} tokens: set model.rope.type to none, or give model.rope.factor"
-        )
-    if window * factor < max_length_tokens and not explicit_theta and rope.type != "dynamic":
-        raise ModelError(
-            f"model.rope.factor {factor} stretches the window of {window} to {int(window * factor)} tokens, less than "
-            f"data.max_length_tokens ({max_length_tokens}): leave the factor out, or give at least "
-            f"{max_length_tokens / window:g}"
-        )
+    factor = stretch_factor(rope, window, max_length_tokens)
     if rope.type == "abf":
         exponent = 1 / _critical_share(hf_config, parameters, window)
         theta = rope.theta if rope.theta is not None else parameters["rope_theta"] * factor**exponent
@@ -201,7 +176,8 @@ def _critical_share(hf_config: PretrainedConfig, parameters: dict, window: int) 
     Angles of the pairs before it were all seen in training, whatever the length; of this one and those behind it only a
     part. A base raised by factor ** (d / 2i) turns it no further in the longer window, and those behind it less. The
     NTK-aware rule, which keeps the last pair's angle instead, lets the ones between turn on into the unknown: with it a
-    model trained on 131,072 tokens was lost from 82,000 on (docs/evaluate.md). Liu et al. 2023, arXiv 2310.05209.
+    model trained on 131,072 tokens was lost from 82,000 on (examples/extend_smollm2). Liu et al. 2023,
+    arXiv 2310.05209.
     """
     dim = rotary_dim(hf_config, parameters)
     pairs = dim // 2

@@ -25,10 +25,14 @@ def rope_parts(hf_config: PretrainedConfig) -> dict[str | None, dict]:
     return {None: parameters} if parameters.get("rope_theta") else {}
 
 
+def config_head_dim(hf_config: PretrainedConfig) -> int:
+    """Size of a head as the config has it. Of latent attention (DeepSeek) it is the rotated part alone."""
+    return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+
+
 def rotary_dim(hf_config: PretrainedConfig, parameters: dict) -> int:
     """How many of a head's dimensions are rotated."""
-    head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
-    return int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+    return int(config_head_dim(hf_config) * parameters.get("partial_rotary_factor", 1.0))
 
 
 def expected_frequencies(

@@ -35,7 +35,7 @@ from ds_longft.sequence.exchange import (
     tokens_to_heads,
 )
 from ds_longft.sequence.kept import Kept
-from ds_longft.sequence.kernels import AttentionSpec, Kernel, choose_kernel
+from ds_longft.sequence.kernels import AttentionSpec, Kernel, Saved, choose_kernel
 from ds_longft.sequence.mask import asked_mask, window_of
 from ds_longft.sequence.reuse import ours_alone
 
@@ -124,7 +124,7 @@ class SpAttention(torch.autograd.Function):
         ranges = [(x.q, x.kv, x.kv, x.q, x.q) for x in call.shares]
         qg, kg, vg, og, dog = tokens_to_heads([q, k, v, out, dout], ranges, call.group)  # [S, h, d]
         kg, vg = call.share.repeated(kg), call.share.repeated(vg)
-        dq, dk, dv = call.kernel.backward(dog, qg, kg, vg, og, lse, cu_seqlens, call.lengths, call.spec)
+        dq, dk, dv = call.kernel.backward(dog, Saved(qg, kg, vg, og, lse), cu_seqlens, call.lengths, call.spec)
         dsinks = None
         if sinks is not None:  # the tokens of the whole pack, this rank's heads: the other ranks' heads get zero here
             mine = slice(call.share.q.start, call.share.q.stop)
@@ -191,7 +191,7 @@ def _backward_in_turns(
             rows = slice(mine.q.start - call.share.q.start, mine.q.stop - call.share.q.start)
             part = lse[rows].contiguous()
             heads = mine.repeated(kg), mine.repeated(vg)
-            dqg, dkg, dvg = call.kernel.backward(dog, qg, *heads, og, part, cu_seqlens, call.lengths, call.spec)
+            dqg, dkg, dvg = call.kernel.backward(dog, Saved(qg, *heads, og, part), cu_seqlens, call.lengths, call.spec)
             grads = dqg, mine.summed(dkg), mine.summed(dvg)
             del dqg, dkg, dvg
             if dsinks is not None and sinks is not None:

@@ -20,11 +20,13 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 
 from ds_longft.errors import ModelError
 from ds_longft.sequence.head import HeadRule, head_rule
 from ds_longft.sequence.linear import Member, gather_with
+from ds_longft.sequence.new_rows import WithRows
 
 CHUNK_BYTES = 1 << 29
 """Float32 logits of a chunk: 1,046 rows of a 128K vocabulary. Three and a half such tensors are alive at once."""
@@ -195,9 +197,9 @@ class _TrainedHeadLoss(torch.autograd.Function):
                 logits = head.plain(h, leaves)
             _, dlogits = of.losses_and_gradient(logits, rows, scale)
             dhidden[rows], *grads = torch.autograd.grad(logits, [h, *trained], dlogits)
-            for total, grad in zip(sums, grads, strict=True):
-                total.add_(grad)
-            del h, logits, dlogits, grads, grad  # not beside the next chunk's
+            for total in sums:
+                total.add_(grads.pop(0))
+            del h, logits, dlogits  # not beside the next chunk's
         rounded = (total.to(t.dtype) for total, t in zip(sums, trained, strict=True))
         return dhidden, None, None, *(next(rounded) if need else None for need in needed)
 
@@ -263,6 +265,9 @@ class ChunkedHead:
                 loss cannot do.
         """
         head = model.get_output_embeddings()  # type: ignore[operator]
+        if isinstance(head, TrainableTokensWrapper):
+            head.forward = cls(head, WithRows.of(head), head_rule(model), Member(head.original_module, None))
+            return head
         linear = head.modules_to_save[head.active_adapters[0]] if isinstance(head, ModulesToSaveWrapper) else head
         member = Member.of(linear) if linear is not None else None
         if member is None and isinstance(linear, BaseTunerLayer):

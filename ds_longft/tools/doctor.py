@@ -181,17 +181,16 @@ def kernels() -> list[Diagnosis]:
     """Which attention kernels work here for bf16 heads of 128 (fp32 on CPUs), and why the others do not."""
     import torch
 
-    from ds_longft.sequence.kernels.base import AttentionSpec
+    from ds_longft.sequence.kernels.base import AttentionSpec, Job
     from ds_longft.sequence.kernels.table import KERNELS
 
     cuda = torch.cuda.is_available()
     capability = torch.cuda.get_device_capability() if cuda else None
+    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    job = Job(device, dtype, 128, AttentionSpec(scale=128**-0.5), capability)
     fitting, refused = [], []
     for kernel in KERNELS:
-        why = kernel.refuses(
-            device_type="cuda" if cuda else "cpu", dtype=torch.bfloat16 if cuda else torch.float32, head_dim=128,
-            spec=AttentionSpec(scale=128**-0.5), capability=capability,
-        )  # fmt: skip
+        why = kernel.refuses(job)
         if why is None:
             fitting.append(kernel.name)
         elif not why.startswith("runs on "):

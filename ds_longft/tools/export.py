@@ -24,6 +24,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from ds_longft.errors import ModelError
 from ds_longft.model.elsewhere import spell_for_older_readers
 from ds_longft.model.lora import BASE_CONFIG_FOLDER, WEIGHTS_NAME, load_adapter
+from ds_longft.model.new_tokens import narrowed
 from ds_longft.model.rope import check_rope
 from ds_longft.model.rope_formulas import rope_parts
 from ds_longft.model.stops import serve_stop, stop_ids
@@ -88,6 +89,7 @@ def _merge(run: Path, work: Path, base: str | None) -> dict[str, Any]:
     source = {"revision": adapter.revision} if adapter.revision else {}
     try:
         hf_config = _trained_config(run, base, source)
+        narrowed(hf_config, AutoConfig.from_pretrained(base, **NO_CODE, **source))
         model = AutoModelForCausalLM.from_pretrained(
             base, config=hf_config, dtype="auto", use_safetensors=True, **NO_CODE, **source
         )

@@ -273,7 +273,7 @@ UNUSUAL = {
     "train_on_inputs": "questions are never trained",
     "train_on_prompt": "questions are never trained",
     "trust_remote_code": "set model.trust_remote_code and model.revision where the model needs code of its own",
-    "push_to_hub": "nothing is uploaded",
+    "push_to_hub": "set hub.repo for the same",
     "mask_history": "set data.train_turns: last for the same",
     "load_best_model_at_end": "the last step's weights are written; checkpoints of the others are kept",
 }

@@ -10,15 +10,14 @@ import argparse
 import json
 import os
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from ds_longft.config.run_config import RunConfig
-from ds_longft.config.settings import load_run_config
 from ds_longft.errors import ConfigError, NonFiniteError
 from ds_longft.ranks.join import Launch, visible_gpus
 from ds_longft.ranks.launch import Flags, launch_ranks, run_rank
+
+if TYPE_CHECKING:
+    from ds_longft.config.run_config import RunConfig
 
 EPILOG = """\
 Every key of a run config may be given as well. The files go into data.cache_dir; training finds
@@ -53,6 +52,8 @@ def read(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
     parser.add_argument("--ranks", type=int, help="processes to start: sp, or a multiple of it")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     own, rest = parser.parse_known_args(argv)
+    from ds_longft.config.settings import load_run_config  # not for the help
+
     config = load_run_config(rest)
     if config.objective != "dpo":
         raise ConfigError("ds-longft data ref_logps: objective is sft, which has no reference: set objective to dpo")
@@ -88,13 +89,12 @@ def _compute(config: RunConfig, launch: Launch, gpus: int, *, as_json: bool) -> 
     from ds_longft.data.pairs import PairSet
     from ds_longft.data.tokenize import tokenize_sources
     from ds_longft.layout import ParallelLayout
-    from ds_longft.model.load import load_config, load_tokenizer
+    from ds_longft.model.load import load_tokenizer
     from ds_longft.ranks.join import join
-    from ds_longft.sequence.attention import ULYSSES
     from ds_longft.tools import quickstart
     from ds_longft.train.device_memory import own_memory_gib
     from ds_longft.train.engine import build
-    from ds_longft.train.install import decided, keep_resident, known_run
+    from ds_longft.train.install import known_run
 
     quickstart.prepare(config)
     settings, sp = preflight(
@@ -115,10 +115,7 @@ def _compute(config: RunConfig, launch: Launch, gpus: int, *, as_json: bool) -> 
 
     parts = agreement.rank0_first(sets)
     memory_gib, _ = own_memory_gib(device)
-    hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation=ULYSSES)
-    keep_resident(settings, config, hf_config, memory_gib)
-    known = known_run(config, settings.engine, hf_config, layout, device, memory_gib=memory_gib)
-    built = build(config, settings.engine, layout, device, decisions=decided(known, device))
+    built = build(known_run(config, settings, layout, device, memory_gib=memory_gib), layout, device)
     built.engine.eval()
     results = [fill(built.engine, config, part, layout, device, agreement) for part in parts]
     if launch.rank == 0:
@@ -135,6 +132,8 @@ def _compute(config: RunConfig, launch: Launch, gpus: int, *, as_json: bool) -> 
 
 def fill(engine: Any, config: RunConfig, pairs: Any, layout: Any, device: Any, agreement: Any) -> dict[str, Any]:
     """Compute what the file of `pairs` lacks; packs are shared out over the dp ranks. Collective."""
+    import numpy as np
+
     from ds_longft.data.pack import filler_pack
     from ds_longft.data.pack_plan import plan_epoch
     from ds_longft.data.progress import Progress

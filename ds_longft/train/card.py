@@ -22,6 +22,8 @@ model = PeftModel.from_pretrained(base, {folder!r})
 tokenizer = AutoTokenizer.from_pretrained({folder!r})
 ```"""
 
+WIDER = "base.resize_token_embeddings({rows})  # {tokens} were added"
+
 LOAD_STRETCHED = """\
 The base model's rotary position embedding was stretched ({rope}), and an adapter does not carry that:
 load the base with the config in `base_config/`, or it works with other positions than it was trained with.
@@ -46,8 +48,13 @@ tokenizer = AutoTokenizer.from_pretrained({folder!r})
 ```"""
 
 
-def write_card(folder: Path, config: RunConfig, layout: ParallelLayout, history: list[dict[str, Any]]) -> None:
-    """Write README.md into the output folder from the config and the recorded metrics."""
+def write_card(
+    folder: Path, config: RunConfig, layout: ParallelLayout, history: list[dict[str, Any]], vocab_size: int = 0
+) -> None:
+    """Write README.md into the output folder from the config and the recorded metrics.
+
+    `vocab_size`: of the model, where tokens were added.
+    """
     base = model_path(config.model)
     front = {
         "base_model": base,
@@ -82,6 +89,10 @@ def write_card(folder: Path, config: RunConfig, layout: ParallelLayout, history:
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     stretched = config.model.rope.type != "none"
     how = (LOAD_STRETCHED if stretched else LOAD_ADAPTER) + "\n\n" + EXPORT if config.lora else LOAD_MODEL
+    if config.lora and config.model.add_tokens:
+        tokens = ", ".join(config.model.add_tokens[:3]) + (", ..." if len(config.model.add_tokens) > 3 else "")
+        grow = WIDER.format(rows=vocab_size, tokens=tokens)
+        how = how.replace("model = PeftModel", grow.replace("{", "{{").replace("}", "}}") + "\nmodel = PeftModel")
     load = how.format(
         base=base,
         revision=f", revision={config.model.revision!r}" if config.model.revision else "",

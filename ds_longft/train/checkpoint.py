@@ -29,11 +29,12 @@ from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from safetensors.torch import load_file, save_file
 
 from ds_longft.errors import CheckpointError
+from ds_longft.model.lora import WEIGHTS_NAME
 from ds_longft.ranks.join import Agreement
 from ds_longft.run_files import Manifest
 from ds_longft.stored import Unreadable, read_file
 from ds_longft.train.elastic import load_for_other_world, own_settings
-from ds_longft.train.same_run import TrainState
+from ds_longft.train.same_run import OtherVersion, TrainState, read_state
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -122,20 +123,22 @@ class Checkpoints:
                 raise CheckpointError(
                     f"train.resume asks for step {resume}, but {self.folder} holds no checkpoint-{resume}"
                 )
-        rejected = []
+        rejected, others = [], []
         for path in found:
-            problems = [p for p in self.agreement.gather(self._damage(path)) if p]
+            found_out = self.agreement.gather(self._damage(path))
+            problems = [problem for problem, _ in found_out if problem]
             if not problems:
-                state = read_file(path / STATE, TrainState)
+                state = read_state(path / STATE)
                 self._last_bytes = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
                 return path, state
             rejected.append(f"{path.name}: {problems[0]}")
+            whole = all(other for problem, other in found_out if problem)
+            others += [path] if whole else []
             if self.agreement.rank == 0:
-                print(f"{path.name} is damaged and passed over: {problems[0]}", flush=True)
+                print(f"{path.name} is {'' if whole else 'damaged and '}passed over: {problems[0]}", flush=True)
         if rejected:
             raise CheckpointError(
-                f"no checkpoint of {self.folder} is valid ({'; '.join(rejected)}). "
-                "Remove them, or set train.resume to never, to start over."
+                f"no checkpoint of {self.folder} can be continued ({'; '.join(rejected)}). {_ways_out(others)}"
             )
         return None
 
@@ -199,11 +202,21 @@ class Checkpoints:
                 sealed[str(path.relative_to(folder))] = {"bytes": f.tell(), "sha256": digest}
         return sealed
 
-    def _damage(self, folder: Path) -> str | None:
-        """What is wrong with this rank's share of the files; None if nothing is."""
+    def _damage(self, folder: Path) -> tuple[str | None, bool]:
+        """What is wrong with this rank's share of the files, None if nothing is; whether it is only the version."""
+        if damage := self._damaged_file(folder):
+            return damage, False
+        try:
+            read_state(folder / STATE)
+        except OtherVersion as e:
+            return str(e), True
+        except Unreadable as e:
+            return str(e), False
+        return None, False
+
+    def _damaged_file(self, folder: Path) -> str | None:
         try:
             files = read_file(folder / MANIFEST, Manifest).files
-            read_file(folder / STATE, TrainState)
         except Unreadable as e:
             return str(e)
         for name in sorted(files)[self.agreement.rank :: self.agreement.world]:
@@ -258,6 +271,19 @@ class _Writer(TorchCheckpointEngine):
             super().save(state_dict, path)
         except (OSError, RuntimeError) as e:  # torch reports a full disk as RuntimeError
             self.error = e
+
+
+def _ways_out(of_other_versions: list[Path]) -> str:
+    """What can be done where no checkpoint can be continued."""
+    ways = []
+    if of_other_versions:
+        ways.append("The version that wrote a checkpoint goes on from it exactly.")
+    if adapters := [path for path in of_other_versions if (path / WEIGHTS_NAME).is_file()]:
+        ways.append(
+            f"The weights alone, with a new optimizer and schedule: set lora.init_from to {adapters[0]}, and give a "
+            "new output_dir."
+        )
+    return " ".join([*ways, "To start over, remove them, or set train.resume to never."])
 
 
 def rng_state() -> dict[str, torch.Tensor]:

@@ -31,24 +31,14 @@ def write_data_facts(
 
 def statistics(rows: TokenizedSet) -> dict[str, Any]:
     """Rows, tokens, targets, lengths in doubling buckets, sources, languages, and what was left out."""
-    lengths, tokens = rows.lengths, int(rows.lengths.sum())
-    exponents = np.ceil(np.log2(np.maximum(lengths, 1))).astype(int)
-    return {
-        "rows": len(rows),
-        "tokens": tokens,
-        "median_tokens": int(np.median(lengths)),
-        "longest_tokens": int(lengths.max()),
-        "targets": int(rows.targets.sum()),
-        "target_share": round(float(rows.targets.sum() / tokens), 6),
+    exponents = np.ceil(np.log2(np.maximum(rows.lengths, 1))).astype(int)
+    return rows.counts() | {
+        "median_tokens": int(np.median(rows.lengths)),
         "rows_up_to_tokens": {
             str(1 << e): int((exponents == e).sum()) for e in range(exponents.min(), exponents.max() + 1)
         },
         "sources": dict(Counter(map(str, rows.column("source")))),
         "languages": dict(Counter(str(name) for name in rows.column("language") if name is not None)),
-        "bad_rows": rows.tally.bad_rows,
-        "overlong_rows_dropped": rows.tally.overlong,
-        "truncated_rows": rows.tally.truncated,
-        "fingerprint": rows.fingerprint,
     }
 
 

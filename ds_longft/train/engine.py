@@ -8,32 +8,29 @@ averages gradients over all ranks alike, and one loss scale is right for all of 
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import deepspeed
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers import PreTrainedModel
 
 from ds_longft.config.run_config import OptimConfig, RunConfig
-from ds_longft.decide.decisions import Decisions
+from ds_longft.decide.decisions import Decisions, Run
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.dropout import random_rates, switch_off
-from ds_longft.model.flops import ModelShape
-from ds_longft.model.load import load_config, load_model
+from ds_longft.model.load import load_model, trained_rows
 from ds_longft.model.lora import add_lora
 from ds_longft.model.rope import check_rope
 from ds_longft.model.supported import decoder_layers
 from ds_longft.objectives.dpo import DpoObjective
 from ds_longft.objectives.objective import Needs, Objective
 from ds_longft.objectives.sft import SftObjective
-from ds_longft.sequence.attention import ULYSSES, register
+from ds_longft.sequence.attention import register
 from ds_longft.sequence.linear import LinearGroup, unhook
-from ds_longft.train.install import Recompute, decided, fuse_and_tile, fused_kernels, known_run
+from ds_longft.train.install import Recompute, decided, fuse_and_tile, fused_kernels
 from ds_longft.train.model_check import check_zero_section
 from ds_longft.train.rehearse import forget_steps
 
@@ -44,8 +41,7 @@ class Built:
 
     engine: deepspeed.DeepSpeedEngine
     model: nn.Module  # the PeftModel, or the plain model in full fine-tuning
-    hf_config: PretrainedConfig
-    shape: ModelShape  # for counting FLOPs
+    run: Run
     recompute: Recompute
 
     @property
@@ -84,8 +80,7 @@ def make_optimizer(
 
 
 def build(
-    config: RunConfig,
-    engine_config: dict[str, Any],
+    run: Run,
     layout: ParallelLayout,
     device: torch.device,
     *,
@@ -95,31 +90,24 @@ def build(
 ) -> Built:
     """Load the model and wrap it in a DeepSpeed engine.
 
-    `engine_config` is the merged DeepSpeed JSON without "auto". Every rank draws the same adapter initialisation.
-    `decisions`: how it saves memory; left out, what the planner decides for all of the GPU.
+    Every rank draws the same adapter initialisation. `decisions`: how it saves memory; left out, what is decided here.
     `prepare` is called with the model, adapters in place, before the optimizer copies its weights; `loaded` is called
     once the model is built.
     """
+    config, engine_config, hf_config, stage = run.config, run.engine_config, run.hf_config, run.stage
     check_zero_section(engine_config)
     register()
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # it is written first
-    unset_hf_deepspeed_config()  # of an earlier ZeRO-3 model of this process, if there is one
-    dtype = torch.bfloat16 if engine_config.get("bf16", {}).get("enabled") else torch.float32
-    hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation=ULYSSES)
-    shape = ModelShape.from_config(hf_config)  # before ZeRO-3 is switched on for every model that is built
-    stage = engine_config.get("zero_optimization", {}).get("stage", 0)
-    if decisions is None:
-        decisions = decided(known_run(config, engine_config, hf_config, layout, device), device)
-    base = load_model(
-        config.model, hf_config, ds_engine_config=engine_config, dtype=dtype, device=device, seed=config.seed
-    )
+    decisions = decisions or decided(run, device)
+    base = _load(run, device)
     model: nn.Module = base
     check_rope(base, hf_config)
     fused_kernels(base, config, device)
     if config.lora is not None:
-        model = add_lora(base, config.lora, seed=config.seed, revision=config.model.revision)
+        rows = trained_rows(config.model)
+        model = add_lora(base, config.lora, seed=config.seed, revision=config.model.revision, train_rows=rows)
     if loaded is not None:
         loaded()
     if prepare is not None:
@@ -127,10 +115,9 @@ def build(
     reference: nn.Module | None = None
     groups: list[LinearGroup] = []
     if Needs.of(config).reference == "model":
-        reference, groups = frozen_reference(config, engine_config, hf_config, decisions, dtype, device)
+        reference, groups = frozen_reference(run, decisions, device)
     objective = make_objective(config, model, layout, decisions, reference)
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    recompute = Recompute.install(base, config, stage, local_world, device, decisions)
+    recompute = Recompute.install(base, run, decisions, device)
     model.train()
     optimizer = None
     if "optimizer" not in engine_config:
@@ -150,7 +137,7 @@ def build(
         unhook(m for m in engine.module.modules() if next(m.parameters(), None) is None)  # activations, in tiles
     seed_dropout(config.seed, layout.rank)
     check_rope(base, hf_config)  # again: casting the module's buffers to bf16 would round the frequencies
-    return Built(engine, model, hf_config, shape, recompute)
+    return Built(engine, model, run, recompute)
 
 
 def make_objective(
@@ -172,35 +159,27 @@ def make_objective(
     return dpo
 
 
-def frozen_reference(
-    config: RunConfig,
-    engine_config: dict[str, Any],
-    hf_config: PretrainedConfig,
-    decisions: Decisions,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> tuple[PreTrainedModel, list[LinearGroup]]:
+def _load(run: Run, device: torch.device) -> PreTrainedModel:
+    dtype = torch.bfloat16 if run.engine_config.get("bf16", {}).get("enabled") else torch.float32
+    model, seed = run.config.model, run.config.seed
+    return load_model(model, run.hf_config, ds_engine_config=run.engine_config, dtype=dtype, device=device, seed=seed)
+
+
+def frozen_reference(run: Run, decisions: Decisions, device: torch.device) -> tuple[PreTrainedModel, list[LinearGroup]]:
     """The model as it is before training, a second time: partitioned under ZeRO-3, never trained and never saved.
 
     Also its fused linears, where its MLPs run in tiles: its forward pass would have the highest peak otherwise.
     """
-    model = load_model(
-        config.model,
-        copy.deepcopy(hf_config),
-        ds_engine_config=engine_config,
-        dtype=dtype,
-        device=device,
-        seed=config.seed,
-    )
+    hf_config = copy.deepcopy(run.hf_config)
+    model = _load(replace(run, hf_config=hf_config), device)
     check_rope(model, hf_config)
-    fused_kernels(model, config, device)
+    fused_kernels(model, run.config, device)
     model.requires_grad_(False)
     switch_off(random_rates(model))
     groups: list[LinearGroup] = []
     if decisions.tile_tokens:
-        stage = engine_config.get("zero_optimization", {}).get("stage", 0)
         for layer in decoder_layers(model):
-            groups += fuse_and_tile(layer, stage, decisions.tile_tokens)[0]
+            groups += fuse_and_tile(layer, run.stage, decisions.tile_tokens)[0]
     return model, groups
 
 

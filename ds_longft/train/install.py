@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ds_longft.config.ds_json import DeepSpeedSettings
 from ds_longft.config.run_config import RunConfig
@@ -27,8 +27,10 @@ from ds_longft.decide.setting import GIB
 from ds_longft.decide.tensors import Keep
 from ds_longft.errors import ModelError
 from ds_longft.layout import ParallelLayout
-from ds_longft.model.flops import ModelShape
+from ds_longft.model.facts import ModelFacts
+from ds_longft.model.load import load_config
 from ds_longft.model.supported import decoder_layers
+from ds_longft.sequence.attention import ULYSSES
 from ds_longft.sequence.kept import HostStore
 from ds_longft.sequence.linear import LinearGroup, fuse_linears, gather_with
 from ds_longft.sequence.mlp import TiledMlp, tile_mlp
@@ -66,7 +68,7 @@ def liger_fits(config: RunConfig, model_type: str) -> bool:
 def keep_resident(
     settings: DeepSpeedSettings,
     config: RunConfig,
-    hf_config: PretrainedConfig,
+    facts: ModelFacts,
     memory_gib: float | None,
     saved_stage: int | None = None,
 ) -> bool:
@@ -81,15 +83,15 @@ def keep_resident(
         memory_gib: as from `own_memory_gib`, so that every rank decides alike; None on CPUs, where nothing is decided.
         saved_stage: of the checkpoint that the run goes on from: how full a GPU is at this start must not decide it.
 
-    Returns whether it was done. Call it before ZeRO-3 is switched on for every model that is built.
+    Returns whether it was done.
     """
     zero = settings.engine["zero_optimization"]
     if memory_gib is None or not settings.resident_if_fits or zero["stage"] != 3 or saved_stage == 3:
         return False
     if saved_stage != 2:
-        weights, size = ModelShape.from_config(hf_config).all_weights, 2 if settings.engine["bf16"]["enabled"] else 4
+        size = 2 if settings.engine["bf16"]["enabled"] else 4
         lora, offloaded = config.lora is not None, "offload_param" in zero
-        if not stays_resident(size * weights, lora=lora, offload_params=offloaded, memory_gib=memory_gib):
+        if not stays_resident(size * facts.weights, lora=lora, offload_params=offloaded, memory_gib=memory_gib):
             return False
     for key in [key for key in zero if key.startswith("stage3_")]:
         del zero[key]
@@ -99,34 +101,48 @@ def keep_resident(
 
 def known_run(
     config: RunConfig,
-    engine_config: dict[str, Any],
-    hf_config: PretrainedConfig,
+    settings: DeepSpeedSettings,
     layout: ParallelLayout,
     device: torch.device,
     *,
+    hf_config: PretrainedConfig | None = None,
+    facts: ModelFacts | None = None,
     memory_gib: float | None = None,
+    saved_stage: int | None = None,
     kernel: str = "",
 ) -> Run:
-    """The run as the planner is told of it.
+    """The run as the planner is told of it, its ZeRO stage settled (`keep_resident`).
 
-    `memory_gib`: of each GPU, as from `own_memory_gib`; left out, all of it. `kernel`: of its attention.
+    Args:
+        settings: their engine config becomes the run's.
+        hf_config, facts: of the model; left out, they are read.
+        memory_gib: of each GPU, as from `own_memory_gib`; left out, all of it.
+        saved_stage: see `keep_resident`.
+        kernel: of its attention.
     """
+    unset_hf_deepspeed_config()  # of an earlier ZeRO-3 model of this process: the next one would be built as it was
+    if hf_config is None:
+        hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation=ULYSSES)
+    facts = facts or ModelFacts.from_config(hf_config)
     name, total_gib = "", 0.0
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         name, total_gib = properties.name, properties.total_memory / GIB
     gpu, has_rates = gpu_of_run(name, total_gib, memory_gib or total_gib)
+    whole = keep_resident(settings, config, facts, memory_gib, saved_stage)
     return Run(
         config=config,
-        engine_config=engine_config,
+        engine_config=settings.engine,
         hf_config=hf_config,
+        facts=facts,
         sp=layout.sp,
         world=layout.world,
         local_world=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         gpu=gpu,
         has_rates=has_rates,
         kernel=kernel,
-        fused=liger_fits(config, hf_config.model_type),
+        fused=liger_fits(config, facts.model_type),
+        whole=whole,
     )
 
 
@@ -146,22 +162,15 @@ class Recompute:
     tiled: bool = False  # MLPs have no whole outputs that could be kept
 
     @classmethod
-    def install(
-        cls,
-        base: PreTrainedModel,
-        config: RunConfig,
-        stage: int,
-        local_world: int,
-        device: torch.device,
-        decisions: Decisions,
-    ) -> Recompute:
+    def install(cls, base: PreTrainedModel, run: Run, decisions: Decisions, device: torch.device) -> Recompute:
         """Fuse the decoder layers' linears, tile their MLPs, and put the recompute policy on the layers.
 
         Raises ModelError: tiles for a model without gate, up and down projections.
         """
+        config, stage = run.config, run.stage
         layers = decoder_layers(base)
         policy, places = decisions.recompute, decisions.keep
-        made = cls(policy, int(config.train.offload_host_gib * 2**30) // local_world)
+        made = cls(policy, int(config.train.offload_host_gib * 2**30) // run.local_world)
         made.keep = [LayerKeep(i) for i in range(len(layers))]
         # Segments call layers outside of the gathering that a fused layer needs under ZeRO-3.
         if not (stage == 3 and policy in ("every_k", "sqrt")):
@@ -181,12 +190,7 @@ class Recompute:
                 gather_adapted(layer)
         if places is not None and any("host" in (p.input, p.attention) for p in places):
             made._place(places, device)
-        apply_recompute(
-            layers,
-            policy,
-            every=decisions.every,
-            keep=made.keep,
-        )
+        apply_recompute(layers, policy, every=decisions.every, keep=made.keep)
         return made
 
     def _place(self, places: Sequence[Keep], device: torch.device) -> None:

@@ -77,7 +77,17 @@ def step_line(record: Record, total_steps: int) -> str:
 class Records:
     """Writes a run's records; on ranks other than 0 every method does nothing."""
 
-    def __init__(self, folder: Path, log: LogConfig, *, total_steps: int, first_step: int, active: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        log: LogConfig,
+        *,
+        total_steps: int,
+        first_step: int,
+        active: bool,
+        eval_due: bool = False,
+    ) -> None:
+        """`eval_due`: the evaluation of `first_step` is about to be made up for."""
         self.folder, self.log, self.total_steps, self.active = folder, log, total_steps, active
         self.trackers: list[Background] = []
         self.progress: Progress | None = None
@@ -88,7 +98,7 @@ class Records:
         self.path = folder / METRICS
         width = None if sys.stdout.isatty() else FILE_WIDTH
         self.console = Console(soft_wrap=True, highlight=False, markup=False, width=width)
-        earlier = self._forget_after(first_step)
+        earlier = self._forget_after(first_step, eval_due=eval_due)
         self.recent_losses.extend(r["loss"] for r in earlier if r.get("loss") is not None)
         self.lines = DurableLines(self.path, self.say)
         if sys.stdout.isatty():
@@ -161,13 +171,15 @@ class Records:
         for tracker in self.trackers:
             tracker.log(record)
 
-    def _forget_after(self, step: int) -> list[Record]:
-        """Drop records of steps after the checkpoint that is resumed, they are about to be made again; the others.
+    def _forget_after(self, step: int, *, eval_due: bool) -> list[Record]:
+        """Drop records of what is about to be made again, behind the checkpoint that is resumed; returns the others.
 
         Lines that cannot be read are said, and the file as it was is kept beside.
         """
         read, bad = read_lines(self.path, MetricsLine)
         kept = [r for r in read if r["step"] <= step] if step else []
+        if eval_due:  # made up for once already, by a start that was killed before it saved
+            kept = [r for r in kept if r["step"] < step or "eval_loss" not in r]
         if not self.path.exists() or (not bad and len(kept) == len(read)):
             return kept
         tmp = self.path.with_name(".metrics.jsonl")

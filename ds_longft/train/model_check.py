@@ -1,4 +1,4 @@
-"""What the model's config and the engine's JSON decide before a weight is read."""
+"""What the model's facts and the engine's JSON decide before a weight is read."""
 
 from __future__ import annotations
 
@@ -10,34 +10,29 @@ from pydantic import ValidationError
 
 from ds_longft.config.run_config import RunConfig
 from ds_longft.errors import ConfigError
-from ds_longft.model.flops import layer_windows
-from ds_longft.model.load import load_config
-from ds_longft.sequence.attention import ULYSSES
+from ds_longft.model.facts import ModelFacts
 from ds_longft.sequence.kernels import AttentionSpec, choose_kernel
 
 
-def check_model(config: RunConfig, sp: int, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """See that the model, the length and a kernel for each kind of layer fit.
+def check_model(
+    config: RunConfig, facts: ModelFacts, sp: int, device: torch.device, dtype: torch.dtype
+) -> tuple[str, str]:
+    """See that there is a kernel for each kind of layer.
 
     Returns the name of the first layer's kernel, and a line about all of them.
 
     Raises:
-        ModelError: a model that cannot be split, a length outside its positions, a kernel that is unknown or cannot do
-            what a layer asks for.
+        ModelError: a kernel that is unknown or cannot do what a layer asks for.
     """
-    hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation=ULYSSES)
-    heads = hf_config.num_attention_heads
-    head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads
-    softcap = getattr(hf_config, "attn_logit_softcapping", None)
     names, lines = [], {}
-    for window in dict.fromkeys(layer_windows(hf_config)):
+    for window in dict.fromkeys(facts.windows):
         kernel, reason = choose_kernel(
             config.model.kernel,
             device=device,
             dtype=dtype,
-            heads=-(-heads // sp),
-            head_dim=head_dim,
-            spec=AttentionSpec(head_dim**-0.5, window, softcap, config.train.deterministic),
+            heads=-(-facts.q_heads // sp),
+            head_dim=facts.head_dim,
+            spec=AttentionSpec(facts.head_dim**-0.5, window, facts.softcap, config.train.deterministic),
             lengths=(config.data.max_length_tokens,),
         )
         names.append(kernel.name)

@@ -21,14 +21,14 @@ from ds_longft.data.template_source import without_marks
 from ds_longft.decide.advice import Adviser
 from ds_longft.errors import EXIT_HANG, EXIT_REQUEUE, GpuMemoryError
 from ds_longft.layout import ParallelLayout
-from ds_longft.model.flops import peak_tflops
-from ds_longft.model.load import config_remarks
 from ds_longft.model.lora import trainable_parameters
+from ds_longft.model.peaks import peak_tflops
 from ds_longft.ranks.interrupt import StopRequest
 from ds_longft.ranks.join import Launch
 from ds_longft.train.card import write_card
 from ds_longft.train.data_facts import write_data_facts
 from ds_longft.train.health import Watchdog
+from ds_longft.train.hub import Pusher
 from ds_longft.train.metrics import Records, read_metrics, summary_table
 from ds_longft.train.provenance import write_facts
 from ds_longft.train.same_run import CHANGES, TrainState, in_words
@@ -74,13 +74,10 @@ def run(
 
 def memory_error(error: torch.OutOfMemoryError, status: Status) -> GpuMemoryError:
     """The error with the planner's advice for this run."""
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
     known = status.run
     if known is None:
         return GpuMemoryError(f"out of GPU memory {status.where}: {error}")
-    unset_hf_deepspeed_config()  # else the model without memory would be built as ZeRO-3 builds it
-    return Adviser.for_run(known).error(error, status.where)
+    return Adviser(known).error(error, status.where)
 
 
 def _run(
@@ -104,8 +101,9 @@ def _train(joined: Joined, data: RunData, model: Model, resumed: Resumed, stop: 
     config, status, launch, agreement = joined.config, joined.status, joined.launch, joined.agreement
     device, built, tokenizer, state = joined.device, model.built, data.tokenizer, resumed.state
     records = Records(
-        joined.folder, config.log, total_steps=state.total_steps, first_step=state.step, active=launch.rank == 0
-    )
+        joined.folder, config.log, total_steps=state.total_steps, first_step=state.step, active=launch.rank == 0,
+        eval_due=state.eval_due,
+    )  # fmt: skip
     tracked = tracked_config(
         config, {"world": joined.layout.world, "dp": joined.layout.dp, "total_steps": state.total_steps}
     )  # fmt: skip
@@ -122,6 +120,7 @@ def _train(joined: Joined, data: RunData, model: Model, resumed: Resumed, stop: 
     writer = ModelWriter(built.model, tokenizer, agreement)
     if writer.stop_remark:
         records.say(writer.stop_remark)
+    pusher = Pusher(config.hub, records.say) if config.hub.repo is not None and launch.rank == 0 else None
     trainer = Trainer(
         config=config,
         layout=joined.layout,
@@ -137,6 +136,7 @@ def _train(joined: Joined, data: RunData, model: Model, resumed: Resumed, stop: 
         stop=stop,
         watchdog=watchdog,
         saved_step=state.step,
+        pusher=pusher if config.hub.push_every_save else None,
         relief=built.recompute.relief(device),
         peak_tflops=peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None,
     )
@@ -156,7 +156,7 @@ def _train(joined: Joined, data: RunData, model: Model, resumed: Resumed, stop: 
         watchdog.stop()
         return EXIT_REQUEUE
     if launch.rank == 0:
-        _write_end(records, joined, ended_before=ended_before, started=started)
+        _write_end(records, joined, pusher, ended_before=ended_before, started=started)
     agreement.gather(None)
     dist.destroy_process_group()
     watchdog.stop()
@@ -178,7 +178,8 @@ def _write_head(
     if not ended_before:  # else the records would tell of settings that nothing was trained with
         write_facts(folder, config, joined.settings.engine, layout, device)
         write_data_facts(folder, data.train, data.held_out, data.tokenizer, state.total_steps)
-    records.say(_header(config, layout, device, resumed.train_loader, state, model.found[0] if model.found else None))
+    header = _header(config, layout, device, resumed.train_loader, state, model.found[0] if model.found else None)
+    records.say("\n".join([header, *joined.remarks]))
     records.say(f"{trainable_parameters(model.built.model)}; {joined.kernels}")
     if ended_before:
         records.say(
@@ -195,12 +196,14 @@ def _write_head(
         records.say(line)
 
 
-def _write_end(records: Records, joined: Joined, *, ended_before: bool, started: float) -> None:
+def _write_end(records: Records, joined: Joined, pusher: Pusher | None, *, ended_before: bool, started: float) -> None:
     """The model card, the last table and what comes next. Rank 0 only."""
     folder = joined.folder
     history = read_metrics(folder / "metrics.jsonl")
     if not ended_before:
-        write_card(folder, joined.config, joined.layout, history)
+        write_card(folder, joined.config, joined.layout, history, joined.hf_config.vocab_size)
+        if pusher is not None:
+            pusher.finish(folder)
     records.console.print(summary_table(history, folder, (time.monotonic() - started) / 60))
     export = shlex.join(["ds-longft", "export", str(folder), f"{folder}-merged"])
     records.console.print(f"Next: {export}   (an ordinary Hugging Face folder)")
@@ -245,7 +248,6 @@ def _header(
             f"optim.warmup_steps is {config.optim.warmup_steps}, more than the steps of this run: the learning rate "
             f"will not reach its peak; lower it, or train longer"
         )
-    lines += config_remarks(config.model, config.data.max_length_tokens)
     if resumed:
         lines.append(f"resumed from {resumed} at step {state.step}")
     return "\n".join(lines)

@@ -14,14 +14,23 @@ from typing import Any
 
 from pydantic import ConfigDict
 
+from ds_longft import __version__
 from ds_longft.config.messages import keys_on_resume
 from ds_longft.config.run_config import OnResume, RunConfig
 from ds_longft.errors import CheckpointError
 from ds_longft.layout import ParallelLayout
+from ds_longft.run_files import StateOfAnyVersion
+from ds_longft.stored import Unreadable, read_file, read_if_good
 
+STATE_FORMAT = 2
+"""Raised when a state of before says too little to be continued exactly. 1 named the data by files and their times, and
+not by the rows: whether the rows are still the same cannot be told from it.
+"""
+SOFTWARE = "transformers_version"
+UNKNOWN = "unknown to this version"
 STAGE = "zero_optimization.stage in ds_config"
 CHANGES = "changes.json"
-OF_THE_SOFTWARE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+OF_THE_SOFTWARE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "use_cache"}
 """Keys of a model's config that do not decide what it computes, or are compared elsewhere."""
 
 
@@ -47,6 +56,33 @@ class TrainState:
     tracker_id: str | None = None
     eval_due: bool = False  # stopped before the evaluation that belongs to `step`
     base: str = ""  # of the weights before training; "" where they are out of reach
+    format: int = STATE_FORMAT
+    written_by: str = __version__  # of ds_longft
+
+
+class OtherVersion(Unreadable):
+    """A state that is whole, and says less or more than this version compares."""
+
+
+def read_state(path: Path) -> TrainState:
+    """The state of a checkpoint. Raises Unreadable, or OtherVersion, which names the version as far as it is known."""
+    try:
+        return read_file(path, TrainState)
+    except Unreadable as damage:
+        found = read_if_good(path, StateOfAnyVersion)
+        if found is None:
+            raise
+        if found.fingerprint is not None and found.rows is None:
+            raise OtherVersion(
+                f"it was written by an earlier version of ds_longft (state format 1, this is {STATE_FORMAT}), which "
+                "noted where the data lay and not which rows they were: whether it would go on exactly cannot be told"
+            ) from None
+        if found.written_by not in (None, __version__) or (found.format or 0) > STATE_FORMAT:
+            raise OtherVersion(
+                f"it was written by ds_longft {found.written_by} (state format {found.format}), this is {__version__} "
+                f"(state format {STATE_FORMAT}); {damage}"
+            ) from None
+        raise
 
 
 def what_decides(config: RunConfig, engine_config: dict[str, Any], layout: ParallelLayout) -> dict[str, Any]:
@@ -85,7 +121,7 @@ def refuse_another_run(path: Path, saved: TrainState, new: TrainState) -> None:
     Raises:
         CheckpointError: lists everything that changed, with both values where they are values.
     """
-    others = _others(saved.decides, new.decides)
+    others = _others(saved.decides, new.decides, _defaults())
     changed = [f"{key} was {_shown(was)} and is {_shown(now)} now" for key, was, now in others]
     chosen_otherwise = any(key.startswith(("seed", "data.")) for key, _, _ in others)
     if saved.rows != new.rows and not chosen_otherwise:
@@ -100,9 +136,13 @@ def refuse_another_run(path: Path, saved: TrainState, new: TrainState) -> None:
     if saved.base and new.base and saved.base != new.base:
         changed.append("model.path leads to other weights than those the run began with")
     if not changed:
+        # What is not written down is the family's default, which another version of the software may have moved.
+        same_software = SOFTWARE in saved.model and saved.model[SOFTWARE] == new.model.get(SOFTWARE)
+        known = set(saved.model | new.model if same_software else saved.model.keys() & new.model.keys()) - {SOFTWARE}
+        before, now = ({key: state.model.get(key, "the default") for key in known} for state in (saved, new))
         changed += [
-            f"model.path: {key} in config.json was {_shown(was)} and is {_shown(now)} now"
-            for key, was, now in _others(saved.model, new.model)
+            f"model.path: {key} in config.json was {_shown(was)} and is {_shown(is_now)} now"
+            for key, was, is_now in _others(before, now)
         ]
     if changed:
         raise CheckpointError(
@@ -113,7 +153,7 @@ def refuse_another_run(path: Path, saved: TrainState, new: TrainState) -> None:
 
 def changes_since(saved: TrainState, new: TrainState) -> list[dict[str, Any]]:
     """Earlier changes and those of this start: from which step on each key has another value."""
-    others = _others(saved.may_change, new.may_change)
+    others = _others(saved.may_change, new.may_change, _defaults())
     return saved.changes + [{"after_step": saved.step, "key": key, "was": was, "now": now} for key, was, now in others]
 
 
@@ -125,9 +165,28 @@ def in_words(changes: Iterable[dict[str, Any]]) -> str:
     )
 
 
-def _others(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(key, before, now) of keys that are known on both sides and differ."""
-    return [(key, value, now[key]) for key, value in before.items() if key in now and now[key] != value]
+def _others(
+    before: dict[str, Any], now: dict[str, Any], defaults: dict[str, Any] | None = None
+) -> list[tuple[str, Any, Any]]:
+    """(key, before, now) of keys that differ. A key of one side only is one that the other's version does not have: it
+    did what the default does. Keys of a section that one side has not are told by the section.
+    """
+    others = [(key, value, now[key]) for key, value in before.items() if key in now and now[key] != value]
+    if defaults is None:
+        return others
+    for key in sorted(before.keys() ^ now.keys()):
+        section = key.partition(".")[0] + "."
+        if "." in key and not all(any(k.startswith(section) for k in side) for side in (before, now)):
+            continue
+        if key in before:
+            others.append((key, before[key], UNKNOWN))
+        elif now[key] != defaults.get(key, UNKNOWN):
+            others.append((key, defaults.get(key, UNKNOWN), now[key]))
+    return others
+
+
+def _defaults() -> dict[str, Any]:
+    return keys_on_resume(RunConfig(), set(OnResume))
 
 
 def _shown(value: Any) -> str:

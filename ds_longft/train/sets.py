@@ -8,31 +8,28 @@ from ds_longft.config.run_config import RunConfig, SourceConfig
 from ds_longft.data.pairs import PairSet
 from ds_longft.data.tokenize import tokenize_sources
 from ds_longft.data.tokenized import TokenizedSet
-from ds_longft.model.load import load_config
 from ds_longft.objectives.objective import Needs
 from ds_longft.objectives.reference_cache import load_reference
-from ds_longft.sequence.attention import ULYSSES
 
 
 def tokenized(
-    config: RunConfig, tokenizer: Any, *, progress: bool, every_byte: bool = False
+    config: RunConfig, tokenizer: Any, vocab: int, *, progress: bool, every_byte: bool = False
 ) -> tuple[TokenizedSet, TokenizedSet | None]:
     """The training set and, where asked for, the held-out set; from the cache when nothing changed.
 
-    `every_byte`: of the cache is looked at, not its sizes alone.
+    `vocab`: token ids that the model knows. `every_byte`: of the cache is looked at, not its sizes alone.
 
     With `dpo.reference: precomputed`, each with its log-probabilities.
 
     Raises:
         DataError: no usable row, tokens that the model does not know, or log-probabilities that are missing.
     """
-    hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation=ULYSSES)
     needs = Needs.of(config)
 
     def make(sources: list[SourceConfig]) -> TokenizedSet:
         pairs = needs.documents_per_row > 1
         made = tokenize_sources(sources, tokenizer, config.data, progress=progress, pairs=pairs, every_byte=every_byte)
-        made.check_ids(hf_config.vocab_size)
+        made.check_ids(vocab)
         if needs.reference != "precomputed":
             return made
         assert isinstance(made, PairSet)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock
+from transformers import PretrainedConfig
 
 from ds_longft.config.ds_json import DeepSpeedSettings
 from ds_longft.config.run_config import RunConfig
@@ -17,8 +18,8 @@ from ds_longft.data.loader import StepLoader
 from ds_longft.data.tokenized import TokenizedSet
 from ds_longft.decide.of_run import foresee_run, write_plan
 from ds_longft.layout import ParallelLayout
-from ds_longft.model.flops import equal_cost_tokens
-from ds_longft.model.load import load_config, load_tokenizer
+from ds_longft.model.facts import ModelFacts
+from ds_longft.model.load import config_remarks, load_tokenizer, prepare_config, read_config
 from ds_longft.objectives.objective import Needs
 from ds_longft.ranks.join import Agreement, Launch, join
 from ds_longft.ranks.lock import lock_folder
@@ -26,7 +27,8 @@ from ds_longft.sequence.attention import ULYSSES
 from ds_longft.train.checkpoint import Checkpoints
 from ds_longft.train.device_memory import device_memory, own_memory_gib
 from ds_longft.train.engine import Built, build
-from ds_longft.train.install import decided, keep_resident, known_run
+from ds_longft.train.hub import ready
+from ds_longft.train.install import decided, known_run
 from ds_longft.train.model_check import check_model
 from ds_longft.train.provenance import what_ranks_share
 from ds_longft.train.rehearse import choose_passes, rehearse, settle
@@ -74,6 +76,9 @@ class Joined:
     launch: Launch
     status: Status
     phases: Phases
+    hf_config: PretrainedConfig
+    facts: ModelFacts
+    remarks: tuple[str, ...]  # on the model's config
     kernel: str  # of the first layer
     kernels: str  # of all of them, a line for the reader
     hang_s: float
@@ -119,8 +124,13 @@ def join_processes(
 ) -> Joined:
     """Check the model, join the other processes, and see that all are of the same run."""
     cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    hf_config, length = read_config(config.model), config.data.max_length_tokens
+    remarks = config_remarks(hf_config, config.model.rope, length)
+    hf_config = prepare_config(hf_config, config.model, length, attn_implementation=ULYSSES)
+    facts = ModelFacts.from_config(hf_config)
     kernel, kernels = check_model(
         config,
+        facts,
         sp,
         torch.device("cuda", launch.local_rank) if cuda else torch.device("cpu"),
         torch.bfloat16 if settings.engine["bf16"]["enabled"] else torch.float32,
@@ -136,11 +146,13 @@ def join_processes(
     status.folder = folder
     status.where = "while the model was built"
     layout = ParallelLayout.create(sp)
+    if config.hub.repo is not None:
+        agreement.on_rank0(lambda: ready(config.hub))
     agreement.same(what_ranks_share(config, settings.engine))
     phases.done("processes joined")
     return Joined(
-        config, settings, launch, status, phases, kernel, kernels, hang_s, device, agreement, layout, folder,
-        locks[0] if locks else None,
+        config, settings, launch, status, phases, hf_config, facts, tuple(remarks), kernel, kernels, hang_s, device,
+        agreement, layout, folder, locks[0] if locks else None,
     )  # fmt: skip
 
 
@@ -149,8 +161,9 @@ def read_data(joined: Joined) -> RunData:
     config, launch, agreement = joined.config, joined.launch, joined.agreement
     tokenizer = load_tokenizer(config.model)
     crashed = agreement.broadcast(crashed_before(joined.folder))
+    every_byte = crashed and launch.local_rank == 0
     train_set, eval_set = agreement.rank0_first(
-        lambda: tokenized(config, tokenizer, progress=launch.rank == 0, every_byte=crashed and launch.local_rank == 0)
+        lambda: tokenized(config, tokenizer, joined.facts.vocab, progress=launch.rank == 0, every_byte=every_byte)
     )
     held_out = {} if eval_set is None else {"the held-out rows": eval_set.content}
     agreement.same({"the training rows": train_set.content, **held_out})
@@ -162,24 +175,22 @@ def build_engine(joined: Joined) -> Model:
     """Decide how the run saves memory, write down what is foreseen of it, and build the engine."""
     config, settings, layout, device = joined.config, joined.settings, joined.layout, joined.device
     memory_gib, taken_gib = own_memory_gib(device)
-    hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation=ULYSSES)
     checkpoints = Checkpoints(joined.folder, joined.agreement, config.train.keep_checkpoints)
     found = checkpoints.find(config.train.resume)
+    known = known_run(
+        config, settings, layout, device, hf_config=joined.hf_config, facts=joined.facts, memory_gib=memory_gib,
+        saved_stage=found[1].decides.get(STAGE) if found else None, kernel=joined.kernel,
+    )  # fmt: skip
     remarks = []
-    if keep_resident(settings, config, hf_config, memory_gib, found[1].decides.get(STAGE) if found else None):
+    if known.whole:
         remarks.append("ZeRO-3 divides nothing here: the frozen weights fit on each GPU and stay there whole (stage 2)")
     if taken_gib:
         remarks.append(f"other processes hold {taken_gib:.1f} GiB of a GPU (nvidia-smi names them): planned without it")
-    known = known_run(
-        config, settings.engine, hf_config, layout, device, memory_gib=memory_gib, kernel=joined.kernel
-    )  # fmt: skip
     joined.status.run, decisions = known, decided(known, device)
     if joined.launch.rank == 0:  # on a CPU the memory of a whole process is what is measured: nothing is foreseen
         write_plan(joined.folder, foresee_run(known, decisions) if device.type == "cuda" else None)
     phases = joined.phases
-    built = build(
-        config, settings.engine, layout, device, decisions=decisions, loaded=lambda: phases.done("model loaded")
-    )
+    built = build(known, layout, device, decisions=decisions, loaded=lambda: phases.done("model loaded"))
     phases.done("engine built")
     return Model(built, checkpoints, found, tuple(remarks))
 
@@ -199,7 +210,8 @@ def resume(joined: Joined, data: RunData, model: Model) -> Resumed:
         joined.status.where = "while a checkpoint was loaded"
         path, saved = found
         model.checkpoints.load(built.engine, path, saved)
-        now = {key: getattr(state, key) for key in ("total_steps", "world", "decides", "may_change", "model", "base")}
+        of_now = ("total_steps", "world", "decides", "may_change", "model", "base", "format", "written_by")
+        now = {key: getattr(state, key) for key in of_now}
         state = replace(saved, **now, changes=changes_since(saved, state))
         joined.phases.done("checkpoint loaded")
         if saved.world != layout.world:
@@ -213,7 +225,7 @@ def _loader(joined: Joined, model: Model, part: TokenizedSet, accumulation: int)
     return StepLoader(
         part, data=config.data, dp=layout.dp, dp_rank=layout.dp_rank, sp=layout.sp,
         accumulation=accumulation, seed=config.seed,
-        equal_cost_tokens=equal_cost_tokens(model.built.shape, lora=config.lora is not None),
+        equal_cost_tokens=joined.facts.equal_cost_tokens(lora=config.lora is not None),
     )  # fmt: skip
 
 
@@ -233,7 +245,7 @@ def _new_state(joined: Joined, data: RunData, model: Model, loader: StepLoader) 
         trained=trained_fingerprint(built.model),
         decides=what_decides(config, joined.settings.engine, layout),
         may_change=what_may_change(config),
-        model=what_the_model_is(built.hf_config),
+        model=what_the_model_is(joined.hf_config),
         base=joined.agreement.broadcast(start_fingerprint(built.model)),
     )
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from ds_longft.errors import EXIT_CONFIG, EXIT_REQUEUE, GpuMemoryError, LongftError
 from ds_longft.ranks.join import Launch
-from ds_longft.ranks.lock import lock_folder
 from ds_longft.run_files import StatusFile
 from ds_longft.stored import read_if_good
 from ds_longft.train.durable import PATIENCE_S, insist
@@ -80,6 +79,8 @@ class Status:
         if self.output is None or not self.output.is_dir():
             return
         try:
+            from ds_longft.ranks.lock import lock_folder  # not for the help
+
             lock = lock_folder(self.output, patience_s=0.0)
         except (LongftError, OSError):
             return

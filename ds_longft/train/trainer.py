@@ -30,13 +30,13 @@ from ds_longft.decide.setting import GIB
 from ds_longft.errors import CheckpointError, NonFiniteError
 from ds_longft.exactness.first_step import check_first_step, raise_if_wrong
 from ds_longft.layout import ParallelLayout
-from ds_longft.model.flops import forward_flops, step_flops
 from ds_longft.ranks.interrupt import StopRequest
 from ds_longft.ranks.join import Agreement
 from ds_longft.sequence.relief import Relief
 from ds_longft.train.checkpoint import Checkpoints, rng_state, set_rng_state
 from ds_longft.train.engine import Built
 from ds_longft.train.health import Watchdog, describe_packs, write_nonfinite
+from ds_longft.train.hub import Pusher
 from ds_longft.train.metrics import Records, peak_gib
 from ds_longft.train.same_run import TrainState
 from ds_longft.train.schedule import learning_rate
@@ -65,6 +65,7 @@ class Trainer:
     peak_tflops: float | None = None  # bf16 dense peak of one GPU, for MFU
     stopping: bool = False  # agreed on: the same on every rank
     saved_step: int = 0  # of the newest checkpoint
+    pusher: Pusher | None = None  # on rank 0, where checkpoints are uploaded
     relief: Relief | None = None  # where something could be given back when the GPU is full
     _waited_s: float = 0.0  # the loader's wait, as of the previous step
     _failed_saves: int = 0  # in a row
@@ -112,7 +113,7 @@ class Trainer:
             self.device,
             backpropagate=backpropagate,
             gather=self.agreement.gather,
-            vocab_size=self.built.hf_config.vocab_size,
+            vocab_size=self.built.run.facts.vocab,
             dtype=torch.bfloat16 if self.built.engine.bfloat16_enabled() else torch.float32,
         )
         raise_if_wrong(findings)
@@ -286,7 +287,7 @@ class Trainer:
             self.watchdog.enter(f"save after step {self.state.step}")
             started = time.monotonic()
             try:
-                self.checkpoints.save(self.built.engine, self.state, self.write_model)
+                saved = self.checkpoints.save(self.built.engine, self.state, self.write_model)
             except CheckpointError as e:
                 self._failed_saves += 1
                 self.records.say(
@@ -299,6 +300,8 @@ class Trainer:
             else:
                 self._failed_saves = 0
                 self.saved_step = self.state.step
+                if self.pusher is not None:
+                    self.pusher.after_save(saved)
                 self.stop.saved(time.monotonic() - started)
             break
         self._agree_on_stopping()
@@ -313,9 +316,10 @@ class Trainer:
         lengths = np.diff(pack.cu_seqlens).tolist()
         useful = lengths[:-1] if pack.padding_tokens else lengths
         targets = int((pack.loss_weights != 0).sum())
-        flops = step_flops(self.built.shape, useful, lora=self.config.lora is not None, targets=targets)
+        facts = self.built.run.facts
+        flops = facts.step_flops(useful, lora=self.config.lora is not None, targets=targets)
         if self.built.objective.live_reference:
-            flops += forward_flops(self.built.shape, useful, targets=targets)
+            flops += facts.forward_flops(useful, targets=targets)
         return flops / self.layout.sp
 
     def _means(self, sums: list[float], weight: float, prefix: str = "") -> dict[str, float]:

@@ -150,6 +150,7 @@ def built_run(folder: str, ds: dict[str, Any], world: int, **keys: Any) -> tuple
     from ds_longft.config.ds_json import merge_ds_config
     from ds_longft.config.run_config import RunConfig
     from ds_longft.train.engine import build
+    from ds_longft.train.install import known_run
 
     content = {
         "ds_config": "not read",
@@ -161,4 +162,5 @@ def built_run(folder: str, ds: dict[str, Any], world: int, **keys: Any) -> tuple
     config = RunConfig.model_validate(content)
     settings = merge_ds_config(ds, config, world=world, device="cpu", hidden_size=64)
     layout = ParallelLayout.create(config.sp)
-    return build(config, settings.engine, layout, torch.device("cpu")), layout
+    device = torch.device("cpu")
+    return build(known_run(config, settings, layout, device), layout, device), layout

@@ -25,6 +25,7 @@ def filled(rank: int, world: int, content: dict[str, Any], forget: list[int]) ->
     from ds_longft.ranks.join import Agreement
     from ds_longft.tools.ref_logps import fill
     from ds_longft.train.engine import build
+    from ds_longft.train.install import known_run
 
     config = RunConfig.model_validate(content)
     settings, sp = preflight(config, world=world, local_world=world, device="cpu")
@@ -33,7 +34,7 @@ def filled(rank: int, world: int, content: dict[str, Any], forget: list[int]) ->
     pairs: Any = agreement.rank0_first(lambda: tokenize_sources(config.data.train, tokenizer, config.data, pairs=True))
     if forget:
         agreement.on_rank0(lambda: open_reference(config, pairs).__setitem__(forget, np.nan))
-    built = build(config, settings.engine, layout, torch.device("cpu"))
+    built = build(known_run(config, settings, layout, torch.device("cpu")), layout, torch.device("cpu"))
     result = fill(built.engine, config, pairs, layout, torch.device("cpu"), agreement)
     built.engine.destroy()
     return result["computed"], load_reference(config, pairs)

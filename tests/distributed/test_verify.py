@@ -252,6 +252,7 @@ def first_step(rank: int, world: int, content: dict[str, Any], fault: str | None
     from ds_longft.exactness.first_step import check_first_step, raise_if_wrong
     from ds_longft.model.load import load_tokenizer
     from ds_longft.train.engine import build
+    from ds_longft.train.install import known_run
     from ds_longft.train.sets import tokenized
     from ds_longft.train.step import backpropagate
 
@@ -261,14 +262,16 @@ def first_step(rank: int, world: int, content: dict[str, Any], fault: str | None
     with ExitStack() as stack:
         if fault is not None:
             FAULTS[fault](stack)
-        train_set, _ = agreement.rank0_first(lambda: tokenized(config, load_tokenizer(config.model), progress=False))
+        train_set, _ = agreement.rank0_first(
+            lambda: tokenized(config, load_tokenizer(config.model), 259, progress=False)
+        )
         loader = StepLoader(
             train_set, data=config.data, dp=layout.dp, dp_rank=layout.dp_rank, sp=sp, accumulation=2, seed=0, pad_id=0
         )
         steps = loader.steps(0)
         step = next(steps)
         steps.close()
-        built = build(config, settings.engine, layout, device)
+        built = build(known_run(config, settings, layout, device), layout, device)
         findings = check_first_step(
             built.engine, step, layout, device, backpropagate=backpropagate, gather=agreement.gather, vocab_size=259,
             dtype=torch.float32,

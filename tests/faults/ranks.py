@@ -143,8 +143,8 @@ class Launcher:
         self.runs.append(run)
         return run
 
-    def run(self, output: Path, *keys: str, timeout_s: float = 60.0, **more: Any) -> tuple[list[int | None], Run]:
-        """Start and wait: (exit codes, the run)."""
+    def run(self, output: Path, *keys: str, timeout_s: float = 120.0, **more: Any) -> tuple[list[int | None], Run]:
+        """Start and wait: (exit codes, the run). On two cores with a load of 25 the start alone was seen to take 40 s."""
         run = self.start(output, *keys, **more)
         return run.wait(timeout_s), run
 

@@ -30,7 +30,7 @@ class Cluster:
 
     def run(self, *words: str) -> str:
         """Output of a SLURM command."""
-        done = subprocess.run(words, env=self.env, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(words, env=self.env, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, f"{words}: {done.stderr}"
         return done.stdout
 
@@ -38,13 +38,33 @@ class Cluster:
         """Fields of `scontrol show job`."""
         return dict(w.split("=", 1) for w in self.run("scontrol", "show", "job", number).split() if "=" in w)
 
-    def wait(self, number: str, state: str, timeout_s: float) -> dict[str, str]:
-        """Until the job is in that state."""
+    def wait(self, number: str, state: str, timeout_s: float, *, restarts: str = "") -> dict[str, str]:
+        """Until the job is in that state, after so many restarts."""
         deadline = time.monotonic() + timeout_s
-        while (job := self.job(number))["JobState"] != state:
-            assert time.monotonic() < deadline, f"job is {job['JobState']} ({job.get('Reason')}), not {state}"
+        while (job := self.job(number))["JobState"] != state or restarts not in ("", job["Restarts"]):
+            words = f"job is {job['JobState']} ({job.get('Reason')}), not {state}"
+            assert time.monotonic() < deadline, words
+            assert job["JobState"] not in ("COMPLETED", "FAILED", "CANCELLED"), words
             time.sleep(0.5)
         return job
+
+    def signal(self, number: str, name: str) -> None:
+        """To the ranks of a job. scancel repeats it, and may find the job at its end then, which is no failure."""
+        subprocess.run(["scancel", f"--signal={name}", number], env=self.env, timeout=300, check=False)
+
+    def array(self, number: str) -> list[tuple[str, str]]:
+        """(id, state) of each job of an array."""
+        jobs = self.run("scontrol", "-o", "show", "job", number).splitlines()
+        fields = [dict(w.split("=", 1) for w in job.split() if "=" in w) for job in jobs]
+        return [(f"{f['ArrayJobId']}_{f['ArrayTaskId']}", f["JobState"]) for f in fields]
+
+    def wait_for_array(self, number: str, timeout_s: float) -> list[str]:
+        """States of its jobs when none is waiting or running."""
+        deadline = time.monotonic() + timeout_s
+        while {"PENDING", "RUNNING", "COMPLETING"} & {state for _, state in self.array(number)}:
+            assert time.monotonic() < deadline, self.array(number)
+            time.sleep(0.5)
+        return sorted(state for _, state in self.array(number))
 
 
 @contextlib.contextmanager
@@ -52,7 +72,7 @@ def cluster(folder: Path) -> Iterator[Cluster]:
     """Start it, wait until the node is idle, stop it by the ids of its processes."""
     host = socket.gethostname()
     conf = folder / "slurm.conf"
-    cpus = os.cpu_count() or 2
+    cpus = max(8, os.cpu_count() or 2)  # said to be there, so that two jobs run at once
     conf.write_text(
         f"""ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -69,7 +89,11 @@ MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 JobRequeue=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmdParameters=config_overrides
 ReturnToService=2
+MessageTimeout=100
 SlurmctldPort=16817
 SlurmdPort=16818
 StateSaveLocation={folder}/state
@@ -79,7 +103,8 @@ SlurmdPidFile={folder}/d.pid
 SlurmctldLogFile={folder}/ctld.log
 SlurmdLogFile={folder}/d.log
 NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
-PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes={host} MaxTime=INFINITE State=UP PriorityTier=10
 """
     )
     for name in ("state", "spool", "munge"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -73,6 +74,72 @@ def test_nothing_valid_is_not_a_fresh_start(finished: Path) -> None:
     assert found is None
     assert "no checkpoint of" in said
     assert "train.resume to never" in said
+    assert "version" not in said
+
+
+def rewrite_state(folder: Path, change: Callable[[dict], dict]) -> None:
+    """Another state.json, sealed as its own."""
+    path, manifest = folder / "state.json", json.loads((folder / "manifest.json").read_text())
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    seal = {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    manifest["files"]["state.json"] = seal
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def of_the_first_format(state: dict) -> dict:
+    same = {k: state[k] for k in ("step", "epoch", "step_in_epoch", "tokens_seen", "total_steps", "world", "trained")}
+    return same | {"fingerprint": "0123456789abcdef", "wandb_id": None, "eval_due": False, "loss": {"objective": "sft"}}
+
+
+def of_the_second_format_before_it_had_a_number(state: dict) -> dict:
+    return {k: v for k, v in state.items() if k not in ("format", "written_by")}
+
+
+def of_the_next_format(state: dict) -> dict:
+    return state | {"format": 3, "written_by": "9.1.0", "moon": "full"}
+
+
+def of_the_next_version(state: dict) -> dict:
+    return state | {"written_by": "9.1.0"}
+
+
+def test_a_checkpoint_of_another_version_is_named_with_the_ways_out(
+    launcher: Launcher, golden: Path, finished: Path, tmp_path: Path
+) -> None:
+    """It may be whole and still say too little to be continued exactly: that is no damage."""
+    from tests.faults.alone import find
+
+    for step in (6, 8):
+        rewrite_state(finished / f"checkpoint-{step}", of_the_first_format)
+    found, said = find(finished, "auto")
+    assert found is None
+    assert "checkpoint-8 is passed over: it was written by an earlier version of ds_longft (state format 1" in said
+    assert f"set lora.init_from to {finished}/checkpoint-8, and give a new output_dir" in said
+    codes, run = launcher.run(finished)
+    assert codes == [64, 64], run.text()
+    assert checkpoints(finished) == [6, 8]
+    output = tmp_path / "new"  # the way out that was named
+    codes, run = launcher.run(output, "--lora.init_from", f"{finished}/checkpoint-8", "--train.max_steps", "1")
+    assert codes == [0, 0], run.text()
+    first, last = trace(output)[0], [r for r in trace(golden) if r[1] == "eval"][-1]
+    assert first == (0, "eval", last[2]), "it begins where the other had ended"
+
+
+@pytest.mark.parametrize("change", [of_the_second_format_before_it_had_a_number, of_the_next_version])
+def test_a_state_that_says_enough_is_continued(finished: Path, change: Callable[[dict], dict]) -> None:
+    from tests.faults.alone import find
+
+    rewrite_state(finished / "checkpoint-8", change)
+    assert find(finished, "auto") == (finished / "checkpoint-8", "")
+
+
+def test_a_newer_version_is_named(finished: Path) -> None:
+    from tests.faults.alone import find
+
+    rewrite_state(finished / "checkpoint-8", of_the_next_format)
+    found, said = find(finished, "auto")
+    assert found == finished / "checkpoint-6"
+    assert "checkpoint-8 is passed over: it was written by ds_longft 9.1.0 (state format 3), this is" in said
 
 
 def test_falls_back_and_trains_on(launcher: Launcher, golden: Path, finished: Path) -> None:

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import termios
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,7 +19,9 @@ import pytest
 
 from tests.distributed.pool import free_port
 from tests.faults.assets import write_job
-from tests.faults.ranks import checkpoints, reached, status, trace
+from tests.faults.processes import tree
+from tests.faults.ranks import checkpoints, reached, status
+from tests.faults.soak import SOAK_STEPS, Soak
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG = ("--train.epochs", "1000", "--train.save_every_steps", "null", "--train.eval_every_steps", "null")
@@ -32,24 +33,18 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_job(tmp_path_factory.mktemp("launchers"))
 
 
-def tree(output: Path) -> dict[int, str]:
-    """Living processes whose command line names the output folder: pid -> command."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        try:
-            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-        except (OSError, ValueError):
-            continue
-        if entry.name.isdecimal() and str(output) in command and state != "Z" and int(entry.name) != os.getpid():
-            found[int(entry.name)] = command
-    return found
-
-
 def process_of(output: Path, words: str, without: str = "\0") -> int:
     """The one process whose command has these words."""
     (pid,) = [pid for pid, command in tree(output).items() if words in command and without not in command]
     return pid
+
+
+def _as_in_a_terminal() -> None:
+    """A terminal of its own, and no signal that is ignored: a test started with `&` in a script would hand that on."""
+    os.setsid()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 class Terminal:
@@ -59,7 +54,7 @@ class Terminal:
         self.master, slave = pty.openpty()
         self.command = subprocess.Popen(
             command, stdin=slave, stdout=slave, stderr=slave, cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT)},
-            preexec_fn=lambda: (os.setsid(), fcntl.ioctl(0, termios.TIOCSCTTY, 0)),  # noqa: PLW1509
+            preexec_fn=_as_in_a_terminal,  # noqa: PLW1509
         )  # fmt: skip
         os.close(slave)
         os.set_blocking(self.master, False)
@@ -223,58 +218,39 @@ def victims(output: Path, command: int) -> dict[str, list[int]]:
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("launcher", ["deepspeed", "local"])
 def test_soak(
-    config: Path,
-    output: Path,
-    tmp_path: Path,
-    launcher: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    config: Path, output: Path, launcher: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Random signals to random processes of the tree at random moments, and the same command again each time: the losses
-    of a run left alone, nothing left behind, no exit code 0 before the end. SOAK_ROUNDS: how many, 100 left out.
+    of a run left alone, nothing left behind, no exit code 0 before the end.
     """
-    rounds, dice = int(os.environ.get("SOAK_ROUNDS", "100")), random.Random(int(os.environ.get("SOAK_SEED", "0")))
-    steps = max(40, 4 * rounds)
+    soak, dice = Soak(launcher, capsys), random.Random(int(os.environ.get("SOAK_SEED", "0")))
     monkeypatch.setenv("NPROC", "2")
-    keys = ["--train.max_steps", str(steps), "--train.save_every_steps", "5", "--train.epochs", "1000"]
-    expected = tmp_path / "expected"
+    keys = ["--train.max_steps", str(SOAK_STEPS), "--train.save_every_steps", "5", "--train.epochs", "1000"]
 
     def start(folder: Path) -> Terminal:
         return Terminal([*command_of(launcher, config, folder)[: -len(LONG)], *keys])
 
-    codes: Counter[str] = Counter()
-    done, terminal = 0, None
-    while done < rounds and reached(output) < steps:
-        terminal = start(output)
-        begun, first = time.monotonic(), reached(output)
-        wait_s = dice.uniform(0.0, 15.0)  # behind the first new step, or in a third of the rounds anywhere before
-        early = dice.random() < 1 / 3
-        while time.monotonic() < begun + 200 and terminal.command.poll() is None:
-            terminal.read()
-            time.sleep(0.05)
-            if time.monotonic() > begun + wait_s and (early or reached(output) != first):
-                break
-        if terminal.command.poll() is None:
-            found = victims(output, terminal.command.pid)
-            kind = dice.choice(sorted(found))
-            number = dice.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(dice.choice(found[kind]), number)
-            terminal.wait_for(lambda: not tree(output), 60)
-            code = terminal.command.wait()
-            # DeepSpeed ends well when its own launcher is killed; whether it should is not ours to say.
-            if reached(output) < steps and not (launcher == "deepspeed" and kind == "launcher"):
-                assert code != 0, (kind, number)
-            codes[f"{number.name} to {kind}: {code}"] += 1
-            done += 1
-            with capsys.disabled():
-                print(f"{launcher}, {done}: {number.name} to {kind} at step {reached(output)}: {code}", flush=True)
-        assert not list(output.glob(".tmp-*")) or number == signal.SIGKILL
-    for folder in (output, expected):
+    def finish(folder: Path) -> None:
         terminal = start(folder)
-        terminal.wait_for(lambda: terminal.command.poll() is not None, 1200)  # noqa: B023
+        terminal.wait_for(lambda: terminal.command.poll() is not None, 1200)
         assert terminal.command.returncode == 0, terminal.said[-3000:]
         assert not tree(folder)
-    with capsys.disabled():
-        print(f"\n{launcher}: {done} rounds, {dict(codes)}")
-    assert trace(output) == trace(expected)
+
+    def one_round(folder: Path) -> None:
+        terminal = start(folder)
+        if not soak.moment(folder, dice, lambda: terminal.command.poll() is None and (terminal.read() or True)):
+            return
+        found = victims(folder, terminal.command.pid)
+        kind = dice.choice(sorted(found))
+        number = dice.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(dice.choice(found[kind]), number)
+        terminal.said += f"\n--- {number.name} to {kind}, of {found}\n"
+        terminal.wait_for(lambda: not tree(folder), 90)
+        code = terminal.command.wait()
+        # DeepSpeed ends well when its own launcher is killed; whether it should is not ours to say.
+        if reached(folder) < SOAK_STEPS and not (launcher == "deepspeed" and kind == "launcher"):
+            assert code != 0, (kind, number)
+        soak.note(f"{number.name} to {kind}: {code}", reached(folder))
+
+    soak.run(output, one_round, finish)

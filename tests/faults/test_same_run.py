@@ -84,7 +84,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "data.train": ("--data.train", MOVED),
     "data.train[].path": ("--data.train", "{spelled}"),
     "data.train[].format": ("--data.train", '[{"path": "{rows}", "format": "messages"}]'),
-    "data.train[].split": ("--data.train", '[{"path": "{rows}", "split": "test"}]'),
+    "data.train[].split": ("--data.train", '[{"path": "{splits}", "split": "test"}]'),
     "data.train[].limit": ("--data.train", '[{"path": "{rows}", "limit": 9}]'),
     "data.eval_fraction": ("--data.eval_fraction", "0.3"),
     "data.max_length_tokens": ("--data.max_length_tokens", "200"),
@@ -113,7 +113,6 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "train.gradient_accumulation_steps": ("--train.gradient_accumulation_steps", "1"),
     "train.recompute": ("--train.recompute", "full"),
     "train.offload_host_gib": ("--train.offload_host_gib", "0.1"),
-    "train.mlp_tile_tokens": ("--train.mlp_tile_tokens", "16"),
     "train.kv_heads_at_a_time": ("--train.recompute", "full", "--train.kv_heads_at_a_time", "1"),
     "train.recompute_every": ("--train.recompute", "every_k", "--train.recompute_every", "1"),
     "train.verify_first": ("--train.verify_first", "true"),
@@ -134,8 +133,12 @@ OTHERS: dict[str, tuple[str, ...]] = {
 CHANGED_ROWS = {"data.train[].limit"}  # leads to other rows; other keys known by content lead to the same
 NOT_SEEN = {"train.on_nonfinite", "train.max_skipped_in_a_row"}  # in the losses of a run that stays finite
 OF_HUB_SETS = {"data.train[].subset", "data.train[].revision"}
-ELSEWHERE = {key for key in CLASSES if key.startswith("dpo.")} | {"data.eval", "lora.init_from"} | OF_HUB_SETS
-"""`dpo.*`, `lora.init_from`: below, without a run. `data.eval` excludes `data.eval_fraction`, which decides the training
+ELSEWHERE = (
+    {key for key in CLASSES if key.startswith("dpo.")}
+    | {"data.eval", "lora.init_from", "train.mlp_tile_tokens"}
+    | OF_HUB_SETS
+)
+"""`dpo.*`, `lora.init_from`: below, without a run. `train.mlp_tile_tokens`: below, with a run without dropout. `data.eval` excludes `data.eval_fraction`, which decides the training
 rows. What names a hub set's version is refused for files."""
 
 QUICK = {
@@ -157,10 +160,13 @@ def written(job: Path, folder: Path, words: tuple[str, ...]) -> list[str]:
     moved.parent.mkdir()
     shutil.copyfile(job.parent / "rows.jsonl", moved)
     os.utime(moved, (1, 1))
+    (folder / "splits").mkdir()
+    shutil.copyfile(job.parent / "rows.jsonl", folder / "splits" / "test.jsonl")
+    (folder / "splits" / "train.jsonl").write_text("{}\n")
     (folder / "template.jinja").write_text(TEMPLATE)
     (folder / "zero2.json").write_text(json.dumps({"train_batch_size": "auto", "zero_optimization": {"stage": 2}}))
     places = {
-        "{moved}": moved, "{spelled}": job.parent / "." / ".." / job.parent.name / "rows.jsonl", "{rows}": job.parent / "rows.jsonl",
+        "{moved}": moved, "{spelled}": job.parent / "." / ".." / job.parent.name / "rows.jsonl", "{rows}": job.parent / "rows.jsonl", "{splits}": folder / "splits",
         "{pairs}": job.parent / "pairs.jsonl", "{template}": folder / "template.jinja", "{stage2}": folder / "zero2.json",
         "{elsewhere}": folder / "cache", "{model}": shutil.copytree(job.parent / "model", folder / "model"),
     }  # fmt: skip
@@ -212,6 +218,22 @@ def test_another_value(launcher: Launcher, golden: Path, tmp_path: Path, key: st
         assert ours == theirs, "bit for bit"
 
 
+@pytest.mark.slow
+def test_tiles_are_equal_to_rounding(launcher: Launcher, tmp_path: Path) -> None:
+    """Adapters with dropout, as the job has them, are not tiled."""
+    output, plain = tmp_path / "out", ("--lora.dropout", "0")
+    codes, run = launcher.run(output, *plain, timeout_s=120)
+    assert codes == [0, 0], run.text()
+    before = steps_of(output)
+    shutil.rmtree(output / "checkpoint-8")
+    codes, run = launcher.run(output, *plain, "--train.mlp_tile_tokens", "16", timeout_s=120)
+    assert codes == [0, 0], run.text()
+    (change,) = json.loads((output / "changes.json").read_text())
+    assert (change["key"], change["after_step"], change["now"]) == ("train.mlp_tile_tokens", 6, 16)
+    for mine, other in zip(steps_of(output), before, strict=True):
+        assert mine == pytest.approx(other, rel=1e-5)
+
+
 def state_of(config: RunConfig) -> TrainState:
     layout: Any = SimpleNamespace(dp=1)
     return TrainState(
@@ -258,6 +280,37 @@ def test_spellings_of_one_value_are_one() -> None:
     refuse_another_run(Path("checkpoint-6"), state_of(accumulated), over_ranks)
 
 
+def test_keys_that_only_one_version_knows() -> None:
+    """A key that came later did before what its default does; one that is gone decided something that cannot be had."""
+    state = state_of(load_run_config([]))
+
+    def without(key: str) -> TrainState:
+        return replace(state, decides={k: v for k, v in state.decides.items() if k != key})
+
+    for key in ("lora.dora", "seed"):
+        refuse_another_run(Path("checkpoint-6"), without(key), state)
+    now = state_of(load_run_config(["--lora.dora", "true"]))
+    with pytest.raises(CheckpointError, match=r"lora.dora was false and is true now"):
+        refuse_another_run(Path("checkpoint-6"), without("lora.dora"), now)
+    with pytest.raises(CheckpointError, match=r"lora.moon was full and is unknown to this version now"):
+        refuse_another_run(Path("checkpoint-6"), replace(state, decides=state.decides | {"lora.moon": "full"}), state)
+    may = {k: v for k, v in state.may_change.items() if k != "optim.eps"}
+    other = state_of(load_run_config(["--optim.eps", "1e-3"]))
+    assert changes_since(replace(state, may_change=may), state) == []
+    (change,) = changes_since(replace(state, may_change=may), other)
+    assert (change["key"], change["was"], change["now"]) == ("optim.eps", 1e-8, 1e-3)
+
+
+def test_a_line_removed_from_a_models_config_is_seen() -> None:
+    """What is not in it is the default of the family, which is the same as long as the software is."""
+    model = {"rms_norm_eps": 1e-5, "transformers_version": "5.24.0"}
+    before = replace(state_of(load_run_config([])), model=model)
+    now = replace(before, model={"transformers_version": "5.24.0"})
+    with pytest.raises(CheckpointError, match=r"rms_norm_eps in config.json was 1e-05 and is the default now"):
+        refuse_another_run(Path("checkpoint-6"), before, now)
+    refuse_another_run(Path("checkpoint-6"), before, replace(now, model={"transformers_version": "5.25.0"}))
+
+
 def test_another_norm_of_the_same_weights_is_refused() -> None:
     """The weights may be equal and the model another one: its config.json decides too."""
     state = replace(state_of(load_run_config([])), model={"rms_norm_eps": 1e-6})
@@ -271,7 +324,7 @@ def test_what_a_models_config_says_survives_being_written_down() -> None:
     model = what_the_model_is(config)
     assert model["rms_norm_eps"] == 1e-5
     assert json.loads(json.dumps(model)) == model
-    assert not {"transformers_version", "_name_or_path"} & set(model)
+    assert not {"architectures", "_name_or_path"} & set(model)
 
 
 def test_an_edited_answer_is_seen_though_size_and_time_were_kept(

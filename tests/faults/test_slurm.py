@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import re
+import signal
+import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from ds_longft.errors import ConfigError
 from ds_longft.tools.slurm.render import fill, limit_s
 from ds_longft.tools.slurm.requeue import decide
 from tests.faults import slurm_cluster
 from tests.faults.assets import write_job
+from tests.faults.processes import tree
 from tests.faults.ranks import Launcher, checkpoints, reached, status, trace
+from tests.faults.soak import SOAK_STEPS, Soak
 
 ONE = {
     "nodes": 1, "gpus_per_node": 2, "time": "1:00:00", "partition": None, "account": None, "signal_s": 60,
@@ -187,49 +196,222 @@ def test_planned_stops_without_progress_end(folder: Folder) -> None:
     assert again == [True, True, True, False, False]
 
 
+real = pytest.mark.skipif(slurm_cluster.why_not() is not None, reason=f"no SLURM here: {slurm_cluster.why_not()}")
+KEYS = ("--train.epochs", "10", "--train.save_every_steps", "5")
+
+
+@pytest.fixture(scope="module")
+def expected(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list]:
+    """What a quiet run of the job that is handed to SLURM records."""
+    launcher = Launcher(config)
+    output = tmp_path_factory.mktemp("expected") / "out"
+    codes, run = launcher.run(output, *KEYS, timeout_s=300)
+    assert codes == [0, 0], run.text()
+    yield trace(output)
+    launcher.close()
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm_cluster.Cluster]:
+    with slurm_cluster.cluster(tmp_path_factory.mktemp("cluster")) as running:
+        yield running
+
+
+def job_of(config: Path, folder: Path, *, into: Path | None = None, **changes: Any) -> tuple[Path, Path]:
+    """(output folder, batch script) of the job, with another length."""
+    written = yaml.safe_load(config.read_text())
+    written["output_dir"] = str(into or folder / "out")
+    written["train"] |= {"epochs": 10, "save_every_steps": 5} | changes
+    (folder / "run.yaml").write_text(yaml.safe_dump(written))
+    script = folder / "job.sbatch"
+    script.write_text(fill(str(folder / "run.yaml"), **ONE))
+    return into or folder / "out", script
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.skipif(slurm_cluster.why_not() is not None, reason=f"no SLURM here: {slurm_cluster.why_not()}")
-def test_real_slurm(launcher: Launcher, config: Path, tmp_path: Path) -> None:
+@real
+def test_real_slurm(slurm: slurm_cluster.Cluster, expected: list, config: Path, tmp_path: Path) -> None:
     """Submit, signal, requeue, resume; crash, requeue, resume; finish, with the losses of a quiet run."""
-    keys = ("--train.epochs", "10", "--train.save_every_steps", "5")
-    expected = tmp_path / "expected"
-    codes, run = launcher.run(expected, *keys, timeout_s=300)
-    assert codes == [0, 0], run.text()
-    output = tmp_path / "out"
-    mine = tmp_path / "run.yaml"
-    mine.write_text(
-        config.read_text().replace("epochs: 2", "epochs: 10").replace("save_every_steps: 2", "save_every_steps: 5")
-        .replace(re.search(r"output_dir: (.*)", config.read_text())[1], str(output))  # type: ignore[index]
-    )  # fmt: skip
-    with slurm_cluster.cluster(tmp_path) as slurm:
-        script = tmp_path / "job.sbatch"
-        script.write_text(fill(str(mine), **ONE))
-        number = slurm.run("sbatch", "--parsable", str(script)).strip()
+    output, script = job_of(config, tmp_path)
+    number = slurm.run("sbatch", "--parsable", str(script)).strip()
 
-        wait_for_step(output, 6)
-        slurm.run("scancel", "--signal=USR2", number)
-        job = slurm.wait(number, "PENDING", 120)
-        assert job["Restarts"] == "1"
-        assert status(output)["exit_code"] == 75
-        stopped = checkpoints(output)[-1]
-        assert stopped >= 6
-        restart(slurm, number)
+    wait_for_step(output, 6)
+    slurm.signal(number, "USR2")
+    job = slurm.wait(number, "PENDING", 120)
+    assert job["Restarts"] == "1"
+    assert status(output)["exit_code"] == 75
+    stopped = checkpoints(output)[-1]
+    assert stopped >= 6
+    restart(slurm, number)
 
-        wait_for_step(output, stopped + 6)
-        victim = status(output)["pid"]
-        subprocess.run(["kill", "-9", str(victim)], check=True)
-        job = slurm.wait(number, "PENDING", 120)
-        assert job["Restarts"] == "2"
-        restart(slurm, number)
+    wait_for_step(output, stopped + 6)
+    victim = status(output)["pid"]
+    subprocess.run(["kill", "-9", str(victim)], check=True)
+    job = slurm.wait(number, "PENDING", 120)
+    assert job["Restarts"] == "2"
+    restart(slurm, number)
 
-        slurm.wait(number, "COMPLETED", 300)
-        log = (output / f"slurm-{number}.log").read_text()
-    assert trace(output) == trace(expected), log
+    slurm.wait(number, "COMPLETED", 300)
+    log = (output / f"slurm-{number}.log").read_text()
+    assert trace(output) == expected, log
     assert f"it stopped as planned; saved is step {stopped}" in log
     assert "crash 1 of at most 2" in log
     assert "not requeued: the run is complete" in log
     assert log.count("resumed from") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@real
+def test_a_preempted_job_finishes(slurm: slurm_cluster.Cluster, expected: list, config: Path, tmp_path: Path) -> None:
+    """A job of a partition before ours takes the node: TERM, saved, requeued by SLURM, gone on with when it is free."""
+    output, script = job_of(config, tmp_path)
+    number = slurm.run("sbatch", "--parsable", str(script)).strip()
+    wait_for_step(output, 3)
+    urgent = slurm.run(
+        "sbatch", "--parsable", "-p", "urgent", "--exclusive", "--wrap", "sleep 5", "-o", "/dev/null"
+    ).strip()
+    job = slurm.wait(number, "PENDING", 120)
+    assert job["Restarts"] == "1"
+    assert status(output)["exit_code"] == 75
+    stopped = checkpoints(output)[-1]
+    slurm.wait(urgent, "COMPLETED", 120)
+    restart(slurm, number)
+    slurm.wait(number, "COMPLETED", 300)
+    log = (output / f"slurm-{number}.log").read_text()
+    assert trace(output) == expected, log
+    assert f"at step {stopped}" in log
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@real
+def test_array_jobs_take_turns(slurm: slurm_cluster.Cluster, expected: list, config: Path, tmp_path: Path) -> None:
+    """`--array=0-2%1` of one run: each goes on where the one before was stopped, which is requeued, too; what comes after
+    the end has nothing to do. Tasks of an array that run at once in one folder: the second is refused, not requeued.
+    """
+    output, script = job_of(config, tmp_path)
+    number = slurm.run("sbatch", "--parsable", "--array=0-2%1", str(script)).strip()
+    wait_for_step(output, 3)
+    (first,) = [job for job, state in slurm.array(number) if state == "RUNNING"]
+    slurm.signal(first, "USR2")
+    job = slurm.wait(first, "PENDING", 120)
+    assert job["Restarts"] == "1"
+    restart(slurm, first)
+    assert slurm.wait_for_array(number, 400) == ["COMPLETED"] * 3
+    logs = {path.name: path.read_text() for path in output.glob("slurm-*.log")}
+    assert len(logs) == 3
+    assert trace(output) == expected, logs
+    assert sum(log.count("requeued: it stopped as planned") for log in logs.values()) == 1
+    assert sum("not requeued: the run is complete" in log for log in logs.values()) == 3
+
+    (tmp_path / "at once").mkdir()
+    output, script = job_of(config, tmp_path / "at once")
+    number = slurm.run("sbatch", "--parsable", "--array=0-1", str(script)).strip()
+    assert slurm.wait_for_array(number, 400) == ["COMPLETED", "FAILED"]
+    assert trace(output) == expected
+    logs = {path.name: path.read_text() for path in output.glob("slurm-*.log")}
+    assert sum("not requeued: exit 64" in log and "is in use by" in log for log in logs.values()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@real
+def test_a_port_in_use_is_tried_again(
+    slurm: slurm_cluster.Cluster, expected: list, config: Path, tmp_path: Path
+) -> None:
+    output, script = job_of(config, tmp_path)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        text = script.read_text()
+        assert text.count("&& export MASTER_PORT\n") == 1
+        first = f'[ "${{SLURM_RESTART_COUNT:-0}}" = 0 ] && MASTER_PORT={port}\n'
+        script.write_text(text.replace("&& export MASTER_PORT\n", f"&& export MASTER_PORT\n{first}"))
+        number = slurm.run("sbatch", "--parsable", str(script)).strip()
+        job = slurm.wait(number, "PENDING", 120, restarts="1")
+    assert job["Restarts"] == "1"
+    restart(slurm, number)
+    slurm.wait(number, "COMPLETED", 300)
+    log = (output / f"slurm-{number}.log").read_text()
+    assert f"port {port} is in use" in log
+    assert "requeued: the port was taken, another one is tried; saved is step 0" in log
+    assert trace(output) == expected, log
+
+
+def processes_of_job(folder: Path) -> dict[str, list[int]]:
+    """Living processes of the job by what they are."""
+    found: dict[str, list[int]] = {}
+    for pid, words in tree(folder).items():
+        if "ds_longft.train " in words:
+            found.setdefault("srun" if words.startswith("srun") else "rank", []).append(pid)
+    for pid, words in tree(Path("slurm_script")).items():
+        if words.startswith("/bin/bash"):
+            found.setdefault("script", []).append(pid)
+    if "srun" in found:  # it has a child, which hands nothing on
+        found["srun"] = [min(found["srun"])]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+@real
+def test_soak_under_slurm(
+    slurm: slurm_cluster.Cluster, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `test_launchers.py::test_soak`: signals to ranks, srun and the batch script. SLURM starts the job again, or,
+    where it says why not, the test does.
+    """
+    soak, dice = Soak("slurm", capsys), random.Random(int(os.environ.get("SOAK_SEED", "0")))
+    jobs: dict[Path, str] = {}
+
+    def job(folder: Path) -> str:
+        """The job that trains there, handed in if there is none."""
+        if folder not in jobs:
+            folder.mkdir(exist_ok=True)
+            script = job_of(config, folder, epochs=1000, max_steps=SOAK_STEPS, into=folder)
+            jobs[folder] = slurm.run("sbatch", "--parsable", str(script[1])).strip()
+        return jobs[folder]
+
+    def finish(folder: Path) -> None:
+        slurm.wait(job(folder), "COMPLETED", 1200)
+
+    def one_round(folder: Path) -> None:
+        number = job(folder)
+        if not soak.moment(folder, dice, lambda: slurm.job(number)["JobState"] in ("PENDING", "RUNNING")):
+            return
+        found = processes_of_job(folder)
+        if not found:
+            return
+        kind = dice.choice(sorted(found))
+        # Not INT: srun asks for a second one, and a script waits for what it runs.
+        what = dice.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGUSR2])
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(dice.choice(found[kind]), what)
+        state = ended(slurm, number, 200)
+        assert state != "COMPLETED" or reached(folder) == SOAK_STEPS, (kind, what)
+        deadline = time.monotonic() + 60
+        while left := processes_of_job(folder):
+            assert time.monotonic() < deadline, left
+            time.sleep(0.3)
+        soak.note(f"{what.name} to {kind}: {'requeued' if state == 'PENDING' else state}", reached(folder))
+        if state == "PENDING":
+            restart(slurm, number)
+        elif state != "COMPLETED":
+            del jobs[folder]
+
+    soak.run(tmp_path / "runs", one_round, finish)
+
+
+def ended(slurm: slurm_cluster.Cluster, number: str, timeout_s: float) -> str:
+    """The state of a job when nothing of it runs any more."""
+    deadline = time.monotonic() + timeout_s
+    while (state := slurm.job(number)["JobState"]) in ("RUNNING", "COMPLETING", "CONFIGURING"):
+        assert time.monotonic() < deadline, state
+        time.sleep(0.3)
+    return state
 
 
 def wait_for_step(output: Path, step: int) -> None:
@@ -243,7 +425,7 @@ def wait_for_step(output: Path, step: int) -> None:
 def restart(slurm: slurm_cluster.Cluster, number: str) -> None:
     """Release a requeued job, held back for two minutes; in its first second the credential is still revoked."""
     time.sleep(6.0)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 200  # of an array one at a time: another may have its turn first
     while slurm.job(number)["JobState"] == "PENDING":
         subprocess.run(["scontrol", "update", f"jobid={number}", "StartTime=now"], env=slurm.env, check=False)
         assert time.monotonic() < deadline

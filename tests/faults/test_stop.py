@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ds_longft.ranks.interrupt import SAVE_MARGIN, StopRequest
-from tests.faults.ranks import Launcher, checkpoints, status, trace
+from tests.faults.ranks import CRASH, Launcher, checkpoints, status, trace
 
 CASES = [
     # fault, ranks it happens on, step that is saved
@@ -34,6 +34,21 @@ def test_signal(launcher: Launcher, golden: Path, tmp_path: Path, fault: dict, r
     codes, run = launcher.run(output)
     assert codes == [0, 0], run.text()
     assert f"at step {stopped}" in run.text(0)
+    assert trace(output) == trace(golden)
+
+
+def test_an_evaluation_made_up_for_twice_is_recorded_once(launcher: Launcher, golden: Path, tmp_path: Path) -> None:
+    """Stopped in it; the next start makes up for it and is killed before it saves; so does the one after."""
+    output = tmp_path / "out"
+    for fault, code in (
+        ({"point": "eval", "step": 4, "do": "SIGUSR2"}, 75),
+        ({"point": "step", "step": 5, "do": "kill"}, CRASH),
+    ):
+        codes, run = launcher.run(output, faults={0: fault})
+        assert codes[0] == code, run.text()
+    assert (4, "eval") in [record[:2] for record in trace(output)]
+    codes, run = launcher.run(output)
+    assert codes == [0, 0], run.text()
     assert trace(output) == trace(golden)
 
 

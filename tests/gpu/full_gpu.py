@@ -17,11 +17,10 @@ from ds_longft.config.ds_file import load_ds_config
 from ds_longft.config.ds_json import merge_ds_config
 from ds_longft.config.run_config import RunConfig
 from ds_longft.layout import ParallelLayout
-from ds_longft.model.load import load_config
 from ds_longft.ranks.join import Launch, join
 from ds_longft.train.device_memory import device_memory
 from ds_longft.train.engine import build
-from ds_longft.train.install import decided, known_run
+from ds_longft.train.install import known_run
 from ds_longft.train.rehearse import rehearse, settle
 from ds_longft.train.step import apply_step, backpropagate
 from tests.distributed.models import make_pack
@@ -50,9 +49,8 @@ def main(hog: bool) -> None:
         load_ds_config("ds_configs/zero2_sp.json"), config, world=1, device="cuda", hidden_size=SHAPE["hidden_size"]
     )
     layout = ParallelLayout.create(1)
-    hf_config = load_config(config.model, TOKENS, attn_implementation="eager")
-    known = known_run(config, settings.engine, hf_config, layout, device, memory_gib=30.0)  # auto stays auto
-    built = build(config, settings.engine, layout, device, decisions=decided(known, device))
+    known = known_run(config, settings, layout, device, memory_gib=30.0)  # auto stays auto
+    built = build(known, layout, device)
     memory, pack = device_memory(device), make_pack([TOKENS], seed=0)
     settle(built.engine, layout, device)
     rehearse(built.engine, built.recompute, pack, layout, device, memory)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ds_longft.sequence.kernels import KERNELS, AttentionSpec, Kernel, kernel_by_name
+from ds_longft.sequence.kernels import KERNELS, AttentionSpec, Job, Kernel, Saved, kernel_by_name
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,13 +43,7 @@ BASIC_MASKS = ("full", "window 100", "softcap")
 def fitting(name: str, dtype: torch.dtype, head_dim: int, spec: AttentionSpec) -> Kernel | str:
     """The kernel, or why it refuses this."""
     kernel = kernel_by_name(name)
-    reason = kernel.refuses(
-        device_type="cuda",
-        dtype=dtype,
-        head_dim=head_dim,
-        spec=spec,
-        capability=torch.cuda.get_device_capability(),
-    )
+    reason = kernel.refuses(Job("cuda", dtype, head_dim, spec, torch.cuda.get_device_capability()))
     return kernel if reason is None else reason
 
 
@@ -86,7 +80,7 @@ def run(kernel: Kernel, pack: tuple[Tensor, ...], lengths: tuple[int, ...], spec
     out, lse = kernel.forward(q, k, v, borders, lengths, spec)
     strided_out = torch.cat([out, torch.full_like(out[:, :1], torch.nan)], 1)[:, :-1]
     poison(q, k, v)
-    grads = kernel.backward(dout, q, k, v, strided_out, lse, borders, lengths, spec)
+    grads = kernel.backward(dout, Saved(q, k, v, strided_out, lse), borders, lengths, spec)
     return [out, lse, *grads]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_longft.sequence.kernels import KERNELS, AttentionSpec, kernel_by_name
+from ds_longft.sequence.kernels import KERNELS, AttentionSpec, Job, Saved, kernel_by_name
 from tests.faults.assets import pair_keys, write_job
 from tests.faults.ranks import Launcher, trace
 from tests.gpu.test_kernels import random_pack
@@ -42,21 +42,18 @@ def test_gradients_repeat_to_the_bit(name: str, lengths: tuple[int, ...], window
     if name == "math" and max(lengths) > 5000:
         pytest.skip("too slow for this length")
     kernel, spec = kernel_by_name(name), AttentionSpec(128**-0.5, window, None, True)
-    reason = kernel.refuses(
-        device_type="cuda", dtype=torch.bfloat16, head_dim=128, spec=spec,
-        capability=torch.cuda.get_device_capability(),
-    )  # fmt: skip
+    reason = kernel.refuses(Job("cuda", torch.bfloat16, 128, spec, torch.cuda.get_device_capability()))
     if reason is not None:
         pytest.skip(f"{name} {reason}")
     q, k, v, dout, borders = random_pack(lengths, 8, 2, 128)
     out, lse = kernel.forward(q, k, v, borders, lengths, spec)
-    first = kernel.backward(dout, q, k, v, out, lse, borders, lengths, spec)
+    first = kernel.backward(dout, Saved(q, k, v, out, lse), borders, lengths, spec)
     for _ in range(2):
-        again = kernel.backward(dout, q, k, v, out, lse, borders, lengths, spec)
+        again = kernel.backward(dout, Saved(q, k, v, out, lse), borders, lengths, spec)
         assert [torch.equal(a, b) for a, b in zip(first, again, strict=True)] == [True] * 3
     reference = kernel_by_name("varlen")  # nothing to build; checked against float32 itself
     usual_out, usual_lse = reference.forward(q, k, v, borders, lengths, spec)
-    usual = reference.backward(dout, q, k, v, usual_out, usual_lse, borders, lengths, spec)
+    usual = reference.backward(dout, Saved(q, k, v, usual_out, usual_lse), borders, lengths, spec)
     for a, b in zip(first, usual, strict=True):
         assert float((a.float() - b.float()).norm() / b.float().norm()) < 1e-2
 

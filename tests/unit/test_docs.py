@@ -17,7 +17,12 @@ from ds_longft.config.yaml_io import load_yaml
 from ds_longft.tools.verify.command import read as read_verify
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("*/README.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted(ROOT.glob("docs/*.md")),
+    *sorted(ROOT.glob("*/README.md")),
+    *sorted(ROOT.glob("examples/*/README.md")),
+]
 BLOCKS = re.compile(r"```\n(.*?)```", re.DOTALL)
 TRAIN = re.compile(r"(?:launch/train\.py|ds_longft\.train)\b(.*)")
 
@@ -72,7 +77,7 @@ def test_links_and_names_lead_somewhere(page: Path) -> None:
     text = page.read_text()
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
     shipped = re.findall(
-        r"\b(?:ds_configs|recipes|docs|launch|benchmarks)/[\w./-]+\.(?:jsonl?|yaml|md|py|sh|sbatch)", text
+        r"\b(?:ds_configs|recipes|docs|launch|benchmarks|examples)/[\w./-]+\.(?:jsonl?|yaml|md|py|sh|sbatch)", text
     )
     made_later = {"benchmarks/results.jsonl"}
     missing = [name for name in links if not (page.parent / name).exists()]
@@ -99,7 +104,6 @@ def test_the_tree_of_the_readme_is_the_tree() -> None:
     ("function", "page"),
     [
         ("config_page", "docs/config.md"),
-        ("files_page", "docs/files.md"),
         ("data_page", "docs/data.md"),
         ("readme_page", "README.md"),
     ],

@@ -3,7 +3,7 @@
 `choose_kernel` picks one for a layer and a pack; `kernel_by_name` finds it again in the backward pass.
 """
 
-from ds_longft.sequence.kernels.base import AttentionSpec, Capability, Kernel
+from ds_longft.sequence.kernels.base import AttentionSpec, Capability, Job, Kernel, Saved
 from ds_longft.sequence.kernels.table import CUDNN_MIN_WORK, KERNELS, choose_kernel, kernel_by_name
 
 __all__ = [
@@ -11,7 +11,9 @@ __all__ = [
     "KERNELS",
     "AttentionSpec",
     "Capability",
+    "Job",
     "Kernel",
+    "Saved",
     "choose_kernel",
     "kernel_by_name",
 ]

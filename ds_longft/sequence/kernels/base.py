@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from itertools import accumulate, pairwise
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from ds_longft.errors import ModelError
 
 Capability = tuple[int, int]
+Gradients = tuple[Tensor, Tensor, Tensor]  # dq, dk, dv
 
 NOT_REPEATABLE = "is not shown to repeat to the bit (train.deterministic)"
 
@@ -49,6 +50,28 @@ class AttentionSpec:
         return None if self.window is None or self.window >= max(lengths) else self.window
 
 
+@dataclass(frozen=True)
+class Job:
+    """What a kernel is asked whether it can do: one layer's attention on one type of device."""
+
+    device_type: str
+    dtype: torch.dtype
+    head_dim: int
+    spec: AttentionSpec
+    capability: Capability | None = None
+    """Compute capability of the GPU; None off CUDA."""
+
+
+class Saved(NamedTuple):
+    """What the backward pass reads of the forward one."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+
+
 class Kernel(Protocol):
     """One way to compute attention over a pack. Stateless; called below autograd.
 
@@ -61,17 +84,8 @@ class Kernel(Protocol):
     def name(self) -> str:
         """How configs and messages call it."""
 
-    def refuses(
-        self,
-        *,
-        device_type: str,
-        dtype: torch.dtype,
-        head_dim: int,
-        spec: AttentionSpec,
-        capability: Capability | None,
-        here: bool = True,
-    ) -> str | None:
-        """Why this kernel cannot do the job exactly, or None if it can. `capability` is None off CUDA.
+    def refuses(self, job: Job, *, here: bool = True) -> str | None:
+        """Why this kernel cannot do the job exactly, or None if it can.
 
         Without `here` the job is another machine's: what is installed on this one does not count.
         """
@@ -82,17 +96,8 @@ class Kernel(Protocol):
         """(out [S, hq, d] contiguous in q's dtype, lse [hq, S] float32, natural log; float64 for float64 inputs)."""
 
     def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        documents_cu: Tensor,
-        lengths: Sequence[int],
-        spec: AttentionSpec,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, dout: Tensor, saved: Saved, documents_cu: Tensor, lengths: Sequence[int], spec: AttentionSpec
+    ) -> Gradients:
         """Gradients (dq, dk, dv), shaped as q, k, v; dk and dv summed over the query heads that read them."""
 
 
@@ -118,12 +123,11 @@ def import_failure(module: str) -> str | None:
     return None
 
 
-def flash_refusal(
-    device_type: str, dtype: torch.dtype, head_dim: int, capability: Capability | None, oldest: Capability
-) -> str | None:
+def flash_refusal(job: Job, oldest: Capability) -> str | None:
     """What every FlashAttention refuses; `oldest` is the first compute capability it runs on."""
+    dtype, head_dim, capability = job.dtype, job.head_dim, job.capability
     return refusal(
-        (device_type != "cuda", f"runs on cuda, not on {device_type}"),
+        (job.device_type != "cuda", f"runs on cuda, not on {job.device_type}"),
         (dtype not in (torch.bfloat16, torch.float16), f"takes bf16 and fp16, not {dtype}"),
         (
             capability is None or capability < oldest,

@@ -7,6 +7,7 @@ rounding, not to the bit, unless flash-attn-4 is asked for a fixed order (`Atten
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,9 @@ from torch import Tensor
 from ds_longft.sequence.kernels.base import (
     NOT_REPEATABLE,
     AttentionSpec,
-    Capability,
+    Gradients,
+    Job,
+    Saved,
     flash_refusal,
     flash_window_left,
     import_failure,
@@ -31,20 +34,12 @@ class FlashAttention4:
 
     name = "flash-attn-4"
 
-    def refuses(
-        self,
-        *,
-        device_type: str,
-        dtype: torch.dtype,
-        head_dim: int,
-        spec: AttentionSpec,
-        capability: Capability | None,
-        here: bool = True,
-    ) -> str | None:
+    def refuses(self, job: Job, *, here: bool = True) -> str | None:
         """See `Kernel.refuses`."""
+        head_dim, spec, capability = job.head_dim, job.spec, job.capability
         major = capability[0] if capability else 0
         return (
-            flash_refusal(device_type, dtype, head_dim, capability, oldest=(9, 0))
+            flash_refusal(job, oldest=(9, 0))
             or refusal(
                 (major not in (9, 10, 11), f"has no complete backward for compute capability {capability}"),
                 (major > 9 and 128 < head_dim < 256, f"takes up to 128, or 256, on Blackwell, not {head_dim}"),
@@ -64,47 +59,29 @@ class FlashAttention4:
             out, lse, *_ = _flash_attn_fwd(q[None], k[None], v[None], return_lse=True, **self._mask(lengths, spec))
             return out[0], lse[0]
         out, lse, *_ = _flash_attn_fwd(
-            q, k, v, return_lse=True, **self._borders(documents_cu, lengths), **self._mask(lengths, spec)
+            q, k, v, return_lse=True, **_borders(documents_cu, lengths), **self._mask(lengths, spec)
         )
         return out, lse
 
     def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        documents_cu: Tensor,
-        lengths: Sequence[int],
-        spec: AttentionSpec,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, dout: Tensor, saved: Saved, documents_cu: Tensor, lengths: Sequence[int], spec: AttentionSpec
+    ) -> Gradients:
         """See `Kernel.backward`."""
         from flash_attn.cute.interface import _flash_attn_bwd
 
+        q, k, v, out, lse = saved
         if spec.repeatable and max(lengths) > REPEATABLE_QUERIES:
-            return self._in_parts(dout, q, k, v, out, lse, lengths, spec)
+            return self._in_parts(dout, saved, lengths, spec)
         mask = self._mask(lengths, spec)
         if len(lengths) == 1 and not spec.repeatable:
             one = (x[None] for x in (q, k, v, out, dout, lse))
             dq, dk, dv = _flash_attn_bwd(*one, **mask)
             return dq[0], dk[0], dv[0]
-        borders = self._borders(documents_cu, lengths)
+        borders = _borders(documents_cu, lengths)
         dq, dk, dv = _flash_attn_bwd(q, k, v, out, dout, lse, deterministic=spec.repeatable, **borders, **mask)
         return dq, dk, dv
 
-    def _in_parts(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        lengths: Sequence[int],
-        spec: AttentionSpec,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _in_parts(self, dout: Tensor, saved: Saved, lengths: Sequence[int], spec: AttentionSpec) -> Gradients:
         """The repeatable backward of long documents: `REPEATABLE_QUERIES` at a time.
 
         A key block waits until the one before it has added its part. That is quick while the sums of dq stay in the
@@ -113,6 +90,7 @@ class FlashAttention4:
         """
         from flash_attn.cute.interface import _flash_attn_bwd
 
+        q, k, v, out, lse = saved
         dq = q.new_empty(q.shape)
         dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
         for first, end in spans(lengths):
@@ -139,36 +117,18 @@ class FlashAttention4:
             "window_size_right": None if window is None else 0,
         }
 
-    def _borders(self, documents_cu: Tensor, lengths: Sequence[int]) -> dict[str, Tensor | int]:
-        longest = max(lengths)
-        return {
-            "cu_seqlens_q": documents_cu,
-            "cu_seqlens_k": documents_cu,
-            "max_seqlen_q": longest,
-            "max_seqlen_k": longest,
-        }
-
 
 class FlashAttention3:
     """flash-attn-3 (`flash_attn_interface`, built from the `hopper` folder of flash-attention)."""
 
     name = "flash-attn-3"
 
-    def refuses(
-        self,
-        *,
-        device_type: str,
-        dtype: torch.dtype,
-        head_dim: int,
-        spec: AttentionSpec,
-        capability: Capability | None,
-        here: bool = True,
-    ) -> str | None:
+    def refuses(self, job: Job, *, here: bool = True) -> str | None:
         """See `Kernel.refuses`."""
-        reason = flash_refusal(device_type, dtype, head_dim, capability, oldest=(9, 0))
-        if reason is None and capability is not None and capability[0] != 9:
-            reason = f"is written for compute capability 9, this GPU has {capability}"
-        reason = reason or refusal((spec.repeatable, NOT_REPEATABLE))
+        reason = flash_refusal(job, oldest=(9, 0))
+        if reason is None and job.capability is not None and job.capability[0] != 9:
+            reason = f"is written for compute capability 9, this GPU has {job.capability}"
+        reason = reason or refusal((job.spec.repeatable, NOT_REPEATABLE))
         if not here:
             return reason
         if reason := reason or import_failure("flash_attn_interface"):
@@ -185,15 +145,11 @@ class FlashAttention3:
         """See `Kernel.forward`."""
         from flash_attn_interface import _flash_attn_forward
 
-        longest = max(lengths)
         out, lse, *_ = _flash_attn_forward(
             q,
             k,
             v,
-            cu_seqlens_q=documents_cu,
-            cu_seqlens_k=documents_cu,
-            max_seqlen_q=longest,
-            max_seqlen_k=longest,
+            **_borders(documents_cu, lengths),
             softmax_scale=spec.scale,
             causal=True,
             window_size_left=flash_window_left(spec, lengths),
@@ -203,22 +159,13 @@ class FlashAttention3:
         return out, lse
 
     def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        documents_cu: Tensor,
-        lengths: Sequence[int],
-        spec: AttentionSpec,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, dout: Tensor, saved: Saved, documents_cu: Tensor, lengths: Sequence[int], spec: AttentionSpec
+    ) -> Gradients:
         """See `Kernel.backward`."""
         from flash_attn_interface import _flash_attn_backward
 
+        q, k, v, out, lse = saved
         dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-        longest = max(lengths)
         _flash_attn_backward(
             dout,
             q,
@@ -226,10 +173,7 @@ class FlashAttention3:
             v,
             out,
             lse,
-            cu_seqlens_q=documents_cu,
-            cu_seqlens_k=documents_cu,
-            max_seqlen_q=longest,
-            max_seqlen_k=longest,
+            **_borders(documents_cu, lengths),
             dq=dq,
             dk=dk,
             dv=dv,
@@ -247,20 +191,11 @@ class FlashAttention2:
 
     name = "flash-attn-2"
 
-    def refuses(
-        self,
-        *,
-        device_type: str,
-        dtype: torch.dtype,
-        head_dim: int,
-        spec: AttentionSpec,
-        capability: Capability | None,
-        here: bool = True,
-    ) -> str | None:
+    def refuses(self, job: Job, *, here: bool = True) -> str | None:
         """See `Kernel.refuses`."""
         return (
-            flash_refusal(device_type, dtype, head_dim, capability, oldest=(8, 0))
-            or refusal((spec.repeatable, NOT_REPEATABLE))
+            flash_refusal(job, oldest=(8, 0))
+            or refusal((job.spec.repeatable, NOT_REPEATABLE))
             # flash-attn-4 shares the package name `flash_attn`: ask for the module itself
             or (import_failure("flash_attn.flash_attn_interface") if here else None)
         )
@@ -271,15 +206,11 @@ class FlashAttention2:
         """See `Kernel.forward`."""
         from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
-        longest = max(lengths)
         out, lse, *_ = _flash_attn_varlen_forward(
             q,
             k,
             v,
-            cu_seqlens_q=documents_cu,
-            cu_seqlens_k=documents_cu,
-            max_seqlen_q=longest,
-            max_seqlen_k=longest,
+            **_borders(documents_cu, lengths),
             dropout_p=0.0,
             softmax_scale=spec.scale,
             causal=True,
@@ -290,22 +221,13 @@ class FlashAttention2:
         return out.contiguous(), lse
 
     def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        documents_cu: Tensor,
-        lengths: Sequence[int],
-        spec: AttentionSpec,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, dout: Tensor, saved: Saved, documents_cu: Tensor, lengths: Sequence[int], spec: AttentionSpec
+    ) -> Gradients:
         """See `Kernel.backward`."""
         from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
 
+        q, k, v, out, lse = saved
         dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-        longest = max(lengths)
         _flash_attn_varlen_backward(
             dout,
             q,
@@ -316,10 +238,7 @@ class FlashAttention2:
             dq=dq,
             dk=dk,
             dv=dv,
-            cu_seqlens_q=documents_cu,
-            cu_seqlens_k=documents_cu,
-            max_seqlen_q=longest,
-            max_seqlen_k=longest,
+            **_borders(documents_cu, lengths),
             dropout_p=0.0,
             softmax_scale=spec.scale,
             causal=True,
@@ -330,3 +249,14 @@ class FlashAttention2:
             deterministic=False,
         )
         return dq, dk, dv
+
+
+def _borders(documents_cu: Tensor, lengths: Sequence[int]) -> dict[str, Any]:
+    """Where documents begin, for queries and keys alike."""
+    longest = max(lengths)
+    return {
+        "cu_seqlens_q": documents_cu,
+        "cu_seqlens_k": documents_cu,
+        "max_seqlen_q": longest,
+        "max_seqlen_k": longest,
+    }

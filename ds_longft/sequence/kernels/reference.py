@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ds_longft.sequence.kernels.base import AttentionSpec, Capability, spans
+from ds_longft.sequence.kernels.base import AttentionSpec, Gradients, Job, Saved, spans
 
 SCORES_PER_CHUNK = 1 << 24  # scores held at once: 64 MiB in float32, a few times that with what backward needs
 
@@ -58,16 +58,7 @@ class MathKernel:
 
     name = "math"
 
-    def refuses(
-        self,
-        *,
-        device_type: str,
-        dtype: torch.dtype,
-        head_dim: int,
-        spec: AttentionSpec,
-        capability: Capability | None,
-        here: bool = True,
-    ) -> str | None:
+    def refuses(self, job: Job, *, here: bool = True) -> str | None:
         """Never."""
         return None
 
@@ -92,18 +83,10 @@ class MathKernel:
         return out, lse
 
     def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        documents_cu: Tensor,
-        lengths: Sequence[int],
-        spec: AttentionSpec,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, dout: Tensor, saved: Saved, documents_cu: Tensor, lengths: Sequence[int], spec: AttentionSpec
+    ) -> Gradients:
         """See `Kernel.backward`. The weights are rebuilt from `lse`, chunk by chunk."""
+        q, k, v, out, lse = saved
         wide, kv_heads = lse.dtype, k.shape[1]
         dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
         for a, b in spans(lengths):

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 
 from ds_longft.errors import ModelError
-from ds_longft.sequence.kernels.base import AttentionSpec, Capability, Kernel
+from ds_longft.sequence.kernels.base import AttentionSpec, Job, Kernel
 from ds_longft.sequence.kernels.flash_attn import FlashAttention2, FlashAttention3, FlashAttention4
 from ds_longft.sequence.kernels.reference import MathKernel
 from ds_longft.sequence.kernels.torch_builtin import CpuKernel, CudnnKernel, TorchVarlen
@@ -73,33 +73,13 @@ def choose_kernel(
     """
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     mean_square = sum(length * length for length in lengths) / len(lengths)
-    return _choose(
-        name,
-        device.type,
-        dtype,
-        head_dim,
-        replace(spec, window=spec.window_for(lengths)),
-        capability,
-        mean_square * heads * head_dim >= CUDNN_MIN_WORK,
-    )
+    job = Job(device.type, dtype, head_dim, replace(spec, window=spec.window_for(lengths)), capability)
+    return _choose(name, job, mean_square * heads * head_dim >= CUDNN_MIN_WORK)
 
 
 @lru_cache(maxsize=256)
-def _choose(
-    name: str,
-    device_type: str,
-    dtype: torch.dtype,
-    head_dim: int,
-    spec: AttentionSpec,
-    capability: Capability | None,
-    enough_work: bool,
-) -> tuple[Kernel, str]:
-    refusals = {
-        kernel.name: kernel.refuses(
-            device_type=device_type, dtype=dtype, head_dim=head_dim, spec=spec, capability=capability
-        )
-        for kernel in KERNELS
-    }
+def _choose(name: str, job: Job, enough_work: bool) -> tuple[Kernel, str]:
+    refusals = {kernel.name: kernel.refuses(job) for kernel in KERNELS}
     fitting = [kernel for kernel in KERNELS if refusals[kernel.name] is None]
     if name != "auto":
         kernel = kernel_by_name(name)
@@ -113,7 +93,7 @@ def _choose(
     kernel = fitting[0]
     reason = "first of the table that fits"
     if kernel.name == "cudnn":
-        hopper = capability is not None and capability >= (9, 0)
+        hopper = job.capability is not None and job.capability >= (9, 0)
         one_launch = next((other for other in fitting if other.name in ONE_LAUNCH), None)
         if one_launch is not None and not (enough_work and hopper):
             kernel = one_launch

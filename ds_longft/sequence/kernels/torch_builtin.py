@@ -14,7 +14,9 @@ from torch import Tensor
 from ds_longft.sequence.kernels.base import (
     NOT_REPEATABLE,
     AttentionSpec,
-    Capability,
+    Gradients,
+    Job,
+    Saved,
     flash_refusal,
     flash_window_left,
     refusal,
@@ -44,20 +46,12 @@ class CudnnKernel:
 
     name = "cudnn"
 
-    def refuses(
-        self,
-        *,
-        device_type: str,
-        dtype: torch.dtype,
-        head_dim: int,
-        spec: AttentionSpec,
-        capability: Capability | None,
-        here: bool = True,
-    ) -> str | None:
+    def refuses(self, job: Job, *, here: bool = True) -> str | None:
         """See `Kernel.refuses`."""
+        dtype, head_dim, spec, capability = job.dtype, job.head_dim, job.spec, job.capability
         version = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
         return refusal(
-            (device_type != "cuda", f"runs on cuda, not on {device_type}"),
+            (job.device_type != "cuda", f"runs on cuda, not on {job.device_type}"),
             (dtype not in (torch.bfloat16, torch.float16), f"takes bf16 and fp16, not {dtype}"),
             (capability is None or capability < (8, 0), f"needs compute capability 8.0, this GPU has {capability}"),
             (head_dim > 128 or head_dim % 8 != 0, f"takes head dimensions up to 128 in steps of 8, not {head_dim}"),
@@ -83,32 +77,21 @@ class CudnnKernel:
         return out, lse
 
     def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        documents_cu: Tensor,
-        lengths: Sequence[int],
-        spec: AttentionSpec,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, dout: Tensor, saved: Saved, documents_cu: Tensor, lengths: Sequence[int], spec: AttentionSpec
+    ) -> Gradients:
         """See `Kernel.backward`."""
+        q, k, v, out, lse = saved
         assert spec.softcap is None
         assert spec.window_for(lengths) is None
         if len(lengths) == 1 and lengths[0] > 1:
-            return self._backward_one(dout, q, k, v, out, lse, spec)
+            return self._backward_one(dout, saved, spec)
         dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
         for a, b in spans(lengths):
+            one = Saved(q[a:b], k[a:b], v[a:b], out[a:b], lse[:, a:b])
             if b - a == 1:  # which cuDNN does not take; by lse, so that it is right beside attention sinks too
-                dq[a:b], dk[a:b], dv[a:b] = MathKernel().backward(
-                    dout[a:b], q[a:b], k[a:b], v[a:b], out[a:b], lse[:, a:b], documents_cu, [1], spec
-                )
+                dq[a:b], dk[a:b], dv[a:b] = MathKernel().backward(dout[a:b], one, documents_cu, [1], spec)
                 continue
-            dq[a:b], dk[a:b], dv[a:b] = self._backward_one(
-                dout[a:b], q[a:b], k[a:b], v[a:b], out[a:b], lse[:, a:b], spec
-            )
+            dq[a:b], dk[a:b], dv[a:b] = self._backward_one(dout[a:b], one, spec)
         return dq, dk, dv
 
     def _forward_one(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
@@ -125,9 +108,8 @@ class CudnnKernel:
         )
         return _tokens_first(out).contiguous(), lse.reshape(q.shape[1], q.shape[0])
 
-    def _backward_one(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spec: AttentionSpec
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _backward_one(self, dout: Tensor, saved: Saved, spec: AttentionSpec) -> Gradients:
+        q, k, v, out, lse = saved
         length = q.shape[0]
         # torch caches cuDNN's plans by the strides of q, k, v only: the others must come in one layout every time.
         grads = aten._scaled_dot_product_cudnn_attention_backward(
@@ -164,21 +146,13 @@ class TorchVarlen:
 
     name = "varlen"
 
-    def refuses(
-        self,
-        *,
-        device_type: str,
-        dtype: torch.dtype,
-        head_dim: int,
-        spec: AttentionSpec,
-        capability: Capability | None,
-        here: bool = True,
-    ) -> str | None:
+    def refuses(self, job: Job, *, here: bool = True) -> str | None:
         """See `Kernel.refuses`."""
+        head_dim, capability = job.head_dim, job.capability
         small = capability in ((8, 6), (8, 9), (12, 0), (12, 1))  # too little shared memory for wide heads
-        return flash_refusal(device_type, dtype, head_dim, capability, oldest=(8, 0)) or refusal(
+        return flash_refusal(job, oldest=(8, 0)) or refusal(
             (small and head_dim > 192, f"takes head dimensions up to 192 on this GPU {capability}, not {head_dim}"),
-            (spec.softcap is not None, f"has no softcap (asked for {spec.softcap})"),
+            (job.spec.softcap is not None, f"has no softcap (asked for {job.spec.softcap})"),
             (
                 here and not torch.backends.cuda.is_flash_attention_available(),
                 "this torch was built without FlashAttention",
@@ -208,18 +182,10 @@ class TorchVarlen:
         return out.contiguous(), lse
 
     def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        documents_cu: Tensor,
-        lengths: Sequence[int],
-        spec: AttentionSpec,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, dout: Tensor, saved: Saved, documents_cu: Tensor, lengths: Sequence[int], spec: AttentionSpec
+    ) -> Gradients:
         """See `Kernel.backward`."""
+        q, k, v, out, lse = saved
         longest = max(lengths)
         dq, dk, dv = aten._flash_attention_backward(
             dout,
@@ -248,23 +214,14 @@ class CpuKernel:
 
     name = "cpu"
 
-    def refuses(
-        self,
-        *,
-        device_type: str,
-        dtype: torch.dtype,
-        head_dim: int,
-        spec: AttentionSpec,
-        capability: Capability | None,
-        here: bool = True,
-    ) -> str | None:
+    def refuses(self, job: Job, *, here: bool = True) -> str | None:
         """See `Kernel.refuses`."""
         dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
         return refusal(
-            (device_type != "cpu", f"runs on cpu, not on {device_type}"),
-            (dtype not in dtypes, f"takes floating point, not {dtype}"),
-            (spec.window is not None, f"has no sliding window (asked for {spec.window})"),
-            (spec.softcap is not None, f"has no softcap (asked for {spec.softcap})"),
+            (job.device_type != "cpu", f"runs on cpu, not on {job.device_type}"),
+            (job.dtype not in dtypes, f"takes floating point, not {job.dtype}"),
+            (job.spec.window is not None, f"has no sliding window (asked for {job.spec.window})"),
+            (job.spec.softcap is not None, f"has no softcap (asked for {job.spec.softcap})"),
         )
 
     def forward(
@@ -285,18 +242,10 @@ class CpuKernel:
         return out, lse
 
     def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        documents_cu: Tensor,
-        lengths: Sequence[int],
-        spec: AttentionSpec,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, dout: Tensor, saved: Saved, documents_cu: Tensor, lengths: Sequence[int], spec: AttentionSpec
+    ) -> Gradients:
         """See `Kernel.backward`."""
+        q, k, v, out, lse = saved
         dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
         kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
         for a, b in spans(lengths):

@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from ds_longft.errors import ModelError
-from ds_longft.sequence.kernels.base import flash_refusal
+from ds_longft.sequence.kernels.base import AttentionSpec, Job, flash_refusal
 from ds_longft.sequence.mask import asked_mask, window_of
 
 CACHED = "ds_longft_cached"
@@ -72,7 +72,8 @@ def cached_attention(
 
 def _flash_fits(query: Tensor) -> bool:
     capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else None
-    return flash_refusal(query.device.type, query.dtype, query.shape[-1], capability, (8, 0)) is None
+    job = Job(query.device.type, query.dtype, query.shape[-1], AttentionSpec(1.0), capability)
+    return flash_refusal(job, oldest=(8, 0)) is None
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:

@@ -17,6 +17,7 @@ from ds_longft.config.run_config import RunConfig, SourceConfig
 from ds_longft.data.pack_plan import plan_epoch
 from ds_longft.data.tokenize import tokenize_sources
 from ds_longft.errors import ConfigError, DataError, ModelError
+from ds_longft.tools.look.colour import coloured
 from ds_longft.tools.look.statistics import Statistics, statistics
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def tokenize(config: str, json: bool = False) -> None:
     }
     if not parts:
         raise ConfigError(f"data.train is empty in {config}: give at least one source, e.g. [{{path: my.jsonl}}]")
-    facts = {part: _counts(rows) for part, rows in parts.items()}
+    facts = {part: rows.counts() for part, rows in parts.items()}
     if json:
         print(json_text.dumps(facts))
         return
@@ -105,7 +106,7 @@ def as_json(found: Statistics, rows: TokenizedSet) -> dict[str, Any]:
     ]
     packs = asdict(found.packs)
     return {
-        **_counts(rows),
+        **rows.counts(),
         **{name: packs.pop(name) for name in ("packs", "filled", "padding_tokens", "imbalance")},
         "steps_per_epoch": packs.pop("steps"),
         "pack": packs,
@@ -226,7 +227,7 @@ def inspect(
         if pack is not None:
             head = f"tokens {at:,} to {at + fact['tokens']:,}: row {fact['row']}, {fact['origin']}"
             console.rule(Text(head, style="bold cyan"), align="left")
-        console.print(_coloured(parts, max_chars))
+        console.print(coloured(parts, max_chars))
         at += fact["tokens"]
     if pack is None:
         line = f"{facts[0]['origin']}: {facts[0]['tokens']:,} tokens, {facts[0]['targets']:,} of them trained (green)"
@@ -249,20 +250,6 @@ def _parts(one: TokenizedRow, tokenizer: Any, weighting: Weighting) -> list[tupl
     return [*parts, (tokenizer.decode(one.input_ids[at:]), 0.0)]
 
 
-def _coloured(parts: list[tuple[str, float]], max_chars: int) -> Text:
-    text = Text()
-    for piece, weight in parts:
-        if weight:
-            text.append(piece, style="bold green")
-        elif len(piece) > max_chars:
-            cut = max_chars // 2
-            text.append(piece[:cut]).append(f" [... {len(piece) - 2 * cut:,} characters ...] ", style="dim")
-            text.append(piece[-cut:])
-        else:
-            text.append(piece)
-    return text
-
-
 def _read(config: str) -> tuple[RunConfig, Any]:
     """The run config and its model's tokenizer."""
     from ds_longft.config.settings import load_run_config
@@ -271,7 +258,9 @@ def _read(config: str) -> tuple[RunConfig, Any]:
     if not run.model.path:
         raise ConfigError(f"model.path is empty in {config}: it names the tokenizer")
     kwargs = {"revision": run.model.revision, "trust_remote_code": run.model.trust_remote_code}
-    return run, load_tokenizer(run.model.path, **kwargs)
+    tokenizer = load_tokenizer(run.model.path, **kwargs)
+    tokenizer.add_tokens(run.model.add_tokens)
+    return run, tokenizer
 
 
 def _tokenized(run: RunConfig, sources: Sequence[SourceConfig], tokenizer: Any) -> TokenizedSet:
@@ -288,21 +277,6 @@ def load_tokenizer(path: str, **kwargs: Any) -> Any:
     except Exception as error:  # every tokenizer backend has its own way to fail on a missing or broken file
         why = next(iter(str(error).splitlines()), type(error).__name__)
         raise ModelError(f"no tokenizer can be read from {path!r}: {why}") from error
-
-
-def _counts(rows: TokenizedSet) -> dict[str, Any]:
-    tokens, tally = int(rows.lengths.sum()), rows.tally
-    return {
-        "rows": len(rows),
-        "tokens": tokens,
-        "longest_tokens": int(rows.lengths.max()),
-        "targets": int(rows.targets.sum()),
-        "target_share": float(rows.targets.sum() / tokens),
-        "bad_rows": tally.bad_rows,
-        "overlong_rows_dropped": tally.overlong,
-        "truncated_rows": tally.truncated,
-        "fingerprint": rows.fingerprint,
-    }
 
 
 def _shown(value: Any) -> str:

@@ -13,19 +13,22 @@ from ds_longft.tools.look.statistics import Group, Statistics
 # Okabe and Ito's colours, told apart by colour-blind readers too; then greys.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 GREYS = ("#666666", "#888888", "#aaaaaa", "#cccccc")
+NAME_CHARS = 36
 
 
 def png(stats: Statistics, *, dpi: int = 110) -> bytes:
     """The whole picture as a PNG file."""
-    figure = draw(stats)
+    from matplotlib import rc_context  # seconds, and not needed for `--help`
+
     out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=dpi)
+    with rc_context({"text.parse_math": False}):  # a dollar sign in a name begins no formula
+        draw(stats).savefig(out, format="png", dpi=dpi)
     return out.getvalue()
 
 
 def draw(stats: Statistics) -> Any:
     """A matplotlib figure of six panels."""
-    from matplotlib.figure import Figure  # seconds, and not needed for `--help`
+    from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     figure = Figure(figsize=(13, 11), layout=ConstrainedLayoutEngine(h_pad=0.14, w_pad=0.1))
@@ -43,7 +46,7 @@ def draw(stats: Statistics) -> Any:
 def _stacked(axis: Any, labels: Sequence[str], kinds: dict[str, list[int]], title: str) -> None:
     below = np.zeros(len(labels))
     for i, (name, counts) in enumerate(kinds.items()):
-        axis.bar(labels, counts, 0.85, bottom=below, label=name, color=_colour(i))
+        axis.bar(labels, counts, 0.85, bottom=below, label=_cut(name), color=_colour(i))
         below += counts
     # A limit of its own: bars of no height on top of a stack would be taken for its edge, and leave no air above it.
     axis.set(title=title, xlabel="tokens up to", ylabel="rows", ylim=(0, 1.06 * below.max()))
@@ -72,7 +75,7 @@ def _tokens(axis: Any, stats: Statistics, labels: Sequence[str]) -> None:
 
 def _shares(axis: Any, groups: Sequence[Group]) -> None:
     total = sum(group.tokens for group in groups)
-    names = [group.name for group in groups]
+    names = [_cut(group.name) for group in groups]
     places = np.arange(len(names))
     axis.barh(places - 0.2, [100 * g.tokens / total for g in groups], 0.38, label="tokens", color=COLOURS[0])
     axis.barh(places + 0.2, [100 * g.attention_share for g in groups], 0.38, label="attention cost", color=COLOURS[5])
@@ -103,7 +106,7 @@ def _targets(axis: Any, groups: Sequence[Group]) -> None:
     for place, share in zip(places, shares, strict=True):
         axis.text(share, place, f" {share:.1f}", va="center", fontsize=8)
     axis.set(title="tokens that are trained", xlabel="% of the tokens", yticks=places)
-    axis.set_yticklabels([group.name for group in groups])
+    axis.set_yticklabels([_cut(group.name) for group in groups])
     axis.invert_yaxis()
     axis.margins(x=0.1)
     _plain(axis)
@@ -112,6 +115,12 @@ def _targets(axis: Any, groups: Sequence[Group]) -> None:
 def _colour(i: int) -> str:
     palette = (*COLOURS, *GREYS)
     return palette[i % len(palette)]
+
+
+def _cut(name: str) -> str:
+    """A name that leaves room for the picture: the page's tables have all of it."""
+    name = " ".join(name.split())
+    return name if len(name) <= NAME_CHARS else f"{name[: NAME_CHARS // 2]}…{name[-NAME_CHARS // 2 :]}"
 
 
 def _short(tokens: int) -> str:

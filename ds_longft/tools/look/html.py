@@ -11,7 +11,8 @@ from ds_longft.tools.look.statistics import Group, Statistics
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --dim: #777 }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem;
+  overflow-wrap: anywhere }
 h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem }
 p.dim { color: var(--dim); margin: .75rem 0 }
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem; margin: 1.25rem 0 }
@@ -19,7 +20,8 @@ p.dim { color: var(--dim); margin: .75rem 0 }
 .facts b { display: block; font-size: 1.25rem; font-variant-numeric: tabular-nums } .facts span { color: var(--dim) }
 table { border-collapse: collapse; width: 100% } td, th { padding: .3rem .6rem; border-bottom: 1px solid var(--line) }
 td, th { text-align: right; font-variant-numeric: tabular-nums } td:first-child, th:first-child { text-align: left }
-img { width: 100%; background: #fff; border-radius: .5rem } .scroll { overflow-x: auto }
+td:first-child, th { min-width: 5rem }
+img { width: 100%; min-width: 44rem; background: #fff; border-radius: .5rem } .scroll { overflow-x: auto }
 """
 
 
@@ -55,7 +57,8 @@ def page(stats: Statistics, *, title: str, note: str = "") -> str:
             f"<title>{escape(title)}</title><style>{STYLE}</style>",
             f'<h1>{escape(title)}</h1><p class="dim">{escape(note)}</p>',
             f'<div class="facts">{cards}</div>',
-            f'<img alt="lengths, sources, languages, packs" src="data:image/png;base64,{picture}">',
+            '<div class="scroll"><img alt="lengths, sources, languages, packs" '
+            f'src="data:image/png;base64,{picture}"></div>',
             _section("Sources", _groups(stats.sources)),
             _section("Languages", _groups(stats.languages)),
             _section("Lengths: rows", _table(["tokens up to", *map(escape, stats.by_source), "tokens"], lengths)),
@@ -64,7 +67,7 @@ def page(stats: Statistics, *, title: str, note: str = "") -> str:
             _section("Rows left out", _table(["reason", "rows", "first of them"], left_out)) if left_out else "",
             '<p class="dim">Attention cost: sum of squared lengths. Work in attention: for a model whose attention '
             f"costs as much as its linear layers at {packs.equal_cost_tokens:,} tokens. "
-            f"Fingerprint {stats.fingerprint}.</p>",
+            f"Fingerprint {escape(stats.fingerprint)}.</p>",
             "</html>",
         ]
     )

@@ -22,7 +22,6 @@ from ds_longft.tools.make_data.convert import PREFERENCE, layout_of, usable_reco
 from ds_longft.tools.make_data.lengths import Lengths
 from ds_longft.tools.make_data.recipe import MixSource, Recipe
 from ds_longft.tools.make_data.similar import anchors, signature
-from ds_longft.tools.make_data.synth import numbers
 from ds_longft.tools.make_data.synth.code import write_code_set
 from ds_longft.tools.make_data.synth.needle_rows import needle_rows
 from ds_longft.tools.make_data.synth.refgpt8x import hide_references
@@ -142,10 +141,7 @@ def _about_texts(
     if source.synth == "needle":
         return needle_rows(texts, questions=source.questions or QUESTIONS, **every)
     every |= {"languages": recipe.languages if source.languages is None else source.languages, "sizes": source.sizes}
-    if source.synth == "stretches":
-        return stretch_rows(texts, **every)
-    every |= {"questions": source.questions or numbers.QUESTIONS, "at_once": source.at_once or numbers.AT_ONCE}
-    return numbers.number_rows(texts, **every)
+    return stretch_rows(texts, **every)
 
 
 def _code(source: MixSource, recipe: Recipe, ledger: Ledger) -> Iterator[tuple[dict[str, Any], str]]:

@@ -13,20 +13,18 @@ from ds_longft.config.run_config import Section, SourceConfig, Tokens
 from ds_longft.config.settings import read_config_file
 from ds_longft.config.spellings import nearest
 from ds_longft.errors import ConfigError
-from ds_longft.tools.make_data.synth.numbers import MAX_QUESTIONS
 from ds_longft.tools.make_data.synth.row_plan import size_parts
 from ds_longft.tools.make_data.where import Where
 
-Synth = Literal["none", "refgpt8x", "needle", "code", "stretches", "numbers"]
+Synth = Literal["none", "refgpt8x", "needle", "code", "stretches"]
 # Keys that say something about some kinds of samples alone.
 OF_KINDS: dict[str, tuple[Synth, ...]] = {
-    "questions": ("needle", "code", "numbers"),
-    "at_once": ("numbers",),
-    "sizes": ("stretches", "numbers"),
-    "languages": ("stretches", "numbers"),
-    "context_tokens": ("needle", "code", "stretches", "numbers"),
-    "where": ("none", "refgpt8x", "needle", "stretches", "numbers"),
-    "exclude": ("none", "refgpt8x", "needle", "stretches", "numbers"),
+    "questions": ("needle", "code"),
+    "sizes": ("stretches",),
+    "languages": ("stretches",),
+    "context_tokens": ("needle", "code", "stretches"),
+    "where": ("none", "refgpt8x", "needle", "stretches"),
+    "exclude": ("none", "refgpt8x", "needle", "stretches"),
 }
 
 
@@ -52,8 +50,7 @@ class MixSource(SourceConfig):
 
     synth: Synth = "none"
     """Make long samples of this set instead of taking its rows: true references hidden among near ones, questions about
-    its texts, questions about the Python standard library, stretches of its texts as they are, or numbers hidden in
-    them and asked for."""
+    its texts, questions about the Python standard library, or stretches of its texts as they are."""
 
     rows: int | None = Field(default=None, gt=0)
     """At most so many rows; with `synth`, how many are made. Left out there: `share` of the recipe's `total_rows`."""
@@ -62,20 +59,17 @@ class MixSource(SourceConfig):
     """Share of the mix."""
 
     context_tokens: Tokens | None = None
-    """`synth: needle|code|stretches|numbers`: longest row. Left out: the recipe's `max_length_tokens`."""
+    """`synth: needle|code|stretches`: longest row. Left out: the recipe's `max_length_tokens`."""
 
     questions: int | None = Field(default=None, ge=1)
-    """`synth: needle|code|numbers`: questions about one context. Left out: 3, or 8 numbers."""
-
-    at_once: int | None = Field(default=None, ge=1)
-    """`synth: numbers`: up to so many are asked for in one turn. Left out: 4."""
+    """`synth: needle|code`: questions about one context. Left out: 3."""
 
     sizes: Annotated[dict[str, float] | None, BeforeValidator(_names)] = None
-    """`synth: stretches|numbers`: part of the longest row -> share of the rows, e.g. {1/4: 3, 1/2: 2, 1: 2}. Left out:
+    """`synth: stretches`: part of the longest row -> share of the rows, e.g. {1/4: 3, 1/2: 2, 1: 2}. Left out:
     halves of halves down to 1/32."""
 
     languages: dict[str, float] | None = None
-    """`synth: stretches|numbers`: share of the rows made, by language code. Left out: the recipe's `languages`; more
+    """`synth: stretches`: share of the rows made, by language code. Left out: the recipe's `languages`; more
     where other sources have too little of one."""
 
     @model_validator(mode="after")
@@ -88,8 +82,6 @@ class MixSource(SourceConfig):
         for key, kinds in OF_KINDS.items():
             if getattr(self, key) not in (None, {}) and self.synth not in kinds:
                 problems.append(f"{key} has no effect with synth: {self.synth}, only with {', '.join(kinds)}")
-        if self.synth == "numbers" and (self.questions or 1) > MAX_QUESTIONS:
-            problems.append(f"questions is {self.questions}: synth: numbers has names for {MAX_QUESTIONS} at most")
         if (total := sum((self.languages or {}).values())) > 1.000001:
             problems.append(f"languages: the shares add up to {total:.3f}, expected 1 at most")
         if self.sizes is not None:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from ds_longft.decide.setting import GIB, Gpu, shipped_gpus
 from ds_longft.errors import ConfigError, ModelError
 from ds_longft.sequence.kept import HostStore
-from ds_longft.sequence.kernels.base import AttentionSpec
+from ds_longft.sequence.kernels.base import AttentionSpec, Job, Saved
 from ds_longft.sequence.kernels.table import KERNELS
 
 LENGTHS_TOKENS = (4096, 16384, 65536)
@@ -136,9 +136,7 @@ def attention_rates(
     spec = AttentionSpec(d**-0.5)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    if kernel.name == "math" or kernel.refuses(
-        device_type=device.type, dtype=dtype, head_dim=d, spec=spec, capability=capability
-    ):
+    if kernel.name == "math" or kernel.refuses(Job(device.type, dtype, d, spec, capability)):
         return {}
     rates: dict[str, list[list[float]]] = {"forward": [], "backward": []}
     for tokens in lengths:
@@ -151,7 +149,7 @@ def attention_rates(
         try:
             out, lse = kernel.forward(q, k, v, *own)
             forward = timed(lambda: kernel.forward(q, k, v, *own), device)  # noqa: B023 - called here
-            backward = timed(lambda: kernel.backward(dout, q, k, v, out, lse, *own), device)  # noqa: B023
+            backward = timed(lambda: kernel.backward(dout, Saved(q, k, v, out, lse), *own), device)  # noqa: B023
         except (ModelError, RuntimeError) as error:  # a kernel that imports but was built for another GPU
             print(f"{kernel.name} does not run here: {str(error).splitlines()[0]}")
             return {}

@@ -11,8 +11,9 @@ from rich.console import Console
 from ds_longft.config.run_config import DpoConfig, ModelConfig, parse_tokens
 from ds_longft.decide.of_run import as_json, memory_parts
 from ds_longft.decide.search import Question, alternatives, fastest, longest_of_each
-from ds_longft.decide.setting import Gpu, ModelSizes
-from ds_longft.errors import ConfigError
+from ds_longft.decide.setting import Gpu
+from ds_longft.errors import ConfigError, ModelError
+from ds_longft.model.facts import ModelFacts
 from ds_longft.objectives.objective import reference_of
 from ds_longft.tools.plan import plan_text
 from ds_longft.tools.plan.fitting_kernels import with_fitting_kernels
@@ -180,11 +181,15 @@ def _question(
         raise ConfigError(problems)
     from ds_longft.model.load import load_config
 
-    hf_config = load_config(ModelConfig(path=model), 1, attn_implementation="eager")
-    sizes = ModelSizes.from_config(hf_config)
+    facts = ModelFacts.from_config(load_config(ModelConfig(path=model), 1, attn_implementation="eager"))
+    if facts.experts:
+        raise ModelError(
+            f"{facts.model_type} is a mixture of experts ({facts.experts} experts); plan knows dense models only. "
+            f"Train it with train.recompute: auto, which measures instead"
+        )
     question = Question(
-        model=sizes,
-        gpu=with_fitting_kernels(rates, sizes, kernel, tokens),
+        model=facts,
+        gpu=with_fitting_kernels(rates, facts, kernel, tokens),
         gpus=gpus,
         host_gib=host_gib,
         lora_r=lora_r,

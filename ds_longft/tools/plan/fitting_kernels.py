@@ -6,28 +6,28 @@ from dataclasses import replace
 
 import torch
 
-from ds_longft.decide.setting import Gpu, ModelSizes
+from ds_longft.decide.setting import Gpu
 from ds_longft.errors import ConfigError
-from ds_longft.sequence.kernels import AttentionSpec, kernel_by_name
+from ds_longft.model.facts import ModelFacts
+from ds_longft.sequence.kernels import AttentionSpec, Job, kernel_by_name
 
 
-def refusal(name: str, model: ModelSizes, gpu: Gpu, tokens: int | None) -> str | None:
+def refusal(name: str, model: ModelFacts, gpu: Gpu, tokens: int | None) -> str | None:
     """Why a kernel cannot work for one of the model's layers in bf16, None if it can for all.
 
     `tokens` of the longest document: a window that is no narrower asks for nothing. None: it is not known.
     """
     for window in dict.fromkeys(model.windows):
         spec = AttentionSpec(model.head_dim**-0.5, window, model.softcap)
-        reason = kernel_by_name(name).refuses(
-            device_type="cuda", dtype=torch.bfloat16, head_dim=model.head_dim, capability=gpu.capability, here=False,
-            spec=replace(spec, window=spec.window_for((tokens,)) if tokens else window),
-        )  # fmt: skip
+        spec = replace(spec, window=spec.window_for((tokens,)) if tokens else window)
+        job = Job("cuda", torch.bfloat16, model.head_dim, spec, gpu.capability)
+        reason = kernel_by_name(name).refuses(job, here=False)
         if reason is not None:
             return reason
     return None
 
 
-def with_fitting_kernels(gpu: Gpu, model: ModelSizes, asked: str, tokens: int | None) -> Gpu:
+def with_fitting_kernels(gpu: Gpu, model: ModelFacts, asked: str, tokens: int | None) -> Gpu:
     """The GPU with the rates of those kernels alone that `refusal` has nothing against.
 
     Raises:

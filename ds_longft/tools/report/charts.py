@@ -73,7 +73,8 @@ def line_chart(
         data = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         parts.append(f'<polyline class="line c{line.style}" points="{data}"/>')
         if len(places) <= 40:
-            parts += [f'<circle class="dot c{line.style}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>' for x, y in places]
+            size = 2.5 if len(places) > 1 else 5  # alone it has no line that leads to it
+            parts += [f'<circle class="dot c{line.style}" cx="{x:.1f}" cy="{y:.1f}" r="{size}"/>' for x, y in places]
     middle = (WIDTH + LEFT - RIGHT) / 2
     parts.append(f'<text x="{middle:.0f}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>')
     parts.append('<line class="cursor" y1="0" y2="0"/>')

@@ -47,7 +47,7 @@ def html_page(facts: RunFacts) -> str:
     links = "".join(f'<a href="#{key}">{escape(title)}</a>' for key, title, _ in shown)
     bodies = "".join(f'<section><h2 id="{key}">{escape(title)}</h2>{body}</section>' for key, title, body in shown)
     refresh = f'<meta http-equiv="refresh" content="{REFRESH_S}">' if facts.running else ""
-    good = "good" if facts.status.startswith(("done", "running")) else "bad"
+    good = "good" if facts.status.startswith(("done", "running", "stopped and saved")) else "bad"
     error = f"<pre>{escape(facts.error)}</pre>" if facts.error else ""
     error += "".join(f"<p class=bad>{escape(problem)}</p>" for problem in facts.unreadable)
     style, script = (

@@ -39,7 +39,9 @@ def overview(facts: RunFacts) -> Pairs:
         told = f"{dpo.loss}, beta {dpo.beta:g}, reference {dpo.reference}, passes {dpo.passes}"
         pairs.insert(1, ("objective", f"DPO: {told}"))
     if world:
-        pairs.insert(4, ("layout", f"{world} x {machine.get('device')}: sp {sp}, dp {machine.get('dp')}, ZeRO {zero}"))
+        parts = {"sp": sp, "dp": machine.get("dp"), "ZeRO": zero}
+        known = ", ".join(f"{name} {value}" for name, value in parts.items() if value is not None)
+        pairs.insert(4, ("layout", f"{world} x {machine.get('device') or 'unknown'}" + (f": {known}" if known else "")))
     return pairs
 
 

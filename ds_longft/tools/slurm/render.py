@@ -34,8 +34,9 @@ def render(
     cpus_per_gpu: int = 8,
     device: str = "cuda",
     out: str | None = None,
+    submit: bool = False,
 ) -> None:
-    """Print (or write to --out) the sbatch script that trains this run config, one srun task for each GPU.
+    """Print (or write to --out, or --submit) the sbatch script that trains this run config, one srun task for each GPU.
 
     What can be checked without the nodes is checked: the config, the DeepSpeed JSON, the model's heads against sp,
     and that sp groups stay inside a node where they fit.
@@ -52,48 +53,25 @@ def render(
         cpus_per_gpu: cores for each rank.
         device: cuda, or cpu for a rehearsal without GPUs.
         out: file to write.
+        submit: keep the script in the output folder as job.sbatch, and hand it to sbatch (`ds-longft slurm submit`).
     """
     script = fill(
         config, nodes=nodes, gpus_per_node=gpus_per_node, time=time, partition=partition, account=account,
         signal_s=signal_s, max_crashes=max_crashes, cpus_per_gpu=cpus_per_gpu, device=device,
     )  # fmt: skip
-    if out is None:
+    if submit and out is not None:
+        raise ConfigError(f"--out is {out}: with --submit the script lies in the output folder")
+    if submit:
+        _submit(script, config)
+    elif out is None:
         print(script, end="")
     else:
         Path(out).write_text(script)
         print(f"written: {out}. Hand it in with: sbatch {shlex.quote(out)}")
 
 
-def submit(
-    config: str,
-    nodes: int = 1,
-    gpus_per_node: int = 8,
-    time: str = "24:00:00",
-    partition: str | None = None,
-    account: str | None = None,
-    signal_s: int = 300,
-    max_crashes: int = 3,
-    cpus_per_gpu: int = 8,
-    device: str = "cuda",
-) -> None:
-    """Fill the script like `slurm render`, keep it in the output folder as job.sbatch, and hand it to sbatch.
-
-    Args:
-        config: the run's YAML.
-        nodes: machines.
-        gpus_per_node: GPUs, and ranks, on each.
-        time: limit of one start, as sbatch takes it. The run goes on in the next one.
-        partition: of your cluster; left out: its default.
-        account: that is charged; left out: your default.
-        signal_s: seconds before the limit at which SLURM asks the ranks to save and stop.
-        max_crashes: requeue after a crash that made progress at most so often; after a planned stop always.
-        cpus_per_gpu: cores for each rank.
-        device: cuda, or cpu for a rehearsal without GPUs.
-    """
-    script = fill(
-        config, nodes=nodes, gpus_per_node=gpus_per_node, time=time, partition=partition, account=account,
-        signal_s=signal_s, max_crashes=max_crashes, cpus_per_gpu=cpus_per_gpu, device=device,
-    )  # fmt: skip
+def _submit(script: str, config: str) -> None:
+    """Keep the script in the output folder as job.sbatch, and hand it to sbatch."""
     if shutil.which("sbatch") is None:
         raise ConfigError(
             "there is no sbatch here: run this on a login node, or use `ds-longft slurm render --out job.sbatch`"

@@ -23,7 +23,7 @@ from ds_longft.config.run_config import RunConfig
 from ds_longft.exactness.engine_step import Gradients, without_dropout
 from ds_longft.exactness.isolation import decoder_of
 from ds_longft.layout import ParallelLayout
-from ds_longft.model.load import load_config, load_model
+from ds_longft.model.load import load_config, load_model, trained_rows
 from ds_longft.model.lora import add_lora
 from ds_longft.model.rope_lengths import set_rope_lengths
 from ds_longft.tools.verify.verified_run import wake_adapters
@@ -62,7 +62,8 @@ def baseline_model(config: RunConfig, dtype: torch.dtype, device: torch.device) 
         config.model, hf_config, ds_engine_config=None, dtype=dtype, device=device, seed=config.seed
     )
     if config.lora is not None:
-        model = add_lora(model, config.lora, seed=config.seed, revision=config.model.revision)
+        rows = trained_rows(config.model)
+        model = add_lora(model, config.lora, seed=config.seed, revision=config.model.revision, train_rows=rows)
         wake_adapters(model)
     return in_float32(model)
 

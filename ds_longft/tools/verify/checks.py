@@ -73,7 +73,7 @@ def verify_model(subject: VerifiedRun, checks: frozenset[int]) -> tuple[list[Fin
         del model
         _free()
     with tempfile.TemporaryDirectory(prefix="ds_longft-verify-") as work:
-        found, hf_config, asked = check_engine(subject, checks, reference, Path(work))
+        found, model_facts, asked = check_engine(subject, checks, reference, Path(work))
         _free()
         if 6 in checks and reference is not None:
             here: list[Finding] = []
@@ -83,7 +83,7 @@ def verify_model(subject: VerifiedRun, checks: frozenset[int]) -> tuple[list[Fin
                 _free()
             found[6] = subject.agreement.broadcast(here)
     if 7 in checks:
-        found[7] = check_kernels(asked, hf_config, packs[0], layout, device, subject.agreement.gather)
+        found[7] = check_kernels(asked, model_facts, packs[0], layout, device, subject.agreement.gather)
     facts = {
         "model": subject.config.model.path,
         "ranks": layout.world,

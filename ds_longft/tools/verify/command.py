@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ds_longft.config.check import preflight
-from ds_longft.config.run_config import RunConfig, parse_tokens
-from ds_longft.config.settings import load_run_config
 from ds_longft.errors import ConfigError
 from ds_longft.ranks.join import Launch, visible_gpus
 from ds_longft.ranks.launch import Flags, launch_ranks
-from ds_longft.tools import quickstart
+
+if TYPE_CHECKING:
+    from ds_longft.config.run_config import RunConfig
 
 EPILOG = """\
 Every key of a run config may be given as well (--model.kernel varlen, --model.random_weights true).
@@ -75,6 +75,9 @@ def read(argv: list[str]) -> tuple[Options, RunConfig]:
     parser.add_argument("--checks", default="1,2,3,4,5,6,7", help="numbers of the checks to run, e.g. 1,7")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     own, rest = parser.parse_known_args(argv)
+    from ds_longft.config.run_config import parse_tokens  # not for the help
+    from ds_longft.config.settings import load_run_config
+
     try:
         checks = frozenset(int(c) for c in own.checks.split(","))
         tokens = None if own.tokens is None else int(parse_tokens(own.tokens))
@@ -90,6 +93,9 @@ def read(argv: list[str]) -> tuple[Options, RunConfig]:
 
 def _ranks(options: Options, config: RunConfig, gpus: int) -> int:
     """How many to start. Raises ConfigError with what each of them would refuse, before there is any."""
+    from ds_longft.config.check import preflight
+    from ds_longft.tools import quickstart
+
     sp = config.sp if isinstance(config.sp, int) else None
     ranks = options.ranks or sp or gpus or 2
     if sp and ranks % sp:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from transformers import PretrainedConfig
-
 from ds_longft.exactness.engine_step import Gradients, step_gradients, weights_held, without_dropout
 from ds_longft.exactness.finding import TOLERANCE, Finding
 from ds_longft.exactness.gradients import Suspects, judge
 from ds_longft.exactness.isolation import check_borders, check_isolation
 from ds_longft.exactness.labels import check_labels
 from ds_longft.exactness.packs import in_two, two_documents, weight_of
-from ds_longft.model.load import load_config
+from ds_longft.model.facts import ModelFacts
 from ds_longft.tools.verify.baseline import Baseline
 from ds_longft.tools.verify.dropout_masks import check_dropout
 from ds_longft.tools.verify.kernel_error import Asked, asked_of_attention
@@ -21,25 +19,22 @@ from ds_longft.tools.verify.positions import check_positions
 from ds_longft.tools.verify.verified_run import VerifiedRun, wake_adapters
 from ds_longft.train.device_memory import own_memory_gib
 from ds_longft.train.engine import Built, build
-from ds_longft.train.install import decided, keep_resident, known_run
+from ds_longft.train.install import known_run
 from ds_longft.train.step import backpropagate
 from ds_longft.train.weights import ModelWriter
 
 
 def check_engine(
     subject: VerifiedRun, checks: frozenset[int], reference: Baseline | None, work: Path
-) -> tuple[dict[int, list[Finding]], PretrainedConfig, list[Asked]]:
-    """Findings by number of check, the model's config, and what its layers ask of attention. Collective.
+) -> tuple[dict[int, list[Finding]], ModelFacts, list[Asked]]:
+    """Findings by number of check, the model's facts, and what its layers ask of attention. Collective.
 
     The engine is gone when this returns; `work` holds what it saved, if check 6 is asked for.
     """
     layout, device, gather = subject.layout, subject.device, subject.agreement.gather
-    hf_config = load_config(subject.config.model, subject.config.data.max_length_tokens, attn_implementation="eager")
-    memory_gib, _ = own_memory_gib(device)
-    keep_resident(subject.settings, subject.config, hf_config, memory_gib)  # the engine that the run will have
-    known = known_run(subject.config, subject.settings.engine, hf_config, layout, device, memory_gib=memory_gib)
-    decisions = decided(known, device)
-    built = build(subject.config, subject.settings.engine, layout, device, prepare=wake_adapters, decisions=decisions)
+    memory_gib, _ = own_memory_gib(device)  # the engine that the run will have
+    known = known_run(subject.config, subject.settings, layout, device, memory_gib=memory_gib)
+    built = build(known, layout, device, prepare=wake_adapters)
     engine, pack = built.engine, subject.packs[0]
     found: dict[int, list[Finding]] = {}
     if 5 in checks:  # first: the random state is still the one a run starts with
@@ -48,19 +43,19 @@ def check_engine(
         with weights_held(engine), without_dropout(engine.module):
             found[1] = _check_gradients(subject, built, reference)
     if 2 in checks:
-        vocab = built.hf_config.vocab_size
         neighbours = two_documents(pack, layout.sp)
         found[2] = [check_borders(subject.step.packs, gather)]
-        found[2] += check_isolation(engine, neighbours, layout, device, TOLERANCE[subject.dtype].leak, vocab)
+        leak, vocab = TOLERANCE[subject.dtype].leak, known.facts.vocab
+        found[2] += check_isolation(engine, neighbours, layout, device, leak, vocab)
     if 3 in checks:
         found[3] = check_labels(subject.step.packs, subject.step.total_weight, layout, gather)
     if 4 in checks:
-        found[4] = check_positions(engine, built.hf_config, subject.step.packs, pack, layout, device, gather)
+        found[4] = check_positions(engine, known.hf_config, subject.step.packs, pack, layout, device, gather)
     asked = asked_of_attention(engine, pack, layout, device)
     if 6 in checks:
         ModelWriter(built.model, subject.tokenizer, subject.agreement).write_all(work, print)
     engine.destroy()
-    return found, built.hf_config, asked
+    return found, known.facts, asked
 
 
 def _check_gradients(subject: VerifiedRun, built: Built, reference: Baseline) -> list[Finding]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -14,6 +16,7 @@ from rich.text import Text
 from ds_longft.batch import Pack
 from ds_longft.exactness.finding import Finding
 from ds_longft.exactness.packs import documents_of
+from ds_longft.tools.look.colour import coloured
 
 MAX_CHARS = 400  # of a stretch without targets
 FILE_WIDTH = 180  # of the table where there is no terminal to ask
@@ -22,26 +25,12 @@ FILE_WIDTH = 180  # of the table where there is no terminal to ask
 def trained_text(pack: Pack, tokenizer: Any) -> Text:
     """The first document of a pack that trains something, decoded; what the model learns to write is green."""
     documents = [d for d in documents_of(pack) if d[2].any()]
-    text = Text()
     if not documents:
-        return text
+        return Text()
     ids, _, weights = documents[0]
-    trained = [False, *(weights[:-1] != 0)]  # a token is trained by the label of the one before it
-    start = 0
-    for end in range(1, len(ids) + 1):
-        if end < len(ids) and trained[end] == trained[start]:
-            continue
-        piece = tokenizer.decode(ids[start:end])
-        if trained[start]:
-            text.append(piece, style="bold green")
-        elif len(piece) > MAX_CHARS:
-            half = MAX_CHARS // 2
-            text.append(piece[:half]).append(f" [... {len(piece) - MAX_CHARS:,} characters ...] ", style="dim")
-            text.append(piece[-half:])
-        else:
-            text.append(piece)
-        start = end
-    return text
+    trained = np.concatenate([[False], weights[:-1] != 0])  # a token is trained by the label of the one before it
+    edges = [0, *(np.flatnonzero(trained[1:] != trained[:-1]) + 1).tolist(), len(ids)]
+    return coloured(((tokenizer.decode(ids[a:b]), float(trained[a])) for a, b in pairwise(edges)), MAX_CHARS)
 
 
 def print_report(findings: list[Finding], facts: dict[str, Any], sample: Text | None, *, as_json: bool) -> None:

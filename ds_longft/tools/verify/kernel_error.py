@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from ds_longft.batch import Pack
 from ds_longft.exactness.finding import Finding, Gather, nan_as_inf
 from ds_longft.layout import ParallelLayout
+from ds_longft.model.facts import ModelFacts
 from ds_longft.sequence import attention
 from ds_longft.sequence.exchange import deal_heads
-from ds_longft.sequence.kernels import KERNELS, AttentionSpec, Kernel, kernel_by_name
+from ds_longft.sequence.kernels import KERNELS, AttentionSpec, Job, Kernel, Saved, kernel_by_name
 from ds_longft.sequence.shard import shard
 
 CHECK = "7 attention kernel"
@@ -67,16 +67,14 @@ def asked_of_attention(engine: Any, pack: Pack, layout: ParallelLayout, device: 
 
 def check_kernels(
     asked: list[Asked],
-    hf_config: PretrainedConfig,
+    facts: ModelFacts,
     pack: Pack,
     layout: ParallelLayout,
     device: torch.device,
     gather: Gather,
 ) -> list[Finding]:
     """The chosen kernel, and the others of the table that fit, on this rank's heads and the pack's documents."""
-    q_heads = hf_config.num_attention_heads
-    kv_heads = getattr(hf_config, "num_key_value_heads", None) or q_heads
-    share = deal_heads(q_heads, kv_heads, layout.sp)[layout.sp_rank]
+    share = deal_heads(facts.q_heads, facts.kv_heads, layout.sp)[layout.sp_rank]
     kv = len(share.repeat or share.kv)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     findings = []
@@ -87,10 +85,7 @@ def check_kernels(
             kernel.name
             for kernel in KERNELS
             if kernel.name not in (chosen, "math")
-            and kernel.refuses(
-                device_type=device.type, dtype=dtype, head_dim=head_dim, spec=spec, capability=capability
-            )
-            is None
+            and kernel.refuses(Job(device.type, dtype, head_dim, spec, capability)) is None
         ]
         for name in (chosen, *fitting):
             error, where = max(
@@ -123,11 +118,11 @@ def _error(
     cu = torch.from_numpy(pack.cu_seqlens).to(device)
     lengths = (cu[1:] - cu[:-1]).tolist()
     out, lse = kernel.forward(q, k, v, cu, lengths, spec)
-    grads = kernel.backward(dout, q, k, v, out, lse, cu, lengths, spec)
+    grads = kernel.backward(dout, Saved(q, k, v, out, lse), cu, lengths, spec)
     wide = torch.float32 if dtype == torch.bfloat16 else torch.float64
     truth = kernel_by_name("math")
     qw, kw, vw, doutw = (t.to(wide) for t in (q, k, v, dout))
     true_out, true_lse = truth.forward(qw, kw, vw, cu, lengths, spec)
-    true_grads = truth.backward(doutw, qw, kw, vw, true_out, true_lse, cu, lengths, spec)
+    true_grads = truth.backward(doutw, Saved(qw, kw, vw, true_out, true_lse), cu, lengths, spec)
     pairs = zip(("out", "dq", "dk", "dv"), (out, *grads), (true_out, *true_grads), strict=True)
     return max((nan_as_inf(float((a.to(wide) - b).norm() / b.norm().clamp_min(1e-30))), name) for name, a, b in pairs)

@@ -22,7 +22,7 @@ from ds_longft.data.loader import StepLoader
 from ds_longft.errors import DataError, ModelError
 from ds_longft.exactness.packs import shortened, weight_of
 from ds_longft.layout import ParallelLayout
-from ds_longft.model.load import load_tokenizer, model_path
+from ds_longft.model.load import load_config, load_tokenizer, model_path
 from ds_longft.ranks.join import Agreement
 from ds_longft.train.sets import tokenized
 
@@ -96,8 +96,9 @@ class VerifiedRun:
         settings.engine["zero_optimization"].pop("round_robin_gradients", None)
         layout = ParallelLayout.create(sp)
         tokenizer = load_tokenizer(config.model)
+        vocab = load_config(config.model, config.data.max_length_tokens, attn_implementation="eager").vocab_size
         train_set, _ = agreement.rank0_first(
-            lambda: tokenized(config, tokenizer, progress=False, every_byte=agreement.rank == 0)
+            lambda: tokenized(config, tokenizer, vocab, progress=False, every_byte=agreement.rank == 0)
         )
         tokens = tokens or DEFAULT_TOKENS[device.type]
         count = max(2, layout.world)

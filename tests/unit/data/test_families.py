@@ -1,4 +1,6 @@
-"""Chat templates of the model families people train, from TRL's copies: thinking, tools, calls and their results.
+"""Chat templates of the model families people train: thinking, tools, calls and their results.
+
+Most are TRL's copies, Llama 4 is Axolotl's; the others lie in `templates/`.
 
 The text is transformers' own to the character, and what is trained is what the model writes itself: nothing of a tool's
 result, nothing of a question, each answer up to its stop.
@@ -6,7 +8,7 @@ result, nothing of a question, each answer up to its stop.
 
 import copy
 import json
-from importlib.util import find_spec
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,8 @@ import pytest
 from ds_longft.data.rows import BadRow, Call, Turn
 from ds_longft.data.template import THOUGHT_LEFT_OUT
 from ds_longft.data.template_source import load_template
-from ds_longft.data.thinking import apart
+from ds_longft.data.thinking import apart, within
+from tests.peers import axolotl_folder, trl_folder
 from tests.tokenizer import tiny_tokenizer
 
 TOOLS = json.dumps(
@@ -55,6 +58,10 @@ HARMONY = "<|channel|>analysis<|message|>{}<|end|><|start|>assistant<|channel|>f
 HARMONY_CALL = ' to=functions.weather<|channel|>commentary json<|message|>{"city": "Ulm"}<|call|>'
 GLM_CALL = "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Ulm</arg_value>\n</tool_call>"
 GEMMA_CALL = '<|tool_call>call:weather{city:<|"|>Ulm<|"|>}<tool_call|><|tool_response>'
+THOUGHT = "<think>\nhm hm\n</think>\n\nHello."
+TEKKEN_CALL = '{"name": "weather", "arguments": {"city": "Ulm"}, "id": "call00001"}'
+TEKKEN_CALL_2 = '{"name": "weather", "arguments": {"city": "Bonn", "days": 3}, "id": "call00002"}'
+LLAMA4_CALL = '{"name": "weather", "parameters": {"city": "Ulm"}}<|eot|>'
 # Family -> (special tokens, chat -> what is trained; a str is the reason why the row is refused).
 FAMILIES = {
     "qwen2_5": (
@@ -146,18 +153,89 @@ FAMILIES = {
         },
     ),
     "phi3_5": ([], {"plain": ["Hello.<|end|>", "Bye.<|end|>"], "call": "the chat template writes no tools"}),
+    "mistral_nemo": (
+        ["</s>"],
+        {
+            "plain": ["Hello.</s>", "Bye.</s>"],
+            "thought": [THOUGHT + "</s>"],
+            "call": [f"[TOOL_CALLS][{TEKKEN_CALL}]</s>", "It is 7.</s>"],
+            "two calls": [f"[TOOL_CALLS][{TEKKEN_CALL}, {TEKKEN_CALL_2}]</s>", "Cold.</s>"],
+            "words and call": "the chat template leaves out words beside a tool call",
+        },
+    ),
+    "mistral_small_3_2": (
+        ["</s>"],
+        {
+            "plain": ["Hello.</s>", "Bye.</s>"],
+            "call": ['[TOOL_CALLS]weather[CALL_ID]call00001[ARGS]{"city": "Ulm"}</s>', "It is 7.</s>"],
+            "ends with a call": ["Yes?</s>", '[TOOL_CALLS]weather[CALL_ID]call00001[ARGS]{"city": "Ulm"}</s>'],
+            "words and call": "the chat template leaves out words beside a tool call",
+        },
+    ),
+    "smollm3": (
+        [],
+        {
+            "plain": ["Hello.<|im_end|>", "Bye.<|im_end|>"],
+            "within": [THOUGHT + "<|im_end|>"],
+            "call": "the chat template writes no tools",  # it reads them from a variable of its own
+        },
+    ),
+    "smollm3_marked": (
+        [], {"plain": ["Hello.<|im_end|>", "Bye.<|im_end|>"], "thought": [THOUGHT + "<|im_end|>"]}
+    ),
+    "granite3_3": (
+        ["<|end_of_text|>"],
+        {
+            "plain": ["Hello.<|end_of_text|>", "Bye.<|end_of_text|>"],
+            "thought": [THOUGHT + "<|end_of_text|>"],
+            "call": "the chat template leaves out a tool call",
+        },
+    ),
+    "granite4": (
+        ["<|end_of_text|>"],
+        {
+            "plain": ["Hello.<|end_of_text|>", "Bye.<|end_of_text|>"],
+            "thought": [THOUGHT + "<|end_of_text|>"],
+            "call": [QWEN_CALL.replace("<|im_end|>", "<|end_of_text|>"), "It is 7.<|end_of_text|>"],
+            "words and call": ["I look.\n" + QWEN_CALL.replace("im_end", "end_of_text"), "It is 7.<|end_of_text|>"],
+            "two calls": [QWEN_TWO.replace("<|im_end|>", "<|end_of_text|>"), "Cold.<|end_of_text|>"],
+        },
+    ),
+    "llama4": (
+        ["<|eot|>", "<|header_start|>", "<|header_end|>"],
+        {
+            "plain": ["Hello.<|eot|>", "Bye.<|eot|>"],
+            "thought": [THOUGHT + "<|eot|>"],
+            "call": ["<|python_start|><|python_end|>" + LLAMA4_CALL, "It is 7.<|eot|>"],
+            "words and call": ["<|python_start|>I look.<|python_end|>" + LLAMA4_CALL, "It is 7.<|eot|>"],
+        },
+    ),
 }  # fmt: skip
 
 
+_made_once = lru_cache(tiny_tokenizer)
+
+
+def source_of(family):
+    own = Path(__file__).parent / "templates" / f"{family.removesuffix('_marked')}.jinja"
+    if family == "llama4":
+        return (axolotl_folder() / "utils/chat_templates/templates/llama4.jinja").read_text(encoding="utf-8")
+    if not own.is_file():
+        return (trl_folder() / f"chat_templates/{family}.jinja").read_text(encoding="utf-8")
+    source = own.read_text(encoding="utf-8")
+    if family == "smollm3_marked":  # HuggingFaceTB's original marks answers so, with the header
+        begin = source.index("{%- if reasoning_mode", source.index("for message in messages"))
+        end = source.index("{%- elif", begin)
+        source = f"{source[:begin]}{{% generation %}}{source[begin:end]}{{% endgeneration %}}{source[end:]}"
+    return source
+
+
 def tokenizer_of(family, special):
-    trl = find_spec("trl")
-    if trl is None or trl.origin is None:
-        pytest.skip("trl, which carries copies of the templates, is not installed")
-    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer = copy.deepcopy(_made_once())
     tokenizer.add_tokens(special, special_tokens=True)
-    if special and family.startswith(("deepseek", "gemma4")):
+    if special and family.startswith(("deepseek", "gemma4", "mistral", "granite", "llama4")):
         tokenizer.add_special_tokens({"eos_token": special[0]})
-    tokenizer.chat_template = (Path(trl.origin).parent / f"chat_templates/{family}.jinja").read_text(encoding="utf-8")
+    tokenizer.chat_template = source_of(family)
     return tokenizer
 
 
@@ -189,7 +267,7 @@ def test_the_text_is_that_of_apply_chat_template(family, chat):
     except BadRow:
         return
     messages = []
-    for turn in map(apart, turns) if template._reads_thinking else turns:
+    for turn in map(apart if template._reads_thinking else within, turns):
         message = {"role": turn.role, "content": turn.content}
         if turn.thinking:
             message["reasoning_content"] = turn.thinking
@@ -202,10 +280,8 @@ def test_the_text_is_that_of_apply_chat_template(family, chat):
             message |= {"name": turn.name, "tool_call_id": turn.call_id}
         messages.append(message)
     schemas = json.loads(tools) if tools else None
-    inline = any(t.thinking for t in turns) and not template._reads_thinking
-    if not inline:  # models without a field for it get the thought within the content
-        source = template.source  # with the date of the day written out
-        assert text == tokenizer.apply_chat_template(messages, tools=schemas, tokenize=False, chat_template=source)
+    source = template.source  # with the date of the day written out
+    assert text == tokenizer.apply_chat_template(messages, tools=schemas, tokenize=False, chat_template=source)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gptoss", "glm4moe", "qwen3_5_think", "gemma4_v5"])

@@ -1,8 +1,6 @@
 """The shipped chat templates against the originals that TRL carries copies of: the same but for the thinking."""
 
 import copy
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 
@@ -10,6 +8,7 @@ from ds_longft.config.shipped import find_template
 from ds_longft.data.encode import Encoder
 from ds_longft.data.rows import BadRow, Row, Turn
 from ds_longft.data.template_source import load_template, without_marks
+from tests.peers import trl_folder
 from tests.tokenizer import tiny_tokenizer
 
 CASES = [
@@ -39,10 +38,7 @@ THOUGHT = (
 
 def original_of(family: str) -> str:
     """A model's own chat template."""
-    trl = find_spec("trl")
-    if trl is None or trl.origin is None:
-        pytest.skip("trl, which carries copies of the original templates, is not installed")
-    return (Path(trl.origin).parent / f"chat_templates/{family}.jinja").read_text(encoding="utf-8")
+    return (trl_folder() / f"chat_templates/{family}.jinja").read_text(encoding="utf-8")
 
 
 @pytest.fixture(params=CASES, ids=[case[0] for case in CASES])

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from ds_longft.decide.setting import ModelSizes
+from ds_longft.model.facts import ModelFacts
 
 
 def shape(model_type: str = "llama", **sizes: Any) -> dict[str, Any]:
@@ -58,5 +58,5 @@ LLAMA_13B = shape(
 )
 
 
-def sizes(of: dict[str, Any], **changes: Any) -> ModelSizes:
-    return ModelSizes.from_config(AutoConfig.for_model(**{**of, **changes}))
+def sizes(of: dict[str, Any], **changes: Any) -> ModelFacts:
+    return ModelFacts.from_config(AutoConfig.for_model(**{**of, **changes}))

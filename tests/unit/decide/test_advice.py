@@ -20,6 +20,7 @@ from ds_longft.decide.search import Question, fastest
 from ds_longft.decide.setting import Gpu, Setting
 from ds_longft.decide.time import predict_time
 from ds_longft.errors import EXIT_CONFIG
+from ds_longft.model.facts import ModelFacts
 from tests.unit.decide.shapes import LLAMA_8B, QWEN_7B, SMOLLM2, shape, sizes
 
 
@@ -30,8 +31,9 @@ def h200(memory_gib: float) -> Gpu:
 def known(
     config: RunConfig, of: dict[str, Any], *, world: int = 1, sp: int = 1, stage: int = 2, memory_gib: float = 139.8
 ) -> Run:
+    hf_config = AutoConfig.for_model(**of)
     return Run(
-        config, {"zero_optimization": {"stage": stage}}, AutoConfig.for_model(**of), sp, world, world,
+        config, {"zero_optimization": {"stage": stage}}, hf_config, ModelFacts.from_config(hf_config), sp, world, world,
         h200(memory_gib), has_rates=True, kernel="flash-attn-4", fused=True,
     )  # fmt: skip
 
@@ -40,7 +42,7 @@ def adviser(
     of: dict[str, Any] = LLAMA_8B, *, world: int = 8, sp: int = 2, stage: int = 2, memory_gib: float = 79.1, **keys: Any
 ) -> Adviser:
     config = RunConfig.model_validate({"data": {"max_length_tokens": "256K"}, **keys})
-    return Adviser.for_run(known(config, of, world=world, sp=sp, stage=stage, memory_gib=memory_gib))
+    return Adviser(known(config, of, world=world, sp=sp, stage=stage, memory_gib=memory_gib))
 
 
 def test_savings_name_keys_and_are_ordered() -> None:
@@ -248,8 +250,7 @@ def test_the_same_run_gets_the_same_answer_and_the_planner_gives_it() -> None:
         assert foreseen is not None
         assert decisions.setting is not None
         assert (foreseen["recompute"], foreseen["sp"]) == (decisions.recompute, sp)
-        assert run.model is not None
-        memory = predict(run.model, decisions.setting, run.gpu)
+        memory = predict(run.facts, decisions.setting, run.gpu)
         assert foreseen["peak_gib"] == pytest.approx(memory.peak_gib, abs=0.01)
         bare = [(k.input, k.attention) for k in memory.keep]
         assert bare == [(k.input, k.attention) for k in decisions.keep or ()]

@@ -21,8 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ds_longft.batch import Documents
 from ds_longft.decide.memory import SPARE_SHARE, predict
 from ds_longft.decide.search import Question
-from ds_longft.decide.setting import GIB, Gpu, ModelSizes, Setting
+from ds_longft.decide.setting import GIB, Gpu, Setting
 from ds_longft.layout import ParallelLayout
+from ds_longft.model.facts import ModelFacts
 from ds_longft.sequence.attention import ULYSSES, register
 from tests.unit.decide.shapes import LLAMA_13B, YI_9B, sizes
 from tests.unit.decide.tracked import Tracker, without_values
@@ -31,7 +32,7 @@ A100 = Gpu.load("a100-80")
 K = 1024
 
 
-def longest(model: ModelSizes, gpus: int = 1, **how: Any) -> int:
+def longest(model: ModelFacts, gpus: int = 1, **how: Any) -> int:
     """Tokens of the longest pack, every GPU with a sample of its own."""
     how = {"recompute": "full", "stage": 3, "resident": False, "fused": False, "kernel": "flash-attn-2", **how}
     setting = Setting((K,), world=gpus, **how)
@@ -54,7 +55,7 @@ def test_fewer_kv_heads_allow_longer_samples() -> None:
     assert memory_of(sizes(YI_9B), few) < memory_of(sizes(YI_9B, num_key_value_heads=32), all_heads)
 
 
-def memory_of(model: ModelSizes, setting: Setting) -> float:
+def memory_of(model: ModelFacts, setting: Setting) -> float:
     return predict(model, setting, A100).peak
 
 

@@ -13,7 +13,8 @@ from ds_longft.config.run_config import RunConfig
 from ds_longft.decide.decisions import Run, decide
 from ds_longft.decide.memory import predict
 from ds_longft.decide.of_run import foresee_run, gpu_of_run, gpu_type, note_in_plan, write_plan
-from ds_longft.decide.setting import Gpu, ModelSizes, Setting
+from ds_longft.decide.setting import Gpu, Setting
+from ds_longft.model.facts import ModelFacts
 from tests.unit.decide.shapes import LLAMA_8B, SMOLLM2, shape
 
 
@@ -23,8 +24,10 @@ def foreseen(of: dict[str, Any] = SMOLLM2, *, kernel: str = "flash-attn-4", **ke
     }
     config = RunConfig.model_validate({"data": {"max_length_tokens": "128K"}, "lora": None, **keys})
     gpu, has_rates = gpu_of_run(**device)
+    hf_config = AutoConfig.for_model(**of)
     run = Run(
-        config, {"zero_optimization": {"stage": 2}}, AutoConfig.for_model(**of), 1, 1, 1, gpu, has_rates, kernel, True
+        config, {"zero_optimization": {"stage": 2}}, hf_config, ModelFacts.from_config(hf_config), 1, 1, 1, gpu, has_rates,
+        kernel, True,
     )  # fmt: skip
     return foresee_run(run, decide(run))
 
@@ -35,7 +38,7 @@ DEVICE = ("device_name", "total_gib", "memory_gib")
 def test_it_is_the_prediction_of_the_planner() -> None:
     found = foreseen(train={"recompute": "full"})
     assert found is not None
-    model = ModelSizes.from_config(AutoConfig.for_model(**SMOLLM2))
+    model = ModelFacts.from_config(AutoConfig.for_model(**SMOLLM2))
     setting = Setting(lengths=(131072,), sp=1, world=1, lora_r=None, stage=2, resident=False, recompute="full", every=1)
     expected = predict(model, setting, Gpu.load("h200"))
     assert found["peak_gib"] == pytest.approx(expected.peak_gib, abs=0.01)

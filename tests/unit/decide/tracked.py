@@ -41,6 +41,7 @@ from ds_longft.sequence.attention import ULYSSES, register
 from ds_longft.sequence.exchange import deal_heads
 from ds_longft.sequence.head import HeadRule
 from ds_longft.sequence.kept import HostStore
+from ds_longft.sequence.kernels import Saved
 from ds_longft.sequence.loss import WeightedCrossEntropy
 from ds_longft.sequence.recompute import LayerKeep, apply_recompute
 from ds_longft.train.install import fuse_and_tile
@@ -119,7 +120,8 @@ class FlashLike:
     def forward(self, q: Tensor, k: Tensor, v: Tensor, cu: Tensor, lengths: Any, spec: Any) -> tuple[Tensor, Tensor]:
         return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
-    def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, dout: Tensor, saved: Saved, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, *_ = saved
         grads = tuple(x.new_empty(x.shape) for x in (q, k, v))
         sums = [x.new_empty(x.shape, dtype=torch.float32) for x in ((q, k, v) if k.shape[1] < q.shape[1] else (q,))]
         rows = q.new_empty(2, q.shape[1], q.shape[0], dtype=torch.float32)

@@ -20,7 +20,7 @@ from ds_longft.exactness.engine_step import Gradients
 from ds_longft.exactness.finding import TOLERANCE
 from ds_longft.exactness.gradients import difference, judge
 from ds_longft.layout import ParallelLayout
-from ds_longft.sequence.kernels import AttentionSpec
+from ds_longft.sequence.kernels import AttentionSpec, Saved
 from ds_longft.tools.verify.kernel_error import Asked, check_kernels
 
 CPU, ALONE = torch.device("cpu"), ParallelLayout(1, 0, 1)
@@ -43,7 +43,7 @@ def itself(value: Any) -> list[Any]:
 @pytest.mark.parametrize("where", [0, 1])
 def test_a_kernel_that_gives_no_number_on_any_rank_fails(where: int) -> None:
     asked = [Asked(AttentionSpec(0.25), 16, torch.float32, "cpu", "")]
-    heads = SimpleNamespace(num_attention_heads=4, num_key_value_heads=2)
+    heads = SimpleNamespace(q_heads=4, kv_heads=2)
 
     class Broken:
         """On its rank: attention whose keys' gradient is no number."""
@@ -51,8 +51,8 @@ def test_a_kernel_that_gives_no_number_on_any_rank_fails(where: int) -> None:
         def forward(self, q: Any, k: Any, v: Any, *args: Any) -> Any:
             return torch.zeros_like(q), None
 
-        def backward(self, dout: Any, q: Any, k: Any, v: Any, *args: Any) -> Any:
-            return torch.zeros_like(q), torch.full_like(k, math.nan), torch.zeros_like(v)
+        def backward(self, dout: Any, saved: Saved, *args: Any) -> Any:
+            return torch.zeros_like(saved.q), torch.full_like(saved.k, math.nan), torch.zeros_like(saved.v)
 
     right: list[Any] = []
     check_kernels(asked, heads, pack([32]), ALONE, CPU, lambda value: right.append(value) or [value])  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -142,3 +143,24 @@ def test_a_loss_that_the_config_asks_for_and_is_left_out_is_named(tmp_path: Path
     assert "output_router_logits: true" in remark
     tiny_config("qwen3_moe").save_pretrained(tmp_path)
     assert config_remarks(ModelConfig(path=str(tmp_path)), WINDOW) == []
+
+
+def test_a_folder_with_tokenizer_model_alone(tmp_path):
+    """Older Llamas, Mistrals and Yi."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    texts = iter([Path(json.__file__).read_text(), "Hello the world"])
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=texts, model_writer=model, vocab_size=600, model_type="bpe", byte_fallback=True,
+        normalization_rule_name="identity", minloglevel=2, hard_vocab_limit=False,
+    )  # fmt: skip
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    tokenizer = load_tokenizer(ModelConfig(path=str(tmp_path)))
+    own = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    for text in ("Hello the world", "return the object 世界"):
+        assert tokenizer(text, add_special_tokens=False).input_ids == own.encode(text)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved/tokenizer.json").is_file()

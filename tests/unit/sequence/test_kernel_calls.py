@@ -22,6 +22,7 @@ from ds_longft.errors import ModelError
 from ds_longft.sequence.kernels import (
     CUDNN_MIN_WORK,
     AttentionSpec,
+    Saved,
     base,
     choose_kernel,
     flash_attn,
@@ -99,9 +100,9 @@ def flash_attention_4() -> dict[str, ModuleType]:
             missing = k.shape[1] - q.shape[1]
             q, out, dout = (pad(x, (0, 0, 0, 0, missing, 0)) for x in (q, out, dout))
             lse = pad(lse, (missing, 0))
-            grads = MATH.backward(dout[0], q[0], k[0], v[0], out[0], lse[0], cu_seqlens_q, lengths, spec)
+            grads = MATH.backward(dout[0], Saved(q[0], k[0], v[0], out[0], lse[0]), cu_seqlens_q, lengths, spec)
             return grads[0][None, missing:], grads[1][None], grads[2][None]
-        return MATH.backward(dout, q, k, v, out, lse, cu_seqlens_q, lengths, spec)
+        return MATH.backward(dout, Saved(q, k, v, out, lse), cu_seqlens_q, lengths, spec)
 
     return _modules("flash_attn.cute.interface", _flash_attn_fwd, _flash_attn_bwd)
 
@@ -129,7 +130,7 @@ def flash_attention_3() -> dict[str, ModuleType]:
     ):  # fmt: skip
         spec = as_spec(softmax_scale, is_causal, window_size_left, window_size_right, softcap)
         lengths = lengths_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, q.shape[0])
-        grads = MATH.backward(dout, q, k, v, out, softmax_lse, cu_seqlens_q, lengths, spec)
+        grads = MATH.backward(dout, Saved(q, k, v, out, softmax_lse), cu_seqlens_q, lengths, spec)
         for given, grad in zip((dq, dk, dv), grads, strict=True):
             given.copy_(grad)
         return q.new_empty(0)
@@ -169,7 +170,7 @@ def flash_attention_2() -> dict[str, ModuleType]:
         assert dropout_p == 0.0
         spec = as_spec(softmax_scale, causal, window_size_left, window_size_right, softcap)
         lengths = lengths_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_k, q.shape[0])
-        grads = MATH.backward(dout, q, k, v, out, softmax_lse, cu_seqlens_q, lengths, spec)
+        grads = MATH.backward(dout, Saved(q, k, v, out, softmax_lse), cu_seqlens_q, lengths, spec)
         for given, grad in zip((dq, dk, dv), grads, strict=True):
             given.copy_(grad)
         return q.new_empty(0)
@@ -237,8 +238,8 @@ def test_installable_kernels_pass_everything_on(installed, name, lengths, spec):
     expected, expected_lse = MATH.forward(q, k, v, borders, lengths, spec)
     assert torch.equal(out, expected)
     assert torch.equal(lse, expected_lse)
-    grads = kernel.backward(dout, q, k, v, out, lse, borders, lengths, spec)
-    for seen, grad in zip(grads, MATH.backward(dout, q, k, v, out, lse, borders, lengths, spec), strict=True):
+    grads = kernel.backward(dout, Saved(q, k, v, out, lse), borders, lengths, spec)
+    for seen, grad in zip(grads, MATH.backward(dout, Saved(q, k, v, out, lse), borders, lengths, spec), strict=True):
         assert torch.equal(seen, grad)
 
 
@@ -252,8 +253,8 @@ def test_a_fixed_order_is_asked_for_long_documents_in_parts(installed, monkeypat
     q, k, v, dout, borders = pack(lengths)
     spec = AttentionSpec(0.3, repeatable=True, **mask)
     out, lse = MATH.forward(q, k, v, borders, lengths, spec)
-    grads = kernel_by_name("flash-attn-4").backward(dout, q, k, v, out, lse, borders, lengths, spec)
-    expected = MATH.backward(dout, q, k, v, out, lse, borders, lengths, spec)
+    grads = kernel_by_name("flash-attn-4").backward(dout, Saved(q, k, v, out, lse), borders, lengths, spec)
+    expected = MATH.backward(dout, Saved(q, k, v, out, lse), borders, lengths, spec)
     torch.testing.assert_close(grads, expected)
 
 
@@ -265,7 +266,7 @@ def test_torch_kernels_bind_to_torchs_schemas(name, lengths):
     out, lse = kernel.forward(q, k, v, borders, lengths, spec)
     assert out.shape == q.shape
     assert lse.shape == (q.shape[1], q.shape[0])
-    grads = kernel.backward(dout, q, k, v, out, lse, borders, lengths, spec)
+    grads = kernel.backward(dout, Saved(q, k, v, out, lse), borders, lengths, spec)
     assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
 
 

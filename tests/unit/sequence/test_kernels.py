@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ds_longft.config.run_config import ModelConfig
 from ds_longft.errors import ModelError
-from ds_longft.sequence.kernels import KERNELS, AttentionSpec, choose_kernel, kernel_by_name, reference
+from ds_longft.sequence.kernels import KERNELS, AttentionSpec, Saved, choose_kernel, kernel_by_name, reference
 
 CPU = torch.device("cpu")
 
@@ -67,7 +67,7 @@ def assert_matches_dense(name: str, inputs: tuple[Tensor, ...], lengths: list[in
     out, lse = kernel.forward(q, k, v, borders, lengths, spec)
     # the exchange hands `out` back as a slice of a wider buffer too
     strided_out = torch.cat([out, torch.full_like(out[:, :1], math.nan)], 1)[:, :-1]
-    grads = kernel.backward(dout, q, k, v, strided_out, lse, borders, lengths, spec)
+    grads = kernel.backward(dout, Saved(q, k, v, strided_out, lse), borders, lengths, spec)
 
     leaves = [x.detach().double().clone().requires_grad_() for x in (q, k, v)]
     dense_out, dense_lse = dense_attention(*leaves, lengths, spec)
@@ -137,7 +137,7 @@ def test_one_token_documents_see_themselves(name):
     spec = AttentionSpec(0.5)
     out, lse = kernel_by_name(name).forward(q, k, v, borders, lengths, spec)
     assert torch.equal(out, v.repeat_interleave(2, 1))
-    dq, dk, dv = kernel_by_name(name).backward(dout, q, k, v, out, lse, borders, lengths, spec)
+    dq, dk, dv = kernel_by_name(name).backward(dout, Saved(q, k, v, out, lse), borders, lengths, spec)
     assert float(dq.abs().max()) < 1e-6
     assert float(dk.abs().max()) < 1e-6
     torch.testing.assert_close(dv, dout.unflatten(1, (2, 2)).sum(2))
@@ -152,7 +152,7 @@ def test_a_changed_token_leaves_other_documents_bit_equal(name):
 
     def run() -> list[Tensor]:
         out, lse = kernel.forward(q, k, v, borders, lengths, spec)
-        return [out, lse.T, *kernel.backward(dout, q, k, v, out, lse, borders, lengths, spec)]
+        return [out, lse.T, *kernel.backward(dout, Saved(q, k, v, out, lse), borders, lengths, spec)]
 
     before = run()
     q[20], k[20], v[20] = 3.0, -2.0, 5.0  # a token of the second document
@@ -170,7 +170,7 @@ def test_every_output_is_written(name):
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty returns with NaN
     try:
         out, lse = kernel.forward(q, k, v, borders, lengths, spec)
-        grads = kernel.backward(dout, q, k, v, out, lse, borders, lengths, spec)
+        grads = kernel.backward(dout, Saved(q, k, v, out, lse), borders, lengths, spec)
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(bool(x.isfinite().all()) for x in (out, lse, *grads))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -181,3 +182,17 @@ def test_a_base_with_code_of_its_own_is_refused_without_a_question(
     (tmp_path / "base" / "code.py").write_text("raise SystemExit('it ran')")
     with pytest.raises(ModelError, match=r"base model .* cannot be loaded"):
         export_model(run, tmp_path / "out")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_of_a_base_that_had_grown(tied: bool, tmp_path: Path) -> None:
+    """Made elsewhere: two tokens added, the embeddings saved with the adapter."""
+    base = save_tiny(tmp_path / "base", tie_word_embeddings=tied)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(model.config.vocab_size + 2)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    export_model(tmp_path / "adapter", tmp_path / "out", str(base))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        torch.testing.assert_close(merged(TOKENS).logits, adapted.eval()(TOKENS).logits, rtol=1e-4, atol=1e-4)

@@ -10,12 +10,14 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from ds_longft.config.ds_json import DeepSpeedSettings
 from ds_longft.config.run_config import RunConfig
 from ds_longft.decide.of_run import foresee_run
 from ds_longft.layout import ParallelLayout
-from ds_longft.model.load import load_config
 from ds_longft.train.install import decided, known_run
 from tests.unit.decide.shapes import SMOLLM2
+
+ZERO3 = DeepSpeedSettings({"zero_optimization": {"stage": 3}}, sp=None, stage=3)
 
 
 def foreseen(folder: Path, memory_gib: float) -> dict[str, Any] | None:
@@ -27,11 +29,8 @@ def foreseen(folder: Path, memory_gib: float) -> dict[str, Any] | None:
             "data": {"max_length_tokens": "128K"},
         }
     )
-    layout, engine_config = cast(ParallelLayout, SimpleNamespace(sp=1, world=1)), {"zero_optimization": {"stage": 3}}
-    hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation="eager")
-    known = known_run(
-        config, engine_config, hf_config, layout, torch.device("cuda"), memory_gib=memory_gib, kernel="flash-attn-4"
-    )
+    layout, settings = cast(ParallelLayout, SimpleNamespace(sp=1, world=1)), ZERO3
+    known = known_run(config, settings, layout, torch.device("cuda"), memory_gib=memory_gib, kernel="flash-attn-4")
     return foresee_run(known, decided(known, torch.device("cuda")))
 
 
@@ -52,7 +51,6 @@ def test_the_demonstration_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_cpu_run_does_what_is_configured(tmp_path: Path) -> None:
     AutoConfig.for_model(**SMOLLM2).save_pretrained(tmp_path)
     config = RunConfig.model_validate({"model": {"path": str(tmp_path)}, "train": {"recompute": "sqrt"}})
-    hf_config = load_config(config.model, 8192, attn_implementation="eager")
     layout = cast(ParallelLayout, SimpleNamespace(sp=1, world=1))
-    decisions = decided(known_run(config, {}, hf_config, layout, torch.device("cpu")), torch.device("cpu"))
+    decisions = decided(known_run(config, ZERO3, layout, torch.device("cpu")), torch.device("cpu"))
     assert (decisions.recompute, decisions.tile_tokens, decisions.keep, decisions.setting) == ("sqrt", None, None, None)

@@ -43,6 +43,19 @@ def test_spikes_are_recorded_across_a_resume(tmp_path: Path, capfd: pytest.Captu
     assert capfd.readouterr().out.count("loss 9.0000 (spike: 9") == 1
 
 
+def test_an_evaluation_that_is_due_again_is_forgotten(tmp_path: Path) -> None:
+    lines = [
+        {"step": 3, "loss": 1.0},
+        {"step": 3, "eval_loss": 2.0},
+        {"step": 4, "loss": 1.0},
+        {"step": 4, "eval_loss": 2.0},
+    ]
+    for due, left in ((False, 4), (True, 3)):
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        Records(tmp_path, LogConfig(), total_steps=9, first_step=4, active=True, eval_due=due)
+        assert read_metrics(tmp_path / "metrics.jsonl") == lines[:left]
+
+
 def test_a_skipped_step_and_a_loss_that_is_no_number_are_said_and_are_json(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""What `ds-longft data synth stretches|numbers` do: long rows of running texts, in wanted lengths and languages."""
+"""What `ds-longft data synth stretches` does: long rows of running texts, in wanted lengths and languages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from ds_longft.data.ledger import Ledger
 from ds_longft.errors import ConfigError
 from ds_longft.tools.look.commands import load_tokenizer
 from ds_longft.tools.make_data.lengths import Lengths
-from ds_longft.tools.make_data.synth import numbers as hidden
 from ds_longft.tools.make_data.synth.commands import context_length, write_made
 from ds_longft.tools.make_data.synth.row_plan import size_parts
 from ds_longft.tools.make_data.synth.sources import read_documents
@@ -49,64 +48,14 @@ def stretches(
         name: written to each row as its source.
         json: print one JSON object instead of a line.
     """
-    shared = _shared(rows, context_tokens, sizes, languages, seed, name, tokenizer)
+    shared = of_running_texts(rows, context_tokens, sizes, languages, seed, name, tokenizer)
     taken = Where(parse_where("--where", where), parse_where("--exclude", exclude))
     with Ledger(Path(f"{out}.ledger.jsonl")) as ledger:
         documents = read_documents(SourceConfig(path=source), ledger, taken)
         write_made(stretch_rows(documents, **shared), out, shared["lengths"], ledger, json)
 
 
-def numbers(
-    source: str,
-    out: str,
-    *,
-    rows: int = 1000,
-    context_tokens: int | str = "32K",
-    questions: int = hidden.QUESTIONS,
-    at_once: int | None = None,
-    sizes: str | None = None,
-    languages: str | None = None,
-    where: str | None = None,
-    exclude: str | None = None,
-    tokenizer: str | None = None,
-    seed: int = 0,
-    name: str = "numbers",
-    json: bool = False,
-) -> None:
-    """Hide numbers in long texts, English or Chinese, and ask for each of them, one or several in a turn.
-
-    The wordings and names are others than those that `ds-longft eval needle` asks with.
-
-    Args:
-        source: set of plain texts, or of references; a file, a folder, or a pattern in quotes.
-        out: JSONL file to write.
-        rows: how many.
-        context_tokens: longest row, e.g. 128K.
-        questions: at most so many numbers are hidden in a row, and --at_once at least; fewer in rows of which they
-            would be more than half.
-        at_once: up to so many are asked for in one turn; half of the turns ask for so many. Left out: 4, or all.
-        sizes: part of the longest row and its share, e.g. 1/4:3,1/2:2,1:2. Left out: halves of halves down to 1/32.
-        languages: shares of the rows, e.g. zh:0.15; others as there is text.
-        where: column=value, rows of the source to take.
-        exclude: column=value, rows of the source to leave out.
-        tokenizer: folder or hub id of a model, to fill lengths exactly. Left out: lengths are estimated.
-        seed: the same seed gives the same rows.
-        name: written to each row as its source.
-        json: print one JSON object instead of a line.
-    """
-    shared = _shared(rows, context_tokens, sizes, languages, seed, name, tokenizer)
-    at_once = min(hidden.AT_ONCE, questions) if at_once is None else at_once
-    if not 1 <= at_once <= questions <= hidden.MAX_QUESTIONS:
-        seen = f"--questions is {questions}, --at_once is {at_once}"
-        raise ConfigError(f"{seen}: expected 1 to {hidden.MAX_QUESTIONS}, and no more at once than there are")
-    taken = Where(parse_where("--where", where), parse_where("--exclude", exclude))
-    with Ledger(Path(f"{out}.ledger.jsonl")) as ledger:
-        documents = read_documents(SourceConfig(path=source), ledger, taken)
-        made = hidden.number_rows(documents, questions=questions, at_once=at_once, **shared)
-        write_made(made, out, shared["lengths"], ledger, json)
-
-
-def _shared(
+def of_running_texts(
     rows: int,
     context_tokens: int | str,
     sizes: str | None,
@@ -115,7 +64,7 @@ def _shared(
     name: str,
     tokenizer: str | None,
 ) -> dict[str, Any]:
-    """What both kinds of rows take."""
+    """What rows made of running texts take: `stretch_rows`, and what else is made like them. Raises ConfigError."""
     if rows < 1:
         raise ConfigError(f"--rows is {rows}: expected 1 or more")
     parts = parse_shares("--sizes", sizes, "1/4:3,1:1") if sizes else None

@@ -217,44 +217,6 @@ def test_the_open_recipe_on_real_texts(tmp_path):
     assert done.eval_rows > 5
 
 
-def test_the_demonstration_recipe_makes_stretches_numbers_and_takes_chats(tmp_path, tokenizer, capsys):
-    """Columns choose the rows, shares hold to the row, and chats and plain texts of one file are both trained."""
-    texts = [
-        {"text": make(200, seed), "lang": lang, "collection": "a"}
-        for lang, make in (("en", english), ("zh", chinese)) for seed in range(8)
-    ]  # fmt: skip
-    texts += [{"text": "Kept for the evaluation. " * 500, "lang": "en", "collection": "Shakespeare plays (sample)"}]
-    write(tmp_path / "root" / "longdocs_one.jsonl.gz", texts[::2])
-    write(tmp_path / "root" / "longdocs_two.jsonl", texts[1::2])
-    asked = {"qas": [{"question": "What?", "answer": "That."}], "lang": "en"}
-    questions = [
-        {"context": english(200, 50 + i), "eval_kind": kind, **asked} for kind in ("f1", "exam") for i in range(8)
-    ]
-    questions[-1]["context"] = "Passages that are repeated. " * 500
-    write(tmp_path / "root" / "longqa_one.jsonl", questions)
-    write(tmp_path / "root" / "instruct_short.jsonl", [chat(english(3, i), "a") for i in range(20)])
-    (tmp_path / "root" / "notes.txt").write_text("not of the pattern")
-    tokenizer.save_pretrained(tmp_path / "model")
-    words = ["--root", str(tmp_path / "root"), "--out", str(tmp_path / "out"), "--tokenizer", str(tmp_path / "model")]
-    words += ["--total_rows", "100", "--max_length_tokens", "4K"]
-    assert main(["data", "mix", str(RECIPES / "extend_smollm2_data.yaml"), *words]) == 0
-    rows = [json.loads(line) for line in (tmp_path / "out" / "train.jsonl").read_text().splitlines()]
-    assert Counter(row["source"] for row in rows) == {
-        "stretches": 13, "stretches of other texts": 12, "numbers": 39, "numbers in other texts": 24, "chats": 12,
-    }  # fmt: skip
-    assert Counter(row["language"] for row in rows if row["source"] == "numbers") == {"en": 33, "zh": 6}
-    assert all(row["language"] == "en" for row in rows if row["source"] != "numbers")
-    assert {"messages" in row for row in rows} == {True, False}
-    assert not any("Kept for the" in json.dumps(row) or "Passages that are" in json.dumps(row) for row in rows)
-    capsys.readouterr()
-    assert main(["data", "stats", str(tmp_path / "out" / "run.yaml"), "--json"]) == 0
-    stats = json.loads(capsys.readouterr().out)
-    assert (stats["rows"], stats["bad_rows"]) == (100, 0)
-    trained = {group["name"]: group["targets"] / group["tokens"] for group in stats["sources"]}
-    assert trained["stretches"] > 0.99
-    assert 0 < trained["numbers"] < 0.2
-
-
 def test_columns_choose_rows_of_any_source(tmp_path, two_languages):
     rows = [chat(english(3, i), "a") | {"set": f"s{i % 4}", "part": i % 2} for i in range(40)]
     write(tmp_path / "a.jsonl", rows)
@@ -263,7 +225,7 @@ def test_columns_choose_rows_of_any_source(tmp_path, two_languages):
     with pytest.raises(DataError, match=r"a\.jsonl holds no row that is taken by where set=s9: correct"):
         mixed(tmp_path, [{**source, "where": {"set": "s9"}, "exclude": {}}])
     write(tmp_path / "docs.jsonl", [{"text": english(300, i), "lang": "en"} for i in range(4)])
-    made = {"name": "n", "path": "docs.jsonl", "synth": "numbers", "rows": 3}
+    made = {"name": "n", "path": "docs.jsonl", "synth": "stretches", "rows": 3}
     with pytest.raises(DataError, match=r"docs\.jsonl holds no row that is taken by exclude lang=en"):
         mixed(tmp_path, [{**made, "exclude": {"lang": "en"}}])
 
@@ -276,28 +238,27 @@ def test_keys_without_effect_and_missing_totals_are_refused():
 
     for source, match in (
         (
-            {"synth": "stretches", "rows": 3, "at_once": 2},
-            "at_once has no effect with synth: stretches, only with numbers",
+            {"synth": "stretches", "rows": 3, "questions": 2},
+            "questions has no effect with synth: stretches, only with needle, code",
         ),
         ({"sizes": {"1": 1}}, "sizes has no effect with synth: none"),
-        ({"synth": "numbers", "rows": 3, "sizes": {"3/2": 1}}, "expected parts of the longest row"),
+        ({"synth": "stretches", "rows": 3, "sizes": {"3/2": 1}}, "expected parts of the longest row"),
         (
             {"synth": "needle", "rows": 3, "languages": {"zh": 0.1}},
             "languages has no effect with synth: needle, only with",
         ),
-        ({"synth": "numbers", "rows": 3, "languages": {"zh": 0.7, "en": 0.7}}, "languages: the shares add up to 1.400"),
         (
-            {"synth": "numbers", "rows": 3, "questions": 129},
-            "questions is 129: synth: numbers has names for 128 at most",
+            {"synth": "stretches", "rows": 3, "languages": {"zh": 0.7, "en": 0.7}},
+            "languages: the shares add up to 1.400",
         ),
         ({"synth": "code", "rows": 3, "exclude": {"a": "b"}}, "exclude has no effect"),
-        ({"synth": "numbers", "share": 0.5}, "a has a share and no rows: give it rows, or the recipe total_rows"),
+        ({"synth": "stretches", "share": 0.5}, "a has a share and no rows: give it rows, or the recipe total_rows"),
     ):
         expected, recipe = problems(source, match=match)
         with expected:
             Recipe.model_validate(recipe)
     sizes = Recipe.model_validate({
-        "sources": [{"name": "a", "path": "a", "synth": "numbers", "share": 0.5, "sizes": {"1/2": 1, 1: 2}}],
+        "sources": [{"name": "a", "path": "a", "synth": "stretches", "share": 0.5, "sizes": {"1/2": 1, 1: 2}}],
         "max_length_tokens": 4096, "total_rows": 11,
     })  # fmt: skip
     assert sizes.sources[0].sizes == {"1/2": 1, "1": 2}

@@ -309,19 +309,19 @@ def test_charts() -> None:
 POISON = """"'><img src=x onerror="document.title='PWNED'"><script>document.title='PWNED'</script>|``` x"""
 
 
-def poisonings(content: Any) -> Iterator[Any]:
+def poisonings(content: Any, poison: str = POISON) -> Iterator[Any]:
     """The content with one string of it, value or key, poisoned; once for each."""
     if isinstance(content, str):
-        yield content + POISON
-        yield POISON
+        yield content + poison
+        yield poison
     elif isinstance(content, dict):
         for key, value in content.items():
-            yield {**{k: v for k, v in content.items() if k != key}, key + POISON: value}
-            for inner in poisonings(value):
+            yield {**{k: v for k, v in content.items() if k != key}, key + poison: value}
+            for inner in poisonings(value, poison):
                 yield {**content, key: inner}
     elif isinstance(content, list):
         for i, value in enumerate(content):
-            for inner in poisonings(value):
+            for inner in poisonings(value, poison):
                 yield [*content[:i], inner, *content[i + 1 :]]
 
 
@@ -357,18 +357,3 @@ def test_no_string_of_any_file_becomes_code(run: Path) -> None:
             pages += 1
         file.write_text(original)
     assert pages > 100
-
-
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-def test_a_browser_runs_nothing_of_a_poisoned_run(run: Path, tmp_path: Path) -> None:
-    for file in run.rglob("*.json"):
-        content = json.loads(file.read_text())
-        for key in ("date", "model", "error", "sample"):
-            if key in content:
-                content[key] = next(poisonings(content[key])) if content[key] else POISON
-        file.write_text(json.dumps(content))
-    page = tmp_path / "page.html"
-    page.write_text(html_page(gather_facts(run)))
-    command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{page}"]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    assert "<title>PWNED" not in dom

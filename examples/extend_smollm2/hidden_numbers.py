@@ -14,10 +14,10 @@ from typing import Any
 from ds_longft.data.rows import Turn
 from ds_longft.errors import DataError
 from ds_longft.tools.make_data.lengths import Lengths
-from ds_longft.tools.make_data.synth.number_wordings import SPEECH, Speech, facts_about
 from ds_longft.tools.make_data.synth.row_plan import plan_rows
 from ds_longft.tools.make_data.synth.sources import Document
 from ds_longft.tools.make_data.synth.stretches import RunningText, fill, running_texts
+from examples.extend_smollm2.number_wordings import SPEECH, Speech, facts_about
 
 QUESTIONS = 8
 AT_AN_EDGE = 1 / 16  # share of the numbers before the first sentence, and the same behind the last

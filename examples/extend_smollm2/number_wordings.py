@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
-from ds_longft.tools.make_data.synth.number_grammar import GRAMMAR_EN, GRAMMAR_ZH, KINDS, Grammar, Kind, Telling
+from examples.extend_smollm2.number_grammar import GRAMMAR_EN, GRAMMAR_ZH, KINDS, Grammar, Kind, Telling
 
 MADE_UP = 0.5  # share of the names
 COMPOSED = 0.7  # share of the sentences put together by the grammar; the others are half written out, half framed

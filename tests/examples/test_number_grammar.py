@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from ds_longft.tools.make_data.synth.number_grammar import GRAMMAR_EN, GRAMMAR_ZH, KINDS
+from examples.extend_smollm2.number_grammar import GRAMMAR_EN, GRAMMAR_ZH, KINDS
 
 GRAMMARS = {"en": GRAMMAR_EN, "zh": GRAMMAR_ZH}
 

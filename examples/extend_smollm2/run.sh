@@ -3,18 +3,18 @@
 # command does it all; run again, it goes on where it stopped. ONLY=data, train, before or after does a part, so that the
 # data can be made on a machine without a GPU. PARALLEL=1 runs the evaluations of a model side by side.
 #
-#   TEXTS=/path/to/longdocs benchmarks/extend_smollm2.sh                    # one GPU, or all GPUs of the machine
-#   TEXTS=... MODE=full ROPE=abf benchmarks/extend_smollm2.sh               # the other variants; arguments are keys of the run
-#   LENGTH=2048 LENGTHS=512,1024 ROWS=100 STEPS=2 TRIALS=1 SHORT=2 benchmarks/extend_smollm2.sh        # rehearsal on a CPU, built-in text
+#   TEXTS=/path/to/longdocs examples/extend_smollm2/run.sh                    # one GPU, or all GPUs of the machine
+#   TEXTS=... MODE=full ROPE=abf examples/extend_smollm2/run.sh               # the other variants; arguments are keys of the run
+#   LENGTH=2048 LENGTHS=512,1024 ROWS=100 STEPS=2 TRIALS=1 SHORT=2 examples/extend_smollm2/run.sh        # rehearsal on a CPU, built-in text
 #
 # TEXTS holds longdocs_*.jsonl.gz with columns text, collection, lang, of which the collection HELD_OUT is not trained on but
-# evaluated on, longqa_*.jsonl.gz and instruct_*.jsonl.gz (recipes/extend_smollm2_data.yaml). Results: DATA/stats.html,
+# evaluated on, longqa_*.jsonl.gz and instruct_*.jsonl.gz (examples/extend_smollm2/data.yaml). Results: DATA/stats.html,
 # RUN/report.html, and lines on stdout for results.jsonl. CUDA_VISIBLE_DEVICES and MASTER_PORT keep two of these apart.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-python}
 TEXTS=${TEXTS:-}
-HELD_OUT="Shakespeare plays (sample)"   # excluded by recipes/extend_smollm2_data.yaml
+HELD_OUT="Shakespeare plays (sample)"   # excluded by examples/extend_smollm2/data.yaml
 ONLY=${ONLY:-all}    # data, train, before, after (evaluation and report) or all
 LENGTH=${LENGTH:-131072}
 ROWS=${ROWS:-7000}
@@ -40,13 +40,24 @@ part data || part train || part before || part after || { echo "ONLY is $ONLY: e
 
 $PYTHON -c "from ds_longft.tools.smollm2 import prepare_smollm2; prepare_smollm2('~/.cache/ds_longft/quickstart')"
 if part data && [ ! -f "$DATA/run.yaml" ]; then
-  if [ -z "$TEXTS" ]; then $PYTHON benchmarks/extend_smollm2.py texts "$DATA/texts" "$LENGTH"; fi
-  # Makes the rows, mixes them, tokenises them into the cache that training reads, and shows the packs in stats.html.
-  longft data mix recipes/extend_smollm2_data.yaml --root "${TEXTS:-$DATA/texts}" --out "$DATA" --tokenizer "$MODEL" \
+  mkdir -p "$DATA/texts"
+  if [ -z "$TEXTS" ]; then $PYTHON examples/extend_smollm2/extend.py texts "$DATA/texts" "$LENGTH"
+  else ln -sf "$(realpath "$TEXTS")"/{longdocs,longqa,instruct}_*.jsonl* "$DATA/texts/"; fi
+  # Finding several numbers in order takes practice, which rows of one to four thousand tokens give cheaply: they are three
+  # in four rows of numbers and hold a fifth of their tokens. At most 64 numbers a row: some rows hide 4.
+  hide() { # hide SHARE(%) PATTERN FILE ...
+    $PYTHON examples/extend_smollm2/extend.py numbers "$DATA/texts/$2" "$DATA/texts/$3" --rows $(((ROWS * $1 + 99) / 100)) \
+      --context_tokens "$LENGTH" --sizes 1/128:20,1/64:14,1/32:10,1/16:7,1/8:4,1/4:2,1/2:1,1:0.7 --questions 64 \
+      --tokenizer "$MODEL" "${@:4}"
+  }
+  hide 39 'longdocs_*' numbers.jsonl --languages zh:0.15 --exclude "collection=$HELD_OUT"
+  hide 24 'longqa_*' numbers_other.jsonl --exclude eval_kind=exam --name "numbers in other texts"
+  # Cuts the stretches, mixes all rows, tokenises them into the cache that training reads, and shows the packs in stats.html.
+  longft data mix examples/extend_smollm2/data.yaml --root "$DATA/texts" --out "$DATA" --tokenizer "$MODEL" \
     --max_length_tokens "$LENGTH" --total_rows "$ROWS"
 fi
 
-keys=(--config recipes/extend_smollm2.yaml --output_dir "$RUN" --sp "$SP" --data.max_length_tokens "$LENGTH"
+keys=(--config examples/extend_smollm2/train.yaml --output_dir "$RUN" --sp "$SP" --data.max_length_tokens "$LENGTH"
   --data.pack_tokens $((LENGTH / 4)) --data.train "$(realpath -m "$DATA/train.jsonl")" --train.max_steps "$STEPS"
   --train.gradient_accumulation_steps $(((PACKS * SP + RANKS - 1) / RANKS)))
 if [ "$ROPE" != yarn ]; then keys+=(--model.rope.type "$ROPE" --model.rope.attention_factor null); fi
@@ -89,4 +100,4 @@ fi
 part after || exit 0
 evaluate "$TRIALS"
 longft report "$RUN"
-$PYTHON benchmarks/extend_smollm2.py results "$RUN" "benchmarks/extend_smollm2.sh MODE=$MODE ROPE=$ROPE LENGTH=$LENGTH"
+$PYTHON examples/extend_smollm2/extend.py results "$RUN" "examples/extend_smollm2/run.sh MODE=$MODE ROPE=$ROPE LENGTH=$LENGTH"

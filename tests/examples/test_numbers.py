@@ -1,26 +1,33 @@
-"""Stretches and hidden numbers: lengths filled to the token, shares kept, answers that stand in the text, other words than the evaluation's."""
+"""Hidden numbers: lengths filled to the token, shares kept, answers that stand in the text, other words than the evaluation's."""
 
 import json
 import random
 import re
+import subprocess
+import sys
 from collections import Counter
 from functools import cache
+from pathlib import Path
 
 import pytest
+from jinja2 import Template
 
 from ds_longft.cli import main
+from ds_longft.config.yaml_io import load_yaml
 from ds_longft.data.formats import to_row
-from ds_longft.errors import ConfigError, DataError
+from ds_longft.errors import DataError
 from ds_longft.tools.evaluate import needle_facts as asked_in_evaluation
 from ds_longft.tools.make_data.lengths import Lengths
-from ds_longft.tools.make_data.synth.number_grammar import KINDS, Telling
-from ds_longft.tools.make_data.synth.number_wordings import SPEECH, facts_about
-from ds_longft.tools.make_data.synth.numbers import MAX_QUESTIONS, SENTENCE_END, hide, number_rows
-from ds_longft.tools.make_data.synth.row_plan import apportion, language_shares, plan_rows
 from ds_longft.tools.make_data.synth.sources import Document
-from ds_longft.tools.make_data.synth.stretches import running_texts, stretch_rows
+from examples.extend_smollm2.extend import main as extend
+from examples.extend_smollm2.hidden_numbers import MAX_QUESTIONS, SENTENCE_END, hide, number_rows
+from examples.extend_smollm2.number_grammar import KINDS, Telling
+from examples.extend_smollm2.number_wordings import SPEECH, facts_about
+from tests.unit.conftest import chat
+from tests.unit.tools.make_data.test_mix import write
 from tests.unit.tools.make_data.texts import chinese, english
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "extend_smollm2"
 LONGEST = 4096
 SHARES = {"zh": 0.15}
 
@@ -33,43 +40,18 @@ def documents():
 
 @pytest.fixture(scope="module")
 def made(documents, tokenizer):
-    """Rows of both kinds, lengths counted by a tokenizer."""
+    """Rows with lengths counted by a tokenizer."""
     settings = {"rows": 64, "context_tokens": LONGEST, "seed": 0, "languages": SHARES, "lengths": Lengths(tokenizer)}
-    return {
-        "stretches": list(stretch_rows(documents, name="s", **settings)),
-        "numbers": list(number_rows(documents, name="n", **settings)),
-    }
+    return list(number_rows(documents, name="n", **settings))
 
 
 def tokens_of(row, lengths):
     return lengths.rows([to_row(row, "messages", source="", origin="").turns])[0]
 
 
-def test_rows_have_the_planned_lengths_to_a_few_tokens_and_languages(made, tokenizer):
-    lengths = Lengths(tokenizer)
-    sizes = (512, 512, 512, 1024, 2048, 4096)  # 1/32 and 1/16 of 4,096 are below the shortest
-    for rows in made.values():
-        assert Counter(row["language"] for row in rows) == {"zh": 10, "en": 54}
-        seen = Counter()
-        for row in rows:
-            tokens = tokens_of(row, lengths)
-            size = next(size for size in sizes if tokens <= size)
-            assert size - 12 <= tokens
-            seen[size] += 1
-        assert seen == pytest.approx({512: 36, 1024: 12, 2048: 8, 4096: 8}, abs=1)
-        assert len({row["id"] for row in rows}) == 64
-
-
-def test_stretches_stand_in_the_texts_as_they_are(made, documents):
-    whole = {lang: "\n\n".join(d.text for d in documents if d.language == lang) for lang in ("en", "zh")}
-    for row in made["stretches"]:
-        assert row["text"] in whole[row["language"]] + "\n\n"
-    assert len({row["text"][:50] for row in made["stretches"]}) > 50
-
-
 def test_each_answer_stands_in_the_text_beside_the_name_that_is_asked_for(made):
     turns = Counter()
-    for row in made["numbers"]:
+    for row in made[::3]:
         messages = row["messages"]
         assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
         context, _, first = messages[0]["content"].rpartition("\n\n")
@@ -291,20 +273,6 @@ def runs(texts, count):
     return {run for run in found if run.count("_") < count - 1}
 
 
-def test_the_seed_decides_and_lengths_can_be_estimated(documents):
-    settings = {"rows": 6, "context_tokens": 1500, "name": "n"}
-    for make in (stretch_rows, number_rows):
-        rows = list(make(documents, seed=0, **settings))
-        assert list(make(documents, seed=0, **settings)) == rows
-        assert list(make(documents, seed=1, **settings)) != rows
-        assert all(400 < tokens_of(row, Lengths()) <= 1500 for row in rows)
-    assert number_rows(documents, seed=0, at_once=1, **settings) != rows
-    single = list(number_rows(documents, seed=0, at_once=1, questions=5, sizes={"1": 1}, **settings))
-    counts = {len(row["messages"]) for row in single}
-    assert counts <= {2, 4, 6, 8, 10}
-    assert len(counts) > 1
-
-
 def test_most_rows_tell_all_numbers_in_the_same_words():
     rng = random.Random(0)
     rows = [facts_about(SPEECH["en"], MAX_QUESTIONS, rng) for _ in range(200)]
@@ -320,40 +288,41 @@ def test_sentences_are_hidden_behind_sentence_ends():
     assert hide(text, ["B.", "A."], [1.0, 0.5], " ") == "One. A.  Two is 3.14! 三。 B. Four"
 
 
-def test_shares_are_kept_to_the_row():
-    assert apportion(10, {"a": 3, "b": 3, "c": 2}) == {"a": 4, "b": 4, "c": 2}
-    assert apportion(0, {"a": 1}) == {"a": 0}
-    assert language_shares({"en": 30, "zh": 50, "fr": 10}, {"zh": 0.2}) == pytest.approx(
-        {"zh": 0.2, "en": 0.6, "fr": 0.2}
-    )
-    assert language_shares({"en": 3}, {"zh": 0.2}) == {"en": 1.0}, "all of the rows, as the only one"
-    assert language_shares({"zh": 3}, {"en": 1.0}) == {"zh": 1.0}
-    planned = Counter(plan_rows(20, {"en": 1}, 65536, random.Random(0), sizes={"1/4": 3, "1": 1}))
-    assert planned == {("en", 16384): 15, ("en", 65536): 5}
-    with pytest.raises(ConfigError, match=r"sizes: seen 2: 1, expected parts of the longest row between 0 and 1"):
-        plan_rows(20, {"en": 1}, 65536, random.Random(0), sizes={"2": 1})
+def test_rows_have_the_planned_lengths_to_a_few_tokens_and_languages(made, tokenizer):
+    lengths = Lengths(tokenizer)
+    sizes = (512, 512, 512, 1024, 2048, 4096)  # 1/32 and 1/16 of 4,096 are below the shortest
+    assert Counter(row["language"] for row in made) == {"zh": 10, "en": 54}
+    seen = Counter()
+    for row in made:
+        tokens = tokens_of(row, lengths)
+        size = next(size for size in sizes if tokens <= size)
+        assert size - 12 <= tokens
+        seen[size] += 1
+    assert seen == pytest.approx({512: 36, 1024: 12, 2048: 8, 4096: 8}, abs=1)
+    assert len({row["id"] for row in made}) == 64
+
+
+def test_the_seed_decides_and_lengths_can_be_estimated(documents):
+    settings = {"rows": 6, "context_tokens": 1500, "name": "n"}
+    rows = list(number_rows(documents, seed=0, **settings))
+    assert list(number_rows(documents, seed=0, **settings)) == rows
+    assert list(number_rows(documents, seed=1, **settings)) != rows
+    assert all(400 < tokens_of(row, Lengths()) <= 1500 for row in rows)
+    assert number_rows(documents, seed=0, at_once=1, **settings) != rows
+    single = list(number_rows(documents, seed=0, at_once=1, questions=5, sizes={"1": 1}, **settings))
+    counts = {len(row["messages"]) for row in single}
+    assert counts <= {2, 4, 6, 8, 10}
+    assert len(counts) > 1
 
 
 def test_texts_that_are_too_short_or_foreign_are_named(documents):
-    with pytest.raises(DataError, match=r"hold 1\d,\d+ tokens together, a stretch of 1,000,000 was wanted"):
-        list(stretch_rows(documents[:3], rows=1, context_tokens=1_000_000, sizes={"1": 1}, seed=0, name="s"))
     with pytest.raises(DataError, match="no English or Chinese text"):
         next(number_rows([Document("un texte", "fr", "0")], rows=1, context_tokens=1000, seed=0, name="n"))
     with pytest.raises(DataError, match="leave no room for text"):
         list(number_rows(documents, rows=1, context_tokens=30, seed=0, name="n"))
 
 
-def test_a_stretch_goes_on_in_the_next_document_of_its_language(documents, tokenizer):
-    text = running_texts(documents, Lengths(tokenizer))["en"]
-    assert text.cut(0, text.tokens).count("\n\n") >= 12
-    assert text.cut(0, 100) == text.text[: text.starts[100]]
-    rng = random.Random(0)
-    starts = [text.place(1000, rng) for _ in range(50)]
-    assert all(start <= text.starts[-1000] for start in starts)
-    assert text.place(text.tokens, rng) == 0
-
-
-def test_the_commands(documents, tmp_path, capsys, tokenizer):
+def test_the_command(documents, tmp_path, capsys, tokenizer):
     rows = [{"text": d.text, "lang": d.language, "kept": "no"} for d in documents]
     rows.append({"text": "Not this one. " * 900, "lang": "en", "kept": "yes"})
     for number in range(2):
@@ -362,17 +331,16 @@ def test_the_commands(documents, tmp_path, capsys, tokenizer):
     tokenizer.save_pretrained(tmp_path / "model")
     words = [str(tmp_path / "texts_*.jsonl"), str(tmp_path / "out.jsonl"), "--rows", "20", "--context_tokens", "2K"]
     words += ["--exclude", "kept=yes", "--languages", "zh:0.25", "--sizes", "1/2:1,1:1", "--json"]
-    for name in ("stretches", "numbers"):
-        assert main(["data", "synth", name, *words, "--tokenizer", str(tmp_path / "model")]) == 0
-        facts = json.loads(capsys.readouterr().out)
-        assert facts["rows"] == 20
-        assert facts["exact_lengths"]
-        assert 1000 < facts["shortest_tokens"] <= 1024
-        assert 2030 < facts["longest_tokens"] <= 2048
-        made = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-        assert Counter(row["language"] for row in made) == {"en": 15, "zh": 5}
-        assert not any("Not this one" in json.dumps(row) for row in made)
-    assert main(["data", "synth", "numbers", *words, "--where", "lang=zh"]) == 0
+    assert extend(["numbers", *words, "--tokenizer", str(tmp_path / "model")]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["rows"] == 20
+    assert facts["exact_lengths"]
+    assert 1000 < facts["shortest_tokens"] <= 1024
+    assert 2030 < facts["longest_tokens"] <= 2048
+    made = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert Counter(row["language"] for row in made) == {"en": 15, "zh": 5}
+    assert not any("Not this one" in json.dumps(row) for row in made)
+    assert extend(["numbers", *words, "--where", "lang=zh"]) == 0
     capsys.readouterr()
     assert '"en"' not in (tmp_path / "out.jsonl").read_text()
 
@@ -380,18 +348,111 @@ def test_the_commands(documents, tmp_path, capsys, tokenizer):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--sizes", "1/2"], "--sizes is '1/2': expected names and shares, e.g. 1/4:3,1:1"),
-        (["--sizes", "2:1"], "sizes: seen 2: 1.0, expected parts of the longest row"),
-        (["--languages", "en:0.9,zh:0.2"], "the shares add up to more than 1"),
-        (["--where", "lang"], "--where is 'lang', expected column=value"),
         (["--questions", "129"], "--questions is 129, --at_once is 4: expected 1 to 128"),
         (["--questions", "2", "--at_once", "3"], "and no more at once than there are"),
-        (["--rows", "0"], "--rows is 0: expected 1 or more"),
-        (["--where", "lang=fr"], "holds no row that is taken by where lang=fr"),
+        (["--sizes", "2:1"], "sizes: seen 2: 1.0, expected parts of the longest row"),
     ],
 )
 def test_mistakes_on_the_command_line(flags, expected, documents, tmp_path, capsys):
     (tmp_path / "t.jsonl").write_text(json.dumps({"text": documents[0].text, "lang": "en"}))
-    assert main(["data", "synth", "numbers", str(tmp_path / "t.jsonl"), str(tmp_path / "out.jsonl"), *flags]) == 64
+    assert extend(["numbers", str(tmp_path / "t.jsonl"), str(tmp_path / "out.jsonl"), *flags]) == 64
     assert expected in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_the_script_runs_by_itself(tmp_path):
+    """Its folder comes first among those that modules are looked for in."""
+    command = [sys.executable, str(EXAMPLE / "extend.py"), "numbers", str(tmp_path / "t.jsonl"), "out", "--rows", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 64
+    assert "--rows is 0: expected 1 or more" in done.stderr
+
+
+def test_the_demonstration_recipe_makes_stretches_numbers_and_takes_chats(tmp_path, tokenizer, capsys):
+    """Columns choose the rows, shares hold to the row, and chats and plain texts of one file are both trained."""
+    texts = [
+        {"text": make(200, seed), "lang": lang, "collection": "a"}
+        for lang, make in (("en", english), ("zh", chinese)) for seed in range(8)
+    ]  # fmt: skip
+    texts += [{"text": "Kept for the evaluation. " * 500, "lang": "en", "collection": "Shakespeare plays (sample)"}]
+    write(tmp_path / "root" / "longdocs_one.jsonl.gz", texts[::2])
+    write(tmp_path / "root" / "longdocs_two.jsonl", texts[1::2])
+    asked = {"qas": [{"question": "What?", "answer": "That."}], "lang": "en"}
+    questions = [
+        {"context": english(200, 50 + i), "eval_kind": kind, **asked} for kind in ("f1", "exam") for i in range(8)
+    ]
+    questions[-1]["context"] = "Passages that are repeated. " * 500
+    write(tmp_path / "root" / "longqa_one.jsonl", questions)
+    write(tmp_path / "root" / "instruct_short.jsonl", [chat(english(3, i), "a") for i in range(20)])
+    (tmp_path / "root" / "notes.txt").write_text("not of the pattern")
+    tokenizer.save_pretrained(tmp_path / "model")
+    words = ["--root", str(tmp_path / "root"), "--out", str(tmp_path / "out"), "--tokenizer", str(tmp_path / "model")]
+    words += ["--total_rows", "100", "--max_length_tokens", "4K"]
+    hide = [
+        "--context_tokens",
+        "4K",
+        "--questions",
+        "64",
+        "--tokenizer",
+        str(tmp_path / "model"),
+        "--sizes",
+        "1/32:20,1/4:2,1:1",
+    ]
+    for pattern, file, *more in (
+        (
+            "longdocs_*",
+            "numbers",
+            "--rows",
+            "39",
+            "--languages",
+            "zh:0.15",
+            "--exclude",
+            "collection=Shakespeare plays (sample)",
+        ),
+        (
+            "longqa_*",
+            "numbers_other",
+            "--rows",
+            "24",
+            "--exclude",
+            "eval_kind=exam",
+            "--name",
+            "numbers in other texts",
+        ),
+    ):
+        assert (
+            extend(
+                ["numbers", str(tmp_path / "root" / pattern), str(tmp_path / "root" / f"{file}.jsonl"), *hide, *more]
+            )
+            == 0
+        )
+    assert main(["data", "mix", str(EXAMPLE / "data.yaml"), *words]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out" / "train.jsonl").read_text().splitlines()]
+    assert Counter(row["source"] for row in rows) == {
+        "stretches": 13, "stretches of other texts": 12, "numbers": 39, "numbers in other texts": 24, "chats": 12,
+    }  # fmt: skip
+    assert Counter(row["language"] for row in rows if row["source"] == "numbers") == {"en": 33, "zh": 6}
+    assert all(row["language"] == "en" for row in rows if row["source"] != "numbers")
+    assert {"messages" in row for row in rows} == {True, False}
+    assert not any("Kept for the" in json.dumps(row) or "Passages that are" in json.dumps(row) for row in rows)
+    capsys.readouterr()
+    assert main(["data", "stats", str(tmp_path / "out" / "run.yaml"), "--json"]) == 0
+    stats = json.loads(capsys.readouterr().out)
+    assert (stats["rows"], stats["bad_rows"]) == (100, 0)
+    trained = {group["name"]: group["targets"] / group["tokens"] for group in stats["sources"]}
+    assert trained["stretches"] > 0.99
+    assert 0 < trained["numbers"] < 0.2
+
+
+def test_the_harness_task_reads_the_rows_of_numbers() -> None:
+    """lm-evaluation-harness renders the columns of a row, and looks for the number in the reply."""
+    task = load_yaml((EXAMPLE / "lm_eval" / "longft_numbers.yaml").read_text())
+    documents = [Document("A sentence of ten words stands here again and again. " * 400, "en", "0")]
+    made = number_rows(documents, rows=4, context_tokens=900, seed=0, name="n", questions=1, at_once=1, sizes={"1": 1})
+    (regex,) = [f["regex_pattern"] for f in task["filter_list"][0]["filter"] if f["function"] == "regex"]
+    for row in made:
+        prompt, target = (Template(task[key]).render(**row) for key in ("doc_to_text", "doc_to_target"))
+        assert prompt == row["messages"][0]["content"]
+        assert target == row["messages"][1]["content"]
+        assert re.findall(regex, f"It is {target}.")[0] == target
+    assert (task["output_type"], task["test_split"]) == ("generate_until", *task["dataset_kwargs"]["data_files"])

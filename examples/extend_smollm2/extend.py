@@ -1,6 +1,7 @@
-"""What the demonstration in extend_smollm2.sh needs beside the program itself: a rehearsal's texts, result lines.
+"""What run.sh needs beside the program itself: a rehearsal's texts, numbers hidden in long texts, result lines.
 
 `texts` writes the built-in texts of `ds-longft eval` as the folder of long documents that a user would bring.
+`numbers` makes rows of them: numbers hidden in running text, and asked for.
 `results` reads the evaluations of a run, before and after, and prints one JSON object a line for results.jsonl.
 """
 
@@ -16,10 +17,18 @@ from typing import Any
 
 import fire
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.work import commit
+from ds_longft.config.run_config import SourceConfig
+from ds_longft.data.ledger import Ledger
+from ds_longft.errors import ConfigError, LongftError
 from ds_longft.tools.evaluate.texts import chinese, english
+from ds_longft.tools.make_data.synth.commands import write_made
+from ds_longft.tools.make_data.synth.sources import read_documents
+from ds_longft.tools.make_data.synth.text_commands import of_running_texts
+from ds_longft.tools.make_data.where import Where, parse_where
+from examples.extend_smollm2 import hidden_numbers as hidden
 
 CHARACTERS_A_TOKEN = {"en": 6, "zh": 2}  # more than SmolLM2's tokenizer takes
 DOCUMENT_CHARS = 20_000
@@ -50,6 +59,56 @@ def texts(out: str, length: int) -> None:
     write("instruct", [{"messages": [{"role": r, "content": c} for r, c in pair], "lang": "en"} for pair in turns])
 
 
+def numbers(
+    source: str,
+    out: str,
+    *,
+    rows: int = 1000,
+    context_tokens: int | str = "32K",
+    questions: int = hidden.QUESTIONS,
+    at_once: int | None = None,
+    sizes: str | None = None,
+    languages: str | None = None,
+    where: str | None = None,
+    exclude: str | None = None,
+    tokenizer: str | None = None,
+    seed: int = 0,
+    name: str = "numbers",
+    json: bool = False,
+) -> None:
+    """Hide numbers in long texts, English or Chinese, and ask for each of them, one or several in a turn.
+
+    The wordings and names are others than those that `ds-longft eval needle` asks with.
+
+    Args:
+        source: set of plain texts, or of references; a file, a folder, or a pattern in quotes.
+        out: JSONL file to write.
+        rows: how many.
+        context_tokens: longest row, e.g. 128K.
+        questions: at most so many numbers are hidden in a row, and --at_once at least; fewer in rows of which they
+            would be more than half.
+        at_once: up to so many are asked for in one turn; half of the turns ask for so many. Left out: 4, or all.
+        sizes: part of the longest row and its share, e.g. 1/4:3,1/2:2,1:2. Left out: halves of halves down to 1/32.
+        languages: shares of the rows, e.g. zh:0.15; others as there is text.
+        where: column=value, rows of the source to take.
+        exclude: column=value, rows of the source to leave out.
+        tokenizer: folder or hub id of a model, to fill lengths exactly. Left out: lengths are estimated.
+        seed: the same seed gives the same rows.
+        name: written to each row as its source.
+        json: print one JSON object instead of a line.
+    """
+    shared = of_running_texts(rows, context_tokens, sizes, languages, seed, name, tokenizer)
+    at_once = min(hidden.AT_ONCE, questions) if at_once is None else at_once
+    if not 1 <= at_once <= questions <= hidden.MAX_QUESTIONS:
+        seen = f"--questions is {questions}, --at_once is {at_once}"
+        raise ConfigError(f"{seen}: expected 1 to {hidden.MAX_QUESTIONS}, and no more at once than there are")
+    taken = Where(parse_where("--where", where), parse_where("--exclude", exclude))
+    with Ledger(Path(f"{out}.ledger.jsonl")) as ledger:
+        documents = read_documents(SourceConfig(path=source), ledger, taken)
+        made = hidden.number_rows(documents, questions=questions, at_once=at_once, **shared)
+        write_made(made, out, shared["lengths"], ledger, json)
+
+
 def results(run: str, command: str) -> None:
     """One line for each number of the demonstration, out of RUN/eval."""
     folder = Path(run)
@@ -65,7 +124,7 @@ def results(run: str, command: str) -> None:
     def result(name: str) -> dict[str, Any]:
         path = folder / "eval" / f"{name}.json"
         if not path.is_file():
-            sys.exit(f"{path} is missing: run extend_smollm2.sh with ONLY=before and ONLY=after first")
+            sys.exit(f"{path} is missing: run run.sh with ONLY=before and ONLY=after first")
         return json.loads(path.read_text())
 
     def line(what: str, value: float, unit: str, **more: float) -> None:
@@ -99,5 +158,15 @@ def results(run: str, command: str) -> None:
     line("training time", seconds[-1] if seconds else 0.0, "s")
 
 
+def main(argv: list[str]) -> int:
+    """Run one of the commands; returns the exit code."""
+    try:
+        fire.Fire({"texts": texts, "numbers": numbers, "results": results}, command=argv)
+    except LongftError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
 if __name__ == "__main__":
-    fire.Fire({"texts": texts, "results": results})
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,168 @@
+"""What is known of a model before a weight is read: sizes, heads, windows, experts, and the operations of a step.
+
+Read once in a start (`train.run`), and handed on from there. Operations are what a run without any recomputation would
+have to do, for MFU. Counted (the field's convention, a multiply and an add are two operations):
+- a linear weight on one token: 2 forward, 2 for the input's gradient, 2 for the weight's own gradient if it is trained.
+  So 6 per weight and token in full training, 4 for a frozen weight under LoRA.
+- attention, per layer and document: 2 products forward (scores, then values), 2 operations * heads * head_dim for each
+  pair of tokens that see each other; backward twice the forward.
+- the head (logits) on target tokens only: nothing else is needed for the loss.
+Not counted: recomputation, adapters (under 1%), norms, activations, embeddings, softmax.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from ds_longft.model.rope import positions_end
+from ds_longft.model.rope_formulas import config_head_dim
+from ds_longft.model.supported import decoder_layers
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Sizes of a decoder, as its code has them. All counts are elements."""
+
+    model_type: str
+    hidden: int  # D
+    inter: int  # I, input features of the down projection
+    layers: int  # L
+    q_heads: int
+    kv_heads: int
+    head_dim: int  # d, as attention exchanges it: the wider one where values have another size than queries and keys
+    attention_width: int  # q_heads * (query-key dimension + value dimension) / 2
+    softcap: float | None  # of attention scores
+    windows: tuple[int | None, ...]  # per layer: sliding window in tokens, None for full attention
+    vocab: int  # V
+    capped_logits: bool  # a softcap after the head (Gemma 2): the loss is not one kernel then
+    weights: int  # every weight, all experts, embedding and head included; a tied matrix counts once
+    body_weights: int  # of the linear layers one token passes through, head excluded, experts by their share of use
+    head_weights: int  # V * D
+    linear_io: tuple[tuple[str, int, int], ...]  # (name, in, out) of the first layer's linears
+    experts: int  # of a layer; 0: a dense model
+    norm_after_mlp: bool  # the MLP's output is needed again in the backward pass (Gemma 2 and 3)
+    max_positions: int  # documents longer than this need model.rope; 0: none is too long
+
+    @classmethod
+    def from_config(cls, hf_config: PretrainedConfig) -> ModelFacts:
+        """Read off a model without memory ("meta"): exact for every architecture.
+
+        Call it before ZeRO-3 is switched on for every model that is built.
+
+        Raises:
+            ModelError: no list of decoder layers.
+        """
+        # of a copy: the attention's name is written into the config that a model is made of
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), attn_implementation="eager")
+        head, layer = model.get_output_embeddings(), decoder_layers(model)[0]
+        body = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
+        # a mixture has one 3-D weight for all experts of a layer, of which each token uses a few
+        stacks = [p for p in model.parameters() if p.dim() == 3]
+        experts = _number(hf_config, "num_local_experts", "num_experts") or (len(stacks[0]) if stacks else 0)
+        if stacks:
+            used = _number(hf_config, "num_experts_per_tok", "moe_topk") or 1
+            body += sum(p.numel() for p in stacks) * used // experts
+        linears = tuple(
+            (name.rsplit(".", 1)[-1], m.in_features, m.out_features)
+            for name, m in layer.named_modules()
+            if isinstance(m, nn.Linear)
+        )
+        down = [
+            i for name, i, o in linears if o == hf_config.hidden_size and name.startswith(("down", "fc2", "c_proj"))
+        ]
+        heads = hf_config.num_attention_heads
+        query_dim, value_dim = _head_dims(hf_config)
+        return cls(
+            model_type=hf_config.model_type,
+            hidden=hf_config.hidden_size,
+            inter=down[0] if down else _number(hf_config, "intermediate_size"),
+            layers=hf_config.num_hidden_layers,
+            q_heads=heads,
+            kv_heads=_number(hf_config, "num_key_value_heads") or heads,
+            head_dim=max(query_dim, value_dim),
+            attention_width=heads * (query_dim + value_dim) // 2,
+            softcap=getattr(hf_config, "attn_logit_softcapping", None),
+            windows=layer_windows(hf_config),
+            vocab=hf_config.vocab_size,
+            capped_logits=getattr(hf_config, "final_logit_softcapping", None) is not None,
+            weights=sum(p.numel() for p in model.parameters()),
+            body_weights=body,
+            head_weights=head.weight.numel(),
+            linear_io=linears,
+            experts=experts,
+            norm_after_mlp=hasattr(layer, "post_feedforward_layernorm"),
+            max_positions=positions_end(hf_config) or 0,
+        )
+
+    @property
+    def layer_weights(self) -> int:
+        """Elements of one layer's linear weights."""
+        return sum(i * o for _, i, o in self.linear_io)
+
+    def trained_weights(self, lora_r: int | None) -> int:
+        """Elements with a gradient: adapters of that rank on every linear of every layer, r * (in + out); or all."""
+        return self.weights if lora_r is None else self.layers * sum(lora_r * (i + o) for _, i, o in self.linear_io)
+
+    def step_flops(self, document_lengths: Sequence[int], *, lora: bool, targets: int) -> float:
+        """Floating-point operations of forward and backward over these documents, on all GPUs together.
+
+        `document_lengths`: tokens of each document (of every pack and data-parallel rank, if the whole step is meant).
+        `targets`: how many of the tokens have a label. `lora`: the weights are frozen.
+        """
+        linear, attention = self._forward_parts(document_lengths, targets)
+        return float((2 if lora else 3) * linear + 3 * attention)
+
+    def forward_flops(self, document_lengths: Sequence[int], *, targets: int) -> float:
+        """Operations of a forward pass alone, e.g. of the reference model of DPO, on all GPUs together."""
+        return float(sum(self._forward_parts(document_lengths, targets)))
+
+    def equal_cost_tokens(self, *, lora: bool) -> int:
+        """Length of a document at which attention needs as many operations as everything linear, the head left out.
+
+        Layers with a sliding window count as linear: their share of the attention does not grow with the square.
+        """
+        full = sum(window is None for window in self.windows)
+        per_weight = 4 if lora else 6
+        # causal: half of length^2 pairs, 12 operations each (see `step_flops`)
+        return round(per_weight * self.body_weights / (6 * self.attention_width * max(full, 1)))
+
+    def _forward_parts(self, document_lengths: Sequence[int], targets: int) -> tuple[int, int]:
+        """Operations of the linear layers, and of attention."""
+        pairs = sum(visible_pairs(length, window) for window in self.windows for length in document_lengths)
+        linear = 2 * (sum(document_lengths) * self.body_weights + targets * self.head_weights)
+        return linear, 4 * self.attention_width * pairs
+
+
+def visible_pairs(length_tokens: int, window_tokens: int | None) -> int:
+    """Pairs (query, key) of one document under the causal mask, itself included, within the window."""
+    window = min(window_tokens or length_tokens, length_tokens)
+    return window * (window + 1) // 2 + (length_tokens - window) * window
+
+
+def layer_windows(hf_config: PretrainedConfig) -> tuple[int | None, ...]:
+    """Each layer's sliding window in tokens (a token and the window - 1 before it); None where it sees all."""
+    window = getattr(hf_config, "sliding_window", None)
+    if getattr(hf_config, "use_sliding_window", True) is False:
+        window = None
+    types = getattr(hf_config, "layer_types", None)
+    if types is None:
+        return (window,) * hf_config.num_hidden_layers
+    return tuple(window if layer == "sliding_attention" else None for layer in types)
+
+
+def _head_dims(hf_config: PretrainedConfig) -> tuple[int, int]:
+    """Size of a head of queries and keys, and of values: latent attention (DeepSeek) has its own keys for both."""
+    dim = config_head_dim(hf_config)
+    return _number(hf_config, "qk_head_dim") or dim, _number(hf_config, "v_head_dim") or dim
+
+
+def _number(hf_config: PretrainedConfig, *keys: str) -> int:
+    """The first of the keys that the config has, 0 where it has none."""
+    return next((int(n) for n in (getattr(hf_config, key, None) for key in keys) if n), 0)

@@ -1,0 +1,59 @@
+"""Other trainers' files, which tests compare with: TRL is installed, Axolotl lies beside, without what it needs to run."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+def trl_folder() -> Path:
+    spec = find_spec("trl")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent
+
+
+def axolotl_folder() -> Path:
+    """`launch/setup.sh` puts it into .venv/peers; DS_LONGFT_TEST_PEERS names another folder."""
+    folder = Path(os.environ.get("DS_LONGFT_TEST_PEERS", Path(sys.prefix) / "peers")) / "axolotl"
+    if not folder.is_dir():
+        pytest.skip("no axolotl: pip install --no-deps --target .venv/peers axolotl==0.19.0")
+    return folder
+
+
+def axolotl_chat_templates() -> ModuleType:
+    """Axolotl's own module that finds what of a chat is trained, with stand-ins for what it imports beside it."""
+    folder = axolotl_folder()
+    name = "axolotl.prompt_strategies.chat_template"
+    if name not in sys.modules:
+        sys.modules["colorama"] = _StandIn("colorama")
+        for other in ("utils.logging", "utils.dict", "utils.chat_templates", "utils.schemas.datasets"):
+            sys.modules[f"axolotl.{other}"] = _StandIn(f"axolotl.{other}")
+        sys.modules["axolotl.utils.logging"].get_logger = logging.getLogger
+        sys.modules["axolotl.utils.dict"].remove_none_values = _without_none
+        for package in ("axolotl", "axolotl.utils", "axolotl.utils.schemas", "axolotl.prompt_strategies"):
+            sys.modules[package] = _StandIn(package)
+            sys.modules[package].__path__ = [str(folder.parent / package.replace(".", "/"))]
+    return importlib.import_module(name)
+
+
+class _StandIn(ModuleType):
+    """A module that has every name."""
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {"CYAN": "", "RESET": ""})
+
+
+def _without_none(record: object) -> object:
+    if isinstance(record, dict):
+        return {key: _without_none(value) for key, value in record.items() if value is not None}
+    return [_without_none(value) for value in record] if isinstance(record, list) else record

@@ -1,0 +1,156 @@
+"""Sizes, heads, windows and experts against the models that transformers builds, and operations against torch's count."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
+
+from ds_longft.errors import ModelError
+from ds_longft.model.facts import ModelFacts, layer_windows, visible_pairs
+from ds_longft.model.peaks import peak_tflops
+from ds_longft.model.supported import check_supported, decoder_layers
+from tests.unit.model.tiny import FAMILIES, tiny_config
+from tests.unit.sequence.zoo import model_types, tiny
+
+
+def facts_of(**changes: Any) -> ModelFacts:
+    return replace(ModelFacts.from_config(tiny_config("llama")), **changes)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_linear_part_equals_what_torch_counts(family: str) -> None:
+    """Full training, one document; torch counts the whole square of attention: taken out on both sides."""
+    config = tiny_config(family)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    tokens = 24
+    with FlopCounterMode(display=False) as counter:
+        model(torch.arange(1, tokens + 1)[None]).logits.sum().backward()
+    counted = counter.get_flop_counts()["Global"]
+    linear = sum(n for op, n in counted.items() if "bmm" not in str(op))
+    facts = ModelFacts.from_config(config)
+    attention = 3 * 4 * facts.attention_width * sum(visible_pairs(tokens, w) for w in facts.windows)
+    assert facts.step_flops([tokens], lora=False, targets=tokens) - attention == linear
+
+
+def test_an_8b_model_by_hand() -> None:
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+    )
+    facts = ModelFacts.from_config(config)
+    assert facts.body_weights == 32 * (4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336)
+    length = 131072
+    got = facts.step_flops([length], lora=True, targets=0)
+    linear = 4 * length * facts.body_weights
+    attention = 3 * 32 * 4 * 4096 * length * (length + 1) / 2
+    assert got == pytest.approx(linear + attention, rel=1e-12)
+    assert got == pytest.approx(17.2e15, rel=0.01)
+    two_halves = facts.step_flops([length // 2] * 2, lora=True, targets=0)
+    assert two_halves - linear == pytest.approx(attention / 2, rel=1e-4)
+    assert facts.step_flops([length], lora=False, targets=0) - got == 2 * length * facts.body_weights
+    assert facts.step_flops([length], lora=True, targets=10) - got == 4 * 10 * 4096 * 128256
+
+
+@pytest.mark.parametrize(("length", "window"), [(1, None), (7, None), (7, 3), (7, 7), (7, 100)])
+def test_pairs_against_the_mask(length: int, window: int | None) -> None:
+    rows, columns = torch.arange(length)[:, None], torch.arange(length)[None]
+    mask = (columns <= rows) & (rows - columns < (window or length))
+    assert visible_pairs(length, window) == int(mask.sum())
+
+
+def test_windows_by_family() -> None:
+    assert layer_windows(tiny_config("llama")) == (None, None)
+    assert layer_windows(tiny_config("mistral")) == (16, 16)
+    assert layer_windows(tiny_config("gemma2")) == (16, None)
+    assert layer_windows(tiny_config("qwen2", sliding_window=16)) == (None, None)  # use_sliding_window is off
+
+
+def test_experts_count_by_their_share_of_use() -> None:
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+    )
+    facts = ModelFacts.from_config(config)
+    attention, experts, router = 4 * 32 * 32, 2 * 3 * 32 * 48, 8 * 32
+    assert facts.body_weights in {attention + experts, attention + experts + router}
+
+
+def test_latent_attention_has_one_head_size_for_queries_and_keys_and_one_for_values() -> None:
+    facts = ModelFacts.from_config(tiny("youtu"))
+    assert facts.head_dim == 16  # what is exchanged; the config's `head_dim` is the rotated part, 8
+    assert facts.attention_width == 4 * (16 + 12) // 2
+
+
+NOT_BUILT = {"cohere_compass_text", "dbrx"}  # the small config is none of theirs
+HEADS_BY_KIND = {"mimo_v2_flash"}  # sliding layers have heads of their own: the facts are those of full layers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", model_types())
+def test_facts_are_those_of_the_model(model_type: str) -> None:
+    """Every causal model type of transformers that can be trained."""
+    config = tiny(model_type) if model_type not in NOT_BUILT else None
+    if config is None:
+        pytest.skip("not built")
+    try:
+        check_supported(config)
+        facts = ModelFacts.from_config(config)
+    except ModelError:
+        pytest.skip("refused by name")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager")
+    assert facts.weights == sum(p.numel() for p in model.parameters())
+    assert facts.head_weights == facts.vocab * facts.hidden == model.get_output_embeddings().weight.numel()
+    assert (facts.experts > 0) == any(p.dim() == 3 for p in model.parameters())
+    assert len(facts.windows) == facts.layers
+    linears = {name.rsplit(".", 1)[-1]: m for name, m in decoder_layers(model)[0].named_modules()}
+    for name, heads in (("q_proj", facts.q_heads), ("q_b_proj", facts.q_heads), ("k_proj", facts.kv_heads)):
+        if name in linears and model_type not in HEADS_BY_KIND:
+            assert linears[name].out_features == heads * facts.head_dim
+
+
+def test_attention_costs_as_much_as_the_linears_at_its_length() -> None:
+    facts = facts_of(body_weights=6_979_321_856, windows=(None,) * 32, attention_width=4096)
+    for lora in (True, False):
+        length = facts.equal_cost_tokens(lora=lora)
+        whole = facts.step_flops([length], lora=lora, targets=0)
+        linear = (4 if lora else 6) * length * facts.body_weights
+        assert whole == pytest.approx(2 * linear, rel=1e-3)
+    assert facts.equal_cost_tokens(lora=True) == 35_499
+
+
+def test_a_forward_pass_is_the_step_without_its_backward() -> None:
+    """2 of 4 operations a frozen weight, 1 of 3 parts of attention."""
+    facts = facts_of(body_weights=1000, head_weights=300, windows=(None, 4), attention_width=16)
+    lengths, targets = (7, 10), 5
+    whole = facts.step_flops(lengths, lora=True, targets=targets)
+    linear = 4 * (17 * 1000 + 5 * 300)
+    assert facts.forward_flops(lengths, targets=targets) == linear / 2 + (whole - linear) / 3
+
+
+def test_peaks() -> None:
+    assert peak_tflops("NVIDIA H100 80GB HBM3") == 989
+    assert peak_tflops("NVIDIA H100 PCIe") == 756
+    assert peak_tflops("NVIDIA H200") == 989
+    assert peak_tflops("NVIDIA A100-SXM4-80GB") == 312
+    assert peak_tflops("NVIDIA L40S") == 362
+    assert peak_tflops("NVIDIA GeForce RTX 4090") == 165
+    assert peak_tflops("NVIDIA GB200") is None
+    assert peak_tflops("cpu") is None
