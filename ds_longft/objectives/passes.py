@@ -39,12 +39,12 @@ def backpropagate_pairs(engine: Any, pack: Pack, scale: float, layout: ParallelL
     run = _Run.of(engine, pack, layout, device)
     reference = run.reference()
     if engine.module.passes == "one":
-        mine = run.policy()  # with the graph
+        mine = run.both()  # with the graph
         pairs = run.losses(mine.detach(), reference)
         engine.backward((mine * run.coefficients(pairs, scale)).sum().float(), scale_wrt_gas=False)
     else:
         with torch.no_grad():
-            pairs = run.losses(run.policy(), reference)
+            pairs = run.losses(run.both(), reference)
         coefficients = run.coefficients(pairs, scale)
         with _two_backwards(engine) as boundary:
             for side, batch in enumerate(run.batches):
@@ -60,7 +60,7 @@ def evaluate_pairs(engine: Any, pack: Pack, layout: ParallelLayout, device: torc
     """The same sums without a gradient."""
     run = _Run.of(engine, pack, layout, device)
     reference = run.reference()
-    return run.share(run.losses(run.policy(), reference))
+    return run.share(run.losses(run.both(), reference))
 
 
 @torch.no_grad()
@@ -97,13 +97,9 @@ class _Run:
         return -self.engine(batch, of_reference=of_reference)[:count]
 
     def both(self, *, of_reference: bool = False) -> Tensor:
-        """[P, 2] this rank's share of both documents' log-probabilities."""
+        """[P, 2] this rank's share of both documents' log-probabilities, with a graph unless gradients are off."""
         parts = [self.documents(batch, of_reference=of_reference) for batch in self.batches]
         return parts[0].view(-1, 2) if len(parts) == 1 else torch.stack(parts, dim=1)
-
-    def policy(self) -> Tensor:
-        """[P, 2] this rank's share, with a graph unless gradients are off."""
-        return self.both()
 
     def reference(self) -> Tensor | None:
         """[P, 2] this rank's share of the reference's, or all of it where it was precomputed; None without one."""

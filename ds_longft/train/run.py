@@ -67,7 +67,11 @@ def run(
         LongftError: any other, on every rank alike.
     """
     try:
-        return _run(config, settings, sp, launch, status, stop, started)
+        joined = join_processes(config, settings, sp, launch, status, Phases(started))
+        data = read_data(joined)
+        model = build_engine(joined)
+        resumed = resume(joined, data, model)
+        return _train(joined, data, model, resumed, stop, started)
     except torch.OutOfMemoryError as error:
         raise memory_error(error, status) from error
 
@@ -78,22 +82,6 @@ def memory_error(error: torch.OutOfMemoryError, status: Status) -> GpuMemoryErro
     if known is None:
         return GpuMemoryError(f"out of GPU memory {status.where}: {error}")
     return Adviser(known).error(error, status.where)
-
-
-def _run(
-    config: RunConfig,
-    settings: DeepSpeedSettings,
-    sp: int,
-    launch: Launch,
-    status: Status,
-    stop: StopRequest,
-    started: float,
-) -> int:
-    joined = join_processes(config, settings, sp, launch, status, Phases(started))
-    data = read_data(joined)
-    model = build_engine(joined)
-    resumed = resume(joined, data, model)
-    return _train(joined, data, model, resumed, stop, started)
 
 
 def _train(joined: Joined, data: RunData, model: Model, resumed: Resumed, stop: StopRequest, started: float) -> int:
