@@ -35,8 +35,8 @@ from ds_longft.train.same_run import CHANGES, TrainState, in_words
 from ds_longft.train.secrets import tracked_config
 from ds_longft.train.start import (
     Joined,
-    Model,
     Phases,
+    Prepared,
     Resumed,
     RunData,
     build_engine,
@@ -69,9 +69,9 @@ def run(
     try:
         joined = join_processes(config, settings, sp, launch, status, Phases(started))
         data = read_data(joined)
-        model = build_engine(joined)
-        resumed = resume(joined, data, model)
-        return _train(joined, data, model, resumed, stop, started)
+        prepared = build_engine(joined)
+        resumed = resume(joined, data, prepared)
+        return _train(joined, data, prepared, resumed, stop, started)
     except torch.OutOfMemoryError as error:
         raise memory_error(error, status) from error
 
@@ -84,10 +84,12 @@ def memory_error(error: torch.OutOfMemoryError, status: Status) -> GpuMemoryErro
     return Adviser(known).error(error, status.where)
 
 
-def _train(joined: Joined, data: RunData, model: Model, resumed: Resumed, stop: StopRequest, started: float) -> int:
+def _train(
+    joined: Joined, data: RunData, prepared: Prepared, resumed: Resumed, stop: StopRequest, started: float
+) -> int:
     """The loop between the records' first and last lines."""
     config, status, launch, agreement = joined.config, joined.status, joined.launch, joined.agreement
-    device, built, tokenizer, state = joined.device, model.built, data.tokenizer, resumed.state
+    device, built, tokenizer, state = joined.device, prepared.built, data.tokenizer, resumed.state
     records = Records(
         joined.folder, config.log, total_steps=state.total_steps, first_step=state.step, active=launch.rank == 0,
         eval_due=state.eval_due,
@@ -96,9 +98,9 @@ def _train(joined: Joined, data: RunData, model: Model, resumed: Resumed, stop: 
         config, {"world": joined.layout.world, "dp": joined.layout.dp, "total_steps": state.total_steps}
     )  # fmt: skip
     state = replace(state, tracker_id=agreement.broadcast(records.start_trackers(state.tracker_id, tracked)))
-    ended_before = model.found is not None and state.step >= state.total_steps
+    ended_before = prepared.found is not None and state.step >= state.total_steps
     if launch.rank == 0:
-        _write_head(records, joined, data, model, resumed, ended_before=ended_before, started=started)
+        _write_head(records, joined, data, prepared, resumed, ended_before=ended_before, started=started)
     status.training(state.step, joined.phases.seconds)
     status.where = "in training"
     stop.saves = True
@@ -117,7 +119,7 @@ def _train(joined: Joined, data: RunData, model: Model, resumed: Resumed, stop: 
         train_loader=resumed.train_loader,
         eval_loader=resumed.eval_loader,
         records=records,
-        checkpoints=model.checkpoints,
+        checkpoints=prepared.checkpoints,
         write_model=writer.write_weights,
         state=state,
         agreement=agreement,
@@ -155,7 +157,7 @@ def _write_head(
     records: Records,
     joined: Joined,
     data: RunData,
-    model: Model,
+    prepared: Prepared,
     resumed: Resumed,
     *,
     ended_before: bool,
@@ -166,15 +168,19 @@ def _write_head(
     if not ended_before:  # else the records would tell of settings that nothing was trained with
         write_facts(folder, config, joined.settings.engine, layout, device)
         write_data_facts(folder, data.train, data.held_out, data.tokenizer, state.total_steps)
-    header = _header(config, layout, device, resumed.train_loader, state, model.found[0] if model.found else None)
+    header = _header(config, layout, device, resumed.train_loader, state, prepared.found[0] if prepared.found else None)
     records.say("\n".join([header, *joined.remarks]))
-    records.say(f"{trainable_parameters(model.built.model)}; {joined.kernels}")
+    records.say(f"{trainable_parameters(prepared.built.model)}; {joined.kernels}")
     if ended_before:
         records.say(
             f"{folder} is finished: it has all {state.total_steps} steps, nothing is trained now, its records stay "
             "as they are. Give another output_dir to train with other settings, or more epochs to go on"
         )
-    lines = [*model.remarks, f"start-up {time.monotonic() - started:.1f} s: {joined.phases.text()}", *resumed.remarks]
+    lines = [
+        *prepared.remarks,
+        f"start-up {time.monotonic() - started:.1f} s: {joined.phases.text()}",
+        *resumed.remarks,
+    ]
     if state.changes:
         (folder / CHANGES).write_text(json.dumps(state.changes, indent=1) + "\n")
         lines.append(f"changed on the way: {in_words(state.changes)}")

@@ -99,7 +99,7 @@ class RunData:
 
 
 @dataclass(frozen=True)
-class Model:
+class Prepared:
     """The engine, and what was found out on the way to it."""
 
     built: Built
@@ -171,7 +171,7 @@ def read_data(joined: Joined) -> RunData:
     return RunData(tokenizer, train_set, eval_set)
 
 
-def build_engine(joined: Joined) -> Model:
+def build_engine(joined: Joined) -> Prepared:
     """Decide how the run saves memory, write down what is foreseen of it, and build the engine."""
     config, settings, layout, device = joined.config, joined.settings, joined.layout, joined.device
     memory_gib, taken_gib = own_memory_gib(device)
@@ -192,35 +192,35 @@ def build_engine(joined: Joined) -> Model:
     phases = joined.phases
     built = build(known, layout, device, decisions=decisions, loaded=lambda: phases.done("model loaded"))
     phases.done("engine built")
-    return Model(built, checkpoints, found, tuple(remarks))
+    return Prepared(built, checkpoints, found, tuple(remarks))
 
 
-def resume(joined: Joined, data: RunData, model: Model) -> Resumed:
+def resume(joined: Joined, data: RunData, prepared: Prepared) -> Resumed:
     """See that a checkpoint is of this run, rehearse the longest pack, and load the checkpoint.
 
     The rehearsal comes before the load, because it clears the optimizer's state.
     """
-    config, layout, built, found = joined.config, joined.layout, model.built, model.found
-    train_loader = _loader(joined, model, data.train, config.train.gradient_accumulation_steps)
-    state = _new_state(joined, data, model, train_loader)
+    config, layout, built, found = joined.config, joined.layout, prepared.built, prepared.found
+    train_loader = _loader(joined, data.train, config.train.gradient_accumulation_steps)
+    state = _new_state(joined, data, prepared, train_loader)
     if found is not None:
         refuse_another_run(*found, state)
-    remarks = _rehearse(joined, model, train_loader)
+    remarks = _rehearse(joined, prepared, train_loader)
     if found is not None:
         joined.status.where = "while a checkpoint was loaded"
         path, saved = found
-        model.checkpoints.load(built.engine, path, saved)
+        prepared.checkpoints.load(built.engine, path, saved)
         of_now = ("total_steps", "world", "decides", "may_change", "model", "base", "format", "written_by")
         now = {key: getattr(state, key) for key in of_now}
         state = replace(saved, **now, changes=changes_since(saved, state))
         joined.phases.done("checkpoint loaded")
         if saved.world != layout.world:
             remarks += (f"{path.name} was written by {saved.world} ranks: optimizer and weights were divided anew",)
-    eval_loader = None if data.held_out is None else _loader(joined, model, data.held_out, 1)
-    return Resumed(state, train_loader, eval_loader, tuple(model.checkpoints.set_aside_after(state.step)), remarks)
+    eval_loader = None if data.held_out is None else _loader(joined, data.held_out, 1)
+    return Resumed(state, train_loader, eval_loader, tuple(prepared.checkpoints.set_aside_after(state.step)), remarks)
 
 
-def _loader(joined: Joined, model: Model, part: TokenizedSet, accumulation: int) -> StepLoader:
+def _loader(joined: Joined, part: TokenizedSet, accumulation: int) -> StepLoader:
     config, layout = joined.config, joined.layout
     return StepLoader(
         part, data=config.data, dp=layout.dp, dp_rank=layout.dp_rank, sp=layout.sp,
@@ -229,9 +229,9 @@ def _loader(joined: Joined, model: Model, part: TokenizedSet, accumulation: int)
     )  # fmt: skip
 
 
-def _new_state(joined: Joined, data: RunData, model: Model, loader: StepLoader) -> TrainState:
+def _new_state(joined: Joined, data: RunData, prepared: Prepared, loader: StepLoader) -> TrainState:
     """The state of this run before its first step."""
-    config, layout, built = joined.config, joined.layout, model.built
+    config, layout, built = joined.config, joined.layout, prepared.built
     total_steps = sum(loader.steps_per_epoch(e) for e in range(config.train.epochs))
     return TrainState(
         step=0,
@@ -250,9 +250,9 @@ def _new_state(joined: Joined, data: RunData, model: Model, loader: StepLoader) 
     )
 
 
-def _rehearse(joined: Joined, model: Model, loader: StepLoader) -> tuple[str, ...]:
+def _rehearse(joined: Joined, prepared: Prepared, loader: StepLoader) -> tuple[str, ...]:
     """The dry run of the longest pack, where memory can be told; what was found, for the reader."""
-    config, layout, device, built, status = joined.config, joined.layout, joined.device, model.built, joined.status
+    config, layout, device, built, status = joined.config, joined.layout, joined.device, prepared.built, joined.status
     status.where = "in the dry run of the longest pack, before the first step"
     memory = device_memory(device)
     if memory is not None:
