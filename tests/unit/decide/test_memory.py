@@ -106,7 +106,7 @@ def test_weights_and_optimizer_by_zero_stage() -> None:
         setting = Setting((8192,), 2, 2, **{"recompute": "full", **changes})  # type: ignore[arg-type]
         return predict(model, setting, gpu).parts[name] / GIB
 
-    lora = model.lora_weights(16)
+    lora = model.trained_weights(16)
     assert lora == pytest.approx(41.9e6, rel=0.01)  # what PEFT prints for r 16 on all linears
     assert part("weights", stage=2) == pytest.approx(weights, rel=0.01)
     assert part("weights", stage=3) == pytest.approx(1.5 * weights, rel=0.01)  # resident: own half beside the whole

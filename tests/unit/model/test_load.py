@@ -23,9 +23,9 @@ from transformers import (
     Zamba2Config,
 )
 
-from ds_longft.config.run_config import ModelConfig
+from ds_longft.config.run_config import ModelConfig, RopeConfig
 from ds_longft.errors import ModelError
-from ds_longft.model.load import config_remarks, load_config, load_model, load_tokenizer
+from ds_longft.model.load import config_remarks, load_config, load_model, load_tokenizer, read_config
 from tests.unit.model.tiny import FAMILIES, WINDOW, save_tiny, tiny_config
 
 CPU = torch.device("cpu")
@@ -139,15 +139,16 @@ def test_remote_code_needs_a_pinned_revision(tmp_path: Path) -> None:
 
 def test_a_loss_that_the_config_asks_for_and_is_left_out_is_named(tmp_path: Path) -> None:
     tiny_config("qwen3_moe", output_router_logits=True).save_pretrained(tmp_path)
-    [remark] = config_remarks(ModelConfig(path=str(tmp_path)), WINDOW)
+    [remark] = config_remarks(read_config(ModelConfig(path=str(tmp_path))), RopeConfig(), WINDOW)
     assert "output_router_logits: true" in remark
     tiny_config("qwen3_moe").save_pretrained(tmp_path)
-    assert config_remarks(ModelConfig(path=str(tmp_path)), WINDOW) == []
+    assert config_remarks(read_config(ModelConfig(path=str(tmp_path))), RopeConfig(), WINDOW) == []
 
 
 def test_a_folder_with_tokenizer_model_alone(tmp_path):
     """Older Llamas, Mistrals and Yi."""
-    sentencepiece = pytest.importorskip("sentencepiece")
+    import sentencepiece
+
     texts = iter([Path(json.__file__).read_text(), "Hello the world"])
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(

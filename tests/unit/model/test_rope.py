@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from ds_longft.config.run_config import ModelConfig, RopeConfig
 from ds_longft.errors import ModelError
-from ds_longft.model.load import config_remarks, load_config, load_model
+from ds_longft.model.load import config_remarks, load_config, load_model, read_config
 from ds_longft.model.rope import apply_rope, check_rope, restore_rope, seen_tokens, window_tokens
 from ds_longft.model.rope_formulas import rope_parts
 from ds_longft.model.rope_lengths import set_rope_lengths
@@ -121,7 +121,8 @@ def test_a_base_too_small_is_remarked_on(tmp_path: Path) -> None:
     )
 
     def remarks(theta: float | None) -> list[str]:
-        return config_remarks(ModelConfig(path=str(tmp_path), rope=RopeConfig(type="abf", theta=theta)), 131072)
+        rope = RopeConfig(type="abf", theta=theta)
+        return config_remarks(read_config(ModelConfig(path=str(tmp_path))), rope, 131072)
 
     [remark] = remarks(1.75e6)
     assert "turns some dimensions further than the model has seen from some 49,0" in remark
