@@ -121,7 +121,7 @@ class Gpu:
                 f"`ds-longft plan --calibrate FILE` writes on your machine"
             )
         try:
-            return TypeAdapter(cls).validate_json((path if own else shipped).read_bytes())
+            return _GPU_FILE.validate_json((path if own else shipped).read_bytes())
         except OSError as error:
             wrong = [f"cannot be read, {error.strerror}"]
         except ValidationError as error:
@@ -135,6 +135,9 @@ class Gpu:
     def kernels(self) -> tuple[str, ...]:
         """Names of the attention kernels it has rates for, the fastest first."""
         return tuple(self.attention_tflops)
+
+
+_GPU_FILE = TypeAdapter(Gpu)  # making it takes longer than reading a file
 
 
 def shipped_gpus() -> list[str]:
