@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from ds_longft.data.plan import Packing, plan_epoch
+from ds_longft.data.pack_plan import Packing, plan_epoch
 
 PACKINGS: tuple[Packing, ...] = ("best_fit", "sorted", "none")
 

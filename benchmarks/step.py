@@ -119,9 +119,9 @@ def main() -> None:
     from ds_longft.layout import ParallelLayout
     from ds_longft.model.peaks import peak_tflops
     from ds_longft.sequence.kernels import AttentionSpec, choose_kernel
+    from ds_longft.train.device_memory import device_memory, own_memory_gib
     from ds_longft.train.engine import build
     from ds_longft.train.install import known_run
-    from ds_longft.train.memory import device_memory, own_memory_gib
     from ds_longft.train.rehearse import choose_passes, rehearse, settle
     from ds_longft.train.step import backpropagate_pack
 

@@ -29,6 +29,10 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.weights)
 
+    def part(self, which: slice) -> Pairs:
+        """Some of the pairs without their reference: what is left of them may be cut."""
+        return Pairs(self.weights[which])
+
 
 @dataclass(frozen=True)
 class Pack:
@@ -52,6 +56,17 @@ class Pack:
     def tokens(self) -> int:
         """S, padding included."""
         return len(self.input_ids)
+
+    @property
+    def documents_per_row(self) -> int:
+        """A pair is two documents."""
+        return 1 if self.pairs is None else 2
+
+    @property
+    def total_weight(self) -> float:
+        """Sum of the loss weights, or of those of pairs: the pack's share of what the loss divides by."""
+        weights = self.loss_weights if self.pairs is None else self.pairs.weights
+        return float(weights.sum(dtype=np.float64))
 
     def whole_documents(self, sp: int) -> bool:
         """Whether each of `sp` ranks holds documents that no other has a part of."""

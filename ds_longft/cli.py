@@ -96,7 +96,7 @@ COMMANDS = {
         "ds_longft.tools.evaluate.short:short", "short questions and texts: what long training must not harm"
     ),
     "eval longbench run": Command(
-        "ds_longft.tools.evaluate.longbench.run:run", "answer LongBench or LongBench-E, and score"
+        "ds_longft.tools.evaluate.longbench.predictions:run", "answer LongBench or LongBench-E, and score"
     ),
     "eval longbench score": Command(
         "ds_longft.tools.evaluate.longbench.score:score", "score anyone's LongBench predictions"
@@ -131,9 +131,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def show_config(*argv: str) -> None:
     """Print the run config that these arguments give, as YAML that `--config` reads back."""
-    from ds_longft.config.settings import dump_config, load_config
+    from ds_longft.config.settings import dump_config, load_run_config
 
-    print(dump_config(load_config(list(argv))), end="")
+    print(dump_config(load_run_config(list(argv))), end="")
 
 
 def show_train(*argv: str) -> None:

@@ -47,6 +47,9 @@ Applied = Annotated[T, OnResume.APPLIED]
 Rounding = Annotated[T, OnResume.ROUNDING]
 Free = Annotated[T, OnResume.FREE]
 
+DOCUMENTS_PER_ROW = {"sft": 1, "dpo": 2}
+"""Of each objective: a preference pair is two documents."""
+
 EACH_KEY_ALONE = "each key alone"
 """Validation context that leaves out the rules across keys, for who asks `contradictions` for them."""
 
@@ -471,7 +474,7 @@ class RunConfig(Section):
     @property
     def documents_per_row(self) -> int:
         """A pair is two documents of one pack."""
-        return 2 if self.objective == "dpo" else 1
+        return DOCUMENTS_PER_ROW[self.objective]
 
     @property
     def budget_tokens(self) -> int:

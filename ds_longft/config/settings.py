@@ -56,7 +56,7 @@ class CommandLine(BaseSettings, RunConfig):
     unrecognised: CliUnknownArgs
 
 
-def load_config(argv: list[str], preflight: Callable[[RunConfig], object] | None = None) -> RunConfig:
+def load_run_config(argv: list[str], preflight: Callable[[RunConfig], object] | None = None) -> RunConfig:
     """The run config of a command line, e.g. `["--config", "recipe.yaml", "--train.max_steps", "5"]`.
 
     `--help` prints every key and ends the process with 0. Raises ConfigError (exit 64) with every problem found:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ds_longft.data.plan import costs_of
+from ds_longft.data.pack_plan import costs_of
 
 MOST_UNEVEN = 1.05
 """The costliest rank over the mean. Beyond, waiting for it costs what the exchange does: 12 % of a step of 16,384-token

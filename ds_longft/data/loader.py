@@ -12,12 +12,11 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ds_longft.batch import Pack, Pairs, Step
+from ds_longft.batch import Pack, Step
 from ds_longft.config.run_config import DataConfig
 from ds_longft.data.deal import deal_documents
-from ds_longft.data.pack import build_pack, filler_pack
-from ds_longft.data.pairs import PairSet
-from ds_longft.data.plan import EQUAL_COST_TOKENS, PackPlan, plan_epoch
+from ds_longft.data.pack import filler_pack
+from ds_longft.data.pack_plan import EQUAL_COST_TOKENS, PackPlan, plan_epoch
 from ds_longft.data.tokenized import TokenizedSet
 
 STEPS_AHEAD = 3
@@ -96,11 +95,9 @@ class StepLoader:
         `of_a_side`: the pack of pairs whose chosen, or whose rejected documents have the most tokens together. What two
         passes hold at once is one side, and the longest pair need not have the longest answer.
         """
-        plan, tokenized = self.plan(epoch), self._tokenized
-        tokens = plan.pack_tokens
+        plan, tokens = self.plan(epoch), self.plan(epoch).pack_tokens
         if of_a_side:
-            assert isinstance(tokenized, PairSet), "only pairs have sides"
-            sides = tokenized.side_lengths
+            sides = self._tokenized.document_lengths
             tokens = np.asarray([sides[rows].sum(axis=0).max() for rows in plan.packs])
         return self._pack(plan, int(np.argmax(tokens)), None)  # split even where it could be dealt: that needs more
 
@@ -157,7 +154,7 @@ class StepLoader:
             epoch=epoch,
             index=index,
             packs=tuple(
-                self._filler() if number is None else self._pack(plan, number, dealt[number])
+                filler_pack(self._sp, self._pad_id) if number is None else self._pack(plan, number, dealt[number])
                 for number in plan.step(index)[self._dp_rank]
             ),
             total_weight=float(self._row_weights[rows].sum()),
@@ -167,27 +164,20 @@ class StepLoader:
 
     def _dealt(self, plan: PackPlan, number: int) -> list[list[int]] | None:
         """Which rows of a pack each sp rank holds whole, by their place in it; None where documents are split."""
-        if self._sp == 1 or isinstance(self._tokenized, PairSet):
+        if self._sp == 1 or self._tokenized.documents_per_row > 1:
             return None
         most = -(-int(plan.pack_tokens.max()) // self._sp)  # what a rank has of the fullest pack
         lengths = self._tokenized.lengths[plan.packs[number]]
         return deal_documents(lengths, self._sp, most, self._equal_cost_tokens)
 
-    def _filler(self) -> Pack:
-        filler = filler_pack(self._sp, self._pad_id)
-        no_pairs = Pairs(np.zeros(0, dtype=np.float32))
-        return replace(filler, pairs=no_pairs) if isinstance(self._tokenized, PairSet) else filler
-
     def _pack(self, plan: PackPlan, number: int, dealt: list[list[int]] | None) -> Pack:
         """`dealt`: see `_dealt`."""
-        tokenized, numbers = self._tokenized, plan.packs[number].tolist()
-        if isinstance(tokenized, PairSet):
-            return tokenized.pack(numbers, pad_to_multiple=self._sp, pad_id=self._pad_id)
+        rows = plan.packs[number].tolist()
         if dealt is not None:
-            numbers = [numbers[i] for of_rank in dealt for i in of_rank]
-        rows = [tokenized.row(row) for row in numbers]
-        pad_to = 1 if dealt else self._sp
-        pack = build_pack(rows, pad_to_multiple=pad_to, pad_id=self._pad_id, weighting=self._data.weighting)
+            rows = [rows[i] for of_rank in dealt for i in of_rank]
+        pack = self._tokenized.pack(
+            rows, pad_to_multiple=1 if dealt else self._sp, pad_id=self._pad_id, weighting=self._data.weighting
+        )
         if dealt is None:
             return pack
         ends = np.cumsum([len(of_rank) for of_rank in dealt])

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ds_longft.batch import IGNORE_INDEX, Pack
-from ds_longft.data.tokenized import TokenizedRow, Weighting
+
+if TYPE_CHECKING:
+    from ds_longft.data.tokenized import TokenizedRow, Weighting
 
 Document = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]
 """input_ids, labels, loss_weights of one document."""

@@ -184,7 +184,7 @@ class PairSet(TokenizedSet):
         )
 
     @property
-    def side_lengths(self) -> NDArray[np.int64]:
+    def document_lengths(self) -> NDArray[np.int64]:
         """[rows, 2] tokens of the chosen and of the rejected document of each pair."""
         both, shared, chosen = (self.column(name) for name in ("length", "shared_tokens", "chosen_tokens"))
         return np.stack([shared + chosen, both - chosen - shared], axis=1).astype(np.int64)
@@ -193,8 +193,8 @@ class PairSet(TokenizedSet):
         """[rows] the weight of each pair in the loss."""
         return self.column("row_weight").astype(np.float64)
 
-    def pack(self, rows: Sequence[int], *, pad_to_multiple: int, pad_id: int) -> Pack:
-        """Pairs laid head to tail, each as two documents."""
+    def pack(self, rows: Sequence[int], *, pad_to_multiple: int, pad_id: int, weighting: Weighting = "token") -> Pack:
+        """Pairs laid head to tail, each as two documents. Each pair counts once, whatever the `weighting`."""
         documents = [document for row in rows for document in self.documents(row)]
         plain = [replace(document, row_weight=1.0) for document in documents]  # a pair's weight is not its tokens'
         pack = build_pack(plain, pad_to_multiple=pad_to_multiple, pad_id=pad_id, weighting="token")

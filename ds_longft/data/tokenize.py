@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -52,6 +52,28 @@ INLINE_BYTES = 4 << 20  # below this, starting processes takes longer than the w
 BLOCKS_UNDER_WAY = 3  # for each worker
 PART_BLOCKS = 64  # of about 1 MB each: what a killed process may have to do again
 PREFERENCE = "preference"
+
+
+@dataclass(frozen=True)
+class RowKind:
+    """The way of a record to the tokens on disk."""
+
+    tokenized: type[TokenizedSet]
+    schema: pa.Schema
+    to_row: Callable[..., Any]  # of a record, its format, source and origin
+    encode: Callable[[Encoder, list[Any]], Sequence[Any]]
+    to_batch: Callable[[list[Any]], pa.RecordBatch]
+
+    @classmethod
+    def of(cls, name: str) -> RowKind:
+        """Of rows in the format of that name."""
+        return PAIRS if name == PREFERENCE else SINGLE
+
+
+SINGLE = RowKind(TokenizedSet, SCHEMA, to_row, Encoder.encode, to_record_batch)
+PAIRS = RowKind(
+    PairSet, PAIR_SCHEMA, lambda record, _, **place: to_preference(record, **place), encode_pairs, pairs_to_batch
+)
 
 
 @dataclass(frozen=True)
@@ -128,7 +150,7 @@ def tokenize_sources(
     if progress and (remark := found_set.tally.unused_remark()):
         say_once(remark)
     files = [folder / part.file for part in found_set.parts]
-    return (PairSet if pairs else TokenizedSet).open(files, fingerprint, found_set.tally)
+    return RowKind.of(formats[0]).tokenized.open(files, fingerprint, found_set.tally)
 
 
 def _make(
@@ -211,7 +233,7 @@ def _write(
     would go wrong again, and leaves nothing behind.
     """
     folder.mkdir(exist_ok=True)
-    schema = PAIR_SCHEMA if PREFERENCE in formats else SCHEMA
+    schema = RowKind.of(formats[0]).schema
     size_bytes = sum(source.size_bytes for source in sources)
     whole = whole_parts(folder)
     try:
@@ -328,6 +350,7 @@ def _run_in_worker(task: Task) -> Result:
 
 def encode_block(task: Task, encoder: Encoder) -> Result:
     """Parse, lay out and encode one block. Raises `Overlong` for the first row too long with `overlong: error`."""
+    kind_of_row = RowKind.of(task.format)
     rows: list[Row | PreferenceRow] = []
     left_out: list[Entry] = []
     unused: Counter[str] = Counter()
@@ -338,17 +361,11 @@ def encode_block(task: Task, encoder: Encoder) -> Result:
         try:
             if isinstance(record, BadRow):
                 raise record
-            if task.format == PREFERENCE:
-                rows.append(to_preference(record, source=task.source, origin=origin))
-            else:
-                rows.append(to_row(record, task.format, source=task.source, origin=origin))
+            rows.append(kind_of_row.to_row(record, task.format, source=task.source, origin=origin))
         except BadRow as bad:
             left_out.append(Entry(origin, bad.reason, bad.detail))
-    singles, pairs = [r for r in rows if isinstance(r, Row)], [r for r in rows if isinstance(r, PreferenceRow)]
-    results: Sequence[EncodedRow | EncodedPair | BadRow]
-    results = encode_pairs(encoder, pairs) if task.format == PREFERENCE else encoder.encode(singles)
     encoded: list[EncodedRow | EncodedPair] = []
-    for row, result in zip(rows, results, strict=True):
+    for row, result in zip(rows, kind_of_row.encode(encoder, rows), strict=True):
         if not isinstance(result, BadRow):
             encoded.append(result)
             unused.update(result.row.unused)
@@ -361,10 +378,5 @@ def encode_block(task: Task, encoder: Encoder) -> Result:
             kind = "overlong"
             too_long.append((result.tokens, result.targets))
         left_out.append(Entry(origin, result.reason, result.detail, kind))
-    batch = (
-        pairs_to_batch([r for r in encoded if isinstance(r, EncodedPair)])
-        if task.format == PREFERENCE
-        else to_record_batch([r for r in encoded if isinstance(r, EncodedRow)])
-    )
     truncated = sum(row.truncated for row in encoded)
-    return Result(batch, left_out, read, truncated, dict(unused), too_long)
+    return Result(kind_of_row.to_batch(encoded), left_out, read, truncated, dict(unused), too_long)

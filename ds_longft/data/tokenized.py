@@ -14,8 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from ds_longft.batch import Pack
 from ds_longft.data.encode import EncodedRow
 from ds_longft.data.ledger import Tally
+from ds_longft.data.pack import build_pack
 from ds_longft.errors import DataError
 
 Weighting = Literal["token", "sample"]
@@ -168,6 +170,17 @@ class TokenizedSet:
             np.add.at(sums, at + row, labels * each.astype(np.float64))
             at += batch.num_rows
         return sums[self._rows]
+
+    @property
+    def document_lengths(self) -> NDArray[np.int64]:
+        """[rows, documents of a row] tokens of each."""
+        return self.lengths[:, None]
+
+    def pack(self, rows: Sequence[int], *, pad_to_multiple: int, pad_id: int, weighting: Weighting) -> Pack:
+        """Rows laid head to tail: see `build_pack`."""
+        return build_pack(
+            [self.row(row) for row in rows], pad_to_multiple=pad_to_multiple, pad_id=pad_id, weighting=weighting
+        )
 
     def check_ids(self, vocab_size: int) -> None:
         """Raises DataError, naming a row, where the model has no embedding for a token: tokenizer of another model."""

@@ -11,7 +11,7 @@ from ds_longft.decide.memory import predict, stays_resident
 from ds_longft.decide.search import TILE_TOKENS, Question, fastest_saver
 from ds_longft.decide.setting import GIB, Setting
 from ds_longft.errors import GpuMemoryError
-from ds_longft.objectives.dpo import Reference
+from ds_longft.objectives.objective import Reference
 
 WORTH_GIB = 0.5
 """What saves less is not mentioned."""

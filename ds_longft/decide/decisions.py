@@ -14,7 +14,7 @@ from ds_longft.decide.search import fastest_of, fastest_saver, last_resorts, pas
 from ds_longft.decide.setting import GIB, Gpu, Setting
 from ds_longft.decide.tensors import Keep
 from ds_longft.model.facts import ModelFacts
-from ds_longft.objectives.dpo import reference_of
+from ds_longft.objectives.objective import Needs
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Run:
         A kernel that the GPU has no rates for counts as its fastest.
         """
         config, zero = self.config, self.engine_config.get("zero_optimization", {})
-        pairs, rows = config.objective == "dpo", config.documents_per_row
+        needs = Needs.of(config)
+        rows = needs.documents_per_row
         return Setting(
             lengths=(-(-config.longest_pack_tokens // rows),) * rows,
             sp=self.sp,
@@ -64,9 +65,9 @@ class Run:
             kv_heads=config.train.kv_heads_at_a_time,
             kernel=self.kernel if self.kernel in self.gpu.attention_tflops else self.gpu.kernels[0],
             fused=self.fused,
-            pairs=pairs,
-            reference=reference_of(config.dpo, lora=config.lora is not None) if pairs else "none",
-            passes=config.dpo.passes if pairs else "one",
+            pairs=rows > 1,
+            reference=needs.reference,
+            passes=needs.passes,
             accumulation=config.train.gradient_accumulation_steps,
         )
 
@@ -86,10 +87,8 @@ class Decisions:
     @classmethod
     def as_configured(cls, config: RunConfig) -> Decisions:
         """Nothing but what the config says: on CPUs, and for models that the planner does not describe."""
-        train = config.train
-        return cls(
-            train.recompute, train.recompute_every, train.mlp_tile_tokens, train.kv_heads_at_a_time, config.dpo.passes
-        )
+        train, passes = config.train, Needs.of(config).passes
+        return cls(train.recompute, train.recompute_every, train.mlp_tile_tokens, train.kv_heads_at_a_time, passes)
 
 
 def decide(run: Run) -> Decisions:

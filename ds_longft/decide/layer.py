@@ -69,7 +69,7 @@ class Layer:
         self._linears(i, "o", keep.o, {"o": z.u}, z.a, first)
         if not saving:
             t.drop("q", "k", "v", "qkv a")
-        if not saving or z.tile:  # made again in the backward pass (`remade.py`)
+        if not saving or z.tile:  # made again in the backward pass (`recomputed_input.py`)
             t.drop("norm1")
         t.hold("h1", z.u)
         t.drop("o")
@@ -96,7 +96,7 @@ class Layer:
         t.hold("c", z.f, at="the MLP, forward")
         if not saving:
             t.drop("gate", "up", "silu", "gate_up a")
-        if not first:  # torch stops the recomputation here, and the output takes no memory (`kept.Unread`)
+        if not first:  # torch stops the recomputation here, and the output takes no memory (`kept.UnusedOutput`)
             t.hold("down a", z.a, at="the MLP, forward")
             if not x.fused:
                 t.drop("h1")

@@ -1,6 +1,6 @@
 """Peak memory of one optimizer step on the fullest rank: what is held all the time, and where kept tensors are placed.
 
-The tensors of the step itself are in `step.py`; docs/plan.md has both as formulas.
+The tensors of the step itself are in `simulated_step.py`; docs/plan.md has both as formulas.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ds_longft.decide.setting import GIB, Gpu, Setting
-from ds_longft.decide.step import Step
+from ds_longft.decide.simulated_step import SimulatedStep
 from ds_longft.decide.tensors import GROUPS, REFERENCE, TRAINABLE, WEIGHTS, Keep, Sizes
 from ds_longft.decide.timeline import Timeline
 from ds_longft.model.facts import ModelFacts
@@ -205,7 +205,7 @@ def step_timeline(model: ModelFacts, setting: Setting, keep: tuple[Keep, ...]) -
     t = Timeline()
     for part, size in fixed(model, setting).items():
         t.hold(part, size, part)
-    Step(t, Sizes(model, setting), keep).run()
+    SimulatedStep(t, Sizes(model, setting), keep).run()
     elements = model.trained_weights(setting.lora_r) / (setting.world if setting.stage >= 1 else 1)
     if not setting.offload_optimizer:  # gradients in float32 while the optimizer steps
         t.during(

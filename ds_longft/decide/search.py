@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from ds_longft.config.run_config import DOCUMENTS_PER_ROW
 from ds_longft.decide.memory import Memory, predict, stays_resident
-from ds_longft.decide.setting import Gpu, Passes, Setting
+from ds_longft.decide.setting import Gpu, Setting
 from ds_longft.decide.time import StepTime, predict_time
 from ds_longft.model.facts import ModelFacts
-from ds_longft.objectives.dpo import Reference
+from ds_longft.objectives.objective import Passes, Reference
 
 LENGTH_STEP = 1024
 """Lengths are searched in multiples of so many tokens."""
@@ -136,7 +137,7 @@ class Question:
     @property
     def documents_per_row(self) -> int:
         """A pair is two documents of one pack, each as long as is asked for."""
-        return 2 if self.objective == "dpo" else 1
+        return DOCUMENTS_PER_ROW[self.objective]
 
     def settings(self) -> Iterator[tuple[Setting, str]]:
         """Every way that is considered: sp, DeepSpeed JSON, recomputation, host memory. Lengths are not set yet."""

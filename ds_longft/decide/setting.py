@@ -6,17 +6,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ds_longft.errors import ConfigError
-from ds_longft.objectives.dpo import Reference
+from ds_longft.objectives.objective import Passes, Reference
 from ds_longft.sequence.kernels import KERNELS, Capability
 
 GIB = 2**30
-
-Passes = Literal["one", "two", "auto"]
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ds_longft.batch import Pack
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.dropout import random_rates, switch_off, switch_on
-from ds_longft.objectives.dpo import DpoObjective
+from ds_longft.objectives.objective import Objective
 
 Backpropagate = Callable[[Any, Sequence[Pack], float, ParallelLayout, torch.device], Tensor]
 """The training loop's own forward and backward of one step: `train.step.backpropagate`."""
@@ -64,19 +64,18 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def live_reference(objective: nn.Module) -> Iterator[None]:
+def live_reference(objective: Objective) -> Iterator[None]:
     """Inside, an objective with precomputed log-probabilities computes them: they belong to whole answers, and packs
     here are cut. Its reference is the model without adapters, in full fine-tuning the model itself (nothing is trained
     yet).
     """
-    precomputed = isinstance(objective, DpoObjective) and objective.reference == "precomputed"
-    if isinstance(objective, DpoObjective) and precomputed:
+    usual = objective.reference
+    if usual == "precomputed":
         objective.reference = "adapter_off"
     try:
         yield
     finally:
-        if isinstance(objective, DpoObjective) and precomputed:
-            objective.reference = "precomputed"
+        objective.reference = usual
 
 
 def step_gradients(

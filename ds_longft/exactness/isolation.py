@@ -31,9 +31,7 @@ def decoder_of(model: nn.Module) -> nn.Module:
 def check_borders(packs: Sequence[Pack], gather: Gather) -> Finding:
     """Whether every row of the packs is a document of its own (a pair two), as the data made them. Collective."""
     missing = [  # of each pack, below zero where it has too many: one of each must not add up to none
-        len(p.rows) * (1 if p.pairs is None else 2) + bool(p.padding_tokens) - (len(p.cu_seqlens) - 1)
-        for p in packs
-        if p.rows
+        len(p.rows) * p.documents_per_row + bool(p.padding_tokens) - (len(p.cu_seqlens) - 1) for p in packs if p.rows
     ]
     lost, extra = (sum(gather(sum(max(0, sign * n) for n in missing))) for sign in (1, -1))
     cause = (

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ds_longft.batch import IGNORE_INDEX, Pack, Pairs
+from ds_longft.batch import IGNORE_INDEX, Pack
 from ds_longft.data.pack import Document, documents_of, pack_of
 
 
@@ -20,7 +19,7 @@ def shortened(pack: Pack, tokens: int, multiple: int) -> Pack:
     """
     documents = documents_of(pack)
     count = len(documents)
-    per_row = 2 if pack.pairs is not None else 1
+    per_row = pack.documents_per_row
     if sum(len(ids) for ids, _, _ in documents) > tokens:
         documents = documents[: per_row * max(1, tokens // (4 * per_row))]
         total = sum(len(ids) for ids, _, _ in documents)
@@ -29,25 +28,22 @@ def shortened(pack: Pack, tokens: int, multiple: int) -> Pack:
         short = pack_of(documents, 1)
         numbers = np.searchsorted(pack.cu_seqlens, pack.rank_borders)  # of the first document of each rank
         return replace(short, rank_borders=tuple(short.cu_seqlens[numbers].tolist()))
-    return _laid(documents, multiple, None if pack.pairs is None else pack.pairs.weights[: len(documents) // 2])
+    return _laid(pack, documents, multiple, slice(len(documents) // per_row))
 
 
 def in_two(pack: Pack, multiple: int) -> tuple[Pack, Pack]:
     """The documents (the pairs) of a pack dealt to two packs. With a single one the second holds padding alone."""
-    documents = documents_of(pack)
-    if pack.pairs is None:
-        return pack_of(documents[::2], multiple), pack_of(documents[1::2], multiple)
-    pairs = list(zip(documents[::2], documents[1::2], strict=True))
+    documents, per_row = documents_of(pack), pack.documents_per_row
+    in_rows = [documents[at : at + per_row] for at in range(0, len(documents), per_row)]
     first, second = (
-        _laid([d for pair in pairs[i::2] for d in pair], multiple, pack.pairs.weights[i::2]) for i in (0, 1)
+        _laid(pack, [d for row in in_rows[i::2] for d in row], multiple, slice(i, None, 2)) for i in (0, 1)
     )
     return first, second
 
 
-def _laid(documents: Sequence[Document], multiple: int, weights: NDArray[np.float32] | None) -> Pack:
-    """Documents as a pack, of pairs where these have weights."""
-    pack = pack_of(documents, multiple)
-    return pack if weights is None else replace(pack, pairs=Pairs(weights))
+def _laid(pack: Pack, documents: Sequence[Document], multiple: int, rows: slice) -> Pack:
+    """Documents of some rows of `pack` as a pack of their own."""
+    return replace(pack_of(documents, multiple), pairs=None if pack.pairs is None else pack.pairs.part(rows))
 
 
 def two_documents(pack: Pack, multiple: int) -> Pack:
@@ -62,8 +58,7 @@ def two_documents(pack: Pack, multiple: int) -> Pack:
 
 def weight_of(packs: Sequence[Pack]) -> float:
     """Sum of the loss weights (the weights of pairs), as the loss divides by it."""
-    weights = (pack.loss_weights if pack.pairs is None else pack.pairs.weights for pack in packs)
-    return float(sum(w.sum(dtype=np.float64) for w in weights))
+    return sum(pack.total_weight for pack in packs)
 
 
 def _window(document: Document, length: int) -> Document:

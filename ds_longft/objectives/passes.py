@@ -23,28 +23,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_longft.batch import IGNORE_INDEX, Batch, Pack
+from ds_longft.batch import IGNORE_INDEX, Batch, Pack, Pairs
 from ds_longft.data.pairs import pair_sides
 from ds_longft.layout import ParallelLayout
-from ds_longft.objectives.dpo import PairLosses, pair_losses
+from ds_longft.objectives.pair_loss import PairLosses, pair_losses
 from ds_longft.sequence.shard import shard
 
 
 def backpropagate_pairs(engine: Any, pack: Pack, scale: float, layout: ParallelLayout, device: torch.device) -> Tensor:
     """Forward and backward of one pack of pairs, one micro-step of the engine.
 
-    Returns this rank's share of the pack's weighted sums, [1 + metrics] float64: the loss, then `dpo.METRICS`. A loss
-    that is not finite makes all of the gradient NaN.
+    Returns this rank's share of the pack's weighted sums, [1 + metrics] float64: the loss, then `METRICS`. A loss that
+    is not finite makes all of the gradient NaN.
     """
     run = _Run.of(engine, pack, layout, device)
     reference = run.reference()
     if engine.module.passes == "one":
-        mine = run.policy()  # with the graph
+        mine = run.both()  # with the graph
         pairs = run.losses(mine.detach(), reference)
         engine.backward((mine * run.coefficients(pairs, scale)).sum().float(), scale_wrt_gas=False)
     else:
         with torch.no_grad():
-            pairs = run.losses(run.policy(), reference)
+            pairs = run.losses(run.both(), reference)
         coefficients = run.coefficients(pairs, scale)
         with _two_backwards(engine) as boundary:
             for side, batch in enumerate(run.batches):
@@ -60,7 +60,7 @@ def evaluate_pairs(engine: Any, pack: Pack, layout: ParallelLayout, device: torc
     """The same sums without a gradient."""
     run = _Run.of(engine, pack, layout, device)
     reference = run.reference()
-    return run.share(run.losses(run.policy(), reference))
+    return run.share(run.losses(run.both(), reference))
 
 
 @torch.no_grad()
@@ -75,7 +75,7 @@ class _Run:
     """A pack on its way through the engine: as one batch, or as one for each side of the pairs."""
 
     engine: Any
-    pack: Pack
+    pairs: Pairs
     layout: ParallelLayout
     batches: Sequence[Batch]
     weights: Tensor  # [P] float64
@@ -83,13 +83,13 @@ class _Run:
 
     @classmethod
     def of(cls, engine: Any, pack: Pack, layout: ParallelLayout, device: torch.device) -> _Run:
-        assert pack.pairs is not None, "a pack of pairs is needed"
+        pairs = pack.pairs or Pairs(np.zeros(0, dtype=np.float32))  # a pack of padding alone has none
         packs = [pack] if engine.module.passes == "one" else list(pair_sides(pack, layout.sp))
         batches = [shard(p, layout, device, by_document=True) for p in packs]
         trained = ((pack.labels != IGNORE_INDEX) & (pack.loss_weights != 0)).astype(np.float64)
-        counts = np.add.reduceat(trained, pack.cu_seqlens[:-1])[: 2 * len(pack.pairs)].reshape(-1, 2)
-        weights = torch.from_numpy(pack.pairs.weights.astype(np.float64)).to(device)
-        return cls(engine, pack, layout, batches, weights, torch.from_numpy(np.maximum(counts, 1.0)).to(device))
+        counts = np.add.reduceat(trained, pack.cu_seqlens[:-1])[: 2 * len(pairs)].reshape(-1, 2)
+        weights = torch.from_numpy(pairs.weights.astype(np.float64)).to(device)
+        return cls(engine, pairs, layout, batches, weights, torch.from_numpy(np.maximum(counts, 1.0)).to(device))
 
     def documents(self, batch: Batch, *, of_reference: bool = False) -> Tensor:
         """This rank's share of the log-probabilities of a batch's documents, padding left out."""
@@ -97,20 +97,15 @@ class _Run:
         return -self.engine(batch, of_reference=of_reference)[:count]
 
     def both(self, *, of_reference: bool = False) -> Tensor:
-        """[P, 2] this rank's share of both documents' log-probabilities."""
+        """[P, 2] this rank's share of both documents' log-probabilities, with a graph unless gradients are off."""
         parts = [self.documents(batch, of_reference=of_reference) for batch in self.batches]
         return parts[0].view(-1, 2) if len(parts) == 1 else torch.stack(parts, dim=1)
-
-    def policy(self) -> Tensor:
-        """[P, 2] this rank's share, with a graph unless gradients are off."""
-        return self.both()
 
     def reference(self) -> Tensor | None:
         """[P, 2] this rank's share of the reference's, or all of it where it was precomputed; None without one."""
         objective = self.engine.module
         if objective.reference == "precomputed":
-            assert self.pack.pairs is not None
-            known = self.pack.pairs.reference
+            known = self.pairs.reference
             assert known is not None or not len(self.weights), "the loader has no precomputed log-probabilities"
             return torch.from_numpy(np.zeros((0, 2)) if known is None else known).to(self.weights.device)
         if not objective.live_reference:

@@ -84,7 +84,7 @@ class Kept:
         return size
 
 
-class Unread(Kept):
+class UnusedOutput(Kept):
     """For the last linears of a layer, whose outputs only feed the residual add: a recomputation needs no product.
 
     Keeps x A' (a few bytes a token) and gives outputs without content. `allowed` is set after the first pass, by

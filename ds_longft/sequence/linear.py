@@ -23,8 +23,8 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ds_longft.sequence.kept import Kept, Unread
-from ds_longft.sequence.remade import Remade
+from ds_longft.sequence.kept import Kept, UnusedOutput
+from ds_longft.sequence.recomputed_input import RecomputedInput
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of linears that Hugging Face models call one after the other with the same input."""
@@ -87,7 +87,7 @@ class LinearGroup:
     def __init__(self, names: Sequence[str], modules: Sequence[nn.Module], members: Sequence[Member]) -> None:
         self.names, self.modules, self.members = tuple(names), list(modules), list(members)
         self.kept: Kept | None = None  # set by whoever checkpoints the layer, for the call about to come
-        self.remade: Remade | None = None  # where the input can be made again in the backward pass
+        self.recomputed_input: RecomputedInput | None = None  # where the input can be made again in the backward pass
         self._input: tuple[Tensor, int] | None = None  # and its version: nobody may have written into it since
         self._waiting: dict[int, Tensor] = {}
         for i, module in enumerate(modules):
@@ -124,7 +124,7 @@ class LinearGroup:
 
     def _call(self, i: int, x: Tensor) -> Tensor:
         module = self.modules[i]
-        source = self.remade.source_of(x) if self.remade is not None and i == 0 else None
+        source = self.recomputed_input.source_of(x) if self.recomputed_input is not None and i == 0 else None
         if getattr(module, "merged", False):
             return self.members[i].base(x)
         if getattr(module, "disable_adapters", False):
@@ -135,9 +135,9 @@ class LinearGroup:
                 self._input = None
             return out
         self._input, self._waiting = None, {}
-        made = (self.remade, source) if self.remade is not None and source is not None else None
+        made = (self.recomputed_input, source) if self.recomputed_input is not None and source is not None else None
         outs = _apply(self.members if i == 0 else self.members[i : i + 1], x, self.kept if i == 0 else None, made)
-        if isinstance(self.kept, Unread):
+        if isinstance(self.kept, UnusedOutput):
             self.kept.node = outs[0].grad_fn
         if i == 0 and len(outs) > 1:
             self._input, self._waiting = (x, x._version), dict(enumerate(outs[1:], 1))
@@ -162,7 +162,7 @@ class LinearGroup:
 
 
 def _apply(
-    members: Sequence[Member], x: Tensor, kept: Kept | None, made: tuple[Remade, Tensor] | None
+    members: Sequence[Member], x: Tensor, kept: Kept | None, made: tuple[RecomputedInput, Tensor] | None
 ) -> tuple[Tensor, ...]:
     scales = tuple(m.lora[2] if m.lora else 1.0 for m in members)
     return _Linears.apply(x, kept, made, scales, *(t for m in members for t in m.tensors()))
@@ -176,7 +176,7 @@ class _Linears(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         kept: Kept | None,
-        made: tuple[Remade, Tensor] | None,
+        made: tuple[RecomputedInput, Tensor] | None,
         scales: tuple[float, ...],
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
@@ -189,15 +189,15 @@ class _Linears(torch.autograd.Function):
                 kept.put(*saved)
         *outs, xa = saved
         ctx.save_for_backward(x2 if made is None else made[1], xa, *tensors)
-        ctx.scales, ctx.shape, ctx.remade = scales, x.shape, made[0] if made is not None else None
+        ctx.scales, ctx.shape, ctx.recomputed_input = scales, x.shape, made[0] if made is not None else None
         return tuple(out.view(*x.shape[:-1], out.shape[-1]) for out in outs)
 
     @staticmethod
     def backward(ctx: Any, *douts: Tensor) -> tuple[Any, ...]:
         """Gradients of x, and of W and bias where they are trained, and of A and B."""
         x2, xa, *tensors = ctx.saved_tensors
-        if ctx.remade is not None:
-            x2 = ctx.remade.again(x2).reshape(-1, ctx.shape[-1])
+        if ctx.recomputed_input is not None:
+            x2 = ctx.recomputed_input.again(x2).reshape(-1, ctx.shape[-1])
         needed = ctx.needs_input_grad
         dys = [dy.reshape(-1, dy.shape[-1]) for dy in douts]  # [t, O]
         dx, grads = linears_backward(dys, x2, xa, ctx.scales, tensors, (needed[0], *needed[4:]))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -31,19 +31,46 @@ from ds_longft.sequence.new_rows import WithRows
 CHUNK_BYTES = 1 << 29
 """Float32 logits of a chunk: 1,046 rows of a 128K vocabulary. Three and a half such tensors are alive at once."""
 
-Transform = Callable[[Tensor], Tensor]
+
+class TokenLoss(Protocol):
+    """The losses of a chunk of tokens; everything else here is the same for any of them."""
+
+    def __call__(
+        self, logits: Tensor, targets: Tensor, weights: Tensor, *, gradient: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Losses [rows] in at least float32, without a graph; with `gradient` also that of their sum [rows, V].
+
+        logits [rows, V] are not needed again: the gradient may take their place. Losses are linear in `weights` [rows].
+        """
 
 
-def unchanged(logits: Tensor) -> Tensor:
-    """The transform of most models."""
-    return logits
+@dataclass(frozen=True)
+class WeightedCrossEntropy:
+    """weights * cross_entropy(transform(logits), targets)."""
 
+    transform: Callable[[Tensor], Tensor] | None = None  # what the model does with its head's logits, e.g. a soft cap
 
-def _chunk_losses(logits: Tensor, targets: Tensor, weights: Tensor, transform: Transform) -> Tensor:
-    """Weighted cross-entropy of a chunk: logits [rows, V] -> [rows] in at least float32."""
-    logits = transform(logits)
-    log_p = torch.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    return F.nll_loss(log_p, targets, reduction="none") * weights
+    def __call__(
+        self, logits: Tensor, targets: Tensor, weights: Tensor, *, gradient: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `TokenLoss`."""
+        logits = logits.detach()
+        if self._in_one_kernel(logits):
+            from ds_longft.sequence.kernels.cross_entropy import cross_entropy_
+
+            losses = cross_entropy_(logits, targets, weights, gradient=gradient)
+            return losses, logits if gradient else None
+        with torch.set_grad_enabled(gradient):
+            x = logits.requires_grad_(gradient)
+            x = x if self.transform is None else self.transform(x)
+            log_p = torch.log_softmax(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
+            losses = F.nll_loss(log_p, targets, reduction="none") * weights
+            dlogits = torch.autograd.grad(losses.sum(), logits)[0] if gradient else None
+        return losses.detach(), dlogits
+
+    def _in_one_kernel(self, logits: Tensor) -> bool:
+        """On GPUs; torch's builds for them bring Triton."""
+        return logits.is_cuda and self.transform is None
 
 
 @dataclass(frozen=True)
@@ -65,7 +92,7 @@ class _Rows:
 
     targets: Tensor  # [t]
     weights: Tensor  # [t]
-    transform: Transform
+    loss: TokenLoss
     chunk_rows: int
     documents: DocumentRows | None
 
@@ -75,34 +102,16 @@ class _Rows:
 
     def losses(self, logits: Tensor, rows: slice) -> Tensor:
         """logits [rows, V], not needed again -> [rows], without a graph."""
-        if self._in_one_kernel(logits):
-            from ds_longft.sequence.kernels.cross_entropy import cross_entropy_
-
-            return cross_entropy_(logits, self.targets[rows], self.weights[rows], gradient=False)
-        with torch.no_grad():
-            return _chunk_losses(logits, self.targets[rows], self.weights[rows], self.transform)
+        return self.loss(logits, self.targets[rows], self.weights[rows], gradient=False)[0]
 
     def losses_and_gradient(self, logits: Tensor, rows: slice, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The same, and the gradient of their sum [rows, V], which may take the logits' place.
-
-        `scale` [t] or [1] multiplies the losses.
-        """
+        """The same, and the gradient of their sum [rows, V]. `scale` [t] or [1] multiplies the losses."""
         weights = self.weights[rows]
         if scale is not None:
             weights = weights * (scale if len(scale) == 1 else scale[rows])
-        logits = logits.detach()
-        if self._in_one_kernel(logits):
-            from ds_longft.sequence.kernels.cross_entropy import cross_entropy_
-
-            return cross_entropy_(logits, self.targets[rows], weights), logits
-        with torch.enable_grad():
-            losses = _chunk_losses(logits.requires_grad_(), self.targets[rows], weights, self.transform)
-            (dlogits,) = torch.autograd.grad(losses.sum(), logits)
-        return losses.detach(), dlogits
-
-    def _in_one_kernel(self, logits: Tensor) -> bool:
-        """On GPUs; torch's builds for them bring Triton."""
-        return logits.is_cuda and self.transform is unchanged
+        losses, dlogits = self.loss(logits, self.targets[rows], weights, gradient=True)
+        assert dlogits is not None
+        return losses, dlogits
 
     def zero(self, hidden: Tensor) -> Tensor:
         """The empty sum: a scalar in at least float32, or [N] float64."""
@@ -195,28 +204,28 @@ class _TrainedHeadLoss(torch.autograd.Function):
         return dhidden, None, None, *(next(rounded) if need else None for need in needed)
 
 
-def weighted_nll(
+def token_loss_sum(
     head: Member,
     hidden: Tensor,
     targets: Tensor,
     weights: Tensor,
-    transform: Transform,
+    loss: TokenLoss,
     chunk_rows: int,
     documents: DocumentRows | None = None,
 ) -> Tensor:
-    """sum(weights * cross_entropy(transform(head(hidden)), targets)), a scalar in at least float32.
+    """The sum of loss(head(hidden), targets, weights), a scalar in at least float32.
 
     hidden [t, D], targets [t], weights [t]. Each chunk's logits [rows, V] live only while it is computed.
     With `documents`: the sum of each document, [N] float64.
     """
-    of, tensors = _Rows(targets, weights, transform, chunk_rows, documents), head.tensors()
+    of, tensors = _Rows(targets, weights, loss, chunk_rows, documents), head.tensors()
     if any(t.requires_grad for t in tensors if t is not None):
         return _TrainedHeadLoss.apply(hidden, head, of, *tensors)
     return _FrozenHeadLoss.apply(hidden, head, of)
 
 
 class ChunkedHead:
-    """Makes a model's output head compute `weighted_nll` in one module call.
+    """Makes a model's output head compute `token_loss_sum` in one module call.
 
     One call, because under ZeRO-3 each call of a module gathers its weights: a number of calls that depended on a
     rank's own labels would leave the other ranks waiting. For the same reason the parts of a head (LoRA on it,
@@ -225,6 +234,7 @@ class ChunkedHead:
 
     def __init__(self, head: nn.Module, member: Member, rule: HeadRule, off: Member | None = None) -> None:
         self.head, self.plain, self.member, self.rule, self.off = head, head.forward, member, rule, off
+        self.loss: TokenLoss = WeightedCrossEntropy(None if rule.plain else rule.logits)
         self.chunk_rows = max(1, CHUNK_BYTES // (4 * member.base.out_features))
 
     def __call__(
@@ -241,8 +251,7 @@ class ChunkedHead:
         if getattr(self.head, "disable_adapters", False):
             assert self.off is not None, "the head was installed without its adapter-free form"
             member = self.off
-        rows, transform = self.rule.inputs(hidden), unchanged if self.rule.plain else self.rule.logits
-        return weighted_nll(member, rows, targets, weights, transform, self.chunk_rows, documents)
+        return token_loss_sum(member, self.rule.inputs(hidden), targets, weights, self.loss, self.chunk_rows, documents)
 
     @classmethod
     def install(cls, model: nn.Module, *, adapters_off: bool = False) -> nn.Module:

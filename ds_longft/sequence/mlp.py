@@ -3,8 +3,8 @@
 gate, up and their product are 14,336 features a token in a Llama-8B, four times over at the peak of a backward pass;
 with tiles only x, y and their gradients (4,096 each) are whole. Forward computes tile by tile and keeps x; backward
 computes gate and up of a tile again and is done with it. Inside a checkpointed layer the recomputation calls this a
-second time, for an output that only feeds the residual add: nothing is computed then (`kept.Unread`). So gate and up
-run forward twice and down once, as without tiles. Source: TiledMLP of arXiv 2506.13996, which runs all three of them
+second time, for an output that only feeds the residual add: nothing is computed then (`kept.UnusedOutput`). So gate and
+up run forward twice and down once, as without tiles. Source: TiledMLP of arXiv 2506.13996, which runs all three of them
 forward three times.
 
 Gradients of all weights below the MLP, adapters too, are summed over tiles in at least float32 and leave once.
@@ -20,7 +20,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-from ds_longft.sequence.kept import Kept, Unread
+from ds_longft.sequence.kept import Kept, UnusedOutput
 from ds_longft.sequence.linear import LinearGroup, linears_backward, linears_forward, low_rank
 from ds_longft.sequence.reuse import ours_alone
 
@@ -55,7 +55,7 @@ class TiledMlp:
         first, second = self.gate_up.tensors, self.down.tensors
         spec = _Spec(self.tile_tokens, self.combine, (self.gate_up.scales, self.down.scales), len(first))
         out: Tensor = _Tiled.apply(x, self.kept, spec, *first, *second)
-        if isinstance(self.kept, Unread):
+        if isinstance(self.kept, UnusedOutput):
             self.kept.node = out.grad_fn
         return out
 

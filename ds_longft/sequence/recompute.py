@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ds_longft.errors import ModelError
-from ds_longft.sequence.kept import HostKept, HostStore, Kept, Unread
+from ds_longft.sequence.kept import HostKept, HostStore, Kept, UnusedOutput
 from ds_longft.sequence.linear import LinearGroup
 from ds_longft.sequence.mlp import TiledMlp
 
@@ -64,9 +64,9 @@ class LayerKeep:
             slots += [(group, self.store.slot(self.index, group.names)) for group in self.on_host]
         return slots
 
-    def last_slot(self, unread: Unread) -> list[tuple[Holder, Kept]]:
-        """`unread` for what the layer ends with, if that is known."""
-        return [(self.last, unread)] if self.last is not None else []
+    def last_slot(self, unused: UnusedOutput) -> list[tuple[Holder, Kept]]:
+        """`unused` for what the layer ends with, if that is known."""
+        return [(self.last, unused)] if self.last is not None else []
 
     def attention_slot(self) -> Kept | None:
         """Where the attention's output waits; None: it is computed again."""
@@ -152,13 +152,13 @@ def _checkpointed(
     """Checkpoint one call of a layer; what `keep` names is computed once. `inner`: inside of another checkpoint."""
     if not torch.is_grad_enabled():
         return forward(hidden, *args, **kwargs)
-    unread = Unread()
+    unused = UnusedOutput()
     keep.outputs = []
     attention = keep.attention_slot()
     if attention is not None:
         kwargs["kept"] = attention
-    slots = [*keep.slots(), *keep.last_slot(unread)]
-    layer = partial(_with_slots, forward, slots, unread)
+    slots = [*keep.slots(), *keep.last_slot(unused)]
+    layer = partial(_with_slots, forward, slots, unused)
     if inner:  # torch saves its arguments by the hooks of the segment around it: they are recomputed too
         out = run(layer, hidden, *args, **kwargs)
     else:
@@ -166,12 +166,12 @@ def _checkpointed(
     for slot in (attention, *(slot for _, slot in slots)):
         if slot is not None:
             slot.first_pass = False
-    unread.allowed = _ends_with(out, unread.node)
+    unused.allowed = _ends_with(out, unused.node)
     return out
 
 
 def _with_slots(
-    forward: Forward, slots: Sequence[tuple[Holder, Kept]], unread: Unread, x: Tensor, *args: Any, **kwargs: Any
+    forward: Forward, slots: Sequence[tuple[Holder, Kept]], unused: UnusedOutput, x: Tensor, *args: Any, **kwargs: Any
 ) -> Any:
     """Call a layer that puts into these slots, or takes from them what an earlier call has put there."""
     for holder, slot in slots:
@@ -181,7 +181,7 @@ def _with_slots(
     finally:
         for holder, _ in slots:
             holder.kept = None
-    assert not unread.used, "the recomputation went on after the output that nothing should read"
+    assert not unused.used, "the recomputation went on after the output that nothing should read"
     return out
 
 
@@ -273,19 +273,19 @@ class _Segment:
         calls = [*self.calls, (args, kwargs)]
         self.calls = []
         *inner, last = zip(self.forwards, self.keeps, calls, strict=True)
-        unread = Unread()
-        slots = self.keeps[-1].last_slot(unread) if torch.is_grad_enabled() else []
+        unused = UnusedOutput()
+        slots = self.keeps[-1].last_slot(unused) if torch.is_grad_enabled() else []
 
         def segment(x: Tensor) -> Any:
             for forward, keep, (more, named) in inner:
                 x = _checkpointed(self.run, forward, keep, x, *more, inner=True, **named)
             forward, _, (more, named) = last
-            return _with_slots(forward, slots, unread, x, *more, **named)
+            return _with_slots(forward, slots, unused, x, *more, **named)
 
         if not torch.is_grad_enabled():
             return segment(hidden)
         self.keeps[0].outputs = []
         out = _from(self.keeps[0].input_slot(), self.run, segment, self.keeps[0], hidden)
-        unread.first_pass = False
-        unread.allowed = _ends_with(out, unread.node)
+        unused.first_pass = False
+        unused.allowed = _ends_with(out, unused.node)
         return out

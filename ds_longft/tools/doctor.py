@@ -19,7 +19,7 @@ DISK_NEEDED_GIB = 20.0
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnosis:
     """One thing looked at."""
 
     level: Literal["ok", "note", "wrong"]
@@ -46,7 +46,7 @@ def doctor(output_dir: str = ".", json: bool = False) -> None:
     print(f"\n{wrong} to mend" if wrong else "\nnothing to mend")
 
 
-def examine(output_dir: Path) -> list[Finding]:
+def examine(output_dir: Path) -> list[Diagnosis]:
     """Everything, in the order a failing start would meet it."""
     return [
         *versions(),
@@ -59,72 +59,72 @@ def examine(output_dir: Path) -> list[Finding]:
     ]
 
 
-def versions() -> list[Finding]:
+def versions() -> list[Diagnosis]:
     """Packages that must be there, and those that may."""
     found = []
     for name in PACKAGES:
         try:
-            found.append(Finding("ok", name, version(name)))
+            found.append(Diagnosis("ok", name, version(name)))
         except PackageNotFoundError:
-            found.append(Finding("wrong", name, "not installed", f"pip install {name}, or: make setup"))
+            found.append(Diagnosis("wrong", name, "not installed", f"pip install {name}, or: make setup"))
     extras = {name: _version_or_none(name) for name in EXTRAS}
     have = ", ".join(f"{name} {v}" for name, v in extras.items() if v)
-    return [*found, Finding("note", "optional packages", have or "none of " + ", ".join(EXTRAS))]
+    return [*found, Diagnosis("note", "optional packages", have or "none of " + ", ".join(EXTRAS))]
 
 
-def gpus() -> list[Finding]:
+def gpus() -> list[Diagnosis]:
     """Devices, driver against the CUDA of torch, NCCL, links between the GPUs."""
     import torch
 
     listed = [line for line in _command("nvidia-smi", "-L").splitlines() if line.startswith("GPU")]
     if not listed:
-        return [Finding("note", "GPUs", "none: runs use CPU ranks (gloo), for trials and tests")]
-    found = [Finding("ok", "GPUs", f"{len(listed)} x {listed[0].split(': ', 1)[-1].split(' (UUID')[0]}")]
+        return [Diagnosis("note", "GPUs", "none: runs use CPU ranks (gloo), for trials and tests")]
+    found = [Diagnosis("ok", "GPUs", f"{len(listed)} x {listed[0].split(': ', 1)[-1].split(' (UUID')[0]}")]
     driver = _command("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0].strip()
     if torch.version.cuda is None:
         mend = "this torch is the CPU build: install one for CUDA (pip install torch), then make setup"
         found.append(
-            Finding("wrong", "torch and CUDA", f"driver {driver}, torch {torch.__version__} without CUDA", mend)
+            Diagnosis("wrong", "torch and CUDA", f"driver {driver}, torch {torch.__version__} without CUDA", mend)
         )
         return found
     if not torch.cuda.is_available():
         mend = f"torch needs CUDA {torch.version.cuda}: a newer driver, or a torch built for an older CUDA"
-        found.append(Finding("wrong", "torch and CUDA", f"driver {driver} does not serve this torch", mend))
+        found.append(Diagnosis("wrong", "torch and CUDA", f"driver {driver} does not serve this torch", mend))
         return found
-    found.append(Finding("ok", "torch and CUDA", f"driver {driver}, CUDA {torch.version.cuda}"))
+    found.append(Diagnosis("ok", "torch and CUDA", f"driver {driver}, CUDA {torch.version.cuda}"))
     seen = torch.cuda.device_count()
     if seen != len(listed):
         limit = os.environ.get("CUDA_VISIBLE_DEVICES")
-        found.append(Finding("note", "visible GPUs", f"{seen} of {len(listed)} (CUDA_VISIBLE_DEVICES={limit})"))
-    found.append(Finding("ok", "NCCL", ".".join(map(str, torch.cuda.nccl.version()))))
+        found.append(Diagnosis("note", "visible GPUs", f"{seen} of {len(listed)} (CUDA_VISIBLE_DEVICES={limit})"))
+    found.append(Diagnosis("ok", "NCCL", ".".join(map(str, torch.cuda.nccl.version()))))
     if len(listed) > 1:
         topology = _command("nvidia-smi", "topo", "-m")
         if "NV" in topology.split("Legend")[0].replace("NVIDIA", ""):
-            found.append(Finding("ok", "links", "NVLink"))
+            found.append(Diagnosis("ok", "links", "NVLink"))
         else:
             mend = "ranks of one sample exchange activations in every layer: expect that to be slower over PCIe"
-            found.append(Finding("note", "links", "no NVLink between the GPUs", mend))
+            found.append(Diagnosis("note", "links", "no NVLink between the GPUs", mend))
     return found
 
 
-def memory(meminfo: Path, shm: Path) -> list[Finding]:
+def memory(meminfo: Path, shm: Path) -> list[Diagnosis]:
     """Host memory, and the shared memory that NCCL and loaders use."""
     found = []
     if meminfo.exists():
         fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
         total, free = (int(fields[k].split()[0]) / 2**20 for k in ("MemTotal", "MemAvailable"))
-        found.append(Finding("ok", "host memory", f"{free:.0f} of {total:.0f} GiB free"))
+        found.append(Diagnosis("ok", "host memory", f"{free:.0f} of {total:.0f} GiB free"))
     if shm.exists():
         size = shutil.disk_usage(shm).total / 2**30
         mend = "in a container: --shm-size=16g (docker) or an emptyDir with medium Memory (Kubernetes)"
         small = size < SHM_NEEDED_GIB
         found.append(
-            Finding("wrong" if small else "ok", "shared memory", f"{size:.1f} GiB in {shm}", mend if small else "")
+            Diagnosis("wrong" if small else "ok", "shared memory", f"{size:.1f} GiB in {shm}", mend if small else "")
         )
     return found
 
 
-def disk(output_dir: Path) -> list[Finding]:
+def disk(output_dir: Path) -> list[Diagnosis]:
     """Room where runs are written and where models and data are kept."""
     hub = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     cache = Path("~/.cache/ds_longft").expanduser()
@@ -135,24 +135,28 @@ def disk(output_dir: Path) -> list[Finding]:
             nearest = nearest.parent
         free = shutil.disk_usage(nearest).free / 2**30
         if not nearest.is_dir():
-            found.append(Finding("wrong", what, f"cannot be written: {nearest} is a file", "give another folder"))
+            found.append(Diagnosis("wrong", what, f"cannot be written: {nearest} is a file", "give another folder"))
         elif not os.access(nearest, os.W_OK):
-            found.append(Finding("wrong", what, f"no right to write in {nearest}", "give another folder, or the right"))
+            found.append(
+                Diagnosis("wrong", what, f"no right to write in {nearest}", "give another folder, or the right")
+            )
         elif free < DISK_NEEDED_GIB:
             found.append(
-                Finding("note", what, f"{free:.1f} GiB free in {nearest}", "a full checkpoint takes 14 bytes a weight")
+                Diagnosis(
+                    "note", what, f"{free:.1f} GiB free in {nearest}", "a full checkpoint takes 14 bytes a weight"
+                )
             )
         else:
-            found.append(Finding("ok", what, f"{free:.0f} GiB free in {nearest}"))
+            found.append(Diagnosis("ok", what, f"{free:.0f} GiB free in {nearest}"))
     return found
 
 
-def limits() -> list[Finding]:
+def limits() -> list[Diagnosis]:
     """What the shell allows a process."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     few = files < 4096
     return [
-        Finding("note" if few else "ok", "open files", str(files), "ulimit -n 65536 in the job script" if few else "")
+        Diagnosis("note" if few else "ok", "open files", str(files), "ulimit -n 65536 in the job script" if few else "")
     ]
 
 
@@ -162,18 +166,18 @@ def extension_folders() -> list[Path]:
     return [Path(given)] if given else [Path("~/.cache/torch_extensions").expanduser()]
 
 
-def build_locks(folders: list[Path]) -> list[Finding]:
+def build_locks(folders: list[Path]) -> list[Diagnosis]:
     """Locks that a killed compilation left behind: every later run waits for them without a word."""
     locks = [lock for folder in folders if folder.is_dir() for lock in folder.rglob("lock")]
     if not locks:
-        return [Finding("ok", "build locks", "none")]
+        return [Diagnosis("ok", "build locks", "none")]
     return [
-        Finding("wrong", "build lock", str(lock), f"unless something is compiling right now: rm {lock}")
+        Diagnosis("wrong", "build lock", str(lock), f"unless something is compiling right now: rm {lock}")
         for lock in locks
     ]
 
 
-def kernels() -> list[Finding]:
+def kernels() -> list[Diagnosis]:
     """Which attention kernels work here for bf16 heads of 128 (fp32 on CPUs), and why the others do not."""
     import torch
 
@@ -192,7 +196,7 @@ def kernels() -> list[Finding]:
         elif not why.startswith("runs on "):
             refused.append(f"{kernel.name} {why}")
     level: Literal["ok", "wrong"] = "ok" if fitting else "wrong"
-    return [Finding(level, "attention kernels", ", ".join(fitting) or "none", "; ".join(refused))]
+    return [Diagnosis(level, "attention kernels", ", ".join(fitting) or "none", "; ".join(refused))]
 
 
 def _version_or_none(name: str) -> str | None:

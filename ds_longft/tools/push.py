@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ds_longft.config.run_config import HubConfig
 from ds_longft.errors import ConfigError
-from ds_longft.tools.report.facts import gather_facts
+from ds_longft.tools.report.run_facts import gather_facts
 from ds_longft.train.hub import ready, upload
 
 

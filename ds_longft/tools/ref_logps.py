@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ds_longft.errors import ConfigError, NonFiniteError
@@ -53,9 +52,9 @@ def read(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
     parser.add_argument("--ranks", type=int, help="processes to start: sp, or a multiple of it")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     own, rest = parser.parse_known_args(argv)
-    from ds_longft.config.settings import load_config  # not for the help
+    from ds_longft.config.settings import load_run_config  # not for the help
 
-    config = load_config(rest)
+    config = load_run_config(rest)
     if config.objective != "dpo":
         raise ConfigError("ds-longft data ref_logps: objective is sft, which has no reference: set objective to dpo")
     if config.dpo.loss == "simpo":
@@ -93,9 +92,9 @@ def _compute(config: RunConfig, launch: Launch, gpus: int, *, as_json: bool) -> 
     from ds_longft.model.load import load_tokenizer
     from ds_longft.ranks.join import join
     from ds_longft.tools import quickstart
+    from ds_longft.train.device_memory import own_memory_gib
     from ds_longft.train.engine import build
     from ds_longft.train.install import known_run
-    from ds_longft.train.memory import own_memory_gib
 
     quickstart.prepare(config)
     settings, sp = preflight(
@@ -135,12 +134,11 @@ def fill(engine: Any, config: RunConfig, pairs: Any, layout: Any, device: Any, a
     """Compute what the file of `pairs` lacks; packs are shared out over the dp ranks. Collective."""
     import numpy as np
 
-    from ds_longft.batch import Pairs
     from ds_longft.data.pack import filler_pack
-    from ds_longft.data.plan import plan_epoch
+    from ds_longft.data.pack_plan import plan_epoch
     from ds_longft.data.progress import Progress
     from ds_longft.objectives.passes import reference_logps
-    from ds_longft.objectives.reference import open_reference, reference_file
+    from ds_longft.objectives.reference_cache import open_reference, reference_file
 
     file = reference_file(config, pairs)
     store = agreement.on_rank0(lambda: np.array(open_reference(config, pairs)))
@@ -157,7 +155,7 @@ def fill(engine: Any, config: RunConfig, pairs: Any, layout: Any, device: Any, a
             number = plan.step(index)[layout.dp_rank][0]
             if number is None:
                 rows: list[int] = []
-                pack = replace(filler_pack(layout.sp), pairs=Pairs(np.zeros(0, dtype=np.float32)))
+                pack = filler_pack(layout.sp)
             else:
                 rows = missing[plan.packs[number]].tolist()
                 pack = pairs.pack(rows, pad_to_multiple=layout.sp, pad_id=0)

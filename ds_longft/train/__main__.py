@@ -75,7 +75,7 @@ def _guarded(argv: list[str], launch: Launch, status: Status, stop: StopRequest)
 def train(argv: list[str], launch: Launch, status: Status, stop: StopRequest) -> int:
     """The whole run; raises LongftError for everything the user can mend."""
     from ds_longft.config.check import preflight
-    from ds_longft.config.settings import load_config
+    from ds_longft.config.settings import load_run_config
     from ds_longft.tools import quickstart
 
     started = time.monotonic()
@@ -90,7 +90,7 @@ def train(argv: list[str], launch: Launch, status: Status, stop: StopRequest) ->
         except ConfigError as e:
             raise ConfigError([p for p in e.problems if quickstart.CACHE not in p]) from None
 
-    config = load_config(argv, check_early)
+    config = load_run_config(argv, check_early)
     status.output = Path(config.output_dir).expanduser()
     stop.set_budget(config.train.max_minutes)
     quickstart.prepare(config)

@@ -10,6 +10,7 @@ from ds_longft.config.run_config import RunConfig
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.load import model_path
 from ds_longft.model.lora import BASE_CONFIG_FOLDER
+from ds_longft.objectives.objective import loss_in_words
 from ds_longft.train.metrics import training_loss
 
 LOAD_ADAPTER = """```python
@@ -69,7 +70,7 @@ def write_card(
         "longest sample": f"{config.data.max_length_tokens:,} tokens",
         "RoPE change": config.model.rope.type,
         "ranks": f"{layout.world} (sp {layout.sp}, dp {layout.dp})",
-        "loss": _loss(config),
+        "loss": loss_in_words(config),
         "learning rate": f"{config.optim.learning_rate:g}, {config.optim.schedule}",
     }
     if steps:
@@ -103,13 +104,3 @@ def write_card(
         f"---\n{head}\n---\n\n# {folder.resolve().name}\n\n| | |\n|---|---|\n{rows}\n\n{load}\n\n"
         "`config.yaml` beside this file runs the same training again; `metrics.jsonl` holds every step.\n"
     )
-
-
-def _loss(config: RunConfig) -> str:
-    if config.objective == "sft":
-        return f"sum(w * ce) / sum(w) over the optimizer step, {config.data.weighting} weighting"
-    dpo = config.dpo
-    more = f", label smoothing {dpo.label_smoothing:g}" if dpo.label_smoothing else ""
-    more += f", gamma {dpo.simpo_gamma:g}" if dpo.loss == "simpo" else ""
-    more += f", supervised term {dpo.rpo_alpha:g}" if dpo.rpo_alpha else ""
-    return f"preference pairs, {dpo.loss}, beta {dpo.beta:g}{more}"

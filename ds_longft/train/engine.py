@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ds_longft.config.run_config import OptimConfig
+from ds_longft.config.run_config import OptimConfig, RunConfig
 from ds_longft.decide.decisions import Decisions, Run
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.dropout import random_rates, switch_off
@@ -25,7 +25,8 @@ from ds_longft.model.load import load_model, trained_rows
 from ds_longft.model.lora import add_lora
 from ds_longft.model.rope import check_rope
 from ds_longft.model.supported import decoder_layers
-from ds_longft.objectives.dpo import DpoObjective, reference_of
+from ds_longft.objectives.dpo import DpoObjective
+from ds_longft.objectives.objective import Needs, Objective
 from ds_longft.objectives.sft import SftObjective
 from ds_longft.sequence.attention import register
 from ds_longft.sequence.linear import LinearGroup, unhook
@@ -43,6 +44,12 @@ class Built:
     run: Run
     recompute: Recompute
 
+    @property
+    def objective(self) -> Objective:
+        """What the engine wraps."""
+        objective: Objective = self.engine.module
+        return objective
+
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Trainable parameters, decayed and not: biases, norms and other vectors are never decayed."""
@@ -54,11 +61,21 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     return [g for g in groups if g["params"]]
 
 
-def make_optimizer(model: nn.Module, optim: OptimConfig, *, fused: bool) -> torch.optim.Optimizer:
-    """torch AdamW or SGD over the trainable parameters; its learning rate is set before each step."""
+def make_optimizer(
+    model: nn.Module, optim: OptimConfig, *, fused: bool, offloaded: bool = False
+) -> torch.optim.Optimizer:
+    """AdamW or SGD over the trainable parameters; its learning rate is set before each step.
+
+    `fused`: the weights are on a GPU. `offloaded`: the optimizer's state is in host memory.
+    """
     groups = param_groups(model, optim.weight_decay)
     if optim.type == "sgd":
         return torch.optim.SGD(groups, lr=optim.learning_rate)
+    if fused and offloaded:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiled on first use; torch's own is 5-7x slower there
+
+        adam: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps)
+        return adam
     return torch.optim.AdamW(groups, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, fused=fused)
 
 
@@ -95,43 +112,17 @@ def build(
         loaded()
     if prepare is not None:
         prepare(model)
-    objective: nn.Module
+    reference: nn.Module | None = None
     groups: list[LinearGroup] = []
-    if config.objective == "dpo":
-        switch_off(random_rates(base))  # it would blur the reference, and two passes would draw two masks
-        reference = None
-        if reference_of(config.dpo, lora=config.lora is not None) == "model":
-            reference = frozen_reference(run, device)
-            if decisions.tile_tokens:  # its forward pass would have the highest peak
-                for layer in decoder_layers(reference):
-                    groups += fuse_and_tile(layer, stage, decisions.tile_tokens)[0]
-        objective = DpoObjective(
-            model,
-            layout,
-            config.dpo,
-            config.model.kernel,
-            reference_model=reference,
-            kv_heads_at_a_time=decisions.kv_heads,
-        )
-        objective.passes = "two" if decisions.passes == "two" else "one"
-    else:
-        objective = SftObjective(model, layout, config.model.kernel, decisions.kv_heads)
+    if Needs.of(config).reference == "model":
+        reference, groups = frozen_reference(run, decisions, device)
+    objective = make_objective(config, model, layout, decisions, reference)
     recompute = Recompute.install(base, run, decisions, device)
     model.train()
     optimizer = None
     if "optimizer" not in engine_config:
         offloaded = "offload_optimizer" in engine_config.get("zero_optimization", {})
-        if offloaded and device.type == "cuda" and config.optim.type == "adamw":
-            from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiled on first use; torch's own is 5-7x slower there
-
-            optimizer = DeepSpeedCPUAdam(
-                param_groups(model, config.optim.weight_decay),
-                lr=config.optim.learning_rate,
-                betas=config.optim.betas,
-                eps=config.optim.eps,
-            )
-        else:
-            optimizer = make_optimizer(model, config.optim, fused=device.type == "cuda")
+        optimizer = make_optimizer(model, config.optim, fused=device.type == "cuda", offloaded=offloaded)
     engine, *_ = deepspeed.initialize(
         model=objective,
         optimizer=optimizer,
@@ -149,21 +140,47 @@ def build(
     return Built(engine, model, run, recompute)
 
 
+def make_objective(
+    config: RunConfig,
+    model: nn.Module,
+    layout: ParallelLayout,
+    decisions: Decisions,
+    reference_model: nn.Module | None = None,
+) -> Objective:
+    """What the run trains for: the one place where an objective is chosen."""
+    kernel, heads = config.model.kernel, decisions.kv_heads
+    if config.objective == "sft":
+        return SftObjective(model, layout, kernel, heads)
+    switch_off(random_rates(model))  # dropout would blur the reference, and two passes would draw two masks
+    dpo = DpoObjective(
+        model, layout, config.dpo, kernel, reference_model=reference_model, kv_heads_at_a_time=heads
+    )  # fmt: skip
+    dpo.passes = "two" if decisions.passes == "two" else "one"
+    return dpo
+
+
 def _load(run: Run, device: torch.device) -> PreTrainedModel:
     dtype = torch.bfloat16 if run.engine_config.get("bf16", {}).get("enabled") else torch.float32
     model, seed = run.config.model, run.config.seed
     return load_model(model, run.hf_config, ds_engine_config=run.engine_config, dtype=dtype, device=device, seed=seed)
 
 
-def frozen_reference(run: Run, device: torch.device) -> PreTrainedModel:
-    """The model as it is before training, a second time: partitioned under ZeRO-3, never trained and never saved."""
+def frozen_reference(run: Run, decisions: Decisions, device: torch.device) -> tuple[PreTrainedModel, list[LinearGroup]]:
+    """The model as it is before training, a second time: partitioned under ZeRO-3, never trained and never saved.
+
+    Also its fused linears, where its MLPs run in tiles: its forward pass would have the highest peak otherwise.
+    """
     hf_config = copy.deepcopy(run.hf_config)
     model = _load(replace(run, hf_config=hf_config), device)
     check_rope(model, hf_config)
     fused_kernels(model, run.config, device)
     model.requires_grad_(False)
     switch_off(random_rates(model))
-    return model
+    groups: list[LinearGroup] = []
+    if decisions.tile_tokens:
+        for layer in decoder_layers(model):
+            groups += fuse_and_tile(layer, run.stage, decisions.tile_tokens)[0]
+    return model, groups
 
 
 def seed_dropout(seed: int, rank: int) -> None:

@@ -35,8 +35,8 @@ from ds_longft.sequence.kept import HostStore
 from ds_longft.sequence.linear import LinearGroup, fuse_linears, gather_with
 from ds_longft.sequence.mlp import TiledMlp, tile_mlp
 from ds_longft.sequence.recompute import LayerKeep, apply_recompute
+from ds_longft.sequence.recomputed_input import recompute_first_input
 from ds_longft.sequence.relief import Relief
-from ds_longft.sequence.remade import remake_first_input
 
 
 def fused_kernels(model: PreTrainedModel, config: RunConfig, device: torch.device) -> bool:
@@ -242,8 +242,8 @@ def fuse_and_tile(layer: nn.Module, stage: int, tile_tokens: int | None) -> tupl
     if tile_tokens is not None:
         for group in groups:
             if "q_proj" in group.names:
-                group.remade = remake_first_input(layer)
-                weights += group.remade.weights if group.remade is not None else []
+                group.recomputed_input = recompute_first_input(layer)
+                weights += group.recomputed_input.weights if group.recomputed_input is not None else []
         tiled = tile_mlp(layer, groups, tile_tokens)
     if stage == 3:
         gather_with(layer, weights)

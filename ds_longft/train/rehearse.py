@@ -12,23 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_longft.batch import Pack, Pairs
+from ds_longft.batch import Pack
 from ds_longft.data.pack import filler_pack
-from ds_longft.data.pairs import pair_sides
 from ds_longft.decide.setting import GIB
 from ds_longft.layout import ParallelLayout
-from ds_longft.objectives.dpo import DpoObjective
 from ds_longft.sequence.relief import Relief
+from ds_longft.train.device_memory import DeviceMemory
 from ds_longft.train.install import Recompute
-from ds_longft.train.memory import DeviceMemory
 from ds_longft.train.step import apply_step, backpropagate_pack
 
 SHORT_TOKENS = 8
@@ -37,13 +33,8 @@ SHORT_TOKENS = 8
 
 def settle(engine: Any, layout: ParallelLayout, device: torch.device) -> None:
     """One dry step of short packs: afterwards everything is there that lasts beyond a step. Collective."""
-    dry_step(engine, [short_pack(engine, layout)] * engine.gradient_accumulation_steps(), layout, device)
-
-
-def short_pack(engine: Any, layout: ParallelLayout) -> Pack:
-    """A pack of a few tokens without targets, of whichever kind the engine's objective takes."""
-    filler = filler_pack(SHORT_TOKENS * layout.sp)
-    return replace(filler, pairs=Pairs(np.zeros(0, dtype=np.float32))) if _of_pairs(engine) else filler
+    short = filler_pack(SHORT_TOKENS * layout.sp)
+    dry_step(engine, [short] * engine.gradient_accumulation_steps(), layout, device)
 
 
 def dry_pass(engine: Any, pack: Pack, layout: ParallelLayout, device: torch.device) -> None:
@@ -124,10 +115,7 @@ def rehearse(
     if recompute.policy != "auto":
         return f"recomputation {recompute.policy}: longest pack ({pack.tokens:,} tokens) peaks at {peak / GIB:.1f} GiB"
     size = torch.finfo(next(engine.module.parameters()).dtype).bits // 8
-    at_once = pack.tokens
-    if _of_pairs(engine) and engine.module.passes == "two":
-        at_once = max(side.tokens for side in pair_sides(pack, layout.sp))
-    on_device, on_host = recompute.spend(free, at_once // layout.sp, size, device)
+    on_device, on_host = recompute.spend(free, engine.module.tokens_at_once(pack) // layout.sp, size, device)
     memory.release()
     kept = sum(len(k.on_device) + len(k.on_host) for k in recompute.keep)
     return (
@@ -154,7 +142,7 @@ def choose_passes(
     before. Nothing can run out of memory by trying.
     """
     objective = engine.module
-    if not isinstance(objective, DpoObjective) or wanted != "auto" or memory is None:
+    if wanted != "auto" or memory is None:
         return None
     if objective.passes == "two":
         return "dpo.passes auto: two, as `ds-longft plan` predicts"
@@ -175,11 +163,7 @@ def choose_passes(
 
 def _as_last(engine: Any, pack: Pack, layout: ParallelLayout) -> list[Pack]:
     """The packs of a step that ends with `pack`: the gradients of those before it are in memory then."""
-    return [short_pack(engine, layout)] * (engine.gradient_accumulation_steps() - 1) + [pack]
-
-
-def _of_pairs(engine: Any) -> bool:
-    return isinstance(engine.module, DpoObjective)
+    return [filler_pack(SHORT_TOKENS * layout.sp)] * (engine.gradient_accumulation_steps() - 1) + [pack]
 
 
 def _least(size: int, device: torch.device) -> int:

@@ -8,8 +8,8 @@ from ds_longft.config.run_config import RunConfig, SourceConfig
 from ds_longft.data.pairs import PairSet
 from ds_longft.data.tokenize import tokenize_sources
 from ds_longft.data.tokenized import TokenizedSet
-from ds_longft.objectives.dpo import reference_of
-from ds_longft.objectives.reference import load_reference
+from ds_longft.objectives.objective import Needs
+from ds_longft.objectives.reference_cache import load_reference
 
 
 def tokenized(
@@ -24,15 +24,16 @@ def tokenized(
     Raises:
         DataError: no usable row, tokens that the model does not know, or log-probabilities that are missing.
     """
-    pairs = config.objective == "dpo"
-    reference = pairs and reference_of(config.dpo, lora=config.lora is not None) == "precomputed"
+    needs = Needs.of(config)
 
     def make(sources: list[SourceConfig]) -> TokenizedSet:
+        pairs = needs.documents_per_row > 1
         made = tokenize_sources(sources, tokenizer, config.data, progress=progress, pairs=pairs, every_byte=every_byte)
         made.check_ids(vocab)
-        if reference and isinstance(made, PairSet):
-            return made.with_reference(load_reference(config, made))
-        return made
+        if needs.reference != "precomputed":
+            return made
+        assert isinstance(made, PairSet)
+        return made.with_reference(load_reference(config, made))
 
     train_set = make(config.data.train)
     if config.data.eval:

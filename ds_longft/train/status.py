@@ -50,7 +50,6 @@ class Status:
         self.first_step: int | None = None
         self.start_up_s: dict[str, float] | None = None
         self.where = "at the start"  # what the run is at, for messages
-        self.passes: str | None = None  # what dpo.passes: auto was settled to, for messages
         self.run: Run | None = None  # what is known of it, for messages
         self.begun = time.time()
 

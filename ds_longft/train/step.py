@@ -11,8 +11,6 @@ from torch import Tensor
 
 from ds_longft.batch import Pack
 from ds_longft.layout import ParallelLayout
-from ds_longft.objectives.passes import backpropagate_pairs, evaluate_pairs
-from ds_longft.sequence.shard import shard
 
 
 def loss_scale(total_weight: float, layout: ParallelLayout) -> float:
@@ -25,27 +23,16 @@ def loss_scale(total_weight: float, layout: ParallelLayout) -> float:
 
 
 def backpropagate_pack(engine: Any, pack: Pack, scale: float, layout: ParallelLayout, device: torch.device) -> Tensor:
-    """Forward and backward of one pack; returns this rank's sum of w * ce, a scalar without gradient.
-
-    Of a pack of pairs: its share of the pairs' losses and metrics, [1 + metrics], the loss first. A sum that is not
-    finite makes all of its gradient NaN, so that a check of the gradient sees it too.
-    """
-    if pack.pairs is not None:
-        return backpropagate_pairs(engine, pack, scale, layout, device)
-    loss_sum = engine(shard(pack, layout, device))
-    value: Tensor = loss_sum.detach()
-    engine.backward(loss_sum * torch.where(value.isfinite(), scale, math.nan), scale_wrt_gas=False)
-    return value
+    """Forward and backward of one pack; returns this rank's sums, [1 + metrics], the loss first."""
+    sums: Tensor = engine.module.backpropagate(engine, pack, scale, layout, device)
+    return sums
 
 
 @torch.no_grad()
 def evaluate_pack(engine: Any, pack: Pack, layout: ParallelLayout, device: torch.device) -> tuple[Tensor, int]:
     """The same sums without a gradient, and this rank's share of the pack's targets."""
-    if pack.pairs is not None:
-        targets = int((pack.loss_weights != 0).sum()) if layout.sp_rank == 0 else 0
-        return evaluate_pairs(engine, pack, layout, device), targets
-    batch = shard(pack, layout, device)
-    return engine(batch), len(batch.targets)
+    targets = int((pack.loss_weights != 0).sum()) if layout.sp_rank == 0 else 0
+    return engine.module.evaluate(engine, pack, layout, device), targets
 
 
 def backpropagate(
@@ -53,15 +40,15 @@ def backpropagate(
 ) -> Tensor:
     """Forward and backward of this rank's packs of one step, one micro-step each; the weights do not change yet.
 
-    Returns this rank's sum of w * ce (its share of the pairs' losses), a float64 scalar without gradient. The caller
-    ends the step with `engine.step()`.
+    Returns this rank's sum of the losses, a float64 scalar without gradient. The caller ends the step with
+    `engine.step()`.
     """
     scale = loss_scale(total_weight, layout)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for i, pack in enumerate(packs):
         if i:
             engine.step()  # counts the micro-step; weights change only at the last one
-        total += backpropagate_pack(engine, pack, scale, layout, device).reshape(-1)[0]
+        total += backpropagate_pack(engine, pack, scale, layout, device)[0]
     return total
 
 

@@ -30,7 +30,6 @@ from ds_longft.decide.setting import GIB
 from ds_longft.errors import CheckpointError, NonFiniteError
 from ds_longft.exactness.first_step import check_first_step, raise_if_wrong
 from ds_longft.layout import ParallelLayout
-from ds_longft.objectives.dpo import METRICS, DpoObjective
 from ds_longft.ranks.interrupt import StopRequest
 from ds_longft.ranks.join import Agreement
 from ds_longft.sequence.relief import Relief
@@ -131,24 +130,13 @@ class Trainer:
         lr = learning_rate(self.state.step, self.state.total_steps, self.config.optim)
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
-        scale = loss_scale(step.total_weight, self.layout)
-        # FLOPs, ranks that want to stop, weighted loss, metrics of pairs
-        sums = torch.zeros(3 + len(self.metric_names), dtype=torch.float64, device=self.device)
-        losses = []
-        random_state = rng_state()
-        for i, pack in enumerate(step.packs):
-            if i:
-                if self._agree_on_stopping():
-                    set_rng_state(random_state)
-                    return False
-                engine.step()  # counts the micro-step; weights change only at the last one
-            self.watchdog.enter(f"step {self.state.step + 1}, pack {i + 1} of {len(step.packs)}")
-            with self.relief or nullcontext():
-                of_pack = backpropagate_pack(engine, pack, scale, self.layout, self.device).reshape(-1)
-            losses.append(of_pack[0])
-            sums[0] += self._flops(pack)
-            sums[2:] += of_pack
-        sums[1] = float(self.stop.asked())
+        packs = self._backpropagate(step)
+        if packs is None:
+            return False
+        # FLOPs, ranks that want to stop, weighted loss, metrics
+        mine = [sum(map(self._flops, step.packs)), float(self.stop.asked())]
+        of_packs = sum(packs[1:], start=packs[0])
+        sums = torch.cat([torch.tensor(mine, dtype=torch.float64, device=self.device), of_packs])
         self.watchdog.enter(f"step {self.state.step + 1}, sums and update")
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # the sums are read below anyway
@@ -159,7 +147,7 @@ class Trainer:
         with self.relief or nullcontext():
             nonfinite, norm = apply_step(engine, loss_total, skip=self.config.train.on_nonfinite == "skip")
         if nonfinite:
-            self._report_nonfinite(nonfinite, step, losses)
+            self._report_nonfinite(nonfinite, step, [of_pack[0] for of_pack in packs])
         self._skipped = self._skipped + 1 if nonfinite else 0
         self.state = replace(
             self.state,
@@ -169,11 +157,9 @@ class Trainer:
         )
         step_s = time.monotonic() - started + wait_s
         given_gib = self.relief.take_note() / GIB if self.relief is not None else 0.0
-        mine = torch.tensor(
-            [peak_gib(self.device), wait_s, arrived, given_gib], dtype=torch.float64, device=self.device
-        )
-        ranks = mine.new_empty(self.layout.world, len(mine))
-        dist.all_gather_into_tensor(ranks.view(-1), mine)
+        own = torch.tensor([peak_gib(self.device), wait_s, arrived, given_gib], dtype=torch.float64, device=self.device)
+        ranks = own.new_empty(self.layout.world, len(own))
+        dist.all_gather_into_tensor(ranks.view(-1), own)
         peak, wait_s, _, given_gib = ranks.amax(0).tolist()
         if given_gib:
             self._say_given(given_gib, int(ranks[:, 3].argmax()))
@@ -202,6 +188,22 @@ class Trainer:
             }
         )
         return True
+
+    def _backpropagate(self, step: Step) -> list[torch.Tensor] | None:
+        """The sums of each pack of a step, its gradients in the engine. None: all ranks agreed to stop between two."""
+        engine, scale = self.built.engine, loss_scale(step.total_weight, self.layout)
+        packs: list[torch.Tensor] = []
+        random_state = rng_state()
+        for i, pack in enumerate(step.packs):
+            if i:
+                if self._agree_on_stopping():
+                    set_rng_state(random_state)
+                    return None
+                engine.step()  # counts the micro-step; weights change only at the last one
+            self.watchdog.enter(f"step {self.state.step + 1}, pack {i + 1} of {len(step.packs)}")
+            with self.relief or nullcontext():
+                packs.append(backpropagate_pack(engine, pack, scale, self.layout, self.device).double())
+        return packs
 
     def _say_given(self, given_gib: float, rank: int) -> None:
         """A GPU was full in the step that is just over."""
@@ -241,8 +243,8 @@ class Trainer:
         started = time.monotonic()
         engine = self.built.engine
         engine.eval()
-        # targets, weighted loss, metrics of pairs
-        sums = torch.zeros(2 + len(self.metric_names), dtype=torch.float64, device=self.device)
+        # targets, weighted loss, metrics
+        sums = torch.zeros(2 + len(self.built.objective.metrics), dtype=torch.float64, device=self.device)
         weight = 0.0
         steps = self.eval_loader.steps(0)
         for step in steps:
@@ -316,18 +318,12 @@ class Trainer:
         targets = int((pack.loss_weights != 0).sum())
         facts = self.built.run.facts
         flops = facts.step_flops(useful, lora=self.config.lora is not None, targets=targets)
-        objective = self.built.engine.module
-        if isinstance(objective, DpoObjective) and objective.live_reference:
+        if self.built.objective.live_reference:
             flops += facts.forward_flops(useful, targets=targets)
         return flops / self.layout.sp
 
-    @property
-    def metric_names(self) -> tuple[str, ...]:
-        """What is recorded beside the loss."""
-        return METRICS if self.config.objective == "dpo" else ()
-
     def _means(self, sums: list[float], weight: float, prefix: str = "") -> dict[str, float]:
-        """Metrics of a step: means over its pairs. None of a step without any, or with one that is no number."""
+        """Metrics of a step: weighted means. None of a step without weight, or with one that is no number."""
         if not weight or not all(map(math.isfinite, sums)):
             return {}
-        return {prefix + name: s / weight for name, s in zip(self.metric_names, sums, strict=True)}
+        return {prefix + name: s / weight for name, s in zip(self.built.objective.metrics, sums, strict=True)}

@@ -83,7 +83,7 @@ def loss_by_formula(policy: Tensor, reference: Tensor, counts: Tensor, dpo: DpoC
     return losses - dpo.rpo_alpha * pc / nc
 
 
-def reference_step(policy: nn.Module, base: nn.Module, packs: Sequence[Pack], dpo: DpoConfig) -> Any:
+def baseline_step(policy: nn.Module, base: nn.Module, packs: Sequence[Pack], dpo: DpoConfig) -> Any:
     """Loss and every gradient of one step on one process, from `base` as the reference."""
     total, weight = torch.zeros((), dtype=torch.float64), 0.0
     for pack in packs:

@@ -22,7 +22,7 @@ from ds_longft.sequence.attention import ULYSSES, register
 from ds_longft.sequence.linear import fuse_linears, gather_with
 from ds_longft.sequence.recompute import apply_recompute
 from ds_longft.train.step import backpropagate, backpropagate_pack
-from tests.distributed.dpo_cases import PairLengths, pair_pack, reference_step
+from tests.distributed.dpo_cases import PairLengths, baseline_step, pair_pack
 from tests.distributed.models import relative_error, tiny_config, tiny_model
 from tests.distributed.test_exact import prepared
 
@@ -137,7 +137,7 @@ def test_engine_equals_one_process(pools, world, sp, stage, accumulation, lora, 
     base = tiny_model(tiny_config("llama", **changes), attn="dense", dtype=torch.float32, std=STD)
     model = prepared(copy.deepcopy(base), lora).double()
     packs = [p for p in packs_of_step(accumulation * world // sp, sp) if len(p.pairs)]
-    ref_loss, ref = reference_step(model, base.double(), packs, DpoConfig(**dpo))
+    ref_loss, ref = baseline_step(model, base.double(), packs, DpoConfig(**dpo))
     assert loss == pytest.approx(ref_loss, rel=1e-6)
     assert set(ref) <= set(grads)
     assert {n: f"{e:.1e}" for n in ref if (e := relative_error(grads[n], ref[n])) > 1e-6} == {}

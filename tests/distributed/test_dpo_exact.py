@@ -14,12 +14,13 @@ import torch.distributed as dist
 
 from ds_longft.config.run_config import DpoConfig
 from ds_longft.layout import ParallelLayout
-from ds_longft.objectives.dpo import METRICS, DpoObjective
+from ds_longft.objectives.dpo import DpoObjective
+from ds_longft.objectives.pair_loss import METRICS
 from ds_longft.objectives.passes import backpropagate_pairs, evaluate_pairs, reference_logps
 from ds_longft.sequence.attention import ULYSSES, register
 from ds_longft.sequence.recompute import apply_recompute
 from ds_longft.train.install import fuse_and_tile
-from tests.distributed.dpo_cases import PairLengths, pair_pack, reference_step
+from tests.distributed.dpo_cases import PairLengths, baseline_step, pair_pack
 from tests.distributed.models import tiny_config, tiny_model
 from tests.distributed.test_exact import DYNAMIC, assert_equal, install, prepared
 
@@ -111,7 +112,7 @@ def truth(dpo: dict[str, Any], lora: Any, changes: dict[str, Any], packs: tuple[
     if not lora and dpo.get("reference") != "precomputed":
         plain = shaken(plain)
     made = [pair_pack(each, seed=i, weights=WEIGHTS[i]) for i, each in enumerate(packs)]
-    return reference_step(prepared(base, lora), plain, made, DpoConfig(**dpo))
+    return baseline_step(prepared(base, lora), plain, made, DpoConfig(**dpo))
 
 
 HEADS_9_3 = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 36}

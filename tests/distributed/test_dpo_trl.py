@@ -16,7 +16,8 @@ from ds_longft.batch import IGNORE_INDEX, Pack, Pairs
 from ds_longft.config.run_config import DpoConfig, LoraConfig
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.lora import add_lora
-from ds_longft.objectives.dpo import METRICS, DpoObjective
+from ds_longft.objectives.dpo import DpoObjective
+from ds_longft.objectives.pair_loss import METRICS
 from ds_longft.objectives.passes import backpropagate_pairs
 from ds_longft.sequence.attention import ULYSSES, register
 from tests.distributed.models import relative_error, tiny_config, tiny_model

@@ -114,7 +114,7 @@ def one_step(
     return (float(total), None if norm is None else float(norm), grads) if rank == 0 else None
 
 
-def reference_step(
+def baseline_step(
     accumulation: int, dp: int, lora: bool, changes: dict[str, Any], sample: bool, sp: int, half: bool
 ) -> Any:
     """The same from one process in float64. Packs are padded alike: what the halves are depends on it."""
@@ -157,7 +157,7 @@ CASES = [
 @pytest.mark.parametrize(("world", "sp", "stage", "accumulation", "lora", "policy", "changes", "sample", "half"), CASES)
 def test_engine_equals_one_process(pools, world, sp, stage, accumulation, lora, policy, changes, sample, half):
     found = pools(world).run(one_step, sp, stage, accumulation, lora, policy, changes, sample, half)[0]
-    assert_equal(found, reference_step(accumulation, world // sp, lora, changes, sample, sp, half))
+    assert_equal(found, baseline_step(accumulation, world // sp, lora, changes, sample, sp, half))
 
 
 def assert_equal(found: Any, truth: Any) -> None:

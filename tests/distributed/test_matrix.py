@@ -15,7 +15,7 @@ import torch
 from tests.distributed import test_engine
 from tests.distributed.models import relative_error
 from tests.distributed.pool import WorkerPool
-from tests.distributed.test_engine import HEADS_9_3, TIED, one_step, reference_step
+from tests.distributed.test_engine import HEADS_9_3, TIED, baseline_step, one_step
 
 SINGLE = ([41], [97], [66], [63], [71], [64])  # documents alone in their packs
 PLAIN: dict[str, Any] = {}
@@ -92,7 +92,7 @@ def test_step_equals_one_process(pools, large_pools, row):
     pool = (pools if world in (2, 4) else large_pools)(world)
     loss, norm, grads = pool.run(matrix_step, lengths, sp, stage, accumulation, lora, policy, changes, sample, half)[0]
     with patch.object(test_engine, "LENGTHS", lengths):
-        ref_loss, ref = reference_step(accumulation, dp, lora, changes, sample, sp, half)
+        ref_loss, ref = baseline_step(accumulation, dp, lora, changes, sample, sp, half)
     assert loss == pytest.approx(ref_loss, rel=1e-6)
     assert set(grads) == set(ref)
     whole = torch.cat([g.flatten().double() for g in ref.values()]).norm()

@@ -19,7 +19,7 @@ import yaml
 from ds_longft.batch import Batch, Documents, Pack
 from ds_longft.config.check import preflight
 from ds_longft.config.run_config import RunConfig
-from ds_longft.data.loader import build_pack
+from ds_longft.data.pack import build_pack
 from ds_longft.layout import ParallelLayout
 from ds_longft.objectives.sft import SftObjective
 from ds_longft.ranks.join import Agreement
@@ -38,15 +38,15 @@ def agreed() -> Agreement:
 
 def verified(rank: int, world: int, content: dict[str, Any], checks: frozenset[int], fault: str | None) -> Any:
     """The findings, in a process where `fault` was planted."""
-    from ds_longft.tools.verify.run import verify_model
-    from ds_longft.tools.verify.subject import Subject
+    from ds_longft.tools.verify.checks import verify_model
+    from ds_longft.tools.verify.verified_run import VerifiedRun
 
     config = RunConfig.model_validate(content)
     settings, sp = preflight(config, world=world, local_world=world, device="cpu")
     with ExitStack() as stack:
         if fault is not None:
             FAULTS[fault](stack)
-        subject = Subject.make(config, settings, sp, torch.device("cpu"), agreed(), tokens=160)
+        subject = VerifiedRun.make(config, settings, sp, torch.device("cpu"), agreed(), tokens=160)
         findings, facts, text = verify_model(subject, checks)
     return findings, facts, str(text)
 
@@ -59,7 +59,7 @@ def positions_of_packs_run_on(stack: ExitStack) -> None:
         pack = build_pack(*args, **kwargs)
         return replace(pack, position_ids=np.arange(pack.tokens))
 
-    stack.enter_context(patch("ds_longft.data.loader.build_pack", faulty))
+    stack.enter_context(patch("ds_longft.data.tokenized.build_pack", faulty))
 
 
 def positions_of_shards_run_on(stack: ExitStack) -> None:
@@ -85,7 +85,7 @@ def label_over_the_border(stack: ExitStack) -> None:
         pack.labels[last], pack.loss_weights[last] = pack.input_ids[last + 1], 1.0
         return pack
 
-    stack.enter_context(patch("ds_longft.data.loader.build_pack", faulty))
+    stack.enter_context(patch("ds_longft.data.tokenized.build_pack", faulty))
 
 
 def mask_dropped(stack: ExitStack) -> None:
@@ -102,7 +102,7 @@ def rows_merged_in_packs(stack: ExitStack) -> None:
         pack = build_pack(*args, **kwargs)
         return replace(pack, cu_seqlens=np.delete(pack.cu_seqlens, 1))
 
-    stack.enter_context(patch("ds_longft.data.loader.build_pack", faulty))
+    stack.enter_context(patch("ds_longft.data.tokenized.build_pack", faulty))
 
 
 def weights_averaged_per_rank(stack: ExitStack) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from tests.distributed.models import dealt, make_pack, tiny_config, tiny_model
 from tests.distributed.pool import WorkerPool
-from tests.distributed.test_engine import HEADS_9_3, assert_equal, one_step, reference_step
+from tests.distributed.test_engine import HEADS_9_3, assert_equal, baseline_step, one_step
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_engine_equals_one_process(
 ) -> None:  # fmt: skip
     arguments = (sp, stage, accumulation, lora, policy, changes, False, False, True)
     found = pools(world).run(one_step, *arguments)[0]
-    assert_equal(found, reference_step(accumulation, world // sp, lora, changes, False, sp, False))
+    assert_equal(found, baseline_step(accumulation, world // sp, lora, changes, False, sp, False))
 
 
 def exchanges(rank: int, world: int, whole: bool) -> tuple[int, list[int]]:

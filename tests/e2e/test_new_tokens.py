@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ds_longft.cli import main as cli
-from ds_longft.config.settings import load_config
+from ds_longft.config.settings import load_run_config
 from ds_longft.errors import ConfigError
 from tests.e2e.job import write_job
 from tests.e2e.test_runs import code_of_card, losses
@@ -104,7 +104,7 @@ def test_frozen_rows_stay_the_mean(job: Path, ranks: Launcher, tmp_path: Path) -
 def test_what_is_refused(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(json.dumps(changes))
     with pytest.raises(ConfigError, match=says):
-        load_config(["--config", str(tmp_path / "run.yaml")])
+        load_run_config(["--config", str(tmp_path / "run.yaml")])
 
 
 def test_zero3_is_refused(job: Path, ranks: Launcher, tmp_path: Path) -> None:

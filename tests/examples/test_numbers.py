@@ -16,7 +16,7 @@ from ds_longft.cli import main
 from ds_longft.config.yaml_io import load_yaml
 from ds_longft.data.formats import to_row
 from ds_longft.errors import DataError
-from ds_longft.tools.evaluate import facts as asked_in_evaluation
+from ds_longft.tools.evaluate import needle_facts as asked_in_evaluation
 from ds_longft.tools.make_data.lengths import Lengths
 from ds_longft.tools.make_data.synth.sources import Document
 from examples.extend_smollm2.extend import main as extend

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from ds_longft.config.settings import load_config
+from ds_longft.config.settings import load_run_config
 from ds_longft.errors import CheckpointError
 from ds_longft.train.checkpoint import Checkpoints
 from ds_longft.train.same_run import refuse_another_run, what_decides
@@ -106,7 +106,7 @@ def test_another_loss_is_refused(keys: tuple[str, ...], golden_pairs: Path) -> N
     engine = json.loads((golden_pairs / "ds_config.json").read_text())
 
     def go_on_with(*changed: str) -> None:
-        config = load_config(["--config", str(golden_pairs / "config.yaml"), *changed])
+        config = load_run_config(["--config", str(golden_pairs / "config.yaml"), *changed])
         layout: Any = SimpleNamespace(dp=1)
         refuse_another_run(path, state, replace(state, decides=what_decides(config, engine, layout)))
 

@@ -21,7 +21,7 @@ from transformers import LlamaConfig
 
 from ds_longft.config.messages import _models_of, all_keys, on_resume
 from ds_longft.config.run_config import DpoConfig, OnResume, RunConfig, SourceConfig
-from ds_longft.config.settings import load_config
+from ds_longft.config.settings import load_run_config
 from ds_longft.errors import CheckpointError
 from ds_longft.train.same_run import (
     TrainState,
@@ -253,8 +253,8 @@ OTHERS_OF_PAIRS = {
 def test_another_value_in_preference_training(key: str) -> None:
     assert set(OTHERS_OF_PAIRS) == {f"dpo.{name}" for name in DpoConfig.model_fields}
     loss = ["--dpo.loss", "simpo"] if key == "dpo.simpo_gamma" else []
-    before = state_of(load_config([*DPO, *loss]))
-    now = state_of(load_config([*DPO, *loss, f"--{key}", *OTHERS_OF_PAIRS[key]]))
+    before = state_of(load_run_config([*DPO, *loss]))
+    now = state_of(load_run_config([*DPO, *loss, f"--{key}", *OTHERS_OF_PAIRS[key]]))
     if CLASSES[key] is OnResume.REFUSED:
         with pytest.raises(CheckpointError, match=f"{key} was .* and is .* now"):
             refuse_another_run(Path("checkpoint-6"), before, now)
@@ -265,37 +265,37 @@ def test_another_value_in_preference_training(key: str) -> None:
 
 
 def test_another_adapter_to_start_from_is_refused() -> None:
-    before, now = state_of(load_config([])), state_of(load_config(["--lora.init_from", "elsewhere"]))
+    before, now = state_of(load_run_config([])), state_of(load_run_config(["--lora.init_from", "elsewhere"]))
     with pytest.raises(CheckpointError, match=r"lora.init_from was null and is .*elsewhere.* now"):
         refuse_another_run(Path("checkpoint-6"), before, now)
 
 
 def test_spellings_of_one_value_are_one() -> None:
     """What `auto` became, the budget that follows from the length, and packs over ranks or over micro-steps."""
-    plain, said = load_config([]), load_config(["--data.pack_tokens", "128K", "--model.dtype", "fp32"])
+    plain, said = load_run_config([]), load_run_config(["--data.pack_tokens", "128K", "--model.dtype", "fp32"])
     refuse_another_run(Path("checkpoint-6"), state_of(plain), state_of(said))
     four: Any = SimpleNamespace(dp=4)
-    accumulated = load_config(["--train.gradient_accumulation_steps", "4"])
+    accumulated = load_run_config(["--train.gradient_accumulation_steps", "4"])
     over_ranks = replace(state_of(plain), decides=what_decides(plain, {"zero_optimization": {"stage": 3}}, four))
     refuse_another_run(Path("checkpoint-6"), state_of(accumulated), over_ranks)
 
 
 def test_keys_that_only_one_version_knows() -> None:
     """A key that came later did before what its default does; one that is gone decided something that cannot be had."""
-    state = state_of(load_config([]))
+    state = state_of(load_run_config([]))
 
     def without(key: str) -> TrainState:
         return replace(state, decides={k: v for k, v in state.decides.items() if k != key})
 
     for key in ("lora.dora", "seed"):
         refuse_another_run(Path("checkpoint-6"), without(key), state)
-    now = state_of(load_config(["--lora.dora", "true"]))
+    now = state_of(load_run_config(["--lora.dora", "true"]))
     with pytest.raises(CheckpointError, match=r"lora.dora was false and is true now"):
         refuse_another_run(Path("checkpoint-6"), without("lora.dora"), now)
     with pytest.raises(CheckpointError, match=r"lora.moon was full and is unknown to this version now"):
         refuse_another_run(Path("checkpoint-6"), replace(state, decides=state.decides | {"lora.moon": "full"}), state)
     may = {k: v for k, v in state.may_change.items() if k != "optim.eps"}
-    other = state_of(load_config(["--optim.eps", "1e-3"]))
+    other = state_of(load_run_config(["--optim.eps", "1e-3"]))
     assert changes_since(replace(state, may_change=may), state) == []
     (change,) = changes_since(replace(state, may_change=may), other)
     assert (change["key"], change["was"], change["now"]) == ("optim.eps", 1e-8, 1e-3)
@@ -304,7 +304,7 @@ def test_keys_that_only_one_version_knows() -> None:
 def test_a_line_removed_from_a_models_config_is_seen() -> None:
     """What is not in it is the default of the family, which is the same as long as the software is."""
     model = {"rms_norm_eps": 1e-5, "transformers_version": "5.24.0"}
-    before = replace(state_of(load_config([])), model=model)
+    before = replace(state_of(load_run_config([])), model=model)
     now = replace(before, model={"transformers_version": "5.24.0"})
     with pytest.raises(CheckpointError, match=r"rms_norm_eps in config.json was 1e-05 and is the default now"):
         refuse_another_run(Path("checkpoint-6"), before, now)
@@ -313,7 +313,7 @@ def test_a_line_removed_from_a_models_config_is_seen() -> None:
 
 def test_another_norm_of_the_same_weights_is_refused() -> None:
     """The weights may be equal and the model another one: its config.json decides too."""
-    state = replace(state_of(load_config([])), model={"rms_norm_eps": 1e-6})
+    state = replace(state_of(load_run_config([])), model={"rms_norm_eps": 1e-6})
     with pytest.raises(CheckpointError, match=r"model.path: rms_norm_eps in config.json was 1e-06 and is 1e-05 now"):
         refuse_another_run(Path("checkpoint-6"), state, replace(state, model={"rms_norm_eps": 1e-5}))
 

@@ -18,9 +18,9 @@ from ds_longft.config.ds_json import merge_ds_config
 from ds_longft.config.run_config import RunConfig
 from ds_longft.layout import ParallelLayout
 from ds_longft.ranks.join import Launch, join
+from ds_longft.train.device_memory import device_memory
 from ds_longft.train.engine import build
 from ds_longft.train.install import known_run
-from ds_longft.train.memory import device_memory
 from ds_longft.train.rehearse import rehearse, settle
 from ds_longft.train.step import apply_step, backpropagate
 from tests.distributed.models import make_pack

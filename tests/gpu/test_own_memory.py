@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ds_longft.ranks.join import free_port
-from ds_longft.train.memory import own_memory_gib
+from ds_longft.train.device_memory import own_memory_gib
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -14,7 +14,7 @@ import pytest
 
 from ds_longft import cli
 from ds_longft.cli import COMMANDS, Command, _described, bind_arguments, main
-from ds_longft.config.settings import load_config
+from ds_longft.config.settings import load_run_config
 from ds_longft.config.yaml_io import load_yaml
 from ds_longft.errors import EXIT_CONFIG, DataError, LongftError
 
@@ -189,7 +189,7 @@ def test_h_is_the_help_and_no_flag_with_that_letter(capsys: pytest.CaptureFixtur
 def test_config_prints_a_config_that_runs_again(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "--sp", "4", "--lora", "null"]) == 0
     printed = capsys.readouterr().out
-    assert load_config(["--sp", "4", "--lora", "null"]).model_dump(mode="json") == load_yaml(printed)
+    assert load_run_config(["--sp", "4", "--lora", "null"]).model_dump(mode="json") == load_yaml(printed)
 
 
 def test_config_names_mistakes(capsys: pytest.CaptureFixture[str]) -> None:

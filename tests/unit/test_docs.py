@@ -12,7 +12,7 @@ import pytest
 
 from ds_longft.cli import COMMANDS, bind_arguments
 from ds_longft.cli import main as cli
-from ds_longft.config.settings import load_config
+from ds_longft.config.settings import load_run_config
 from ds_longft.config.yaml_io import load_yaml
 from ds_longft.tools.verify.command import read as read_verify
 
@@ -60,12 +60,12 @@ def test_a_command_of_the_documentation_is_taken(line: str, user_folder: Path) -
         if name == "verify":
             read_verify(rest)
         elif COMMANDS[name].takes_run_keys:
-            load_config(rest)
+            load_run_config(rest)
         else:
             module, _, function = COMMANDS[name].target.partition(":")
             bind_arguments(getattr(importlib.import_module(module), function), name, rest)
     elif match := TRAIN.search(line.partition(">")[0]):
-        load_config(shlex.split(match[1]))
+        load_run_config(shlex.split(match[1]))
 
 
 def test_there_are_commands_to_look_at() -> None:

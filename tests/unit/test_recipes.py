@@ -10,7 +10,7 @@ from ds_longft.config.check import check_run
 from ds_longft.config.ds_file import load_ds_config
 from ds_longft.config.ds_json import merge_ds_config
 from ds_longft.config.run_config import RunConfig
-from ds_longft.config.settings import dump_config, load_config
+from ds_longft.config.settings import dump_config, load_run_config
 from ds_longft.config.yaml_io import load_yaml
 from ds_longft.errors import ConfigError
 from ds_longft.tools import quickstart
@@ -29,7 +29,7 @@ WINDOWS = {
 
 
 def read(path: Path, *more: str) -> RunConfig:
-    return load_config(["--config", str(path), *more])
+    return load_run_config(["--config", str(path), *more])
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: f"{p.parent.name}/{p.stem}")
@@ -72,7 +72,7 @@ def test_the_128k_recipe_needs_its_window(tmp_path: Path) -> None:
 @pytest.mark.parametrize("has_gpu", [False, True])
 def test_the_bare_command_is_a_recipe(has_gpu: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)  # found from anywhere
-    config = load_config(["--config", quickstart.recipe(has_gpu=has_gpu)])
+    config = load_run_config(["--config", quickstart.recipe(has_gpu=has_gpu)])
     folder = Path(quickstart.CACHE)
     assert Path(config.model.path) == folder / quickstart.MODEL
     for source in config.data.train + config.data.eval:
@@ -83,6 +83,6 @@ def test_the_bare_command_is_a_recipe(has_gpu: bool, monkeypatch: pytest.MonkeyP
 
 
 def test_prepare_leaves_other_configs_alone(tmp_path: Path) -> None:
-    config = load_config(["--model.path", str(tmp_path / "model"), "--data.train", str(tmp_path / "my.jsonl")])
+    config = load_run_config(["--model.path", str(tmp_path / "model"), "--data.train", str(tmp_path / "my.jsonl")])
     quickstart.prepare(config, str(tmp_path / "cache"))
     assert not (tmp_path / "cache").exists()

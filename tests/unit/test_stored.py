@@ -20,16 +20,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ds_longft.config.run_config import LogConfig
-from ds_longft.config.settings import dump_config, load_config
+from ds_longft.config.settings import dump_config, load_run_config
 from ds_longft.data.cache import PartSeal, SealedSet, sealed_set
 from ds_longft.data.ledger import Tally
 from ds_longft.ranks.lock import HOLDER, _holder
 from ds_longft.run_files import StatusFile
 from ds_longft.stored import Unreadable, read_file
 from ds_longft.tools.evaluate.results import Rows
-from ds_longft.tools.report.facts import gather_facts
 from ds_longft.tools.report.markdown import markdown_page
 from ds_longft.tools.report.page import html_page
+from ds_longft.tools.report.run_facts import gather_facts
 from ds_longft.tools.slurm.requeue import decide
 from ds_longft.train.checkpoint import MANIFEST, STATE
 from ds_longft.train.metrics import Records
@@ -126,7 +126,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "eval").mkdir(parents=True)
     for number in (4, 6):
         write_checkpoint(folder, number)
-    config = load_config(["--model.path", "some/model", "--data.train", "a.jsonl", "--output_dir", str(folder)])
+    config = load_run_config(["--model.path", "some/model", "--data.train", "a.jsonl", "--output_dir", str(folder)])
     (folder / "config.yaml").write_text(dump_config(config))
     records = [
         step(1),

@@ -11,7 +11,7 @@ import torch
 from ds_longft.errors import ModelError
 from ds_longft.sequence.kernels.base import AttentionSpec, Job, Kernel
 from ds_longft.sequence.kernels.flash_attn import FlashAttention2, FlashAttention3, FlashAttention4
-from ds_longft.sequence.kernels.reference import MathKernel
+from ds_longft.sequence.kernels.math_kernel import MathKernel
 from ds_longft.sequence.kernels.torch_builtin import CpuKernel, CudnnKernel, TorchVarlen
 
 KERNELS: tuple[Kernel, ...] = (

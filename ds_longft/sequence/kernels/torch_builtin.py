@@ -22,7 +22,7 @@ from ds_longft.sequence.kernels.base import (
     refusal,
     spans,
 )
-from ds_longft.sequence.kernels.reference import MathKernel
+from ds_longft.sequence.kernels.math_kernel import MathKernel
 
 aten = torch.ops.aten
 

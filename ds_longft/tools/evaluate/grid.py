@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from ds_longft.tools.evaluate.facts import Form, Needle, judge
+from ds_longft.tools.evaluate.needle_facts import Form, Needle, judge
 from ds_longft.tools.evaluate.texts import Language
 
 ANSWER_TOKENS = 40  # of each number asked for: a short sentence around it is no mistake

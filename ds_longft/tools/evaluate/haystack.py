@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ds_longft.errors import ConfigError, DataError
-from ds_longft.tools.evaluate.facts import HEAD, Needle
+from ds_longft.tools.evaluate.needle_facts import HEAD, Needle
 from ds_longft.tools.evaluate.texts import Language, adds_bos, encode
 
 MARK = "\u241e"  # stands for the text while the chat template is rendered; no document holds it

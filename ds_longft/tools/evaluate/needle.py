@@ -16,7 +16,6 @@ from rich.table import Table
 
 from ds_longft.config.run_config import parse_tokens
 from ds_longft.errors import ConfigError
-from ds_longft.tools.evaluate.facts import Form, make_needle
 from ds_longft.tools.evaluate.grid import (
     ANSWER_TOKENS,
     Ask,
@@ -28,11 +27,12 @@ from ds_longft.tools.evaluate.grid import (
     spread,
     summarize,
 )
-from ds_longft.tools.evaluate.haystack import Haystack, build_prompt
+from ds_longft.tools.evaluate.haystack import Haystack, Prompt, build_prompt
+from ds_longft.tools.evaluate.needle_facts import Form, Needle, make_needle
 from ds_longft.tools.evaluate.texts import Language, read_texts
 
 if TYPE_CHECKING:
-    from ds_longft.tools.evaluate.crew import Crew
+    from ds_longft.tools.evaluate.processes import Processes
 
 MAX_FACTS = 16
 CHARACTERS_A_TOKEN = 6  # more than any tokenizer takes, for the length of the built-in text
@@ -87,7 +87,7 @@ def needle(
         json: print one JSON object instead of tables.
     """
     arguments = {key: value for key, value in locals().items() if value not in (None, False)}
-    from ds_longft.tools.evaluate.crew import Crew, start_ranks
+    from ds_longft.tools.evaluate.processes import Processes, start_ranks
 
     spoken = _languages(languages)
     fractions: list[float | None] = _depths(depths) if form == "single" else [None]
@@ -102,13 +102,13 @@ def needle(
     from ds_longft.tools.evaluate import results  # brings torch: not in a process that only starts others
 
     grid = Grid(form, facts, sizes, fractions, trials, spoken, {"en": haystack_en, "zh": haystack_zh}, where, seed)
-    with Crew.of_launch() as crew:
-        made = _measure(crew, grid, model, batch, chunk, before=before, base=base, out=out, name=name, quiet=json)
+    with Processes.of_launch() as processes:
+        made = _measure(processes, grid, model, batch, chunk, before=before, base=base, out=out, name=name, quiet=json)
     results.show(made, json, _show)
 
 
 def _measure(
-    crew: Crew,
+    processes: Processes,
     grid: Grid,
     model: str,
     batch_tokens: int,
@@ -129,7 +129,7 @@ def _measure(
     register()
     subject = find_subject(model, before=before, base=base)
     tokenizer = subject_tokenizer(subject)
-    loaded = load_subject(subject, crew.device, attention=CACHED)
+    loaded = load_subject(subject, processes.device, attention=CACHED)
     sizes = grid.sizes or default_lengths(loaded.window)
     longest = max(sizes)
     stacks = {
@@ -152,22 +152,11 @@ def _measure(
             print(f"note: {longest:,} tokens lie beyond the model's window of {loaded.window:,}", flush=True)
         return {row["key"] for row in opened[0].rows}
 
-    done = crew.first(open_rows)
+    done = processes.first(open_rows)
     stops = end_ids(loaded, tokenizer)
 
     def answer(group: list[Ask]) -> list[dict[str, Any]]:
-        prompts, needles = [], []
-        for ask in group:
-            rng = random.Random(f"{grid.seed} {grid.form} {ask.key}")
-            hidden = make_needle(grid.form, ask.language, grid.facts, rng)
-            places = [ask.depth] if ask.depth is not None else spread(len(hidden.sentences), rng)
-            prompts.append(
-                build_prompt(
-                    tokenizer, stacks[ask.language], hidden, ask.language,
-                    tokens=ask.length_tokens, depths=places, rng=rng,
-                )
-            )  # fmt: skip
-            needles.append(hidden)
+        prompts, needles = zip(*(_hidden(ask, grid, tokenizer, stacks[ask.language]) for ask in group), strict=True)
         started = time.monotonic()
         replies = generate(
             loaded,
@@ -182,8 +171,8 @@ def _measure(
             judged(*of_one, seconds) for of_one in zip(group, [p.depths for p in prompts], needles, texts, strict=True)
         ]
 
-    groups = batches([ask for ask in asks if ask.key not in done], batch_tokens, crew.launch.world)
-    for made in crew.share_out(groups, answer):
+    groups = batches([ask for ask in asks if ask.key not in done], batch_tokens, processes.launch.world)
+    for made in processes.share_out(groups, answer):
         for row in made:
             opened[0].add(row)
     if not opened:
@@ -196,6 +185,17 @@ def _measure(
 
         draw_heatmap(result, folder / f"{file}.png")
     return result, rows.result_path
+
+
+def _hidden(ask: Ask, grid: Grid, tokenizer: Any, haystack: Haystack) -> tuple[Prompt, Needle]:
+    """A needle in its haystack; the same whenever it is asked for."""
+    rng = random.Random(f"{grid.seed} {grid.form} {ask.key}")
+    needle = make_needle(grid.form, ask.language, grid.facts, rng)
+    places = [ask.depth] if ask.depth is not None else spread(len(needle.sentences), rng)
+    prompt = build_prompt(
+        tokenizer, haystack, needle, ask.language, tokens=ask.length_tokens, depths=places, rng=rng
+    )  # fmt: skip
+    return prompt, needle
 
 
 def tokens_of(flag: str, value: int | str) -> int:

@@ -19,8 +19,8 @@ from rich.table import Table
 
 from ds_longft.errors import ConfigError, DataError
 from ds_longft.ranks.join import Launch
-from ds_longft.tools.evaluate.crew import said_once, start_ranks
 from ds_longft.tools.evaluate.needle import CHARACTERS_A_TOKEN, tokens_of
+from ds_longft.tools.evaluate.processes import said_once, start_ranks
 from ds_longft.tools.evaluate.texts import Language, adds_bos, encode, read_texts, token_stream
 
 SHOWN_PARTS = 8

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ds_longft.config.run_config import RunConfig, SourceConfig
-from ds_longft.data.plan import plan_epoch
+from ds_longft.data.pack_plan import plan_epoch
 from ds_longft.data.tokenize import tokenize_sources
 from ds_longft.errors import ConfigError, DataError, ModelError
 from ds_longft.tools.look.colour import coloured
@@ -252,9 +252,9 @@ def _parts(one: TokenizedRow, tokenizer: Any, weighting: Weighting) -> list[tupl
 
 def _read(config: str) -> tuple[RunConfig, Any]:
     """The run config and its model's tokenizer."""
-    from ds_longft.config.settings import load_config
+    from ds_longft.config.settings import load_run_config
 
-    run = load_config(["--config", config])
+    run = load_run_config(["--config", config])
     if not run.model.path:
         raise ConfigError(f"model.path is empty in {config}: it names the tokenizer")
     kwargs = {"revision": run.model.revision, "trust_remote_code": run.model.trust_remote_code}

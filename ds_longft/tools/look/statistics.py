@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ds_longft.config.run_config import DataConfig
-from ds_longft.data.pairs import PairSet
-from ds_longft.data.plan import EQUAL_COST_TOKENS, costs_of, plan_epoch
+from ds_longft.data.pack_plan import EQUAL_COST_TOKENS, costs_of, plan_epoch
 from ds_longft.data.tokenized import TokenizedSet
 
 WINDOWS = tuple(1 << e for e in range(12, 21))  # 4K to 1M
@@ -153,7 +152,7 @@ def statistics(rows: TokenizedSet, data: DataConfig, *, dp: int, sp: int, accumu
 def _retention(rows: TokenizedSet) -> list[Retention]:
     """From the window that takes the shortest rows to the one that takes all; a pair counts by its longer document."""
     known = [(tokens, targets) for tokens, targets in rows.tally.too_long if tokens]
-    own = rows.side_lengths.max(axis=1) if isinstance(rows, PairSet) else rows.lengths
+    own = rows.document_lengths.max(axis=1)
     lengths = np.concatenate([own, [tokens for tokens, _ in known]])
     targets = np.concatenate([rows.targets, [trained for _, trained in known]])
     top = int(np.ceil(np.log2(max(lengths.max(), WINDOWS[0]))))

@@ -23,7 +23,7 @@ from ds_longft.tools.make_data.lengths import Lengths
 from ds_longft.tools.make_data.recipe import MixSource, Recipe
 from ds_longft.tools.make_data.similar import anchors, signature
 from ds_longft.tools.make_data.synth.code import write_code_set
-from ds_longft.tools.make_data.synth.needle import needle_rows
+from ds_longft.tools.make_data.synth.needle_rows import needle_rows
 from ds_longft.tools.make_data.synth.refgpt8x import hide_references
 from ds_longft.tools.make_data.synth.sources import Document, read_dialogues, read_documents
 from ds_longft.tools.make_data.synth.stretches import stretch_rows

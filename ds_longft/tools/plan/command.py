@@ -14,9 +14,9 @@ from ds_longft.decide.search import Question, alternatives, fastest, longest_of_
 from ds_longft.decide.setting import Gpu
 from ds_longft.errors import ConfigError, ModelError
 from ds_longft.model.facts import ModelFacts
-from ds_longft.objectives.dpo import reference_of
-from ds_longft.tools.plan import report
-from ds_longft.tools.plan.kernels import with_fitting_kernels
+from ds_longft.objectives.objective import reference_of
+from ds_longft.tools.plan import plan_text
+from ds_longft.tools.plan.fitting_kernels import with_fitting_kernels
 
 FILE_WIDTH = 200
 """Width where the output is no terminal: rows stay on one line, as `grep` and `sort` want them."""
@@ -81,35 +81,44 @@ def plan(
         documents, targets, liger, length, both=lora and full, charted=png is not None,
     )  # fmt: skip
     console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else FILE_WIDTH)
-    if tokens is None:
-        plans = longest_of_each(question)
-        if json:
-            print(json_text.dumps({"longest": [as_json(p, question) for p in plans]}))
-        elif plans:
-            console.print(report.length_table(plans, question))
-        else:
-            raise ConfigError(_nothing_fits(question, model))
+    if tokens is not None:
+        _show_fastest(question, tokens, model, png=png, json=json)
         return
+    plans = longest_of_each(question)
+    if json:
+        print(json_text.dumps({"longest": [as_json(p, question) for p in plans]}))
+    elif plans:
+        console.print(plan_text.length_table(plans, question))
+    else:
+        raise ConfigError(_nothing_fits(question, model))
+
+
+def _show_fastest(question: Question, tokens: int, model: str, *, png: str | None, json: bool) -> None:
+    """The recipe of one length, and where memory and time go. Raises ConfigError where nothing fits."""
     best = fastest(question, tokens)
     if best is None:
         longest = max((question.length(p.setting) for p in longest_of_each(question)), default=0)
         raise ConfigError(
-            f"--length {tokens:,}: no setting fits {gpus} x {question.gpu.name}; the longest that does is {longest:,} "
-            f"tokens{' in each document of a pair' * (objective == 'dpo')}. More GPUs (--gpus), host memory "
-            f"(--host_gib) or a shorter sample"
+            f"--length {tokens:,}: no setting fits {question.gpus} x {question.gpu.name}; the longest that does is "
+            f"{longest:,} tokens{' in each document of a pair' * (question.documents_per_row > 1)}. More GPUs "
+            f"(--gpus), host memory (--host_gib) or a shorter sample"
         )
     others = alternatives(question, best)
     if png:
-        report.write_png(best, question, png)
+        plan_text.write_png(best, question, png)
     if json:
         instead = {key: p and as_json(p, question) for key, p in others.items()}
         print(json_text.dumps(as_json(best, question) | ({"instead": instead} if instead else {})))
         return
-    print(report.recipe(best, question, model), end="")
+    print(plan_text.recipe(best, question, model), end="")
     parts = memory_parts(best, question)
-    notes = [f"peak while at: {best.memory.moment}", report.bars(parts, question.gpu.memory_gib), "seconds of a step:"]
+    notes = [
+        f"peak while at: {best.memory.moment}",
+        plan_text.bars(parts, question.gpu.memory_gib),
+        "seconds of a step:",
+    ]
     notes.append("  " + ", ".join(f"{name} {s:.2f}" for name, s in best.time.parts.items()))
-    notes += report.instead(others) + report.not_ahead(best)
+    notes += plan_text.instead(others) + plan_text.not_ahead(best)
     Console(stderr=True, soft_wrap=True, highlight=False).print("\n".join(notes))
 
 

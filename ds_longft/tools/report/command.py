@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 from ds_longft.errors import ConfigError
-from ds_longft.tools.report.facts import RunFacts, gather_facts
 from ds_longft.tools.report.markdown import markdown_page
 from ds_longft.tools.report.page import html_page
+from ds_longft.tools.report.run_facts import RunFacts, gather_facts
 
 CARD_MARK = "<!-- ds-longft report -->"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from ds_longft.tools.report.facts import RunFacts
 from ds_longft.tools.report.page import TITLES
+from ds_longft.tools.report.run_facts import RunFacts
 from ds_longft.tools.report.tables import (
     Pairs,
     data_rows,

@@ -8,7 +8,7 @@ from importlib.resources import files
 from typing import Any
 
 from ds_longft.tools.report.charts import Line, bar_chart, heat_table, line_chart
-from ds_longft.tools.report.facts import Evaluation, RunFacts
+from ds_longft.tools.report.run_facts import Evaluation, RunFacts
 from ds_longft.tools.report.tables import (
     Pairs,
     data_rows,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from ds_longft.tools.report.facts import Evaluation, RunFacts
+from ds_longft.tools.report.run_facts import Evaluation, RunFacts
 from ds_longft.train.smooth import first_and_last
 
 Pairs = list[tuple[str, str]]

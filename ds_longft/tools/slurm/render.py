@@ -14,7 +14,7 @@ from string import Template
 
 from ds_longft.config.check import preflight
 from ds_longft.config.run_config import RunConfig
-from ds_longft.config.settings import load_config
+from ds_longft.config.settings import load_run_config
 from ds_longft.config.shipped import find_file
 from ds_longft.errors import ConfigError
 
@@ -76,7 +76,7 @@ def _submit(script: str, config: str) -> None:
         raise ConfigError(
             "there is no sbatch here: run this on a login node, or use `ds-longft slurm render --out job.sbatch`"
         )
-    folder = Path(load_config(["--config", config]).output_dir).expanduser().absolute()
+    folder = Path(load_run_config(["--config", config]).output_dir).expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "job.sbatch"
     path.write_text(script)
@@ -138,7 +138,7 @@ def fill(
         local_world=gpus_per_node,
         device="cuda" if device == "cuda" else "cpu",
     )
-    run = load_config(["--config", config], check)
+    run = load_run_config(["--config", config], check)
     _, sp = check(run)
     _check_groups(run, sp, nodes, gpus_per_node)
     if run.train.resume != "auto":

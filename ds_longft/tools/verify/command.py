@@ -52,9 +52,9 @@ def main(argv: list[str]) -> int:
     gpus = visible_gpus()
     if "RANK" not in os.environ and "SLURM_STEP_ID" not in os.environ:
         return launch_ranks("ds_longft.tools.verify", argv, ranks=_ranks(options, config, gpus), gpus=gpus)
-    from ds_longft.tools.verify.run import run
+    from ds_longft.tools.verify.checks import run_checks
 
-    return run(config, options, Launch.from_environment(), device="cuda" if gpus else "cpu")
+    return run_checks(config, options, Launch.from_environment(), device="cuda" if gpus else "cpu")
 
 
 def read(argv: list[str]) -> tuple[Options, RunConfig]:
@@ -76,7 +76,7 @@ def read(argv: list[str]) -> tuple[Options, RunConfig]:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     own, rest = parser.parse_known_args(argv)
     from ds_longft.config.run_config import parse_tokens  # not for the help
-    from ds_longft.config.settings import load_config
+    from ds_longft.config.settings import load_run_config
 
     try:
         checks = frozenset(int(c) for c in own.checks.split(","))
@@ -88,7 +88,7 @@ def read(argv: list[str]) -> tuple[Options, RunConfig]:
     for flag, value in (("--layers", own.layers), ("--tokens", tokens), ("--ranks", own.ranks)):
         if value is not None and value < 1:
             raise ConfigError(f"ds-longft verify: {flag} is {value}, expected 1 or more")
-    return Options(own.layers, tokens, own.ranks, checks, own.json), load_config(rest)
+    return Options(own.layers, tokens, own.ranks, checks, own.json), load_run_config(rest)
 
 
 def _ranks(options: Options, config: RunConfig, gpus: int) -> int:

@@ -12,20 +12,20 @@ from ds_longft.exactness.isolation import check_borders, check_isolation
 from ds_longft.exactness.labels import check_labels
 from ds_longft.exactness.packs import in_two, two_documents, weight_of
 from ds_longft.model.facts import ModelFacts
-from ds_longft.tools.verify.dropout import check_dropout
+from ds_longft.tools.verify.baseline import Baseline
+from ds_longft.tools.verify.dropout_masks import check_dropout
 from ds_longft.tools.verify.kernel_error import Asked, asked_of_attention
 from ds_longft.tools.verify.positions import check_positions
-from ds_longft.tools.verify.reference import Reference
-from ds_longft.tools.verify.subject import Subject, wake_adapters
+from ds_longft.tools.verify.verified_run import VerifiedRun, wake_adapters
+from ds_longft.train.device_memory import own_memory_gib
 from ds_longft.train.engine import Built, build
 from ds_longft.train.install import known_run
-from ds_longft.train.memory import own_memory_gib
 from ds_longft.train.step import backpropagate
 from ds_longft.train.weights import ModelWriter
 
 
 def check_engine(
-    subject: Subject, checks: frozenset[int], reference: Reference | None, work: Path
+    subject: VerifiedRun, checks: frozenset[int], reference: Baseline | None, work: Path
 ) -> tuple[dict[int, list[Finding]], ModelFacts, list[Asked]]:
     """Findings by number of check, the model's facts, and what its layers ask of attention. Collective.
 
@@ -58,7 +58,7 @@ def check_engine(
     return found, known.facts, asked
 
 
-def _check_gradients(subject: Subject, built: Built, reference: Reference) -> list[Finding]:
+def _check_gradients(subject: VerifiedRun, built: Built, reference: Baseline) -> list[Finding]:
     """Check 1: one step in four ways, each against the reference."""
     layout, packs, tolerance = subject.layout, subject.packs, TOLERANCE[subject.dtype]
     alone = replace(layout, sp=1, group=None)
@@ -87,7 +87,7 @@ def _check_gradients(subject: Subject, built: Built, reference: Reference) -> li
         ours = run(kind)
         if layout.rank:
             continue
-        means = reference.means_of_means(packs, layout) if kind == "sp" and packs[0].pairs is None else ()
+        means = reference.means_of_means(packs, layout) if kind == "sp" and packs[0].documents_per_row == 1 else ()
         suspects = Suspects(alone if kind in ("one", "dp") else layout, ours.loss, means)
         rows, apart = judge(name, ours, reference.gradients, tolerance, cause=suspects.cause, rounding=rounding)
         findings += rows

@@ -17,7 +17,7 @@ from ds_longft.config.run_config import RunConfig
 from ds_longft.exactness.finding import Finding
 from ds_longft.model.load import load_config, load_model
 from ds_longft.model.lora import WEIGHTS_NAME
-from ds_longft.tools.verify.reference import attention_name, document_losses, in_float32
+from ds_longft.tools.verify.baseline import attention_name, document_losses, in_float32
 
 CHECK = "6 save and load"
 SAME = 1e-5

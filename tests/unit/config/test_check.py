@@ -14,7 +14,7 @@ import pytest
 from ds_longft.config.check import check_run, preflight, read_model_config, resolve_sp
 from ds_longft.config.ds_json import DeepSpeedSettings
 from ds_longft.config.run_config import RunConfig
-from ds_longft.config.settings import dump_config, load_config
+from ds_longft.config.settings import dump_config, load_run_config
 from ds_longft.config.yaml_io import dump_yaml, load_yaml
 from ds_longft.errors import EXIT_CONFIG, ConfigError
 
@@ -288,7 +288,7 @@ def test_one_start_names_wrong_keys_rules_across_keys_and_what_preflight_finds(f
     (folder / "run.yaml").write_text(text)
     machine = partial(preflight, world=16, local_world=16, device="cpu")
     with pytest.raises(ConfigError) as caught:
-        load_config(
+        load_run_config(
             [
                 "--config",
                 str(folder / "run.yaml"),
@@ -339,7 +339,9 @@ def test_preflight_says_nothing_of_the_default_in_place_of_a_wrong_value(key: st
     place[leaf] = load_yaml(wrong)
     (folder / "run.yaml").write_text(dump_yaml(content))
     with pytest.raises(ConfigError) as caught:
-        load_config(["--config", str(folder / "run.yaml")], partial(preflight, world=4, local_world=4, device="cpu"))
+        load_run_config(
+            ["--config", str(folder / "run.yaml")], partial(preflight, world=4, local_world=4, device="cpu")
+        )
     assert len(caught.value.problems) == 1
     assert caught.value.problems[0].startswith(key)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ds_longft.config.messages import all_keys
 from ds_longft.config.run_config import LogConfig, LoraConfig, RunConfig, SourceConfig
-from ds_longft.config.settings import dump_config, load_config
+from ds_longft.config.settings import dump_config, load_run_config
 from ds_longft.config.spellings import KEYS_OF_OTHER_TOOLS
 from ds_longft.config.yaml_io import load_yaml
 from ds_longft.errors import EXIT_CONFIG, ConfigError
@@ -20,7 +20,7 @@ from ds_longft.errors import EXIT_CONFIG, ConfigError
 def config_of(yaml_text: str, folder: Path, *argv: str) -> RunConfig:
     path = folder / "run.yaml"
     path.write_text(yaml_text, encoding="utf-8")
-    return load_config(["--config", str(path), *argv])
+    return load_run_config(["--config", str(path), *argv])
 
 
 def problems_of(yaml_text: str, folder: Path, *argv: str) -> list[str]:
@@ -31,7 +31,7 @@ def problems_of(yaml_text: str, folder: Path, *argv: str) -> list[str]:
 
 
 def test_nothing_given_is_the_defaults() -> None:
-    assert load_config([]) == RunConfig()
+    assert load_run_config([]) == RunConfig()
 
 
 def test_command_line_wins_over_yaml_key_by_key(tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_the_command_line_switches_a_section_of_the_file_on_and_off(tmp_path: Pa
 
 def test_a_recipe_may_be_tried_for_fewer_steps_than_its_warmup() -> None:
     """A run says that the peak is not reached (`train.run`), and goes on: `--train.max_steps 2` is how recipes are tried."""
-    assert load_config(["--optim.warmup_steps", "5", "--train.max_steps", "2"]).optim.warmup_steps == 5
+    assert load_run_config(["--optim.warmup_steps", "5", "--train.max_steps", "2"]).optim.warmup_steps == 5
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_a_recipe_may_be_tried_for_fewer_steps_than_its_warmup() -> None:
     ],
 )
 def test_values_of_the_command_line(argv: list[str], key: str, value: Any) -> None:
-    found: Any = load_config(argv)
+    found: Any = load_run_config(argv)
     for name in key.split("."):
         found = getattr(found, name)
     assert found == value
@@ -177,7 +177,7 @@ def test_values_of_yaml(text: str, key: str, value: Any, tmp_path: Path) -> None
 )
 def test_bad_command_lines_name_the_key(argv: list[str], expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_config(argv)
+        load_run_config(argv)
     assert caught.value.exit_code == EXIT_CONFIG
     assert expected in "\n".join(caught.value.problems)
     assert len(caught.value.problems) == 1
@@ -238,7 +238,7 @@ def test_two_configs_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("seed: 1")
     (tmp_path / "b.yaml").write_text("sp: 2")
     with pytest.raises(ConfigError) as caught:
-        load_config(["--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml")])
+        load_run_config(["--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml")])
     assert caught.value.problems == ["--config is given twice on the command line: one file holds a run's keys"]
 
 
@@ -257,7 +257,7 @@ def test_rules_across_keys_are_checked_beside_unknown_keys(tmp_path: Path) -> No
 
 def test_a_flag_without_its_value_hides_no_other_problem() -> None:
     with pytest.raises(ConfigError) as caught:
-        load_config(["--data.train", "[{bad", "--train.epochs", "0", "--train.max_steps", "--sp_size=4", "--seed"])
+        load_run_config(["--data.train", "[{bad", "--train.epochs", "0", "--train.max_steps", "--sp_size=4", "--seed"])
     problems = "\n".join(caught.value.problems)
     for text in (
         "data.train: value cannot be read", "train.epochs: seen '0'", "train.max_steps: no value given",
@@ -285,7 +285,7 @@ def test_rules_across_keys_are_checked_beside_wrong_values(tmp_path: Path) -> No
 )
 def test_a_default_in_place_of_a_wrong_value_is_not_complained_of(argv: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_config(argv)
+        load_run_config(argv)
     assert len(caught.value.problems) == 1
 
 
@@ -295,7 +295,7 @@ def test_what_preflight_finds_stands_beside_the_other_problems() -> None:
         raise ConfigError([f"output_dir {config.output_dir} cannot be made", f"sp is {config.sp}: too many"])
 
     with pytest.raises(ConfigError) as caught:
-        load_config(
+        load_run_config(
             ["--seed", "7", "--sp", "many", "--output_dir", "/x", "--data.eval", "a", "--data.eval_fraction", "0.1"],
             preflight,
         )
@@ -307,19 +307,19 @@ def test_preflight_is_left_to_the_caller_where_nothing_is_wrong() -> None:
     def preflight(config: RunConfig) -> None:
         raise ConfigError("never asked")
 
-    assert load_config(["--seed", "7"], preflight).seed == 7
+    assert load_run_config(["--seed", "7"], preflight).seed == 7
 
 
 def test_a_binary_file_is_no_yaml(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="cannot read"):
-        load_config(["--config", str(path)])
+        load_run_config(["--config", str(path)])
 
 
 def test_help_prints_every_key_with_its_docstring(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        load_config(["--help"])
+        load_run_config(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
     missing = [key for key in all_keys() if f"--{key} " not in text and f"--{key}\n" not in text]
@@ -357,7 +357,7 @@ def test_words_that_look_like_something_else_stay_words(word: str) -> None:
 
 
 def test_dumped_config_runs_again(tmp_path: Path) -> None:
-    config = load_config(["--lora", "null", "--data.train", "a.jsonl", "--data.max_length_tokens", "128K"])
+    config = load_run_config(["--lora", "null", "--data.train", "a.jsonl", "--data.max_length_tokens", "128K"])
     assert config_of(dump_config(config), tmp_path) == config
 
 
@@ -372,4 +372,4 @@ def test_dumped_config_runs_again(tmp_path: Path) -> None:
 )
 def test_keys_of_other_trainers_that_set_nothing_here(key: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        load_config([f"--{key}", "true"])
+        load_run_config([f"--{key}", "true"])

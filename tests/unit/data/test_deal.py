@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_longft.data.deal import MOST_UNEVEN, deal_documents
-from ds_longft.data.plan import costs_of
+from ds_longft.data.pack_plan import costs_of
 
 EQUAL_COST = 36_000
 

@@ -126,7 +126,7 @@ def test_closing_early_ends_the_thread(tokenized):
 
 
 def test_what_fails_in_the_thread_is_raised_to_the_trainer(tokenized, monkeypatch):
-    monkeypatch.setattr("ds_longft.data.loader.build_pack", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("ds_longft.data.tokenized.build_pack", lambda *_, **__: 1 / 0)
     made = loader(tokenized)
     with pytest.raises(ZeroDivisionError):
         next(made.steps(0))
@@ -136,7 +136,7 @@ def test_what_fails_in_the_thread_is_raised_to_the_trainer(tokenized, monkeypatc
 def test_waiting_is_measured(tokenized, monkeypatch):
     import time
 
-    from ds_longft.data import loader as module
+    from ds_longft.data import tokenized as module
 
     build = module.build_pack
     monkeypatch.setattr(module, "build_pack", lambda *a, **k: time.sleep(0.05) or build(*a, **k))

@@ -9,7 +9,7 @@ import pytest
 from ds_longft.decide.memory import fixed, predict, spend
 from ds_longft.decide.search import savers
 from ds_longft.decide.setting import GIB, Gpu, Setting
-from ds_longft.decide.step import Step
+from ds_longft.decide.simulated_step import SimulatedStep
 from ds_longft.decide.tensors import Keep, Sizes
 from ds_longft.decide.time import forward_weights, multiplied_weights, passes_ahead
 from ds_longft.decide.timeline import Timeline
@@ -67,7 +67,7 @@ def test_every_tensor_and_product_of_a_step_is_counted(name: str) -> None:
     shape = {**shape, "num_hidden_layers": layers}
     tracked, model = tracked_step(shape, setting, keep), sizes(shape)
     timeline, keeps = Timeline(), keep or (Keep(),) * layers
-    Step(timeline, Sizes(model, setting.of_a_pass), keeps).run()
+    SimulatedStep(timeline, Sizes(model, setting.of_a_pass), keeps).run()
     coarse = setting.recompute == "none" or any(k.o == "host" for k in keep or ())
     tolerance = 0.03 if coarse else 0.006
     seen = f"{tracked.at}; predicted at {timeline.moment}"
@@ -92,7 +92,9 @@ def test_working_set_of_a_token() -> None:
 def test_nothing_is_left_after_a_step() -> None:
     timeline = Timeline()
     model = sizes(LLAMA_8B, num_hidden_layers=3)
-    Step(timeline, Sizes(model, Setting(LONG, 2, 2, recompute="auto")), (Keep("device", "device", "device"),) * 3).run()
+    SimulatedStep(
+        timeline, Sizes(model, Setting(LONG, 2, 2, recompute="auto")), (Keep("device", "device", "device"),) * 3
+    ).run()
     assert set(timeline.live) == {"cos sin", "g", "coming"}
 
 

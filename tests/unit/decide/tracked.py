@@ -42,7 +42,7 @@ from ds_longft.sequence.exchange import deal_heads
 from ds_longft.sequence.head import HeadRule
 from ds_longft.sequence.kept import HostStore
 from ds_longft.sequence.kernels import Saved
-from ds_longft.sequence.loss import _Rows, unchanged
+from ds_longft.sequence.loss import WeightedCrossEntropy
 from ds_longft.sequence.recompute import LayerKeep, apply_recompute
 from ds_longft.train.install import fuse_and_tile
 from tests.distributed.test_dpo_exact import PlainEngine
@@ -183,7 +183,7 @@ def without_values(stack: ExitStack) -> None:
     stack.enter_context(patch("ds_longft.sequence.loss.head_rule", lambda *_: HeadRule()))
     stack.enter_context(patch("ds_longft.sequence.attention.choose_kernel", lambda *a, **k: (FlashLike(), "")))
     stack.enter_context(patch.dict(AttentionMaskInterface._global_mapping, {ULYSSES: lambda **_: None}))
-    stack.enter_context(patch.object(_Rows, "_in_one_kernel", lambda rows, _: rows.transform is unchanged))
+    stack.enter_context(patch.object(WeightedCrossEntropy, "_in_one_kernel", lambda *_: True))
     kernel = SimpleNamespace(cross_entropy_=lambda x, *_, **__: x.new_empty(len(x), dtype=torch.float32))
     sys.modules[LOSS_KERNEL] = kernel  # type: ignore[assignment]
     stack.callback(sys.modules.pop, LOSS_KERNEL)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ds_longft.sequence.kept import LEAVING, HostStore, Kept, Unread, _pinned
+from ds_longft.sequence.kept import LEAVING, HostStore, Kept, UnusedOutput, _pinned
 from ds_longft.sequence.linear import fuse_linears
 from ds_longft.sequence.mlp import tile_mlp
 from ds_longft.sequence.recompute import LayerKeep, apply_recompute
@@ -45,7 +45,7 @@ def test_a_pass_without_backward_leaves_nothing_behind() -> None:
 
 def test_an_output_that_nothing_reads_is_not_kept() -> None:
     def after(calls: int, allowed: bool) -> tuple[Tensor, ...] | None:
-        slot = Unread()
+        slot = UnusedOutput()
         for _ in range(calls):
             slot.put(torch.ones(4, 6), torch.full((4, 2), 3.0))
         slot.first_pass, slot.allowed = False, allowed

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ds_longft.config.run_config import ModelConfig
 from ds_longft.errors import ModelError
-from ds_longft.sequence.kernels import KERNELS, AttentionSpec, Saved, choose_kernel, kernel_by_name, reference
+from ds_longft.sequence.kernels import KERNELS, AttentionSpec, Saved, choose_kernel, kernel_by_name, math_kernel
 
 CPU = torch.device("cpu")
 
@@ -111,7 +111,7 @@ packs = st.fixed_dictionaries(
 def test_math_is_dense_attention(pack, window, softcap, scores_per_chunk):
     spec = AttentionSpec(pack["d"] ** -0.5, window, softcap)
     inputs = random_pack(**pack, dtype=torch.float64)
-    with mock.patch.object(reference, "SCORES_PER_CHUNK", scores_per_chunk):
+    with mock.patch.object(math_kernel, "SCORES_PER_CHUNK", scores_per_chunk):
         assert_matches_dense("math", inputs, pack["lengths"], spec, tol=1e-12)
 
 
@@ -178,13 +178,14 @@ def test_every_output_is_written(name):
 
 @pytest.mark.parametrize(("length", "heads", "window"), [(32768, 16, None), (32768, 32, 4096), (7, 1, None), (1, 4, 1)])
 def test_math_never_holds_all_scores(length, heads, window):
-    chunks = list(reference._chunks(length, heads, window))
+    chunks = list(math_kernel._chunks(length, heads, window))
     assert chunks[0].start == 0
     assert chunks[-1].end == length
     assert all(a.end == b.start for a, b in pairwise(chunks))
     keys = [c.end - c.first_key for c in chunks]
     assert (
-        max(heads * (c.end - c.start) * n for c, n in zip(chunks, keys, strict=True)) <= 2 * reference.SCORES_PER_CHUNK
+        max(heads * (c.end - c.start) * n for c, n in zip(chunks, keys, strict=True))
+        <= 2 * math_kernel.SCORES_PER_CHUNK
     )
 
 

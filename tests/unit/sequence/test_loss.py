@@ -10,7 +10,7 @@ from ds_longft.config.run_config import LoraConfig
 from ds_longft.errors import ModelError
 from ds_longft.model.lora import add_lora
 from ds_longft.sequence.linear import Member
-from ds_longft.sequence.loss import ChunkedHead, DocumentRows, weighted_nll
+from ds_longft.sequence.loss import ChunkedHead, DocumentRows, WeightedCrossEntropy, token_loss_sum
 from tests.distributed.models import tiny_config, tiny_model
 
 
@@ -23,7 +23,7 @@ def test_the_scale_of_the_loss_is_not_rounded_apart(scale: float) -> None:
 
     def gradient(factor: float) -> torch.Tensor:
         hidden = torch.randn(256, 64, generator=torch.Generator().manual_seed(1)).bfloat16().requires_grad_()
-        loss = weighted_nll(Member(head, None), hidden, targets, weights, lambda logits: logits, 100)
+        loss = token_loss_sum(Member(head, None), hidden, targets, weights, WeightedCrossEntropy(), 100)
         (loss * factor).backward()
         return hidden.grad.double()
 
@@ -46,7 +46,7 @@ def test_the_gradient_of_a_trained_head_is_rounded_once(chunks: int, documents: 
     factors = torch.rand(documents or 1, dtype=torch.float64) * scale
 
     member, of = Member(head, adapter), DocumentRows(of_row, documents) if documents else None
-    loss = weighted_nll(member, hidden, targets, weights, lambda logits: logits, rows // chunks, of)
+    loss = token_loss_sum(member, hidden, targets, weights, WeightedCrossEntropy(), rows // chunks, of)
     (loss * factors.squeeze()).sum().backward()
 
     exact = [t.detach().double().requires_grad_() for t in (hidden, *member.tensors()) if t is not None]
@@ -57,6 +57,30 @@ def test_the_gradient_of_a_trained_head_is_rounded_once(chunks: int, documents: 
     for seen, true in zip((hidden, *member.tensors()), exact, strict=True):
         assert seen is not None
         assert float((seen.grad - true.grad).norm() / true.grad.norm()) < 5e-3, true.shape
+
+
+def squared_normalizer(
+    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, *, gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """weights * log(sum(exp(logits)))^2, known as z-loss; targets are not read."""
+    with torch.enable_grad():
+        x = logits.detach().requires_grad_()
+        losses = torch.logsumexp(x, dim=1) ** 2 * weights
+        return losses.detach(), torch.autograd.grad(losses.sum(), x)[0] if gradient else None
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_another_token_loss_is_a_function(trained: bool) -> None:
+    torch.manual_seed(0)
+    head = nn.Linear(8, 12, bias=False).double().requires_grad_(trained)
+    targets, weights = torch.zeros(50, dtype=torch.int64), torch.rand(50).double()
+    hidden = torch.randn(50, 8).double().requires_grad_()
+    inputs = [hidden, head.weight] if trained else [hidden]
+    loss = token_loss_sum(Member(head, None), hidden, targets, weights, squared_normalizer, 7)
+    truth = (torch.logsumexp(head(hidden), dim=1) ** 2 * weights).sum()
+    torch.testing.assert_close(loss, truth)
+    for seen, true in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(truth, inputs), strict=True):
+        torch.testing.assert_close(seen, true)
 
 
 def test_a_head_with_dora_is_refused_by_name() -> None:

@@ -90,7 +90,7 @@ def gradients(layer: Layer, x: Tensor) -> list[Tensor]:
 def test_layers_that_read_an_input_or_call_a_linear_twice(
     gate: bool, twice: bool, tile: int | None, policy: str
 ) -> None:
-    """Kept outputs of linears, tiles over the input and the unread down projection, against plain autograd."""
+    """Kept outputs of linears, tiles over the input and the unused down projection, against plain autograd."""
     plain = Layer(gate, twice)
     layer = copy.deepcopy(plain)
     groups = fuse_linears(layer)

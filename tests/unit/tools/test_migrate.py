@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ds_longft.cli import main
-from ds_longft.config.settings import load_config
+from ds_longft.config.settings import load_run_config
 from ds_longft.errors import ConfigError
 from ds_longft.tools.migrate import migrated
 
@@ -93,7 +93,7 @@ def of(tmp_path: Path, text: str):
     (tmp_path / "theirs.yaml").write_text(text)
     ours, notes = migrated(tmp_path / "theirs.yaml")
     (tmp_path / "ours.yaml").write_text(ours)
-    return load_config(["--config", str(tmp_path / "ours.yaml")]), notes
+    return load_run_config(["--config", str(tmp_path / "ours.yaml")]), notes
 
 
 def named(notes: list[str]) -> set[str]:

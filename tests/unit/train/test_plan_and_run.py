@@ -21,8 +21,8 @@ from ds_longft.decide.search import Plan, Question
 from ds_longft.decide.setting import GIB, Gpu, shipped_gpus
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.facts import ModelFacts
-from ds_longft.tools.plan.kernels import with_fitting_kernels
-from ds_longft.tools.plan.report import recipe
+from ds_longft.tools.plan.fitting_kernels import with_fitting_kernels
+from ds_longft.tools.plan.plan_text import recipe
 from ds_longft.train import install
 from tests.unit.decide.shapes import LLAMA_8B, QWEN_7B, SMOLLM2, shape
 

@@ -12,7 +12,7 @@ from torch import nn
 from ds_longft.layout import ParallelLayout
 from ds_longft.objectives.dpo import DpoObjective
 from ds_longft.train import rehearse
-from ds_longft.train.memory import CudaMemory
+from ds_longft.train.device_memory import CudaMemory
 
 
 def objective(passes: Literal["one", "two"]) -> DpoObjective:

@@ -14,7 +14,7 @@ from ds_longft.config.run_config import SourceConfig
 from ds_longft.data.readers import read_rows
 from ds_longft.data.rows import BadRow
 from ds_longft.errors import DataError
-from ds_longft.tools.evaluate.longbench.metrics import SCORERS
+from ds_longft.tools.evaluate.longbench.task_metrics import SCORERS
 from ds_longft.tools.evaluate.longbench.tasks import BUCKETS, TASKS, Task, averages
 
 REQUIRED = ("pred", "answers")

@@ -20,7 +20,7 @@ from ds_longft.tools.make_data.convert import written_whole
 from ds_longft.tools.make_data.lengths import Lengths
 from ds_longft.tools.make_data.synth.agents import agent_rows
 from ds_longft.tools.make_data.synth.code import Part, write_code_set
-from ds_longft.tools.make_data.synth.needle import needle_rows
+from ds_longft.tools.make_data.synth.needle_rows import needle_rows
 from ds_longft.tools.make_data.synth.needle_tasks import TASKS, Task
 from ds_longft.tools.make_data.synth.refgpt8x import MEAN_REFERENCES, hide_references, sentence_embedder
 from ds_longft.tools.make_data.synth.sources import read_dialogues, read_documents

@@ -11,12 +11,12 @@ import pytest
 
 from ds_longft.cli import main
 from ds_longft.errors import ConfigError, DataError
-from ds_longft.tools.evaluate.crew import Crew
-from ds_longft.tools.evaluate.longbench import run
-from ds_longft.tools.evaluate.longbench.data import read_task
-from ds_longft.tools.evaluate.longbench.run import choose_tasks, prompt_ids
+from ds_longft.tools.evaluate.longbench import predictions
+from ds_longft.tools.evaluate.longbench.predictions import choose_tasks, prompt_ids
 from ds_longft.tools.evaluate.longbench.score import read_predictions, row_score, scores_by_length, task_scores
+from ds_longft.tools.evaluate.longbench.task_rows import read_task
 from ds_longft.tools.evaluate.longbench.tasks import TASKS, averages
+from ds_longft.tools.evaluate.processes import Processes
 from tests.tokenizer import tiny_tokenizer
 
 pytest.importorskip("rouge")
@@ -176,13 +176,13 @@ def test_rows_of_any_copy(tmp_path: Path) -> None:
 
 
 def test_one_process_unpacks_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    def first(crew: Crew, work: Any) -> None:
+    def first(processes: Processes, work: Any) -> None:
         raise DataError("rank 0 does it")
 
-    monkeypatch.setattr(Crew, "first", first)
-    monkeypatch.setattr(run, "find_copy", lambda _: pytest.fail("every rank does it"))
+    monkeypatch.setattr(Processes, "first", first)
+    monkeypatch.setattr(predictions, "find_copy", lambda _: pytest.fail("every rank does it"))
     with pytest.raises(DataError, match="rank 0 does it"):
-        run.run("no model")
+        predictions.run("no model")
 
 
 def test_tasks_by_name() -> None:

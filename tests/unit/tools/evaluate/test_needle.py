@@ -16,9 +16,9 @@ from ds_longft.config.shipped import TEMPLATES
 from ds_longft.errors import ConfigError, DataError
 from ds_longft.model.stops import serve_stop
 from ds_longft.tools.evaluate import grid as grid_module
-from ds_longft.tools.evaluate.facts import judge, make_needle
 from ds_longft.tools.evaluate.generate import end_ids
 from ds_longft.tools.evaluate.haystack import MARK, Haystack, build_prompt, chat_around
+from ds_longft.tools.evaluate.needle_facts import judge, make_needle
 from ds_longft.tools.evaluate.results import Rows
 from ds_longft.tools.evaluate.subject import find_subject, load_subject
 from ds_longft.tools.evaluate.texts import chinese, english, read_texts

@@ -10,12 +10,12 @@ import pytest
 from transformers import AutoConfig
 
 from ds_longft.cli import main
-from ds_longft.config.settings import load_config
+from ds_longft.config.settings import load_run_config
 from ds_longft.decide.search import Question, fastest, longest_of_each
 from ds_longft.decide.setting import Gpu, Setting, shipped_gpus
 from ds_longft.errors import EXIT_CONFIG
 from ds_longft.model.load import load_config as load_model_config
-from ds_longft.tools.plan.report import not_ahead, recipe
+from ds_longft.tools.plan.plan_text import not_ahead, recipe
 from tests.unit.decide.shapes import LLAMA_8B, SMOLLM2, sizes
 
 
@@ -45,7 +45,7 @@ def test_a_recipe_that_the_run_config_reads(llama: str, tmp_path: Path, capsys: 
     assert main(["plan", "--model", llama, "--gpus", "8", "--length", "128K", "--png", str(png)]) == 0
     printed = capsys.readouterr()
     (tmp_path / "recipe.yaml").write_text(printed.out)
-    config = load_config(["--config", str(tmp_path / "recipe.yaml")])
+    config = load_run_config(["--config", str(tmp_path / "recipe.yaml")])
     assert config.data.max_length_tokens == 131072
     assert config.sp in (1, 2, 4, 8)
     assert config.model.rope.type == "none"
@@ -58,7 +58,7 @@ def test_a_recipe_beyond_the_window_stretches_it(
 ) -> None:
     assert main(["plan", "--model", llama, "--gpus", "8", "--length", "256K"]) == 0
     (tmp_path / "recipe.yaml").write_text(printed := capsys.readouterr().out)
-    config = load_config(["--config", str(tmp_path / "recipe.yaml")])
+    config = load_run_config(["--config", str(tmp_path / "recipe.yaml")])
     assert "window is 131,072 tokens" in printed
     load_model_config(config.model, config.data.max_length_tokens, attn_implementation="eager")
 
@@ -89,7 +89,7 @@ def test_a_recipe_for_pairs(llama: str, tmp_path: Path, capsys: pytest.CaptureFi
         assert main(["plan", "--model", llama, *arguments, *more]) == 0
         printed = capsys.readouterr()
         (tmp_path / "recipe.yaml").write_text(printed.out)
-        config = load_config(["--config", str(tmp_path / "recipe.yaml")])
+        config = load_run_config(["--config", str(tmp_path / "recipe.yaml")])
         assert (config.objective, config.dpo.reference) == ("dpo", reference)
         assert config.dpo.passes in ("one", "two")
         assert (config.data.max_length_tokens, config.budget_tokens) == (65536, 131072)
@@ -146,7 +146,7 @@ def test_what_was_asked_for_is_in_the_recipe(llama: str, tmp_path: Path, capsys:
     def of_recipe(*more: str) -> tuple[str, str]:
         assert main([*arguments, *more]) == 0
         (tmp_path / "recipe.yaml").write_text(capsys.readouterr().out)
-        config = load_config(["--config", str(tmp_path / "recipe.yaml")])
+        config = load_run_config(["--config", str(tmp_path / "recipe.yaml")])
         return config.model.kernel, config.model.liger
 
     assert of_recipe("--kernel", "cudnn", "--liger", "off") == ("cudnn", "off")

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from ds_longft.cli import main
 from ds_longft.decide.setting import Gpu, shipped_gpus
 from ds_longft.errors import EXIT_CONFIG, ConfigError
-from ds_longft.tools.plan.kernels import refusal, with_fitting_kernels
+from ds_longft.tools.plan.fitting_kernels import refusal, with_fitting_kernels
 from tests.unit.decide.shapes import LLAMA_8B, shape, sizes
 
 GEMMA2 = shape("gemma2", num_hidden_layers=2)  # heads of 256, softcap, sliding windows

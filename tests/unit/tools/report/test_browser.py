@@ -18,8 +18,8 @@ import yaml
 from ds_longft.errors import ConfigError
 from ds_longft.tools.look.html import page as data_page
 from ds_longft.tools.look.statistics import Group, Packs, Retention, Statistics
-from ds_longft.tools.report.facts import gather_facts
 from ds_longft.tools.report.page import html_page
+from ds_longft.tools.report.run_facts import gather_facts
 from tests.unit.tools.report.test_report import poisonings, run
 
 __all__ = ["run"]

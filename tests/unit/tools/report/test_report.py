@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from ds_longft.cli import COMMANDS, bind_arguments, main
-from ds_longft.config.settings import dump_config, load_config
+from ds_longft.config.settings import dump_config, load_run_config
 from ds_longft.tools.report.charts import Line, line_chart, shown, thin, ticks
-from ds_longft.tools.report.facts import gather_facts
 from ds_longft.tools.report.markdown import markdown_page
 from ds_longft.tools.report.page import html_page
+from ds_longft.tools.report.run_facts import gather_facts
 from ds_longft.tools.report.tables import reproduce
 
 VOID = {"meta", "link", "br", "img", "line", "polyline", "circle", "input", "hr"}
@@ -97,7 +97,7 @@ def run(tmp_path: Path) -> Path:
     folder = tmp_path / "my run"
     (folder / "eval").mkdir(parents=True)
     (folder / "checkpoint-3").mkdir()
-    config = load_config(["--model.path", "some/model", "--data.train", "a.jsonl", "--output_dir", str(folder)])
+    config = load_run_config(["--model.path", "some/model", "--data.train", "a.jsonl", "--output_dir", str(folder)])
     (folder / "config.yaml").write_text(dump_config(config))
     records = [step(1), step(2), {"step": 2, "eval_loss": 1.5, "eval_targets": 7, "eval_s": 1.0}, step(3)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
@@ -185,7 +185,7 @@ def test_a_run_that_failed(run: Path) -> None:
 
 
 def test_a_run_on_pairs_says_so(run: Path) -> None:
-    config = load_config(["--config", str(run / "config.yaml"), "--objective", "dpo", "--dpo.beta", "0.2"])
+    config = load_run_config(["--config", str(run / "config.yaml"), "--objective", "dpo", "--dpo.beta", "0.2"])
     (run / "config.yaml").write_text(dump_config(config))
     text = markdown_page(gather_facts(run))
     assert "| objective | DPO: sigmoid, beta 0.2, reference auto, passes auto |" in text

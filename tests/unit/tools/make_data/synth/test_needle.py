@@ -7,7 +7,7 @@ import pytest
 from ds_longft.data.rows import Turn
 from ds_longft.errors import DataError
 from ds_longft.tools.make_data.lengths import Lengths
-from ds_longft.tools.make_data.synth.needle import needle_rows, paragraphs_of
+from ds_longft.tools.make_data.synth.needle_rows import needle_rows, paragraphs_of
 from ds_longft.tools.make_data.synth.needle_tasks import TASKS, WORDINGS, ask, numbered, solve
 from ds_longft.tools.make_data.synth.sources import Document
 from tests.unit.tools.make_data.texts import chinese, english

@@ -22,17 +22,17 @@ from ds_longft.exactness.finding import Finding
 from ds_longft.exactness.packs import weight_of
 from ds_longft.ranks.join import Launch, join
 from ds_longft.tools import quickstart
+from ds_longft.tools.verify.baseline import baseline_model, baseline_step
 from ds_longft.tools.verify.command import Options
 from ds_longft.tools.verify.engine_checks import check_engine
+from ds_longft.tools.verify.findings_table import print_report, trained_text
 from ds_longft.tools.verify.kernel_error import check_kernels
-from ds_longft.tools.verify.pairs import pair_scales
-from ds_longft.tools.verify.reference import reference_model, reference_step
-from ds_longft.tools.verify.report import print_report, trained_text
+from ds_longft.tools.verify.pair_scales import pair_scales
 from ds_longft.tools.verify.saving import check_saved
-from ds_longft.tools.verify.subject import Subject, first_layers
+from ds_longft.tools.verify.verified_run import VerifiedRun, first_layers
 
 
-def run(config: RunConfig, options: Options, launch: Launch, device: Device) -> int:
+def run_checks(config: RunConfig, options: Options, launch: Launch, device: Device) -> int:
     """All ranks call it alike. Returns 0 where every check passed, 1 where one failed."""
     if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -45,7 +45,7 @@ def run(config: RunConfig, options: Options, launch: Launch, device: Device) -> 
 
         logging.set_verbosity_error()  # it would list the weights of the layers left out
         try:
-            made = Subject.make(shortened, settings, sp, torch_device, agreement, tokens=options.tokens)
+            made = VerifiedRun.make(shortened, settings, sp, torch_device, agreement, tokens=options.tokens)
             findings, facts, sample = verify_model(made, options.checks)
         except torch.OutOfMemoryError as error:
             raise ModelError(
@@ -61,15 +61,15 @@ def run(config: RunConfig, options: Options, launch: Launch, device: Device) -> 
     return 1 if any(f.ok is False for f in findings) else 0
 
 
-def verify_model(subject: Subject, checks: frozenset[int]) -> tuple[list[Finding], dict[str, Any], Text]:
+def verify_model(subject: VerifiedRun, checks: frozenset[int]) -> tuple[list[Finding], dict[str, Any], Text]:
     """The findings of the checks asked for, facts about the run, and a sample of trained text. Collective."""
     layout, device, packs = subject.layout, subject.device, subject.packs
     reference = None
     if checks & {1, 6}:
-        model = reference_model(subject.config, subject.dtype, device)
-        dpo = subject.config.dpo if subject.config.objective == "dpo" else None
-        scales = None if dpo is None else partial(pair_scales, dpo=dpo, device=device)
-        reference = reference_step(model, packs, weight_of(packs), device, layout.rank, layout.world, scales)
+        model = baseline_model(subject.config, subject.dtype, device)
+        pairs = subject.config.documents_per_row > 1
+        scales = partial(pair_scales, dpo=subject.config.dpo, device=device) if pairs else None
+        reference = baseline_step(model, packs, weight_of(packs), device, layout.rank, layout.world, scales)
         del model
         _free()
     with tempfile.TemporaryDirectory(prefix="ds_longft-verify-") as work:

@@ -15,17 +15,17 @@ from torch import nn
 
 from ds_longft.batch import Pack
 from ds_longft.config.run_config import DpoConfig
-from ds_longft.objectives.dpo import pair_losses, reference_of
-from ds_longft.tools.verify.reference import document_losses
+from ds_longft.objectives.objective import reference_of
+from ds_longft.objectives.pair_loss import pair_losses
+from ds_longft.tools.verify.baseline import document_losses
 
 
 @torch.no_grad()
 def pair_scales(model: nn.Module, pack: Pack, dpo: DpoConfig, device: torch.device) -> tuple[float, dict[int, float]]:
     """(weighted sum of the pairs' losses, scale of each document's token losses by its first token)."""
-    assert pack.pairs is not None
-    count = len(pack.pairs)
-    if not count:
+    if not pack.pairs:  # padding alone
         return 0.0, {}
+    count = len(pack.pairs)
     starts = pack.cu_seqlens[: 2 * count].tolist()
     policy = _logps(model, pack, starts, device)
     reference = None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_longft.sequence.linear import fuse_linears
-from ds_longft.sequence.remade import remake_first_input
+from ds_longft.sequence.recomputed_input import recompute_first_input
 
 
 class Attention(nn.Module):
@@ -53,10 +53,10 @@ def ours(between: bool) -> tuple[list[Tensor], list[Tensor], Tensor]:
     outputs: list[Tensor] = []
     layer.input_layernorm.register_forward_hook(lambda module, args, out: outputs.append(out))
     group = next(g for g in fuse_linears(layer) if "q_proj" in g.names)
-    group.remade = remake_first_input(layer)
-    assert group.remade is not None
+    group.recomputed_input = recompute_first_input(layer)
+    assert group.recomputed_input is not None
     grads, kept = run(layer)
-    assert group.remade._last is None, "input and output are held after the call"
+    assert group.recomputed_input._last is None, "input and output are held after the call"
     return grads, kept, outputs[0]
 
 
@@ -76,7 +76,7 @@ def test_what_the_norm_did_not_make_is_kept() -> None:
 
 def test_the_output_is_known_without_its_graph_but_not_once_written_over() -> None:
     layer = Layer()
-    remade = remake_first_input(layer)
+    remade = recompute_first_input(layer)
     assert remade is not None
     x = torch.zeros(2, 8, dtype=torch.float64)
     assert remade.source_of(layer.input_layernorm(x).detach()) is x
@@ -87,4 +87,4 @@ def test_the_output_is_known_without_its_graph_but_not_once_written_over() -> No
 
 
 def test_a_layer_without_a_norm_at_its_entrance() -> None:
-    assert remake_first_input(nn.Sequential(nn.Linear(2, 2))) is None
+    assert recompute_first_input(nn.Sequential(nn.Linear(2, 2))) is None

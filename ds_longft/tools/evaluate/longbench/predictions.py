@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from ds_longft.errors import ConfigError
 from ds_longft.tools.evaluate.haystack import chat_prompt
-from ds_longft.tools.evaluate.longbench.data import find_copy, read_prompts, read_task
-from ds_longft.tools.evaluate.longbench.metrics import check_packages
 from ds_longft.tools.evaluate.longbench.score import print_scores, scores_by_length, task_scores
+from ds_longft.tools.evaluate.longbench.task_metrics import check_packages
+from ds_longft.tools.evaluate.longbench.task_rows import find_copy, read_prompts, read_task
 from ds_longft.tools.evaluate.longbench.tasks import TASKS, Task, averages
 from ds_longft.tools.evaluate.needle import tokens_of
 
 if TYPE_CHECKING:
-    from ds_longft.tools.evaluate.crew import Crew
+    from ds_longft.tools.evaluate.processes import Processes
 
 RESERVED_TOKENS = 500  # of the window, for the chat template and the answer, as in LongBench's own list
 
@@ -60,7 +60,7 @@ def run(
         json: print one JSON object instead of tables.
     """
     arguments = {key: value for key, value in locals().items() if value not in (None, False)}
-    from ds_longft.tools.evaluate.crew import Crew, start_ranks
+    from ds_longft.tools.evaluate.processes import Processes, start_ranks
 
     chosen = choose_tasks(tasks, e=e)
     if limit is not None and limit < 1:
@@ -72,14 +72,14 @@ def run(
         return
     from ds_longft.tools.evaluate import results  # brings torch: not in a process that only starts others
 
-    with Crew.of_launch() as crew:
-        copy = crew.first(lambda: find_copy(data))  # it may unpack a download, which one process should do
+    with Processes.of_launch() as processes:
+        copy = processes.first(lambda: find_copy(data))  # it may unpack a download, which one process should do
         templates = read_prompts(copy, prompts, [task.name for task in chosen])
         sets = {task.name: read_task(copy, task, e=e)[:limit] for task in chosen}
         told = {"tasks": [t.name for t in chosen], "e": e, "limit": limit, "data": data, "prompts": prompts}
         told["data_fingerprint"] = results.fingerprint([{t: templates[t] for t in sets}, *sets.items()])
         asked = Asked(chosen, sets, templates, longest, told)
-        made = _measure(crew, asked, model, chunk, before=before, base=base, out=out, name=name)
+        made = _measure(processes, asked, model, chunk, before=before, base=base, out=out, name=name)
     results.show(made, json, _show)
 
 
@@ -100,7 +100,7 @@ class Asked:
 
 
 def _measure(
-    crew: Crew,
+    processes: Processes,
     asked: Asked,
     model: str,
     chunk_tokens: int,
@@ -119,7 +119,7 @@ def _measure(
     register()
     subject = find_subject(model, before=before, base=base)
     tokenizer = subject_tokenizer(subject)
-    loaded = load_subject(subject, crew.device, attention=CACHED)
+    loaded = load_subject(subject, processes.device, attention=CACHED)
     longest = asked.max_length or (loaded.window or 8192) - RESERVED_TOKENS
     e = asked.settings["e"]
     kind = "longbench-e" if e else "longbench"
@@ -131,7 +131,7 @@ def _measure(
         opened.append(results.Rows(folder, file, settings, total=sum(map(len, asked.rows.values()))))
         return {row["key"] for row in opened[0].rows}
 
-    done = crew.first(open_rows)
+    done = processes.first(open_rows)
     stops = end_ids(loaded, tokenizer)
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]
 
@@ -159,7 +159,7 @@ def _measure(
         }
 
     todo = [(task, i) for task in asked.tasks for i in range(len(asked.rows[task.name]))]
-    for made in crew.share_out([(task, i) for task, i in todo if f"{task.name}/{i}" not in done], answer):
+    for made in processes.share_out([(task, i) for task, i in todo if f"{task.name}/{i}" not in done], answer):
         opened[0].add(made)
     if not opened:
         return None

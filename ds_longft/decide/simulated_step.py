@@ -15,7 +15,7 @@ from ds_longft.sequence.loss import CHUNK_BYTES
 
 
 @dataclass
-class Step:
+class SimulatedStep:
     """Holds and drops on a timeline what one step holds and drops."""
 
     t: Timeline

@@ -61,7 +61,7 @@ def said_once(rank: int) -> Iterator[None]:
         os._exit(error.exit_code)
 
 
-class Crew:
+class Processes:
     """This process among those of the evaluation."""
 
     def __init__(self) -> None:
@@ -79,15 +79,15 @@ class Crew:
 
     @classmethod
     @contextmanager
-    def of_launch(cls) -> Iterator[Crew]:
+    def of_launch(cls) -> Iterator[Processes]:
         """Joined as long as the evaluation lasts; an error is shown once."""
-        crew = cls()
-        with said_once(crew.launch.rank):
-            yield crew
-            if crew._agreement is not None:
+        processes = cls()
+        with said_once(processes.launch.rank):
+            yield processes
+            if processes._agreement is not None:
                 import torch.distributed as dist
 
-                crew._agreement.gather(None)  # whoever leaves first could end the others
+                processes._agreement.gather(None)  # whoever leaves first could end the others
                 dist.destroy_process_group()
 
     def first(self, work: Callable[[], Made]) -> Made:

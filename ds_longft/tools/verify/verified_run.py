@@ -61,7 +61,7 @@ def first_layers(config: RunConfig, layers: int | None) -> Iterator[RunConfig]:
 
 
 @dataclass(frozen=True)
-class Subject:
+class VerifiedRun:
     """Everything the checks need, the same on every rank but for coordinates."""
 
     config: RunConfig
@@ -86,7 +86,7 @@ class Subject:
         agreement: Agreement,
         *,
         tokens: int | None,
-    ) -> Subject:
+    ) -> VerifiedRun:
         """Read the user's data and lay it into packs as the run would. Collective.
 
         Raises:

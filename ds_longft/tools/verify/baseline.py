@@ -26,11 +26,11 @@ from ds_longft.layout import ParallelLayout
 from ds_longft.model.load import load_config, load_model, trained_rows
 from ds_longft.model.lora import add_lora
 from ds_longft.model.rope_lengths import set_rope_lengths
-from ds_longft.tools.verify.subject import wake_adapters
+from ds_longft.tools.verify.verified_run import wake_adapters
 
 
 @dataclass(frozen=True)
-class Reference:
+class Baseline:
     """What one process computes."""
 
     gradients: Gradients
@@ -54,7 +54,7 @@ class Reference:
         return float(np.mean(by_rank)), float((sums / np.maximum(weights, 1e-30)).mean())
 
 
-def reference_model(config: RunConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def baseline_model(config: RunConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The run's model, rounded to the run's type, then in float32; its adapters too."""
     hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation="sdpa")
     hf_config._attn_implementation = attention_name(hf_config)
@@ -87,7 +87,7 @@ Scales = Callable[[nn.Module, Pack], tuple[float, dict[int, float]]]
 """For a pack of pairs: the sum of their losses, and what each document's token losses are multiplied with."""
 
 
-def reference_step(
+def baseline_step(
     model: nn.Module,
     packs: Sequence[Pack],
     total_weight: float,
@@ -95,7 +95,7 @@ def reference_step(
     rank: int,
     world: int,
     pair_scales: Scales | None = None,
-) -> Reference:
+) -> Baseline:
     """Loss and gradients of one step over `packs`; ranks share the packs out and add up. Collective."""
     token_losses = [np.zeros(pack.tokens) for pack in packs]
     of_pairs = torch.zeros((), dtype=torch.float64, device=device)
@@ -122,7 +122,7 @@ def reference_step(
         p.grad = None
     whole = losses_of_all.cpu().numpy()
     borders = np.cumsum([0, *(pack.tokens for pack in packs)])
-    return Reference(
+    return Baseline(
         Gradients((float(whole.sum()) if pair_scales is None else float(of_pairs)) / total_weight, grads),
         [whole[a:b] for a, b in pairwise(borders)],
     )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Remade:
+class RecomputedInput:
     """Remembers of each call of a norm what went in and what came out, until linears ask for it."""
 
     def __init__(self, norm: nn.Module) -> None:
@@ -50,7 +50,7 @@ class Remade:
         return made
 
 
-def remake_first_input(layer: nn.Module) -> Remade | None:
+def recompute_first_input(layer: nn.Module) -> RecomputedInput | None:
     """Remember the norm at the entrance of a decoder layer; None where the layer begins with something else."""
     norm = getattr(layer, "input_layernorm", None)
-    return Remade(norm) if isinstance(norm, nn.Module) else None
+    return RecomputedInput(norm) if isinstance(norm, nn.Module) else None

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_longft.data.fit import best_fit, next_fit
-from ds_longft.data.plan import costs_of, plan_epoch
+from ds_longft.data.pack_plan import costs_of, plan_epoch
 
 BUDGET = 3000  # more than one word of the free-space set
 

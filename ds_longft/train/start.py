@@ -1,0 +1,268 @@
+"""The start of a run, in four steps: processes joined, data read, engine built, an earlier run resumed."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from filelock import FileLock
+from transformers import PretrainedConfig
+
+from ds_longft.config.ds_json import DeepSpeedSettings
+from ds_longft.config.run_config import RunConfig
+from ds_longft.data.loader import StepLoader
+from ds_longft.data.tokenized import TokenizedSet
+from ds_longft.decide.of_run import foresee_run, write_plan
+from ds_longft.layout import ParallelLayout
+from ds_longft.model.facts import ModelFacts
+from ds_longft.model.load import config_remarks, load_tokenizer, prepare_config, read_config
+from ds_longft.objectives.objective import Needs
+from ds_longft.ranks.join import Agreement, Launch, join
+from ds_longft.ranks.lock import lock_folder
+from ds_longft.sequence.attention import ULYSSES
+from ds_longft.train.checkpoint import Checkpoints
+from ds_longft.train.device_memory import device_memory, own_memory_gib
+from ds_longft.train.engine import Built, build
+from ds_longft.train.hub import ready
+from ds_longft.train.install import decided, known_run
+from ds_longft.train.model_check import check_model
+from ds_longft.train.provenance import what_ranks_share
+from ds_longft.train.rehearse import choose_passes, rehearse, settle
+from ds_longft.train.same_run import (
+    STAGE,
+    TrainState,
+    changes_since,
+    refuse_another_run,
+    what_decides,
+    what_may_change,
+    what_the_model_is,
+)
+from ds_longft.train.sets import tokenized
+from ds_longft.train.status import crashed_before
+from ds_longft.train.weights import start_fingerprint, trained_fingerprint
+
+if TYPE_CHECKING:
+    from ds_longft.train.status import Status
+
+
+class Phases:
+    """Seconds of each phase of the start-up."""
+
+    def __init__(self, started: float) -> None:
+        self.last = started
+        self.seconds: dict[str, float] = {}
+
+    def done(self, phase: str) -> None:
+        """Close a phase."""
+        now = time.monotonic()
+        self.seconds[phase] = round(now - self.last, 2)
+        self.last = now
+
+    def text(self) -> str:
+        """All phases in one line."""
+        return ", ".join(f"{name} {s:.1f} s" for name, s in self.seconds.items())
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A checked config on processes that know of each other."""
+
+    config: RunConfig
+    settings: DeepSpeedSettings
+    launch: Launch
+    status: Status
+    phases: Phases
+    hf_config: PretrainedConfig
+    facts: ModelFacts
+    remarks: tuple[str, ...]  # on the model's config
+    kernel: str  # of the first layer
+    kernels: str  # of all of them, a line for the reader
+    hang_s: float
+    device: torch.device
+    agreement: Agreement
+    layout: ParallelLayout
+    folder: Path
+    lock: FileLock | None  # of the folder, on rank 0, held until the process ends
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The rows of a run, tokenized."""
+
+    tokenizer: Any
+    train: TokenizedSet
+    held_out: TokenizedSet | None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The engine, and what was found out on the way to it."""
+
+    built: Built
+    checkpoints: Checkpoints
+    found: tuple[Path, TrainState] | None  # the checkpoint to go on from
+    remarks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where training begins."""
+
+    state: TrainState
+    train_loader: StepLoader
+    eval_loader: StepLoader | None
+    renamed: tuple[str, ...]  # checkpoints of steps that are about to be made again
+    remarks: tuple[str, ...]
+
+
+def join_processes(
+    config: RunConfig, settings: DeepSpeedSettings, sp: int, launch: Launch, status: Status, phases: Phases
+) -> Joined:
+    """Check the model, join the other processes, and see that all are of the same run."""
+    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    hf_config, length = read_config(config.model), config.data.max_length_tokens
+    remarks = config_remarks(hf_config, config.model.rope, length)
+    hf_config = prepare_config(hf_config, config.model, length, attn_implementation=ULYSSES)
+    facts = ModelFacts.from_config(hf_config)
+    kernel, kernels = check_model(
+        config,
+        facts,
+        sp,
+        torch.device("cuda", launch.local_rank) if cuda else torch.device("cpu"),
+        torch.bfloat16 if settings.engine["bf16"]["enabled"] else torch.float32,
+    )
+    phases.done("checks and imports")
+    hang_s = 60 * config.train.hang_minutes
+    # The watchdog comes first; start-up, where ranks read a model at different speeds, has half an hour at least.
+    device, agreement = join(launch, timeout_s=max(hang_s, 1800.0) + 60)
+    folder = Path(config.output_dir).expanduser()
+    agreement.rank0_first(lambda: folder.mkdir(parents=True, exist_ok=True))
+    locks: list[FileLock] = []
+    agreement.on_rank0(lambda: locks.append(lock_folder(folder)))
+    status.folder = folder
+    status.where = "while the model was built"
+    layout = ParallelLayout.create(sp)
+    if config.hub.repo is not None:
+        agreement.on_rank0(lambda: ready(config.hub))
+    agreement.same(what_ranks_share(config, settings.engine))
+    phases.done("processes joined")
+    return Joined(
+        config, settings, launch, status, phases, hf_config, facts, tuple(remarks), kernel, kernels, hang_s, device,
+        agreement, layout, folder, locks[0] if locks else None,
+    )  # fmt: skip
+
+
+def read_data(joined: Joined) -> RunData:
+    """Rank 0 of each node tokenizes what is not in the cache, all read it. Every rank has the same rows."""
+    config, launch, agreement = joined.config, joined.launch, joined.agreement
+    tokenizer = load_tokenizer(config.model)
+    crashed = agreement.broadcast(crashed_before(joined.folder))
+    every_byte = crashed and launch.local_rank == 0
+    train_set, eval_set = agreement.rank0_first(
+        lambda: tokenized(config, tokenizer, joined.facts.vocab, progress=launch.rank == 0, every_byte=every_byte)
+    )
+    held_out = {} if eval_set is None else {"the held-out rows": eval_set.content}
+    agreement.same({"the training rows": train_set.content, **held_out})
+    joined.phases.done("data tokenised")
+    return RunData(tokenizer, train_set, eval_set)
+
+
+def build_engine(joined: Joined) -> Prepared:
+    """Decide how the run saves memory, write down what is foreseen of it, and build the engine."""
+    config, settings, layout, device = joined.config, joined.settings, joined.layout, joined.device
+    memory_gib, taken_gib = own_memory_gib(device)
+    checkpoints = Checkpoints(joined.folder, joined.agreement, config.train.keep_checkpoints)
+    found = checkpoints.find(config.train.resume)
+    known = known_run(
+        config, settings, layout, device, hf_config=joined.hf_config, facts=joined.facts, memory_gib=memory_gib,
+        saved_stage=found[1].decides.get(STAGE) if found else None, kernel=joined.kernel,
+    )  # fmt: skip
+    remarks = []
+    if known.whole:
+        remarks.append("ZeRO-3 divides nothing here: the frozen weights fit on each GPU and stay there whole (stage 2)")
+    if taken_gib:
+        remarks.append(f"other processes hold {taken_gib:.1f} GiB of a GPU (nvidia-smi names them): planned without it")
+    joined.status.run, decisions = known, decided(known, device)
+    if joined.launch.rank == 0:  # on a CPU the memory of a whole process is what is measured: nothing is foreseen
+        write_plan(joined.folder, foresee_run(known, decisions) if device.type == "cuda" else None)
+    phases = joined.phases
+    built = build(known, layout, device, decisions=decisions, loaded=lambda: phases.done("model loaded"))
+    phases.done("engine built")
+    return Prepared(built, checkpoints, found, tuple(remarks))
+
+
+def resume(joined: Joined, data: RunData, prepared: Prepared) -> Resumed:
+    """See that a checkpoint is of this run, rehearse the longest pack, and load the checkpoint.
+
+    The rehearsal comes before the load, because it clears the optimizer's state.
+    """
+    config, layout, built, found = joined.config, joined.layout, prepared.built, prepared.found
+    train_loader = _loader(joined, data.train, config.train.gradient_accumulation_steps)
+    state = _new_state(joined, data, prepared, train_loader)
+    if found is not None:
+        refuse_another_run(*found, state)
+    remarks = _rehearse(joined, prepared, train_loader)
+    if found is not None:
+        joined.status.where = "while a checkpoint was loaded"
+        path, saved = found
+        prepared.checkpoints.load(built.engine, path, saved)
+        of_now = ("total_steps", "world", "decides", "may_change", "model", "base", "format", "written_by")
+        now = {key: getattr(state, key) for key in of_now}
+        state = replace(saved, **now, changes=changes_since(saved, state))
+        joined.phases.done("checkpoint loaded")
+        if saved.world != layout.world:
+            remarks += (f"{path.name} was written by {saved.world} ranks: optimizer and weights were divided anew",)
+    eval_loader = None if data.held_out is None else _loader(joined, data.held_out, 1)
+    return Resumed(state, train_loader, eval_loader, tuple(prepared.checkpoints.set_aside_after(state.step)), remarks)
+
+
+def _loader(joined: Joined, part: TokenizedSet, accumulation: int) -> StepLoader:
+    config, layout = joined.config, joined.layout
+    return StepLoader(
+        part, data=config.data, dp=layout.dp, dp_rank=layout.dp_rank, sp=layout.sp,
+        accumulation=accumulation, seed=config.seed,
+        equal_cost_tokens=joined.facts.equal_cost_tokens(lora=config.lora is not None),
+    )  # fmt: skip
+
+
+def _new_state(joined: Joined, data: RunData, prepared: Prepared, loader: StepLoader) -> TrainState:
+    """The state of this run before its first step."""
+    config, layout, built = joined.config, joined.layout, prepared.built
+    total_steps = sum(loader.steps_per_epoch(e) for e in range(config.train.epochs))
+    return TrainState(
+        step=0,
+        epoch=0,
+        step_in_epoch=0,
+        tokens_seen=0,
+        total_steps=min(total_steps, config.train.max_steps or total_steps),
+        world=layout.world,
+        rows=data.train.content,
+        order=loader.fingerprint,
+        trained=trained_fingerprint(built.model),
+        decides=what_decides(config, joined.settings.engine, layout),
+        may_change=what_may_change(config),
+        model=what_the_model_is(joined.hf_config),
+        base=joined.agreement.broadcast(start_fingerprint(built.model)),
+    )
+
+
+def _rehearse(joined: Joined, prepared: Prepared, loader: StepLoader) -> tuple[str, ...]:
+    """The dry run of the longest pack, where memory can be told; what was found, for the reader."""
+    config, layout, device, built, status = joined.config, joined.layout, joined.device, prepared.built, joined.status
+    status.where = "in the dry run of the longest pack, before the first step"
+    memory = device_memory(device)
+    if memory is not None:
+        settle(built.engine, layout, device)
+    passes = choose_passes(built.engine, Needs.of(config).passes, loader.fullest_pack(0), layout, device, memory)
+    chosen = built.objective.passes
+    assert status.run is not None
+    dpo = config.dpo.model_copy(update={"passes": chosen})
+    status.run = replace(status.run, config=config.model_copy(update={"dpo": dpo}))
+    fullest = loader.fullest_pack(0, of_a_side=chosen == "two")
+    kept = rehearse(built.engine, built.recompute, fullest, layout, device, memory)
+    joined.phases.done("rehearsed" if kept else "ready")
+    return tuple(line for line in (passes, kept) if line)
