@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def show_config(*argv: str) -> None:
     """Print the run config that these arguments give, as YAML that `--config` reads back."""
-    from ds_longft.config.settings import dump_config, load_run_config
+    from ds_longft.config.read import dump_config, load_run_config
 
     print(dump_config(load_run_config(list(argv))), end="")
 

@@ -28,7 +28,7 @@ class Manifest(BaseModel):
 
 
 class StateOfAnyVersion(StoredFile):
-    """state.json of a checkpoint, as far as it says which version wrote it (see `train.same_run.TrainState`)."""
+    """state.json of a checkpoint, as far as it says which version wrote it (see `train.resume_rules.TrainState`)."""
 
     step: int
     trained: str

@@ -1,4 +1,4 @@
-"""Rows -> `Pack`: ids, positions, labels, loss weights and document borders of one whole sequence."""
+"""Rows -> `Pack`: ids, positions, labels, loss weights, borders of one whole sequence; which rows: `pack_plan`."""
 
 from __future__ import annotations
 

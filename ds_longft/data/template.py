@@ -22,7 +22,7 @@ from ds_longft.data.frame import Closing, Filled, Opening, Span, closed, fill, m
 from ds_longft.data.rows import BadRow, Call, Role, Turn
 from ds_longft.data.thinking import THINK_END, apart, within
 
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 PROBE = (Turn("user", "How many?"), Turn("assistant", "Just one."))
 _PLAIN_CHATS = (
     PROBE,

@@ -180,7 +180,7 @@ def fixed(model: ModelFacts, setting: Setting) -> dict[str, float]:
 
     Weights 2 bytes, a frozen reference's too; master and two moments 12 bytes a trained element, split over ranks from
     stage 1; gradients 2, split from stage 2, and there 4 for adapters and where several packs are summed
-    (`ds_config._fill_sum_types`); reduce buckets of 2 bytes.
+    (`config/ds_json.py`, `_fill_sum_types`); reduce buckets of 2 bytes.
     """
     e, world, trained = setting.element_bytes, setting.world, model.trained_weights(setting.lora_r)
     whole = own = weights = float(e * model.weights)

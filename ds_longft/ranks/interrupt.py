@@ -31,7 +31,7 @@ class StopRequest:
     ) -> None:
         """`clock` counts seconds, whatever is done to the machine's clock; SLURM speaks of `wall_clock`."""
         self.reason: str | None = None
-        self.saves = False
+        self.training_begun = False
         """Training has begun, so that a stop has something to save."""
         self.at_once: Callable[[str], None] = lambda why: None
         """Ends the process now; called with the reason, in a thread."""
@@ -83,7 +83,7 @@ class StopRequest:
         """A signal came. A second Ctrl-C, and one before there is anything to save, ends the process now."""
         if number == signal.SIGINT:
             now = self.clock()
-            if not self.saves:
+            if not self.training_begun:
                 self.at_once("interrupted before training began")
             elif self._pressed is None:
                 self._pressed = now

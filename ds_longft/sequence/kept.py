@@ -1,5 +1,7 @@
 """What a checkpointed layer's first call leaves for its second: on the GPU, or in pinned host memory.
 
+Which of it is kept is decided elsewhere (`decide/memory.py`, `spend` and `place`).
+
 Host copies go out on a stream of their own during the forward pass and come back on another during the backward pass,
 those of the layer before already on their way while a layer is computed. At 131,072 tokens and sp 2 the gate and up
 outputs of a Llama-8B layer are 3.5 GiB a GPU: 70 ms over PCIe, against 350 ms of backward pass.

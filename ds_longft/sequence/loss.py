@@ -1,6 +1,6 @@
 """The weighted sum of token losses, over labelled rows only, in chunks: no vocabulary-sized tensor of the whole sample.
 
-The sum is what leaves a rank; who divides by what is one rule for everybody (`train/trainer.py`). A rank whose shard
+The sum is what leaves a rank; who divides by what is one rule for everybody (`train/step.py`). A rank whose shard
 holds no target still runs the head on zero rows: it contributes an exact zero, and under ZeRO-3 it takes part in the
 gathers.
 

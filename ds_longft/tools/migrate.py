@@ -13,8 +13,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from ds_longft.config.messages import all_keys, validation_problems
+from ds_longft.config.read import read_config_file
 from ds_longft.config.run_config import RunConfig
-from ds_longft.config.settings import read_config_file
 from ds_longft.config.spellings import EXPLANATIONS, HOLDS_ANYWAY, KEYS_OF_OTHER_TOOLS
 from ds_longft.config.yaml_io import dump_yaml
 from ds_longft.errors import ConfigError

@@ -52,7 +52,7 @@ def read(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
     parser.add_argument("--ranks", type=int, help="processes to start: sp, or a multiple of it")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     own, rest = parser.parse_known_args(argv)
-    from ds_longft.config.settings import load_run_config  # not for the help
+    from ds_longft.config.read import load_run_config  # not for the help
 
     config = load_run_config(rest)
     if config.objective != "dpo":

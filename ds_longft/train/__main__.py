@@ -75,7 +75,7 @@ def _guarded(argv: list[str], launch: Launch, status: Status, stop: StopRequest)
 def train(argv: list[str], launch: Launch, status: Status, stop: StopRequest) -> int:
     """The whole run; raises LongftError for everything the user can mend."""
     from ds_longft.config.check import preflight
-    from ds_longft.config.settings import load_run_config
+    from ds_longft.config.read import load_run_config
     from ds_longft.tools import quickstart
 
     started = time.monotonic()

@@ -34,7 +34,7 @@ from ds_longft.ranks.join import Agreement
 from ds_longft.run_files import Manifest
 from ds_longft.stored import Unreadable, read_file
 from ds_longft.train.elastic import load_for_other_world, own_settings
-from ds_longft.train.same_run import OtherVersion, TrainState, read_state
+from ds_longft.train.resume_rules import OtherVersion, TrainState, read_state
 
 MANIFEST = "manifest.json"
 STATE = "state.json"

@@ -22,7 +22,7 @@ from ds_longft.config.ds_json import DeepSpeedSettings
 from ds_longft.config.run_config import RunConfig
 from ds_longft.decide.decisions import Decisions, Run, decide
 from ds_longft.decide.memory import spend, stays_resident
-from ds_longft.decide.of_run import gpu_of_run
+from ds_longft.decide.plan_json import gpu_of_run
 from ds_longft.decide.setting import GIB
 from ds_longft.decide.tensors import Keep
 from ds_longft.errors import ModelError

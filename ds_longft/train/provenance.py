@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from ds_longft.config.read import dump_config
 from ds_longft.config.run_config import RunConfig
-from ds_longft.config.settings import dump_config
 from ds_longft.layout import ParallelLayout
 
 PACKAGES = (

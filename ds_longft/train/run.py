@@ -31,7 +31,7 @@ from ds_longft.train.health import Watchdog
 from ds_longft.train.hub import Pusher
 from ds_longft.train.metrics import Records, read_metrics, summary_table
 from ds_longft.train.provenance import write_facts
-from ds_longft.train.same_run import CHANGES, TrainState, in_words
+from ds_longft.train.resume_rules import CHANGES, TrainState, in_words
 from ds_longft.train.secrets import tracked_config
 from ds_longft.train.start import (
     Joined,
@@ -87,7 +87,7 @@ def memory_error(error: torch.OutOfMemoryError, status: Status) -> GpuMemoryErro
 def _train(
     joined: Joined, data: RunData, prepared: Prepared, resumed: Resumed, stop: StopRequest, started: float
 ) -> int:
-    """The loop between the records' first and last lines."""
+    """The records' first lines, the training loop, and the end."""
     config, status, launch, agreement = joined.config, joined.status, joined.launch, joined.agreement
     device, built, tokenizer, state = joined.device, prepared.built, data.tokenizer, resumed.state
     records = Records(
@@ -98,12 +98,12 @@ def _train(
         config, {"world": joined.layout.world, "dp": joined.layout.dp, "total_steps": state.total_steps}
     )  # fmt: skip
     state = replace(state, tracker_id=agreement.broadcast(records.start_trackers(state.tracker_id, tracked)))
-    ended_before = prepared.found is not None and state.step >= state.total_steps
+    already_finished = prepared.found is not None and state.step >= state.total_steps
     if launch.rank == 0:
-        _write_head(records, joined, data, prepared, resumed, ended_before=ended_before, started=started)
+        _write_head(records, joined, data, prepared, resumed, already_finished=already_finished, started=started)
     status.training(state.step, joined.phases.seconds)
     status.where = "in training"
-    stop.saves = True
+    stop.training_begun = True
     watchdog = Watchdog(joined.folder, launch.rank, launch.world, joined.hang_s, partial(_hung, status))
     if config.data.chat_template is not None and not tokenizer.chat_template:  # a base model has learnt to chat
         tokenizer.chat_template = without_marks(find_template(config.data.chat_template).read_text(encoding="utf-8"))
@@ -142,11 +142,11 @@ def _train(
     if not finished:
         records.say(_farewell(trainer, stop, config.train.resume))
         status.write(EXIT_REQUEUE)
-        agreement.gather(None)  # whoever leaves first, the status is written: srun may end the others then
+        agreement.gather(None)  # until the status is written: srun may end all ranks once one has left
         watchdog.stop()
         return EXIT_REQUEUE
     if launch.rank == 0:
-        _write_end(records, joined, pusher, ended_before=ended_before, started=started)
+        _write_end(records, joined, pusher, already_finished=already_finished, started=started)
     agreement.gather(None)
     dist.destroy_process_group()
     watchdog.stop()
@@ -160,18 +160,18 @@ def _write_head(
     prepared: Prepared,
     resumed: Resumed,
     *,
-    ended_before: bool,
+    already_finished: bool,
     started: float,
 ) -> None:
     """What a run is made of, as files and as lines for its reader. Rank 0 only."""
     config, layout, device, folder, state = joined.config, joined.layout, joined.device, joined.folder, resumed.state
-    if not ended_before:  # else the records would tell of settings that nothing was trained with
+    if not already_finished:  # else the records would tell of settings that nothing was trained with
         write_facts(folder, config, joined.settings.engine, layout, device)
         write_data_facts(folder, data.train, data.held_out, data.tokenizer, state.total_steps)
     header = _header(config, layout, device, resumed.train_loader, state, prepared.found[0] if prepared.found else None)
     records.say("\n".join([header, *joined.remarks]))
     records.say(f"{trainable_parameters(prepared.built.model)}; {joined.kernels}")
-    if ended_before:
+    if already_finished:
         records.say(
             f"{folder} is finished: it has all {state.total_steps} steps, nothing is trained now, its records stay "
             "as they are. Give another output_dir to train with other settings, or more epochs to go on"
@@ -190,11 +190,13 @@ def _write_head(
         records.say(line)
 
 
-def _write_end(records: Records, joined: Joined, pusher: Pusher | None, *, ended_before: bool, started: float) -> None:
+def _write_end(
+    records: Records, joined: Joined, pusher: Pusher | None, *, already_finished: bool, started: float
+) -> None:
     """The model card, the last table and what comes next. Rank 0 only."""
     folder = joined.folder
     history = read_metrics(folder / "metrics.jsonl")
-    if not ended_before:
+    if not already_finished:
         write_card(folder, joined.config, joined.layout, history, joined.hf_config.vocab_size)
         if pusher is not None:
             pusher.finish(folder)
@@ -226,7 +228,7 @@ def _header(
     device: torch.device,
     loader: StepLoader,
     state: TrainState,
-    resumed: Path | None,
+    resumed_from: Path | None,
 ) -> str:
     """A few lines that say what is about to happen."""
     alone = " (a longer row alone)" if loader.budget_tokens < config.longest_pack_tokens else ""
@@ -242,6 +244,6 @@ def _header(
             f"optim.warmup_steps is {config.optim.warmup_steps}, more than the steps of this run: the learning rate "
             f"will not reach its peak; lower it, or train longer"
         )
-    if resumed:
-        lines.append(f"resumed from {resumed} at step {state.step}")
+    if resumed_from:
+        lines.append(f"resumed from {resumed_from} at step {state.step}")
     return "\n".join(lines)

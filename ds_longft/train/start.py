@@ -16,7 +16,7 @@ from ds_longft.config.ds_json import DeepSpeedSettings
 from ds_longft.config.run_config import RunConfig
 from ds_longft.data.loader import StepLoader
 from ds_longft.data.tokenized import TokenizedSet
-from ds_longft.decide.of_run import foresee_run, write_plan
+from ds_longft.decide.plan_json import foresee_run, write_plan
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.facts import ModelFacts
 from ds_longft.model.load import config_remarks, load_tokenizer, prepare_config, read_config
@@ -32,7 +32,7 @@ from ds_longft.train.install import decided, known_run
 from ds_longft.train.model_check import check_model
 from ds_longft.train.provenance import what_ranks_share
 from ds_longft.train.rehearse import choose_passes, rehearse, settle
-from ds_longft.train.same_run import (
+from ds_longft.train.resume_rules import (
     STAGE,
     TrainState,
     changes_since,
@@ -157,7 +157,7 @@ def join_processes(
 
 
 def read_data(joined: Joined) -> RunData:
-    """Rank 0 of each node tokenizes what is not in the cache, all read it. Every rank has the same rows."""
+    """Rank 0 tokenizes what is not in the cache, then all read it. Every rank has the same rows."""
     config, launch, agreement = joined.config, joined.launch, joined.agreement
     tokenizer = load_tokenizer(config.model)
     crashed = agreement.broadcast(crashed_before(joined.folder))

@@ -1,4 +1,4 @@
-"""Forward and backward of one optimizer step: the one place where the loss rule becomes a gradient."""
+"""Forward, backward and optimizer of one step: the one place where the loss rule becomes a gradient."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from ds_longft.batch import Pack, Step
 from ds_longft.config.run_config import RunConfig
 from ds_longft.data.loader import StepLoader
-from ds_longft.decide.of_run import note_in_plan
+from ds_longft.decide.plan_json import note_in_plan
 from ds_longft.decide.setting import GIB
 from ds_longft.errors import CheckpointError, NonFiniteError
 from ds_longft.exactness.first_step import check_first_step, raise_if_wrong
@@ -38,7 +38,7 @@ from ds_longft.train.engine import Built
 from ds_longft.train.health import Watchdog, describe_packs, write_nonfinite
 from ds_longft.train.hub import Pusher
 from ds_longft.train.metrics import Records, peak_gib
-from ds_longft.train.same_run import TrainState
+from ds_longft.train.resume_rules import TrainState
 from ds_longft.train.schedule import learning_rate
 from ds_longft.train.step import apply_step, backpropagate, backpropagate_pack, evaluate_pack, loss_scale
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ds_longft.cli import main as cli
-from ds_longft.config.settings import load_run_config
+from ds_longft.config.read import load_run_config
 from ds_longft.errors import ConfigError
 from tests.e2e.job import write_job
 from tests.e2e.test_runs import code_of_card, losses

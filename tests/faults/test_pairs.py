@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from ds_longft.config.settings import load_run_config
+from ds_longft.config.read import load_run_config
 from ds_longft.errors import CheckpointError
 from ds_longft.train.checkpoint import Checkpoints
-from ds_longft.train.same_run import refuse_another_run, what_decides
+from ds_longft.train.resume_rules import refuse_another_run, what_decides
 from tests.faults.alone import Alone
 from tests.faults.assets import pair_keys
 from tests.faults.ranks import CRASH, Launcher, checkpoints, trace

@@ -14,7 +14,7 @@ import pytest
 
 from ds_longft import cli
 from ds_longft.cli import COMMANDS, Command, _described, bind_arguments, main
-from ds_longft.config.settings import load_run_config
+from ds_longft.config.read import load_run_config
 from ds_longft.config.yaml_io import load_yaml
 from ds_longft.errors import EXIT_CONFIG, DataError, LongftError
 

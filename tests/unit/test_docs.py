@@ -12,7 +12,7 @@ import pytest
 
 from ds_longft.cli import COMMANDS, bind_arguments
 from ds_longft.cli import main as cli
-from ds_longft.config.settings import load_run_config
+from ds_longft.config.read import load_run_config
 from ds_longft.config.yaml_io import load_yaml
 from ds_longft.tools.verify.command import read as read_verify
 

@@ -9,8 +9,8 @@ import pytest
 from ds_longft.config.check import check_run
 from ds_longft.config.ds_file import load_ds_config
 from ds_longft.config.ds_json import merge_ds_config
+from ds_longft.config.read import dump_config, load_run_config
 from ds_longft.config.run_config import RunConfig
-from ds_longft.config.settings import dump_config, load_run_config
 from ds_longft.config.yaml_io import load_yaml
 from ds_longft.errors import ConfigError
 from ds_longft.tools import quickstart

@@ -19,8 +19,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ds_longft.config.read import dump_config, load_run_config
 from ds_longft.config.run_config import LogConfig
-from ds_longft.config.settings import dump_config, load_run_config
 from ds_longft.data.cache import PartSeal, SealedSet, sealed_set
 from ds_longft.data.ledger import Tally
 from ds_longft.ranks.lock import HOLDER, _holder
@@ -33,7 +33,7 @@ from ds_longft.tools.report.run_facts import gather_facts
 from ds_longft.tools.slurm.requeue import decide
 from ds_longft.train.checkpoint import MANIFEST, STATE
 from ds_longft.train.metrics import Records
-from ds_longft.train.same_run import TrainState
+from ds_longft.train.resume_rules import TrainState
 from ds_longft.train.status import STATUS, crashed_before
 from tests.faults.alone import find
 from tests.unit.tools.report.test_report import needle_result, perplexity_result, step

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from ds_longft.config.read import load_run_config
 from ds_longft.config.run_config import ModelConfig, RopeConfig
-from ds_longft.config.settings import load_run_config
 from ds_longft.errors import ConfigError
 from ds_longft.model.load import load_config, load_model, load_tokenizer, model_path
 from ds_longft.model.lora import BASE_CONFIG_FOLDER, WEIGHTS_NAME, load_adapter

@@ -252,7 +252,7 @@ def _parts(one: TokenizedRow, tokenizer: Any, weighting: Weighting) -> list[tupl
 
 def _read(config: str) -> tuple[RunConfig, Any]:
     """The run config and its model's tokenizer."""
-    from ds_longft.config.settings import load_run_config
+    from ds_longft.config.read import load_run_config
 
     run = load_run_config(["--config", config])
     if not run.model.path:

@@ -9,7 +9,7 @@ from typing import Literal
 from rich.console import Console
 
 from ds_longft.config.run_config import DpoConfig, ModelConfig, parse_tokens
-from ds_longft.decide.of_run import as_json, memory_parts
+from ds_longft.decide.plan_json import as_json, memory_parts
 from ds_longft.decide.search import Question, alternatives, fastest, longest_of_each
 from ds_longft.decide.setting import Gpu
 from ds_longft.errors import ConfigError, ModelError

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ds_longft.config.read import load_run_config
 from ds_longft.config.run_config import RunConfig
-from ds_longft.config.settings import load_run_config
 from ds_longft.errors import ConfigError
 from ds_longft.run_files import (
     DataFile,

@@ -13,8 +13,8 @@ from pathlib import Path
 from string import Template
 
 from ds_longft.config.check import preflight
+from ds_longft.config.read import load_run_config
 from ds_longft.config.run_config import RunConfig
-from ds_longft.config.settings import load_run_config
 from ds_longft.config.shipped import find_file
 from ds_longft.errors import ConfigError
 

@@ -75,8 +75,8 @@ def read(argv: list[str]) -> tuple[Options, RunConfig]:
     parser.add_argument("--checks", default="1,2,3,4,5,6,7", help="numbers of the checks to run, e.g. 1,7")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     own, rest = parser.parse_known_args(argv)
+    from ds_longft.config.read import load_run_config
     from ds_longft.config.run_config import parse_tokens  # not for the help
-    from ds_longft.config.settings import load_run_config
 
     try:
         checks = frozenset(int(c) for c in own.checks.split(","))

@@ -15,7 +15,7 @@ from ds_longft.config.run_config import RunConfig
 from ds_longft.decide.advice import Adviser
 from ds_longft.decide.decisions import Run, decide
 from ds_longft.decide.memory import predict
-from ds_longft.decide.of_run import foresee_run
+from ds_longft.decide.plan_json import foresee_run
 from ds_longft.decide.search import Question, fastest
 from ds_longft.decide.setting import Gpu, Setting
 from ds_longft.decide.time import predict_time

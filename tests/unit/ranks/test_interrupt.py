@@ -28,7 +28,7 @@ def until(ready: Callable[[], object], seconds: float = 30.0) -> bool:
 def test_a_signal_is_noted_and_the_handlers_are_put_back(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     stop = StopRequest()
-    stop.saves = True
+    stop.training_begun = True
     with stop.listening():
         os.kill(os.getpid(), number)
         assert until(lambda: stop.reason)
@@ -42,7 +42,7 @@ def test_nohup_is_respected() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         stop = StopRequest()
-        stop.saves = True
+        stop.training_begun = True
         with stop.listening():
             os.kill(os.getpid(), signal.SIGHUP)
             time.sleep(0.2)
@@ -63,7 +63,7 @@ def test_one_press_saves_and_a_second_one_ends_at_once() -> None:
     """The terminal and the launcher both hand on the same press: within a moment it counts once."""
     clock, ended = Clock(), []
     stop = StopRequest(clock)
-    stop.saves, stop.at_once = True, ended.append
+    stop.training_begun, stop.at_once = True, ended.append
     stop.note(signal.SIGINT)
     clock.now += SAME_PRESS_S / 2
     stop.note(signal.SIGINT)
@@ -104,7 +104,7 @@ RANK = """
 import os, signal, sys, time
 from ds_longft.ranks.interrupt import StopRequest
 stop = StopRequest()
-stop.saves = True
+stop.training_begun = True
 with stop.listening(launched=True):
     print("ready", os.getpid(), flush=True)
     while not stop.asked():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ds_longft.cli import main
-from ds_longft.config.settings import load_run_config
+from ds_longft.config.read import load_run_config
 from ds_longft.errors import ConfigError
 from ds_longft.tools.migrate import migrated
 

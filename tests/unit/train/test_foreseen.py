@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from ds_longft.config.ds_json import DeepSpeedSettings
 from ds_longft.config.run_config import RunConfig
-from ds_longft.decide.of_run import foresee_run
+from ds_longft.decide.plan_json import foresee_run
 from ds_longft.layout import ParallelLayout
 from ds_longft.train.install import decided, known_run
 from tests.unit.decide.shapes import SMOLLM2

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
+from ds_longft.config.read import dump_config
 from ds_longft.config.run_config import RunConfig
-from ds_longft.config.settings import dump_config
 from ds_longft.tools.evaluate.cached_attention import CACHED, register
 from ds_longft.tools.evaluate.subject import find_subject, load_subject
 from tests.e2e.job import write_model

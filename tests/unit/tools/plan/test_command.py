@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoConfig
 
 from ds_longft.cli import main
-from ds_longft.config.settings import load_run_config
+from ds_longft.config.read import load_run_config
 from ds_longft.decide.search import Question, fastest, longest_of_each
 from ds_longft.decide.setting import Gpu, Setting, shipped_gpus
 from ds_longft.errors import EXIT_CONFIG

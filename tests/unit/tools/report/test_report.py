@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from ds_longft.cli import COMMANDS, bind_arguments, main
-from ds_longft.config.settings import dump_config, load_run_config
+from ds_longft.config.read import dump_config, load_run_config
 from ds_longft.tools.report.charts import Line, line_chart, shown, thin, ticks
 from ds_longft.tools.report.markdown import markdown_page
 from ds_longft.tools.report.page import html_page

@@ -20,10 +20,10 @@ from pydantic import BaseModel
 from transformers import LlamaConfig
 
 from ds_longft.config.messages import _models_of, all_keys, on_resume
+from ds_longft.config.read import load_run_config
 from ds_longft.config.run_config import DpoConfig, OnResume, RunConfig, SourceConfig
-from ds_longft.config.settings import load_run_config
 from ds_longft.errors import CheckpointError
-from ds_longft.train.same_run import (
+from ds_longft.train.resume_rules import (
     TrainState,
     changes_since,
     refuse_another_run,

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from ds_longft.config.run_config import RunConfig
 from ds_longft.decide.decisions import Run, decide
 from ds_longft.decide.memory import predict
-from ds_longft.decide.of_run import foresee_run, gpu_of_run, gpu_type, note_in_plan, write_plan
+from ds_longft.decide.plan_json import foresee_run, gpu_of_run, gpu_type, note_in_plan, write_plan
 from ds_longft.decide.setting import Gpu, Setting
 from ds_longft.model.facts import ModelFacts
 from tests.unit.decide.shapes import LLAMA_8B, SMOLLM2, shape
