@@ -133,21 +133,21 @@ class Trainer:
         packs = self._backpropagate(step)
         if packs is None:
             return False
+        flops, of_packs = zip(*packs, strict=True)
         # FLOPs, ranks that want to stop, weighted loss, metrics
-        mine = [sum(map(self._flops, step.packs)), float(self.stop.asked())]
-        of_packs = sum(packs[1:], start=packs[0])
-        sums = torch.cat([torch.tensor(mine, dtype=torch.float64, device=self.device), of_packs])
+        mine = torch.tensor([sum(flops), float(self.stop.asked())], dtype=torch.float64, device=self.device)
+        sums = torch.cat([mine, torch.stack(of_packs).sum(0)])
         self.watchdog.enter(f"step {self.state.step + 1}, sums and update")
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # the sums are read below anyway
         arrived = time.time()  # hosts' clocks, which NTP keeps within milliseconds
         dist.all_reduce(sums)
-        flops, stop, loss_total, *metrics = sums.tolist()
+        all_flops, stop, loss_total, *metrics = sums.tolist()
         self.stopping = self.stopping or stop > 0
         with self.relief or nullcontext():
             nonfinite, norm = apply_step(engine, loss_total, skip=self.config.train.on_nonfinite == "skip")
         if nonfinite:
-            self._report_nonfinite(nonfinite, step, [of_pack[0] for of_pack in packs])
+            self._report_nonfinite(nonfinite, step, [of_pack[0] for of_pack in of_packs])
         self._skipped = self._skipped + 1 if nonfinite else 0
         self.state = replace(
             self.state,
@@ -164,7 +164,7 @@ class Trainer:
         if given_gib:
             self._say_given(given_gib, int(ranks[:, 3].argmax()))
         behind = ranks[:, 2] - ranks[:, 2].amin()
-        achieved_tflops = flops / step_s / self.layout.world / 1e12
+        achieved_tflops = all_flops / step_s / self.layout.world / 1e12
         self.records.step(
             {
                 "step": self.state.step,
@@ -189,10 +189,12 @@ class Trainer:
         )
         return True
 
-    def _backpropagate(self, step: Step) -> list[torch.Tensor] | None:
-        """The sums of each pack of a step, its gradients in the engine. None: all ranks agreed to stop between two."""
+    def _backpropagate(self, step: Step) -> list[tuple[float, torch.Tensor]] | None:
+        """FLOPs and sums of each pack of a step, its gradients in the engine. None: all ranks agreed to stop between
+        two.
+        """
         engine, scale = self.built.engine, loss_scale(step.total_weight, self.layout)
-        packs: list[torch.Tensor] = []
+        packs: list[tuple[float, torch.Tensor]] = []
         random_state = rng_state()
         for i, pack in enumerate(step.packs):
             if i:
@@ -202,7 +204,8 @@ class Trainer:
                 engine.step()  # counts the micro-step; weights change only at the last one
             self.watchdog.enter(f"step {self.state.step + 1}, pack {i + 1} of {len(step.packs)}")
             with self.relief or nullcontext():
-                packs.append(backpropagate_pack(engine, pack, scale, self.layout, self.device).double())
+                of_pack = backpropagate_pack(engine, pack, scale, self.layout, self.device).double()
+            packs.append((self._flops(pack), of_pack))
         return packs
 
     def _say_given(self, given_gib: float, rank: int) -> None:

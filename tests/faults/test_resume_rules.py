@@ -69,6 +69,8 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "model.kernel": ("--model.kernel", "math"),
     "model.liger": ("--model.liger", "off"),
     "model.random_weights": ("--model.random_weights", "true"),
+    "model.add_tokens": ("--ds_config", OTHER_STAGE, "--model.add_tokens", "<a>,<b>"),
+    "model.train_added": ("--ds_config", OTHER_STAGE, "--model.add_tokens", "<a>", "--model.train_added", "false"),
     "model.rope.type": ROPE,
     "model.rope.factor": ROPE,
     "model.rope.theta": ("--model.rope.type", "abf", "--model.rope.theta", "20000"),
@@ -135,11 +137,11 @@ NOT_SEEN = {"train.on_nonfinite", "train.max_skipped_in_a_row"}  # in the losses
 OF_HUB_SETS = {"data.train[].subset", "data.train[].revision"}
 ELSEWHERE = (
     {key for key in CLASSES if key.startswith("dpo.")}
-    | {"data.eval", "lora.init_from", "train.mlp_tile_tokens"}
+    | {"data.eval", "lora.init_from", "train.mlp_tile_tokens", "hub.repo", "hub.push_every_save", "hub.private"}
     | OF_HUB_SETS
 )
-"""`dpo.*`, `lora.init_from`: below, without a run. `train.mlp_tile_tokens`: below, with a run without dropout. `data.eval` excludes `data.eval_fraction`, which decides the training
-rows. What names a hub set's version is refused for files."""
+"""`dpo.*`, `lora.init_from`: below, without a run. `train.mlp_tile_tokens`: below, with a run without dropout. `data.eval` excludes
+`data.eval_fraction`, which decides the training rows. What names a hub set's version is refused for files. `hub.*`: `tests/e2e/test_hub.py`."""
 
 QUICK = {
     "lora.alpha", "lora.dropout", "model.rope.type", "optim.weight_decay", "data.train", "data.train[].limit", "train.recompute",
