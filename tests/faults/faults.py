@@ -42,6 +42,7 @@ def _act(fault: dict[str, Any]) -> Any:
         time.sleep(fault["seconds"])
     elif what.startswith("SIG"):
         os.kill(os.getpid(), getattr(signal, what))
+        time.sleep(0.05)  # a thread of the product takes note of it
     elif what == "raise":
         raise OSError(28, "No space left on device")
     elif what == "oom":
