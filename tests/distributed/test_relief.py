@@ -130,6 +130,7 @@ def test_layer_inputs_leave_for_the_host_when_nothing_else_is_left(pools: Any, t
     assert found[1][3][2] == 2, "two layers' inputs went, one for each failure"
 
 
+@pytest.mark.slow
 def test_it_ends_when_nothing_is_left(pools: Any, tmp_path: Path) -> None:
     folder = model(tmp_path)
     counts = [rank[4] for rank in pools(2).run(three_steps, folder, LORA, "", 0.0, 0, None)]

@@ -79,7 +79,7 @@ def assert_same(records: list[dict[str, Any]], base: list[dict[str, Any]]) -> No
         (2, 2, 4, 3, ("--train.recompute", "sqrt")),
         (2, 1, 2, 1, ()),
         (2, 2, 4, 2, ("--train.verify_first", "true")),
-        (4, 2, 2, 3, ("--train.recompute", "none")),
+        pytest.param(4, 2, 2, 3, ("--train.recompute", "none"), marks=pytest.mark.slow),
     ],
     ids=["sp2_zero3", "dp2_zero1", "sp2_zero2_verified_first", "sp2_dp2_zero3"],
 )

@@ -198,6 +198,7 @@ def test_another_start_in_the_same_folder_does_not_mix_its_records(ranks: Launch
     assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["train"]["max_steps"] == 1
 
 
+@pytest.mark.slow
 def test_dora_goes_on_under_zero3(ranks: Launcher, tmp_path: Path) -> None:
     """PEFT's DoRA reads A and B without calling them: after a resume ZeRO-3 had not gathered them."""
     keys = ["--lora.dora", "true", "--ds_config", "ds_configs/zero3_sp.json"]

@@ -49,6 +49,7 @@ def tokens_of(row, lengths):
     return lengths.rows([to_row(row, "messages", source="", origin="").turns])[0]
 
 
+@pytest.mark.slow
 def test_each_answer_stands_in_the_text_beside_the_name_that_is_asked_for(made):
     turns = Counter()
     for row in made[::3]:

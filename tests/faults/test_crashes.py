@@ -19,7 +19,7 @@ POINTS = [
     ("step", 5, 1, 4),  # F1
     ("save_shard", 4, 1, 2),  # F2, as the other three
     pytest.param("save_seal", 4, 0, 2, marks=pytest.mark.slow),
-    ("save_rename", 4, 0, 2),
+    pytest.param("save_rename", 4, 0, 2, marks=pytest.mark.slow),
     ("save_done", 4, 0, 4),
 ]
 

@@ -9,12 +9,15 @@ import json
 import signal
 from pathlib import Path
 
+import pytest
+
 from ds_longft.train.health import hang_message
 from tests.faults.ranks import Launcher, checkpoints, status
 
 LIMIT = ("--train.hang_minutes", "0.07")  # 4.2 s
 
 
+@pytest.mark.slow
 def test_endless_loop(launcher: Launcher, tmp_path: Path) -> None:
     output = tmp_path / "out"
     codes, run = launcher.run(output, *LIMIT, faults={1: {"point": "update", "step": 3, "do": "loop"}})

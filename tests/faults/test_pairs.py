@@ -81,6 +81,7 @@ def test_other_sp_and_one_pass(launcher: Launcher, keys: tuple[str, ...], golden
     assert_close(output, expected)
 
 
+@pytest.mark.slow
 def test_other_number_of_ranks_beside_a_frozen_copy(launcher: Launcher, keys: tuple[str, ...], tmp_path: Path) -> None:
     """F18 with all weights trained: the reference is in no checkpoint, and read from the model's folder again. Decayed
     and other weights are two groups of the optimizer, each with its own settings and count of steps.

@@ -70,7 +70,7 @@ def test_other_layout(launcher: Launcher, tmp_path: Path, zero: int, before: tup
     assert not list(output.glob(".universal-*"))
 
 
-@pytest.mark.parametrize(("zero", "lora"), [(3, '{"r": 4}'), (2, "null")])
+@pytest.mark.parametrize(("zero", "lora"), [pytest.param(3, '{"r": 4}', marks=pytest.mark.slow), (2, "null")])
 def test_in_bf16(launcher: Launcher, tmp_path: Path, zero: int, lora: str) -> None:
     """Gradients are summed in float32 then; the weights and the optimizer go on from the last digit."""
     output = tmp_path / "out"
