@@ -45,7 +45,6 @@ def rows_of(path):
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
 def test_over_http(files, name):
-    pytest.importorskip("aiohttp")  # fsspec's way to HTTP
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(files)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
