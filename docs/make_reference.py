@@ -20,7 +20,7 @@ from ds_longft.data.layouts import EVERY_CHAT, EVERY_ROW, LAYOUTS
 HEAD = """\
 # Run config
 
-Made from `ds_longft/config/run_config.py` by `make docs`. The same keys stand in the YAML file of `--config` (nested),
+Made from `ds_longft/config/run_config.py` by `make docs`. The same keys stand in a YAML file, `mine.yaml` (nested),
 on the command line (`--data.max_length_tokens 128K`) and in `ds-longft config --help`. The command line wins over the
 file, the file over the defaults. Unknown keys are refused, and the nearest known one is named. 128K and 1M count tokens
 (1024-based), `null` switches off.

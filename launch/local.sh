@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on this machine, one rank for each GPU.   launch/local.sh --config run.yaml [--key value ...]
+# Trains on this machine, one rank for each GPU.   launch/local.sh run.yaml [--key value ...]
 #   NPROC=4          so many ranks
 # Signals reach the ranks, and the run's own exit code is handed on (75: stopped and saved, start it again).
 set -euo pipefail

@@ -1,4 +1,4 @@
-"""Start training from a clone: `deepspeed launch/train.py --config recipe.yaml`. The package does the work."""
+"""Start training from a clone: `deepspeed launch/train.py recipe.yaml`. The package does the work."""
 
 from __future__ import annotations
 

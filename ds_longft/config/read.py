@@ -1,4 +1,4 @@
-"""Where a run config comes from: defaults < YAML (`--config`) < command line (`--a.b value`).
+"""Where a run config comes from: defaults < YAML file (`mine.yaml`) < command line (`--a.b value`).
 
 pydantic-settings reads the command line and yields only what was given; that is laid over the YAML, and the whole is
 validated once, so that one failed start names every mistake. Nothing here touches torch, a model or the network.
@@ -7,12 +7,13 @@ validated once, so that one failed start names every mistake. Nothing here touch
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import AliasChoices, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, Field, ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, CliUnknownArgs, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError
 
@@ -25,7 +26,7 @@ from ds_longft.errors import ConfigError
 
 EPILOG = """\
 example:
-  deepspeed launch/train.py --config recipes/sft_lora_128k.yaml \\
+  deepspeed launch/train.py recipes/sft_lora_128k.yaml \\
       --model.path Qwen/Qwen3-8B --data.train my.jsonl --data.max_length_tokens 128K --sp 8
 
 Values: 128K and 1M count tokens (1024-based), null switches off (--lora null), lists are comma separated.
@@ -48,7 +49,7 @@ class CommandLine(BaseSettings, RunConfig):
     model_config = SettingsConfigDict(cli_parse_none_str="null")
 
     config: str | None = None
-    """YAML run config. Keys given on the command line win over it."""
+    """YAML run config, as `mine.yaml` alone. Keys given on the command line win over it."""
 
     local_rank: int | None = Field(default=None, validation_alias=AliasChoices("local_rank", "local-rank"))
     """Added by the deepspeed launcher; the environment variable LOCAL_RANK is what counts."""
@@ -56,15 +57,17 @@ class CommandLine(BaseSettings, RunConfig):
     unrecognised: CliUnknownArgs
 
 
-def load_run_config(argv: list[str], preflight: Callable[[RunConfig], object] | None = None) -> RunConfig:
-    """The run config of a command line, e.g. `["--config", "recipe.yaml", "--train.max_steps", "5"]`.
+def load_run_config(
+    keys: str | Sequence[str] = (), preflight: Callable[[RunConfig], object] | None = None
+) -> RunConfig:
+    """The run config of a file, or of a command line such as `["mine.yaml", "--train.max_steps", "5"]`.
 
     `--help` prints every key and ends the process with 0. Raises ConfigError (exit 64) with every problem found:
     unreadable file, unknown keys with the nearest known one, values of the wrong type or range, keys that contradict.
     Where there are any, `preflight` is called too, with the keys that are right: the problems it raises stand beside
     them. A config without a problem is returned without calling it.
     """
-    given, problems = _read_command_line(argv)
+    given, problems = _read_command_line([keys] if isinstance(keys, str) else list(keys))
     path = given.pop("config", None)
     given.pop("local_rank", None)
     from_file: dict[str, Any] = {}
@@ -72,7 +75,7 @@ def load_run_config(argv: list[str], preflight: Callable[[RunConfig], object] | 
         try:
             content = read_config_file(Path(path))
             if no_words := _keys_that_are_no_words(content):
-                raise ConfigError([f"--config: {path}: {text}, expected a word" for text in no_words])
+                raise ConfigError([f"{path}: {text}, expected a word" for text in no_words])
             from_file = content
         except ConfigError as error:
             problems |= dict.fromkeys(error.problems, EVERY_KEY)
@@ -87,19 +90,42 @@ def read_config_file(path: Path) -> dict[str, Any]:
     try:
         content = load_yaml(find_file(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config: cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise ConfigError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"--config: {path} is not valid YAML: {_one_line(error)}") from None
+        raise ConfigError(f"{path} is not valid YAML: {_one_line(error)}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(f"--config: {path} holds {type(content).__name__} at its top, expected `key: value` lines")
+        raise ConfigError(f"{path} holds {type(content).__name__} at its top, expected `key: value` lines")
     return content
 
 
 def dump_config(config: RunConfig) -> str:
-    """Every key of the config as YAML; reading it back with `--config` gives an equal config."""
+    """Every key of the config as YAML; reading it back gives an equal config."""
     return dump_yaml(config.model_dump(mode="json"))
+
+
+def dump_chosen(config: RunConfig) -> str:
+    """The keys that differ from their defaults as YAML, each below a line on what it is; equal when read back."""
+    return "".join(_chosen(config, ""))
+
+
+def _chosen(section: BaseModel, indent: str) -> Iterator[str]:
+    values = section.model_dump(mode="json")
+    for name, field in type(section).model_fields.items():
+        value, default = getattr(section, name), field.get_default(call_default_factory=True)
+        if value == default:
+            continue
+        if isinstance(value, BaseModel):
+            yield f"{indent}{name}:\n"
+            of_it = "".join(_chosen(value, f"{indent}  "))
+            yield of_it or f"{indent}  {{}}\n"  # a section that is null by default
+            continue
+        if isinstance(value, list) and all(isinstance(one, BaseModel) for one in value):  # data.train: paths, mostly
+            sources = [one.model_dump(mode="json", exclude_defaults=True) for one in value]
+            values[name] = [one["path"] if list(one) == ["path"] else one for one in sources]
+        about = " ".join((field.description or "").split()).partition(". ")[0].removesuffix(".")
+        yield textwrap.indent(f"# {about}\n{dump_yaml({name: values[name]})}", indent)
 
 
 def _keys_that_are_no_words(content: Any, path: tuple[int | str, ...] = ()) -> list[str]:
@@ -121,7 +147,7 @@ def _read_command_line(argv: list[str]) -> tuple[dict[str, Any], Problems]:
     """What was given, nested and not yet validated, and the problems of reading it."""
     source = CliSettingsSource[Any](CommandLine, cli_ignore_unknown_args=True, cli_exit_on_error=False)
     parser = source.root_parser
-    parser.usage = "deepspeed launch/train.py [--config FILE.yaml] [--key value ...]"
+    parser.usage = "deepspeed launch/train.py [FILE.yaml] [--key value ...]"
     parser.epilog = EPILOG
     try:
         given = source(args=argv)()
@@ -132,7 +158,13 @@ def _read_command_line(argv: list[str]) -> tuple[dict[str, Any], Problems]:
             return {}, {problem: EVERY_KEY}
         given, problems = _read_command_line(rest)
         return given, {problem: key, **problems}
-    problems = _unrecognised_problems(given.pop("unrecognised", [])) | _half_null_problems(given, argv)
+    unknown, words = _unrecognised(given.pop("unrecognised", []))
+    problems = unknown | _half_null_problems(given, argv)
+    for word in words:
+        if "config" not in given and (word.endswith((".yaml", ".yml")) or find_file(word).is_file()):
+            given["config"] = word
+        else:
+            problems[f"{word!r} on the command line belongs to no key: write --key value, or one FILE.yaml"] = None
     if sum(word.split("=")[0] == "--config" for word in argv) > 1:  # of the first one nothing would be left
         problems["--config is given twice on the command line: one file holds a run's keys"] = EVERY_KEY
     return given, problems
@@ -163,18 +195,19 @@ def _without_flag(argv: list[str], key: str) -> list[str]:
     return kept
 
 
-def _unrecognised_problems(arguments: list[str]) -> Problems:
-    """One problem for each flag nobody knows; a word right behind such a flag is taken for its value."""
+def _unrecognised(arguments: list[str]) -> tuple[Problems, list[str]]:
+    """One problem for each flag nobody knows, and the words; one right behind such a flag is taken for its value."""
     problems: Problems = {}
+    words = []
     behind_flag = False
     for argument in arguments:
         if argument.startswith("-"):
             key = argument.split("=")[0].lstrip("-")
             problems[unknown_key(key, all_keys())] = meant_key(key, all_keys())
         elif not behind_flag:
-            problems[f"{argument!r} on the command line belongs to no key: write --key value"] = None
+            words.append(argument)
         behind_flag = argument.startswith("-") and "=" not in argument
-    return problems
+    return problems, words
 
 
 def _half_null_problems(given: dict[str, Any], argv: list[str]) -> Problems:

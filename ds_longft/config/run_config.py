@@ -437,7 +437,7 @@ class HubConfig(Section):
 
 
 class RunConfig(Section):
-    """One run. Precedence: defaults < YAML (`--config`) < command line (`--a.b value`)."""
+    """One run. Precedence: defaults < YAML file (`mine.yaml`) < command line (`--a.b value`)."""
 
     ds_config: ByContent[str] = "ds_configs/zero3_sp.json"
     """DeepSpeed JSON; values of "auto" are filled from this config."""

@@ -1,23 +1,19 @@
-"""Files that come with the package, found from a clone and from an installed wheel alike: DeepSpeed JSONs, recipes."""
+"""Files that come with the package, found from a clone and from an installed wheel alike: recipes, DeepSpeed JSONs."""
 
 from __future__ import annotations
 
-import sys
+from importlib.resources import files
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parent.parent
-CLONE = PACKAGE.parent
+PACKAGE = Path(str(files("ds_longft")))
+SHIPPED = PACKAGE / "shipped"  # in a clone links to recipes/, ds_configs/, launch/ and docs/, in a wheel their files
 TEMPLATES = PACKAGE / "data/templates"  # chat templates
 
 
 def find_file(path: str | Path) -> Path:
-    """`path` itself where it exists, else the shipped file of that name, e.g. recipes/quickstart.yaml; else `path`.
-
-    Shipped files lie beside the package in a clone, in share/ds_longft of the environment otherwise.
-    """
+    """`path` itself where it exists, else the shipped file of that name, e.g. recipes/quickstart.yaml; else `path`."""
     given = Path(path).expanduser()
-    places = [given, CLONE / given, Path(sys.prefix) / "share/ds_longft" / given]
-    return next((place for place in places if place.exists()), given)
+    return next((place for place in (given, SHIPPED / given) if place.exists()), given)
 
 
 def find_template(path: str) -> Path:

@@ -57,7 +57,7 @@ def reference_file(config: RunConfig, pairs: PairSet) -> Path:
 def load_reference(config: RunConfig, pairs: PairSet) -> NDArray[np.float64]:
     """[pairs, 2] log-probabilities. Raises DataError where they are not there, or not all of them."""
     file = reference_file(config, pairs)
-    how = "run `ds-longft data ref_logps --config ...` with the same run config"
+    how = "run `ds-longft data ref_logps ...` with the same run config"
     if not file.exists():
         raise DataError(
             f"dpo.reference is precomputed, but there are no log-probabilities of {config.model.path} for this data "

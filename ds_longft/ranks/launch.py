@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import os
 import signal
@@ -19,7 +18,6 @@ from ds_longft.errors import (
     EXIT_NON_FINITE,
     EXIT_PORT,
     EXIT_REQUEUE,
-    ConfigError,
     LongftError,
 )
 from ds_longft.ranks.interrupt import heeded
@@ -27,13 +25,6 @@ from ds_longft.ranks.join import Launch, free_port, visible_gpus
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 GRACE_S = 30.0  # for a save, after TERM
-
-
-class Flags(argparse.ArgumentParser):
-    """A command's own flags, the run config's left over; raises ConfigError instead of ending the process."""
-
-    def error(self, message: str) -> NoReturn:  # noqa: D102 - argparse's
-        raise ConfigError(f"{self.prog}: {message}")
 
 
 def launch_ranks(module: str, argv: list[str], *, ranks: int, gpus: int, hand_on: bool = False) -> int:

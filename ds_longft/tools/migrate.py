@@ -53,7 +53,7 @@ def migrate(file: str, out: str | None = None) -> None:
     if Path(out).exists():
         raise ConfigError(f"--out {out} exists already: give a new file, or remove it first")
     Path(out).write_text(text, encoding="utf-8")
-    print(f"{out} written; `ds-longft config --config {out}` shows every key" + "".join(f"\n  - {n}" for n in notes))
+    print(f"{out} written; `ds-longft check {out}` checks it" + "".join(f"\n  - {n}" for n in notes))
 
 
 def migrated(file: Path) -> tuple[str, list[str]]:

@@ -8,9 +8,11 @@ standard library's source on this machine.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ds_longft.config.run_config import RunConfig
+from ds_longft.errors import ConfigError
 
 CACHE = "~/.cache/ds_longft/quickstart"
 MODEL = "SmolLM2-135M-Instruct"
@@ -22,6 +24,22 @@ CODE_SET = re.compile(r"code-(train|eval)-(\d+)\.jsonl")  # part, longest row in
 def recipe(*, has_gpu: bool) -> str:
     """The run config of the quickstart on this machine."""
     return "recipes/quickstart_gpu.yaml" if has_gpu else "recipes/quickstart.yaml"
+
+
+def or_quickstart(keys: Sequence[str], *, has_gpu: bool) -> list[str]:
+    """The words of a run config, behind the quickstart's recipe where they name neither a file, a model nor data."""
+    said = ("--config", "--model", "--data", "--objective", "--help", "-h")
+    named = any(word.startswith(said) or word.endswith((".yaml", ".yml")) for word in keys)
+    return list(keys) if named else [recipe(has_gpu=has_gpu), *keys]
+
+
+def without_its_files(check: Callable[[RunConfig], object], config: RunConfig) -> None:
+    """Check a config; that files of the quickstart are not made yet is no problem. Raises ConfigError."""
+    try:
+        check(config)
+    except ConfigError as error:
+        if problems := [p for p in error.problems if CACHE not in p]:
+            raise ConfigError(problems) from None
 
 
 def prepare(config: RunConfig, cache: str = CACHE) -> None:

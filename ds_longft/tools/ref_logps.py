@@ -6,79 +6,59 @@ parallelism, kernels), on as many ranks as the run. What was written stays: a se
 
 from __future__ import annotations
 
-import argparse
-import json
+import json as json_text
 import os
 import time
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
+from ds_longft.command_line import RunKeys, as_words, call
+from ds_longft.config.read import load_run_config
+from ds_longft.config.run_config import RunConfig
 from ds_longft.errors import ConfigError, NonFiniteError
 from ds_longft.ranks.join import Launch, visible_gpus
-from ds_longft.ranks.launch import Flags, launch_ranks, run_rank
+from ds_longft.ranks.launch import launch_ranks, run_rank
 
-if TYPE_CHECKING:
-    from ds_longft.config.run_config import RunConfig
-
-EPILOG = """\
-Every key of a run config may be given as well. The files go into data.cache_dir; training finds
-them by the model and the data, and says so where they do not fit.
-
-  ds-longft data ref_logps --config mine.yaml                        starts the ranks itself: one a GPU, or on the CPU
-  ds-longft data ref_logps --config mine.yaml --sp 2 --ranks 4       sp 2 and 2 packs at a time
-  deepspeed --module ds_longft.tools.ref_logps --config mine.yaml    under a launcher, also on several nodes
-  deepspeed launch/train.py --config mine.yaml --dpo.reference precomputed
-"""
 FLUSH_S = 20.0
 """Written to the disk at least this often; what a crash loses is computed again."""
 
 
-def ref_logps(*argv: str) -> None:
-    """Compute the log-probabilities of preference pairs before training, for dpo.reference: precomputed."""
-    code = main(list(argv))
-    if code:
-        raise SystemExit(code)
+def ref_logps(config: RunKeys, *, ranks: int | None = None, json: bool = False) -> None:
+    """Compute the log-probabilities of preference pairs before training, for dpo.reference: precomputed.
 
+    It starts the ranks itself, one a GPU, or on the CPU; --sp 2 --ranks 4 takes two packs at a time. Under a launcher,
+    also on several nodes: `deepspeed --module ds_longft.tools.ref_logps mine.yaml`. The files go into data.cache_dir;
+    training finds them by the model and the data, and says so where they do not fit.
 
-def read(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
-    """The command's own flags, and the run config of the rest."""
-    parser = Flags(
-        prog="ds-longft data ref_logps",
-        usage="ds-longft data ref_logps --config FILE.yaml [--ranks N] [--json]",
-        description=ref_logps.__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--ranks", type=int, help="processes to start: sp, or a multiple of it")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
-    own, rest = parser.parse_known_args(argv)
-    from ds_longft.config.read import load_run_config  # not for the help
-
-    config = load_run_config(rest)
-    if config.objective != "dpo":
-        raise ConfigError("ds-longft data ref_logps: objective is sft, which has no reference: set objective to dpo")
-    if config.dpo.loss == "simpo":
-        raise ConfigError("ds-longft data ref_logps: dpo.loss simpo has no reference: nothing is to be computed")
-    if own.ranks is not None and own.ranks < 1:
-        raise ConfigError(f"ds-longft data ref_logps: --ranks is {own.ranks}, expected 1 or more")
-    # Whatever the run will use; here it keeps a second model from being loaded.
-    dpo = config.dpo.model_copy(update={"reference": "precomputed"})
-    return own, config.model_copy(update={"dpo": dpo})
-
-
-def main(argv: list[str]) -> int:
-    """Returns 0. Raises LongftError for what the user can mend."""
-    own, config = read(argv)
-    gpus = visible_gpus()
+    Args:
+        config: run config.
+        ranks: processes to start: sp, or a multiple of it.
+        json: print one JSON object instead of lines.
+    """
+    run, gpus = of_pairs(load_run_config(config)), visible_gpus()
+    if ranks is not None and ranks < 1:
+        raise ConfigError(f"ds-longft data ref_logps: --ranks is {ranks}, expected 1 or more")
     if "RANK" not in os.environ and "SLURM_STEP_ID" not in os.environ:
-        ranks = own.ranks or (config.sp if isinstance(config.sp, int) else gpus or 1)
-        return launch_ranks("ds_longft.tools.ref_logps", argv, ranks=ranks, gpus=gpus)
+        started = ranks or (run.sp if isinstance(run.sp, int) else gpus or 1)
+        words = as_words({"config": config, "json": json})
+        if code := launch_ranks("ds_longft.tools.ref_logps", words, ranks=started, gpus=gpus):
+            raise SystemExit(code)
+        return
     if not gpus:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     launch = Launch.from_environment()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // launch.local_world)))
-    _compute(config, launch, gpus, as_json=own.json)
-    return 0
+    _compute(run, launch, gpus, as_json=json)
+
+
+def of_pairs(config: RunConfig) -> RunConfig:
+    """The config as its reference is computed. Raises ConfigError where it has none."""
+    if config.objective != "dpo":
+        raise ConfigError("ds-longft data ref_logps: objective is sft, which has no reference: set objective to dpo")
+    if config.dpo.loss == "simpo":
+        raise ConfigError("ds-longft data ref_logps: dpo.loss simpo has no reference: nothing is to be computed")
+    # Whatever the run will use; here it keeps a second model from being loaded.
+    return config.model_copy(update={"dpo": config.dpo.model_copy(update={"reference": "precomputed"})})
 
 
 def _compute(config: RunConfig, launch: Launch, gpus: int, *, as_json: bool) -> None:
@@ -121,7 +101,7 @@ def _compute(config: RunConfig, launch: Launch, gpus: int, *, as_json: bool) -> 
     if launch.rank == 0:
         for result in results:
             print(
-                json.dumps(result)
+                json_text.dumps(result)
                 if as_json
                 else f"{result['file']}: {result['computed']:,} of {result['pairs']:,} pairs computed now, "
                 f"{result['tokens']:,} tokens in {result['s']:.1f} s"
@@ -184,4 +164,4 @@ def fill(engine: Any, config: RunConfig, pairs: Any, layout: Any, device: Any, a
 
 
 if __name__ == "__main__":
-    run_rank(main)
+    run_rank(partial(call, ref_logps, "ds-longft data ref_logps"))

@@ -13,8 +13,9 @@ import traceback
 from functools import partial
 from pathlib import Path
 
-from ds_longft.config.run_config import RunConfig
-from ds_longft.errors import ConfigError, GpuMemoryError, LongftError
+from ds_longft.config.check import preflight
+from ds_longft.config.read import load_run_config
+from ds_longft.errors import GpuMemoryError, LongftError
 from ds_longft.ranks.console import outlive_the_console, speak_utf8
 from ds_longft.ranks.interrupt import StopRequest
 from ds_longft.ranks.join import Launch, visible_gpus
@@ -74,23 +75,15 @@ def _guarded(argv: list[str], launch: Launch, status: Status, stop: StopRequest)
 
 def train(argv: list[str], launch: Launch, status: Status, stop: StopRequest) -> int:
     """The whole run; raises LongftError for everything the user can mend."""
-    from ds_longft.config.check import preflight
-    from ds_longft.config.read import load_run_config
     from ds_longft.tools import quickstart
 
     started = time.monotonic()
     has_gpu = visible_gpus() > 0
-    if not any(a.startswith(("--config", "--model", "--help", "-h")) for a in argv):
-        argv = ["--config", quickstart.recipe(has_gpu=has_gpu), *argv]  # the bare command
     check = partial(preflight, world=launch.world, local_world=launch.local_world, device="cuda" if has_gpu else "cpu")
-
-    def check_early(config: RunConfig) -> None:  # the quickstart's files are made only for a config without mistakes
-        try:
-            check(config)
-        except ConfigError as e:
-            raise ConfigError([p for p in e.problems if quickstart.CACHE not in p]) from None
-
-    config = load_run_config(argv, check_early)
+    words = quickstart.or_quickstart(argv, has_gpu=has_gpu)
+    if words != argv and launch.rank == 0:
+        print(f"neither model nor data given: training {words[0]}", flush=True)
+    config = load_run_config(words, partial(quickstart.without_its_files, check))
     status.output = Path(config.output_dir).expanduser()
     stop.set_budget(config.train.max_minutes)
     quickstart.prepare(config)

@@ -57,7 +57,7 @@ if part data && [ ! -f "$DATA/run.yaml" ]; then
     --max_length_tokens "$LENGTH" --total_rows "$ROWS"
 fi
 
-keys=(--config examples/extend_smollm2/train.yaml --output_dir "$RUN" --sp "$SP" --data.max_length_tokens "$LENGTH"
+keys=(examples/extend_smollm2/train.yaml --output_dir "$RUN" --sp "$SP" --data.max_length_tokens "$LENGTH"
   --data.pack_tokens $((LENGTH / 4)) --data.train "$(realpath -m "$DATA/train.jsonl")" --train.max_steps "$STEPS"
   --train.gradient_accumulation_steps $(((PACKS * SP + RANKS - 1) / RANKS)))
 if [ "$ROPE" != yarn ]; then keys+=(--model.rope.type "$ROPE" --model.rope.attention_factor null); fi

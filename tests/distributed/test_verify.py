@@ -307,11 +307,11 @@ def test_verify_first_passes_a_right_run(pools, tmp_path, world, stage):
 
 def test_command_line_end_to_end(tmp_path, capfd):
     """It starts its own ranks, cuts the model to its first layer, prints one JSON object, and ends with 0."""
-    from ds_longft.tools.verify.command import main
+    from ds_longft.cli import main
 
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(user_config(tmp_path)))
-    assert main(["--config", str(path), "--sp", "2", "--layers", "1", "--tokens", "96", "--json"]) == 0
+    assert main(["verify", str(path), "--sp", "2", "--layers", "1", "--tokens", "96", "--json"]) == 0
     printed = json.loads(capfd.readouterr().out.splitlines()[-1])
     assert printed["ok"] is True
     assert printed["sp"] == printed["ranks"] == 2

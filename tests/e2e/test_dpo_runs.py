@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ds_longft.tools.ref_logps import main as ref_logps
+from ds_longft.cli import main as cli
 from tests.e2e.job import WINDOW, write_model
 from tests.e2e.test_runs import losses
 from tests.faults.ranks import Launcher, trace
@@ -103,7 +103,7 @@ def test_a_precomputed_reference_in_two_passes_on_one_process(
     codes, run = launcher.run(tmp_path / "none", *keys, world=1)
     assert codes == [64]
     assert "data ref_logps" in run.text()
-    assert ref_logps(["--config", str(pair_job), "--ranks", "2", "--json"]) == 0
+    assert cli(["data", "ref_logps", str(pair_job), "--ranks", "2", "--json"]) == 0
     codes, run = launcher.run(tmp_path / "out", *keys, world=1)
     assert codes == [0], run.text()
     assert losses(tmp_path / "out") == pytest.approx(losses(whole), rel=1e-5)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from ds_longft.cli import COMMANDS, bind_arguments
+from ds_longft.cli import COMMANDS
 from ds_longft.cli import main as cli
+from ds_longft.command_line import bind
 from ds_longft.config.read import load_run_config
 from ds_longft.config.yaml_io import load_yaml
-from ds_longft.tools.verify.command import read as read_verify
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -57,15 +57,22 @@ def test_a_command_of_the_documentation_is_taken(line: str, user_folder: Path) -
     elif words[0] == "ds-longft":
         name = next(n for n in COMMANDS if words[1:][: len(n.split())] == n.split())
         rest = words[1 + len(name.split()) :]
-        if name == "verify":
-            read_verify(rest)
-        elif COMMANDS[name].takes_run_keys:
-            load_run_config(rest)
-        else:
-            module, _, function = COMMANDS[name].target.partition(":")
-            bind_arguments(getattr(importlib.import_module(module), function), name, rest)
+        module, _, function = COMMANDS[name].target.partition(":")
+        values = bind(getattr(importlib.import_module(module), function), name, rest).arguments
+        if isinstance(values.get("config"), tuple):
+            made_by_the_reader(values["config"], user_folder)
+            load_run_config(values["config"])
     elif match := TRAIN.search(line.partition(">")[0]):
-        load_run_config(shlex.split(match[1]))
+        words = tuple(shlex.split(match[1]))
+        made_by_the_reader(words, user_folder)
+        load_run_config(words)
+
+
+def made_by_the_reader(words: tuple[str, ...], folder: Path) -> None:
+    """A run config of the page that an earlier command, or the reader, has made."""
+    for path in (folder / word for word in words if word.endswith(".yaml") and not (ROOT / word).exists()):
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.touch()
 
 
 def test_there_are_commands_to_look_at() -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from ds_longft.command_line import as_words
 from ds_longft.errors import ConfigError, LongftError
 from ds_longft.ranks.join import Agreement, Launch, visible_gpus
 
@@ -41,8 +42,8 @@ def start_ranks(command: str, flag: str, ranks: int, arguments: dict[str, Any]) 
         raise ConfigError(f"{flag} is {ranks}, this machine has {gpus} GPUs")
     from ds_longft.ranks.launch import launch_ranks
 
-    argv = [f"--{key}={value}" for key, value in arguments.items()]
-    code = launch_ranks("ds_longft.cli", ["eval", *command.split(), *argv], ranks=ranks, gpus=gpus)
+    argv = ["eval", *command.split(), *as_words(arguments)]
+    code = launch_ranks("ds_longft.cli", argv, ranks=ranks, gpus=gpus)
     if code:
         raise SystemExit(code)
     return True

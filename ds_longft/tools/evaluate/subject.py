@@ -67,7 +67,7 @@ def find_subject(model: str, *, before: bool = False, base: str | None = None) -
     if before:
         if run is None:
             raise ConfigError(f"--before: {model} is no output folder of a run (no config.yaml): give the base itself")
-        started_from = load_run_config(["--config", str(folder / "config.yaml")]).model
+        started_from = load_run_config(str(folder / "config.yaml")).model
         unstretched = {"path": base or started_from.path, "random_weights": False, "rope": RopeConfig()}
         plain = started_from.model_copy(update=unstretched)
         return Subject(plain, None, model_path(plain), model_path(plain), run)

@@ -13,6 +13,7 @@ from rich.markup import escape as rich_escape
 from rich.table import Table
 from rich.text import Text
 
+from ds_longft.command_line import RunKeys
 from ds_longft.config.run_config import RunConfig, SourceConfig
 from ds_longft.data.pack_plan import plan_epoch
 from ds_longft.data.tokenize import tokenize_sources
@@ -26,11 +27,11 @@ if TYPE_CHECKING:
 WIDTH = 40  # characters of the longest bar of a histogram
 
 
-def tokenize(config: str, json: bool = False) -> None:
+def tokenize(config: RunKeys, *, json: bool = False) -> None:
     """Tokenize the training and evaluation sets of a run config, so that the run itself starts at once.
 
     Args:
-        config: YAML run config; its `data` section and `model.path` (for the tokenizer) are read.
+        config: run config; its `data` section and `model.path` (for the tokenizer) are read.
         json: print one JSON object instead of a table.
     """
     run, tokenizer = _read(config)
@@ -40,7 +41,7 @@ def tokenize(config: str, json: bool = False) -> None:
         if sources
     }
     if not parts:
-        raise ConfigError(f"data.train is empty in {config}: give at least one source, e.g. [{{path: my.jsonl}}]")
+        raise ConfigError("data.train is empty: give at least one source, e.g. [{path: my.jsonl}]")
     facts = {part: rows.counts() for part, rows in parts.items()}
     if json:
         print(json_text.dumps(facts))
@@ -52,12 +53,12 @@ def tokenize(config: str, json: bool = False) -> None:
 
 
 def stats(
-    config: str, dp: int = 1, sp: int = 1, html: str | None = None, png: str | None = None, json: bool = False
+    config: RunKeys, *, dp: int = 1, sp: int = 1, html: str | None = None, png: str | None = None, json: bool = False
 ) -> None:
     """Show what a run config trains on: rows, lengths by source and language, targets, packs, padding, attention cost.
 
     Args:
-        config: YAML run config.
+        config: run config.
         dp: data-parallel ranks that share the packs of a step.
         sp: ranks that share one pack; packs are padded to a multiple of it.
         html: write all of it as one HTML file, picture included.
@@ -69,7 +70,7 @@ def stats(
     run, tokenizer = _read(config)
     rows = _tokenized(run, run.data.train, tokenizer)
     found = statistics(rows, run.data, dp=dp, sp=sp, accumulation=run.train.gradient_accumulation_steps, seed=run.seed)
-    note = f"{config}: dp {dp}, sp {sp}, weighting {run.data.weighting}"
+    note = f"{run.output_dir}: dp {dp}, sp {sp}, weighting {run.data.weighting}"
     write_pages(found, html=html, png=png, title="Training data", note=note)
     if json:
         print(json_text.dumps(as_json(found, rows)))
@@ -174,12 +175,18 @@ def _first(found: Statistics, reason: str) -> str:
 
 
 def inspect(
-    config: str, row: int = 0, pack: int | None = None, epoch: int = 0, max_chars: int = 4000, json: bool = False
+    config: RunKeys,
+    *,
+    row: int = 0,
+    pack: int | None = None,
+    epoch: int = 0,
+    max_chars: int = 4000,
+    json: bool = False,
 ) -> None:
     """Show one row, or one pack, as the model sees it: decoded from its tokens, with what is trained in colour.
 
     Args:
-        config: YAML run config.
+        config: run config.
         row: number of the row in the tokenized training set, from 0.
         pack: number of a pack in the epoch, from 0; all its documents are shown, with their borders.
         epoch: of which epoch, from 0; each has packs of its own.
@@ -250,13 +257,13 @@ def _parts(one: TokenizedRow, tokenizer: Any, weighting: Weighting) -> list[tupl
     return [*parts, (tokenizer.decode(one.input_ids[at:]), 0.0)]
 
 
-def _read(config: str) -> tuple[RunConfig, Any]:
+def _read(config: RunKeys) -> tuple[RunConfig, Any]:
     """The run config and its model's tokenizer."""
     from ds_longft.config.read import load_run_config
 
-    run = load_run_config(["--config", config])
+    run = load_run_config(config)
     if not run.model.path:
-        raise ConfigError(f"model.path is empty in {config}: it names the tokenizer")
+        raise ConfigError("model.path is empty: it names the tokenizer")
     kwargs = {"revision": run.model.revision, "trust_remote_code": run.model.trust_remote_code}
     tokenizer = load_tokenizer(run.model.path, **kwargs)
     tokenizer.add_tokens(run.model.add_tokens)

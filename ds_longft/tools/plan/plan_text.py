@@ -134,8 +134,8 @@ def recipe(plan: Plan, question: Question, model: str) -> str:
             f"# The model's window is {window:,} tokens: model.rope stretches it, and training has to teach its use.\n"
         )
     if x.reference == "precomputed":
-        head += "#   ds-longft data ref_logps --config this.yaml --data.train my.jsonl\n"
-    return head + "#   deepspeed launch/train.py --config this.yaml --data.train my.jsonl\n" + dump_yaml(content)
+        head += "#   ds-longft data ref_logps this.yaml --data.train my.jsonl\n"
+    return head + "#   deepspeed launch/train.py this.yaml --data.train my.jsonl\n" + dump_yaml(content)
 
 
 def instead(others: Mapping[str, Plan | None]) -> list[str]:

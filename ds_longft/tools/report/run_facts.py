@@ -118,7 +118,7 @@ def gather_facts(folder: Path) -> RunFacts:
         unreadable.append(f"not shown: {len(bad_lines)} lines of metrics.jsonl ({bad_lines[0]})")
     facts, data, plan = read("versions.json", VersionsFile), read("data.json", DataFile), read("plan.json", PlanFile)
     status, error = _status(folder, read("run_status.json", StatusFile), records)
-    config = load_run_config(["--config", str(config_file)])
+    config = load_run_config(str(config_file))
     return RunFacts(
         folder=folder,
         config=config,

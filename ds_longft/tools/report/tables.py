@@ -196,7 +196,7 @@ def reproduce(facts: RunFacts) -> list[str]:
     launcher = ["deepspeed", "--num_gpus", str(world), "--module"] if world > 1 else ["python", "-m"]
     again, sp = f"{facts.folder}-again", str(facts.machine.get("sp") or 1)
     config = str(facts.folder / "config.yaml")
-    commands = [[*launcher, "ds_longft.train", "--config", config, "--sp", sp, "--output_dir", again]]
+    commands = [[*launcher, "ds_longft.train", config, "--sp", sp, "--output_dir", again]]
     for evaluation in facts.evaluations:
         for label, result in evaluation.pair:
             kind = result["kind"]

@@ -11,7 +11,9 @@ import sys
 from functools import partial
 from pathlib import Path
 from string import Template
+from typing import Literal
 
+from ds_longft.command_line import RunKeys
 from ds_longft.config.check import preflight
 from ds_longft.config.read import load_run_config
 from ds_longft.config.run_config import RunConfig
@@ -23,7 +25,8 @@ NAME = re.compile(r"[\w.,-]+")
 
 
 def render(
-    config: str,
+    config: RunKeys,
+    *,
     nodes: int = 1,
     gpus_per_node: int = 8,
     time: str = "24:00:00",
@@ -32,7 +35,7 @@ def render(
     signal_s: int = 300,
     max_crashes: int = 3,
     cpus_per_gpu: int = 8,
-    device: str = "cuda",
+    device: Literal["cuda", "cpu"] = "cuda",
     out: str | None = None,
     submit: bool = False,
 ) -> None:
@@ -42,7 +45,7 @@ def render(
     and that sp groups stay inside a node where they fit.
 
     Args:
-        config: the run's YAML.
+        config: run config; keys behind the file become keys of the job.
         nodes: machines.
         gpus_per_node: GPUs, and ranks, on each.
         time: limit of one start, as sbatch takes it. The run goes on in the next one.
@@ -70,13 +73,13 @@ def render(
         print(f"written: {out}. Hand it in with: sbatch {shlex.quote(out)}")
 
 
-def _submit(script: str, config: str) -> None:
+def _submit(script: str, config: RunKeys) -> None:
     """Keep the script in the output folder as job.sbatch, and hand it to sbatch."""
     if shutil.which("sbatch") is None:
         raise ConfigError(
             "there is no sbatch here: run this on a login node, or use `ds-longft slurm render --out job.sbatch`"
         )
-    folder = Path(load_run_config(["--config", config]).output_dir).expanduser().absolute()
+    folder = Path(load_run_config(config).output_dir).expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "job.sbatch"
     path.write_text(script)
@@ -95,7 +98,7 @@ def limit_s(time: str) -> int:
 
 
 def fill(
-    config: str,
+    config: RunKeys,
     *,
     nodes: int,
     gpus_per_node: int,
@@ -105,9 +108,10 @@ def fill(
     signal_s: int,
     max_crashes: int,
     cpus_per_gpu: int,
-    device: str,
+    device: Literal["cuda", "cpu"],
 ) -> str:
     """The script's text. Raises ConfigError with everything that keeps the run from working on that many GPUs."""
+    words = (config,) if isinstance(config, str) else config
     problems = []
     for key, value in (
         ("nodes", nodes),
@@ -128,17 +132,15 @@ def fill(
             problems.append(f"--{key} is {name!r}: give letters, digits, '_', '-', '.' and ','")
     if max_crashes < 0:
         problems.append(f"--max_crashes is {max_crashes}: give 0 or more")
-    if device not in ("cuda", "cpu"):
-        problems.append(f"--device is {device!r}: give cuda or cpu")
     if problems:
         raise ConfigError(problems)
     check = partial(
         preflight,
         world=nodes * gpus_per_node,
         local_world=gpus_per_node,
-        device="cuda" if device == "cuda" else "cpu",
+        device=device,
     )
-    run = load_run_config(["--config", config], check)
+    run = load_run_config(config, check)
     _, sp = check(run)
     _check_groups(run, sp, nodes, gpus_per_node)
     if run.train.resume != "auto":
@@ -168,7 +170,7 @@ def fill(
         FOLDER=shlex.quote(str(folder)),
         WHERE=shlex.quote(os.getcwd()),
         PYTHON=shlex.quote(sys.executable),
-        CONFIG=shlex.quote(str(Path(config).absolute())),
+        CONFIG=shlex.join([str(Path(w).absolute()) if Path(w).is_file() else w for w in words]),
         CRASHES=max_crashes,
         DEVICE="unset DS_ACCELERATOR" if device == "cuda" else "export DS_ACCELERATOR=cpu",
     )

@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from ds_longft.command_line import RunKeys, as_words
+from ds_longft.config.read import load_run_config
+from ds_longft.config.run_config import RunConfig, parse_tokens
 from ds_longft.errors import ConfigError
 from ds_longft.ranks.join import Launch, visible_gpus
-from ds_longft.ranks.launch import Flags, launch_ranks
-
-if TYPE_CHECKING:
-    from ds_longft.config.run_config import RunConfig
-
-EPILOG = """\
-Every key of a run config may be given as well (--model.kernel varlen, --model.random_weights true).
-
-  ds-longft verify --config my.yaml --sp 8                     starts 8 ranks itself: one a GPU, or on the CPU
-  ds-longft verify --config my.yaml --sp 2 --ranks 4           sp 2 and 2 samples at a time
-  ds-longft verify --config my.yaml --sp 8 --layers 2          a model too large for one GPU in float32
-  deepspeed --module ds_longft.tools.verify --config my.yaml --sp 8  under a launcher, also on several nodes
-
-checks: 1 loss and gradients against one process   2 documents do not see each other   3 label borders   4 RoPE
-        5 LoRA dropout   6 save, load, merge   7 attention kernels
-exit code: 0 all passed, 1 a check failed, 64 a mistake in the config or the data
-"""
+from ds_longft.ranks.launch import launch_ranks
 
 
 @dataclass(frozen=True)
@@ -39,56 +24,57 @@ class Options:
     json: bool
 
 
-def verify(*argv: str) -> None:
-    """Prove on your own model, data and config that sp ranks train what one process would."""
-    code = main(list(argv))
-    if code:
-        raise SystemExit(code)
+def verify(
+    config: RunKeys,
+    *,
+    layers: int | None = None,
+    tokens: int | str | None = None,
+    ranks: int | None = None,
+    checks: str = "1,2,3,4,5,6,7",
+    json: bool = False,
+) -> int:
+    """Prove on your own model, data and config that sp ranks train what one process would.
 
+    It starts the ranks itself, one a GPU, or on the CPU. Under a launcher, also on several nodes:
+    `deepspeed --module ds_longft.tools.verify mine.yaml --sp 8`.
 
-def main(argv: list[str]) -> int:
-    """Returns 0 where every check passed, 1 where one failed. Raises LongftError for what the user can mend."""
-    options, config = read(argv)
-    gpus = visible_gpus()
+    checks:
+      1 loss and gradients against one process   2 documents do not see each other   3 label borders   4 RoPE
+      5 LoRA dropout   6 save, load, merge   7 attention kernels
+
+    Exit code: 0 all passed, 1 a check failed, 64 a mistake in the config or the data.
+
+    Args:
+        config: run config, with any of its keys behind it: --sp 8, --model.random_weights true.
+        layers: verify the first so many layers only: for a model too large for one GPU in float32.
+        tokens: tokens of each pack, e.g. 16K; longer packs are cut. Left out: 8K on GPUs, 512 on CPUs.
+        ranks: processes to start: sp, or a multiple of it.
+        checks: numbers of the checks to run, e.g. 1,7.
+        json: print one JSON object instead of a table.
+    """
+    arguments = dict(locals())
+    options = _options(layers, tokens, ranks, checks, json)
+    run, gpus = load_run_config(config), visible_gpus()
     if "RANK" not in os.environ and "SLURM_STEP_ID" not in os.environ:
-        return launch_ranks("ds_longft.tools.verify", argv, ranks=_ranks(options, config, gpus), gpus=gpus)
+        started = _ranks(options, run, gpus)
+        return launch_ranks("ds_longft.tools.verify", as_words(arguments), ranks=started, gpus=gpus)
     from ds_longft.tools.verify.checks import run_checks
 
-    return run_checks(config, options, Launch.from_environment(), device="cuda" if gpus else "cpu")
+    return run_checks(run, options, Launch.from_environment(), device="cuda" if gpus else "cpu")
 
 
-def read(argv: list[str]) -> tuple[Options, RunConfig]:
-    """Take verify's own flags off the command line; the rest is the run config's."""
-    parser = Flags(
-        prog="ds-longft verify",
-        usage="ds-longft verify --config FILE.yaml [--sp N] [options]",
-        description=verify.__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--layers", type=int, help="verify the first so many layers only")
-    parser.add_argument(
-        "--tokens", help="tokens of each pack, e.g. 16K; longer packs are cut (8K on GPUs, 512 on CPUs)"
-    )
-    parser.add_argument("--ranks", type=int, help="processes to start: sp, or a multiple of it")
-    parser.add_argument("--checks", default="1,2,3,4,5,6,7", help="numbers of the checks to run, e.g. 1,7")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    own, rest = parser.parse_known_args(argv)
-    from ds_longft.config.read import load_run_config
-    from ds_longft.config.run_config import parse_tokens  # not for the help
-
+def _options(layers: int | None, tokens: int | str | None, ranks: int | None, checks: str, json: bool) -> Options:
     try:
-        checks = frozenset(int(c) for c in own.checks.split(","))
-        tokens = None if own.tokens is None else int(parse_tokens(own.tokens))
+        numbers = frozenset(int(c) for c in checks.split(","))
+        count = None if tokens is None else int(parse_tokens(tokens))
     except ValueError as error:
         raise ConfigError(f"ds-longft verify: --checks takes numbers such as 1,7, --tokens a count: {error}") from None
-    if not checks <= set(range(1, 8)):
-        raise ConfigError(f"ds-longft verify: --checks is {own.checks}, there are checks 1 to 7")
-    for flag, value in (("--layers", own.layers), ("--tokens", tokens), ("--ranks", own.ranks)):
+    if not numbers <= set(range(1, 8)):
+        raise ConfigError(f"ds-longft verify: --checks is {checks}, there are checks 1 to 7")
+    for flag, value in (("--layers", layers), ("--tokens", count), ("--ranks", ranks)):
         if value is not None and value < 1:
             raise ConfigError(f"ds-longft verify: {flag} is {value}, expected 1 or more")
-    return Options(own.layers, tokens, own.ranks, checks, own.json), load_run_config(rest)
+    return Options(layers, count, ranks, numbers, json)
 
 
 def _ranks(options: Options, config: RunConfig, gpus: int) -> int:

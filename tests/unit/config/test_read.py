@@ -172,7 +172,7 @@ def test_values_of_yaml(text: str, key: str, value: Any, tmp_path: Path) -> None
         (["--data.eval", "a.jsonl", "--data.eval_fraction", "0.1"], "data.eval and data.eval_fraction are both set"),
         (["--lora", "null", "--lora.r", "4"], "lora is null and --lora.r is given on the same command line"),
         (["--lora.r=4", "--lora=null"], "lora is null and --lora.r is given on the same command line"),
-        (["--config", "/nowhere/run.yaml"], "--config: cannot read /nowhere/run.yaml: No such file or directory"),
+        (["--config", "/nowhere/run.yaml"], "cannot read /nowhere/run.yaml: No such file or directory"),
     ],
 )
 def test_bad_command_lines_name_the_key(argv: list[str], expected: str) -> None:

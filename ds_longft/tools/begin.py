@@ -1,0 +1,86 @@
+"""`ds-longft train|check|config`: a run config, looked at and started.
+
+`train` starts `deepspeed --module ds_longft.train`, the launcher's command of the README, with the same keys.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from functools import partial
+
+from ds_longft.command_line import RunKeys
+from ds_longft.config.check import preflight
+from ds_longft.config.read import dump_chosen, dump_config, load_run_config
+from ds_longft.config.run_config import RunConfig
+from ds_longft.errors import ConfigError
+from ds_longft.ranks.join import visible_gpus
+from ds_longft.tools import quickstart
+
+
+def train(config: RunKeys, *, gpus: int | None = None) -> None:
+    """Check a run config, then train it on the GPUs of this machine, all of which share each sample unless --sp says
+    otherwise. Without a config it trains a small real model on a small real job.
+
+    The same, and the way to several machines: `deepspeed launch/train.py mine.yaml` from a clone,
+    `deepspeed --module ds_longft.train mine.yaml`, `torchrun --nproc-per-node 8 launch/train.py mine.yaml`.
+
+    Args:
+        config: run config.
+        gpus: how many GPUs to use. Left out: all. Without a GPU: CPU processes. Left out: 1, for the quickstart 2.
+    """
+    words = list(_words(config))
+    here = visible_gpus()
+    keys = quickstart.or_quickstart(words, has_gpu=here > 0)
+    ranks = gpus or here or (2 if keys != words else 1)
+    if here and ranks > here:
+        raise ConfigError(f"--gpus is {ranks}, this machine has {here} GPUs")
+    print(_checked(keys, ranks, on_gpu=here > 0), flush=True)
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "warning", "--num_gpus", str(ranks)]
+    if not here:
+        os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    os.execv(sys.executable, [*command, "--module", "ds_longft.train", *words])
+
+
+def check(config: RunKeys, *, gpus: int | None = None) -> None:
+    """Make all checks of a start without starting: keys, files, DeepSpeed JSON, heads and window of the model.
+
+    Args:
+        config: run config.
+        gpus: for so many GPUs of one node, on a machine without any too. Left out: those of this machine.
+    """
+    here = visible_gpus()
+    print(_checked(list(_words(config)), gpus or here or 1, on_gpu=bool(here or gpus)))
+
+
+def config(config: RunKeys, *, all: bool = False) -> None:
+    """Write a run config as YAML: the keys that differ from their defaults, each with what it is.
+
+    Args:
+        config: keys, behind a file or without one.
+        all: every key instead, without comments.
+    """
+    run = load_run_config(config)
+    print(dump_config(run) if all else dump_chosen(run), end="")
+
+
+def _words(config: RunKeys) -> tuple[str, ...]:
+    return (config,) if isinstance(config, str) else config
+
+
+def _checked(keys: list[str], ranks: int, *, on_gpu: bool) -> str:
+    """One line on a run whose config has no mistake. Raises ConfigError with all of them."""
+    if ranks < 1:
+        raise ConfigError(f"--gpus is {ranks}: expected 1 or more")
+    look = partial(preflight, world=ranks, local_world=ranks, device="cuda" if on_gpu else "cpu")
+    run: RunConfig = load_run_config(keys, partial(quickstart.without_its_files, look))
+    quickstart.prepare(run)
+    settings, sp = look(run)
+    stage = settings.engine.get("zero_optimization", {}).get("stage", 0)
+    what = f"LoRA r {run.lora.r}" if run.lora else "all weights"
+    return (
+        f"{shlex.join(keys)}: checked. {run.model.path}, {what}, samples of up to {run.data.max_length_tokens:,} "
+        f"tokens, {ranks} x {'GPU' if on_gpu else 'CPU'} (sp {sp} x dp {ranks // sp}), ZeRO {stage}, "
+        f"into {run.output_dir}"
+    )
