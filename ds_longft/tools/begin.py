@@ -15,7 +15,7 @@ from ds_longft.config.check import preflight
 from ds_longft.config.read import dump_chosen, dump_config, load_run_config
 from ds_longft.config.run_config import RunConfig
 from ds_longft.errors import ConfigError
-from ds_longft.ranks.join import visible_gpus
+from ds_longft.ranks.join import free_port, visible_gpus
 from ds_longft.tools import quickstart
 
 
@@ -37,7 +37,10 @@ def train(config: RunKeys, *, gpus: int | None = None) -> None:
     if here and ranks > here:
         raise ConfigError(f"--gpus is {ranks}, this machine has {here} GPUs")
     print(_checked(keys, ranks, on_gpu=here > 0), flush=True)
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "warning", "--num_gpus", str(ranks)]
+    command = [
+        sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error", "--num_gpus", str(ranks),
+        "--master_port", str(free_port()),
+    ]  # fmt: skip
     if not here:
         os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     os.execv(sys.executable, [*command, "--module", "ds_longft.train", *words])
