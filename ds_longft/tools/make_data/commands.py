@@ -122,9 +122,7 @@ def mix(
         )
         if not json:
             show(numbers)
-            print(
-                f"{folder}/stats.html shows it all; train on it: ds-longft train {folder}/run.yaml"
-            )
+            print(f"{folder}/stats.html shows it all; train on it: ds-longft train {folder}/run.yaml")
     if json:
         print(json_text.dumps(asdict(mixed)))
 
