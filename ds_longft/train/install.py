@@ -38,6 +38,14 @@ from ds_longft.sequence.recompute import LayerKeep, apply_recompute
 from ds_longft.sequence.recomputed_input import recompute_first_input
 from ds_longft.sequence.relief import Relief
 
+LIGER_OPS_BY_GRADIENT = ("ROPE", "LAYER_NORM")
+"""Operations for which liger 0.8.5 takes another kernel where no gradient is wanted, and for other shapes.
+
+The two round differently, so the reference of preference pairs would not be the policy that training starts from: a
+pair of 2 x 131,072 tokens (Llama-8B shapes, random weights, two H200s) began with a loss of 7.6 instead of ln 2. One
+kernel for all of them; by liger's own figures the other is as fast on Hopper.
+"""
+
 
 def fused_kernels(model: PreTrainedModel, config: RunConfig, device: torch.device) -> bool:
     """Norm, rotary embedding and gated activation of liger-kernel where it is installed and knows the model.
@@ -49,6 +57,8 @@ def fused_kernels(model: PreTrainedModel, config: RunConfig, device: torch.devic
         return False
     from liger_kernel.transformers import monkey_patch
 
+    for op in LIGER_OPS_BY_GRADIENT:
+        os.environ.setdefault(f"LIGER_KERNEL_IMPL_{op}", "nvidia-triton")
     # The loss stays ours: it is over labelled rows, weighted, and a sum.
     monkey_patch._apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
     return True

@@ -1,16 +1,22 @@
-"""Whether frozen weights stay whole on each GPU: what the JSON leaves open, what fits, what a checkpoint was made with."""
+"""What is put onto a model before it is trained: liger's kernels, and whether frozen weights stay whole on each GPU (what
+the JSON leaves open, what fits, what a checkpoint was made with).
+"""
 
 from __future__ import annotations
 
+import os
+import sys
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 from ds_longft.config.ds_json import DeepSpeedSettings, merge_ds_config
 from ds_longft.config.run_config import RunConfig
 from ds_longft.model.facts import ModelFacts
-from ds_longft.train.install import keep_resident
+from ds_longft.train.install import LIGER_OPS_BY_GRADIENT, fused_kernels, keep_resident
 from tests.unit.decide.shapes import LLAMA_8B
 
 
@@ -43,3 +49,23 @@ def test_who_stays_whole(memory_gib: float | None, saved: int | None, keys: Any,
     section = found.engine["zero_optimization"]
     assert section["stage"] == (2 if whole else 3)
     assert any(key.startswith("stage3_") for key in section) != whole
+
+
+def test_liger_has_one_kernel_with_and_without_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before its modules are called; a user's own choice stands."""
+    applied = list[dict[str, Any]]()
+    liger = ModuleType("liger_kernel.transformers")
+    liger.monkey_patch = SimpleNamespace(  # type: ignore[attr-defined]
+        MODEL_TYPE_TO_APPLY_LIGER_FN={"llama": None},
+        _apply_liger_kernel_to_instance=lambda **words: applied.append(words),
+    )
+    monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", liger)
+    names = [f"LIGER_KERNEL_IMPL_{op}" for op in LIGER_OPS_BY_GRADIENT]
+    monkeypatch.setenv(names[0], "")  # put back at the end, with whatever is set in between
+    monkeypatch.delenv(names[0])
+    monkeypatch.setenv(names[1], "another")
+    model: Any = SimpleNamespace(config=SimpleNamespace(model_type="llama"))
+    assert fused_kernels(model, RunConfig(), torch.device("cuda"))
+    assert [os.environ[name] for name in names] == ["nvidia-triton", "another"]
+    assert [words["model"] for words in applied] == [model]
