@@ -127,9 +127,10 @@ def spend(
     """Which linears' outputs wait for the backward pass, and where: "device" or "host".
 
     A kept element saves the same time in every linear that reads the hidden states (2 * hidden size operations), so
-    what counts is what fits. q, k and v come first, and stay on the device. Later layers stay on the device: what
-    earlier ones send to the host has the longest time to go and to come back. Two layers' share of it is on the GPU at
-    a time.
+    what counts is what fits. q, k and v come first, and stay on the device. Of the rest later layers come first.
+    Device and host take turns, so that copies have the whole pass to go in: where 22 layers in a row (Llama-8B, eight
+    documents of 16,384 tokens, two H200s) sent 4.0 GiB each in the time of 3.0 GiB, a step of 5.9 s waited for 0.5 s.
+    The last layer stays on the device, it is wanted at once. Two layers' share of the host is on the GPU at a time.
 
     Args:
         costs: of each layer, names of a group of linears -> bytes that keeping its outputs takes.
@@ -138,21 +139,27 @@ def spend(
 
     Returns the places of each layer's groups, and the bytes spent on the device and on the host.
     """
-    order = [(i, names) for i in reversed(range(len(costs))) for names in sorted(costs[i], key=lambda n: costs[i][n])]
-    order.sort(key=lambda x: "q_proj" not in x[1])
-    if host_free:
-        of_a_layer = (sum(cost for names, cost in of.items() if "q_proj" not in names) for of in costs)
-        free -= LEAVING * max(of_a_layer, default=0.0)
     places: list[dict[tuple[str, ...], str]] = [{} for _ in costs]
-    on_device = on_host = 0.0
-    for i, names in order:
-        cost = costs[i][names]
-        if cost and on_device + cost <= free:
-            places[i][names] = "device"
-            on_device += cost
-        elif cost and free > 0 and "q_proj" not in names and on_host + cost <= host_free:
+    on_device = on_host = spread = 0.0
+    groups = [(i, names, cost) for i in reversed(range(len(costs))) for names, cost in costs[i].items() if cost]
+    groups.sort(key=lambda x: ("q_proj" not in x[1], -x[0], x[2]))
+    movable = sum(cost for _, names, cost in groups if "q_proj" not in names)
+    if host_free:
+        free -= LEAVING * max((sum(c for n, c in of.items() if "q_proj" not in n) for of in costs), default=0.0)
+    if free <= 0:
+        return places, 0.0, 0.0
+    still = max(0.0, free - sum(cost for _, names, cost in groups if "q_proj" in names))  # of the device, for the rest
+    away = max(0.0, min(host_free, movable - still))
+    for i, names, cost in groups:
+        fixed = "q_proj" in names
+        spread += 0.0 if fixed else cost
+        fits, to_host = on_device + cost <= free, not fixed and on_host + cost <= host_free
+        if to_host and (not fits or (on_host + cost) * (still + away) <= away * spread):
             places[i][names] = "host"
             on_host += cost
+        elif fits:
+            places[i][names] = "device"
+            on_device += cost
     return places, on_device, on_host
 
 

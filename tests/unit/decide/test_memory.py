@@ -137,6 +137,13 @@ def test_what_is_kept_of_the_linears() -> None:
     assert places[1] == {qkv: "device", o: "device", gate_up: "host"}
     assert places[0] == {qkv: "device", o: "host", gate_up: "host"}
     assert (device, host) == (36.0 + 64.0 + 8.0, 120.0)
+    many = [{gate_up: 56.0, o: 8.0, qkv: 12.0}] * 32
+    places, device, host = spend(many, 32 * 12.0 + 2 * 64.0 + 13 * 64.0, 19 * 64.0)  # room for all, 13 layers here
+    assert 32 * (12.0 + 64.0) - 56.0 <= device + host
+    assert (device <= 32 * 12.0 + 13 * 64.0, host <= 19 * 64.0) == (True, True)
+    assert places[31] == dict.fromkeys(many[0], "device")
+    bus = [sum(cost for names, cost in many[i].items() if places[i][names] == "host") for i in range(32)]
+    assert all(sum(bus[i : i + 4]) <= 4 * 64.0 * 19 / 32 + 64.0 for i in range(29))  # no four layers have to wait
 
 
 def test_host_memory_is_shared_by_the_ranks_of_a_node() -> None:
