@@ -18,11 +18,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from ds_longft.model.rope import positions_end
-from ds_longft.model.rope_formulas import config_head_dim
+from ds_longft.model.rope_formulas import config_head_dim, layer_configs
 from ds_longft.model.supported import decoder_layers
+from ds_longft.model.wrapped import make, text_class
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class ModelFacts:
     q_heads: int
     kv_heads: int
     head_dim: int  # d, as attention exchanges it: the wider one where values have another size than queries and keys
-    attention_width: int  # q_heads * (query-key dimension + value dimension) / 2
+    attention_width: int  # q_heads * (query-key dimension + value dimension) / 2, of the widest layer
     softcap: float | None  # of attention scores
     windows: tuple[int | None, ...]  # per layer: sliding window in tokens, None for full attention
     vocab: int  # V
@@ -51,7 +52,7 @@ class ModelFacts:
 
     @classmethod
     def from_config(cls, hf_config: PretrainedConfig) -> ModelFacts:
-        """Read off a model without memory ("meta"): exact for every architecture.
+        """Read off a model without memory ("meta"): exact for every architecture. Of a multimodal one, its text model.
 
         Call it before ZeRO-3 is switched on for every model that is built.
 
@@ -60,7 +61,8 @@ class ModelFacts:
         """
         # of a copy: the attention's name is written into the config that a model is made of
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), attn_implementation="eager")
+            model = make(text_class(hf_config), copy.deepcopy(hf_config), attn_implementation="eager")
+        hf_config, model_type = hf_config.get_text_config(), hf_config.model_type
         head, layer = model.get_output_embeddings(), decoder_layers(model)[0]
         body = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
         # a mixture has one 3-D weight for all experts of a layer, of which each token uses a few
@@ -78,14 +80,15 @@ class ModelFacts:
             i for name, i, o in linears if o == hf_config.hidden_size and name.startswith(("down", "fc2", "c_proj"))
         ]
         heads = hf_config.num_attention_heads
-        query_dim, value_dim = _head_dims(hf_config)
+        widest = max(layer_configs(hf_config), key=lambda of: sum(_head_dims(of)))  # Gemma 4: the full layers'
+        query_dim, value_dim = _head_dims(widest)
         return cls(
-            model_type=hf_config.model_type,
+            model_type=model_type,
             hidden=hf_config.hidden_size,
             inter=down[0] if down else _number(hf_config, "intermediate_size"),
             layers=hf_config.num_hidden_layers,
             q_heads=heads,
-            kv_heads=_number(hf_config, "num_key_value_heads") or heads,
+            kv_heads=_number(widest, "num_key_value_heads") or heads,
             head_dim=max(query_dim, value_dim),
             attention_width=heads * (query_dim + value_dim) // 2,
             softcap=getattr(hf_config, "attn_logit_softcapping", None),

@@ -10,7 +10,6 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -24,6 +23,7 @@ from ds_longft.errors import ModelError
 from ds_longft.model.new_tokens import narrowed, widen
 from ds_longft.model.rope import apply_rope, restore_rope, seen_tokens
 from ds_longft.model.supported import check_class_supported, check_supported
+from ds_longft.model.wrapped import make, text_class
 
 
 def load_config(model: ModelConfig, max_length_tokens: int, *, attn_implementation: str) -> PretrainedConfig:
@@ -50,9 +50,10 @@ def prepare_config(
     """`load_config` of a config that is read already; it is changed in place."""
     check_supported(hf_config)
     if model.add_tokens:
-        hf_config.vocab_size = max(hf_config.vocab_size, len(load_tokenizer(model)))
+        text = hf_config.get_text_config()
+        text.vocab_size = max(text.vocab_size, len(load_tokenizer(model)))
     apply_rope(hf_config, model.rope, max_length_tokens)
-    hf_config.use_cache = False
+    hf_config.use_cache = hf_config.get_text_config().use_cache = False
     hf_config._attn_implementation = attn_implementation
     return hf_config
 
@@ -70,7 +71,7 @@ def config_remarks(hf_config: PretrainedConfig, rope: RopeConfig, max_length_tok
             f"{seen:,} tokens on, and data.max_length_tokens is {max_length_tokens:,}: it may stay lost there; leave "
             "theta out for a base that fits"
         )
-    if getattr(hf_config, "output_router_logits", False):
+    if getattr(hf_config.get_text_config(), "output_router_logits", False):
         remarks.append(
             "the model's config asks for the load-balancing loss of its router (output_router_logits: true): it is "
             "left out, the loss is the cross-entropy alone"
@@ -166,7 +167,7 @@ def _pretrained_model(
     rows = narrowed(hf_config, read_config(model) if model.add_tokens else hf_config)
     placement = {} if zero3 or device.type == "cpu" else {"device_map": {"": device}}
     try:
-        loaded, report = AutoModelForCausalLM.from_pretrained(
+        loaded, report = text_class(hf_config).from_pretrained(
             path,
             config=hf_config,
             dtype=dtype,
@@ -186,9 +187,9 @@ def _pretrained_model(
             f"model.path: {path!r} lacks {len(missing)} of the model's weights, the first is {missing[0]}: they would "
             f"be random. Give a complete checkpoint of {hf_config.model_type}"
         )
-    if rows > hf_config.vocab_size:
+    if rows > hf_config.get_text_config().vocab_size:
         widen(loaded, rows)
-        hf_config.vocab_size = rows  # others ask it, and a frozen reference is made of it
+        hf_config.get_text_config().vocab_size = rows  # others ask it, and a frozen reference is made of it
     if holder is not None:
         loaded._hf_deepspeed_config = holder  # lives as long as the model: later layers are to see ZeRO-3 too
     return loaded
@@ -201,9 +202,8 @@ def _random_model(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
         torch.manual_seed(seed)
         trust = {"trust_remote_code": True} if model.trust_remote_code else {}
-        return AutoModelForCausalLM.from_config(
-            hf_config, dtype=dtype, attn_implementation=hf_config._attn_implementation, **trust
-        )
+        name = hf_config._attn_implementation
+        return make(text_class(hf_config), hf_config, dtype=dtype, attn_implementation=name, **trust)
 
 
 def _check_safetensors(path: str) -> None:

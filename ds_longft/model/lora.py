@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from ds_longft.errors import ModelError
 from ds_longft.model.elsewhere import spell_for_older_readers
 from ds_longft.model.new_tokens import rows_of_adapter, widen
 from ds_longft.model.rope_formulas import rope_parts
+from ds_longft.model.wrapped import decoder_name, is_wrapped
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 BASE_CONFIG_FOLDER = "base_config"  # the base's config as trained: its RoPE may differ from the base's own
@@ -62,7 +64,7 @@ def add_lora(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules="all-linear" if lora.targets == "all-linear" else _as_list(lora.targets),
+        target_modules=_targets(model, lora),
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         modules_to_save=list(lora.modules_to_save) or None,  # PEFT may add to the list it is given
@@ -87,6 +89,23 @@ def add_lora(
     if lora.init_from is not None:
         _go_on_from(Path(lora.init_from).expanduser(), adapted)
     return adapted
+
+
+def _targets(model: PreTrainedModel, lora: LoraConfig) -> str | list[str]:
+    """What PEFT is to adapt. In a multimodal model a pattern of the text model's layers alone: PEFT would adapt layers
+    of the same names in the towers too, where the adapter is loaded with them.
+    """
+    if not is_wrapped(model.config):
+        return "all-linear" if lora.targets == "all-linear" else _as_list(lora.targets)
+    inside = decoder_name(model)
+    if lora.targets == "all-linear":
+        names = {name.rpartition(".")[2] for name in _linear_names(model.get_submodule(inside))}
+    else:
+        names = set(_as_list(lora.targets))
+    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    outside = [re.escape(head)] if names & {head, head.rpartition(".")[2]} else []
+    pattern = rf"{re.escape(inside)}\.(?:.*\.)?(?:{'|'.join(sorted(map(re.escape, names)))})"
+    return "|".join([pattern, *outside])
 
 
 def _rows_by_module(model: PreTrainedModel, lora: LoraConfig, rows: list[int], tied: bool) -> dict[str, list[int]]:

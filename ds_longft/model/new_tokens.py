@@ -36,7 +36,8 @@ def rows_of_adapter(folder: Path, base_config: str) -> int:
     rows = 0
     written = folder / base_config / "config.json"
     if written.is_file():
-        rows = int(json.loads(written.read_text(encoding="utf-8")).get("vocab_size") or 0)
+        content = json.loads(written.read_text(encoding="utf-8"))
+        rows = int((content.get("text_config") or content).get("vocab_size") or 0)
     for file in folder.glob("adapter_model.safetensors"):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (a safetensors file is not a mapping)
@@ -47,6 +48,7 @@ def rows_of_adapter(folder: Path, base_config: str) -> int:
 
 def narrowed(config: PretrainedConfig, base: PretrainedConfig) -> int:
     """Give a config the rows of the base's weights, so that they can be loaded; returns those it had."""
-    rows = int(config.vocab_size)
-    config.vocab_size = min(rows, int(base.vocab_size))
+    text = config.get_text_config()
+    rows = int(text.vocab_size)
+    text.vocab_size = min(rows, int(base.get_text_config().vocab_size))
     return rows

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 from ds_longft.config.run_config import RopeConfig
 from ds_longft.config.window import reached_tokens, stretch_factor, window_problem
 from ds_longft.errors import ModelError
-from ds_longft.model.rope_formulas import expected_frequencies, rope_parts, rotary_dim
+from ds_longft.model.rope_formulas import config_of_type, expected_frequencies, rope_parts, rotary_dim
 from ds_longft.model.rope_lengths import LENGTH_DEPENDENT, ByDocument, length_dependent_layers, rotary_modules
 
 # Frequencies of at most one turn over the old window are interpolated, those of at least four stay (as in Llama 3.1).
@@ -29,7 +29,7 @@ MAX_RELATIVE_ERROR = 1e-5  # HF's own float32 arithmetic stays near 1e-6; bf16 r
 
 def window_tokens(hf_config: PretrainedConfig) -> int | None:
     """The longest document the model's positions are made for, in tokens; None where the config states none."""
-    window = getattr(hf_config, "max_position_embeddings", None)
+    window = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
     full = [part for layer_type, part in rope_parts(hf_config).items() if layer_type in (None, "full_attention")]
     return reached_tokens(window, full) if window else window
 
@@ -47,6 +47,7 @@ def apply_rope(hf_config: PretrainedConfig, rope: RopeConfig, max_length_tokens:
     Raises:
         ModelError: the length does not fit, the model has no RoPE, or it is stretched already.
     """
+    hf_config = hf_config.get_text_config()
     window = window_tokens(hf_config)
     full = [part for layer_type, part in rope_parts(hf_config).items() if layer_type in (None, "full_attention")]
     if rope.type != "none":
@@ -55,6 +56,8 @@ def apply_rope(hf_config: PretrainedConfig, rope: RopeConfig, max_length_tokens:
                 f"model.rope.type is {rope.type}, but {hf_config.model_type} has no rotary position embedding to "
                 "stretch: set model.rope.type to none"
             )
+        if rope.type == "abf" and _bases_by_layer(hf_config):
+            raise ModelError(f"model.rope.type is abf, but each layer of {hf_config.model_type} has a base of its own")
         for parameters in full:
             _check_unstretched(rope, parameters)
     endless = bool(length_dependent_layers(hf_config))
@@ -84,9 +87,11 @@ def check_rope(model: nn.Module, hf_config: PretrainedConfig, document_lengths: 
     by_length = length_dependent_layers(hf_config)
     for rotary, layer_type, prefix in rotary_modules(model, hf_config):
         seen.add(layer_type)
+        # Granite with windows: a base for each layer, and a module for each base
+        own = rotary.config if _bases_by_layer(hf_config) else hf_config
         where = f"RoPE ({parts[layer_type]['rope_type']}{', ' + layer_type if layer_type else ''})"
         for length in (None, *(sorted(set(document_lengths)) if layer_type in by_length else ())):
-            frequencies, scaling = expected_frequencies(hf_config, layer_type, length)
+            frequencies, scaling = expected_frequencies(own, layer_type, length)
             live = getattr(rotary, f"{prefix}inv_freq")
             if length is not None and isinstance(rotary.forward, ByDocument):
                 live = rotary.forward.frequencies(layer_type, length)
@@ -103,6 +108,10 @@ def check_rope(model: nn.Module, hf_config: PretrainedConfig, document_lengths: 
             f"{' for ' + ', '.join(map(str, missing)) if missing != {None} else ''}: what it uses cannot be checked"
         )
     return worst
+
+
+def _bases_by_layer(hf_config: PretrainedConfig) -> set[float]:
+    return {float(base) for base in getattr(hf_config.get_text_config(), "layer_rope_theta", None) or () if base}
 
 
 def _relative_error(live: tuple[torch.Tensor, float], truth: tuple[torch.Tensor, float], where: str) -> float:
@@ -179,7 +188,7 @@ def _critical_share(hf_config: PretrainedConfig, parameters: dict, window: int) 
     model trained on 131,072 tokens was lost from 82,000 on (examples/extend_smollm2). Liu et al. 2023,
     arXiv 2310.05209.
     """
-    dim = rotary_dim(hf_config, parameters)
+    dim = rotary_dim(config_of_type(hf_config, "full_attention"), parameters)
     pairs = dim // 2
     first = math.ceil(pairs * math.log(window / (2 * math.pi)) / math.log(parameters["rope_theta"]))
     return max(1, min(first, pairs - 1)) / pairs

@@ -18,7 +18,7 @@ def rope_parts(hf_config: PretrainedConfig) -> dict[str | None, dict]:
 
     The inner dicts are the config's own: changing them changes the config.
     """
-    parameters = getattr(hf_config, "rope_parameters", None) or {}
+    parameters = getattr(hf_config.get_text_config(), "rope_parameters", None) or {}
     nested = {key: value for key, value in parameters.items() if isinstance(value, dict)}
     if nested:
         return dict(nested)
@@ -26,8 +26,21 @@ def rope_parts(hf_config: PretrainedConfig) -> dict[str | None, dict]:
 
 
 def config_head_dim(hf_config: PretrainedConfig) -> int:
-    """Size of a head as the config has it. Of latent attention (DeepSeek) it is the rotated part alone."""
+    """Size of a head as the config of a layer has it. Of latent attention (DeepSeek) it is the rotated part alone."""
     return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+
+
+def layer_configs(hf_config: PretrainedConfig) -> list[PretrainedConfig]:
+    """The config of each layer; of most models the same one (Gemma 4 has heads of two sizes)."""
+    text = hf_config.get_text_config()
+    return list(getattr(text, "per_layer_config", None) or [text] * text.num_hidden_layers)
+
+
+def config_of_type(hf_config: PretrainedConfig, layer_type: str | None) -> PretrainedConfig:
+    """The config of the first layer of a type, of the whole model where layers have none."""
+    text = hf_config.get_text_config()
+    types = list(getattr(text, "layer_types", None) or ())
+    return layer_configs(text)[types.index(layer_type)] if layer_type in types else text
 
 
 def rotary_dim(hf_config: PretrainedConfig, parameters: dict) -> int:
@@ -42,14 +55,21 @@ def expected_frequencies(
 
     `document_tokens`: of the document, for `dynamic` and `longrope` alone; None is the state after loading.
     """
-    parameters = rope_parts(hf_config)[layer_type]
-    dim = rotary_dim(hf_config, parameters)
+    parameters, of_layer = rope_parts(hf_config)[layer_type], config_of_type(hf_config, layer_type)
+    dim = rotary_dim(of_layer, parameters)
     theta = float(parameters["rope_theta"])
     plain = _plain(theta, dim)
-    window = hf_config.max_position_embeddings
+    window = hf_config.get_text_config().max_position_embeddings
     match parameters["rope_type"]:
         case "default":
             return plain, 1.0
+        case "proportional":  # turned as if all of the head were, the rest not at all (Gemma 4)
+            whole = config_head_dim(of_layer)
+            still = torch.zeros(whole // 2 - dim // 2, dtype=torch.float64)
+            turned = torch.cat([_plain(theta, whole)[: dim // 2], still])
+            return turned / parameters.get("factor", 1.0), 1.0
+        case "dynamic" if parameters.get("alpha"):  # Hunyuan: a base of its own, whatever the length
+            return _plain(theta * parameters["alpha"] ** (dim / (dim - 2)), dim), 1.0
         case "linear":
             return plain / parameters["factor"], 1.0
         case "dynamic":
@@ -64,7 +84,7 @@ def expected_frequencies(
         case other:
             raise ModelError(
                 f"rope type {other!r} of {hf_config.model_type} is not known here, so its live frequencies cannot be "
-                f"checked; known: default, linear, dynamic, yarn, longrope, llama3"
+                f"checked; known: default, linear, dynamic, yarn, longrope, llama3, proportional"
             )
 
 

@@ -24,7 +24,11 @@ LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 def length_dependent_layers(hf_config: PretrainedConfig) -> set[str | None]:
     """Layer types (None: all layers) whose frequencies depend on the length."""
-    return {layer for layer, part in rope_parts(hf_config).items() if part["rope_type"] in LENGTH_DEPENDENT}
+    return {
+        layer
+        for layer, part in rope_parts(hf_config).items()
+        if part["rope_type"] in LENGTH_DEPENDENT and not part.get("alpha")
+    }
 
 
 def cache_outdated(hf_config: PretrainedConfig, before_tokens: int, after_tokens: int) -> bool:
@@ -113,13 +117,13 @@ class ByDocument:
         initialise = ROPE_INIT_FUNCTIONS[rope_parts(self._config)[layer_type]["rope_type"]]
         device = getattr(self._rotary, _buffer(layer_type)).device
         # A tensor, as transformers passes it: its arithmetic in float32 is part of what inference computes.
-        return initialise(self._config, device, seq_len=torch.tensor(length), **keywords)[0]
+        return initialise(self._config.get_text_config(), device, seq_len=torch.tensor(length), **keywords)[0]
 
     def _standing_for(self, layer_type: str | None, length: int) -> int:
         """One length for all that have the same frequencies."""
         parameters = rope_parts(self._config)[layer_type]
         if parameters["rope_type"] == "dynamic":
-            return max(length, self._config.max_position_embeddings)
+            return max(length, self._config.get_text_config().max_position_embeddings)
         turn = int(parameters["original_max_position_embeddings"])
         return turn + (length > turn)
 

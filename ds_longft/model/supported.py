@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from ds_longft.errors import ModelError
+from ds_longft.model.wrapped import is_wrapped
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 # Config keys of recurrent layers, for the models that do not list their layers by type.
@@ -28,20 +29,18 @@ def check_supported(hf_config: PretrainedConfig) -> None:
     name = hf_config.model_type
     if hf_config.is_encoder_decoder:
         raise ModelError(f"{name} is an encoder-decoder model; only text-only causal language models can be trained")
-    if hf_config.get_text_config() is not hf_config or getattr(hf_config, "vision_config", None) is not None:
-        raise ModelError(
-            f"{name} is a multimodal model (its config wraps a text model); give model.path of a text-only causal "
-            f"language model"
-        )
-    layers = set(getattr(hf_config, "layer_types", None) or getattr(hf_config, "layers_block_type", None) or ())
+    text = hf_config.get_text_config()
+    layers = set(getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ())
     other = sorted(layers - ATTENTION_LAYERS - {"attention"})
-    recurrent = sorted(k for k in hf_config.to_dict() if k.startswith(RECURRENT_KEYS))
+    recurrent = sorted(k for k in text.to_dict() if k.startswith(RECURRENT_KEYS))
     if other or recurrent:
         seen = ", ".join(other) or "recurrent layers (config keys " + ", ".join(recurrent[:3]) + ")"
         raise ModelError(
             f"{name} has layers of type {seen}: these carry state along the sequence or mask it differently and cannot "
             f"be split over ranks exactly. Supported layers: {', '.join(sorted(ATTENTION_LAYERS))}"
         )
+    if is_wrapped(hf_config) and type(hf_config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return
     if type(hf_config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         check_class_supported(MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)], name)
     elif "AutoModelForCausalLM" not in getattr(hf_config, "auto_map", {}):

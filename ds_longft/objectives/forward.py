@@ -41,7 +41,7 @@ class ShardedModel:
         self.kv_heads_at_a_time = kv_heads_at_a_time
         # PEFT changes linears in place; the plain causal LM under it still runs with its adapters.
         causal_lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        seen = causal_lm.config._attn_implementation
+        seen = causal_lm.get_decoder().config._attn_implementation
         assert seen == ULYSSES, f"the model's attention is {seen}: every rank would attend to its own shard alone"
         self.decoder = causal_lm.get_decoder()
         self.head = ChunkedHead.install(causal_lm, adapters_off=adapters_off)

@@ -67,7 +67,7 @@ def head_rule(causal_lm: Any) -> HeadRule:
     Raises:
         ModelError: its forward does something else between decoder and logits, or cannot be called so.
     """
-    config, name = causal_lm.config, type(causal_lm).__name__
+    config, name = causal_lm.config.get_text_config(), type(causal_lm).__name__
     device = next(causal_lm.parameters()).device
     random = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, ROWS, config.hidden_size, generator=random, dtype=torch.float64).to(device)
@@ -84,6 +84,8 @@ def head_rule(causal_lm: Any) -> HeadRule:
 
     ids = torch.zeros(1, ROWS, dtype=torch.long, device=device)
     decoder, head = causal_lm.get_decoder(), causal_lm.get_output_embeddings()
+    # what holds the decoder: around it a multimodal model asks for its towers, which are left out
+    decoder = next((part for part in causal_lm.children() if any(m is decoder for m in part.modules())), decoder)
     try:
         with _replaced(decoder, decode), _replaced(head, project), torch.enable_grad():
             out = causal_lm.forward(input_ids=ids).logits

@@ -6,19 +6,23 @@ packs the documents into one row and saves memory in one of the WAYS. All in flo
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from ds_longft.batch import IGNORE_INDEX
 from ds_longft.data.pack import pack_of
+from ds_longft.config.run_config import LoraConfig
 from ds_longft.layout import ParallelLayout
+from ds_longft.model.lora import add_lora
 from ds_longft.model.supported import decoder_layers
+from ds_longft.model.wrapped import is_wrapped, make, text_class, whole_class
 from ds_longft.objectives.sft import SftObjective
 from ds_longft.sequence.attention import ULYSSES, register
 from ds_longft.sequence.recompute import LayerKeep, apply_recompute
@@ -27,6 +31,9 @@ from ds_longft.train.install import fuse_and_tile
 
 DOCUMENTS = (21, 13)
 """Tokens of each document: longer than the window, so that it matters."""
+
+ACCURACY = 1e-6
+"""Relative. Weights are in float64, but a softmax or a norm of a model's own may be in float32."""
 
 SMALL: dict[str, Any] = {
     "vocab_size": 128, "vocab_size_per_layer_input": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
@@ -44,6 +51,22 @@ SMALL: dict[str, Any] = {
     "rotary_dim": 8,
 }  # fmt: skip
 
+TOWER: dict[str, Any] = {
+    "hidden_size": 32, "embed_dim": 32, "intermediate_size": 32, "num_hidden_layers": 1, "depth": 1, "num_layers": 1, "encoder_layers": 1,
+    "num_attention_heads": 2, "num_heads": 2, "num_key_value_heads": 2, "attention_heads": 2, "encoder_attention_heads": 2, "head_dim": 16,
+    "image_size": 32, "patch_size": 16, "out_hidden_size": 64, "encoder_ffn_dim": 32, "d_model": 32, "deepstack_visual_indexes": [0],
+    "fullatt_block_indexes": [0], "output_dim": 64, "conf_num_hidden_layers": 1,
+}  # fmt: skip
+"""What images and sound go through in a wrapper."""
+
+SECTIONS: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
+
+FOUR: dict[str, Any] = {
+    "num_hidden_layers": 6, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 3, "global_head_dim": 32,
+    "num_global_key_value_heads": 1, "attention_k_eq_v": True,
+}  # fmt: skip
+"""Gemma 4: two sizes of heads, the last layers read keys and values of those before."""
+
 CHANGES: dict[str, dict[str, Any]] = {
     "gemma3n_text": {
         "num_hidden_layers": 6, "num_kv_shared_layers": 4, "activation_sparsity_pattern": [0.0] * 6,
@@ -52,6 +75,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     **{name: {"num_key_value_heads": 4, "head_dim": 8} for name in ("deepseek_v3", "axk1", "youtu", "longcat_flash", "glm4_moe_lite", "minicpm3", "sarvam_mla")},
     "deepseek_v2": {"num_key_value_heads": 4},
     "dots1": {"n_shared_experts": 1},
+    "gemma4_text": FOUR, "gemma4_unified_text": FOUR,
+    **{name: SECTIONS for name in ("glm4v_text", "glm_ocr_text", "paddleocr_vl_text", "qwen2_5_omni_text", "qwen2_5_vl_text", "qwen2_vl_text")},
+    "glm4v_moe_text": {"rope_parameters": {**SECTIONS["rope_parameters"], "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}},
+    "ernie4_5_vl_moe_text": {"moe_intermediate_size": [48, 32], "rope_parameters": {**SECTIONS["rope_parameters"], "mrope_section": [3, 3, 2]}},
     "granite": {"logits_scaling": 3.0}, "granitemoe": {"logits_scaling": 3.0}, "hyperclovax": {"logits_scaling": 3.0},
 }  # fmt: skip
 
@@ -79,18 +106,38 @@ WAYS = {
 
 
 def model_types() -> list[str]:
-    """All of transformers' with a causal language model."""
-    return sorted({config.model_type for config in MODEL_FOR_CAUSAL_LM_MAPPING})
+    """All of transformers' with a causal language model, alone or in a wrapper."""
+    return sorted({config.model_type for config in (*MODEL_FOR_CAUSAL_LM_MAPPING, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)})
 
 
 def tiny(model_type: str) -> PretrainedConfig:
     """A small config of the type with each kind of layer it has."""
     default = AutoConfig.for_model(model_type)
-    keys = {key: value for key, value in SMALL.items() if hasattr(default, key)}
+    if is_wrapped(default):
+        text, parts = default.get_text_config(), {key: getattr(default, key) for key in default.sub_configs}
+        parts = {
+            key: {"model_type": part.model_type} | (_small_text(part) if part is text else _small(part, TOWER))
+            for key, part in parts.items()
+            if part is not None
+        }
+        return AutoConfig.for_model(model_type, **parts, **_small(default, SMALL), **CHANGES.get(model_type, {}))
+    return AutoConfig.for_model(model_type, **_small_text(default))
+
+
+def _small(default: PretrainedConfig, sizes: dict[str, Any]) -> dict[str, Any]:
+    known = {key for key in vars(default) if not key.startswith("_")} | set(default.attribute_map)
+    return {key: value for key, value in sizes.items() if key in known}
+
+
+def _small_text(default: PretrainedConfig) -> dict[str, Any]:
+    model_type, keys = default.model_type, _small(default, SMALL)
+    rope = getattr(default, "rope_parameters", None) or {}
+    if "mrope_section" in rope:
+        keys["rope_parameters"] = {**rope, "mrope_section": [2, 3, 3]}
     kinds = list(dict.fromkeys(getattr(default, "layer_types", None) or ()))
     if kinds and not hasattr(default, "use_sliding_window"):
         keys["layer_types"] = (kinds * 3)[:3]
-    return AutoConfig.for_model(model_type, **{**keys, **CHANGES.get(model_type, {})})
+    return {**keys, **CHANGES.get(model_type, {})}
 
 
 @dataclass(frozen=True)
@@ -100,25 +147,42 @@ class Step:
     loss: float
     gradients: dict[str, torch.Tensor]
 
-    def differs(self, truth: Step) -> str | None:
-        """Where it is not the same to the accuracy of float32: a line for the reader."""
-        if not abs(self.loss - truth.loss) <= 1e-5 * abs(truth.loss):
-            return f"loss {self.loss:.6f}, expected {truth.loss:.6f}"
+    def errors(self, truth: Step) -> tuple[float, float, str]:
+        """Of the loss, relative; the largest of a parameter's gradient, relative to the whole gradient, and whose."""
+        assert set(self.gradients) == set(truth.gradients), set(self.gradients) ^ set(truth.gradients)
         whole = sum(float(g.square().sum()) for g in truth.gradients.values()) ** 0.5
-        zero = torch.zeros(())
-        errors = {n: float((self.gradients.get(n, zero) - g).norm()) / whole for n, g in truth.gradients.items()}
+        errors = {name: float((self.gradients[name] - g).norm()) / whole for name, g in truth.gradients.items()}
         worst = max(errors, key=errors.__getitem__)
-        return None if errors[worst] <= 1e-5 else f"{worst}: off by {errors[worst]:.1e} of the whole gradient"
+        return abs(self.loss - truth.loss) / abs(truth.loss), errors[worst], worst
+
+    def differs(self, truth: Step) -> str | None:
+        """Where it is not the same: a line for the reader."""
+        loss, gradient, name = self.errors(truth)
+        if not loss <= ACCURACY:
+            return f"loss {self.loss:.6f}, expected {truth.loss:.6f}"
+        return None if gradient <= ACCURACY else f"{name}: off by {gradient:.1e} of the whole gradient"
 
 
-def _model(config: PretrainedConfig, attention: str) -> Any:
+def _model(config: PretrainedConfig, attention: str, *, whole: bool, lora: bool) -> Any:
+    """`whole`: with the towers of a wrapper, as transformers builds it. `lora`: with adapters that do something."""
     torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=attention).double()
+    model: Any = make(whole_class(config), copy.deepcopy(config), attn_implementation=attention)
+    if is_wrapped(config) and not whole:
+        towers, model = model, make(text_class(config), copy.deepcopy(config), attn_implementation=attention)
+        model.load_state_dict({k: v for k, v in towers.state_dict().items() if k in model.state_dict()})
+    model = model.double()
+    torch.manual_seed(0)
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
     with torch.no_grad():
-        for p in model.parameters():
+        for p in [*decoder.parameters(), *(head.parameters() if head is not None else ())]:
             if p.dim() < 2:  # norms are born as ones, biases and sinks as zeros
                 p.add_(torch.randn_like(p) * 0.1)
     model.set_experts_implementation("eager")  # the faster ones do not take float64
+    if lora:
+        model = add_lora(model, LoraConfig(r=4, alpha=8), seed=0)
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p, std=0.1)
     return model.eval()  # some draw at random in training
 
 
@@ -137,9 +201,9 @@ def _gradients(model: Any, loss: torch.Tensor) -> Step:
     return Step(float(loss.detach()), {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
 
 
-def truth(config: PretrainedConfig) -> Step:
-    """transformers' own step."""
-    model = _model(config, "eager")
+def truth(config: PretrainedConfig, *, lora: bool = False) -> Step:
+    """transformers' own step; of a wrapper the whole one's, given text."""
+    model = _model(config, "eager", whole=True, lora=lora)
     loss = torch.zeros((), dtype=torch.float64)
     for ids, labels, _ in _documents():
         logits = model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0]
@@ -147,11 +211,12 @@ def truth(config: PretrainedConfig) -> Step:
     return _gradients(model, loss)
 
 
-def ours(config: PretrainedConfig, way: Way) -> Step:
-    """The same step as a run computes it on one rank."""
+def ours(config: PretrainedConfig, way: Way, *, lora: bool = False, layout: ParallelLayout | None = None) -> Step:
+    """The same step as a run computes it, on one rank or on the ranks of `layout`, where each gets the sum."""
     register()
-    model = _model(config, ULYSSES)
-    layers = decoder_layers(model)
+    layout = layout or ParallelLayout(1, 0, 1)
+    model = _model(config, ULYSSES, whole=False, lora=lora)
+    layers = decoder_layers(model.get_base_model() if lora else model)
     keeps = [LayerKeep(i) for i in range(len(layers))]
     for keep, layer in zip(keeps, layers, strict=True):
         groups, tiled = fuse_and_tile(layer, 0, way.tile_tokens)
@@ -159,6 +224,11 @@ def ours(config: PretrainedConfig, way: Way) -> Step:
         if way.keep_linears:
             keep.on_device = [g for g in groups if g.names != ("down_proj",)]
     apply_recompute(layers, way.recompute, keep=keeps)
-    layout = ParallelLayout(1, 0, 1)
     objective = SftObjective(model, layout, kv_heads_at_a_time=way.kv_heads)
-    return _gradients(model, objective(shard(pack_of(_documents(), 1), layout, torch.device("cpu"))))
+    step = _gradients(model, objective(shard(pack_of(_documents(), layout.sp), layout, torch.device("cpu"))))
+    if layout.sp == 1:
+        return step
+    loss = torch.tensor(step.loss, dtype=torch.float64)
+    for tensor in (loss, *step.gradients.values()):
+        torch.distributed.all_reduce(tensor)
+    return Step(float(loss), step.gradients)

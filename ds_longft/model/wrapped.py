@@ -1,0 +1,91 @@
+"""The text model inside a multimodal checkpoint: the wrapper itself, built without what images and sound go through.
+
+Names of weights are then the wrapper's own: adapters and saved models fit it. The towers are neither read nor given
+memory (transformers builds a model without memory before it reads), and come back into what is saved: `towers_of`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def is_wrapped(hf_config: PretrainedConfig) -> bool:
+    """Whether the config wraps that of a text model."""
+    return hf_config.get_text_config() is not hf_config
+
+
+def whole_class(hf_config: PretrainedConfig) -> Any:
+    """The class whose `from_pretrained` loads all of a checkpoint, towers included."""
+    return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(hf_config)] if is_wrapped(hf_config) else AutoModelForCausalLM
+
+
+def text_class(hf_config: PretrainedConfig) -> Any:
+    """The class whose `from_pretrained` loads what is trained: of a wrapper, its decoder, embeddings and head."""
+    return _part_of(whole_class(hf_config), text=True) if is_wrapped(hf_config) else AutoModelForCausalLM
+
+
+def make(model_class: Any, hf_config: PretrainedConfig, **keywords: Any) -> PreTrainedModel:
+    """A model with random weights of one of these classes. It keeps the config, and changes its dtype."""
+    if model_class is AutoModelForCausalLM:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(hf_config, **keywords)
+    else:
+        model = model_class._from_config(hf_config, **keywords)
+    return model
+
+
+def decoder_name(model: PreTrainedModel) -> str:
+    """Its decoder's name in a model, as `model.language_model`."""
+    decoder = model.get_decoder()
+    return next(name for name, module in model.named_modules() if module is decoder)
+
+
+def towers_of(path: str, hf_config: PretrainedConfig, dtype: torch.dtype, **source: Any) -> dict[str, Tensor]:
+    """What `text_class` leaves out of a wrapper's weights, under the names of the whole model, on the CPU."""
+    part = _part_of(whole_class(hf_config), text=False)
+    towers = part.from_pretrained(path, config=copy.deepcopy(hf_config), dtype=dtype, use_safetensors=True, **source)
+    state: dict[str, Tensor] = towers.state_dict()
+    return state
+
+
+def whole_on_meta(hf_config: PretrainedConfig) -> PreTrainedModel:
+    """All of a model without memory: it knows what its weights are called in files."""
+    with torch.device("meta"):
+        return make(whole_class(hf_config), copy.deepcopy(hf_config), attn_implementation="eager")
+
+
+@cache
+def _part_of(whole: type[PreTrainedModel], *, text: bool) -> type[PreTrainedModel]:
+    """A wrapper's class that builds its text model alone, or all but that; for transformers it is the same class."""
+
+    def __init__(self: Any, config: PretrainedConfig, *args: Any, **keywords: Any) -> None:
+        whole.__init__(self, config, *args, **keywords)
+        kept = [self.get_decoder(), self.get_output_embeddings()]
+        outside = list(_outside(self, kept))
+        left_out = outside if text else [name for name, module in self.named_modules() if module in kept]
+        for name in left_out:
+            parent, _, child = name.rpartition(".")
+            delattr(self.get_submodule(parent), child)
+        self._keys_to_ignore_on_load_unexpected |= {"^" + name.replace(".", r"\.") for name in left_out}
+        if not text:
+            self._tied_weights_keys = self.all_tied_weights_keys = {}
+
+    return type(whole.__name__, (whole,), {"__init__": __init__, "__module__": whole.__module__})
+
+
+def _outside(model: nn.Module, kept: list[nn.Module], prefix: str = "") -> Iterator[str]:
+    """Names of the modules that hold none of those, the outermost of each branch."""
+    for name, child in model.named_children():
+        if any(child is one for one in kept):
+            continue
+        if any(module is one for module in child.modules() for one in kept):
+            yield from _outside(child, kept, f"{prefix}{name}.")
+        else:
+            yield prefix + name

@@ -1,0 +1,66 @@
+"""The step of every causal model type over two ranks, beside transformers' own: which types are proved."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ds_longft.errors import ModelError
+from ds_longft.layout import ParallelLayout
+from ds_longft.model.supported import check_supported
+from ds_longft.model.wrapped import is_wrapped, whole_on_meta
+from tests.unit.sequence.zoo import ACCURACY, Way, ours, tiny, truth
+
+WAYS = {"full": Way("keep_attention"), "lora": Way("full")}
+LARGEST = 60_000_000
+"""Weights; a type whose smallest model is larger would take too long."""
+
+
+def walk(rank: int, world: int, model_type: str) -> dict[str, str | float]:
+    """What `model_type` is: {"proved": worst error}, {"refused": why}, {"wrong": where} or {"unknown": why no model}.
+
+    Two documents over the ranks of one sp group, windows shorter than they are; loss and every gradient, of all weights
+    and of adapters.
+    """
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        config = tiny(model_type)
+        if config.is_encoder_decoder:
+            return {"refused": "an encoder and a decoder"}
+        size = sum(p.numel() for p in whole_on_meta(config).parameters())
+        if size > LARGEST:
+            return {"unknown": f"its smallest model here has {size:,} weights"}
+    except Exception as error:
+        return {"unknown": _first_line(error)}
+    layout, worst, remark = ParallelLayout.create(world), 0.0, {}
+    try:
+        check_supported(config)
+    except ModelError as error:
+        return {"refused": str(error)}
+    for kind, way in WAYS.items():
+        try:
+            step = ours(config, way, lora=kind == "lora", layout=layout)
+        except ModelError as error:
+            if kind == "full":
+                return {"refused": str(error)}
+            remark = {"lora": str(error)}
+            continue
+        except Exception as error:
+            return {"wrong": f"{kind}: {_first_line(error)}"}
+        if rank:
+            continue
+        try:
+            loss, gradient, name = step.errors(truth(config, lora=kind == "lora"))
+        except Exception as error:
+            return {"unknown": f"{kind}: {_first_line(error)}"}
+        worst = max(worst, loss, gradient)
+        if not worst <= ACCURACY:
+            return {"wrong": f"{kind}: loss off by {loss:.1e}, {name} by {gradient:.1e} of the gradient"}
+    return {"proved": worst, **remark}
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
