@@ -31,6 +31,13 @@ class AskedMask:
     causal: bool  # a token sees itself and tokens before it, with or without a window
     window_tokens: int | None  # the token itself and so many less one before it
 
+    def __getitem__(self, index: Any) -> AskedMask:
+        """All of it (Gemma 4 leaves out tokens before its last layers, and here none)."""
+        parts = index if isinstance(index, tuple) else (index,)
+        if not all(isinstance(part, slice) and part in (slice(None), slice(0, None)) for part in parts):
+            raise ModelError("the model takes a part of its attention mask, and here there is none")
+        return self
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
