@@ -62,7 +62,7 @@ class ModelFacts:
         # of a copy: the attention's name is written into the config that a model is made of
         with torch.device("meta"):
             model = make(text_class(hf_config), copy.deepcopy(hf_config), attn_implementation="eager")
-        hf_config, model_type = hf_config.get_text_config(), hf_config.model_type
+        hf_config = hf_config.get_text_config()
         head, layer = model.get_output_embeddings(), decoder_layers(model)[0]
         body = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
         # a mixture has one 3-D weight for all experts of a layer, of which each token uses a few
@@ -83,7 +83,7 @@ class ModelFacts:
         widest = max(layer_configs(hf_config), key=lambda of: sum(_head_dims(of)))  # Gemma 4: the full layers'
         query_dim, value_dim = _head_dims(widest)
         return cls(
-            model_type=model_type,
+            model_type=hf_config.model_type,
             hidden=hf_config.hidden_size,
             inter=down[0] if down else _number(hf_config, "intermediate_size"),
             layers=hf_config.num_hidden_layers,

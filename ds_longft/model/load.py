@@ -23,7 +23,7 @@ from ds_longft.errors import ModelError
 from ds_longft.model.new_tokens import narrowed, widen
 from ds_longft.model.rope import apply_rope, restore_rope, seen_tokens
 from ds_longft.model.supported import check_class_supported, check_supported
-from ds_longft.model.wrapped import make, text_class
+from ds_longft.model.wrapped import is_wrapped, make, text_class
 
 
 def load_config(model: ModelConfig, max_length_tokens: int, *, attn_implementation: str) -> PretrainedConfig:
@@ -131,7 +131,7 @@ def load_model(
         loaded = _random_model(model, hf_config, dtype, device, seed)
     else:
         loaded = _pretrained_model(model, hf_config, ds_engine_config, dtype, device)
-    check_class_supported(type(loaded), hf_config.model_type)
+    check_class_supported(type(loaded.get_decoder() if is_wrapped(hf_config) else loaded), hf_config.model_type)
     restore_rope(loaded, hf_config)
     return loaded.train()
 

@@ -1,20 +1,27 @@
 """The text model inside a multimodal checkpoint: the wrapper itself, built without what images and sound go through.
 
 Names of weights are then the wrapper's own: adapters and saved models fit it. The towers are neither read nor given
-memory (transformers builds a model without memory before it reads), and come back into what is saved: `towers_of`.
+memory (transformers builds a model without memory before it reads), and come back into what is saved: `save_whole`.
 """
 
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.utils import cached_file
+
+PREPARATION_FILES = (
+    "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "chat_template.json",
+)  # fmt: skip
 
 
 def is_wrapped(hf_config: PretrainedConfig) -> bool:
@@ -47,18 +54,36 @@ def decoder_name(model: PreTrainedModel) -> str:
     return next(name for name, module in model.named_modules() if module is decoder)
 
 
-def towers_of(path: str, hf_config: PretrainedConfig, dtype: torch.dtype, **source: Any) -> dict[str, Tensor]:
-    """What `text_class` leaves out of a wrapper's weights, under the names of the whole model, on the CPU."""
-    part = _part_of(whole_class(hf_config), text=False)
-    towers = part.from_pretrained(path, config=copy.deepcopy(hf_config), dtype=dtype, use_safetensors=True, **source)
-    state: dict[str, Tensor] = towers.state_dict()
-    return state
-
-
 def whole_on_meta(hf_config: PretrainedConfig) -> PreTrainedModel:
     """All of a model without memory: it knows what its weights are called in files."""
     with torch.device("meta"):
         return make(whole_class(hf_config), copy.deepcopy(hf_config), attn_implementation="eager")
+
+
+def save_whole(model: PreTrainedModel, state: dict[str, Tensor], folder: Path) -> None:
+    """`save_pretrained` of a text model's weights and of all that `text_class` left out, read from where it came from,
+    in the text model's dtype; with the files that images and sound are prepared by.
+    """
+    config, base = model.config, model.config.name_or_path
+    if Path(base).is_dir() and not any(Path(base).glob("*.safetensors")):  # a rehearsal with random weights
+        model.save_pretrained(folder, state_dict=state)
+        return
+    source = {"revision": config._commit_hash} if getattr(config, "_commit_hash", None) else {}
+    towers = _part_of(whole_class(config), text=False).from_pretrained(
+        base, config=copy.deepcopy(config), dtype=model.dtype, use_safetensors=True, attn_implementation="eager", **source
+    )
+    whole = whole_on_meta(config)
+    whole.config.use_cache = True  # off for training only
+    whole.save_pretrained(folder, state_dict={**towers.state_dict(), **state})
+    copy_preparation(base, folder, **source)
+
+
+def copy_preparation(base: str, folder: Path, **source: Any) -> None:
+    """Copy the files that images and sound are prepared by from a model on disk or on the hub, where it has them."""
+    for name in PREPARATION_FILES:
+        file = cached_file(base, name, _raise_exceptions_for_missing_entries=False, **source)
+        if file is not None:
+            shutil.copy2(file, folder / name)
 
 
 @cache

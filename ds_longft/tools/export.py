@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
 from transformers import PreTrainedModel as Model
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -28,6 +28,7 @@ from ds_longft.model.new_tokens import narrowed
 from ds_longft.model.rope import check_rope
 from ds_longft.model.rope_formulas import rope_parts
 from ds_longft.model.stops import serve_stop, stop_ids
+from ds_longft.model.wrapped import PREPARATION_FILES, copy_preparation, whole_class
 
 PROMPT = "The capital of France is"
 # Merging rounds each weight once to its type; relative to the largest logit.
@@ -90,7 +91,7 @@ def _merge(run: Path, work: Path, base: str | None) -> dict[str, Any]:
     try:
         hf_config = _trained_config(run, base, source)
         narrowed(hf_config, AutoConfig.from_pretrained(base, **NO_CODE, **source))
-        model = AutoModelForCausalLM.from_pretrained(
+        model = whole_class(hf_config).from_pretrained(
             base, config=hf_config, dtype="auto", use_safetensors=True, **NO_CODE, **source
         )
     except (OSError, ValueError) as error:  # ValueError: it wants to run code of its own
@@ -152,7 +153,7 @@ def _copy(run: Path, work: Path) -> dict[str, Any]:
         generation.save_pretrained(work)
     config.save_pretrained(work)
     spell_for_older_readers(work)
-    model = AutoModelForCausalLM.from_pretrained(work, dtype="auto", use_safetensors=True, **NO_CODE)
+    model = whole_class(config).from_pretrained(work, dtype="auto", use_safetensors=True, **NO_CODE)
     dtype, tokens = model.dtype, _prompt_tokens(run, str(work), config)
     logits = _logits(model, tokens)
     del model
@@ -167,6 +168,7 @@ def _belongs_to_model(path: Path) -> bool:
         "model.safetensors.index.json",
         "chat_template.jinja",
         "README.md",
+        *PREPARATION_FILES,
     }
     tokenizer = path.name.startswith(("tokenizer", "special_tokens", "added_tokens", "vocab", "merges"))
     return path.name in named or tokenizer or path.suffix == ".safetensors"
@@ -192,6 +194,7 @@ def _save(model: Model, run: Path, work: Path, base: str, source: dict[str, str]
     if tokenizer is not None:
         _stop_where_served(tokenizer, model.config, generation)
     model.save_pretrained(work)
+    copy_preparation(base, work, **source)
     generation.save_pretrained(work)
     if tokenizer is not None:
         tokenizer.save_pretrained(work)
@@ -224,7 +227,7 @@ def _prompt_tokens(run: Path, base: str, hf_config: PretrainedConfig) -> torch.T
     """A short prompt [1, n]: real text where there is a tokenizer."""
     tokenizer = _tokenizer(run, base)
     if tokenizer is None:
-        return torch.arange(1, 17).remainder(hf_config.vocab_size)[None]
+        return torch.arange(1, 17).remainder(hf_config.get_text_config().vocab_size)[None]
     return tokenizer(PROMPT, return_tensors="pt").input_ids
 
 
@@ -235,7 +238,8 @@ def _logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 def _check_reload(work: Path, logits: torch.Tensor, tokens: torch.Tensor) -> dict[str, Any]:
     """Load the folder as a user would: every weight bit-equal to the file, RoPE as in its config, logits as before."""
-    model = AutoModelForCausalLM.from_pretrained(work, dtype="auto", use_safetensors=True, **NO_CODE)
+    config = AutoConfig.from_pretrained(work, **NO_CODE)
+    model = whole_class(config).from_pretrained(work, dtype="auto", use_safetensors=True, **NO_CODE)
     loaded = revert_weight_conversion(model, model.state_dict())  # files hold experts one by one, the model all in one
     files = set()
     for name, tensor in _tensors_in(work):
@@ -247,7 +251,7 @@ def _check_reload(work: Path, logits: torch.Tensor, tokens: torch.Tensor) -> dic
     lost = sorted(name for name in tied if loaded[name].data_ptr() not in shared)
     if lost:
         raise ModelError(f"reload check: {len(lost)} weights were not written, the first is {lost[0]}")
-    rope_error = check_rope(model, model.config) if rope_parts(model.config) else 0.0
+    rope_error = check_rope(model.get_decoder(), model.config) if rope_parts(model.config) else 0.0
     difference = float((_logits(model, tokens) - logits).abs().max())
     if difference > 1e-3 * float(logits.abs().max()):
         raise ModelError(f"reload check: the logits differ by {difference:.3g} from those before writing")
@@ -256,7 +260,7 @@ def _check_reload(work: Path, logits: torch.Tensor, tokens: torch.Tensor) -> dic
         "reload_logits_max_difference": difference,
         "rope_max_relative_error": rope_error,
         "rope": {str(k or "all"): v["rope_type"] for k, v in rope_parts(model.config).items()},
-        "max_position_embeddings": getattr(model.config, "max_position_embeddings", None),
+        "max_position_embeddings": getattr(config.get_text_config(), "max_position_embeddings", None),
     }
 
 

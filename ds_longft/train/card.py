@@ -49,11 +49,12 @@ tokenizer = AutoTokenizer.from_pretrained({folder!r})
 
 
 def write_card(
-    folder: Path, config: RunConfig, layout: ParallelLayout, history: list[dict[str, Any]], vocab_size: int = 0
-) -> None:
+    folder: Path, config: RunConfig, layout: ParallelLayout, history: list[dict[str, Any]], vocab_size: int = 0,
+    *, wrapped: bool = False,
+) -> None:  # fmt: skip
     """Write README.md into the output folder from the config and the recorded metrics.
 
-    `vocab_size`: of the model, where tokens were added.
+    `vocab_size`: of the model, where tokens were added. `wrapped`: it is a multimodal model's text model.
     """
     base = model_path(config.model)
     front = {
@@ -93,6 +94,8 @@ def write_card(
         tokens = ", ".join(config.model.add_tokens[:3]) + (", ..." if len(config.model.add_tokens) > 3 else "")
         grow = WIDER.format(rows=vocab_size, tokens=tokens)
         how = how.replace("model = PeftModel", grow.replace("{", "{{").replace("}", "}}") + "\nmodel = PeftModel")
+    if wrapped:
+        how = how.replace("AutoModelForCausalLM", "AutoModelForImageTextToText")
     load = how.format(
         base=base,
         revision=f", revision={config.model.revision!r}" if config.model.revision else "",

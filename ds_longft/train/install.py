@@ -30,6 +30,7 @@ from ds_longft.layout import ParallelLayout
 from ds_longft.model.facts import ModelFacts
 from ds_longft.model.load import load_config
 from ds_longft.model.supported import decoder_layers
+from ds_longft.model.wrapped import is_wrapped
 from ds_longft.sequence.attention import ULYSSES
 from ds_longft.sequence.kept import HostStore
 from ds_longft.sequence.linear import LinearGroup, fuse_linears, gather_with
@@ -53,8 +54,10 @@ def fused_kernels(model: PreTrainedModel, config: RunConfig, device: torch.devic
     Before LoRA, which wraps the modules that liger looks for. It replaces functions of the model's module for the whole
     process, which is how liger works.
     """
-    if device.type != "cuda" or not liger_fits(config, model.config.model_type):
+    if device.type != "cuda" or not liger_fits(config, model.config.get_text_config().model_type):
         return False
+    if is_wrapped(model.config):  # liger would look for the towers
+        model = model.get_decoder()
     from liger_kernel.transformers import monkey_patch
 
     for op in LIGER_OPS_BY_GRADIENT:

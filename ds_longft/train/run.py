@@ -23,6 +23,7 @@ from ds_longft.errors import EXIT_HANG, EXIT_REQUEUE, GpuMemoryError
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.lora import trainable_parameters
 from ds_longft.model.peaks import peak_tflops
+from ds_longft.model.wrapped import is_wrapped
 from ds_longft.ranks.interrupt import StopRequest
 from ds_longft.ranks.join import Launch
 from ds_longft.train.card import write_card
@@ -197,7 +198,7 @@ def _write_end(
     folder = joined.folder
     history = read_metrics(folder / "metrics.jsonl")
     if not already_finished:
-        write_card(folder, joined.config, joined.layout, history, joined.hf_config.vocab_size)
+        write_card(folder, joined.config, joined.layout, history, joined.facts.vocab, wrapped=is_wrapped(joined.hf_config))
         if pusher is not None:
             pusher.finish(folder)
     records.console.print(summary_table(history, folder, (time.monotonic() - started) / 60))

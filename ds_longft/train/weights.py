@@ -13,6 +13,7 @@ from torch import nn
 from ds_longft.model.elsewhere import spell_for_older_readers
 from ds_longft.model.lora import gather_adapter_state, save_adapter
 from ds_longft.model.stops import serve_stop
+from ds_longft.model.wrapped import is_wrapped, save_whole
 from ds_longft.ranks.join import Agreement
 from ds_longft.train.durable import insist
 
@@ -77,10 +78,13 @@ class ModelWriter:
     def write_all(self, folder: Path, say: Callable[[str], None]) -> None:
         """Weights, tokenizer and chat template at the top of the output folder; a full disk is waited for a while."""
         state = gather_adapter_state(self.model) if self.lora else gather_weights(self.model)
+        base: Any = self.model
 
         def write() -> None:
             if self.lora:
                 save_adapter(self.model, state, folder)
+            elif is_wrapped(base.config):
+                save_whole(base, state, folder)
             else:
                 self.model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
             self.tokenizer.save_pretrained(folder)

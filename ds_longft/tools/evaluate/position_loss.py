@@ -67,7 +67,7 @@ def bucket_losses(
     rule, head = head_rule(loaded.plain), loaded.plain.get_output_embeddings()
     batch = shard(pack, layout, loaded.device)
     hidden = decode(loaded.plain.get_decoder(), batch, layout, kernel)  # [s, D]
-    chunk_rows = max(1, CHUNK_BYTES // (4 * loaded.plain.config.vocab_size))
+    chunk_rows = max(1, CHUNK_BYTES // (4 * loaded.plain.config.get_text_config().vocab_size))
     losses = torch.zeros(len(batch.targets), dtype=torch.float64, device=loaded.device)
     for a in range(0, len(batch.targets), chunk_rows):
         rows = slice(a, a + chunk_rows)

@@ -106,7 +106,7 @@ def load_subject(subject: Subject, device: torch.device, *, attention: str) -> L
     hf_config = load_config(subject.base, 1, attn_implementation=attention)
     if subject.config_folder != model_path(subject.base):
         hf_config = AutoConfig.from_pretrained(subject.config_folder)
-        hf_config.use_cache = False
+        hf_config.use_cache = hf_config.get_text_config().use_cache = False
         hf_config._attn_implementation = attention
     model: Any = load_model(subject.base, hf_config, ds_engine_config=None, dtype=dtype, device=device)
     plain = model

@@ -79,6 +79,7 @@ def in_float32(model: nn.Module) -> nn.Module:
 
 def attention_name(hf_config: Any) -> str:
     """transformers' own attention that honours all the config asks for: its sdpa knows neither softcap nor sinks."""
+    hf_config = hf_config.get_text_config()
     softcap = getattr(hf_config, "attn_logit_softcapping", None)
     return "eager" if softcap or hf_config.model_type == "gpt_oss" else "sdpa"
 

@@ -9,7 +9,6 @@ import peft
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ds_longft.batch import Pack
@@ -17,6 +16,7 @@ from ds_longft.config.run_config import RunConfig
 from ds_longft.exactness.finding import Finding
 from ds_longft.model.load import load_config, load_model
 from ds_longft.model.lora import WEIGHTS_NAME
+from ds_longft.model.wrapped import text_class
 from ds_longft.tools.verify.baseline import attention_name, document_losses, in_float32
 
 CHECK = "6 save and load"
@@ -35,7 +35,7 @@ def check_saved(
     hf_config._attn_implementation = attention_name(hf_config)
     if config.lora is None:
         unset_hf_deepspeed_config()  # of the engine's models: this one is loaded by one rank alone
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        model: Any = text_class(hf_config).from_pretrained(
             folder,
             config=hf_config,
             dtype=dtype,

@@ -96,7 +96,8 @@ class VerifiedRun:
         settings.engine["zero_optimization"].pop("round_robin_gradients", None)
         layout = ParallelLayout.create(sp)
         tokenizer = load_tokenizer(config.model)
-        vocab = load_config(config.model, config.data.max_length_tokens, attn_implementation="eager").vocab_size
+        hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation="eager")
+        vocab = hf_config.get_text_config().vocab_size
         train_set, _ = agreement.rank0_first(
             lambda: tokenized(config, tokenizer, vocab, progress=False, every_byte=agreement.rank == 0)
         )

@@ -78,7 +78,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     **{name: {"num_key_value_heads": 4, "head_dim": 8} for name in ("deepseek_v3", "axk1", "youtu", "longcat_flash", "glm4_moe_lite", "minicpm3", "sarvam_mla")},
     "deepseek_v2": {"num_key_value_heads": 4},
     "dots1": {"n_shared_experts": 1},
-    "gemma4_text": FOUR, "gemma4_unified_text": FOUR,
+    "gemma4": {"vision_config": {**TOWER, "global_head_dim": 16}}, "gemma4_text": FOUR, "gemma4_unified_text": FOUR,
     **{name: SECTIONS for name in ("glm4v_text", "glm_ocr_text", "paddleocr_vl_text", "qwen2_5_omni_text", "qwen2_5_vl_text", "qwen2_vl_text")},
     "glm4v_moe_text": {"rope_parameters": {**SECTIONS["rope_parameters"], "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}},
     "ernie4_5_vl_moe_text": {"moe_intermediate_size": [48, 32], "rope_parameters": {**SECTIONS["rope_parameters"], "mrope_section": [3, 3, 2]}},
