@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import cached_file
 
@@ -68,9 +69,15 @@ def save_whole(model: PreTrainedModel, state: dict[str, Tensor], folder: Path) -
     if Path(base).is_dir() and not any(Path(base).glob("*.safetensors")):  # a rehearsal with random weights
         model.save_pretrained(folder, state_dict=state)
         return
+    unset_hf_deepspeed_config()  # one rank alone reads them
     source = {"revision": config._commit_hash} if getattr(config, "_commit_hash", None) else {}
     towers = _part_of(whole_class(config), text=False).from_pretrained(
-        base, config=copy.deepcopy(config), dtype=model.dtype, use_safetensors=True, attn_implementation="eager", **source
+        base,
+        config=copy.deepcopy(config),
+        dtype=model.dtype,
+        use_safetensors=True,
+        attn_implementation="eager",
+        **source,
     )
     whole = whole_on_meta(config)
     whole.config.use_cache = True  # off for training only

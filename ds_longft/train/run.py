@@ -198,7 +198,9 @@ def _write_end(
     folder = joined.folder
     history = read_metrics(folder / "metrics.jsonl")
     if not already_finished:
-        write_card(folder, joined.config, joined.layout, history, joined.facts.vocab, wrapped=is_wrapped(joined.hf_config))
+        write_card(
+            folder, joined.config, joined.layout, history, joined.facts.vocab, wrapped=is_wrapped(joined.hf_config)
+        )
         if pusher is not None:
             pusher.finish(folder)
     records.console.print(summary_table(history, folder, (time.monotonic() - started) / 60))

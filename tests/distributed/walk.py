@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
-from typing import Any
-
-import torch
 
 from ds_longft.errors import ModelError
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.supported import check_supported
-from ds_longft.model.wrapped import is_wrapped, whole_on_meta
+from ds_longft.model.wrapped import whole_on_meta
 from tests.unit.sequence.zoo import ACCURACY, Way, ours, tiny, truth
 
 WAYS = {"full": Way("keep_attention"), "lora": Way("full")}

@@ -20,8 +20,8 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from ds_longft.batch import IGNORE_INDEX
-from ds_longft.data.pack import pack_of
 from ds_longft.config.run_config import LoraConfig
+from ds_longft.data.pack import pack_of
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.lora import add_lora
 from ds_longft.model.supported import decoder_layers
@@ -62,7 +62,9 @@ TOWER: dict[str, Any] = {
 }  # fmt: skip
 """What images and sound go through in a wrapper."""
 
-SECTIONS: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
+SECTIONS: dict[str, Any] = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+}
 
 FOUR: dict[str, Any] = {
     "num_hidden_layers": 6, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 3, "global_head_dim": 32,
@@ -79,7 +81,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_key_value_heads": 4},
     "dots1": {"n_shared_experts": 1},
     "gemma4": {"vision_config": {**TOWER, "global_head_dim": 16}}, "gemma4_text": FOUR, "gemma4_unified_text": FOUR,
-    **{name: SECTIONS for name in ("glm4v_text", "glm_ocr_text", "paddleocr_vl_text", "qwen2_5_omni_text", "qwen2_5_vl_text", "qwen2_vl_text")},
+    **dict.fromkeys(("glm4v_text", "glm_ocr_text", "paddleocr_vl_text", "qwen2_5_omni_text", "qwen2_5_vl_text", "qwen2_vl_text"), SECTIONS),
     "glm4v_moe_text": {"rope_parameters": {**SECTIONS["rope_parameters"], "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}},
     "ernie4_5_vl_moe_text": {"moe_intermediate_size": [48, 32], "rope_parameters": {**SECTIONS["rope_parameters"], "mrope_section": [3, 3, 2]}},
     "granite": {"logits_scaling": 3.0}, "granitemoe": {"logits_scaling": 3.0}, "hyperclovax": {"logits_scaling": 3.0},
@@ -110,7 +112,9 @@ WAYS = {
 
 def model_types() -> list[str]:
     """All of transformers' with a causal language model, alone or in a wrapper."""
-    return sorted({config.model_type for config in (*MODEL_FOR_CAUSAL_LM_MAPPING, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)})
+    return sorted(
+        {config.model_type for config in (*MODEL_FOR_CAUSAL_LM_MAPPING, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)}
+    )
 
 
 def tiny(model_type: str) -> PretrainedConfig:
