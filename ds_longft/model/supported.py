@@ -23,7 +23,7 @@ def check_supported(hf_config: PretrainedConfig) -> None:
     """Refuse, by name, every model that cannot be trained exactly here. Looks at config and class, loads no weights.
 
     Raises:
-        ModelError: encoder-decoder, multimodal, recurrent or linear-attention layers, other masks, no causal LM class,
+        ModelError: encoder-decoder, recurrent or linear-attention layers, other masks, no causal LM class,
             or a class that does not use transformers' attention interface.
     """
     name = hf_config.model_type

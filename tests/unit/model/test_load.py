@@ -12,7 +12,6 @@ from transformers import (
     BambaConfig,
     BloomConfig,
     FalconH1Config,
-    Gemma3Config,
     JambaConfig,
     Llama4TextConfig,
     MambaConfig,
@@ -96,7 +95,6 @@ def test_truncated_weights_are_one_clear_error(tmp_path: Path) -> None:
     ("config", "named"),
     [
         (T5Config(), "t5 is an encoder-decoder"),
-        (Gemma3Config(), "gemma3 is a multimodal"),
         (Qwen3NextConfig(num_hidden_layers=4), "qwen3_next has layers of type linear_attention"),
         (JambaConfig(num_hidden_layers=8), "jamba"),
         (BambaConfig(num_hidden_layers=4), "bamba"),
