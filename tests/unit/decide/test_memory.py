@@ -132,15 +132,15 @@ def test_what_is_kept_of_the_linears() -> None:
     assert spend(costs, -1.0, 1e9) == (nothing, 0.0, 0.0)
     assert spend(costs, 36.0, 0.0) == ([{qkv: "device"}] * 3, 36.0, 0.0)  # of every layer before the rest of any
     assert spend(costs, 52.0, 0.0)[0] == [{qkv: "device"}, {qkv: "device", o: "device"}, {qkv: "device", o: "device"}]
-    places, device, host = spend(costs, 36.0 + 2 * 64.0 + 72.0, 120.0)  # two layers' share of the host is in transit
+    places, device, host = spend(costs, 36.0 + 2 * 64.0 + 72.0, 128.0)  # two layers' share of the host is in transit
     assert places[2] == {qkv: "device", o: "device", gate_up: "device"}
-    assert places[1] == {qkv: "device", o: "device", gate_up: "host"}
-    assert places[0] == {qkv: "device", o: "host", gate_up: "host"}
-    assert (device, host) == (36.0 + 64.0 + 8.0, 120.0)
+    assert places[1] == places[0] == {qkv: "device", o: "host", gate_up: "host"}
+    assert (device, host) == (36.0 + 64.0, 128.0)
     many = [{gate_up: 56.0, o: 8.0, qkv: 12.0}] * 32
     places, device, host = spend(many, 32 * 12.0 + 2 * 64.0 + 13 * 64.0, 19 * 64.0)  # room for all, 13 layers here
-    assert 32 * (12.0 + 64.0) - 56.0 <= device + host
-    assert (device <= 32 * 12.0 + 13 * 64.0, host <= 19 * 64.0) == (True, True)
+    assert device + host >= 32 * (12.0 + 64.0) - 56.0
+    assert device <= 32 * 12.0 + 13 * 64.0
+    assert host <= 19 * 64.0
     assert places[31] == dict.fromkeys(many[0], "device")
     bus = [sum(cost for names, cost in many[i].items() if places[i][names] == "host") for i in range(32)]
     assert all(sum(bus[i : i + 4]) <= 4 * 64.0 * 19 / 32 + 64.0 for i in range(29))  # no four layers have to wait
