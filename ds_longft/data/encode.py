@@ -110,8 +110,7 @@ class Encoder:
         return _encoded(row, ids, [(0, len(ids), row.turns[0].weight)])
 
     def _chat(self, row: Row, rendered: Rendered, encoding: Encoding) -> EncodedRow:
-        cuts = [at for span in rendered.spans for at in (span.start, span.said_end, span.end)]
-        pieces = encode_pieces(self.tokenizer, rendered.text, encoding, cuts)
+        pieces = encode_pieces(self.tokenizer, rendered.text, encoding, rendered.borders)
         spans = [(*pieces.tokens_of(span.start, span.end), span.weight) for span in rendered.spans]
         unused = tuple(sorted({*row.unused, *rendered.unused}))
         return _encoded(replace(row, unused=unused), pieces.ids, spans)

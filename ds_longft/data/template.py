@@ -47,6 +47,11 @@ class Rendered:
     spans: tuple[Span, ...]  # in order, weight > 0
     unused: tuple[str, ...] = ()  # what the template leaves out, where that is asked for
 
+    @property
+    def borders(self) -> list[int]:
+        """Characters over which no token may reach, so that an answer begins and ends with a token of its own."""
+        return [at for span in self.spans for at in (span.start, span.said_end, span.end)]
+
 
 @dataclass(frozen=True)
 class ChatTemplate:

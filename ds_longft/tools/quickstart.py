@@ -7,6 +7,7 @@ standard library's source on this machine.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -73,7 +74,9 @@ def prepare(config: RunConfig, cache: str = CACHE) -> None:
 def _write_rows(path: Path, match: re.Match[str], model: Path) -> None:
     from transformers import AutoTokenizer
 
-    from ds_longft.tools.make_data.synth.code import write_code_set
+    from ds_longft.tools.make_data.convert import written_whole
+    from ds_longft.tools.make_data.lengths import Lengths
+    from ds_longft.tools.make_data.synth.code import code_rows
 
     part, tokens = match.groups()
     rows = TRAIN_ROWS if part == "train" else EVAL_ROWS
@@ -81,11 +84,14 @@ def _write_rows(path: Path, match: re.Match[str], model: Path) -> None:
         f"making {path}: {rows} rows of up to {int(tokens):,} tokens, questions about the Python standard library",
         flush=True,
     )
-    write_code_set(
-        path,
+    made = code_rows(
         rows=rows,
         context_tokens=int(tokens),
         questions=QUESTIONS,
+        seed=0,
         part="train" if part == "train" else "eval",
-        tokenizer=AutoTokenizer.from_pretrained(model),
+        lengths=Lengths(AutoTokenizer.from_pretrained(model)),
+        name="code",
     )
+    with written_whole(path) as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in made)

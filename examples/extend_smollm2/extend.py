@@ -106,7 +106,7 @@ def numbers(
     with Ledger(Path(f"{out}.ledger.jsonl")) as ledger:
         documents = read_documents(SourceConfig(path=source), ledger, taken)
         made = hidden.number_rows(documents, questions=questions, at_once=at_once, **shared)
-        write_made(made, out, shared["lengths"], ledger, json)
+        write_made(made, out, shared["lengths"], ledger, json=json)
 
 
 def results(run: str, command: str) -> None:

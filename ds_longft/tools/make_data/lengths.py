@@ -10,9 +10,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
+from ds_longft.data.encode import without_trimmed_offsets
+from ds_longft.data.pieces import encode_pieces
 from ds_longft.data.rows import Turn
-from ds_longft.data.template import ChatTemplate
+from ds_longft.data.template import ChatTemplate, Rendered
 from ds_longft.data.template_source import load_template
 from ds_longft.errors import ConfigError
 
@@ -27,9 +30,14 @@ _HAN = re.compile("[\u3000-\u9fff\uac00-\ud7af\uff00-\uffef]")
 class Lengths:
     """Counts tokens of texts and of whole rows, chat template included."""
 
-    def __init__(self, tokenizer: Any = None) -> None:
+    def __init__(self, tokenizer: Any = None, chars_per_token: float = CHARS_PER_TOKEN) -> None:
         """`tokenizer`: a fast Hugging Face tokenizer; without one, counts are estimates from characters."""
         self._tokenizer = tokenizer
+        self._chars_per_token = chars_per_token
+
+    @cached_property
+    def _backend(self) -> Tokenizer:
+        return without_trimmed_offsets(self._tokenizer.backend_tokenizer)
 
     @cached_property
     def _template(self) -> ChatTemplate:
@@ -50,7 +58,7 @@ class Lengths:
         """Tokens of a text."""
         if self._tokenizer is None:
             han = len(_HAN.findall(text))
-            return math.ceil(han / HAN_PER_TOKEN + (len(text) - han) / CHARS_PER_TOKEN)
+            return math.ceil(han / HAN_PER_TOKEN + (len(text) - han) / self._chars_per_token)
         return len(self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
 
     def starts(self, text: str) -> NDArray[np.int64]:
@@ -58,13 +66,13 @@ class Lengths:
         if self._tokenizer is None:
             han = np.zeros(len(text), dtype=bool)
             han[[match.start() for match in _HAN.finditer(text)]] = True
-            tokens = np.cumsum(np.where(han, 1 / HAN_PER_TOKEN, 1 / CHARS_PER_TOKEN))
+            tokens = np.cumsum(np.where(han, 1 / HAN_PER_TOKEN, 1 / self._chars_per_token))
             return np.searchsorted(tokens, np.arange(self.text(text))).clip(0, max(0, len(text) - 1))
         offsets = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).offsets
         return np.fromiter((start for start, _ in offsets), dtype=np.int64, count=len(offsets))
 
     def rows(self, rows: Sequence[Sequence[Turn]], tools: Sequence[str] | None = None) -> list[int]:
-        """Tokens of each row, with its tool schemas (JSON) where there are any.
+        """Tokens of each row as it is trained on, with its tool schemas (JSON) where there are any.
 
         Raises:
             BadRow: the chat template refuses a row.
@@ -75,13 +83,18 @@ class Lengths:
                 sum(self.text(_all_of(turn)) + TOKENS_PER_TURN for turn in turns) + self.text(schemas)
                 for turns, schemas in zip(rows, tools or [""] * len(rows), strict=True)
             ]
-        texts = [
-            turns[0].content if turns[0].role == "text" else self._template.render(turns, schemas, own_rule=True).text
+        rendered = [
+            Rendered(turns[0].content, ())
+            if turns[0].role == "text"
+            else self._template.render(turns, schemas, own_rule=True)
             for turns, schemas in zip(rows, tools or [""] * len(rows), strict=True)
         ]
-        encodings = self._tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        encodings = self._backend.encode_batch([row.text for row in rendered], add_special_tokens=False)
         ends = [2 if turns[0].role == "text" else 0 for turns in rows]  # bos and eos, which templates write themselves
-        return [len(encoding.ids) + end for encoding, end in zip(encodings, ends, strict=True)]
+        return [
+            len(encode_pieces(self._backend, row.text, encoding, row.borders).ids) + end
+            for row, encoding, end in zip(rendered, encodings, ends, strict=True)
+        ]
 
 
 def _all_of(turn: Turn) -> str:

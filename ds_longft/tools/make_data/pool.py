@@ -22,7 +22,7 @@ from ds_longft.tools.make_data.convert import PREFERENCE, layout_of, usable_reco
 from ds_longft.tools.make_data.lengths import Lengths
 from ds_longft.tools.make_data.recipe import MixSource, Recipe
 from ds_longft.tools.make_data.similar import anchors, signature
-from ds_longft.tools.make_data.synth.code import write_code_set
+from ds_longft.tools.make_data.synth.code import CHARS_PER_TOKEN, Part, code_rows
 from ds_longft.tools.make_data.synth.needle_rows import needle_rows
 from ds_longft.tools.make_data.synth.refgpt8x import hide_references
 from ds_longft.tools.make_data.synth.sources import Document, read_dialogues, read_documents
@@ -91,7 +91,7 @@ def _records(
 ) -> Iterator[tuple[dict[str, Any], str]]:
     """(row as on disk, part) of a source; made rows are made of held-out texts or of the others, never of both."""
     if source.synth == "code":
-        yield from _code(source, recipe, ledger)
+        yield from _code(source, recipe, lengths)
         return
     found = local(source, root)
     if source.synth == "none":
@@ -144,23 +144,19 @@ def _about_texts(
     return stretch_rows(texts, **every)
 
 
-def _code(source: MixSource, recipe: Recipe, ledger: Ledger) -> Iterator[tuple[dict[str, Any], str]]:
-    for part in ("train", "eval"):
-        count = _count(recipe.made_rows(source), recipe.held_out, part)
-        if not count:
-            continue
-        path = ledger.path.with_name(f".{source.name}.{part}.jsonl")
-        tokens = source.context_tokens or recipe.max_length_tokens
-        write_code_set(
-            path, rows=count, context_tokens=tokens, questions=source.questions or QUESTIONS, seed=recipe.seed,
-            part="train" if part == "train" else "eval",
-        )  # fmt: skip
-        try:
-            with path.open(encoding="utf-8") as file:
-                for line in file:
-                    yield json.loads(line) | {"source": source.name}, part
-        finally:
-            path.unlink()
+def _code(source: MixSource, recipe: Recipe, lengths: Lengths) -> Iterator[tuple[dict[str, Any], str]]:
+    parts: tuple[Part, Part] = ("train", "eval")
+    for part in parts:
+        made = code_rows(
+            rows=_count(recipe.made_rows(source), recipe.held_out, part),
+            context_tokens=source.context_tokens or recipe.max_length_tokens,
+            questions=source.questions or QUESTIONS,
+            seed=recipe.seed,
+            part=part,
+            lengths=lengths if lengths.exact else Lengths(chars_per_token=CHARS_PER_TOKEN),
+            name=source.name,
+        )
+        yield from ((record, part) for record in made)
 
 
 def local(source: MixSource, root: Path | None) -> SourceConfig:

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import json
-import math
 import os
 import random
 import re
 import sysconfig
-import tempfile
 import tokenize
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
@@ -24,8 +21,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ds_longft.data.rows import Turn
-from ds_longft.data.template_source import load_template
 from ds_longft.errors import DataError
+from ds_longft.tools.make_data.lengths import Lengths
 
 Messages = list[dict[str, str]]
 Part = Literal["train", "eval"]
@@ -39,7 +36,6 @@ MIN_DOCSTRING_CHARS = 60
 EVAL_SHARE = 0.1  # of the modules
 TRIES = 50
 MIN_MODULE_LINES = 20
-TEMPLATE_TOKENS = 64  # of a chat of two turns; used without a tokenizer
 CHARS_PER_TOKEN = 2.8  # of Python source, low rather than high; used without a tokenizer, and as a first guess
 MAX_CHARS_PER_TOKEN = 8.0
 CLOSE_ENOUGH_TOKENS = 8  # about a line
@@ -76,60 +72,29 @@ class Module:
         return f"# file: {self.name}{note}\n{''.join(self.lines[first - 1 : last]).rstrip()}\n\n"
 
 
-@dataclass(frozen=True)
-class CodeSet:
-    """What was written."""
-
-    path: str
-    rows: int
-    modules: int  # that rows may be made of
-    longest_tokens: int  # of a whole row; an estimate without a tokenizer
-    shortest_tokens: int
-
-
-def write_code_set(
-    path: str | Path,
-    *,
-    rows: int,
-    context_tokens: int,
-    questions: int = 1,
-    seed: int = 0,
-    part: Part = "train",
-    tokenizer: Any = None,
-) -> CodeSet:
-    """Write `rows` rows in `messages` form, one JSON object a line.
+def code_rows(
+    *, rows: int, context_tokens: int, questions: int, seed: int, part: Part, lengths: Lengths, name: str
+) -> Iterator[dict[str, Any]]:
+    """`rows` rows in `messages` form.
 
     Args:
-        path: JSONL file to write; its folder is made.
         rows: how many.
         context_tokens: no row is longer, chat template included; most are shorter by a few lines of code at most.
         questions: how many are asked of one context, one after the other; fewer where the module has no more to ask.
         seed: the same seed gives the same rows.
         part: `train` and `eval` never share a module.
-        tokenizer: a fast tokenizer with a chat template, to fill the length exactly. Without one, lengths are estimated
-            from characters.
+        lengths: how tokens are counted; estimated ones with `CHARS_PER_TOKEN`.
+        name: `source` of the rows.
 
     Raises:
         DataError: the length is too small to hold a function and its question, or the library has no source here.
     """
     names = module_names(part)
-    ruler = _Ruler(tokenizer)
+    ruler = _Ruler(lengths)
     rng = random.Random(f"{seed} {part}")
-    lengths = []
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-        try:
-            for number in range(rows):
-                messages, about = _row(rng, names, context_tokens, questions, ruler)
-                lengths.append(ruler.chat(messages))
-                record = {"messages": messages, "language": "en", "id": f"{part}-{seed}-{number}", **about}
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    os.replace(file.name, path)
-    return CodeSet(str(path), rows, len(names), max(lengths, default=0), min(lengths, default=0))
+    for number in range(rows):
+        messages, about = _row(rng, names, context_tokens, questions, ruler)
+        yield {"messages": messages, "source": name, "language": "en", "id": f"{part}-{seed}-{number}", **about}
 
 
 def module_names(part: Part) -> list[str]:
@@ -190,25 +155,16 @@ def _answers(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: tuple[str, ...
 
 
 class _Ruler:
-    """Measures text in tokens; estimates from characters without a tokenizer."""
+    """Measures text in tokens, each module once."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._template = load_template(tokenizer, None) if tokenizer is not None else None
+    def __init__(self, lengths: Lengths) -> None:
+        self.text = lengths.text
+        self._rows = lengths.rows
         self.of_module = cache(lambda module: self.text(module.excerpt(1, len(module.lines))))
-
-    def text(self, text: str) -> int:
-        """Tokens of a piece of context."""
-        if self._tokenizer is None:
-            return math.ceil(len(text) / CHARS_PER_TOKEN)
-        return len(self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
 
     def chat(self, messages: Messages) -> int:
         """Tokens of a whole row, chat template included."""
-        if self._template is None:
-            return sum(self.text(m["content"]) for m in messages) + TEMPLATE_TOKENS * len(messages) // 2
-        turns = [Turn("user" if m["role"] == "user" else "assistant", m["content"]) for m in messages]
-        return self.text(self._template.render(turns).text)
+        return self._rows([[Turn("user" if m["role"] == "user" else "assistant", m["content"]) for m in messages]])[0]
 
 
 def _row(

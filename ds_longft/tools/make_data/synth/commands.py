@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json as json_text
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from ds_longft.tools.make_data.commands import reasons
 from ds_longft.tools.make_data.convert import written_whole
 from ds_longft.tools.make_data.lengths import Lengths
 from ds_longft.tools.make_data.synth.agents import agent_rows
-from ds_longft.tools.make_data.synth.code import Part, write_code_set
+from ds_longft.tools.make_data.synth.code import CHARS_PER_TOKEN, Part, code_rows
 from ds_longft.tools.make_data.synth.needle_rows import needle_rows
 from ds_longft.tools.make_data.synth.needle_tasks import TASKS, Task
 from ds_longft.tools.make_data.synth.refgpt8x import MEAN_REFERENCES, hide_references, sentence_embedder
@@ -63,7 +62,7 @@ def refgpt8x(
             mean_references=mean_references,
             embed=sentence_embedder(embedding) if embedding else None,
         )
-        write_made(made, out, Lengths(), ledger, json)
+        write_made(made, out, Lengths(), ledger, json=json)
 
 
 def needle(
@@ -119,11 +118,11 @@ def needle(
             tasks=chosen,
             lengths=lengths,
         )
-        write_made(made, out, lengths, ledger, json)
+        write_made(made, out, lengths, ledger, json=json)
 
 
 def code(
-    path: str,
+    out: str,
     *,
     rows: int = 200,
     context_tokens: int | str = "4K",
@@ -131,34 +130,32 @@ def code(
     seed: int = 0,
     part: Part = "train",
     tokenizer: str | None = None,
+    name: str = "code",
     json: bool = False,
 ) -> None:
     """Write a long-code set made of the Python standard library's source on this machine.
 
     Args:
-        path: JSONL file to write, in `messages` form.
+        out: JSONL file to write, in `messages` form.
         rows: how many.
         context_tokens: longest row, e.g. 4096 or 128K.
         questions: how many are asked of one context, one after the other.
         seed: the same seed gives the same rows on the same Python.
         part: train or eval; the two never share a module.
         tokenizer: folder or hub id of a model, to fill the length exactly. Left out: lengths are estimated.
+        name: written to each row as its source.
         json: print one JSON object instead of a line.
     """
     tokens = context_length(context_tokens)
-    if questions < 1:
-        raise ConfigError(f"--questions is {questions}: expected 1 or more")
+    if rows < 1 or questions < 1:
+        raise ConfigError(f"--rows is {rows}, --questions is {questions}: expected 1 or more")
     if part not in ("train", "eval"):
         raise ConfigError(f"--part is {part!r}: expected train or eval")
-    loaded = load_tokenizer(tokenizer) if tokenizer else None
-    done = write_code_set(
-        path, rows=rows, context_tokens=tokens, questions=questions, seed=seed, part=part, tokenizer=loaded
+    lengths = Lengths(load_tokenizer(tokenizer) if tokenizer else None, CHARS_PER_TOKEN)
+    made = code_rows(
+        rows=rows, context_tokens=tokens, questions=questions, seed=seed, part=part, lengths=lengths, name=name
     )
-    if json:
-        print(json_text.dumps(asdict(done)))
-        return
-    about = "" if tokenizer else " (estimated)"
-    print(f"{done.path}: {done.rows} rows of {done.shortest_tokens:,} to {done.longest_tokens:,} tokens{about}")
+    write_made(made, out, lengths, json=json)
 
 
 def agents(
@@ -191,11 +188,10 @@ def agents(
             "and the second at most the third"
         )
     lengths = Lengths(load_tokenizer(tokenizer) if tokenizer else None)
-    with Ledger(Path(f"{out}.ledger.jsonl")) as ledger:
-        made = agent_rows(
-            rows=rows, shortest_tokens=shortest, longest_tokens=longest, seed=seed, lengths=lengths, name=name
-        )
-        write_made(made, out, lengths, ledger, json)
+    made = agent_rows(
+        rows=rows, shortest_tokens=shortest, longest_tokens=longest, seed=seed, lengths=lengths, name=name
+    )
+    write_made(made, out, lengths, json=json)
 
 
 def context_length(given: int | str) -> int:
@@ -206,8 +202,10 @@ def context_length(given: int | str) -> int:
     return tokens
 
 
-def write_made(made: Iterator[dict[str, Any]], out: str, lengths: Lengths, ledger: Ledger, json: bool) -> None:
-    """Write made rows, chats or plain texts, and say how long they are."""
+def write_made(
+    made: Iterator[dict[str, Any]], out: str, lengths: Lengths, ledger: Ledger | None = None, *, json: bool
+) -> None:
+    """Write made rows, chats or plain texts, and say how long they are. `ledger`: of what they are made of."""
     tokens = []
     with written_whole(Path(out)) as file:
         for record in made:
@@ -221,12 +219,12 @@ def write_made(made: Iterator[dict[str, Any]], out: str, lengths: Lengths, ledge
         "median_tokens": int(np.median(tokens)),
         "longest_tokens": max(tokens),
         "exact_lengths": lengths.exact,
-        "unusable_source_rows": ledger.tally.bad_rows,
+        "unusable_source_rows": ledger.tally.bad_rows if ledger else 0,
     }
     if json:
         print(json_text.dumps(facts))
         return
     about = "" if lengths.exact else " (estimated)"
     print(f"{out}: {len(tokens):,} rows of {min(tokens):,} to {max(tokens):,} tokens{about}")
-    if ledger.tally.unusable_rows:
+    if ledger and ledger.tally.unusable_rows:
         print(f"{ledger.path}: {reasons(ledger.tally)}")

@@ -52,7 +52,7 @@ def stretches(
     taken = Where(parse_where("--where", where), parse_where("--exclude", exclude))
     with Ledger(Path(f"{out}.ledger.jsonl")) as ledger:
         documents = read_documents(SourceConfig(path=source), ledger, taken)
-        write_made(stretch_rows(documents, **shared), out, shared["lengths"], ledger, json)
+        write_made(stretch_rows(documents, **shared), out, shared["lengths"], ledger, json=json)
 
 
 def of_running_texts(

@@ -1,22 +1,29 @@
-import json
-
 import pytest
 
 from ds_longft.data.rows import Turn
-from ds_longft.data.template_source import load_template
 from ds_longft.errors import DataError
-from ds_longft.tools.make_data.synth.code import module_names, read_module, write_code_set
+from ds_longft.tools.make_data.lengths import Lengths
+from ds_longft.tools.make_data.synth.code import CHARS_PER_TOKEN, code_rows, module_names, read_module
 
 
-def read(path):
-    return [json.loads(line) for line in path.open()]
+def make(rows, context_tokens, *, tokenizer=None, questions=1, seed=0, part="train"):
+    lengths = Lengths(tokenizer, CHARS_PER_TOKEN)
+    return list(
+        code_rows(
+            rows=rows,
+            context_tokens=context_tokens,
+            questions=questions,
+            seed=seed,
+            part=part,
+            lengths=lengths,
+            name="c",
+        )
+    )
 
 
-def test_rows_fit_exactly_and_answers_stand_in_the_context(tokenizer, tmp_path):
-    done = write_code_set(tmp_path / "a.jsonl", rows=12, context_tokens=6000, seed=3, tokenizer=tokenizer)
-    template = load_template(tokenizer, None)
+def test_rows_fit_exactly_and_answers_stand_in_the_context(tokenizer):
     lengths, questions = [], set()
-    for row in read(tmp_path / "a.jsonl"):
+    for row in make(12, 6000, seed=3, tokenizer=tokenizer):
         question, answer = (message["content"] for message in row["messages"])
         assert answer in question
         assert row["function"] in question.splitlines()[-1]
@@ -24,18 +31,16 @@ def test_rows_fit_exactly_and_answers_stand_in_the_context(tokenizer, tmp_path):
         assert answer.count("\n") < 30
         assert len(answer) > 20
         turns = [Turn("user", question), Turn("assistant", answer)]
-        lengths.append(len(tokenizer(template.render(turns).text)["input_ids"]))
+        lengths += Lengths(tokenizer).rows([turns])
         questions.add(row["question"])
-    assert max(lengths) == done.longest_tokens <= 6000
-    assert min(lengths) == done.shortest_tokens > 0.97 * 6000
+    assert max(lengths) <= 6000
+    assert min(lengths) > 0.97 * 6000
     assert len(questions) > 1
 
 
-def test_several_questions_of_one_context(tokenizer, tmp_path):
-    done = write_code_set(tmp_path / "a.jsonl", rows=6, context_tokens=4000, questions=4, tokenizer=tokenizer)
-    template = load_template(tokenizer, None)
+def test_several_questions_of_one_context(tokenizer):
     counts, lengths = [], []
-    for row in read(tmp_path / "a.jsonl"):
+    for row in make(6, 4000, questions=4, tokenizer=tokenizer):
         turns = [Turn(message["role"], message["content"]) for message in row["messages"]]
         context = turns[0].content
         for answer in turns[1::2]:
@@ -43,23 +48,20 @@ def test_several_questions_of_one_context(tokenizer, tmp_path):
         for name in row["function"].split(", "):
             assert context.count(f"def {name}(") == 1
         counts.append(len(turns) // 2)
-        lengths.append(len(tokenizer(template.render(turns).text)["input_ids"]))
+        lengths += Lengths(tokenizer).rows([turns])
     assert max(counts) == 4
-    assert max(lengths) == done.longest_tokens <= 4000
+    assert max(lengths) <= 4000
 
 
-def test_the_seed_decides(tmp_path):
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        write_code_set(tmp_path / name, rows=3, context_tokens=2000, seed=seed)
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() != (tmp_path / "c").read_bytes()
+def test_the_seed_decides():
+    assert make(3, 2000, seed=0) == make(3, 2000, seed=0) != make(3, 2000, seed=1)
 
 
-def test_train_and_eval_share_no_module(tmp_path):
+def test_train_and_eval_share_no_module():
     train, held_out = set(module_names("train")), set(module_names("eval"))
     assert not train & held_out
     assert len(held_out) > 10
-    write_code_set(tmp_path / "eval.jsonl", rows=3, context_tokens=3000, part="eval")
-    for row in read(tmp_path / "eval.jsonl"):
+    for row in make(3, 3000, part="eval"):
         headers = [line for line in row["messages"][0]["content"].splitlines() if line.startswith("# file: ")]
         assert {header.split()[2] for header in headers} <= held_out
 
@@ -73,7 +75,6 @@ def test_answers_are_exact_source():
     assert all(len(target.answers[kind]) for kind in target.answers)
 
 
-def test_too_short_is_an_error(tmp_path):
+def test_too_short_is_an_error():
     with pytest.raises(DataError, match="too short"):
-        write_code_set(tmp_path / "a.jsonl", rows=1, context_tokens=150)
-    assert list(tmp_path.iterdir()) == []
+        make(1, 150)
