@@ -253,6 +253,12 @@ class DataConfig(Section):
     max_bad_fraction: Free[float] = Field(default=0.01, ge=0, le=1)
     """Stop when more than this share of the rows is unusable (each is listed in the ledger)."""
 
+    stream_window_mib: Refused[int | None] = Field(default=None, gt=0)
+    """Read the training set as a stream: tokenise so many MiB of its rows at a time, the next ones while these are
+    trained, and keep no more on disk. Rows share packs and steps inside such a window only, and windows follow each
+    other in the order of the files; behind the end the set begins again, up to `train.max_steps`. Left out: all of it
+    is tokenised before step 1."""
+
     @field_validator("train", "eval", mode="before")
     @classmethod
     def _one_path(cls, value: Any) -> Any:
@@ -500,7 +506,7 @@ def contradictions(config: RunConfig) -> list[str]:
             "hub.push_every_save is true, but lora is null: checkpoints of all weights are the engine's own shards. "
             "Leave it out; hub.repo alone uploads the result"
         )
-    problems += _objective_problems(config) + _token_problems(config)
+    problems += _objective_problems(config) + _token_problems(config) + _stream_problems(config)
     if config.model.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", config.model.revision or ""):
         problems.append(
             f"model.trust_remote_code needs model.revision pinned to a full commit hash (40 hex digits), "
@@ -527,6 +533,21 @@ def _token_problems(config: RunConfig) -> list[str]:
             "lora.modules_to_save instead, which trains all rows, or leave it out"
         )
     return problems
+
+
+def _stream_problems(config: RunConfig) -> list[str]:
+    """Keys that ask for the whole training set, where it is read as a stream."""
+    if config.data.stream_window_mib is None:
+        return []
+    limited = [source.path for source in config.data.train if source.limit is not None]
+    problems = {
+        "train.max_steps is missing: nobody counts the steps of a stream ahead": config.train.max_steps is None,
+        "train.epochs is given: behind its end a stream begins again, leave it out": config.train.epochs != 1,
+        "data.eval_fraction is given: name held-out rows in data.eval": config.data.eval_fraction > 0,
+        "objective is dpo: pairs are read whole, leave it out": config.objective != "sft",
+        f"data.train[].limit is given ({', '.join(limited)}): leave it out": bool(limited),
+    }
+    return [f"data.stream_window_mib is given, but {text}" for text, is_so in problems.items() if is_so]
 
 
 def _objective_problems(config: RunConfig) -> list[str]:

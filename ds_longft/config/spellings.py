@@ -38,6 +38,7 @@ KEYS_OF_OTHER_TOOLS = {
     **dict.fromkeys(["gradient_checkpointing", "activation_checkpointing"], "train.recompute"),
     **dict.fromkeys(["resume_from_checkpoint", "auto_resume_from_checkpoints"], "train.resume"),
     **dict.fromkeys(["sample_packing", "neat_packing", "group_by_length", "sort_by_length"], "data.packing"),
+    **dict.fromkeys(["streaming", "pretraining_dataset"], "data.stream_window_mib"),
     **dict.fromkeys(["preprocessing_num_workers", "dataset_num_proc", "num_proc"], "data.workers"),
     **dict.fromkeys(["attn_implementation", "flash_attention", "flash_attn"], "model.kernel"),
     **dict.fromkeys(["bf16", "torch_dtype", "precision"], "model.dtype"),

@@ -49,12 +49,27 @@ class StepLoader:
         """Seconds spent waiting for a step to be built, since the loader was made."""
         self.budget_tokens = data.budget_tokens(tokenized.documents_per_row)
         """Tokens of a full pack."""
-        self._tokenized = tokenized
         self._data = data
         self._dp, self._dp_rank, self._sp, self._accumulation = dp, dp_rank, sp, accumulation
         self._seed, self._pad_id, self._equal_cost_tokens = seed, pad_id, equal_cost_tokens
-        self._row_weights: NDArray[np.float64] = tokenized.weight_sums(data.weighting)
+        self._take(tokenized)
+
+    def _take(self, tokenized: TokenizedSet) -> None:
+        self._tokenized = tokenized
+        self._row_weights: NDArray[np.float64] = tokenized.weight_sums(self._data.weighting)
         self._plans: dict[int, PackPlan] = {}
+
+    @property
+    def _content(self) -> str:
+        return self._tokenized.content
+
+    def rows(self, epoch: int) -> TokenizedSet:
+        """The rows of an epoch."""
+        return self._tokenized
+
+    def rows_name(self, epoch: int) -> str:
+        """Names the rows of an epoch by what is trained of them."""
+        return self._content
 
     @property
     def fingerprint(self) -> str:
@@ -62,14 +77,14 @@ class StepLoader:
         data = self._data
         step = (self._dp * self._accumulation, self._seed, self._equal_cost_tokens)
         settings = (self.budget_tokens, data.packing, data.weighting, *step)
-        return hashlib.sha256(repr((self._tokenized.content, *settings)).encode()).hexdigest()[:16]
+        return hashlib.sha256(repr((self._content, *settings)).encode()).hexdigest()[:16]
 
     def plan(self, epoch: int) -> PackPlan:
         """The plan of an epoch. The last one asked for is kept."""
         if epoch not in self._plans:
             self._plans = {
                 epoch: plan_epoch(
-                    self._tokenized.lengths,
+                    self.rows(epoch).lengths,
                     budget_tokens=self.budget_tokens,
                     dp=self._dp,
                     accumulation=self._accumulation,

@@ -53,12 +53,25 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where reading a source stands."""
+
+    file: int = 0
+    block: int = 0  # of that file, the next one
+    records: int = 0  # of a remote set, read so far
+    state: dict[str, Any] | None = None  # of a remote set that is read as a stream
+
+
+START = Place()
+
+
+@dataclass(frozen=True)
 class Source:
-    """A source that was found: local files, or a hub set already fetched to the local cache."""
+    """A source that was found: local files, a hub set already fetched to the local cache, or one to be streamed."""
 
     config: SourceConfig
     files: tuple[Path, ...]
-    hub: Any = None  # datasets.Dataset
+    hub: Any = None  # datasets.Dataset or IterableDataset
     remark: str = ""  # what of it is not read
 
     @property
@@ -73,44 +86,51 @@ class Source:
         too many is taken for a new one; whether a run may go on is a question of its rows (`TokenizedSet.content`).
         """
         if self.hub is not None:
-            return [self.config.path, self.config.split, self.hub._fingerprint]
+            named = [self.config.path, self.config.split, self.config.subset, self.config.revision]
+            return [*named, getattr(self.hub, "_fingerprint", "streamed")]
         stats = [(file, file.stat()) for file in self.files]
         return [[str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for file, stat in stats]
 
     def blocks(self) -> Iterator[Block]:
         """All records in order, cut into blocks, at most `limit` records."""
-        return _limited(self._all_blocks(), self.config.limit)
+        return _limited((block for block, _ in self.blocks_from(START)), self.config.limit)
 
-    def _all_blocks(self) -> Iterator[Block]:
+    def blocks_from(self, place: Place) -> Iterator[tuple[Block, Place]]:
+        """The blocks from a place on, each with the place behind it. What lies before it in its file is read again."""
         if self.hub is not None:
-            yield from _record_batches(f"{self.config.path}[{self.config.split}]", self.hub)
-        before = 0
-        for file in self.files:
+            yield from _record_batches(f"{self.config.path}[{self.config.split}]", self.hub, place)
+        before = sum(file.stat().st_size for file in self.files[: place.file])
+        for number, file in enumerate(self.files[place.file :], place.file):
+            done = place.block if number == place.file else 0
             try:
-                yield from _file_blocks(file, before)
+                for count, block in enumerate(islice(_file_blocks(file, before), done, None), done + 1):
+                    yield block, Place(number, count)
             except (OSError, EOFError, zlib.error, tarfile.TarError, pa.ArrowException) as error:
                 raise DataError(f"{file} cannot be read: {error}; is the file complete?") from error
             before += file.stat().st_size
 
 
-def find_source(config: SourceConfig) -> Source:
+def find_source(config: SourceConfig, *, streaming: bool = False) -> Source:
     """Files of a local path or pattern, remote files, or the hub set of that id.
 
-    Raises `DataError` when there is none of them, naming what was looked for.
+    `streaming`: what is not local is read as it is needed, and not fetched.
+
+    Raises:
+        DataError: there is none of them; it names what was looked for.
     """
     if is_remote(config.path):
-        return Source(config, (), _load_remote(config))
+        return Source(config, (), _load_remote(config, streaming))
     files = local_files(config)
     if files is not None:
         return Source(config, files.read, remark=files.remark)
     path = Path(config.path)
     if path.is_absolute() or config.path.startswith((".", "~")) or suffix_of(path) in SUFFIXES or not config.path:
         raise DataError(f"no such file or folder: {config.path!r} (data.train[].path or data.eval[].path)")
-    return Source(config, (), _load_hub(config))
+    return Source(config, (), _load_hub(config, streaming))
 
 
-def _load_remote(config: SourceConfig) -> Any:
-    """Files that fsspec finds (s3://, gs://, hf://, https://), fetched to the local cache of `datasets`."""
+def _load_remote(config: SourceConfig, streaming: bool) -> Any:
+    """Files that fsspec finds (s3://, gs://, hf://, https://), fetched to the local cache of `datasets` or streamed."""
     import datasets  # heavy, and not needed for local files
 
     kinds = {".parquet": "parquet", ".arrow": "arrow", ".txt": "text"} | dict.fromkeys(LINES, "json")
@@ -122,16 +142,17 @@ def _load_remote(config: SourceConfig) -> Any:
         )
     more = {"sample_by": "document"} if kind == "text" else {}
     try:
-        return datasets.load_dataset(kind, data_files=config.path, split="train", **more)
+        return datasets.load_dataset(kind, data_files=config.path, split="train", streaming=streaming, **more)
     except Exception as error:  # every file system raises errors of its own
         raise DataError(f"{config.path!r} cannot be read: {_first_lines(error)}") from error
 
 
-def _load_hub(config: SourceConfig) -> Any:
+def _load_hub(config: SourceConfig, streaming: bool) -> Any:
     import datasets  # heavy, and not needed for local files
 
     given = {"name": config.subset, "revision": config.revision}
-    keys = {key: value for key, value in given.items() if value is not None}
+    keys: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    keys |= {"streaming": True} if streaming else {}
     try:
         try:
             return datasets.load_dataset(config.path, split=config.split, **keys)
@@ -139,7 +160,7 @@ def _load_hub(config: SourceConfig) -> Any:
             # Sets rename their parts over time: Fusang-v1 has had `long` as a split and as a configuration.
             if config.subset or config.split not in datasets.get_dataset_config_names(config.path):
                 raise
-            return datasets.load_dataset(config.path, config.split, split="train")
+            return datasets.load_dataset(config.path, config.split, split="train", **keys)
     except Exception as error:  # the hub client raises errors of many libraries
         asked = f"split {config.split!r}, subset {config.subset!r}"
         raise DataError(
@@ -337,12 +358,18 @@ def _unpack(stream: Metered, plain: IO[bytes], file: Path) -> None:
         raise DataError(f"{file} unpacks to over {MAX_EXPANSION} times its size: it is no data") from None
 
 
-def _record_batches(name: str, hub: Any) -> Iterator[Block]:
-    first = 1
-    for table in hub.with_format("arrow").iter(batch_size=PARQUET_ROWS):
+def _record_batches(name: str, hub: Any, place: Place) -> Iterator[tuple[Block, Place]]:
+    tables, done = hub.with_format("arrow"), place.records
+    if place.state is not None:
+        tables.load_state_dict(place.state)
+    elif done:
+        tables = tables.skip(done)
+    for table in tables.iter(batch_size=PARQUET_ROWS):
+        state = tables.state_dict() if hasattr(tables, "state_dict") else None
+        end = done + table.num_rows
         for batch in table.combine_chunks().to_batches():
-            yield Block(name, first, batch, 0)
-            first += batch.num_rows
+            done += batch.num_rows
+            yield Block(name, done - batch.num_rows + 1, batch, 0), Place(0, 0, done, state if done == end else None)
 
 
 def _limited(blocks: Iterator[Block], limit: int | None) -> Iterator[Block]:

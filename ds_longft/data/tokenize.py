@@ -97,6 +97,83 @@ class Result:
     too_long: list[tuple[int, int]]  # (tokens, targets) of each row left out for its length
 
 
+@dataclass(frozen=True)
+class Input:
+    """What is tokenized, and by which rules."""
+
+    sources: tuple[Source, ...]
+    formats: tuple[str, ...]  # of each source
+    encoder: Encoder
+
+    @classmethod
+    def of(
+        cls,
+        sources: Sequence[SourceConfig],
+        tokenizer: Any,
+        data: DataConfig,
+        *,
+        progress: bool = False,
+        pairs: bool = False,
+        streaming: bool = False,
+    ) -> Input:
+        """Find the sources and their layouts. Raises as `tokenize_sources` does."""
+        if not sources:
+            raise DataError("data.train is empty: give at least one source, e.g. data.train: [{path: my.jsonl}]")
+        if getattr(tokenizer, "backend_tokenizer", None) is None:
+            raise DataError(
+                f"{type(tokenizer).__name__} is not a fast tokenizer: the model folder needs a tokenizer.json"
+            )
+        found = [find_source(source, streaming=streaming) for source in sources]
+        if progress:
+            for source in found:
+                if source.remark:
+                    say_once(source.remark)
+        formats = [_format_of(source, pairs) for source in found]
+        encoder = _encoder(tokenizer, data, chats=any(name != "text" for name in formats))
+        if progress and encoder.template is not None:
+            for remark in encoder.template.remarks:
+                say_once(remark)
+        return cls(tuple(found), tuple(formats), encoder)
+
+    @property
+    def kind(self) -> RowKind:
+        """Of all rows."""
+        return RowKind.of(self.formats[0])
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the files; 0 where they lie elsewhere."""
+        return sum(source.size_bytes for source in self.sources)
+
+    @property
+    def fingerprint(self) -> str:
+        """Names this input: tokenizer, template, files, settings. Equal fingerprints mean equal tokens."""
+        return self.digest([[s.identity(), s.config.limit, s.config.path] for s in self.sources])
+
+    def digest(self, files: Any) -> str:
+        """Names tokenizer, template and settings, together with whatever names the files."""
+        encoder, template = self.encoder, self.encoder.template
+        settings = {
+            "layout": LAYOUT_VERSION,
+            "tokenizer": encoder.tokenizer.to_str(),
+            "eos_id": encoder.eos_id,
+            "template": template and [template.source, sorted(template.variables.items()), template.turn_ends],
+            "sources": [self.formats, files],
+            "max_length_tokens": encoder.max_length_tokens,
+            "overlong": encoder.overlong,
+            "turns": [encoder.thinking, encoder.train_turns],
+        }
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
+
+    def tasks(self) -> Iterator[tuple[int, Task]]:
+        """All blocks in their order, each with its position in bytes."""
+        before_bytes = 0
+        for source, name in zip(self.sources, self.formats, strict=True):
+            for block in source.blocks():
+                yield before_bytes + block.position_bytes, Task(block, name, source.config.path)
+            before_bytes += source.size_bytes
+
+
 def tokenize_sources(
     sources: Sequence[SourceConfig],
     tokenizer: Any,
@@ -120,21 +197,8 @@ def tokenize_sources(
         DataError: nothing found or usable, too many bad rows, or a row too long with `overlong: error`.
         ConfigError: no chat template, or one that does not show where the answers are.
     """
-    if not sources:
-        raise DataError("data.train is empty: give at least one source, e.g. data.train: [{path: my.jsonl}]")
-    if getattr(tokenizer, "backend_tokenizer", None) is None:
-        raise DataError(f"{type(tokenizer).__name__} is not a fast tokenizer: the model folder needs a tokenizer.json")
-    found = [find_source(source) for source in sources]
-    if progress:
-        for source in found:
-            if source.remark:
-                say_once(source.remark)
-    formats = [_format_of(source, pairs) for source in found]
-    encoder = _encoder(tokenizer, data, chats=any(name != "text" for name in formats))
-    if progress and encoder.template is not None:
-        for remark in encoder.template.remarks:
-            say_once(remark)
-    fingerprint = _fingerprint(found, formats, encoder)
+    found = Input.of(sources, tokenizer, data, progress=progress, pairs=pairs)
+    fingerprint = found.fingerprint
     cache = Path(data.cache_dir).expanduser()
     folder = cache / fingerprint
     try:
@@ -145,19 +209,17 @@ def tokenize_sources(
         except OSError as error:
             raise DataError(f"data.cache_dir {data.cache_dir} cannot be made: {error.strerror or error}") from None
         with FileLock(cache / f"{fingerprint}.lock"):  # a second process waits, and finds the set made
-            found_set = _make(folder, found, formats, encoder, data.workers, progress=progress, every_byte=every_byte)
+            found_set = _make(folder, found, data.workers, progress=progress, every_byte=every_byte)
     found_set.tally.check(data.max_bad_fraction, folder / LEDGER)
     if progress and (remark := found_set.tally.unused_remark()):
         say_once(remark)
     files = [folder / part.file for part in found_set.parts]
-    return RowKind.of(formats[0]).tokenized.open(files, fingerprint, found_set.tally)
+    return found.kind.tokenized.open(files, fingerprint, found_set.tally)
 
 
 def _make(
     folder: Path,
-    sources: Sequence[Source],
-    formats: Sequence[str],
-    encoder: Encoder,
+    found: Input,
     workers: int | None,
     *,
     progress: bool,
@@ -171,7 +233,7 @@ def _make(
             print(f"the tokenized set {folder} is damaged, and is made again: {damage}", file=sys.stderr, flush=True)
             shutil.rmtree(folder)
     partial = folder.with_name(f".{folder.name}.partial")
-    _write(sources, formats, encoder, partial, workers=workers, progress=progress)
+    write_set(partial, found.tasks(), found, found.size_bytes, workers=workers, progress=progress)
     partial.rename(folder)
     return sealed_set(folder, every_byte=False)
 
@@ -202,46 +264,29 @@ def _format_of(source: Source, pairs: bool) -> str:
     return detect_format(record, source.config.path)
 
 
-def _fingerprint(sources: Sequence[Source], formats: Sequence[str], encoder: Encoder) -> str:
-    """Names this input: tokenizer, template, files, settings. Equal fingerprints mean equal tokens."""
-    template = encoder.template
-    settings = {
-        "layout": LAYOUT_VERSION,
-        "tokenizer": encoder.tokenizer.to_str(),
-        "eos_id": encoder.eos_id,
-        "template": template and [template.source, sorted(template.variables.items()), template.turn_ends],
-        "sources": [[s.identity(), f, s.config.limit, s.config.path] for s, f in zip(sources, formats, strict=True)],
-        "max_length_tokens": encoder.max_length_tokens,
-        "overlong": encoder.overlong,
-        "turns": [encoder.thinking, encoder.train_turns],
-    }
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
-
-
-def _write(
-    sources: Sequence[Source],
-    formats: Sequence[str],
-    encoder: Encoder,
+def write_set(
     folder: Path,
+    tasks: Iterable[tuple[int, Task]],
+    found: Input,
+    size_bytes: int,
     *,
     workers: int | None,
     progress: bool,
 ) -> None:
-    """Encode every block into parts of `PART_BLOCKS` blocks, in the order of the input; parts already there are kept.
+    """Encode blocks (each with its position) into parts of `PART_BLOCKS` blocks, in their order; parts already there
+    are kept.
 
     A process that is killed or interrupted, or whose disk is full, leaves its whole parts. Whatever else goes wrong
     would go wrong again, and leaves nothing behind.
     """
     folder.mkdir(exist_ok=True)
-    schema = RowKind.of(formats[0]).schema
-    size_bytes = sum(source.size_bytes for source in sources)
     whole = whole_parts(folder)
     try:
         with Progress("tokenising", size_bytes, show=progress) as bar:
-            tasks = ((i // PART_BLOCKS, *task) for i, task in enumerate(_tasks(sources, formats)))
-            tasks = (task for task in tasks if task[0] not in whole)
-            for part, of_part in groupby(_results(tasks, encoder, workers, size_bytes), key=itemgetter(0)):
-                _write_part(folder, part, ((at, result) for _, at, result in of_part), bar, schema)
+            numbered = ((i // PART_BLOCKS, *task) for i, task in enumerate(tasks))
+            new = (task for task in numbered if task[0] not in whole)
+            for part, of_part in groupby(_results(new, found.encoder, workers, size_bytes), key=itemgetter(0)):
+                _write_part(folder, part, ((at, result) for _, at, result in of_part), bar, found.kind.schema)
         close_set(folder)
     except Overlong as too_long:
         shutil.rmtree(folder, ignore_errors=True)
@@ -286,14 +331,6 @@ def _write_part(
                 writer.write_batch(result.batch)
             bar.update(position_bytes, f"{tally.usable:,} rows of part {part + 1}")
     SealedSet(tally, [PartSeal.of(rows, tally.usable)]).write(folder / f"tally-{part:05d}.json")
-
-
-def _tasks(sources: Sequence[Source], formats: Sequence[str]) -> Iterator[tuple[int, Task]]:
-    before_bytes = 0
-    for source, name in zip(sources, formats, strict=True):
-        for block in source.blocks():
-            yield before_bytes + block.position_bytes, Task(block, name, source.config.path)
-        before_bytes += source.size_bytes
 
 
 def _results(

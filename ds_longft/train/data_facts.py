@@ -17,10 +17,17 @@ SAMPLE_TOKENS = 400
 
 
 def write_data_facts(
-    folder: Path, train: TokenizedSet, held_out: TokenizedSet | None, tokenizer: Any, total_steps: int
+    folder: Path,
+    train: TokenizedSet,
+    held_out: TokenizedSet | None,
+    tokenizer: Any,
+    total_steps: int,
+    window: int | None = None,
 ) -> None:
-    """Write the statistics of both sets and the number of steps into the run's folder."""
-    parts = {"train": train} | ({"held out": held_out} if held_out is not None else {})
+    """Write the statistics of both sets and the number of steps into the run's folder. `window`: of a stream."""
+    parts = {"train" if window is None else f"train, window {window} of a stream": train} | (
+        {"held out": held_out} if held_out is not None else {}
+    )
     facts = {
         "total_steps": total_steps,
         "parts": {name: statistics(part) for name, part in parts.items()},

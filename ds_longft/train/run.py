@@ -168,7 +168,10 @@ def _write_head(
     config, layout, device, folder, state = joined.config, joined.layout, joined.device, joined.folder, resumed.state
     if not already_finished:  # else the records would tell of settings that nothing was trained with
         write_facts(folder, config, joined.settings.engine, layout, device)
-        write_data_facts(folder, data.train, data.held_out, data.tokenizer, state.total_steps)
+        window = state.epoch if config.data.stream_window_mib is not None else None
+        write_data_facts(
+            folder, resumed.train_loader.rows(state.epoch), data.held_out, data.tokenizer, state.total_steps, window
+        )
     header = _header(config, layout, device, resumed.train_loader, state, prepared.found[0] if prepared.found else None)
     records.say("\n".join([header, *joined.remarks]))
     records.say(f"{trainable_parameters(prepared.built.model)}; {joined.kernels}")
@@ -234,12 +237,13 @@ def _header(
     resumed_from: Path | None,
 ) -> str:
     """A few lines that say what is about to happen."""
+    period = "an epoch" if config.data.stream_window_mib is None else f"in window {state.epoch} of the stream"
     alone = " (a longer row alone)" if loader.budget_tokens < config.longest_pack_tokens else ""
     lines = [
         f"{config.model.path}: {'LoRA r' + str(config.lora.r) if config.lora else 'full fine-tuning'}, "
         f"{layout.world} x {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}, "
         f"sp {layout.sp} (ranks that share a sample) x dp {layout.dp}",
-        f"{loader.steps_per_epoch(0)} steps an epoch, {state.total_steps} in all; packs of up to "
+        f"{loader.steps_per_epoch(state.epoch)} steps {period}, {state.total_steps} in all; packs of up to "
         f"{loader.budget_tokens:,} tokens{alone}, {layout.dp * config.train.gradient_accumulation_steps} in each step",
     ]
     if (config.optim.warmup_steps or 0) > state.total_steps:

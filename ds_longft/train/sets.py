@@ -6,7 +6,8 @@ from typing import Any
 
 from ds_longft.config.run_config import RunConfig, SourceConfig
 from ds_longft.data.pairs import PairSet
-from ds_longft.data.tokenize import tokenize_sources
+from ds_longft.data.stream import Stream
+from ds_longft.data.tokenize import Input, tokenize_sources
 from ds_longft.data.tokenized import TokenizedSet
 from ds_longft.objectives.objective import Needs
 from ds_longft.objectives.reference_cache import load_reference
@@ -14,8 +15,9 @@ from ds_longft.objectives.reference_cache import load_reference
 
 def tokenized(
     config: RunConfig, tokenizer: Any, vocab: int, *, progress: bool, every_byte: bool = False
-) -> tuple[TokenizedSet, TokenizedSet | None]:
-    """The training set and, where asked for, the held-out set; from the cache when nothing changed.
+) -> tuple[TokenizedSet | Stream, TokenizedSet | None]:
+    """The training set and, where asked for, the held-out set; from the cache when nothing changed. A stream is only
+    opened.
 
     `vocab`: token ids that the model knows. `every_byte`: of the cache is looked at, not its sizes alone.
 
@@ -35,6 +37,9 @@ def tokenized(
         assert isinstance(made, PairSet)
         return made.with_reference(load_reference(config, made))
 
+    if config.data.stream_window_mib is not None:
+        found = Input.of(config.data.train, tokenizer, config.data, progress=progress, streaming=True)
+        return Stream(found, config.data, vocab), make(config.data.eval) if config.data.eval else None
     train_set = make(config.data.train)
     if config.data.eval:
         return train_set, make(config.data.eval)

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 from ds_longft.config.ds_json import DeepSpeedSettings
 from ds_longft.config.run_config import RunConfig
 from ds_longft.data.loader import StepLoader
+from ds_longft.data.stream import Stream, StreamLoader
 from ds_longft.data.tokenized import TokenizedSet
 from ds_longft.decide.plan_json import foresee_run, write_plan
 from ds_longft.layout import ParallelLayout
@@ -94,7 +95,7 @@ class RunData:
     """The rows of a run, tokenized."""
 
     tokenizer: Any
-    train: TokenizedSet
+    train: TokenizedSet | Stream
     held_out: TokenizedSet | None
 
 
@@ -201,8 +202,9 @@ def resume(joined: Joined, data: RunData, prepared: Prepared) -> Resumed:
     The rehearsal comes before the load, because it clears the optimizer's state.
     """
     config, layout, built, found = joined.config, joined.layout, prepared.built, prepared.found
-    train_loader = _loader(joined, data.train, config.train.gradient_accumulation_steps)
-    state = _new_state(joined, data, prepared, train_loader)
+    first = found[1].epoch if found is not None else 0
+    train_loader = _loader(joined, data.train, config.train.gradient_accumulation_steps, first)
+    state = _new_state(joined, prepared, train_loader, first)
     if found is not None:
         refuse_another_run(*found, state)
     remarks = _rehearse(joined, prepared, train_loader)
@@ -220,19 +222,28 @@ def resume(joined: Joined, data: RunData, prepared: Prepared) -> Resumed:
     return Resumed(state, train_loader, eval_loader, tuple(prepared.checkpoints.set_aside_after(state.step)), remarks)
 
 
-def _loader(joined: Joined, part: TokenizedSet, accumulation: int) -> StepLoader:
+def _loader(joined: Joined, part: TokenizedSet | Stream, accumulation: int, first: int = 0) -> StepLoader:
+    """`first`: window of a stream that training goes on in."""
     config, layout = joined.config, joined.layout
-    return StepLoader(
-        part, data=config.data, dp=layout.dp, dp_rank=layout.dp_rank, sp=layout.sp,
-        accumulation=accumulation, seed=config.seed,
-        equal_cost_tokens=joined.facts.equal_cost_tokens(lora=config.lora is not None),
+    settings: dict[str, Any] = {
+        "data": config.data, "dp": layout.dp, "dp_rank": layout.dp_rank, "sp": layout.sp,
+        "accumulation": accumulation, "seed": config.seed,
+        "equal_cost_tokens": joined.facts.equal_cost_tokens(lora=config.lora is not None),
+    }  # fmt: skip
+    if isinstance(part, TokenizedSet):
+        return StepLoader(part, **settings)
+    return StreamLoader(
+        part, first=first, longest_tokens=config.longest_pack_tokens, makes_windows=joined.launch.local_rank == 0,
+        **settings,
     )  # fmt: skip
 
 
-def _new_state(joined: Joined, data: RunData, prepared: Prepared, loader: StepLoader) -> TrainState:
-    """The state of this run before its first step."""
+def _new_state(joined: Joined, prepared: Prepared, loader: StepLoader, first: int) -> TrainState:
+    """The state of this run before its first step, as far as it can be compared with that of window `first`."""
     config, layout, built = joined.config, joined.layout, prepared.built
-    total_steps = sum(loader.steps_per_epoch(e) for e in range(config.train.epochs))
+    total_steps = config.train.max_steps if config.data.stream_window_mib is not None else None
+    if total_steps is None:
+        total_steps = sum(loader.steps_per_epoch(e) for e in range(config.train.epochs))
     return TrainState(
         step=0,
         epoch=0,
@@ -240,7 +251,7 @@ def _new_state(joined: Joined, data: RunData, prepared: Prepared, loader: StepLo
         tokens_seen=0,
         total_steps=min(total_steps, config.train.max_steps or total_steps),
         world=layout.world,
-        rows=data.train.content,
+        rows=loader.rows_name(first),
         order=loader.fingerprint,
         trained=trained_fingerprint(built.model),
         decides=what_decides(config, joined.settings.engine, layout),

@@ -96,7 +96,8 @@ class Trainer:
                     break
             steps.close()
             if self.state.step < self.state.total_steps and not self.stopping:
-                self.state = replace(self.state, epoch=self.state.epoch + 1, step_in_epoch=0)
+                epoch = self.state.epoch + 1
+                self.state = replace(self.state, epoch=epoch, step_in_epoch=0, rows=self.train_loader.rows_name(epoch))
         if self.stopping:
             self._save()
         return not self.stopping

@@ -16,7 +16,9 @@ from rich.text import Text
 from ds_longft.command_line import RunKeys
 from ds_longft.config.run_config import RunConfig, SourceConfig
 from ds_longft.data.pack_plan import plan_epoch
-from ds_longft.data.tokenize import tokenize_sources
+from ds_longft.data.progress import say_once
+from ds_longft.data.stream import Stream
+from ds_longft.data.tokenize import Input, tokenize_sources
 from ds_longft.errors import ConfigError, DataError, ModelError
 from ds_longft.tools.look.colour import coloured
 from ds_longft.tools.look.statistics import Statistics, statistics
@@ -271,6 +273,9 @@ def _read(config: RunKeys) -> tuple[RunConfig, Any]:
 
 
 def _tokenized(run: RunConfig, sources: Sequence[SourceConfig], tokenizer: Any) -> TokenizedSet:
+    if run.data.stream_window_mib is not None and sources is run.data.train:
+        say_once("data.train is a stream: this is its first window")
+        return Stream(Input.of(sources, tokenizer, run.data, progress=True, streaming=True), run.data).window(0)
     pairs = run.objective == "dpo"
     return tokenize_sources(sources, tokenizer, run.data, progress=True, pairs=pairs)
 

@@ -19,6 +19,7 @@ from ds_longft.batch import Pack, Step
 from ds_longft.config.ds_json import DeepSpeedSettings
 from ds_longft.config.run_config import RunConfig
 from ds_longft.data.loader import StepLoader
+from ds_longft.data.stream import Stream
 from ds_longft.errors import DataError, ModelError
 from ds_longft.exactness.packs import shortened, weight_of
 from ds_longft.layout import ParallelLayout
@@ -101,12 +102,13 @@ class VerifiedRun:
         train_set, _ = agreement.rank0_first(
             lambda: tokenized(config, tokenizer, vocab, progress=False, every_byte=agreement.rank == 0)
         )
+        rows = train_set.window(0) if isinstance(train_set, Stream) else train_set
         tokens = tokens or DEFAULT_TOKENS[device.type]
         count = max(2, layout.world)
 
         def first_step(dp: int, dp_rank: int, accumulation: int) -> Step:
             loader = StepLoader(
-                train_set, data=config.data, dp=dp, dp_rank=dp_rank, sp=sp, accumulation=accumulation, seed=config.seed,
+                rows, data=config.data, dp=dp, dp_rank=dp_rank, sp=sp, accumulation=accumulation, seed=config.seed,
             )  # fmt: skip
             steps = loader.steps(0)
             step = next(steps)
