@@ -26,7 +26,7 @@ def test_a_warmup_longer_than_the_epochs_is_said(warmup_steps: int | None, said:
     config = RunConfig.model_validate({"model": {"path": str(tmp_path)}, "optim": {"warmup_steps": warmup_steps}})
     layout: Any = SimpleNamespace(world=1, sp=1, dp=1)
     loader: Any = SimpleNamespace(steps_per_epoch=lambda epoch: 4, budget_tokens=64)
-    state = cast(Any, SimpleNamespace(total_steps=4, step=0))
+    state = cast(Any, SimpleNamespace(epoch=0, total_steps=4, step=0))
     text = _header(config, layout, torch.device("cpu"), loader, state, None)
     assert ("optim.warmup_steps is 5" in text) == said
 

@@ -22,6 +22,7 @@ WORDS = (
 FOLDERS = ("reports", "notes", "letters", "plans", "logs", "drafts")
 LINES_OF_FILE = (60, 400)
 LINE_TOKENS = 14  # of a line of a file, about
+CALL_TOKENS = 40  # of a thought and its call, about
 SCHEMAS: list[dict[str, Any]] = [
     {
         "type": "function",
@@ -86,11 +87,14 @@ def agent_rows(
     *, rows: int, shortest_tokens: int, longest_tokens: int, seed: int, lengths: Lengths, name: str
 ) -> Iterator[dict[str, Any]]:
     """Trajectories as `messages` rows with `tools`, of lengths even on a logarithmic scale between the two."""
+    # All files are alike: measured once. Each for itself would cost three quarters of the time.
+    sample = "\n".join(_lines(random.Random(seed), max(LINES_OF_FILE)))
+    per_token = len(sample) / lengths.text(sample)
     for i in range(rows):
         rng = random.Random(f"{seed}:{i}")
         wanted = round(shortest_tokens * (longest_tokens / shortest_tokens) ** rng.random())
         yield {
-            **_trajectory(rng, wanted, lengths),
+            **_trajectory(rng, wanted, per_token),
             "tools": SCHEMAS,
             "source": name,
             "language": "en",
@@ -98,8 +102,8 @@ def agent_rows(
         }
 
 
-def _trajectory(rng: random.Random, wanted_tokens: int, lengths: Lengths) -> dict[str, Any]:
-    """One agent's way to a value, read by as many files as fill the length."""
+def _trajectory(rng: random.Random, wanted_tokens: int, per_token: float) -> dict[str, Any]:
+    """One agent's way to a value, read by as many files as fill the length. `per_token`: characters."""
     subject, value = f"{rng.choice(WORDS)}-{rng.randint(100, 999)}", rng.randint(1000, 9999)
     files = _files(rng, max(2, wanted_tokens // (LINE_TOKENS * sum(LINES_OF_FILE) // 2) + 1))
     last = f"{rng.choice(FOLDERS)}/{rng.choice(WORDS)}_{rng.randint(10, 99)}.txt"
@@ -122,15 +126,15 @@ def _trajectory(rng: random.Random, wanted_tokens: int, lengths: Lengths) -> dic
 
     others = [path for path in sorted(files) if path != last]
     rng.shuffle(others)
-    used = lengths.text(json.dumps(SCHEMAS))
+    used = len(json.dumps(SCHEMAS)) / per_token
     listed = set()
     for path in others:
         folder = path.partition("/")[0]
         if folder not in listed:
             listed.add(folder)
-            used += lengths.text(call(f"I look into {folder}.", "list_folder", folder=folder))
+            used += len(call(f"I look into {folder}.", "list_folder", folder=folder)) / per_token
         result = call(f"{path} may tell of {subject}: I read it.", "read_file", path=path)
-        used += lengths.text(result) + 40
+        used += len(result) / per_token + CALL_TOKENS
         if used > wanted_tokens - LINE_TOKENS * len(files[last]):
             break
     found = call(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_text
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from ds_longft.tools.make_data.synth.needle_tasks import TASKS, Task
 from ds_longft.tools.make_data.synth.refgpt8x import MEAN_REFERENCES, hide_references, sentence_embedder
 from ds_longft.tools.make_data.synth.sources import read_dialogues, read_documents
 from ds_longft.tools.make_data.where import Where, parse_where
+
+MEASURED_TOGETHER = 16  # rows; the tokenizer works on them in parallel
 
 
 def refgpt8x(
@@ -206,12 +209,12 @@ def write_made(
     made: Iterator[dict[str, Any]], out: str, lengths: Lengths, ledger: Ledger | None = None, *, json: bool
 ) -> None:
     """Write made rows, chats or plain texts, and say how long they are. `ledger`: of what they are made of."""
-    tokens = []
+    tokens: list[int] = []
     with written_whole(Path(out)) as file:
-        for record in made:
-            row = to_row(record, "messages", source="", origin="")
-            tokens += lengths.rows([row.turns], [row.tools])
-            file.write(json_text.dumps(record, ensure_ascii=False) + "\n")
+        while records := list(islice(made, MEASURED_TOGETHER)):
+            rows = [to_row(record, "messages", source="", origin="") for record in records]
+            tokens += lengths.rows([row.turns for row in rows], [row.tools for row in rows])
+            file.writelines(json_text.dumps(record, ensure_ascii=False) + "\n" for record in records)
     facts = {
         "path": out,
         "rows": len(tokens),
