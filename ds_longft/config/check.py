@@ -19,6 +19,7 @@ from ds_longft.config.ds_file import load_ds_config
 from ds_longft.config.ds_json import DeepSpeedSettings, Device, merge_ds_config
 from ds_longft.config.run_config import RunConfig, SourceConfig, is_pattern
 from ds_longft.config.shipped import TEMPLATES, find_template
+from ds_longft.config.state_families import OTHER_LAYERS, STATE_FAMILIES, STATE_LAYERS
 from ds_longft.config.window import reached_tokens, window_problem
 from ds_longft.errors import ConfigError
 
@@ -30,10 +31,8 @@ DATA_SUFFIXES = (
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 SPLITTABLE_LAYERS = {"full_attention", "sliding_attention", "attention"}
-# State-space and linear-attention families whose config.json lists no layer types.
-RECURRENT_MODELS = re.compile(
-    r"(falcon_)?mamba2?|jamba|bamba|zamba2?|rwkv.*|xlstm|recurrent_gemma|nemotron_h|falcon_h1|lfm2.*"
-)
+# State-space and linear-attention families whose config.json lists no layer types, and that are not spread over ranks.
+RECURRENT_MODELS = re.compile(r"(falcon_)?mamba2?|zamba2?|rwkv.*|xlstm|recurrent_gemma")
 ENCODERS = re.compile(
     r"(xlm-|cam)?(roberta|bert)(-.*)?|(al|distil|mobile|modern|squeeze)bert|deberta(-v2)?|electra|mpnet|vit.*|clip.*|siglip.*"
 )
@@ -213,7 +212,8 @@ def _architecture_problems(model_config: dict[str, Any]) -> list[str]:
     prefix = f"model.path: {kind or 'this model'}"
     layers = _text_config(model_config)
     types = layers.get("layer_types") or layers.get("layers_block_type") or layers.get("block_types") or []
-    other = sorted(set(map(str, types)) - SPLITTABLE_LAYERS)
+    known = SPLITTABLE_LAYERS | (STATE_LAYERS | OTHER_LAYERS if layers.get("model_type") in STATE_FAMILIES else set())
+    other = sorted(set(map(str, types)) - known)
     if other:
         return [
             f"{prefix} has layers of type {', '.join(other)}, which carry state along the sequence or mask it "

@@ -6,6 +6,9 @@ have to do, for MFU. Counted (the field's convention, a multiply and an add are 
   So 6 per weight and token in full training, 4 for a frozen weight under LoRA.
 - attention, per layer and document: 2 products forward (scores, then values), 2 operations * heads * head_dim for each
   pair of tokens that see each other; backward twice the forward.
+- a layer that carries a state: its convolution, and per head the products with its state of K x V elements (a delta
+  rule has three: what the state says of a key, the correction, the query; Mamba and lightning attention two), forward;
+  backward twice that.
 - the head (logits) on target tokens only: nothing else is needed for the loss.
 Not counted: recomputation, adapters (under 1%), norms, activations, embeddings, softmax.
 """
@@ -15,14 +18,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from ds_longft.config.state_families import STATE_FAMILIES
 from ds_longft.model.rope import positions_end
 from ds_longft.model.rope_formulas import config_head_dim, layer_configs
-from ds_longft.model.supported import decoder_layers
+from ds_longft.model.supported import ATTENTION_LAYERS, decoder_layers
 from ds_longft.model.wrapped import make, text_class
 
 
@@ -39,7 +44,8 @@ class ModelFacts:
     head_dim: int  # d, as attention exchanges it: the wider one where values have another size than queries and keys
     attention_width: int  # q_heads * (query-key dimension + value dimension) / 2, of the widest layer
     softcap: float | None  # of attention scores
-    windows: tuple[int | None, ...]  # per layer: sliding window in tokens, None for full attention
+    windows: tuple[int | None, ...]  # per softmax attention: sliding window in tokens, None for full attention
+    state_products: int  # multiply-adds a token needs in all layers that carry a state; 0: there are none
     vocab: int  # V
     capped_logits: bool  # a softcap after the head (Gemma 2): the loss is not one kernel then
     weights: int  # every weight, all experts, embedding and head included; a tied matrix counts once
@@ -66,7 +72,8 @@ class ModelFacts:
         head, layer = model.get_output_embeddings(), decoder_layers(model)[0]
         body = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
         # a mixture has one 3-D weight for all experts of a layer, of which each token uses a few
-        stacks = [p for p in model.parameters() if p.dim() == 3]
+        convolutions = {id(m.weight) for m in model.modules() if isinstance(m, nn.Conv1d)}
+        stacks = [p for p in model.parameters() if p.dim() == 3 and id(p) not in convolutions]
         experts = _number(hf_config, "num_local_experts", "num_experts") or (len(stacks[0]) if stacks else 0)
         if stacks:
             used = _number(hf_config, "num_experts_per_tok", "moe_topk") or 1
@@ -93,6 +100,7 @@ class ModelFacts:
             attention_width=heads * (query_dim + value_dim) // 2,
             softcap=getattr(hf_config, "attn_logit_softcapping", None),
             windows=layer_windows(hf_config),
+            state_products=sum(map(_state_products, model.modules())),
             vocab=hf_config.vocab_size,
             capped_logits=getattr(hf_config, "final_logit_softcapping", None) is not None,
             weights=sum(p.numel() for p in model.parameters()),
@@ -137,10 +145,11 @@ class ModelFacts:
         return round(per_weight * self.body_weights / (6 * self.attention_width * max(full, 1)))
 
     def _forward_parts(self, document_lengths: Sequence[int], targets: int) -> tuple[int, int]:
-        """Operations of the linear layers, and of attention."""
+        """Operations of the linear layers, and of attention and states."""
         pairs = sum(visible_pairs(length, window) for window in self.windows for length in document_lengths)
         linear = 2 * (sum(document_lengths) * self.body_weights + targets * self.head_weights)
-        return linear, 4 * self.attention_width * pairs
+        state = 2 * sum(document_lengths) * self.state_products
+        return linear, 4 * self.attention_width * pairs + state
 
 
 def visible_pairs(length_tokens: int, window_tokens: int | None) -> int:
@@ -150,14 +159,33 @@ def visible_pairs(length_tokens: int, window_tokens: int | None) -> int:
 
 
 def layer_windows(hf_config: PretrainedConfig) -> tuple[int | None, ...]:
-    """Each layer's sliding window in tokens (a token and the window - 1 before it); None where it sees all."""
+    """The sliding window in tokens (a token and the window - 1 before it) of each layer with softmax attention; None
+    where it sees all.
+    """
     window = getattr(hf_config, "sliding_window", None)
     if getattr(hf_config, "use_sliding_window", True) is False:
         window = None
     types = getattr(hf_config, "layer_types", None)
     if types is None:
         return (window,) * hf_config.num_hidden_layers
+    if hf_config.model_type in STATE_FAMILIES:
+        types = [layer for layer in types if layer in (*ATTENTION_LAYERS, "attention", "hybrid")]
     return tuple(window if layer == "sliding_attention" else None for layer in types)
+
+
+def _state_products(module: Any) -> int:
+    """Multiply-adds of one token in this module's own recurrence, or convolution; 0 for any other module."""
+    if isinstance(module, nn.Conv1d):
+        return module.weight.numel()
+    if hasattr(module, "head_k_dim"):  # gated delta rule
+        return int(3 * module.num_v_heads * module.head_k_dim * module.head_v_dim)
+    if hasattr(module, "forget_gate"):  # Kimi's delta rule
+        return int(3 * module.num_heads * module.head_dim**2)
+    if hasattr(module, "ssm_state_size"):  # Mamba-1 and 2
+        return int(2 * module.intermediate_size * module.ssm_state_size)
+    if hasattr(module, "slope_rate"):  # lightning attention
+        return int(2 * module.num_attention_heads * module.head_dim**2)
+    return 0
 
 
 def _head_dims(hf_config: PretrainedConfig) -> tuple[int, int]:

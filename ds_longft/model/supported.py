@@ -1,6 +1,8 @@
-"""Which models can be split along the sequence exactly: text-only causal ones whose every layer is softmax attention.
+"""Which models can be split along the sequence exactly: text-only causal ones whose every layer is softmax attention,
+or carries its state as one of the `STATE_FAMILIES` does.
 
-What is not right is refused by name: a linear-attention or state-space layer would restart its state on every rank.
+What is not right is refused by name: any other linear-attention or state-space layer would restart its state on every
+rank.
 Config and class tell this much; what a layer's mask asks for and what is done around the head is asked of the model
 itself (`sequence.mask`, `sequence.head`).
 """
@@ -11,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+from ds_longft.config.state_families import OTHER_LAYERS, STATE_FAMILIES, STATE_LAYERS
 from ds_longft.errors import ModelError
 from ds_longft.model.wrapped import is_wrapped
 
@@ -30,9 +33,11 @@ def check_supported(hf_config: PretrainedConfig) -> None:
     if hf_config.is_encoder_decoder:
         raise ModelError(f"{name} is an encoder-decoder model; only text-only causal language models can be trained")
     text = hf_config.get_text_config()
+    state = text.model_type in STATE_FAMILIES
     layers = set(getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ())
-    other = sorted(layers - ATTENTION_LAYERS - {"attention"})
-    recurrent = sorted(k for k in text.to_dict() if k.startswith(RECURRENT_KEYS))
+    known = ATTENTION_LAYERS | {"attention"} | (STATE_LAYERS | OTHER_LAYERS if state else set())
+    other = sorted(layers - known)
+    recurrent = [] if state else sorted(k for k in text.to_dict() if k.startswith(RECURRENT_KEYS))
     if other or recurrent:
         seen = ", ".join(other) or "recurrent layers (config keys " + ", ".join(recurrent[:3]) + ")"
         raise ModelError(
@@ -68,6 +73,8 @@ def check_class_supported(model_class: type, name: str) -> None:
     Raises:
         ModelError: naming the class.
     """
+    if name in STATE_FAMILIES:
+        return  # most of them say neither that they keep a state nor that they use the interface: tests do
     if getattr(model_class, "_is_stateful", False):
         raise ModelError(
             f"{name} ({model_class.__name__}) keeps a recurrent state: it cannot be split along the sequence exactly"

@@ -13,6 +13,7 @@ from ds_longft.model.rope_lengths import set_rope_lengths
 from ds_longft.sequence.attention import ULYSSES
 from ds_longft.sequence.loss import ChunkedHead, DocumentRows
 from ds_longft.sequence.mask import no_padding
+from ds_longft.sequence.state.families import spread_state_layers
 
 
 def decode(
@@ -43,6 +44,7 @@ class ShardedModel:
         causal_lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         seen = causal_lm.get_decoder().config._attn_implementation
         assert seen == ULYSSES, f"the model's attention is {seen}: every rank would attend to its own shard alone"
+        spread_state_layers(causal_lm)
         self.decoder = causal_lm.get_decoder()
         self.head = ChunkedHead.install(causal_lm, adapters_off=adapters_off)
 

@@ -38,6 +38,7 @@ from ds_longft.sequence.mlp import TiledMlp, tile_mlp
 from ds_longft.sequence.recompute import LayerKeep, apply_recompute
 from ds_longft.sequence.recomputed_input import recompute_first_input
 from ds_longft.sequence.relief import Relief
+from ds_longft.sequence.state.families import gather_state_layers
 
 LIGER_OPS_BY_GRADIENT = ("ROPE", "LAYER_NORM")
 """Operations for which liger 0.8.5 takes another kernel where no gradient is wanted, and for other shapes.
@@ -201,6 +202,7 @@ class Recompute:
         if stage == 3:
             for layer in layers:
                 gather_adapted(layer)
+            gather_state_layers(base)
         if places is not None and any("host" in (p.input, p.attention) for p in places):
             made._place(places, device)
         apply_recompute(layers, policy, every=decisions.every, keep=made.keep)

@@ -40,6 +40,11 @@ def tiny_model(
         for p in model.parameters():
             if p.dim() >= 2:
                 p.normal_(0, std)
+        for name, p in model.named_parameters():  # states that last: born, they forget within a token or two
+            if name.endswith("A_log"):
+                p.uniform_(-4, -1)
+            elif name.endswith("dt_bias"):
+                p.uniform_(-2, 0)
         if not config.tie_word_embeddings:
             model.get_input_embeddings().weight.normal_(0, 1)  # a small residual stream would amplify rounding errors
     model.config.use_cache = False

@@ -122,6 +122,7 @@ def _measure(
     from ds_longft.layout import ParallelLayout
     from ds_longft.ranks.join import join as join_ranks
     from ds_longft.sequence.attention import ULYSSES, register
+    from ds_longft.sequence.state.families import spread_state_layers
     from ds_longft.tools.evaluate import results
     from ds_longft.tools.evaluate.position_loss import bucket_losses, read_in_windows
     from ds_longft.tools.evaluate.subject import find_subject, load_subject, subject_tokenizer
@@ -132,6 +133,7 @@ def _measure(
     register()
     tokenizer = subject_tokenizer(subject)
     loaded = load_subject(subject, device, attention=ULYSSES)
+    spread_state_layers(loaded.plain)
     tokens = length or loaded.window or 8192
     source = read_texts(text, language, where=where, characters=CHARACTERS_A_TOKEN * tokens * texts)
     pieces = pieces_of(tokenizer, source, tokens, texts, join=join or text is None)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
+from ds_longft.config.state_families import STATE_FAMILIES
 from ds_longft.errors import ModelError
 from ds_longft.model.facts import ModelFacts, layer_windows, visible_pairs
 from ds_longft.model.peaks import peak_tflops
@@ -124,8 +125,11 @@ def test_facts_are_those_of_the_model(model_type: str) -> None:
     assert facts.weights == sum(p.numel() for p in model.parameters())
     assert facts.head_weights == facts.vocab * facts.hidden == model.get_output_embeddings().weight.numel()
     if model_type not in OTHER_EXPERTS:
-        assert (facts.experts > 0) == any(p.dim() == 3 for p in model.parameters())
-    assert len(facts.windows) == facts.layers
+        assert (facts.experts > 0) == any(p.dim() == 3 and p.shape[1] > 1 for p in model.parameters())
+    state = model_type in STATE_FAMILIES
+    assert (facts.state_products > 0) == state
+    assert len(facts.windows) < facts.layers or not state or model_type == "falcon_h1"
+    assert len(facts.windows) == facts.layers or state
     modules = decoder_layers(model)[0].named_modules()
     linears = {name.rsplit(".", 1)[-1]: m for name, m in modules if isinstance(m, nn.Linear)}
     for name, heads in (("q_proj", facts.q_heads), ("q_b_proj", facts.q_heads), ("k_proj", facts.kv_heads)):

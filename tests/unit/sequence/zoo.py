@@ -239,6 +239,7 @@ def ours(config: PretrainedConfig, way: Way, *, lora: bool = False, layout: Para
     register()
     layout = layout or ParallelLayout(1, 0, 1)
     model = _model(config, ULYSSES, whole=False, lora=lora)
+    objective = SftObjective(model, layout, kv_heads_at_a_time=way.kv_heads)
     layers = decoder_layers(model.get_base_model() if lora else model)
     keeps = [LayerKeep(i) for i in range(len(layers))]
     for keep, layer in zip(keeps, layers, strict=True):
@@ -247,7 +248,6 @@ def ours(config: PretrainedConfig, way: Way, *, lora: bool = False, layout: Para
         if way.keep_linears:
             keep.on_device = [g for g in groups if g.names != ("down_proj",)]
     apply_recompute(layers, way.recompute, keep=keeps)
-    objective = SftObjective(model, layout, kv_heads_at_a_time=way.kv_heads)
     batch = shard(pack_of(_documents(), layout.sp), layout, torch.device("cpu"))
     step = _gradients(model, lambda: objective(batch))
     if layout.sp == 1:

@@ -1,0 +1,117 @@
+"""Which module of which family carries a state, and how its forward is replaced on a model.
+
+One line a class: whatever is not here is refused by name before a model is loaded (`model/supported.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from ds_longft.batch import Documents
+from ds_longft.errors import ModelError
+from ds_longft.layout import ParallelLayout
+from ds_longft.sequence.linear import gather_with
+from ds_longft.sequence.state import mixers
+from ds_longft.sequence.state.spread import Spread
+
+Mixer = Callable[[Any, Tensor, Spread], Any]
+
+MIXERS: dict[str, Mixer] = {
+    "Qwen3NextGatedDeltaNet": mixers.gated_delta_net,
+    "Qwen3_5GatedDeltaNet": mixers.gated_delta_net,
+    "Qwen3_5MoeGatedDeltaNet": mixers.gated_delta_net,
+    "OlmoHybridGatedDeltaNet": mixers.gated_delta_net,
+    "KimiLinearDeltaAttention": mixers.kimi_delta_attention,
+    "NemotronHMamba2Mixer": mixers.mamba2,
+    "GraniteMoeHybridMambaLayer": mixers.mamba2,
+    "BambaMixer": mixers.mamba2,
+    "FalconH1Mixer": mixers.mamba2,
+    "JambaMambaMixer": mixers.mamba1,
+    "Lfm2ShortConv": mixers.short_convolution,
+    "Lfm2MoeShortConv": mixers.short_convolution,
+    "MiniMaxLightningAttention": mixers.lightning_attention,
+}
+"""Class of the module -> its forward here."""
+
+
+@dataclass
+class _Noted:
+    """What a decoder layer was called with, for mixers that it does not hand that on to (Jamba)."""
+
+    documents: Documents | None = None
+    layout: ParallelLayout | None = None
+
+
+def state_layers(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """(decoder layer, its module that carries a state) of every such layer."""
+    for parent in model.modules():
+        for child in parent.children():
+            if type(child).__name__ in MIXERS:
+                yield parent, child
+
+
+def spread_state_layers(model: nn.Module) -> int:
+    """Replace the forward of a model's layers with a state; returns how many. Again, it changes nothing.
+
+    Their own forward still runs where it is called with a cache and without documents, to generate.
+    """
+    count = 0
+    for layer, mixer in state_layers(model):
+        count += 1
+        if isinstance(mixer.forward, partial):
+            continue
+        noted = _Noted()
+        layer.forward = partial(_noting, layer.forward, noted)
+        mixer.forward = partial(_spread_forward, mixer, mixer.forward, MIXERS[type(mixer).__name__], noted)
+    return count
+
+
+def gather_state_layers(model: nn.Module) -> None:
+    """Under ZeRO-3: gather what a mixer's forward reads of modules that it does not call, with the mixer."""
+    for _, mixer in state_layers(model):
+        for child in mixer.children():
+            if isinstance(child, nn.Conv1d):
+                gather_with(mixer, child.parameters())
+        for name in ("forget_gate", "dt_proj"):
+            if hasattr(mixer, name):
+                gather_with(mixer, getattr(mixer, name).parameters())
+
+
+def _noting(forward: Callable[..., Any], noted: _Noted, *args: Any, **kwargs: Any) -> Any:
+    """A decoder layer's forward. Inside of a checkpoint, so that the recomputation gets the same documents."""
+    noted.documents, noted.layout = kwargs.get("documents"), kwargs.get("layout")
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        noted.documents = noted.layout = None
+
+
+def _spread_forward(
+    mixer: nn.Module,
+    own: Callable[..., Any],
+    spread: Mixer,
+    noted: _Noted,
+    hidden_states: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """The mixer's forward: hidden_states [1, s, D].
+
+    Raises:
+        ModelError: no documents, and no cache to generate with: each rank's state would start anew.
+    """
+    if noted.documents is None or noted.layout is None:
+        if kwargs.get("cache") is not None or kwargs.get("past_key_values") is not None or args:
+            return own(hidden_states, *args, **kwargs)
+        raise ModelError(
+            f"{type(mixer).__name__} was called without `documents` and `layout`: its state would run on from one "
+            "document into the next"
+        )
+    if hidden_states.shape[0] != 1:
+        raise ModelError(f"{type(mixer).__name__} got a batch of several rows: lay them into one pack")
+    return spread(mixer, hidden_states, Spread.of(noted.documents, noted.layout))

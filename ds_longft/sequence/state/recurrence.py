@@ -1,0 +1,184 @@
+"""Recurrences over whole documents: a convolution, delta rules, decayed linear attention, a selective scan.
+
+On GPUs flash-linear-attention's kernels where they are installed (`pip install -e .[hybrid]`), one launch for all
+documents. Elsewhere torch: of delta rules transformers' own forms, a document at a time. States start at zero in each
+document. Everything a state adds up is in float32 at least.
+
+Letters: S tokens of the pack, H heads of this rank, G groups of heads that share keys, K and V features of a head's
+keys and values, C channels.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from ds_longft.batch import Documents
+from ds_longft.errors import ModelError
+
+CHUNK_TOKENS = 64
+"""Tokens that are worked on as one matrix where torch does it."""
+
+
+def has_fla() -> bool:
+    """Whether flash-linear-attention's kernels are installed."""
+    return importlib.util.find_spec("fla") is not None
+
+
+def kernel_in_words(device_type: str) -> str:
+    """What computes the states, for the line that a run starts with."""
+    if device_type != "cuda":
+        return "torch (CPU)"
+    return "flash-linear-attention" if has_fla() else "torch, slow: pip install -e .[hybrid] for Triton kernels"
+
+
+def wide(t: Tensor) -> Tensor:
+    """In float32 at least."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def causal_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    positions: Tensor,
+    documents: Documents | None,
+) -> Tensor:
+    """Depthwise: each channel of a token from its document's last k tokens.
+
+    x [n, C], weight [C, k], positions [n]: places in the documents. `documents`: of exactly these tokens, where they
+    are whole ones. Returns [n, C].
+    """
+    if _on_fla(x) and documents is not None and activation in (None, "silu", "swish"):
+        from fla.modules.causal_conv1d import causal_conv1d
+
+        out = causal_conv1d(x[None], weight, bias, activation=activation, **_borders(documents))
+        return out[0][0]
+    k, wider = weight.shape[1], wide(x)
+    total = wider * weight[:, -1]
+    for back in range(1, k):  # the token `back` places before, if it is of the same document
+        shifted = F.pad(wider[: max(0, len(x) - back)], (0, 0, min(back, len(x)), 0))
+        total = total + shifted * weight[:, k - 1 - back] * (positions >= back)[:, None]
+    total = total.to(x.dtype) if bias is None else (total + bias).to(x.dtype)
+    out = total if activation is None else ACT2FN[activation](total)
+    return out
+
+
+def gated_delta(
+    layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, documents: Documents
+) -> Tensor:
+    """Gated delta rule with a decay for each head, arXiv 2412.06464.
+
+    q, k [S, G, K], not yet normalised, v [S, H, V], g [S, H] the decays' logarithms, beta [S, H]. Returns [S, H, V].
+    """
+    if _on_fla(q):
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule as rule
+    else:
+        rule = _torch_form(layer, "torch_chunk_gated_delta_rule")
+    return _delta(rule, q, k, v, g, beta, documents)
+
+
+def kimi_delta(
+    layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, documents: Documents
+) -> Tensor:
+    """The same with a decay for each feature of a key, g [S, H, K], arXiv 2510.26692."""
+    if _on_fla(q):
+        from fla.ops.kda import chunk_kda as rule
+    else:
+        rule = _torch_form(layer, "chunk_kimi_delta_attention")
+    return _delta(rule, q, k, v, g, beta, documents)
+
+
+def decayed_attention(q: Tensor, k: Tensor, v: Tensor, g: Tensor, documents: Documents) -> Tensor:
+    """Linear attention whose state decays: Mamba-2 (q is C, k is B, v is x dt) and lightning attention.
+
+    o_t = sum over s <= t of exp(g_{s+1} + ... + g_t) (q_t . k_s) v_s, inside each document.
+    q, k [S, G, K], v [S, H, V], g [S, H] the decays' logarithms. Returns [S, H, V] in v's dtype.
+    """
+    q, k = (t.repeat_interleave(v.shape[1] // t.shape[1], 1) for t in (q, k))
+    if _on_fla(v):
+        from fla.ops.simple_gla import chunk_simple_gla
+
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        out: Tensor = chunk_simple_gla(q[None], k[None], v[None], g[None], scale=1.0, **_borders(documents))[0][0]
+        return out
+    outs = []
+    for parts in zip(*(t.split(documents.lengths) for t in (q, k, v, g)), strict=True):
+        outs += _decayed(*(wide(t).transpose(0, 1) for t in parts))
+    return torch.cat(outs, 1).transpose(0, 1).to(v.dtype)
+
+
+def _decayed(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> list[Tensor]:
+    """One document in chunks: q, k [H, n, K], v [H, n, V], g [H, n] -> parts [H, c, V]."""
+    state, outs = torch.zeros((), dtype=v.dtype, device=v.device), []
+    for qc, kc, vc, gc in zip(*(t.split(CHUNK_TOKENS, 1) for t in (q, k, v, g)), strict=True):
+        total = gc.cumsum(1)  # [H, c]
+        decay = (total[:, :, None] - total[:, None]).tril().exp().tril()  # [H, c, c]: from the second to the first
+        out = (qc @ kc.transpose(1, 2) * decay) @ vc
+        if state.dim():
+            out = out + (qc * total.exp()[..., None]) @ state
+        left = (total[:, -1:] - total).exp()[..., None]  # what is left of each token at the chunk's end
+        state = state * total[:, -1].exp()[:, None, None] + (kc * left).transpose(1, 2) @ vc  # [H, K, V]
+        outs.append(out)
+    return outs
+
+
+def selective_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, positions: Tensor) -> Tensor:
+    """Mamba-1, arXiv 2312.00752, a token at a time: correct anywhere, far too slow for long samples.
+
+    x and dt [S, C], a [C, N] negative, b and c [S, N]; positions [S]. Returns [S, C], in float32 at least.
+    """
+    # A state that is multiplied by zero at a document's first token has forgotten the one before.
+    decay = torch.exp(dt[..., None] * a) * (positions > 0)[:, None, None]  # [S, C, N]
+    added = (dt * x)[..., None] * b[:, None]
+    state, outs = torch.zeros_like(added[0]), []
+    for one_decay, one_added, one_c in zip(decay.unbind(), added.unbind(), c.unbind(), strict=True):
+        state = one_decay * state + one_added
+        outs.append(state @ one_c)
+    return torch.stack(outs)
+
+
+def _delta(
+    rule: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, documents: Documents
+) -> Tensor:
+    """A delta rule over all documents at once, or a document at a time."""
+    tensors = (q, k, v, g, beta)
+    if _on_fla(q):
+        out: Tensor = rule(*(t[None] for t in tensors), use_qk_l2norm_in_kernel=True, **_borders(documents))[0][0]
+        return out
+    outs = []
+    for parts in zip(*(t.split(documents.lengths) for t in tensors), strict=True):
+        qd, kd, vd, gd, bd = (t[None] for t in parts)
+        outs.append(rule(qd, kd, vd, g=gd, beta=bd, use_qk_l2norm_in_kernel=True)[0][0])
+    return torch.cat(outs)
+
+
+def _on_fla(t: Tensor) -> bool:
+    return t.is_cuda and t.dtype != torch.float64 and has_fla()
+
+
+def _borders(documents: Documents) -> dict[str, Tensor]:
+    """As flash-linear-attention takes them; the copy on the host spares it a synchronisation."""
+    on_host = torch.tensor([0, *documents.lengths]).cumsum(0)
+    return {"cu_seqlens": documents.cu_seqlens.long(), "cu_seqlens_cpu": on_host}
+
+
+def _torch_form(layer: nn.Module, name: str) -> Callable[..., Any]:
+    """transformers' torch function of that name beside the layer's class; it may be wrapped to call other packages.
+
+    Raises:
+        ModelError: this version of transformers has none.
+    """
+    function = getattr(sys.modules[type(layer).__module__], name, None)
+    if function is None:
+        raise ModelError(f"transformers has no {name} beside {type(layer).__name__}: install another version of it")
+    return inspect.unwrap(function)
