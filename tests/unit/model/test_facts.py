@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from ds_longft.config.state_families import STATE_FAMILIES
 from ds_longft.errors import ModelError
@@ -18,7 +18,7 @@ from ds_longft.model.facts import ModelFacts, layer_windows, visible_pairs
 from ds_longft.model.peaks import peak_tflops
 from ds_longft.model.supported import check_supported, decoder_layers
 from tests.unit.model.tiny import FAMILIES, tiny_config
-from tests.unit.sequence.zoo import model_types, tiny
+from tests.unit.sequence.zoo import SMALL, model_types, tiny
 
 
 def facts_of(**changes: Any) -> ModelFacts:
@@ -94,6 +94,24 @@ def test_experts_count_by_their_share_of_use() -> None:
     assert facts.body_weights in {attention + experts, attention + experts + router}
 
 
+def test_states_are_counted_by_hand() -> None:
+    """Two gated delta layers of 4 value heads of 8 x 6, convolutions of 4 tokens over 2 * 16 + 24 channels; one softmax layer."""
+    sizes = {
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 6,
+    }
+    kinds = ["linear_attention", "full_attention", "linear_attention"]
+    config = AutoConfig.for_model("qwen3_5_text", **SMALL, **sizes, layer_types=kinds)
+    facts = ModelFacts.from_config(config)
+    assert facts.state_products == 2 * (3 * 4 * 8 * 6 + 4 * (2 * 16 + 24))
+    assert facts.windows == (None,)
+    assert (
+        facts.forward_flops([10], targets=0) - facts.forward_flops([5, 5], targets=0) == 4 * facts.attention_width * 25
+    )
+
+
 def test_latent_attention_has_one_head_size_for_queries_and_keys_and_one_for_values() -> None:
     facts = ModelFacts.from_config(tiny("youtu"))
     assert facts.head_dim == 16  # what is exchanged; the config's `head_dim` is the rotated part, 8
@@ -127,13 +145,12 @@ def test_facts_are_those_of_the_model(model_type: str) -> None:
     if model_type not in OTHER_EXPERTS:
         assert (facts.experts > 0) == any(p.dim() == 3 and p.shape[1] > 1 for p in model.parameters())
     state = model_type in STATE_FAMILIES
-    assert (facts.state_products > 0) == state
-    assert len(facts.windows) < facts.layers or not state or model_type == "falcon_h1"
+    assert facts.state_products == 0 or state
     assert len(facts.windows) == facts.layers or state
     modules = decoder_layers(model)[0].named_modules()
     linears = {name.rsplit(".", 1)[-1]: m for name, m in modules if isinstance(m, nn.Linear)}
     for name, heads in (("q_proj", facts.q_heads), ("q_b_proj", facts.q_heads), ("k_proj", facts.kv_heads)):
-        if name in linears and model_type not in HEADS_BY_KIND:
+        if name in linears and model_type not in HEADS_BY_KIND and not state:
             assert linears[name].out_features == heads * facts.head_dim
 
 
