@@ -146,7 +146,10 @@ class LoraConfig(Section):
     """Dropout in front of the adapter."""
 
     targets: Refused[str | list[str]] = "all-linear"
-    """`all-linear`, or names of linear layers, e.g. [q_proj, v_proj]."""
+    """`all-linear` (all but head and routers), or names of linear layers, e.g. [q_proj, v_proj]."""
+
+    experts: Refused[bool] = False
+    """Adapters on the experts of a mixture too, each expert its own of rank `r`; without dropout and DoRA."""
 
     rslora: Refused[bool] = False
     """Rank-stabilised scale, alpha / sqrt(r)."""
@@ -505,6 +508,12 @@ def contradictions(config: RunConfig) -> list[str]:
         problems.append(
             "hub.push_every_save is true, but lora is null: checkpoints of all weights are the engine's own shards. "
             "Leave it out; hub.repo alone uploads the result"
+        )
+    if config.lora is not None and config.lora.experts and (config.lora.dropout or config.lora.dora):
+        key = "lora.dropout" if config.lora.dropout else "lora.dora"
+        problems.append(
+            f"lora.experts is true, and {key} is set: PEFT adapts stacked weights, which have neither dropout in front "
+            f"nor DoRA. Leave {key} out, or lora.experts"
         )
     problems += _objective_problems(config) + _token_problems(config) + _stream_problems(config)
     if config.model.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", config.model.revision or ""):

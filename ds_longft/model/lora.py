@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,9 +18,9 @@ from transformers import AutoConfig, PreTrainedModel
 from ds_longft.config.run_config import LoraConfig
 from ds_longft.errors import ModelError
 from ds_longft.model.elsewhere import spell_for_older_readers
+from ds_longft.model.lora_targets import check_names, targets_of
 from ds_longft.model.new_tokens import rows_of_adapter, widen
 from ds_longft.model.rope_formulas import rope_parts
-from ds_longft.model.wrapped import decoder_name, is_wrapped
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 NOT_ADAPTED = {"jamba": ["dt_proj"], "falcon_h1": ["out_proj"]}
@@ -56,9 +54,8 @@ def add_lora(
     Raises:
         ModelError: a name of `lora.targets` or `lora.modules_to_save` is no layer of the model, or PEFT refuses.
     """
-    if lora.targets != "all-linear":
-        _check_names("lora.targets", _as_list(lora.targets), _linear_names(model))
-    _check_names("lora.modules_to_save", lora.modules_to_save, _leaf_names(model))
+    targets = targets_of(model, lora)
+    check_names("lora.modules_to_save", lora.modules_to_save, _leaf_names(model))
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     saved = set(lora.modules_to_save) & {"embed_tokens", "lm_head"}
     config = peft.LoraConfig(
@@ -66,7 +63,9 @@ def add_lora(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=_targets(model, lora),
+        target_modules=targets.modules,
+        target_parameters=targets.parameters,
+        exclude_modules=targets.excluded,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         exclude_modules=NOT_ADAPTED.get(model.config.model_type),
@@ -86,29 +85,12 @@ def add_lora(
         except (TypeError, ValueError) as error:
             raise ModelError(
                 f"PEFT cannot adapt this {model.config.model_type} so: {error}. Change lora.targets, "
-                f"lora.modules_to_save or lora.dora"
+                f"lora.experts, lora.modules_to_save, lora.dropout or lora.dora"
             ) from error
     assert isinstance(adapted, peft.PeftModel)
     if lora.init_from is not None:
         _go_on_from(Path(lora.init_from).expanduser(), adapted)
     return adapted
-
-
-def _targets(model: PreTrainedModel, lora: LoraConfig) -> str | list[str]:
-    """What PEFT is to adapt. In a multimodal model a pattern of the text model's layers alone: PEFT would adapt layers
-    of the same names in the towers too, where the adapter is loaded with them.
-    """
-    if not is_wrapped(model.config):
-        return "all-linear" if lora.targets == "all-linear" else _as_list(lora.targets)
-    inside = decoder_name(model)
-    if lora.targets == "all-linear":
-        names = {name.rpartition(".")[2] for name in _linear_names(model.get_submodule(inside))}
-    else:
-        names = set(_as_list(lora.targets))
-    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
-    outside = [re.escape(head)] if names & {head, head.rpartition(".")[2]} else []
-    pattern = rf"{re.escape(inside)}\.(?:.*\.)?(?:{'|'.join(sorted(map(re.escape, names)))})"
-    return "|".join([pattern, *outside])
 
 
 def _rows_by_module(model: PreTrainedModel, lora: LoraConfig, rows: list[int], tied: bool) -> dict[str, list[int]]:
@@ -279,29 +261,6 @@ def _is_rank_zero() -> bool:
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
-def _as_list(names: str | list[str]) -> list[str]:
-    return [names] if isinstance(names, str) else names
-
-
-def _linear_names(model: nn.Module) -> list[str]:
-    """Full names of the linear layers."""
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-
-
 def _leaf_names(model: nn.Module) -> list[str]:
     """Full names of the modules that hold weights themselves."""
     return [name for name, module in model.named_modules() if name and any(True for _ in module.parameters(False))]
-
-
-def _check_names(key: str, wanted: list[str], present: list[str]) -> None:
-    """PEFT ignores a name that matches nothing as long as another one matches: a typo would train fewer layers."""
-    unknown = [w for w in wanted if not any(name == w or name.endswith("." + w) for name in present)]
-    if not unknown:
-        return
-    short = sorted({name.rsplit(".", 1)[-1] for name in present})
-    near = difflib.get_close_matches(unknown[0], short, n=1)
-    raise ModelError(
-        f"{key}: no layer of the model is called {', '.join(map(repr, unknown))}"
-        + (f" (did you mean {near[0]!r}?)" if near else "")
-        + f"; it has: {', '.join(short)}"
-    )

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -56,7 +57,8 @@ class Member:
         """The layer as a member, or None where it is something this path would compute differently."""
         if type(module) is nn.Linear:
             return cls(module, None)
-        if type(module) is not PeftLinear or type(module.base_layer) is not nn.Linear:
+        of_weight = type(module) is ParamWrapper and module.parameter_name == "weight"  # `model/lora_targets.py`
+        if not (type(module) is PeftLinear or of_weight) or type(module.base_layer) is not nn.Linear:
             return None
         layer: Any = module  # PEFT types its containers as modules
         active = layer.active_adapters

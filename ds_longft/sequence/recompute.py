@@ -30,13 +30,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ds_longft.errors import ModelError
+from ds_longft.sequence.experts import Experts
 from ds_longft.sequence.kept import HostKept, HostStore, Kept, UnusedOutput
 from ds_longft.sequence.linear import LinearGroup
 from ds_longft.sequence.mlp import TiledMlp
 
 Forward = Callable[..., Any]
 Place = Literal["device", "host", "nowhere"]
-Holder = LinearGroup | TiledMlp
+Holder = LinearGroup | TiledMlp | Experts
 
 
 @dataclass
@@ -211,26 +212,28 @@ def _from(
 
 
 def _ends_with(out: Any, node: object) -> bool:
-    """Whether a layer's output is a sum of the output of `node` and something else: no one saves what is added."""
+    """Whether a layer's output is a sum of the output of `node` and other terms: no one saves what is added."""
     tensor = out[0] if isinstance(out, tuple) else out
     added = tensor.grad_fn
-    if node is None or added is None or added.name() != "AddBackward0":
+    return node is not None and added is not None and added.name() == "AddBackward0" and _adds(added, node)
+
+
+def _adds(made_by: Any, node: object) -> bool:
+    """Whether `node` is a term of this sum, itself or seen in another shape."""
+    if made_by is None or made_by is node:
+        return made_by is node
+    if made_by.name() != "AddBackward0" and not made_by.name().startswith(_NOTHING_KEPT):
         return False
-    for term, _ in added.next_functions:
-        made_by = term
-        while made_by is not None and made_by is not node and made_by.name().startswith(_HOOKS):
-            made_by = made_by.next_functions[0][0]
-        if made_by is node:
-            return True
-    return False
+    terms = made_by.next_functions
+    return any(_adds(term, node) for term, _ in (terms if made_by.name() == "AddBackward0" else terms[:1]))
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage()._cdata == b.untyped_storage()._cdata and a.shape == b.shape and a.stride() == b.stride()
 
 
-_HOOKS = ("PreBackwardFunction", "PostBackwardFunction")
-"""DeepSpeed's ZeRO-3 wraps the outputs and inputs of modules in these; they keep nothing."""
+_NOTHING_KEPT = ("PreBackwardFunction", "PostBackwardFunction", "ViewBackward", "UnsafeViewBackward")
+"""DeepSpeed's ZeRO-3 wraps the outputs and inputs of modules in the first two; none of them keeps a tensor."""
 
 
 class _Segment:

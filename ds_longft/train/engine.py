@@ -29,6 +29,7 @@ from ds_longft.objectives.dpo import DpoObjective
 from ds_longft.objectives.objective import Needs, Objective
 from ds_longft.objectives.sft import SftObjective
 from ds_longft.sequence.attention import register
+from ds_longft.sequence.experts import Experts
 from ds_longft.sequence.linear import LinearGroup, unhook
 from ds_longft.train.install import Recompute, decided, fuse_and_tile, fused_kernels
 from ds_longft.train.model_check import check_zero_section
@@ -113,9 +114,9 @@ def build(
     if prepare is not None:
         prepare(model)
     reference: nn.Module | None = None
-    groups: list[LinearGroup] = []
+    fused: list[LinearGroup | Experts] = []
     if Needs.of(config).reference == "model":
-        reference, groups = frozen_reference(run, decisions, device)
+        reference, fused = frozen_reference(run, decisions, device)
     objective = make_objective(config, model, layout, decisions, reference)
     recompute = Recompute.install(base, run, decisions, device)
     model.train()
@@ -132,8 +133,8 @@ def build(
     if stage == 0:  # its bf16 wrapper has taken a step of zeros: Adam's corrections would count it
         forget_steps(getattr(engine.optimizer, "optimizer", engine.optimizer))
     if stage == 3:
-        for group in [*groups, *(group for layer in recompute.groups for group in layer)]:
-            group.unhook()
+        for held in [*fused, *recompute.experts, *(group for layer in recompute.groups for group in layer)]:
+            held.unhook()
         unhook(m for m in engine.module.modules() if next(m.parameters(), None) is None)  # activations, in tiles
     seed_dropout(config.seed, layout.rank)
     check_rope(base, hf_config)  # again: casting the module's buffers to bf16 would round the frequencies
@@ -165,10 +166,12 @@ def _load(run: Run, device: torch.device) -> PreTrainedModel:
     return load_model(model, run.hf_config, ds_engine_config=run.engine_config, dtype=dtype, device=device, seed=seed)
 
 
-def frozen_reference(run: Run, decisions: Decisions, device: torch.device) -> tuple[PreTrainedModel, list[LinearGroup]]:
+def frozen_reference(
+    run: Run, decisions: Decisions, device: torch.device
+) -> tuple[PreTrainedModel, list[LinearGroup | Experts]]:
     """The model as it is before training, a second time: partitioned under ZeRO-3, never trained and never saved.
 
-    Also its fused linears, where its MLPs run in tiles: its forward pass would have the highest peak otherwise.
+    Also what was put onto it where its MLPs run in tiles: its forward pass would have the highest peak otherwise.
     """
     hf_config = copy.deepcopy(run.hf_config)
     model = _load(replace(run, hf_config=hf_config), device)
@@ -176,11 +179,12 @@ def frozen_reference(run: Run, decisions: Decisions, device: torch.device) -> tu
     fused_kernels(model, run.config, device)
     model.requires_grad_(False)
     switch_off(random_rates(model))
-    groups: list[LinearGroup] = []
+    held: list[LinearGroup | Experts] = []
     if decisions.tile_tokens:
         for layer in decoder_layers(model):
-            groups += fuse_and_tile(layer, run.stage, decisions.tile_tokens)[0]
-    return model, groups
+            fused = fuse_and_tile(layer, run.stage, decisions.tile_tokens)
+            held += [*fused.groups, *fused.experts]
+    return model, held
 
 
 def seed_dropout(seed: int, rank: int) -> None:

@@ -1,5 +1,5 @@
-"""Puts onto a model what makes its step fast without changing what it computes: fused kernels, fused linears, MLP tiles
-and the recomputation policy.
+"""Puts onto a model what makes its step fast without changing what it computes: fused kernels, fused linears, grouped
+experts, MLP tiles and the recomputation policy.
 
 `auto` recomputation measures instead of guessing: a rehearsal (`rehearse.py`) with only attention kept shows the memory
 that is left; `Recompute.spend` then keeps the outputs of linears with it, layer by layer.
@@ -32,10 +32,11 @@ from ds_longft.model.load import load_config
 from ds_longft.model.supported import decoder_layers
 from ds_longft.model.wrapped import is_wrapped
 from ds_longft.sequence.attention import ULYSSES
+from ds_longft.sequence.experts import Experts, group_experts
 from ds_longft.sequence.kept import HostStore
 from ds_longft.sequence.linear import LinearGroup, fuse_linears, gather_with
 from ds_longft.sequence.mlp import TiledMlp, tile_mlp
-from ds_longft.sequence.recompute import LayerKeep, apply_recompute
+from ds_longft.sequence.recompute import Holder, LayerKeep, apply_recompute
 from ds_longft.sequence.recomputed_input import recompute_first_input
 from ds_longft.sequence.relief import Relief
 from ds_longft.sequence.state.families import gather_state_layers
@@ -172,6 +173,7 @@ class Recompute:
     policy: str  # train.recompute, or what its `auto` turned to
     host_bytes: int  # this rank's share of the host memory that may be used for linears
     groups: list[list[LinearGroup]] = field(default_factory=list)  # per layer, all of them
+    experts: list[Experts] = field(default_factory=list)  # of all layers
     keep: list[LayerKeep] = field(default_factory=list)  # per layer, read at each call
     tiled: bool = False  # MLPs have no whole outputs that could be kept
 
@@ -189,11 +191,12 @@ class Recompute:
         # Segments call layers outside of the gathering that a fused layer needs under ZeRO-3.
         if not (stage == 3 and policy in ("every_k", "sqrt")):
             for keep, layer in zip(made.keep, layers, strict=True):
-                groups, tiled = fuse_and_tile(layer, stage, decisions.tile_tokens)
-                made.groups.append(groups)
-                keep.last = tiled or next((g for g in groups if g.names == ("down_proj",)), None)
-                made.tiled = made.tiled or tiled is not None
-        if config.train.mlp_tile_tokens and not made.tiled:
+                fused = fuse_and_tile(layer, stage, decisions.tile_tokens)
+                made.groups.append(fused.groups)
+                made.experts += fused.experts
+                keep.last = fused.last
+                made.tiled = made.tiled or fused.tiled is not None
+        if config.train.mlp_tile_tokens and not (made.tiled or made.experts):
             raise ModelError(
                 f"train.mlp_tile_tokens is {config.train.mlp_tile_tokens}, but the MLPs of {base.config.model_type} "
                 f"(recompute {policy}, ZeRO stage {stage}) cannot be tiled, for their form or for adapters with "
@@ -201,7 +204,7 @@ class Recompute:
             )
         if stage == 3:
             for layer in layers:
-                gather_adapted(layer)
+                gather_adapted(layer, made.experts)
             gather_state_layers(base)
         if places is not None and any("host" in (p.input, p.attention) for p in places):
             made._place(places, device)
@@ -247,12 +250,27 @@ class Recompute:
         return int(on_device), int(on_host)
 
 
-def fuse_and_tile(layer: nn.Module, stage: int, tile_tokens: int | None) -> tuple[list[LinearGroup], TiledMlp | None]:
-    """Fuse a decoder layer's linears. With `tile_tokens`: tile its MLP if it has gate, up and down, and make the input
-    of q, k and v again instead of keeping it.
+@dataclass
+class Fused:
+    """What was put onto one decoder layer."""
+
+    groups: list[LinearGroup]
+    tiled: TiledMlp | None
+    experts: list[Experts]
+
+    @property
+    def last(self) -> Holder | None:
+        """What the layer ends with, as far as is known."""
+        down = next((g for g in self.groups if g.names == ("down_proj",)), None)
+        return self.experts[-1] if self.experts else self.tiled or down
+
+
+def fuse_and_tile(layer: nn.Module, stage: int, tile_tokens: int | None) -> Fused:
+    """Fuse a decoder layer's linears and group its experts. With `tile_tokens`: tile its MLP if it has gate, up and
+    down, and make the input of q, k and v again instead of keeping it.
     """
-    groups = fuse_linears(layer)
-    weights = [weight for group in groups for weight in group.tensors]
+    groups, experts = fuse_linears(layer), group_experts(layer, tile_tokens)
+    weights = [weight for held in (*groups, *experts) for weight in held.tensors]
     tiled = None
     if tile_tokens is not None:
         for group in groups:
@@ -262,18 +280,19 @@ def fuse_and_tile(layer: nn.Module, stage: int, tile_tokens: int | None) -> tupl
         tiled = tile_mlp(layer, groups, tile_tokens)
     if stage == 3:
         gather_with(layer, weights)
-    return groups, tiled
+    return Fused(groups, tiled, experts)
 
 
-def gather_adapted(layer: nn.Module) -> None:
+def gather_adapted(layer: nn.Module, grouped: Sequence[Experts] = ()) -> None:
     """Under ZeRO-3: gather what PEFT reads without calling the module that holds it, with the module around.
 
-    Weights adapted as parameters (stacked experts, some routers), and A and B of DoRA, which otherwise are there only
-    while ZeRO-3 happens to keep them: not after a resume.
+    Weights adapted as parameters (stacked experts that are not `grouped`), and A and B of DoRA, which otherwise are
+    there only while ZeRO-3 happens to keep them: not after a resume.
     """
+    ours = {id(module) for experts in grouped for module in experts.outer.modules()}
     for parent in layer.modules():
         for child in parent.children():
-            if isinstance(child, ParamWrapper):
+            if isinstance(child, ParamWrapper) and id(child) not in ours:
                 gather_with(parent, [child.get_param()])
         if isinstance(parent, PeftLinear) and parent.lora_variant:
             gather_with(parent, [m.weight for part in (parent.lora_A, parent.lora_B) for m in part.values()])

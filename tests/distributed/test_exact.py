@@ -79,11 +79,11 @@ def install(layers: list[Any], policy: str, saving: dict[str, Any]) -> None:
     store = HostStore(torch.device("cpu"))
     keeps = [LayerKeep(i, store=store) for i in range(len(layers))]
     host = saving.get("host", ())
-    for keep, (of_layer, tiled) in zip(keeps, fused, strict=True):
-        keep.last = tiled or next((g for g in of_layer if "down_proj" in g.names), None)
+    for keep, of_layer in zip(keeps, fused, strict=True):
+        keep.last = of_layer.last
         keep.input_on_host = "input" in host
         keep.attention = "host" if "attention" in host else "device"
-        wanted = [g for g in of_layer if saving.get("linears") and "down_proj" not in g.names]
+        wanted = [g for g in of_layer.groups if saving.get("linears") and "down_proj" not in g.names]
         (keep.on_host if "linears" in host else keep.on_device).extend(wanted)
     apply_recompute(layers, policy, keep=keeps)
 

@@ -237,16 +237,16 @@ def _step(shape: dict[str, Any], setting: Setting, keep: Sequence[Keep] | None) 
     fused = [fuse_and_tile(layer, 2, setting.tile_tokens) for layer in layers]
     store = UncountedStore(tracker)
     keeps = [LayerKeep(i, store=store) for i in range(len(layers))]
-    for kept, (of_layer, tiled), wanted in zip(keeps, fused, keep or [Keep()] * len(layers), strict=True):
-        for group in of_layer:
+    for kept, of_layer, wanted in zip(keeps, fused, keep or [Keep()] * len(layers), strict=True):
+        for group in of_layer.groups:
             where = {"q_proj": wanted.qkv, "o_proj": wanted.o, "gate_proj": wanted.gate_up}.get(group.names[0])
             if where:
                 (kept.on_device if where == "device" else kept.on_host).append(group)
         kept.attention = wanted.attention or "nowhere"  # type: ignore[assignment]
         kept.input_on_host = wanted.input == "host"
-        kept.last = tiled or next(g for g in of_layer if "down_proj" in g.names)
-        if setting.fused and tiled is not None:
-            tiled.combine = SiluMul.apply
+        kept.last = of_layer.last
+        if setting.fused and of_layer.tiled is not None:
+            of_layer.tiled.combine = SiluMul.apply
     apply_recompute(layers, setting.recompute, every=setting.every, keep=keeps)
     model.train()
     for p in model.parameters():
@@ -283,7 +283,7 @@ def _frozen(config: Any, setting: Setting) -> nn.Module:
     if setting.fused:
         like_liger(model)
     for layer in model.get_decoder().layers:
-        _, tiled = fuse_and_tile(layer, 2, setting.tile_tokens)
+        tiled = fuse_and_tile(layer, 2, setting.tile_tokens).tiled
         if setting.fused and tiled is not None:
             tiled.combine = SiluMul.apply
     return model.requires_grad_(False)

@@ -39,6 +39,6 @@ def test_what_is_tiled(forward: Forward | None, tiled: bool, dtype: torch.dtype)
     if forward is not None:
         layer.mlp.forward = MethodType(forward, layer.mlp)
     state = torch.random.get_rng_state()
-    assert (fuse_and_tile(layer, 0, 7)[1] is not None) == tiled
+    assert (fuse_and_tile(layer, 0, 7).tiled is not None) == tiled
     assert torch.equal(torch.random.get_rng_state(), state)
     assert not layer.mlp.training

@@ -21,7 +21,7 @@ def test_the_gradient_of_the_router_is_right_inside_a_checkpoint() -> None:
     """The input's gradient was written over the input, and the router's gradient made of that."""
     plain = tiny_model(tiny_config("deepseek_v2", **DEEPSEEK), attn="eager", dtype=torch.float32).model.layers[1]
     tiled = copy.deepcopy(plain)
-    assert fuse_and_tile(tiled, 0, 7)[1] is not None
+    assert fuse_and_tile(tiled, 0, 7).tiled is not None
     hidden = torch.randn(1, 30, 32, generator=torch.Generator().manual_seed(0))
     for layer in (plain, tiled):
         x = hidden.clone().requires_grad_()

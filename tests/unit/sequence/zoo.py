@@ -243,10 +243,10 @@ def ours(config: PretrainedConfig, way: Way, *, lora: bool = False, layout: Para
     layers = decoder_layers(model.get_base_model() if lora else model)
     keeps = [LayerKeep(i) for i in range(len(layers))]
     for keep, layer in zip(keeps, layers, strict=True):
-        groups, tiled = fuse_and_tile(layer, 0, way.tile_tokens)
-        keep.last = tiled or next((g for g in groups if g.names == ("down_proj",)), None)
+        fused = fuse_and_tile(layer, 0, way.tile_tokens)
+        keep.last = fused.last
         if way.keep_linears:
-            keep.on_device = [g for g in groups if g.names != ("down_proj",)]
+            keep.on_device = [g for g in fused.groups if g.names != ("down_proj",)]
     apply_recompute(layers, way.recompute, keep=keeps)
     batch = shard(pack_of(_documents(), layout.sp), layout, torch.device("cpu"))
     step = _gradients(model, lambda: objective(batch))

@@ -1,0 +1,116 @@
+"""What of a model adapters are put on, in PEFT's words: names of linear layers, and names of weights.
+
+In dense models both are what `lora.targets` says. In mixtures of experts PEFT (0.21) means something else by the same
+names on each family: on some, `all-linear` and `gate_proj` stand for the stacked experts and the router, and the MLPs
+that are linear layers stay without. Here `all-linear` is every linear layer but head and routers on each of them, and
+the experts are adapted where `lora.experts` asks for it. Where PEFT would take a name for the experts', the layer is
+named by its weight (`target_parameters`), which PEFT takes as it stands; files and arithmetic are the same.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+
+import peft
+from peft.tuners.lora.layer import ParamWrapper
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+from ds_longft.config.run_config import LoraConfig
+from ds_longft.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Targets:
+    """As `peft.LoraConfig` takes them."""
+
+    modules: str | list[str]
+    parameters: list[str] | None = None
+    excluded: list[str] | None = None  # modules that are called like one of `modules`
+
+
+def targets_of(model: PreTrainedModel, lora: LoraConfig) -> Targets:
+    """What `lora.targets` and `lora.experts` mean on this model.
+
+    Raises:
+        ModelError: a name is no linear layer, or there are no experts.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    named = [lora.targets] if isinstance(lora.targets, str) else lora.targets
+    if lora.targets != "all-linear":
+        check_names("lora.targets", named, list(linears))
+    experts = stacked_experts(model)
+    if lora.experts and not experts:
+        raise ModelError(
+            f"lora.experts is true, but {model.config.model_type} has no stacked experts: leave it out"
+        )
+    if not experts:
+        return Targets("all-linear" if lora.targets == "all-linear" else named)
+    count = next(iter(experts.values()))
+    head = model.get_output_embeddings()
+    if lora.targets == "all-linear":
+        chosen = [name for name, m in linears.items() if m is not head and m.out_features != count]  # routers have E
+    else:
+        chosen = [name for name in linears if any(name == n or name.endswith("." + n) for n in named)]
+    taken = _taken_by_peft(model, {_leaf(name) for name in chosen})
+    modules = {_leaf(name) for name in chosen} - taken
+    excluded = {_in_layer(name) for name in linears if _leaf(name) in modules and name not in chosen}
+    parameters = {f"{_in_layer(name)}.weight" for name in chosen if _leaf(name) in taken}
+    if lora.experts:
+        parameters |= {_in_layer(name) for name in experts}
+    return Targets(sorted(modules), sorted(parameters) or None, sorted(excluded) or None)
+
+
+def stacked_experts(model: nn.Module) -> dict[str, int]:
+    """Weights that hold all experts of a layer: name -> number of experts. Shapes under ZeRO-3 are DeepSpeed's."""
+    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in model.named_parameters()}
+    return {name: int(shape[0]) for name, shape in shapes.items() if len(shape) == 3}
+
+
+def in_words(model: nn.Module) -> str:
+    """Which layers of a mixture are adapted, and whether its experts are; "" of other models."""
+    stacks = stacked_experts(model)
+    if not stacks or not isinstance(model, peft.PeftModel):
+        return ""
+    adapted = {name: m for name, m in model.named_modules() if hasattr(m, "lora_A")}
+    experts = {m.parameter_name for m in adapted.values() if isinstance(m, ParamWrapper) and m.num_experts > 1}
+    linears = {_leaf(n) for n, m in adapted.items() if not (isinstance(m, ParamWrapper) and m.num_experts > 1)}
+    count = next(iter(stacks.values()))
+    said = f"adapters on {', '.join(sorted(linears))}"
+    if experts:
+        return f"{said}, and on {', '.join(sorted(experts))} of each of a layer's {count} experts, not on routers"
+    return f"{said}; not on the {count} experts of a layer (lora.experts: true adapts them), nor on routers"
+
+
+def check_names(key: str, wanted: list[str], present: list[str]) -> None:
+    """PEFT ignores a name that matches nothing as long as another one matches: a typo would train fewer layers."""
+    unknown = [w for w in wanted if not any(name == w or name.endswith("." + w) for name in present)]
+    if not unknown:
+        return
+    short = sorted({_leaf(name) for name in present})
+    near = difflib.get_close_matches(unknown[0], short, n=1)
+    raise ModelError(
+        f"{key}: no layer of the model is called {', '.join(map(repr, unknown))}"
+        + (f" (did you mean {near[0]!r}?)" if near else "")
+        + f"; it has: {', '.join(short)}"
+    )
+
+
+def _taken_by_peft(model: PreTrainedModel, names: set[str]) -> set[str]:
+    """Names that PEFT takes for the experts' and the router's of this family, as earlier versions of it had them."""
+    whole = names | {"gate_proj", "up_proj", "down_proj"}  # PEFT refuses a part of what was fused
+    asked = peft.LoraConfig(target_modules=sorted(whole))
+    convert_peft_config_for_transformers(asked, model=model, conversions=None)
+    return names - set(asked.target_modules or ())
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _in_layer(name: str) -> str:
+    """model.layers.3.mlp.experts.down_proj -> mlp.experts.down_proj: the same of every layer."""
+    return re.split(r"\.layers\.\d+\.", name)[-1]
