@@ -6,6 +6,7 @@
                                                                               prompt 131072 tokens
     torchrun --nproc_per_node 2 benchmarks/step.py --objective dpo --documents 32768x2 --reference precomputed
     python benchmarks/step.py --shape smollm2 --tokens 8192                   one GPU
+    python benchmarks/step.py --shape qwen3-30b-a3b --tokens 131072 --ds_config ds_configs/zero2_sp.json --host_gib 64
     ... --profile trace.json                                                  and the top kernels of one step
 
 The model is built, wrapped and stepped exactly as a run does (`train.engine.build`, the trainer's loss rule); only the
@@ -31,9 +32,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.work import (
-    ADAPTER,
     SEED,
     SHAPES,
+    adapter_of,
     append,
     fingerprint,
     is_settled,
@@ -68,7 +69,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kernel", default="auto")
     parser.add_argument("--recompute", default="auto")
     parser.add_argument("--targets", type=float, default=1.0, help="share of the tokens that are trained")
-    parser.add_argument("--full", action="store_true", help="full fine-tuning instead of LoRA r16 on all linears")
+    parser.add_argument("--full", action="store_true", help="full fine-tuning instead of LoRA r16 on linears, experts")
     parser.add_argument("--steps", type=int, default=3, help="the first is warming up")
     parser.add_argument(
         "--settle", action="store_true", help="go on, to 10 steps at most, until the last two are within 2 %%"
@@ -115,13 +116,14 @@ def main() -> None:
     from ds_longft.config.ds_file import load_ds_config
     from ds_longft.config.ds_json import merge_ds_config
     from ds_longft.config.run_config import RunConfig
+    from ds_longft.decide.plan_json import foresee_run
     from ds_longft.data.deal import deal_documents
     from ds_longft.layout import ParallelLayout
     from ds_longft.model.peaks import peak_tflops
     from ds_longft.sequence.kernels import AttentionSpec, choose_kernel
     from ds_longft.train.device_memory import device_memory, own_memory_gib
     from ds_longft.train.engine import build
-    from ds_longft.train.install import known_run
+    from ds_longft.train.install import decided, known_run
     from ds_longft.train.rehearse import choose_passes, rehearse, settle
     from ds_longft.train.step import backpropagate_pack
 
@@ -137,7 +139,7 @@ def main() -> None:
             "sp": sp,
             "seed": SEED,
             "model": {"path": str(folder), "random_weights": True, "kernel": args.kernel, "liger": args.liger},
-            "lora": None if args.full else ADAPTER,
+            "lora": None if args.full else adapter_of(shape),
             "data": {
                 "train": ["unused.jsonl"],
                 "max_length_tokens": longest,
@@ -163,10 +165,15 @@ def main() -> None:
     kernel_name = "" if args.kernel == "auto" else args.kernel
     known = known_run(config, settings, layout, device, memory_gib=memory_gib, kernel=kernel_name)
     facts = known.facts
+    decisions = decided(known, device)
+    foreseen = foresee_run(replace(known, kernel=known.kernel or known.gpu.kernels[0]), decisions) or {}
+    if launch.rank == 0:
+        print(json.dumps({"foreseen": foreseen}), flush=True)
     built = build(
         known,
         layout,
         device,
+        decisions=decisions,
         prepare=lambda model: start.append(fingerprint(model)) if args.fingerprint else None,
     )
     build_s = time.time() - started
@@ -267,6 +274,7 @@ def main() -> None:
             "unit": "s",
             "tokens_per_s_per_gpu": round(tokens * layout.dp / timed["value"] / launch.world, 1),
             "peak_gib": peak,
+            **{f"foreseen_{key}": foreseen[key] for key in ("step_s", "peak_gib") if key in foreseen},
             "mfu": round(flops / timed["value"] / launch.world / 1e12 / peak_rate, 4) if peak_rate else None,
             "kernel": f"{kernel.name}: {reason}",
             "recompute": kept or args.recompute,

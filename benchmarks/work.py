@@ -52,6 +52,25 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
     },
+    "qwen3-30b-a3b": {
+        "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144,
+        "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+        "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True,
+        "max_position_embeddings": 1 << 22, "rope_parameters": {"rope_type": "default", "rope_theta": 1e7},
+    },
+    "gpt-oss-20b": {
+        "model_type": "gpt_oss", "vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880,
+        "num_hidden_layers": 24, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64,
+        "num_local_experts": 32, "num_experts_per_tok": 4, "sliding_window": 128,
+        "layer_types": ["sliding_attention", "full_attention"] * 12,
+        "max_position_embeddings": 1 << 22, "rope_parameters": {"rope_type": "default", "rope_theta": 1.5e5},
+    },
+    "tiny-moe": {
+        "model_type": "qwen3_moe", "vocab_size": 1024, "hidden_size": 128, "intermediate_size": 256,
+        "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16,
+        "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True,
+        "max_position_embeddings": 1 << 22, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
+    },
     "tiny": {
         "model_type": "llama", "vocab_size": 1024, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
         "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 1 << 22,
@@ -60,9 +79,15 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def adapter_of(shape: dict[str, Any]) -> dict[str, Any]:
+    """`lora` of the run config: on all linears, of mixtures of experts on these too."""
+    return {**ADAPTER, "experts": True} if "num_experts_per_tok" in shape else ADAPTER
+
+
 def shape_of(name: str, layers: int | None) -> dict[str, Any]:
     """The model config, with another number of layers where one is given."""
-    return {**SHAPES[name], **({"num_hidden_layers": layers} if layers else {})}
+    shape = {**SHAPES[name], **({"num_hidden_layers": layers} if layers else {})}
+    return shape | ({"layer_types": shape["layer_types"][:layers]} if layers and "layer_types" in shape else {})
 
 
 def lengths_of(documents: str) -> list[int]:

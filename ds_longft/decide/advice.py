@@ -47,8 +47,6 @@ class Adviser:
 
     def savings(self) -> list[tuple[str, float, str]]:
         """(key and value, GiB saved at the peak, a note), most first."""
-        if self.run.facts.experts:
-            return [("train.recompute: sqrt", 0.0, " (the model's memory is not described)")]
         ran = self.setting
         if fastest_saver(self.run.facts, ran, self.run.gpu).recompute == "none":  # what became of `auto`
             ran = replace(ran, recompute="none")
@@ -106,10 +104,10 @@ class Adviser:
     def _length(self) -> list[str]:
         """The longest pack that is predicted to fit as the run is set up."""
         run = self.run
-        if run.facts.experts:
-            return []
         lora_r, objective = self.setting.lora_r, run.config.objective
-        question = Question(run.facts, run.gpu, run.world, 0.0, lora_r=lora_r, objective=objective)
+        question = Question(
+            run.facts, run.gpu, run.world, 0.0, lora_r=lora_r, lora_experts=self.setting.lora_experts, objective=objective
+        )
         longest = question.longest(replace(self.setting, offload_params=False), "")
         tokens = question.length(longest.setting) if longest else 0
         if not 0 < tokens < question.length(self.setting):

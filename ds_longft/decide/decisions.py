@@ -53,6 +53,7 @@ class Run:
             sp=self.sp,
             world=self.world,
             lora_r=config.lora.r if config.lora else None,
+            lora_experts=config.lora is not None and config.lora.experts,
             stage=self.stage,
             resident=zero.get("stage3_param_persistence_threshold", 0) >= self.facts.weights,
             offload_optimizer="offload_optimizer" in zero,
@@ -96,7 +97,7 @@ def decide(run: Run) -> Decisions:
     `dpo.passes: auto` one pass or two; and what waits on the host. Pure: the same run, the same answer.
     """
     model, gpu, setting = run.facts, run.gpu, run.setting
-    if model.experts or model.state_products:
+    if model.state_products:
         return Decisions.as_configured(run.config)
     if setting.recompute == "auto":
         host_gib = run.config.train.offload_host_gib + host_bytes(model, setting) * run.local_world / GIB

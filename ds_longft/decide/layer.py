@@ -13,7 +13,7 @@ from ds_longft.decide.timeline import Timeline
 
 _OF_A_LAYER = (
     "norm1", "norm1 x32", "norm1 narrow", "q", "k", "v", "qkv a", "h1", "norm2", "norm2 x32", "norm2 narrow",
-    "gate", "up", "silu", "c", "gate_up a", "o a", "down a",
+    "gate", "up", "silu", "c", "gate_up a", "o a", "down a", "routes", *(f"{n} norm{of}" for n in "qk" for of in ("", " x32", " narrow")),
 )  # fmt: skip
 
 
@@ -30,9 +30,9 @@ class Layer:
         away = i < len(self.keep) and self.keep[i].input == "host"
         self.t.hold(f"x{i}", 0.0 if away else self.z.u, LAYER_INPUTS)
 
-    def norm(self, name: str, saving: bool) -> None:
+    def norm(self, name: str, saving: bool, size: float | None = None) -> None:
         """Liger keeps its input (held already) and one float a token; transformers works in float32."""
-        t, u = self.t, self.z.u
+        t, u = self.t, self.z.u if size is None else size
         if self.z.setting.fused:
             t.hold(name, u, at="a norm")
             return
@@ -48,6 +48,15 @@ class Layer:
         if not (saving and self.z.setting.lora_r is None):  # kept for the gradient of the norm's weight
             t.drop(f"{name} narrow")
 
+    def _qk_norm(self, saving: bool) -> None:
+        """Norms of queries, then of keys, between the linears and the rotary embedding."""
+        if not self.z.model.qk_norm:
+            return
+        for name, size in (("q norm", self.z.q), ("k norm", self.z.k)):
+            self.norm(name, saving, size)
+            if not (saving and self.z.setting.fused):  # its input is in float32, or gone
+                self.t.drop(name)
+
     def norm_backward(self, name: str) -> None:
         """In place with liger; float32 temporaries without."""
         t = self.t
@@ -62,6 +71,7 @@ class Layer:
         place = keep.attention if x.recompute in ("keep_attention", "auto") else ""
         self.norm("norm1", saving)
         self._linears(i, "qkv", keep.qkv, {"q": z.q, "k": z.k, "v": z.k}, 3 * z.a, first)
+        self._qk_norm(saving)
         if not x.fused:
             self._rope()
         if first or not place:
@@ -85,9 +95,32 @@ class Layer:
         else:
             self._mlp_forward(i, saving, first)
 
-    def _mlp_forward(self, i: int, saving: bool, first: bool) -> None:
-        """The gated MLP, whole."""
+    def _experts_forward(self, saving: bool, first: bool) -> None:
+        """Router and `experts._Grouped.forward`; a recomputation has an output that takes no memory."""
+        t, z = self.t, self.z
+        if not z.rows:
+            return
+        t.hold("routes", z.routes)
+        if first:
+            t.hold("experts", z.u)
+            t.during("the experts, forward", z.experts_forward())
+        if not saving:
+            t.drop("routes")
+
+    def _experts_backward(self) -> None:
+        """`experts._Grouped.backward`; with a trained router its input's gradient is a tensor of its own."""
         t, z, x = self.t, self.z, self.z.setting
+        if not z.rows:
+            return
+        t.hold("of experts", z.u if x.lora_r is None else 0.0)
+        t.hold("expert sums", z.expert_sums(), TRAINABLE)
+        t.during("the experts, backward", z.experts_backward())
+        t.drop("expert sums", "routes")
+
+    def _mlp_forward(self, i: int, saving: bool, first: bool) -> None:
+        """The gated MLP, whole, and experts."""
+        t, z, x = self.t, self.z, self.z.setting
+        self._experts_forward(saving, first)
         self._linears(i, "gate_up", self.keep[i].gate_up, {"gate": z.f, "up": z.f}, 2 * z.a, first)
         if not x.fused:
             t.hold("silu", z.f)
@@ -101,9 +134,9 @@ class Layer:
             if not x.fused:
                 t.drop("h1")
             return
-        t.hold("down", z.u + z.a, at="the MLP, forward")
+        t.hold("down", z.u + z.a if z.f else 0.0, at="the MLP, forward")
         self.input(i + 1)
-        t.drop("down")
+        t.drop("down", "experts")
         if not saving:
             t.drop("c")
         self._end_of_layer(i, saving)
@@ -111,14 +144,15 @@ class Layer:
     def _tiled_forward(self, i: int, saving: bool, first: bool) -> None:
         """`mlp._Tiled.forward`; a recomputation has an output that nothing reads and that takes no memory."""
         t, z = self.t, self.z
+        self._experts_forward(saving, first)
         if not first:
             if not z.setting.fused:
                 t.drop("h1")
             return
-        t.hold("down", z.u)
-        t.during("a tile of the MLP, forward", z.tile * ((3 if z.setting.fused else 4) * z.f + z.u))
+        t.hold("down", z.u if z.f else 0.0)
+        t.during("a tile of the MLP, forward", z.tile * ((3 if z.setting.fused else 4) * z.f + z.u) if z.f else 0.0)
         self.input(i + 1)
-        t.drop("down")
+        t.drop("down", "experts")
         self._end_of_layer(i, saving)
 
     def _end_of_layer(self, i: int, saving: bool) -> None:
@@ -219,12 +253,13 @@ class Layer:
             for name in _OF_A_LAYER:
                 if f"{name} of {i}" in t.live:
                     t.live[name] = t.live.pop(f"{name} of {i}")
+        self._experts_backward()
         if z.tile:
             self._tiled_backward()
         else:
             self._mlp_backward(i)
         self.norm_backward("norm2")
-        t.drop("h1", "norm2", "dnorm2")  # added to g in place
+        t.drop("h1", "norm2", "dnorm2", "of experts")  # added to g in place
         t.hold("dattention", z.q)
         self._weight_gradient("o_proj")
         t.drop("o a", f"kept o {i}")
@@ -233,6 +268,9 @@ class Layer:
             t.drop(f"kept qkv {i}")
         if not x.fused:
             t.during("the rotary embedding, backward", 3 * z.q)
+            if z.model.qk_norm:
+                t.during("the norm of queries, backward", 4.5 * 4 / x.element_bytes * z.q)
+        t.drop(*(f"{n} norm{of}" for n in "qk" for of in ("", " x32", " narrow")))
         if z.tile:
             t.during("norm1 again x32", 0.0 if x.fused else 3 * 4 / x.element_bytes * z.u)
             t.hold("norm1 again", z.u)
@@ -269,6 +307,9 @@ class Layer:
             elements = sum(i * o for n, i, o in z.model.linear_io if n in (*GROUPS[2], *GROUPS[3]))
             t.hold("sums", 4 * elements, TRAINABLE)
             t.during("weight gradients of a tile", (4 + x.element_bytes) * elements * 2 / 3, TRAINABLE)
+        if not z.f:
+            t.drop("sums")
+            return
         t.during("a tile of the MLP, backward", z.tile * ((4 if x.fused else 7) * z.f + z.u) + z.beside(z.tile))
         t.drop("sums")
 

@@ -126,6 +126,7 @@ class Question:
     gpus: int
     host_gib: float  # of the node
     lora_r: int | None = 16
+    lora_experts: bool = False
     objective: str = "sft"
     reference: Reference = "none"  # of pairs
     passes: Passes = "auto"  # of pairs; auto: both are considered
@@ -150,6 +151,7 @@ class Question:
                 sp=sp,
                 world=self.gpus,
                 lora_r=self.lora_r,
+                lora_experts=self.lora_experts,
                 stage=2 if resident else 3,
                 resident=False,
                 kernel=kernel,

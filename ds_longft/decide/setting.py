@@ -29,6 +29,7 @@ class Setting:
     sp: int = 1
     world: int = 1
     lora_r: int | None = 16  # None: every weight is trained
+    lora_experts: bool = False  # as lora.experts
     stage: int = 3  # ZeRO
     resident: bool = True  # under ZeRO-3: gathered weights are never released
     offload_optimizer: bool = False

@@ -12,6 +12,7 @@ from itertools import pairwise
 from ds_longft.decide.setting import Setting
 from ds_longft.model.facts import ModelFacts
 from ds_longft.sequence.exchange import deal_heads
+from ds_longft.sequence.experts import tile_of
 from ds_longft.sequence.linear import folds
 
 LAYER_INPUTS, ATTENTION, LINEARS = "layer inputs", "kept attention", "kept linears"
@@ -54,6 +55,8 @@ class Sizes:
     tile: float = field(init=False)  # share of the tokens in one MLP tile; 0: no tiles
     wide: bool = field(init=False)  # some kv head lies on two ranks
     repeated: bool = field(init=False)  # this rank's kv heads are repeated for the kernel
+    rows: int = field(init=False)  # copies of tokens in one tile of the experts; 0: a dense model
+    routes: float = field(init=False)  # what a router leaves for its backward pass
 
     def __post_init__(self) -> None:
         m, x = self.model, self.setting
@@ -73,6 +76,10 @@ class Sizes:
         self.wide = any(b.kv.start < a.kv.stop for a, b in pairwise(shares))
         self.tile = min(1.0, x.tile_tokens / s) if x.tile_tokens else 0.0
         self.repeated = most.repeat is not None
+        tile = tile_of(m.experts, m.experts_used, x.tile_tokens) if m.experts else 0
+        self.rows = m.experts_used * min(s, tile)
+        # float32 probabilities of all experts, indices and weights of those used
+        self.routes = s * (4.0 * m.experts + 20 * m.experts_used)
 
     def group(self, names: tuple[str, ...]) -> float:
         """Outputs of a group of linears and their x A': what keeping it costs (`LinearGroup.out_features`)."""
@@ -87,6 +94,23 @@ class Sizes:
         if x.lora_r is None or not folds(tokens, m.hidden, m.inter):
             return 0.0
         return (m.hidden + x.lora_r) * (tokens + m.inter) * x.element_bytes
+
+    def experts_forward(self) -> float:
+        """`experts._Grouped.forward`: of a tile rows, gate and up, their product scaled; or that and outputs twice."""
+        m = self.model
+        return self.rows * self.setting.element_bytes * (2.0 * m.hidden + 2 * m.expert_inter)
+
+    def experts_backward(self) -> float:
+        """`experts._Grouped.backward`: of a tile rows, their gradients, gate and up and what is made of them."""
+        m = self.model
+        return self.rows * self.setting.element_bytes * (2.0 * m.hidden + 8 * m.expert_inter)
+
+    def expert_sums(self) -> float:
+        """Float32 sums of the gradients of a layer's experts over its tiles, and those of one tile."""
+        m, x = self.model, self.setting
+        if x.lora_r is None:
+            return m.experts * m.expert_weights * (4.0 + 4 + x.element_bytes)
+        return m.experts * x.lora_r * sum(i + o for i, o in m.expert_io) * (4.0 + 4) if x.lora_experts else 0.0
 
     def kernel_backward(self) -> float:
         """Float32 workspace of an attention kernel's backward pass, beside dq, dk and dv (kernels' sources)."""

@@ -32,6 +32,13 @@ HOST_S_PER_DOCUMENT = 1.5e-4
 
 PER_DOCUMENT = ("cudnn",)
 
+GROUPED = 0.7
+"""Share of the rate of a large matrix product that grouped ones have, `experts.ROWS_OF_AN_EXPERT` rows each. An
+estimate."""
+
+WIDTH_OF_A_PRODUCT = 64
+"""Features that a grouped product with an adapter's rank costs at least: a tile of the tensor cores. An estimate."""
+
 WITHOUT_GRADIENT = "passes without gradient"
 
 NARROW_HEADS = 0.25
@@ -75,16 +82,17 @@ def predict_time(model: ModelFacts, setting: Setting, gpu: Gpu, keep: Sequence[K
     attention_s = attention_forward * attention(model, x, gpu, "forward") + attention(model, x, gpu, "backward")
 
     moved = elementwise_bytes(model, z, forwards) * model.layers
-    moved += lora_bytes(model, x, forwards) * model.layers
+    moved += lora_bytes(model, x, forwards) * model.layers + expert_bytes(model, x)
     parts = {
         "attention": attention_s,
         "matrix products": _products(x, gpu, multiplied_weights(model, x, keep)),
+        "experts": _products(x, gpu, expert_elements(model, x) / GROUPED),
         "elementwise and LoRA": moved / (gpu.memory_gb_s * 1e9),
         "exchange": _exchange(model, z, gpu, attention_forward * (z.send + z.q) + z.send + 2 * z.q + z.send),
         "gathering weights": _gathering(model, x, gpu, min(forwards + 1, 3)),
     }
     parts = {name: times * seconds for name, seconds in parts.items()}
-    trained = model.trained_weights(x.lora_r)
+    trained = model.trained_weights(x.lora_r, x.lora_experts)
     if x.offload_optimizer:  # gradients out, weights back, Adam on the host at about 5 GB/s an element's 16 bytes
         parts["optimizer"] = trained / x.world * (4 / (gpu.host_gb_s * 1e9) + 16 / 2e10)
     else:
@@ -110,6 +118,30 @@ def multiplied_weights(model: ModelFacts, x: Setting, keep: Sequence[Keep]) -> f
     return linears + model.head_weights * x.targets * (2 if x.lora_r is not None else 4)
 
 
+def expert_elements(model: ModelFacts, x: Setting, *, backward: bool = True) -> float:
+    """Elements of experts that each local token meets in grouped products, of all layers: forward once, gate and up
+    again in the backward pass, then gradients of inputs, and of weights that are trained. A narrow adapter's products
+    cost as much as those of `WIDTH_OF_A_PRODUCT` features.
+    """
+    one, sides = model.expert_weights, sum(i + o for i, o in model.expert_io)
+    again = one - model.hidden * model.expert_inter  # gate and up
+    of_weights = one + backward * (again + one * (1 if x.lora_r is not None else 2))
+    adapted = x.lora_r is not None and x.lora_experts
+    # forward, x A' of all again, dy B and its product with A, gradients of A and of B
+    of_adapters = max(x.lora_r or 0, WIDTH_OF_A_PRODUCT) * sides * (1 + backward * 3) if adapted else 0.0
+    return model.expert_layers * model.experts_used * (of_weights + of_adapters)
+
+
+def expert_bytes(model: ModelFacts, x: Setting, *, backward: bool = True) -> float:
+    """Read and written by `experts._Grouped` of all layers beside its products: rows are copied, gated, scaled, added."""
+    adapted = x.lora_r is not None and x.lora_experts
+    wide, inner = model.hidden, model.expert_inter
+    per_row = (6 + 3 * adapted) * wide + (9 + 7 * adapted) * inner
+    if backward:
+        per_row += (7 + 5 * adapted) * wide + (20 + 9 * adapted) * inner
+    return x.local_tokens * x.element_bytes * model.expert_layers * model.experts_used * per_row
+
+
 def passes_ahead(setting: Setting) -> list[bool]:
     """Of each forward pass without gradient that pairs need first: whether adapters are on."""
     live = setting.reference in ("adapter_off", "model")
@@ -120,10 +152,12 @@ def without_gradient(model: ModelFacts, x: Setting, gpu: Gpu, *, adapters: bool)
     """Seconds of one forward pass that keeps nothing: the reference's, or the model's own ahead of two passes."""
     z = Sizes(model, x)
     moved = elementwise_bytes(model, z, 1, backward=False)
+    moved += expert_bytes(model, x, backward=False) / max(1, model.layers)
     if adapters:
         moved += lora_bytes(model, x, 1, backward=False)
     seconds = attention(model, x, gpu, "forward")
     seconds += _products(x, gpu, forward_weights(model, x))
+    seconds += _products(x, gpu, expert_elements(model, x, backward=False) / GROUPED)
     seconds += moved * model.layers / (gpu.memory_gb_s * 1e9)
     seconds += _exchange(model, z, gpu, z.send + z.q) + _gathering(model, x, gpu, 1)
     return max(seconds, _host(model, x) / 4)

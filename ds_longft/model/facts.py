@@ -51,8 +51,12 @@ class ModelFacts:
     weights: int  # every weight, all experts, embedding and head included; a tied matrix counts once
     body_weights: int  # of the linear layers one token passes through, head excluded, experts by their share of use
     head_weights: int  # V * D
-    linear_io: tuple[tuple[str, int, int], ...]  # (name, in, out) of the first layer's linears
+    linear_io: tuple[tuple[str, int, int], ...]  # (name, in, out) of one layer's linears, of a mixture one with experts
     experts: int  # of a layer; 0: a dense model
+    experts_used: int  # by each token
+    expert_layers: int  # layers that have experts
+    expert_io: tuple[tuple[int, int], ...]  # features in and out of each projection of an expert, in any order
+    qk_norm: bool  # queries and keys are normed (Qwen 3)
     norm_after_mlp: bool  # the MLP's output is needed again in the backward pass (Gemma 2 and 3)
     max_positions: int  # documents longer than this need model.rope; 0: none is too long
 
@@ -75,9 +79,11 @@ class ModelFacts:
         convolutions = {id(m.weight) for m in model.modules() if isinstance(m, nn.Conv1d)}
         stacks = [p for p in model.parameters() if p.dim() == 3 and id(p) not in convolutions]
         experts = _number(hf_config, "num_local_experts", "num_experts") or (len(stacks[0]) if stacks else 0)
+        used = (_number(hf_config, "num_experts_per_tok", "moe_topk") or 1) if stacks else 0
+        with_experts = [each for each in decoder_layers(model) if _stacks_of(each)]
         if stacks:
-            used = _number(hf_config, "num_experts_per_tok", "moe_topk") or 1
             body += sum(p.numel() for p in stacks) * used // experts
+            layer = with_experts[0]
         linears = tuple(
             (name.rsplit(".", 1)[-1], m.in_features, m.out_features)
             for name, m in layer.named_modules()
@@ -92,7 +98,7 @@ class ModelFacts:
         return cls(
             model_type=hf_config.model_type,
             hidden=hf_config.hidden_size,
-            inter=down[0] if down else _number(hf_config, "intermediate_size"),
+            inter=down[0] if down else 0 if stacks else _number(hf_config, "intermediate_size"),
             layers=hf_config.num_hidden_layers,
             q_heads=heads,
             kv_heads=_number(widest, "num_key_value_heads") or heads,
@@ -108,6 +114,10 @@ class ModelFacts:
             head_weights=head.weight.numel(),
             linear_io=linears,
             experts=experts,
+            experts_used=used,
+            expert_layers=len(with_experts),
+            expert_io=tuple((p.shape[1], p.shape[2]) for p in _stacks_of(layer)),
+            qk_norm=any(name.rpartition(".")[2] == "q_norm" for name, _ in layer.named_modules()),
             norm_after_mlp=hasattr(layer, "post_feedforward_layernorm"),
             max_positions=positions_end(hf_config) or 0,
         )
@@ -117,9 +127,24 @@ class ModelFacts:
         """Elements of one layer's linear weights."""
         return sum(i * o for _, i, o in self.linear_io)
 
-    def trained_weights(self, lora_r: int | None) -> int:
-        """Elements with a gradient: adapters of that rank on every linear of every layer, r * (in + out); or all."""
-        return self.weights if lora_r is None else self.layers * sum(lora_r * (i + o) for _, i, o in self.linear_io)
+    @property
+    def expert_weights(self) -> int:
+        """Elements of one expert."""
+        return sum(i * o for i, o in self.expert_io)
+
+    @property
+    def expert_inter(self) -> int:
+        """I, width of an expert."""
+        return min((i * o for i, o in self.expert_io), default=0) // self.hidden
+
+    def trained_weights(self, lora_r: int | None, experts: bool = False) -> int:
+        """Elements with a gradient: adapters of that rank on every linear of every layer, r * (in + out), and on
+        `experts` too; or all.
+        """
+        if lora_r is None:
+            return self.weights
+        of_experts = self.expert_layers * self.experts * sum(i + o for i, o in self.expert_io) if experts else 0
+        return lora_r * (self.layers * sum(i + o for _, i, o in self.linear_io) + of_experts)
 
     def step_flops(self, document_lengths: Sequence[int], *, lora: bool, targets: int) -> float:
         """Floating-point operations of forward and backward over these documents, on all GPUs together.
@@ -186,6 +211,12 @@ def _state_products(module: Any) -> int:
     if hasattr(module, "slope_rate"):  # lightning attention
         return int(2 * module.num_attention_heads * module.head_dim**2)
     return 0
+
+
+def _stacks_of(layer: nn.Module) -> list[nn.Parameter]:
+    """Weights of all experts of a layer in one; a convolution's have three dimensions too."""
+    convolutions = {id(m.weight) for m in layer.modules() if isinstance(m, nn.Conv1d)}
+    return [p for p in layer.parameters() if p.dim() == 3 and id(p) not in convolutions]
 
 
 def _head_dims(hf_config: PretrainedConfig) -> tuple[int, int]:

@@ -77,6 +77,8 @@ class Tracker(TorchDispatchMode):
         packet = func._overloadpacket
         if packet is torch.ops.aten.addmm_:  # torch counts addmm alone
             self.operations += 2 * args[1].shape[0] * args[1].shape[1] * args[2].shape[1]
+        elif packet is torch.ops.aten._grouped_mm:  # each row with one matrix
+            self.operations += 2 * args[0].shape[0] * args[0].shape[1] * args[1].shape[-1]
         elif packet in flop_registry:
             self.operations += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
         return out
@@ -220,7 +222,7 @@ def _step(shape: dict[str, Any], setting: Setting, keep: Sequence[Keep] | None) 
         # fake weights cannot be moved: adapters are made in their final type
         torch.set_default_dtype(torch.bfloat16)
         with tracker, patch.object(nn.Module, "to", lambda module, *a, **k: module):
-            model = add_lora(base, LoraConfig(r=setting.lora_r), seed=0)
+            model = add_lora(base, LoraConfig(r=setting.lora_r, experts=setting.lora_experts), seed=0)
         torch.set_default_dtype(torch.float32)
     layout = ParallelLayout.create(setting.sp)
     pairs = setting.reference != "none" or setting.passes == "two"
