@@ -116,8 +116,8 @@ def main() -> None:
     from ds_longft.config.ds_file import load_ds_config
     from ds_longft.config.ds_json import merge_ds_config
     from ds_longft.config.run_config import RunConfig
-    from ds_longft.decide.plan_json import foresee_run
     from ds_longft.data.deal import deal_documents
+    from ds_longft.decide.plan_json import foresee_run
     from ds_longft.layout import ParallelLayout
     from ds_longft.model.peaks import peak_tflops
     from ds_longft.sequence.kernels import AttentionSpec, choose_kernel

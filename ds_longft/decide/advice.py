@@ -106,7 +106,13 @@ class Adviser:
         run = self.run
         lora_r, objective = self.setting.lora_r, run.config.objective
         question = Question(
-            run.facts, run.gpu, run.world, 0.0, lora_r=lora_r, lora_experts=self.setting.lora_experts, objective=objective
+            run.facts,
+            run.gpu,
+            run.world,
+            0.0,
+            lora_r=lora_r,
+            lora_experts=self.setting.lora_experts,
+            objective=objective,
         )
         longest = question.longest(replace(self.setting, offload_params=False), "")
         tokens = question.length(longest.setting) if longest else 0

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from ds_longft.decide.tensors import ATTENTION, GROUPS, LAYER_INPUTS, LINEARS, TRAINABLE, WORK, Keep, Sizes
 from ds_longft.decide.timeline import Timeline
 
+_QK_NORMS = tuple(f"{name} norm{of}" for name in "qk" for of in ("", " x32", " narrow"))
+
 _OF_A_LAYER = (
     "norm1", "norm1 x32", "norm1 narrow", "q", "k", "v", "qkv a", "h1", "norm2", "norm2 x32", "norm2 narrow",
-    "gate", "up", "silu", "c", "gate_up a", "o a", "down a", "routes", *(f"{n} norm{of}" for n in "qk" for of in ("", " x32", " narrow")),
+    "gate", "up", "silu", "c", "gate_up a", "o a", "down a", "routes", *_QK_NORMS,
 )  # fmt: skip
 
 
@@ -270,7 +272,7 @@ class Layer:
             t.during("the rotary embedding, backward", 3 * z.q)
             if z.model.qk_norm:
                 t.during("the norm of queries, backward", 4.5 * 4 / x.element_bytes * z.q)
-        t.drop(*(f"{n} norm{of}" for n in "qk" for of in ("", " x32", " narrow")))
+        t.drop(*_QK_NORMS)
         if z.tile:
             t.during("norm1 again x32", 0.0 if x.fused else 3 * 4 / x.element_bytes * z.u)
             t.hold("norm1 again", z.u)

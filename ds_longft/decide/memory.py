@@ -189,7 +189,11 @@ def fixed(model: ModelFacts, setting: Setting) -> dict[str, float]:
     stage 1; gradients 2, split from stage 2, and there 4 for adapters and where several packs are summed
     (`config/ds_json.py`, `_fill_sum_types`); reduce buckets of 2 bytes.
     """
-    e, world, trained = setting.element_bytes, setting.world, model.trained_weights(setting.lora_r, setting.lora_experts)
+    e, world, trained = (
+        setting.element_bytes,
+        setting.world,
+        model.trained_weights(setting.lora_r, setting.lora_experts),
+    )
     whole = own = weights = float(e * model.weights)
     if setting.stage == 3:
         own = 0.0 if setting.offload_params else whole / world
@@ -213,7 +217,9 @@ def step_timeline(model: ModelFacts, setting: Setting, keep: tuple[Keep, ...]) -
     for part, size in fixed(model, setting).items():
         t.hold(part, size, part)
     SimulatedStep(t, Sizes(model, setting), keep).run()
-    elements = model.trained_weights(setting.lora_r, setting.lora_experts) / (setting.world if setting.stage >= 1 else 1)
+    elements = model.trained_weights(setting.lora_r, setting.lora_experts) / (
+        setting.world if setting.stage >= 1 else 1
+    )
     if not setting.offload_optimizer:  # gradients in float32 while the optimizer steps
         t.during(
             "float32 gradients", 4 * (min(elements, SUB_GROUP_ELEMENTS) if setting.stage == 3 else elements), TRAINABLE

@@ -96,14 +96,16 @@ class Sizes:
         return (m.hidden + x.lora_r) * (tokens + m.inter) * x.element_bytes
 
     def experts_forward(self) -> float:
-        """`experts._Grouped.forward`: of a tile rows, gate and up, their product scaled; or that and outputs twice."""
-        m = self.model
-        return self.rows * self.setting.element_bytes * (2.0 * m.hidden + 2 * m.expert_inter)
+        """`experts._Grouped.forward`: of a tile outputs twice; or rows, gate and up, and what is made of them."""
+        wide, inner = (self.rows * self.setting.element_bytes * n for n in (self.model.hidden, self.model.expert_inter))
+        return max(2.125 * wide, wide + 4 * inner)
 
     def experts_backward(self) -> float:
-        """`experts._Grouped.backward`: of a tile rows, their gradients, gate and up and what is made of them."""
-        m = self.model
-        return self.rows * self.setting.element_bytes * (2.0 * m.hidden + 8 * m.expert_inter)
+        """`experts._Grouped.backward`: of a tile rows, gate and up, and their gradients; or rows, the outputs'
+        gradients, and what the routing weights' gradient is made of.
+        """
+        wide, inner = (self.rows * self.setting.element_bytes * n for n in (self.model.hidden, self.model.expert_inter))
+        return max(wide + 9 * inner, 2 * wide + 7 * inner)
 
     def expert_sums(self) -> float:
         """Float32 sums of the gradients of a layer's experts over its tiles, and those of one tile."""

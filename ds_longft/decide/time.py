@@ -133,7 +133,7 @@ def expert_elements(model: ModelFacts, x: Setting, *, backward: bool = True) -> 
 
 
 def expert_bytes(model: ModelFacts, x: Setting, *, backward: bool = True) -> float:
-    """Read and written by `experts._Grouped` of all layers beside its products: rows are copied, gated, scaled, added."""
+    """Read and written by `experts._Grouped` of all layers beside its products: rows copied, gated, scaled, added."""
     adapted = x.lora_r is not None and x.lora_experts
     wide, inner = model.hidden, model.expert_inter
     per_row = (6 + 3 * adapted) * wide + (9 + 7 * adapted) * inner

@@ -44,9 +44,7 @@ def targets_of(model: PreTrainedModel, lora: LoraConfig) -> Targets:
         check_names("lora.targets", named, list(linears))
     experts = stacked_experts(model)
     if lora.experts and not experts:
-        raise ModelError(
-            f"lora.experts is true, but {model.config.model_type} has no stacked experts: leave it out"
-        )
+        raise ModelError(f"lora.experts is true, but {model.config.model_type} has no stacked experts: leave it out")
     if not experts:
         return Targets("all-linear" if lora.targets == "all-linear" else named)
     count = next(iter(experts.values()))
@@ -70,7 +68,7 @@ def stacked_experts(model: nn.Module) -> dict[str, int]:
     return {name: int(shape[0]) for name, shape in shapes.items() if len(shape) == 3}
 
 
-def in_words(model: nn.Module) -> str:
+def adapted_in_words(model: nn.Module) -> str:
     """Which layers of a mixture are adapted, and whether its experts are; "" of other models."""
     stacks = stacked_experts(model)
     if not stacks or not isinstance(model, peft.PeftModel):

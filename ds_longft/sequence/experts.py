@@ -1,9 +1,9 @@
 """A layer's stacked experts as grouped products: the rows of all experts in one product, not one product an expert.
 
 Each token goes to k of E experts. Its row is copied k times, the copies are sorted by expert, and a grouped product
-(torch's `grouped_mm`) multiplies each expert's rows with its weights. So it is with transformers' own "grouped_mm"; here
-LoRA's factors are grouped products as well, where PEFT adds B A to the weights of all experts anew in each call (1.1 GiB
-a layer of Qwen3-30B-A3B, rounded to the weights' type, and its gradient a product as large as the experts' own).
+(torch's `grouped_mm`) multiplies each expert's rows with its weights, as transformers' own "grouped_mm" does. Here
+LoRA's factors are grouped products as well. PEFT adds B A to the weights of all experts anew in each call: 1.1 GiB a
+layer of Qwen3-30B-A3B, rounded to the weights' type, and its gradient a product as large as the experts' own.
 
 It runs in tiles of tokens, and of a tile nothing is kept but its input: the backward pass computes gate and up again.
 The routing weights scale the input of the down projection, so no output of an expert is needed for their gradient.
@@ -132,7 +132,9 @@ class _Stack:
     b: Tensor | None  # [E, r, out], LoRA's factor in it
 
     @classmethod
-    def of(cls, spec: _Spec, scale: float, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None) -> Any:
+    def of(
+        cls, spec: _Spec, scale: float, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None
+    ) -> Any:
         """From the tensors as the model and PEFT hold them. The rank is filled up to what grouped products want."""
         weight = weight if spec.transposed else weight.transpose(1, 2)
         if a is None or b is None:
@@ -200,7 +202,7 @@ class _Route:
 
     @classmethod
     def of(cls, index: Tensor, count: int) -> _Route:
-        """`index` [t, k] expert ids. Sorts; no synchronisation, and nothing whose result depends on the order of adds."""
+        """`index` [t, k] expert ids. No synchronisation, and nothing whose result depends on the order of adds."""
         experts, order = index.reshape(-1).sort(stable=True)
         ends = torch.searchsorted(experts, torch.arange(count, device=index.device, dtype=experts.dtype), right=True)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))

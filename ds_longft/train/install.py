@@ -270,7 +270,8 @@ def fuse_and_tile(layer: nn.Module, stage: int, tile_tokens: int | None) -> Fuse
     down, and make the input of q, k and v again instead of keeping it.
     """
     groups, experts = fuse_linears(layer), group_experts(layer, tile_tokens)
-    weights = [weight for held in (*groups, *experts) for weight in held.tensors]
+    weights = [weight for group in groups for weight in group.tensors]
+    weights += [weight for each in experts for weight in each.tensors]
     tiled = None
     if tile_tokens is not None:
         for group in groups:

@@ -22,7 +22,7 @@ from ds_longft.decide.advice import Adviser
 from ds_longft.errors import EXIT_HANG, EXIT_REQUEUE, GpuMemoryError
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.lora import trainable_parameters
-from ds_longft.model.lora_targets import in_words
+from ds_longft.model.lora_targets import adapted_in_words
 from ds_longft.model.peaks import peak_tflops
 from ds_longft.model.wrapped import is_wrapped
 from ds_longft.ranks.interrupt import StopRequest
@@ -176,7 +176,7 @@ def _write_head(
     header = _header(config, layout, device, resumed.train_loader, state, prepared.found[0] if prepared.found else None)
     records.say("\n".join([header, *joined.remarks]))
     records.say(f"{trainable_parameters(prepared.built.model)}; {joined.kernels}")
-    if words := in_words(prepared.built.model):
+    if words := adapted_in_words(prepared.built.model):
         records.say(words)
     if already_finished:
         records.say(

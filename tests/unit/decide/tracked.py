@@ -174,7 +174,7 @@ def like_liger(model: nn.Module) -> None:
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = lambda x, m=module: Norm.apply(x, m.weight)
-        if type(module).__name__.endswith("MLP"):
+        if type(module).__name__.endswith("MLP") and hasattr(module, "gate_proj"):
             module.forward = lambda x, m=module: m.down_proj(SiluMul.apply(m.gate_proj(x), m.up_proj(x)))
 
 
