@@ -116,7 +116,7 @@ class Layer:
             return
         t.hold("of experts", z.u if x.lora_r is None else 0.0)
         t.hold("expert sums", z.expert_sums(), TRAINABLE)
-        t.during("the experts, backward", z.experts_backward())
+        t.during("the experts, backward", max(z.experts_backward(), z.tile_gradient()))
         t.drop("expert sums", "routes")
 
     def _mlp_forward(self, i: int, saving: bool, first: bool) -> None:

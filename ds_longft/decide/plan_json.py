@@ -49,8 +49,7 @@ def note_in_plan(folder: Path, given_back: dict[str, float]) -> None:
 def foresee_run(run: Run, decisions: Decisions) -> dict[str, Any] | None:
     """What `ds-longft plan --json` prints, for this run: the longest pack as one document, every token a target.
 
-    Seconds only for GPU types that have rates of its kernel. None where the planner does not describe the run: pairs,
-    mixtures of experts.
+    Seconds only for GPU types that have rates of its kernel. None where the planner does not describe the run: pairs.
     """
     model, gpu = run.facts, run.gpu
     if run.config.objective != "sft" or decisions.setting is None:

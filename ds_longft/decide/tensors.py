@@ -108,11 +108,19 @@ class Sizes:
         return max(wide + 9 * inner, 2 * wide + 7 * inner)
 
     def expert_sums(self) -> float:
-        """Float32 sums of the gradients of a layer's experts over its tiles, and those of one tile."""
+        """Float32 sums over the tiles of what is trained of a layer's experts."""
         m, x = self.model, self.setting
         if x.lora_r is None:
-            return m.experts * m.expert_weights * (4.0 + 4 + x.element_bytes)
-        return m.experts * x.lora_r * sum(i + o for i, o in m.expert_io) * (4.0 + 4) if x.lora_experts else 0.0
+            return 4.0 * m.experts * m.expert_weights
+        return 4.0 * m.experts * x.lora_r * sum(i + o for i, o in m.expert_io) if x.lora_experts else 0.0
+
+    def tile_gradient(self) -> float:
+        """Full training: beside a tile's rows and their gradients, the gradient of gate and up, and it in float32."""
+        m, e = self.model, self.setting.element_bytes
+        if self.setting.lora_r is not None:
+            return 0.0
+        gate_up = m.experts * (m.expert_weights - m.hidden * m.expert_inter)
+        return (4 + e) * gate_up + self.rows * e * (m.hidden + 2 * m.expert_inter)
 
     def kernel_backward(self) -> float:
         """Float32 workspace of an attention kernel's backward pass, beside dq, dk and dv (kernels' sources)."""

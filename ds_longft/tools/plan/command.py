@@ -31,6 +31,7 @@ def plan(
     lora: bool = False,
     full: bool = False,
     lora_r: int = 16,
+    lora_experts: bool = False,
     objective: Literal["sft", "dpo"] = "sft",
     reference: Literal["auto", "adapter_off", "precomputed", "model"] = "auto",
     passes: Literal["auto", "one", "two"] = "auto",
@@ -59,6 +60,7 @@ def plan(
         lora: adapters of rank --lora_r on all linears (the default).
         full: train every weight.
         lora_r: rank.
+        lora_experts: adapters on the experts of a mixture too.
         objective: sft, or dpo (preference pairs, see above).
         reference: with dpo, as dpo.reference; auto is adapter_off, and model with --full. A loss without one (simpo)
             costs what precomputed costs.
@@ -77,8 +79,8 @@ def plan(
         measure(calibrate)
         return
     question, tokens = _question(
-        model, gpus, gpu, host_gib, None if full and not lora else lora_r, objective, reference, passes, kernel,
-        documents, targets, liger, length, both=lora and full, charted=png is not None,
+        model, gpus, gpu, host_gib, None if full and not lora else lora_r, lora_experts, objective, reference, passes,
+        kernel, documents, targets, liger, length, both=lora and full, charted=png is not None,
     )  # fmt: skip
     console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else FILE_WIDTH)
     if tokens is not None:
@@ -128,6 +130,7 @@ def _question(
     gpu: str,
     host_gib: float,
     lora_r: int | None,
+    lora_experts: bool,
     objective: str,
     reference: Literal["auto", "adapter_off", "precomputed", "model"],
     passes: Literal["auto", "one", "two"],
@@ -144,6 +147,8 @@ def _question(
     problems = []
     if not model:
         problems.append("--model is missing: a folder with a config.json, or a hub id")
+    if lora_experts and lora_r is None:
+        problems.append("--lora_experts is for adapters, but --full is given")
     if both:
         problems.append("--lora and --full are both given: one of them")
     if gpus < 1:
@@ -182,17 +187,15 @@ def _question(
     from ds_longft.model.load import load_config
 
     facts = ModelFacts.from_config(load_config(ModelConfig(path=model), 1, attn_implementation="eager"))
-    if facts.experts:
-        raise ModelError(
-            f"{facts.model_type} is a mixture of experts ({facts.experts} experts); plan knows dense models only. "
-            f"Train it with train.recompute: auto, which measures instead"
-        )
+    if lora_experts and not facts.experts:
+        raise ModelError(f"--lora_experts: {facts.model_type} has no experts")
     question = Question(
         model=facts,
         gpu=with_fitting_kernels(rates, facts, kernel, tokens),
         gpus=gpus,
         host_gib=host_gib,
         lora_r=lora_r,
+        lora_experts=lora_experts,
         objective=objective,
         reference=reference_of(DpoConfig(reference=reference), lora=lora_r is not None) if pairs else "none",
         passes=passes,

@@ -112,13 +112,14 @@ def recipe(plan: Plan, question: Question, model: str) -> str:
     asked = {"kernel": question.kernel} if question.kernel else {}
     if not question.fused:
         asked["liger"] = "off"
+    experts = {"experts": True} if x.lora_experts else {}
     content: dict[str, Any] = {
         "ds_config": plan.ds_config,
         "output_dir": "runs/planned",
         "sp": x.sp,
         **({"objective": "dpo", "dpo": {"reference": x.reference, "passes": x.passes}} if pairs else {}),
         "model": {"path": model, **asked, **stretch},
-        "lora": None if x.lora_r is None else {"r": x.lora_r, "alpha": 2 * x.lora_r},
+        "lora": None if x.lora_r is None else {"r": x.lora_r, "alpha": 2 * x.lora_r, **experts},
         "data": {"train": ["data/train.jsonl"], "max_length_tokens": max_length},
         "optim": {"learning_rate": LEARNING_RATES[question.objective, x.lora_r is not None]},
         "train": train,

@@ -57,6 +57,45 @@ LLAMA_13B = shape(
     num_key_value_heads=40,
 )
 
+MIXTRAL = shape(
+    "mixtral",
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    num_local_experts=8,
+    num_experts_per_tok=2,
+    sliding_window=None,
+)
+QWEN_30B = shape(
+    "qwen3_moe",
+    vocab_size=151936,
+    hidden_size=2048,
+    intermediate_size=6144,
+    num_hidden_layers=48,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    head_dim=128,
+    num_experts=128,
+    num_experts_per_tok=8,
+    moe_intermediate_size=768,
+)
+GPT_OSS = shape(
+    "gpt_oss",
+    vocab_size=201088,
+    hidden_size=2880,
+    intermediate_size=2880,
+    num_hidden_layers=24,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+    head_dim=64,
+    num_local_experts=32,
+    num_experts_per_tok=4,
+    sliding_window=128,
+)
+
 
 def sizes(of: dict[str, Any], **changes: Any) -> ModelFacts:
     return ModelFacts.from_config(AutoConfig.for_model(**{**of, **changes}))

@@ -21,7 +21,7 @@ from ds_longft.decide.setting import Gpu, Setting
 from ds_longft.decide.time import predict_time
 from ds_longft.errors import EXIT_CONFIG
 from ds_longft.model.facts import ModelFacts
-from tests.unit.decide.shapes import LLAMA_8B, QWEN_7B, SMOLLM2, shape, sizes
+from tests.unit.decide.shapes import LLAMA_8B, MIXTRAL, QWEN_7B, SMOLLM2, shape, sizes
 
 
 def h200(memory_gib: float) -> Gpu:
@@ -79,10 +79,11 @@ def test_the_message() -> None:
     assert "data.max_length_tokens" in str(error)
 
 
-def test_a_model_that_is_not_described() -> None:
-    mixture = shape("mixtral", num_hidden_layers=2, num_local_experts=4, sliding_window=None)
-    error = adviser(mixture).error(torch.OutOfMemoryError(), "in the dry run")
-    assert "train.recompute: sqrt" in str(error)
+def test_a_mixture_of_experts() -> None:
+    """Adapters on its experts count: they are most of what is trained."""
+    without, experts = adviser(MIXTRAL, lora={"r": 64}), adviser(MIXTRAL, lora={"r": 64, "experts": True})
+    assert {key: saved for key, saved, _ in experts.savings()}["sp: 4"] > 1
+    assert experts._peak(experts.setting) - without._peak(without.setting) > 2 * 2**30
 
 
 def test_a_run_that_computed_nothing_again_can_do_so() -> None:

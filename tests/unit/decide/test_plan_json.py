@@ -15,7 +15,7 @@ from ds_longft.decide.memory import predict
 from ds_longft.decide.plan_json import foresee_run, gpu_of_run, gpu_type, note_in_plan, write_plan
 from ds_longft.decide.setting import Gpu, Setting
 from ds_longft.model.facts import ModelFacts
-from tests.unit.decide.shapes import LLAMA_8B, SMOLLM2, shape
+from tests.unit.decide.shapes import LLAMA_8B, SMOLLM2
 
 
 def foreseen(of: dict[str, Any] = SMOLLM2, *, kernel: str = "flash-attn-4", **keys: Any) -> dict[str, Any] | None:
@@ -64,7 +64,6 @@ def test_without_rates_only_memory_is_foreseen() -> None:
 
 
 def test_what_the_planner_does_not_describe() -> None:
-    assert foreseen(shape("mixtral", num_hidden_layers=2, num_local_experts=4, sliding_window=None)) is None
     assert foreseen(objective="dpo") is None
 
 

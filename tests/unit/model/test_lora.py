@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ds_longft.config.run_config import LoraConfig
 from ds_longft.errors import ModelError
-from ds_longft.model.lora import add_lora, gather_adapter_state, save_adapter, trainable_parameters
-from tests.distributed.models import tiny_config, tiny_model
+from ds_longft.model.lora import add_lora, gather_adapter_state, load_adapter, save_adapter, trainable_parameters
+from ds_longft.model.lora_targets import adapted_in_words
 from tests.unit.model.tiny import FAMILIES, save_tiny
+from tests.unit.sequence import zoo
 
 TOKENS = torch.arange(1, 20)[None]
 
@@ -109,11 +110,67 @@ def test_names_that_match_nothing_are_refused(lora: LoraConfig, said: str, tmp_p
         add_lora(base_model(save_tiny(tmp_path)), lora, seed=0)
 
 
-def test_what_peft_refuses_is_a_mistake_of_the_config() -> None:
-    """DoRA on stacked experts."""
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-    model = tiny_model(tiny_config("qwen3_moe", **experts), attn="eager", dtype=torch.float32)
-    with pytest.raises(ModelError, match=r"PEFT cannot adapt this qwen3_moe so: .*Change lora\.targets.*lora\.dora"):
+MIXTURES = (
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "gpt_oss",
+    "glm4_moe",
+    "deepseek_v3",
+    "olmoe",
+    "phimoe",
+    "granitemoe",
+    "ernie4_5_moe",
+)
+
+
+def mixture(folder: Path, family: str) -> Path:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(zoo.tiny(family), dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("experts", [False, True], ids=["without experts", "experts"])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_adapters_of_mixtures_are_plain_pefts(family: str, experts: bool, tmp_path: Path) -> None:
+    """Plain PEFT loads what was trained, and merges it; routers stay as they are, experts unless they are asked for."""
+    path = mixture(tmp_path / "base", family)
+    model = add_lora(base_model(path), LoraConfig(r=4, experts=experts), seed=3).eval()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert any(".experts." in name for name in trained) == experts
+    assert not any("router" in name or ".gate." in name for name in trained)
+    train_a_little(model)
+    save_adapter(model, gather_adapter_state(model), tmp_path / "run")
+    again = peft.PeftModel.from_pretrained(base_model(path), tmp_path / "run").eval()
+    expected = model(TOKENS).logits
+    assert torch.equal(again(TOKENS).logits, expected)
+    assert torch.equal(load_adapter(base_model(path), tmp_path / "run").eval()(TOKENS).logits, expected)
+    assert (base_model(path).eval()(TOKENS).logits - expected).abs().max() > 0.1
+    assert torch.allclose(again.merge_and_unload()(TOKENS).logits, expected, atol=1e-3)
+
+
+def test_all_linears_of_a_mixture_are_adapted(tmp_path: Path) -> None:
+    """The first layer's MLP and the shared experts too, which PEFT's own all-linear leaves out."""
+    model = add_lora(base_model(mixture(tmp_path, "glm4_moe")), LoraConfig(r=4), seed=0)
+    adapted = {name.removeprefix("base_model.model.") for name, m in model.named_modules() if hasattr(m, "lora_A")}
+    linears = {name for name, m in base_model(tmp_path).named_modules() if type(m) is torch.nn.Linear}
+    assert adapted == linears - {"lm_head"}
+    assert "not on the 4 experts of a layer (lora.experts: true" in adapted_in_words(model)
+    asked = add_lora(base_model(tmp_path), LoraConfig(r=4, targets=["q_proj"], experts=True), seed=0)
+    assert adapted_in_words(asked).startswith(
+        "adapters on q_proj, and on down_proj, gate_up_proj of each of a layer's 4"
+    )
+
+
+def test_experts_of_a_dense_model_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"lora\.experts is true, but llama has no stacked experts"):
+        add_lora(base_model(save_tiny(tmp_path)), LoraConfig(experts=True), seed=0)
+
+
+def test_what_peft_refuses_is_a_mistake_of_the_config(tmp_path: Path) -> None:
+    """DoRA on shared experts, which PEFT takes by their weights."""
+    model = base_model(mixture(tmp_path, "glm4_moe"))
+    with pytest.raises(ModelError, match=r"PEFT cannot adapt this glm4_moe so: .*Change lora\.targets.*lora\.dora"):
         add_lora(model, LoraConfig(dora=True), seed=0)
 
 

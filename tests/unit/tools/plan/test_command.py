@@ -171,12 +171,20 @@ def test_without_adapters_the_order_is_forgotten_in_one_pass_only(passes: Litera
     assert bool(not_ahead(plan)) == said
 
 
-def test_no_model_and_a_mixture_of_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mixture_of_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    AutoConfig.for_model("mixtral", num_hidden_layers=2, sliding_window=None).save_pretrained(tmp_path)
+    command = ["plan", "--model", str(tmp_path), "--gpus", "2", "--gpu", "h200", "--length", "64K"]
+    assert main([*command, "--lora_experts"]) == 0
+    shown = capsys.readouterr()
+    assert "experts: true" in shown.out
+    assert "experts 0." in shown.err  # seconds of their products
+    assert main([*command, "--lora_experts", "--full"]) == EXIT_CONFIG
+    assert "--lora_experts is for adapters" in capsys.readouterr().err
+
+
+def test_no_model_and_one_that_is_not_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan"]) == EXIT_CONFIG
     assert "--model is missing" in capsys.readouterr().err
-    AutoConfig.for_model("mixtral", num_hidden_layers=2, sliding_window=None).save_pretrained(tmp_path)
-    assert main(["plan", "--model", str(tmp_path)]) == EXIT_CONFIG
-    assert "mixture of experts" in capsys.readouterr().err
     AutoConfig.for_model("gpt2", n_layer=2, n_embd=64, n_head=2).save_pretrained(tmp_path)
     assert main(["plan", "--model", str(tmp_path)]) == EXIT_CONFIG
     assert "gpt2" in capsys.readouterr().err
