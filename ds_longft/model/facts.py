@@ -76,14 +76,12 @@ class ModelFacts:
         head, layer = model.get_output_embeddings(), decoder_layers(model)[0]
         body = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
         # a mixture has one 3-D weight for all experts of a layer, of which each token uses a few
-        convolutions = {id(m.weight) for m in model.modules() if isinstance(m, nn.Conv1d)}
-        stacks = [p for p in model.parameters() if p.dim() == 3 and id(p) not in convolutions]
-        experts = _number(hf_config, "num_local_experts", "num_experts") or (len(stacks[0]) if stacks else 0)
-        used = (_number(hf_config, "num_experts_per_tok", "moe_topk") or 1) if stacks else 0
         with_experts = [each for each in decoder_layers(model) if _stacks_of(each)]
-        if stacks:
-            body += sum(p.numel() for p in stacks) * used // experts
+        experts = used = 0
+        if with_experts:
             layer = with_experts[0]
+            experts, used = len(_stacks_of(layer)[0]), _number(hf_config, "num_experts_per_tok", "moe_topk") or 1
+            body += sum(p.numel() for each in with_experts for p in _stacks_of(each)) * used // experts
         linears = tuple(
             (name.rsplit(".", 1)[-1], m.in_features, m.out_features)
             for name, m in layer.named_modules()
@@ -98,7 +96,7 @@ class ModelFacts:
         return cls(
             model_type=hf_config.model_type,
             hidden=hf_config.hidden_size,
-            inter=down[0] if down else 0 if stacks else _number(hf_config, "intermediate_size"),
+            inter=down[0] if down else 0 if experts else _number(hf_config, "intermediate_size"),
             layers=hf_config.num_hidden_layers,
             q_heads=heads,
             kv_heads=_number(widest, "num_key_value_heads") or heads,

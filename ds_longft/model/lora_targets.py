@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from ds_longft.config.run_config import LoraConfig
 from ds_longft.errors import ModelError
+from ds_longft.model.wrapped import decoder_name, is_wrapped
 
 
 @dataclass(frozen=True)
@@ -45,26 +46,41 @@ def targets_of(model: PreTrainedModel, lora: LoraConfig) -> Targets:
     experts = stacked_experts(model)
     if lora.experts and not experts:
         raise ModelError(f"lora.experts is true, but {model.config.model_type} has no stacked experts: leave it out")
-    if not experts:
-        return Targets("all-linear" if lora.targets == "all-linear" else named)
-    count = next(iter(experts.values()))
     head = model.get_output_embeddings()
     if lora.targets == "all-linear":
+        count = next(iter(experts.values()), None)
         chosen = [name for name, m in linears.items() if m is not head and m.out_features != count]  # routers have E
     else:
         chosen = [name for name in linears if any(name == n or name.endswith("." + n) for n in named)]
-    taken = _taken_by_peft(model, {_leaf(name) for name in chosen})
+    taken = _taken_by_peft(model, {_leaf(name) for name in chosen}) if experts else set()
     modules = {_leaf(name) for name in chosen} - taken
-    excluded = {_in_layer(name) for name in linears if _leaf(name) in modules and name not in chosen}
+    excluded = (
+        {_in_layer(name) for name in linears if _leaf(name) in modules and name not in chosen} if experts else set()
+    )
     parameters = {f"{_in_layer(name)}.weight" for name in chosen if _leaf(name) in taken}
     if lora.experts:
         parameters |= {_in_layer(name) for name in experts}
-    return Targets(sorted(modules), sorted(parameters) or None, sorted(excluded) or None)
+    asked: str | list[str] = sorted(modules)
+    if is_wrapped(model.config):
+        asked = _inside(model, modules, head)
+    elif not experts:
+        asked = lora.targets if lora.targets == "all-linear" else named
+    return Targets(asked, sorted(parameters) or None, sorted(excluded) or None)
+
+
+def _inside(model: PreTrainedModel, names: set[str], head: nn.Module) -> str:
+    """In a multimodal model a pattern of the text model's layers alone: PEFT would adapt layers of the same names in
+    the towers too, where the adapter is loaded with them.
+    """
+    called = next(name for name, module in model.named_modules() if module is head)
+    pattern = rf"{re.escape(decoder_name(model))}\.(?:.*\.)?(?:{'|'.join(sorted(map(re.escape, names)))})"
+    return "|".join([pattern, *([re.escape(called)] if _leaf(called) in names else [])])
 
 
 def stacked_experts(model: nn.Module) -> dict[str, int]:
     """Weights that hold all experts of a layer: name -> number of experts. Shapes under ZeRO-3 are DeepSpeed's."""
-    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in model.named_parameters()}
+    convolutions = {id(m.weight) for m in model.modules() if isinstance(m, nn.Conv1d)}
+    shapes = {n: getattr(p, "ds_shape", p.shape) for n, p in model.named_parameters() if id(p) not in convolutions}
     return {name: int(shape[0]) for name, shape in shapes.items() if len(shape) == 3}
 
 

@@ -147,8 +147,6 @@ def _question(
     problems = []
     if not model:
         problems.append("--model is missing: a folder with a config.json, or a hub id")
-    if lora_experts and lora_r is None:
-        problems.append("--lora_experts is for adapters, but --full is given")
     if both:
         problems.append("--lora and --full are both given: one of them")
     if gpus < 1:
@@ -187,8 +185,9 @@ def _question(
     from ds_longft.model.load import load_config
 
     facts = ModelFacts.from_config(load_config(ModelConfig(path=model), 1, attn_implementation="eager"))
-    if lora_experts and not facts.experts:
-        raise ModelError(f"--lora_experts: {facts.model_type} has no experts")
+    if lora_experts and (lora_r is None or not facts.experts):
+        seen = "--full" if lora_r is None else facts.model_type
+        raise ModelError(f"--lora_experts is for adapters on the experts of a mixture, not for {seen}")
     question = Question(
         model=facts,
         gpu=with_fitting_kernels(rates, facts, kernel, tokens),

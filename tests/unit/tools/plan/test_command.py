@@ -179,7 +179,7 @@ def test_a_mixture_of_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "experts: true" in shown.out
     assert "experts 0." in shown.err  # seconds of their products
     assert main([*command, "--lora_experts", "--full"]) == EXIT_CONFIG
-    assert "--lora_experts is for adapters" in capsys.readouterr().err
+    assert "--lora_experts is for adapters on the experts" in capsys.readouterr().err
 
 
 def test_no_model_and_one_that_is_not_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
