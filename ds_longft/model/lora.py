@@ -23,8 +23,6 @@ from ds_longft.model.new_tokens import rows_of_adapter, widen
 from ds_longft.model.rope_formulas import rope_parts
 
 WEIGHTS_NAME = "adapter_model.safetensors"
-NOT_ADAPTED = {"jamba": ["dt_proj"], "falcon_h1": ["out_proj"]}
-"""Linears whose weight is read without calling them: Jamba's own forward does, and Falcon-H1's fused kernels."""
 BASE_CONFIG_FOLDER = "base_config"  # the base's config as trained: its RoPE may differ from the base's own
 
 
@@ -68,7 +66,6 @@ def add_lora(
         exclude_modules=targets.excluded,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
-        exclude_modules=NOT_ADAPTED.get(model.config.model_type),
         modules_to_save=list(lora.modules_to_save) or None,  # PEFT may add to the list it is given
         # one matrix that is both embedding and head must stay one while it is trained, or it could not be merged
         ensure_weight_tying=tied and bool(saved),

@@ -23,6 +23,9 @@ from ds_longft.config.run_config import LoraConfig
 from ds_longft.errors import ModelError
 from ds_longft.model.wrapped import decoder_name, is_wrapped
 
+NOT_ADAPTED = {"jamba": ["dt_proj"], "falcon_h1": ["out_proj"]}
+"""Linears whose weight is read without calling them: Jamba's own forward does, and Falcon-H1's fused kernels."""
+
 
 @dataclass(frozen=True)
 class Targets:
@@ -54,9 +57,9 @@ def targets_of(model: PreTrainedModel, lora: LoraConfig) -> Targets:
         chosen = [name for name in linears if any(name == n or name.endswith("." + n) for n in named)]
     taken = _taken_by_peft(model, {_leaf(name) for name in chosen}) if experts else set()
     modules = {_leaf(name) for name in chosen} - taken
-    excluded = (
-        {_in_layer(name) for name in linears if _leaf(name) in modules and name not in chosen} if experts else set()
-    )
+    excluded = set(NOT_ADAPTED.get(model.config.model_type, ()))
+    if experts:
+        excluded |= {_in_layer(name) for name in linears if _leaf(name) in modules and name not in chosen}
     parameters = {f"{_in_layer(name)}.weight" for name in chosen if _leaf(name) in taken}
     if lora.experts:
         parameters |= {_in_layer(name) for name in experts}
