@@ -71,6 +71,28 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True,
         "max_position_embeddings": 1 << 22, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
     },
+    # Qwen3.5's layers in the size of an 8B: three of four carry a state (gated delta rule), heads as Llama-8B's
+    "hybrid8b": {
+        "model_type": "qwen3_5_text", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 12288,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+        "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 8,
+        "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "max_position_embeddings": 1 << 22,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
+    },
+    # Nemotron-H-8B's: 24 layers of Mamba-2, 24 of MLP, 4 of attention
+    "mamba8b": {
+        "model_type": "nemotron_h", "vocab_size": 131072, "hidden_size": 4096, "intermediate_size": 21504,
+        "num_hidden_layers": 52,
+        "layers_block_type": [
+            {"M": "mamba", "-": "mlp", "*": "attention"}[kind]
+            for kind in "M-M-M-M*-" + 3 * "M-M-M-M-M*-" + "M-M-M-M-M-"
+        ],
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "mamba_num_heads": 128,
+        "mamba_head_dim": 64, "n_groups": 8, "ssm_state_size": 128, "conv_kernel": 4,
+        "max_position_embeddings": 1 << 22,
+    },
     "tiny": {
         "model_type": "llama", "vocab_size": 1024, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
         "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 1 << 22,
@@ -86,8 +108,9 @@ def adapter_of(shape: dict[str, Any]) -> dict[str, Any]:
 
 def shape_of(name: str, layers: int | None) -> dict[str, Any]:
     """The model config, with another number of layers where one is given."""
-    shape = {**SHAPES[name], **({"num_hidden_layers": layers} if layers else {})}
-    return shape | ({"layer_types": shape["layer_types"][:layers]} if layers and "layer_types" in shape else {})
+    shape = SHAPES[name]
+    kinds = {key: shape[key][:layers] for key in ("layer_types", "layers_block_type") if key in shape}
+    return {**shape, **kinds, **({"num_hidden_layers": layers} if layers else {})}
 
 
 def lengths_of(documents: str) -> list[int]:

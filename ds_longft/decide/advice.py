@@ -47,6 +47,8 @@ class Adviser:
 
     def savings(self) -> list[tuple[str, float, str]]:
         """(key and value, GiB saved at the peak, a note), most first."""
+        if self.run.facts.state_products:
+            return [("train.recompute: sqrt", 0.0, " (the model's memory is not described)")]
         ran = self.setting
         if fastest_saver(self.run.facts, ran, self.run.gpu).recompute == "none":  # what became of `auto`
             ran = replace(ran, recompute="none")
@@ -104,6 +106,8 @@ class Adviser:
     def _length(self) -> list[str]:
         """The longest pack that is predicted to fit as the run is set up."""
         run = self.run
+        if run.facts.state_products:
+            return []
         lora_r, objective = self.setting.lora_r, run.config.objective
         question = Question(
             run.facts,

@@ -23,8 +23,8 @@ from ds_longft.config.run_config import LoraConfig
 from ds_longft.errors import ModelError
 from ds_longft.model.wrapped import decoder_name, is_wrapped
 
-NOT_ADAPTED = {"jamba": ["dt_proj"], "falcon_h1": ["out_proj"]}
-"""Linears whose weight is read without calling them: Jamba's own forward does, and Falcon-H1's fused kernels."""
+NOT_ADAPTED = {"jamba": ["dt_proj"], "falcon_h1": ["out_proj"], "nemotron_h": ["out_proj"]}
+"""Linears whose weight is read without calling them: Jamba's forward does, the others' fused kernels do elsewhere."""
 
 
 @dataclass(frozen=True)

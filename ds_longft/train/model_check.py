@@ -12,6 +12,7 @@ from ds_longft.config.run_config import RunConfig
 from ds_longft.errors import ConfigError
 from ds_longft.model.facts import ModelFacts
 from ds_longft.sequence.kernels import AttentionSpec, choose_kernel
+from ds_longft.sequence.state.recurrence import kernel_in_words
 
 
 def check_model(
@@ -25,7 +26,7 @@ def check_model(
         ModelError: a kernel that is unknown or cannot do what a layer asks for.
     """
     names, lines = [], {}
-    for window in dict.fromkeys(facts.windows):
+    for window in dict.fromkeys(facts.windows or (None,)):
         kernel, reason = choose_kernel(
             config.model.kernel,
             device=device,
@@ -37,7 +38,8 @@ def check_model(
         )
         names.append(kernel.name)
         lines[f"{kernel.name} ({reason})"] = True
-    return names[0], "attention kernel: " + "; ".join(lines)
+    states = f"; layers with a state: {kernel_in_words(device.type)}" if facts.state_products else ""
+    return names[0], "attention kernel: " + "; ".join(lines) + states
 
 
 def check_zero_section(engine_config: dict[str, Any]) -> None:

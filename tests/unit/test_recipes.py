@@ -24,6 +24,7 @@ WINDOWS = {
     "sft_full_64k": 131072,
     "sft_agents_128k": 262144,
     "sft_lora_yarn": 40960,
+    "sft_hybrid_256k": 262144,
     "dpo_lora_64k": 131072,
 }  # of the models they name
 

@@ -37,7 +37,7 @@ def kernel_in_words(device_type: str) -> str:
     """What computes the states, for the line that a run starts with."""
     if device_type != "cuda":
         return "torch (CPU)"
-    return "flash-linear-attention" if has_fla() else "torch, slow: pip install -e .[hybrid] for Triton kernels"
+    return "flash-linear-attention" if has_fla() else "torch, slow (pip install -e .[hybrid] brings Triton kernels)"
 
 
 def wide(t: Tensor) -> Tensor:
@@ -61,16 +61,15 @@ def causal_conv(
     if _on_fla(x) and documents is not None and activation in (None, "silu", "swish"):
         from fla.modules.causal_conv1d import causal_conv1d
 
-        out = causal_conv1d(x[None], weight, bias, activation=activation, **_borders(documents))
-        return out[0][0]
+        out: Tensor = causal_conv1d(x[None].contiguous(), weight, bias, activation=activation, **_borders(documents))[0]
+        return out[0]
     k, wider = weight.shape[1], wide(x)
     total = wider * weight[:, -1]
     for back in range(1, k):  # the token `back` places before, if it is of the same document
         shifted = F.pad(wider[: max(0, len(x) - back)], (0, 0, min(back, len(x)), 0))
         total = total + shifted * weight[:, k - 1 - back] * (positions >= back)[:, None]
     total = total.to(x.dtype) if bias is None else (total + bias).to(x.dtype)
-    out = total if activation is None else ACT2FN[activation](total)
-    return out
+    return total if activation is None else ACT2FN[activation](total)
 
 
 def gated_delta(

@@ -51,9 +51,11 @@ def check_positions(
     engine(shard(pack, layout, device))
     engine.train()
     handle.remove()
-    live = np.concatenate(gather(seen[0].reshape(-1).cpu().numpy())[: layout.sp])
+    axes = seen[0].reshape(-1, seen[0].shape[-1]).cpu().numpy()  # one; three alike where images have places too
+    live = np.concatenate(gather(axes)[: layout.sp], axis=1)  # [axes, S]
     expected = _restarting(pack)
-    wrong = int((live != expected).sum()) if len(live) == len(expected) else len(expected)
+    fits = live.shape[1] == len(expected)
+    wrong = int((live != expected).any(0).sum()) if fits else len(expected)
     findings = []
     if parts:
         try:
@@ -67,11 +69,11 @@ def check_positions(
         findings.append(Finding(CHECK, "inverse frequencies", None, note=f"{hf_config.model_type} states no RoPE"))
     cause = ""
     if wrong:
-        first = int(np.flatnonzero(live != expected)[0]) if len(live) == len(expected) else 0
+        first = int(np.flatnonzero((live != expected).any(0))[0]) if fits else 0
         document = int(np.searchsorted(pack.cu_seqlens, first, side="right")) - 1
         cause = (
-            f"token {first} (of document {document}) has position {live[first]}, expected {expected[first]}: position "
-            f"ids have to restart at 0 in each document and go on over the shards of one"
+            f"token {first} (of document {document}) has position {live[:, first].max()}, expected {expected[first]}: "
+            f"position ids have to restart at 0 in each document and go on over the shards of one"
         )
     made = gather(sum(int((p.position_ids != _restarting(p)).sum()) for p in packs))
     findings.append(
