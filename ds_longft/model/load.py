@@ -19,6 +19,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ds_longft.config.run_config import ModelConfig, RopeConfig
+from ds_longft.config.state_families import STATE_FAMILIES
 from ds_longft.errors import ModelError
 from ds_longft.model.new_tokens import narrowed, widen
 from ds_longft.model.rope import apply_rope, restore_rope, seen_tokens
@@ -75,6 +76,11 @@ def config_remarks(hf_config: PretrainedConfig, rope: RopeConfig, max_length_tok
         remarks.append(
             "the model's config asks for the load-balancing loss of its router (output_router_logits: true): it is "
             "left out, the loss is the cross-entropy alone"
+        )
+    if rope.type != "none" and hf_config.model_type in STATE_FAMILIES:
+        remarks.append(
+            f"model.rope {rope.type} stretches the softmax attention layers alone: layers that carry a state have no "
+            "positions, they reach as far as they forget slowly"
         )
     return remarks
 

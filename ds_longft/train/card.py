@@ -50,13 +50,14 @@ tokenizer = AutoTokenizer.from_pretrained({folder!r})
 
 def write_card(
     folder: Path, config: RunConfig, layout: ParallelLayout, history: list[dict[str, Any]], vocab_size: int = 0,
-    *, wrapped: bool = False,
+    *, wrapped: bool = False, hybrid: bool = False,
 ) -> None:  # fmt: skip
     """Write README.md into the output folder from the config and the recorded metrics.
 
     `vocab_size`: of the model, where tokens were added. `wrapped`: it is a multimodal model's text model.
+    `hybrid`: some of its layers carry a state.
     """
-    base = model_path(config.model)
+    base, stretched = model_path(config.model), config.model.rope.type != "none"
     front = {
         "base_model": base,
         "library_name": "peft" if config.lora else "transformers",
@@ -69,7 +70,7 @@ def write_card(
         "training": f"LoRA r={config.lora.r}, alpha={config.lora.alpha:g}" if config.lora else "all weights",
         "data": ", ".join(s.path for s in config.data.train),
         "longest sample": f"{config.data.max_length_tokens:,} tokens",
-        "RoPE change": config.model.rope.type,
+        "RoPE change": config.model.rope.type + ", of the softmax attention layers" * (hybrid and stretched),
         "ranks": f"{layout.world} (sp {layout.sp}, dp {layout.dp})",
         "loss": loss_in_words(config),
         "learning rate": f"{config.optim.learning_rate:g}, {config.optim.schedule}",
@@ -88,7 +89,6 @@ def write_card(
         )
     head = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
-    stretched = config.model.rope.type != "none"
     how = (LOAD_STRETCHED if stretched else LOAD_ADAPTER) + "\n\n" + EXPORT if config.lora else LOAD_MODEL
     if config.lora and config.model.add_tokens:
         tokens = ", ".join(config.model.add_tokens[:3]) + (", ..." if len(config.model.add_tokens) > 3 else "")

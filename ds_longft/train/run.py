@@ -205,8 +205,9 @@ def _write_end(
     history = read_metrics(folder / "metrics.jsonl")
     if not already_finished:
         write_card(
-            folder, joined.config, joined.layout, history, joined.facts.vocab, wrapped=is_wrapped(joined.hf_config)
-        )
+            folder, joined.config, joined.layout, history, joined.facts.vocab, wrapped=is_wrapped(joined.hf_config),
+            hybrid=joined.facts.state_products > 0,
+        )  # fmt: skip
         if pusher is not None:
             pusher.finish(folder)
     records.console.print(summary_table(history, folder, (time.monotonic() - started) / 60))

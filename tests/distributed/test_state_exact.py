@@ -13,6 +13,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.distributed import test_engine
 from tests.distributed.models import reference_sum
@@ -143,6 +145,27 @@ def test_splits_and_ways_to_save_memory(pools, name):
     assert_equal(ours, wide_reference(family, changes, lora, False, packs))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_any_lengths(pools, world):
+    @settings(
+        max_examples=12, deadline=None, derandomize=True, database=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
+    )  # fmt: skip
+    @given(
+        st.sampled_from(["Qwen3.5, 9 value and 3 key heads", "Nemotron-H", "Jamba", "LFM2", "MiniMax"]),
+        st.lists(st.integers(1, 12), min_size=1, max_size=7).filter(lambda lengths: max(lengths) > 1),
+        st.booleans(),
+    )
+    def check(of: str, lengths: list[int], whole: bool) -> None:
+        family, changes = FAMILIES[of]
+        packs, saving = (lengths, [20]), WHOLE if whole else {}
+        ours = pools(world).run(wide_gradients, family, changes, False, "full", False, world, packs, saving)[0]
+        assert_equal(ours, wide_reference(family, changes, False, False, packs))
+
+    check()
+
+
 ENGINE = [
     # family, sp, dp, ZeRO stage, accumulation, LoRA, recompute policy, whole documents
     ("Qwen3-Next", 2, 1, 3, 1, False, "keep_attention", False),
@@ -163,9 +186,11 @@ ENGINE = [
 QUICK_ENGINE = (0, 6)
 
 
-def engine_step(rank: int, world: int, family: str, changes: dict[str, Any], *settings: Any) -> Any:
+def engine_step(
+    rank: int, world: int, family: str, changes: dict[str, Any], sp: int, stage: int, accumulation: int, lora: bool,
+    policy: str, whole: bool,
+) -> Any:  # fmt: skip
     """`one_step` in float32, of another family."""
-    sp, stage, accumulation, lora, policy, whole = settings
     return one_step(
         rank, world, sp, stage, accumulation, lora, policy, {**changes, "model_type": family}, False, False, whole
     )
@@ -179,8 +204,7 @@ def engine_step(rank: int, world: int, family: str, changes: dict[str, Any], *se
 def test_step_through_the_engine(pools, row):
     of, sp, dp, stage, accumulation, lora, policy, whole = row
     family, changes = FAMILIES[of]
-    settings = (sp, stage, accumulation, lora, policy, whole)
-    loss, _, grads = pools(sp * dp).run(engine_step, family, changes, *settings)[0]
+    loss, _, grads = pools(sp * dp).run(engine_step, family, changes, sp, stage, accumulation, lora, policy, whole)[0]
     changed = {**changes, "model_type": family}
     with patch.object(test_engine, "reference_sum", in_float64()(reference_sum)):  # not around what draws the weights
         ref_loss, ref = baseline_step(accumulation, dp, lora, changed, False, sp, False)

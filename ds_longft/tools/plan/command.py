@@ -185,9 +185,7 @@ def _question(
     from ds_longft.model.load import load_config
 
     facts = ModelFacts.from_config(load_config(ModelConfig(path=model), 1, attn_implementation="eager"))
-    if lora_experts and (lora_r is None or not facts.experts):
-        seen = "--full" if lora_r is None else facts.model_type
-        raise ModelError(f"--lora_experts is for adapters on the experts of a mixture, not for {seen}")
+    _check_described(facts, lora_r, lora_experts)
     question = Question(
         model=facts,
         gpu=with_fitting_kernels(rates, facts, kernel, tokens),
@@ -204,6 +202,19 @@ def _question(
         documents=documents,
     )
     return question, tokens
+
+
+def _check_described(facts: ModelFacts, lora_r: int | None, lora_experts: bool) -> None:
+    """Raises ModelError: layers whose memory is not described, or adapters on experts that there are not."""
+    if facts.state_products:
+        raise ModelError(
+            f"{facts.model_type} has layers that carry a state: plan does not describe their memory. Train it with "
+            f"train.recompute: auto, which measures instead. Attention costs as much as all else in documents of "
+            f"{facts.equal_cost_tokens(lora=lora_r is not None):,} tokens"
+        )
+    if lora_experts and (lora_r is None or not facts.experts):
+        seen = "--full" if lora_r is None else facts.model_type
+        raise ModelError(f"--lora_experts is for adapters on the experts of a mixture, not for {seen}")
 
 
 def _nothing_fits(question: Question, model: str) -> str:

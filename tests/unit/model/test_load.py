@@ -13,6 +13,7 @@ from transformers import (
     Llama4TextConfig,
     MambaConfig,
     PretrainedConfig,
+    Qwen3NextConfig,
     RwkvConfig,
     T5Config,
     Zamba2Config,
@@ -133,6 +134,14 @@ def test_a_loss_that_the_config_asks_for_and_is_left_out_is_named(tmp_path: Path
     assert "output_router_logits: true" in remark
     tiny_config("qwen3_moe").save_pretrained(tmp_path)
     assert config_remarks(read_config(ModelConfig(path=str(tmp_path))), RopeConfig(), WINDOW) == []
+
+
+def test_a_stretch_is_of_the_layers_with_positions_alone(tmp_path: Path) -> None:
+    Qwen3NextConfig(num_hidden_layers=4).save_pretrained(tmp_path)
+    config = read_config(ModelConfig(path=str(tmp_path)))
+    [remark] = config_remarks(config, RopeConfig(type="yarn"), WINDOW)
+    assert "softmax attention layers alone" in remark
+    assert config_remarks(config, RopeConfig(), WINDOW) == []
 
 
 def test_a_folder_with_tokenizer_model_alone(tmp_path):
