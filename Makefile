@@ -14,7 +14,7 @@ help:
 	@echo "make test-all    these, and the ones that take minutes to hours"
 	@echo "make test-gpu    what needs GPUs, on one or two of them: kernels, whole runs, time and memory beside the plan"
 	@echo "make format      let ruff format and mend what it can"
-	@echo "make docs        docs/config.md, the columns in docs/data.md and the README's table out of code and results"
+	@echo "make docs        pages and tables that are made from the code, then all pages as a site in build/site"
 
 # Made again only when what it was made from has changed.
 .venv/.installed: pyproject.toml launch/setup.sh
@@ -28,6 +28,7 @@ ifeq ($(GPUS),0)
 else
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --log_level warning launch/train.py
 endif
+	@echo "To have ds-longft at hand: source $(BIN)/activate"
 
 check: setup
 	$(BIN)/ruff check .
@@ -41,6 +42,7 @@ format: setup
 
 docs: setup
 	$(BIN)/python docs/make_reference.py
+	$(BIN)/mkdocs build --quiet
 
 # One thread a rank: the distributed tests start up to four of them.
 test: setup

@@ -1,5 +1,6 @@
-"""Writes docs/config.md from `RunConfig`, the table of columns in docs/data.md from the layouts, and the README's table
-from the results: `make docs`. A test keeps them in step.
+"""Writes docs/config.md from `RunConfig`, and the tables of other pages from the code and the results: `make docs`.
+
+A test keeps them in step.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from ds_longft.config.messages import describe, on_resume
 from ds_longft.config.run_config import RunConfig, SourceConfig
+from ds_longft.config.spellings import EXPLANATIONS, HOLDS_ANYWAY, KEYS_OF_OTHER_TOOLS
 from ds_longft.data.layouts import EVERY_CHAT, EVERY_ROW, LAYOUTS
 
 HEAD = """\
@@ -32,6 +34,8 @@ or the engine's settings it leads to), *applied* from the step on at which the r
 
 
 COLUMNS_BEGIN, COLUMNS_END = "<!-- columns: written by make_reference.py -->", "<!-- end of columns -->"
+PLANNED_BEGIN, PLANNED_END = "<!-- planned: written by make_reference.py -->", "<!-- end of planned -->"
+KEYS_BEGIN, KEYS_END = "<!-- keys: written by make_reference.py -->", "<!-- end of keys -->"
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -151,6 +155,73 @@ def data_page() -> str:
     return before + COLUMNS_BEGIN + head + "".join(rows) + every + COLUMNS_END + rest.split(COLUMNS_END)[1]
 
 
+GPUS = [("l40s", 4), ("a100-80", 8), ("h100-80", 1), ("h100-80", 4), ("h100-80", 8), ("h200", 8)]
+SHAPES: dict[str, dict[str, Any]] = {
+    "Llama-3.2-1B": {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64,
+        "tie_word_embeddings": True,
+    },
+    "Llama-3.1-8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128},
+    "Llama-3.1-70B": {
+        "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+        "head_dim": 128,
+    },
+}  # fmt: skip
+OF_ALL_SHAPES = {"vocab_size": 128256, "num_attention_heads": 32, "num_key_value_heads": 8}
+LENGTH = 131072
+
+
+def gpus_page() -> str:
+    """The whole text of docs/gpus.md: what `ds-longft plan` says of common models and machines."""
+    from transformers import LlamaConfig
+
+    from ds_longft.model.facts import ModelFacts
+
+    rows = []
+    for model, shape in SHAPES.items():
+        facts = ModelFacts.from_config(LlamaConfig(**{**OF_ALL_SHAPES, **shape}, attn_implementation="eager"))
+        rows += [f"| {model} | {_machine(name, count)} | {_planned(facts, name, count)} |\n" for name, count in GPUS]
+    page = (ROOT / "docs/gpus.md").read_text(encoding="utf-8")
+    head = "\n| model, LoRA | GPUs of one node | longest sample | 128K samples |\n|---|---|---|---|\n"
+    before, rest = page.split(PLANNED_BEGIN)
+    return before + PLANNED_BEGIN + head + "".join(rows) + PLANNED_END + rest.split(PLANNED_END)[1]
+
+
+def _machine(name: str, count: int) -> str:
+    return f"{count} x {name.upper().replace('-', ' ')}{' GB' if '-' in name else ''}"
+
+
+def _planned(facts: Any, name: str, count: int) -> str:
+    """Longest sample, and how fast the node trains samples of `LENGTH` tokens."""
+    from ds_longft.decide.search import Question, fastest, longest_of_each
+    from ds_longft.decide.setting import Gpu
+    from ds_longft.tools.plan.fitting_kernels import with_fitting_kernels
+
+    gpu = with_fitting_kernels(Gpu.load(name), facts, "", None)
+    question = Question(
+        model=facts, gpu=gpu, gpus=count, host_gib=0.0, lora_r=16, objective="sft", reference="none", passes="auto",
+        kernel="", fused=True, targets=1.0, documents=1,
+    )  # fmt: skip
+    longest = max((question.length(p.setting) for p in longest_of_each(question)), default=0)
+    best = fastest(question, LENGTH) if longest >= LENGTH else None
+    time = f"{best.time.tokens_per_s:,.0f} tokens/s, sp {best.setting.sp}" if best else "does not fit"
+    return f"{longest // 1024:,}K | {time}" if longest else "does not fit | "
+
+
+def migrating_page() -> str:
+    """The whole text of docs/migrating.md, its table made from the names that `ds-longft migrate` reads."""
+    page = (ROOT / "docs/migrating.md").read_text(encoding="utf-8")
+    theirs: dict[str, list[str]] = {}
+    for name, ours in {**KEYS_OF_OTHER_TOOLS, **EXPLANATIONS}.items():
+        theirs.setdefault(f"`{ours}`" if name in KEYS_OF_OTHER_TOOLS else ours, []).append(name)
+    rows = [f"| {_code(tuple(names))} | {ours} |\n" for ours, names in theirs.items()]
+    held = _code(tuple(sorted(HOLDS_ANYWAY)))
+    none = f"| {held} | nothing to set: it holds anyway, or changes nothing that is trained |\n"
+    before, rest = page.split(KEYS_BEGIN)
+    head = "\n| theirs | here |\n|---|---|\n"
+    return before + KEYS_BEGIN + head + "".join(rows) + none + KEYS_END + rest.split(KEYS_END)[1]
+
+
 def _code(names: tuple[str, ...]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
@@ -159,3 +230,5 @@ if __name__ == "__main__":
     (ROOT / "docs/config.md").write_text(config_page())
     (ROOT / "docs/data.md").write_text(data_page())
     (ROOT / "README.md").write_text(readme_page())
+    (ROOT / "docs/migrating.md").write_text(migrating_page())
+    (ROOT / "docs/gpus.md").write_text(gpus_page())

@@ -340,8 +340,8 @@ class OptimConfig(Section):
 class TrainConfig(Section):
     """How long, how often, and what is recomputed."""
 
-    epochs: Applied[int] = Field(default=1, gt=0)
-    """Passes over the data."""
+    epochs: Applied[float] = Field(default=1, gt=0)
+    """Passes over the data; 0.5 is half of one, 2.25 two and a quarter."""
 
     max_steps: Applied[int | None] = Field(default=None, gt=0)
     """Stop after so many optimizer steps, even inside an epoch."""
@@ -377,7 +377,7 @@ class TrainConfig(Section):
     other and that no label crosses a border; stop if one of these fails. `ds-longft verify` checks more."""
 
     eval_every_steps: Free[int | None] = Field(default=None, gt=0)
-    """Evaluate every so many steps. Left out: at the end only."""
+    """Evaluate before the first step, every so many steps and at the end. Left out: before the first and at the end."""
 
     save_every_steps: Free[int | None] = Field(default=None, gt=0)
     """Checkpoint every so many steps. Left out: at the end only."""

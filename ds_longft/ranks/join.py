@@ -89,7 +89,9 @@ def join(launch: Launch, timeout_s: float = 1800.0) -> tuple[torch.device, Agree
     import deepspeed
     import torch
     from deepspeed.utils import logger
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()  # of loading and writing: hundreds of lines in a log
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch|deepspeed|transformers")
     cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     device = torch.device("cuda", launch.local_rank) if cuda else torch.device("cpu")

@@ -11,6 +11,7 @@ import gc
 import json as json_format
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
 from transformers import PreTrainedModel as Model
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import logging as transformers_logging
 
 from ds_longft.errors import ModelError
 from ds_longft.model.elsewhere import spell_for_older_readers
@@ -45,12 +47,14 @@ def export(run: str, out: str, base: str | None = None, json: bool = False) -> N
         base: The base model, where it has moved since the run.
         json: Print one JSON object instead of lines.
     """
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     report = export_model(Path(run).expanduser(), Path(out).expanduser(), base)
     if json:
         print(json_format.dumps(report))
         return
     for name, value in report.items():
-        print(f"{name.replace('_', ' '):<34} {value}")
+        print(f"{name.replace('_', ' '):<34} {f'{value:.3g}' if isinstance(value, float) else value}")
 
 
 def export_model(run: Path, out: Path, base: str | None = None) -> dict[str, Any]:

@@ -188,9 +188,7 @@ def _deepspeed(key: str, value: Any, theirs: dict[str, Any], made: Migration) ->
 
 
 def _epochs(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
-    made.put("train.epochs", max(1, round(float(value))))
-    if float(value) != max(1, round(float(value))):
-        made.note(key, f"{value} is rounded to whole epochs: train.max_steps ends within one")
+    made.put("train.epochs", float(value))
 
 
 def _steps(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:

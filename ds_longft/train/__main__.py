@@ -93,6 +93,8 @@ def train(argv: list[str], launch: Launch, status: Status, stop: StopRequest) ->
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, when cuBLAS starts
     settings, sp = check(config)
+    if launch.rank == 0:
+        print(f"{time.monotonic() - started:6.1f} s  {config.model.path}: checked; importing torch ...", flush=True)
     from ds_longft.train.run import run
 
     return run(config, settings, sp, launch, status, stop, started)

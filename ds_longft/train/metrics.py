@@ -55,9 +55,17 @@ def spike_of(loss: float, before: Sequence[float]) -> float | None:
     return above if above > SPIKE_DEVIATIONS else None
 
 
+NOTABLE_PERCENT = 5.0
+"""Of a step: less padding or waiting for data is not worth a word on the console."""
+
+
 def step_line(record: Record, total_steps: int) -> str:
-    """The console line of one step."""
-    mfu = f" | MFU {record['mfu']:.1%}" if record.get("mfu") is not None else ""
+    """The console line of one step, 80 columns where nothing is odd; metrics.jsonl has all of it."""
+    speed = f"{record['tokens_per_s_per_gpu']:,.0f} tok/s/GPU"
+    if record.get("mfu") is None:
+        speed = speed.replace("GPU", "rank")
+    else:
+        speed += f"  MFU {record['mfu']:.0%}"
     without = f"SKIPPED: {record['skipped']}" if "skipped" in record else "no targets"
     loss = without if record["loss"] is None else f"loss {record['loss']:.4f}"
     if "rewards/accuracies" in record:
@@ -66,11 +74,11 @@ def step_line(record: Record, total_steps: int) -> str:
     spike = f" (spike: {record['loss_spike']:.1f} deviations)" if "loss_spike" in record else ""
     late = record.get("rank_spread_s", 0.0)
     behind = f" (rank {record['last_rank']} {late:.2f} s behind)" if late > LATE_SHARE * record["step_s"] else ""
+    for share, what in ((record["padding_percent"], "padding"), (record["data_wait_percent"], "data wait")):
+        behind += f" ({what} {share:.0f}%)" if share >= NOTABLE_PERCENT else ""
     return (
-        f"step {record['step']}/{total_steps} | {loss}{spike} | grad norm {norm} | lr {record['learning_rate']:.2e} | "
-        f"{record['tokens_per_s_per_gpu']:,.0f} tok/s/GPU{mfu} | peak {record['peak_gib']:.1f} GiB | "
-        f"padding {record['padding_percent']:.1f}% | data wait {record['data_wait_percent']:.1f}% | "
-        f"{record['step_s']:.2f} s{behind}"
+        f"{time.strftime('%H:%M:%S')} step {record['step']}/{total_steps}  {loss}{spike}  norm {norm}  {speed}  "
+        f"{record['step_s']:.1f} s{behind}"
     )
 
 

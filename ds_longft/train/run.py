@@ -69,7 +69,7 @@ def run(
         LongftError: any other, on every rank alike.
     """
     try:
-        joined = join_processes(config, settings, sp, launch, status, Phases(started))
+        joined = join_processes(config, settings, sp, launch, status, Phases(started, say=launch.rank == 0))
         data = read_data(joined)
         prepared = build_engine(joined)
         resumed = resume(joined, data, prepared)

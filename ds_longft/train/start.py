@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,17 +52,20 @@ if TYPE_CHECKING:
 
 
 class Phases:
-    """Seconds of each phase of the start-up."""
+    """Seconds of each phase of the start-up; `say`: each is also said as it ends, with what comes next."""
 
-    def __init__(self, started: float) -> None:
-        self.last = started
+    def __init__(self, started: float, *, say: bool = False) -> None:
+        self.started = self.last = started
+        self.say = say
         self.seconds: dict[str, float] = {}
 
-    def done(self, phase: str) -> None:
+    def done(self, phase: str, then: str = "") -> None:
         """Close a phase."""
         now = time.monotonic()
         self.seconds[phase] = round(now - self.last, 2)
         self.last = now
+        if self.say and then:
+            print(f"{now - self.started:6.1f} s  {phase}; {then} ...", flush=True)
 
     def text(self) -> str:
         """All phases in one line."""
@@ -136,7 +140,7 @@ def join_processes(
         torch.device("cuda", launch.local_rank) if cuda else torch.device("cpu"),
         torch.bfloat16 if settings.engine["bf16"]["enabled"] else torch.float32,
     )
-    phases.done("checks and imports")
+    phases.done("checks and imports", "processes join")
     hang_s = 60 * config.train.hang_minutes
     # The watchdog comes first; start-up, where ranks read a model at different speeds, has half an hour at least.
     device, agreement = join(launch, timeout_s=max(hang_s, 1800.0) + 60)
@@ -150,7 +154,7 @@ def join_processes(
     if config.hub.repo is not None:
         agreement.on_rank0(lambda: ready(config.hub))
     agreement.same(what_ranks_share(config, settings.engine))
-    phases.done("processes joined")
+    phases.done("processes joined", "data is read")
     return Joined(
         config, settings, launch, status, phases, hf_config, facts, tuple(remarks), kernel, kernels, hang_s, device,
         agreement, layout, folder, locks[0] if locks else None,
@@ -168,7 +172,7 @@ def read_data(joined: Joined) -> RunData:
     )
     held_out = {} if eval_set is None else {"the held-out rows": eval_set.content}
     agreement.same({"the training rows": train_set.content, **held_out})
-    joined.phases.done("data tokenised")
+    joined.phases.done("data tokenised", "the model is loaded")
     return RunData(tokenizer, train_set, eval_set)
 
 
@@ -191,8 +195,10 @@ def build_engine(joined: Joined) -> Prepared:
     if joined.launch.rank == 0:  # on a CPU the memory of a whole process is what is measured: nothing is foreseen
         write_plan(joined.folder, foresee_run(known, decisions) if device.type == "cuda" else None)
     phases = joined.phases
-    built = build(known, layout, device, decisions=decisions, loaded=lambda: phases.done("model loaded"))
-    phases.done("engine built")
+    built = build(
+        known, layout, device, decisions=decisions, loaded=lambda: phases.done("model loaded", "the engine is built")
+    )
+    phases.done("engine built", "a rehearsal, where memory may be short")
     return Prepared(built, checkpoints, found, tuple(remarks))
 
 
@@ -238,12 +244,19 @@ def _loader(joined: Joined, part: TokenizedSet | Stream, accumulation: int, firs
     )  # fmt: skip
 
 
+def epochs_in_steps(epochs: float, steps_of: Callable[[int], int]) -> int:
+    """Optimizer steps of so many epochs; of a part of one at least one step."""
+    whole = int(epochs)
+    part = max(1, round((epochs - whole) * steps_of(whole))) if epochs > whole else 0
+    return sum(map(steps_of, range(whole))) + part
+
+
 def _new_state(joined: Joined, prepared: Prepared, loader: StepLoader, first: int) -> TrainState:
     """The state of this run before its first step, as far as it can be compared with that of window `first`."""
     config, layout, built = joined.config, joined.layout, prepared.built
     total_steps = config.train.max_steps if config.data.stream_window_mib is not None else None
     if total_steps is None:
-        total_steps = sum(loader.steps_per_epoch(e) for e in range(config.train.epochs))
+        total_steps = epochs_in_steps(config.train.epochs, loader.steps_per_epoch)
     return TrainState(
         step=0,
         epoch=0,

@@ -39,7 +39,7 @@ def code_of_card(output: Path) -> str:
 
 def test_console_and_files_of_a_run(sp2: tuple[Path, str]) -> None:
     output, console = sp2
-    assert len(re.findall(r"^step \d/6 \| loss \d", console, re.MULTILINE)) == 6
+    assert len(re.findall(r"^\d\d:\d\d:\d\d step \d/6  loss \d", console, re.MULTILINE)) == 6
     assert "held-out loss at step 0" in console
     assert "training loss, first 2 -> last 2 steps" in console
     assert "Next: ds-longft export" in console

@@ -6,6 +6,8 @@ import importlib
 import re
 import runpy
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ PAGES = [
     *sorted(ROOT.glob("*/README.md")),
     *sorted(ROOT.glob("examples/*/README.md")),
 ]
+HEADINGS = re.compile(r"^#+ (.*)$", re.MULTILINE)
 BLOCKS = re.compile(r"```\n(.*?)```", re.DOTALL)
 TRAIN = re.compile(r"(?:launch/train\.py|ds_longft\.train)\b(.*)")
 
@@ -92,8 +95,8 @@ def test_links_and_names_lead_somewhere(page: Path) -> None:
     assert missing == []
 
 
-def test_the_tree_of_the_readme_is_the_tree() -> None:
-    tree = re.search(r"## The tree\n\n```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_the_tree_of_the_documentation_is_the_tree() -> None:
+    tree = re.search(r"## The tree\n\n```\n(.*?)```", (ROOT / "docs/architecture.md").read_text(), re.DOTALL)
     assert tree is not None
     folders, seen = [ROOT], set()
     for line in tree[1].splitlines():
@@ -113,11 +116,37 @@ def test_the_tree_of_the_readme_is_the_tree() -> None:
         ("config_page", "docs/config.md"),
         ("data_page", "docs/data.md"),
         ("readme_page", "README.md"),
+        ("migrating_page", "docs/migrating.md"),
+        pytest.param("gpus_page", "docs/gpus.md", marks=pytest.mark.slow),  # a minute of plans
     ],
 )
 def test_references_are_up_to_date(function: str, page: str) -> None:
     made = runpy.run_path(str(ROOT / "docs/make_reference.py"))[function]()
     assert made == (ROOT / page).read_text(), "run `make docs`"
+
+
+def test_every_page_is_in_the_site_and_in_the_index() -> None:
+    pages = {path.name for path in ROOT.glob("docs/*.md")}
+    nav = (ROOT / "mkdocs.yml").read_text().partition("nav:")[2]
+    assert set(re.findall(r"[\w.]+\.md", nav)) == pages
+    assert set(re.findall(r"\]\((\w+\.md)", (ROOT / "docs/index.md").read_text())) == pages - {"index.md"}
+
+
+def test_anchors_of_links_are_headings() -> None:
+    for page in PAGES:
+        for target, anchor in re.findall(r"\]\(([^)#:]*\.md)?#([^)]+)\)", page.read_text()):
+            text = ((page.parent / target) if target else page).read_text()
+            headings = [re.sub(r"[^\w\- ]", "", h).lower().replace(" ", "-") for h in HEADINGS.findall(text)]
+            assert anchor in headings, f"{page.name}: {target}#{anchor}"
+
+
+@pytest.mark.skipif(shutil.which("hadolint") is None, reason="hadolint is not installed")
+def test_the_container_files_are_linted_and_do_the_same() -> None:
+    subprocess.run(["hadolint", str(ROOT / "launch/Dockerfile")], check=True)
+    docker, apptainer = (ROOT / "launch/Dockerfile").read_text(), (ROOT / "launch/apptainer.def").read_text()
+    for line in re.findall(r"^RUN (apt-get.*)$", docker, re.MULTILINE):
+        assert line in apptainer
+    assert re.findall(r"^FROM (.*)$", docker, re.MULTILINE) == re.findall(r"^From: (.*)$", apptainer, re.MULTILINE)
 
 
 def test_yaml_of_the_documentation_is_a_run_config() -> None:

@@ -14,12 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from ds_longft.command_line import RunKeys
-from ds_longft.config.run_config import RunConfig, SourceConfig
-from ds_longft.data.pack_plan import plan_epoch
+from ds_longft.config.run_config import ModelConfig, RunConfig, SourceConfig
+from ds_longft.data.pack_plan import EQUAL_COST_TOKENS, plan_epoch
 from ds_longft.data.progress import say_once
 from ds_longft.data.stream import Stream
 from ds_longft.data.tokenize import Input, tokenize_sources
-from ds_longft.errors import ConfigError, DataError, ModelError
+from ds_longft.errors import ConfigError, DataError, LongftError, ModelError
 from ds_longft.tools.look.colour import coloured
 from ds_longft.tools.look.statistics import Statistics, statistics
 
@@ -71,7 +71,10 @@ def stats(
         raise ConfigError(f"--dp is {dp}, --sp is {sp}: expected 1 or more")
     run, tokenizer = _read(config)
     rows = _tokenized(run, run.data.train, tokenizer)
-    found = statistics(rows, run.data, dp=dp, sp=sp, accumulation=run.train.gradient_accumulation_steps, seed=run.seed)
+    found = statistics(
+        rows, run.data, dp=dp, sp=sp, accumulation=run.train.gradient_accumulation_steps, seed=run.seed,
+        equal_cost_tokens=equal_cost_tokens(run.model, lora=run.lora is not None),
+    )  # fmt: skip
     note = f"{run.output_dir}: dp {dp}, sp {sp}, weighting {run.data.weighting}"
     write_pages(found, html=html, png=png, title="Training data", note=note)
     if json:
@@ -231,20 +234,23 @@ def inspect(
         print(json_text.dumps(documents[0] if pack is None else {"pack": pack, "documents": documents}))
         return
     console = Console()
+    shown_as = "(green)" if console.color_system else "(in [[ ]])"
     at = 0
     for fact, parts in zip(facts, shown, strict=True):
         if pack is not None:
             head = f"tokens {at:,} to {at + fact['tokens']:,}: row {fact['row']}, {fact['origin']}"
             console.rule(Text(head, style="bold cyan"), align="left")
-        console.print(coloured(parts, max_chars))
+        console.print(coloured(parts, max_chars, marked=not console.color_system), soft_wrap=True)
         at += fact["tokens"]
     if pack is None:
-        line = f"{facts[0]['origin']}: {facts[0]['tokens']:,} tokens, {facts[0]['targets']:,} of them trained (green)"
+        line = (
+            f"{facts[0]['origin']}: {facts[0]['tokens']:,} tokens, {facts[0]['targets']:,} of them trained {shown_as}"
+        )
     else:
         targets = sum(fact["targets"] for fact in facts)
         used = f"{at:,} of {max(at, run.budget_tokens):,} tokens"  # a longer row has a pack of its length
-        line = f"pack {pack}: {len(facts)} documents, {used}, {targets:,} trained (green)"
-    console.print(f"\n{line}", markup=False)
+        line = f"pack {pack}: {len(facts)} documents, {used}, {targets:,} trained {shown_as}"
+    console.print(f"\n{line}", markup=False, soft_wrap=True)
 
 
 def _parts(one: TokenizedRow, tokenizer: Any, weighting: Weighting) -> list[tuple[str, float]]:
@@ -289,6 +295,17 @@ def load_tokenizer(path: str, **kwargs: Any) -> Any:
     except Exception as error:  # every tokenizer backend has its own way to fail on a missing or broken file
         why = next(iter(str(error).splitlines()), type(error).__name__)
         raise ModelError(f"no tokenizer can be read from {path!r}: {why}") from error
+
+
+def equal_cost_tokens(model: ModelConfig, *, lora: bool) -> int:
+    """Of this model; of an 8B one where its config cannot be read, as where a folder holds a tokenizer alone."""
+    from ds_longft.model.facts import ModelFacts
+    from ds_longft.model.load import read_config
+
+    try:
+        return ModelFacts.from_config(read_config(model)).equal_cost_tokens(lora=lora)
+    except LongftError:
+        return EQUAL_COST_TOKENS
 
 
 def _shown(value: Any) -> str:

@@ -80,8 +80,17 @@ class Statistics:
     retention: list[Retention]
 
 
-def statistics(rows: TokenizedSet, data: DataConfig, *, dp: int, sp: int, accumulation: int, seed: int) -> Statistics:
-    """Count a tokenized set, and plan its first epoch for these ranks."""
+def statistics(
+    rows: TokenizedSet,
+    data: DataConfig,
+    *,
+    dp: int,
+    sp: int,
+    accumulation: int,
+    seed: int,
+    equal_cost_tokens: int = EQUAL_COST_TOKENS,
+) -> Statistics:
+    """Count a tokenized set, and plan its first epoch for these ranks and a model of `equal_cost_tokens`."""
     lengths, targets = rows.lengths, rows.targets
     sources = _kinds(rows.column("source"))
     languages = _kinds(rows.column("language"))
@@ -100,6 +109,7 @@ def statistics(rows: TokenizedSet, data: DataConfig, *, dp: int, sp: int, accumu
         seed=seed,
         epoch=0,
         packing=data.packing,
+        equal_cost_tokens=equal_cost_tokens,
     )
 
     def group(name: str, where: NDArray[np.bool_]) -> Group:
@@ -117,7 +127,7 @@ def statistics(rows: TokenizedSet, data: DataConfig, *, dp: int, sp: int, accumu
     def histogram(kinds: NDArray[Any]) -> dict[str, list[int]]:
         return {k: np.bincount(classes[kinds == k], minlength=len(bounds)).tolist() for k in _by_size(kinds)}
 
-    linear, work = float(lengths.sum()), float(costs_of(lengths).sum())
+    linear, work = float(lengths.sum()), float(costs_of(lengths, equal_cost_tokens).sum())
     tally = rows.tally
     return Statistics(
         total=group("all", np.ones(len(lengths), dtype=bool)),
@@ -137,7 +147,7 @@ def statistics(rows: TokenizedSet, data: DataConfig, *, dp: int, sp: int, accumu
             padding_tokens=int((-plan.pack_tokens % sp).sum()),
             imbalance=float(plan.imbalance().mean()),
             attention_share=(work - linear) / work,
-            equal_cost_tokens=EQUAL_COST_TOKENS,
+            equal_cost_tokens=equal_cost_tokens,
         ),
         pack_tokens=plan.pack_tokens.tolist(),
         left_out=tally.left_out,

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json as json_text
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ds_longft.config.run_config import DataConfig, SourceConfig
+from ds_longft.config.run_config import DataConfig, ModelConfig, SourceConfig
 from ds_longft.config.yaml_io import dump_yaml
 from ds_longft.data.formats import FORMATS
 from ds_longft.data.ledger import Tally
 from ds_longft.data.tokenize import tokenize_sources
-from ds_longft.errors import ConfigError
-from ds_longft.tools.look.commands import load_tokenizer, show, write_pages
+from ds_longft.errors import ConfigError, LongftError
+from ds_longft.tools.look.commands import equal_cost_tokens, load_tokenizer, show, write_pages
 from ds_longft.tools.look.statistics import statistics
 from ds_longft.tools.make_data.convert import PREFERENCE, convert_set
 from ds_longft.tools.make_data.mix import Mixed, mix_sources
@@ -105,8 +106,9 @@ def mix(
     if not json:
         _show_mixed(mixed)
     if loaded is not None and found.tokenizer is not None:
-        run = {
-            "model": {"path": found.tokenizer},
+        run: dict[str, Any] = {
+            "output_dir": f"runs/{folder.resolve().name}",
+            "model": {"path": found.tokenizer, **_stretch(found.tokenizer, found.max_length_tokens)},
             "data": {
                 "train": [{"path": str(Path(mixed.train).resolve())}],
                 "eval": [{"path": str(Path(mixed.eval).resolve())}] if mixed.eval else [],
@@ -116,7 +118,8 @@ def mix(
         (folder / "run.yaml").write_text(dump_yaml(run), encoding="utf-8")
         data = DataConfig.model_validate(run["data"])
         rows = tokenize_sources(data.train, loaded, data, progress=not json)
-        numbers = statistics(rows, data, dp=1, sp=1, accumulation=1, seed=0)
+        cost = equal_cost_tokens(ModelConfig(path=found.tokenizer), lora=True)
+        numbers = statistics(rows, data, dp=1, sp=1, accumulation=1, seed=0, equal_cost_tokens=cost)
         write_pages(
             numbers, html=str(folder / "stats.html"), png=None, title="Training data", note=f"mixed by {recipe}"
         )
@@ -138,6 +141,18 @@ def _stem(source: str) -> str:
 def reasons(tally: Tally) -> str:
     """How many rows were left out, and why, a line a reason."""
     return f"{tally.unusable_rows:,} of {tally.read:,} rows left out{tally.reasons()}"
+
+
+def _stretch(model: str, max_length_tokens: int) -> dict[str, Any]:
+    """What a run config says of a model whose window is shorter than the rows."""
+    from ds_longft.model.load import read_config
+    from ds_longft.model.rope import window_tokens
+
+    try:
+        window = window_tokens(read_config(ModelConfig(path=model)))
+    except LongftError:  # a tokenizer alone
+        return {}
+    return {"rope": {"type": "yarn"}} if window and max_length_tokens > window else {}
 
 
 def _show_mixed(mixed: Mixed) -> None:

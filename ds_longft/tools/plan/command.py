@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json as json_text
 import sys
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from rich.console import Console
 
 from ds_longft.config.run_config import DpoConfig, ModelConfig, parse_tokens
 from ds_longft.decide.plan_json import as_json, memory_parts
-from ds_longft.decide.search import Question, alternatives, fastest, longest_of_each
+from ds_longft.decide.search import Plan, Question, alternatives, fastest, longest_of_each
 from ds_longft.decide.setting import Gpu
 from ds_longft.errors import ConfigError, ModelError
 from ds_longft.model.facts import ModelFacts
@@ -78,25 +79,35 @@ def plan(
 
         measure(calibrate)
         return
-    question, tokens = _question(
-        model, gpus, gpu, host_gib, None if full and not lora else lora_r, lora_experts, objective, reference, passes,
-        kernel, documents, targets, liger, length, both=lora and full, charted=png is not None,
+    problems = ["--lora and --full are both given: one of them"] * (lora and full)
+    problems += ["--png shows one length: add --length"] * (png is not None and length is None)
+    question, tokens = question_of(
+        model, gpus, gpu, host_gib, None if full else lora_r, lora_experts, objective, reference, passes, kernel,
+        documents, targets, liger, length, problems,
     )  # fmt: skip
+    if json:
+        print(json_text.dumps(answer(question, tokens, model)))
+        return
     console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else FILE_WIDTH)
     if tokens is not None:
-        _show_fastest(question, tokens, model, png=png, json=json)
-        return
-    plans = longest_of_each(question)
-    if json:
-        print(json_text.dumps({"longest": [as_json(p, question) for p in plans]}))
-    elif plans:
+        _show_fastest(question, tokens, model, png=png)
+    elif plans := longest_of_each(question):
         console.print(plan_text.length_table(plans, question))
     else:
         raise ConfigError(_nothing_fits(question, model))
 
 
-def _show_fastest(question: Question, tokens: int, model: str, *, png: str | None, json: bool) -> None:
-    """The recipe of one length, and where memory and time go. Raises ConfigError where nothing fits."""
+def answer(question: Question, tokens: int | None, model: str) -> dict[str, Any]:
+    """For machines: the longest pack of each sp, or the fastest setting of one length and what stands against it."""
+    if tokens is None:
+        return {"longest": [as_json(p, question) for p in longest_of_each(question)]}
+    best = _fastest(question, tokens)
+    instead = {key: p and as_json(p, question) for key, p in alternatives(question, best).items()}
+    return as_json(best, question) | ({"instead": instead} if instead else {})
+
+
+def _fastest(question: Question, tokens: int) -> Plan:
+    """Raises ConfigError where nothing fits."""
     best = fastest(question, tokens)
     if best is None:
         longest = max((question.length(p.setting) for p in longest_of_each(question)), default=0)
@@ -105,13 +116,15 @@ def _show_fastest(question: Question, tokens: int, model: str, *, png: str | Non
             f"{longest:,} tokens{' in each document of a pair' * (question.documents_per_row > 1)}. More GPUs "
             f"(--gpus), host memory (--host_gib) or a shorter sample"
         )
+    return best
+
+
+def _show_fastest(question: Question, tokens: int, model: str, *, png: str | None) -> None:
+    """The run config of one length, and where memory and time go. Raises ConfigError where nothing fits."""
+    best = _fastest(question, tokens)
     others = alternatives(question, best)
     if png:
         plan_text.write_png(best, question, png)
-    if json:
-        instead = {key: p and as_json(p, question) for key, p in others.items()}
-        print(json_text.dumps(as_json(best, question) | ({"instead": instead} if instead else {})))
-        return
     print(plan_text.recipe(best, question, model), end="")
     parts = memory_parts(best, question)
     notes = [
@@ -124,31 +137,29 @@ def _show_fastest(question: Question, tokens: int, model: str, *, png: str | Non
     Console(stderr=True, soft_wrap=True, highlight=False).print("\n".join(notes))
 
 
-def _question(
+def question_of(
     model: str,
     gpus: int,
     gpu: str,
     host_gib: float,
     lora_r: int | None,
-    lora_experts: bool,
-    objective: str,
-    reference: Literal["auto", "adapter_off", "precomputed", "model"],
-    passes: Literal["auto", "one", "two"],
-    kernel: str,
-    documents: int,
-    targets: float,
-    liger: str,
-    length: str | int | None,
-    *,
-    both: bool,
-    charted: bool,
+    lora_experts: bool = False,
+    objective: str = "sft",
+    reference: Literal["auto", "adapter_off", "precomputed", "model"] = "auto",
+    passes: Literal["auto", "one", "two"] = "auto",
+    kernel: str = "",
+    documents: int = 1,
+    targets: float = 1.0,
+    liger: str = "auto",
+    length: str | int | None = None,
+    found: Sequence[str] = (),
 ) -> tuple[Question, int | None]:
-    """The arguments, checked together, and --length in tokens. Raises ConfigError with everything that is wrong."""
-    problems = []
+    """The arguments, checked together, and --length in tokens. Raises ConfigError with everything that is wrong, and
+    with what the caller has `found`.
+    """
+    problems = list(found)
     if not model:
         problems.append("--model is missing: a folder with a config.json, or a hub id")
-    if both:
-        problems.append("--lora and --full are both given: one of them")
     if gpus < 1:
         problems.append(f"--gpus is {gpus}: at least 1")
     if lora_r is not None and lora_r < 1:
@@ -162,8 +173,6 @@ def _question(
         problems.append(f"--length is {length!r}: give tokens, e.g. 65536, 128K or 1M")
     elif tokens is not None and tokens < documents:
         problems.append(f"--documents is {documents:,}, --length {tokens:,} tokens: a document has at least one")
-    if charted and length is None:
-        problems.append("--png shows one length: add --length")
     pairs = objective == "dpo"
     wrong = "model" if lora_r is not None else "adapter_off"
     if reference == wrong:

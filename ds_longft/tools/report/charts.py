@@ -14,7 +14,7 @@ from html import escape
 WIDTH, HEIGHT = 640, 240
 LEFT, RIGHT, TOP, BOTTOM = 70, 14, 14, 44
 EDGE = 24  # half of a label
-MAX_POINTS = 400  # of a line; more are averaged, which a screen could not show anyway
+MAX_POINTS = 400  # of a line; of more, the lowest and highest of each stretch are drawn: a screen shows no others
 
 
 @dataclass(frozen=True)
@@ -113,11 +113,19 @@ def heat_table(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[float]
 
 
 def thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most `MAX_POINTS` points: means of neighbours where there are more. What is not finite is left out."""
+    """At most `MAX_POINTS` of the points: the lowest and the highest of each stretch, so that peaks stay; both ends.
+
+    What is not finite is left out.
+    """
     finite = [(x, y) for x, y in points if math.isfinite(y)]
-    group = -(-len(finite) // MAX_POINTS) or 1
-    groups = [finite[i : i + group] for i in range(0, len(finite), group)]
-    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
+    if len(finite) <= MAX_POINTS:
+        return finite
+    size = -(-2 * len(finite) // (MAX_POINTS - 2))
+    kept = {0, len(finite) - 1}
+    for start in range(0, len(finite), size):
+        stretch = range(start, min(start + size, len(finite)))
+        kept |= {min(stretch, key=lambda i: finite[i][1]), max(stretch, key=lambda i: finite[i][1])}
+    return [finite[i] for i in sorted(kept)]
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:

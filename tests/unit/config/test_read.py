@@ -145,8 +145,8 @@ def test_values_of_yaml(text: str, key: str, value: Any, tmp_path: Path) -> None
         ),
         (["--data.train", "[{bad"], "data.train: value cannot be read on the command line"),
         (["--model", "Qwen"], "model: value cannot be read on the command line, expected a section (keys path"),
-        (["--train.epochs", "0"], "train.epochs: seen '0', expected a whole number above 0"),
-        (["--train.epochs", "1.5"], "train.epochs: seen '1.5', expected a whole number above 0"),
+        (["--train.epochs", "0"], "train.epochs: seen '0', expected a number above 0"),
+        (["--train.keep_checkpoints", "1.5"], "train.keep_checkpoints: seen '1.5', expected a whole number at least 1"),
         (["--lora.dropout", "1"], "lora.dropout: seen '1', expected a number at least 0 and below 1"),
         (
             ["--data.pack_tokens", "128Q"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,6 +18,7 @@ from ds_longft.ranks.lock import lock_folder
 from ds_longft.run_files import StatusFile
 from ds_longft.stored import read_file
 from ds_longft.train.run import _farewell, _header
+from ds_longft.train.start import Phases, epochs_in_steps
 from ds_longft.train.status import STATUS, Status
 from tests.distributed.models import tiny_config
 
@@ -29,6 +32,17 @@ def test_a_warmup_longer_than_the_epochs_is_said(warmup_steps: int | None, said:
     state = cast(Any, SimpleNamespace(epoch=0, total_steps=4, step=0))
     text = _header(config, layout, torch.device("cpu"), loader, state, None)
     assert ("optim.warmup_steps is 5" in text) == said
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 10), (2, 21), (0.5, 5), (1.5, 16), (0.01, 1), (2.25, 24)])
+def test_epochs_may_be_parts(epochs: float, steps: int) -> None:
+    assert epochs_in_steps(epochs, lambda epoch: 10 + epoch) == steps
+
+
+def test_each_phase_of_the_start_is_said_as_it_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    phases = Phases(time.monotonic(), say=True)
+    phases.done("model loaded", "the engine is built")
+    assert re.fullmatch(r" +0\.\d s  model loaded; the engine is built \.\.\.\n", capsys.readouterr().out)
 
 
 def test_a_start_that_fails_early_says_so_unless_another_run_has_the_folder(tmp_path: Path) -> None:

@@ -300,7 +300,10 @@ def test_charts() -> None:
     assert ticks(3.02, 3.2)[0] <= 3.02
     assert ticks(5, 5)[-1] > 5
     assert [shown(v) for v in (0, 131072, 0.00025, 1500, 7.325)] == ["0", "128K", "2.5e-4", "1,500", "7.325"]
-    assert len(thin([(i, i) for i in range(5000)])) <= 400
+    peaks = [(float(i), 9.0 if i == 2777 else -9.0 if i == 3001 else 0.0) for i in range(5000)]
+    thinned = thin(peaks)
+    assert len(thinned) <= 400
+    assert {(2777.0, 9.0), (3001.0, -9.0), peaks[0], peaks[-1]} <= set(thinned) <= set(peaks), "points that there are"
     assert thin([(0, 1.0), (1, float("nan"))]) == [(0, 1.0)]
     assert line_chart([Line("x", [])], name="n", x_label="", y_label="") == ""
     lost = Line("held out", [(1, float("nan"))])  # the page's script reads out every line that is there
