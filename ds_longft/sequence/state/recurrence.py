@@ -155,7 +155,8 @@ def _delta(
         out: Tensor = rule(*(t[None] for t in tensors), use_qk_l2norm_in_kernel=True, **_borders(documents))[0][0]
         return out
     outs = []
-    for parts in zip(*(t.split(documents.lengths) for t in tensors), strict=True):
+    q, k = (t.repeat_interleave(v.shape[1] // t.shape[1], 1) for t in (q, k))  # transformers before 5.24 does not
+    for parts in zip(*(t.split(documents.lengths) for t in (q, k, v, g, beta)), strict=True):
         qd, kd, vd, gd, bd = (t[None] for t in parts)
         outs.append(rule(qd, kd, vd, g=gd, beta=bd, use_qk_l2norm_in_kernel=True)[0][0])
     return torch.cat(outs)
