@@ -15,9 +15,11 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ds_longft.config.messages import describe, on_resume
+from ds_longft.config.proof import proofs
 from ds_longft.config.run_config import RunConfig, SourceConfig
 from ds_longft.config.spellings import EXPLANATIONS, HOLDS_ANYWAY, KEYS_OF_OTHER_TOOLS
 from ds_longft.data.layouts import EVERY_CHAT, EVERY_ROW, LAYOUTS
+from ds_longft.tools.models import page as models_page
 
 HEAD = """\
 # Run config
@@ -40,6 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 TABLE = re.compile(r"(<!-- measured: `make docs` -->\n).*?(<!-- /measured -->)", re.DOTALL)
+MODELS = re.compile(r"(<!-- models: `make docs` -->).*?(<!-- /models -->)", re.DOTALL)
 MEASURED = (
     # what the row is called, and `what` of its line in benchmarks/results.jsonl; the newest of that name counts
     ("one sample of 131,072 tokens, 2 GPUs, sp 2", "step 131072 sp2 lora fa4 zero3"),
@@ -69,7 +72,20 @@ def readme_page() -> str:
     """README.md with its table of measured steps made anew; no figure of it is typed by hand."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert TABLE.search(readme), "README.md has lost the marks around its table"
+    assert MODELS.search(readme), "README.md has lost the marks around its sentence of models"
+    readme = MODELS.sub(lambda marks: marks[1] + models_sentence() + marks[2], readme)
     return TABLE.sub(lambda marks: marks[1] + measured_table() + marks[2], readme)
+
+
+def models_sentence() -> str:
+    """How many model types are proved."""
+    found = proofs()
+    proved = [entry for entry in found["types"].values() if "proved" in entry]
+    wrapped = sum("text" in entry for entry in proved)
+    return (
+        f"{len(proved)} types of transformers {found['versions']['transformers']} are proved equal to its own step "
+        f"([docs/models.md](docs/models.md)), {wrapped} as the text model of a multimodal checkpoint, among them"
+    )
 
 
 def measured_table() -> str:
@@ -229,6 +245,7 @@ def _code(names: tuple[str, ...]) -> str:
 if __name__ == "__main__":
     (ROOT / "docs/config.md").write_text(config_page())
     (ROOT / "docs/data.md").write_text(data_page())
+    (ROOT / "docs/models.md").write_text(models_page())
     (ROOT / "README.md").write_text(readme_page())
     (ROOT / "docs/migrating.md").write_text(migrating_page())
     (ROOT / "docs/gpus.md").write_text(gpus_page())

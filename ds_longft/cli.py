@@ -56,6 +56,11 @@ COMMANDS = {
         "a config of Axolotl, LLaMA-Factory, TRL or swift as one of ours",
         "axolotl.yaml --out mine.yaml",
     ),
+    "models": Command(
+        "ds_longft.tools.models:models",
+        "model types that are proved; what is known of a checkpoint",
+        "Qwen/Qwen3-8B",
+    ),
     "plan": Command(
         "ds_longft.tools.plan.command:plan",
         "how long a sample fits, how fast it trains, as a run config",

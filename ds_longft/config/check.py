@@ -17,6 +17,7 @@ from typing import Any
 
 from ds_longft.config.ds_file import load_ds_config
 from ds_longft.config.ds_json import DeepSpeedSettings, Device, merge_ds_config
+from ds_longft.config.proof import proof_problem
 from ds_longft.config.run_config import RunConfig, SourceConfig, is_pattern
 from ds_longft.config.shipped import TEMPLATES, find_template
 from ds_longft.config.state_families import OTHER_LAYERS, STATE_FAMILIES, STATE_LAYERS
@@ -106,7 +107,7 @@ def check_run(
     sp, problems = _resolve_sp(config, ds, world, local_world)
     problems += _model_folder_problems(config)
     if model_config is not None:
-        problems += _architecture_problems(model_config)
+        problems += _architecture_problems(model_config) or _proof_problems(config, model_config)
         if sp:
             problems += _head_problems(_text_config(model_config), sp, world)
     problems += _length_problems(config, _text_config(model_config or {}))
@@ -224,6 +225,13 @@ def _architecture_problems(model_config: dict[str, Any]) -> list[str]:
     if model_config.get("is_encoder_decoder") or ENCODERS.fullmatch(kind):
         return [f"{prefix} is an encoder; only causal (decoder-only) language models can be trained"]
     return []
+
+
+def _proof_problems(config: RunConfig, model_config: dict[str, Any]) -> list[str]:
+    """A model that nobody has compared, unless the run asks for it."""
+    kind = str(model_config.get("model_type", ""))
+    problem = proof_problem(kind, str(_text_config(model_config).get("model_type", kind)))
+    return [problem] if problem and not config.model.unproved else []
 
 
 def _head_problems(text: dict[str, Any], sp: int, world: int) -> list[str]:

@@ -108,6 +108,9 @@ class ModelConfig(Section):
     trust_remote_code: Refused[bool] = False
     """Run the model's own Python code. Off unless asked for, and then only with a pinned `revision`."""
 
+    unproved: Free[bool] = False
+    """Train a model of a type that is not proved (docs/models.md). What is known to be wrong stays refused."""
+
     dtype: Refused[Literal["auto", "bf16", "fp32"]] = "auto"
     """Compute type. `auto`: bf16 on GPUs, fp32 on CPUs."""
 

@@ -42,14 +42,18 @@ def targets_of(model: PreTrainedModel, lora: LoraConfig) -> Targets:
     Raises:
         ModelError: a name is no linear layer, or there are no experts.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    head, inside = model.get_output_embeddings(), f"{decoder_name(model)}." if is_wrapped(model.config) else ""
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and (module is head or name.startswith(inside))
+    }
     named = [lora.targets] if isinstance(lora.targets, str) else lora.targets
     if lora.targets != "all-linear":
         check_names("lora.targets", named, list(linears))
-    experts = stacked_experts(model)
+    experts = {name: count for name, count in stacked_experts(model).items() if name.startswith(inside)}
     if lora.experts and not experts:
         raise ModelError(f"lora.experts is true, but {model.config.model_type} has no stacked experts: leave it out")
-    head = model.get_output_embeddings()
     if lora.targets == "all-linear":
         count = next(iter(experts.values()), None)
         chosen = [name for name, m in linears.items() if m is not head and m.out_features != count]  # routers have E

@@ -192,7 +192,8 @@ class _Linears(torch.autograd.Function):
         *outs, xa = saved
         ctx.save_for_backward(x2 if made is None else made[1], xa, *tensors)
         ctx.scales, ctx.shape, ctx.recomputed_input = scales, x.shape, made[0] if made is not None else None
-        return tuple(out.view(*x.shape[:-1], out.shape[-1]) for out in outs)
+        # no views for autograd, or a model could not clip them in place (OLMo); what is kept of q, k and v is a copy
+        return tuple(out.view(*x.shape[:-1], out.shape[-1]).data for out in outs)
 
     @staticmethod
     def backward(ctx: Any, *douts: Tensor) -> tuple[Any, ...]:

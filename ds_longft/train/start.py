@@ -14,11 +14,13 @@ from filelock import FileLock
 from transformers import PretrainedConfig
 
 from ds_longft.config.ds_json import DeepSpeedSettings
+from ds_longft.config.proof import proof_problem
 from ds_longft.config.run_config import RunConfig
 from ds_longft.data.loader import StepLoader
 from ds_longft.data.stream import Stream, StreamLoader
 from ds_longft.data.tokenized import TokenizedSet
 from ds_longft.decide.plan_json import foresee_run, write_plan
+from ds_longft.errors import ModelError
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.facts import ModelFacts
 from ds_longft.model.load import config_remarks, load_tokenizer, prepare_config, read_config
@@ -132,6 +134,9 @@ def join_processes(
     hf_config, length = read_config(config.model), config.data.max_length_tokens
     remarks = config_remarks(hf_config, config.model.rope, length)
     hf_config = prepare_config(hf_config, config.model, length, attn_implementation=ULYSSES)
+    problem = proof_problem(hf_config.model_type, hf_config.get_text_config().model_type)
+    if problem and not config.model.unproved:
+        raise ModelError(problem)
     facts = ModelFacts.from_config(hf_config)
     kernel, kernels = check_model(
         config,

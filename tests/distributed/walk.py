@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
+from ds_longft.config import proof
 from ds_longft.errors import ModelError
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.supported import check_supported
-from ds_longft.model.wrapped import whole_on_meta
+from ds_longft.model.wrapped import is_wrapped, whole_on_meta
 from tests.unit.sequence.zoo import ACCURACY, Way, ours, tiny, truth
 
 WAYS = {"full": Way("keep_attention"), "lora": Way("full")}
+PROVED_FILE = Path(proof.__file__).with_name(proof.FILE)
 LARGEST = 60_000_000
 """Weights; a type whose smallest model is larger would take too long."""
 
@@ -55,7 +58,8 @@ def walk(rank: int, world: int, model_type: str) -> dict[str, str | float]:
         worst = max(worst, loss, gradient)
         if not worst <= ACCURACY:
             return {"wrong": f"{kind}: loss off by {loss:.1e}, {name} by {gradient:.1e} of the gradient"}
-    return {"proved": worst, **remark}
+    text = {"text": config.get_text_config().model_type} if is_wrapped(config) else {}
+    return {"proved": float(f"{worst:.1e}"), **text, **remark}
 
 
 def _first_line(error: BaseException) -> str:

@@ -115,6 +115,7 @@ def test_the_tree_of_the_documentation_is_the_tree() -> None:
     [
         ("config_page", "docs/config.md"),
         ("data_page", "docs/data.md"),
+        ("models_page", "docs/models.md"),
         ("readme_page", "README.md"),
         ("migrating_page", "docs/migrating.md"),
         pytest.param("gpus_page", "docs/gpus.md", marks=pytest.mark.slow),  # a minute of plans

@@ -31,12 +31,13 @@ from ds_longft.sequence.attention import ULYSSES, register
 from ds_longft.sequence.recompute import LayerKeep, apply_recompute
 from ds_longft.sequence.shard import shard
 from ds_longft.train.install import fuse_and_tile
+from tests.distributed.test_state_exact import FAMILIES as STATE_FAMILIES
 
 DOCUMENTS = (21, 13)
 """Tokens of each document: longer than the window, so that it matters."""
 
-ACCURACY = 1e-10
-"""Relative. All is in float64."""
+ACCURACY = 1e-7
+"""Relative. All is in float64; MiniMax rounds its decays to float32 once, as it is built."""
 
 SMALL: dict[str, Any] = {
     "vocab_size": 128, "vocab_size_per_layer_input": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
@@ -73,13 +74,14 @@ FOUR: dict[str, Any] = {
 """Gemma 4: two sizes of heads, the last layers read keys and values of those before."""
 
 CHANGES: dict[str, dict[str, Any]] = {
+    **{model_type: {"num_hidden_layers": 2, **changes} for model_type, changes in reversed(STATE_FAMILIES.values())},
     "gemma3n_text": {
         "num_hidden_layers": 6, "num_kv_shared_layers": 4, "activation_sparsity_pattern": [0.0] * 6,
         "layer_types": ["sliding_attention", "full_attention"] * 3,
     },
-    **{name: {"num_key_value_heads": 4, "head_dim": 8} for name in ("deepseek_v3", "axk1", "youtu", "longcat_flash", "glm4_moe_lite", "minicpm3", "sarvam_mla")},
+    **{name: {"num_key_value_heads": 4, "head_dim": 8} for name in ("deepseek_v3", "axk1", "youtu", "glm4_moe_lite", "minicpm3", "sarvam_mla")},
     "deepseek_v2": {"num_key_value_heads": 4},
-    "dots1": {"n_shared_experts": 1},
+    "dots1": {"n_shared_experts": 1}, "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]}, "longcat_flash": {"num_layers": 2, "num_key_value_heads": 4, "head_dim": 8},
     "gemma4": {"vision_config": {**TOWER, "global_head_dim": 16}}, "gemma4_text": FOUR, "gemma4_unified_text": FOUR,
     **dict.fromkeys(("glm4v_text", "glm_ocr_text", "paddleocr_vl_text", "qwen2_5_omni_text", "qwen2_5_vl_text", "qwen2_vl_text"), SECTIONS),
     "glm4v_moe_text": {"rope_parameters": {**SECTIONS["rope_parameters"], "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}},
@@ -141,7 +143,10 @@ def _small_text(default: PretrainedConfig) -> dict[str, Any]:
     rope = getattr(default, "rope_parameters", None) or {}
     if "mrope_section" in rope:
         keys["rope_parameters"] = {**rope, "mrope_section": [2, 3, 3]}
-    kinds = list(dict.fromkeys(getattr(default, "layer_types", None) or ()))
+    computed = isinstance(
+        getattr(type(default), default.attribute_map.get("layer_types", "layer_types"), None), property
+    )
+    kinds = () if computed else list(dict.fromkeys(getattr(default, "layer_types", None) or ()))
     if kinds and not hasattr(default, "use_sliding_window"):
         keys["layer_types"] = (kinds * 3)[:3]
     return {**keys, **CHANGES.get(model_type, {})}

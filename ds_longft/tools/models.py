@@ -1,0 +1,137 @@
+"""`ds-longft models`: which model types train right, and what is to be known of one checkpoint before it is trained."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from ds_longft.config.proof import proof_problem, proofs
+
+GPUS = {"Hopper": (9, 0), "Ampere": (8, 0)}
+
+
+def models(model: str | None = None, *, revision: str | None = None) -> None:
+    """List the model types that were compared with transformers' own step, or say what is known of one checkpoint.
+
+    Of a checkpoint: proved or not, into how many parts a sample can be split, windows, attention kernels that fit, and
+    what LoRA would reach. Only its config is read.
+
+    Args:
+        model: folder or hub id of a checkpoint.
+        revision: of a hub id.
+    """
+    print(page() if model is None else "\n".join(f"{name:<16}{text}" for name, text in about(model, revision)))
+
+
+def page() -> str:
+    """The text of docs/models.md."""
+    found = proofs()
+    types: dict[str, dict[str, Any]] = found["types"]
+    proved = {name: entry for name, entry in types.items() if "proved" in entry}
+    wrappers = {name: entry for name, entry in proved.items() if "text" in entry}
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    worst = max((entry["proved"] for entry in proved.values()), default=0.0)
+    lines = [
+        "# Models",
+        "",
+        "Made by `python -m tests.distributed.write_models`, which walks all causal model types of transformers and",
+        "all multimodal ones that hold one: a small model of each, all its kinds of layers, windows shorter than its",
+        "documents. transformers computes each document alone; here two documents in one pack are split over two",
+        "ranks. Loss and every gradient are compared in float64, of all weights and of LoRA adapters.",
+        "",
+        f"Written {found['written']} with {versions}. {len(proved)} of {len(types)} types are proved; the largest",
+        f"difference is {worst:.0e}, relative.",
+        "",
+        "A type that is not proved is refused, unless the run config has `model.unproved: true`; what is refused for a",
+        "reason stays refused.",
+        "",
+        "## Proved",
+        "",
+        _flowing(name for name in proved if name not in wrappers),
+        "",
+        "## Proved, as the text model of a multimodal checkpoint",
+        "",
+        "Loss and gradients are those of the whole model given text; towers are neither loaded nor trained, and are in",
+        "what is saved and exported. The text model may be another one that is proved.",
+        "",
+        _flowing(f"{name} ({entry['text']})" for name, entry in wrappers.items()),
+        "",
+        "## Not proved",
+        "",
+        "| type | why |",
+        "|---|---|",
+    ]
+    for name, entry in types.items():
+        if name not in proved:
+            lines.append(f"| {name} | {_why_not(name, entry)} |")
+    without_lora = {name: entry["lora"] for name, entry in proved.items() if "lora" in entry}
+    if without_lora:
+        lines += ["", "## Proved, but for LoRA on all linear layers", "", "| type | why |", "|---|---|"]
+        lines += [f"| {name} | {why.replace('|', ' ')} |" for name, why in without_lora.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _why_not(name: str, entry: dict[str, Any]) -> str:
+    if "unknown" in entry:
+        why = "not compared, no small model of it: " + entry["unknown"]
+    else:
+        why = entry.get("refused") or "does not run here: " + entry["wrong"]
+    return str(why).removeprefix(f"{name} ").replace("|", " ")
+
+
+def _flowing(names: Iterator[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def about(model: str, revision: str | None) -> Iterator[tuple[str, str]]:
+    """What is to be known of one checkpoint, line by line; what keeps it from being trained, where something does."""
+    import torch
+
+    from ds_longft.config.run_config import LoraConfig, ModelConfig
+    from ds_longft.errors import ModelError
+    from ds_longft.model.facts import ModelFacts
+    from ds_longft.model.load import load_config
+    from ds_longft.model.lora import add_lora
+    from ds_longft.model.wrapped import is_wrapped, make, text_class
+
+    hf_config = load_config(ModelConfig(path=model, revision=revision), 1, attn_implementation="eager")
+    text_type, found = hf_config.get_text_config().model_type, proofs()
+    yield "type", hf_config.model_type + (f", text model {text_type}" if is_wrapped(hf_config) else "")
+    problem = proof_problem(hf_config.model_type, text_type)
+    yield "proved", problem or f"{found['written']}, transformers {found['versions']['transformers']}"
+    facts = ModelFacts.from_config(hf_config)
+    experts = f", {facts.experts} experts a layer" if facts.experts else ""
+    yield "size", f"{facts.weights / 1e9:.2f}B weights, {facts.layers} layers{experts}"
+    yield "heads", f"{facts.q_heads} of queries, {facts.kv_heads} of keys and values, {facts.head_dim} wide"
+    yield "sp", f"1 to {facts.q_heads}"
+    windows = Counter(facts.windows)
+    yield "window", ", ".join(f"{n} layers {'see all' if w is None else f'{w:,} tokens'}" for w, n in windows.items())
+    yield "positions", f"{facts.max_positions:,} tokens" if facts.max_positions else "any length"
+    for gpu, capability in GPUS.items():
+        yield "kernels", f"{gpu}: {'; '.join(_kernels(facts, capability))}"
+    with torch.device("meta"):
+        bare = make(text_class(hf_config), copy.deepcopy(hf_config), attn_implementation="eager")
+        try:
+            adapted = add_lora(bare, LoraConfig(), seed=0)
+        except ModelError as error:
+            yield "LoRA", str(error)
+            return
+    layers = [name.split(".lora_A")[0] for name, _ in adapted.named_parameters() if "lora_A" in name]
+    reached = Counter(name.rpartition(".")[2] for name in layers)
+    yield "LoRA reaches", ", ".join(f"{count} {name}" for name, count in reached.items())
+
+
+def _kernels(facts: Any, capability: tuple[int, int]) -> Iterator[str]:
+    """For each kind of layer, the kernels that can do it in bf16, installed here or not."""
+    import torch
+
+    from ds_longft.sequence.kernels import KERNELS, AttentionSpec
+    from ds_longft.sequence.kernels.base import Job
+
+    for window in dict.fromkeys(facts.windows):
+        spec = AttentionSpec(facts.head_dim**-0.5, window, facts.softcap)
+        job = Job("cuda", torch.bfloat16, facts.head_dim, spec, capability)
+        fits = [kernel.name for kernel in KERNELS if kernel.refuses(job, here=False) is None]
+        yield f"{'full attention' if window is None else 'sliding window'}: {', '.join(fits)}"
