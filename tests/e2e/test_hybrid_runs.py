@@ -1,0 +1,62 @@
+"""Whole runs of a model whose layers partly carry a state: the same losses however it is split, and files that load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ds_longft.cli import main as cli
+from tests.e2e.job import WINDOW
+from tests.e2e.test_runs import logits, losses
+from tests.faults.ranks import Launcher
+from tests.tokenizer import tiny_tokenizer
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Qwen3.5's layers: two of three carry a state, 9 heads that read 3 of keys."""
+    folder, tokenizer = tmp_path_factory.mktemp("hybrid") / "model", tiny_tokenizer()
+    config = AutoConfig.for_model(
+        "qwen3_5_text", vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, layer_types=["linear_attention", "full_attention", "linear_attention"],
+        linear_num_key_heads=3, linear_num_value_heads=9, linear_key_head_dim=8, linear_value_head_dim=6,
+        initializer_range=0.2, max_position_embeddings=WINDOW, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_losses_are_those_of_one_process(hybrid: Path, job: Path, ranks: Launcher, tmp_path: Path) -> None:
+    keys = ["--model.path", str(hybrid), "--train.max_steps", str(STEPS), "--train.epochs", "20", "--log.wandb", "off"]
+    keys += ["--data.packing", "best_fit", "--train.save_every_steps", "null", "--train.eval_every_steps", "null"]
+    keys += ["--optim.learning_rate", "2e-3"]
+    seen = {}
+    for sp in (1, 2, 3):
+        codes, run = ranks.run(tmp_path / f"sp{sp}", *keys, "--sp", str(sp), world=sp)
+        assert codes == [0] * sp, run.text()
+        seen[sp] = losses(tmp_path / f"sp{sp}")
+    assert "layers with a state: torch (CPU)" in run.text()
+    assert len(seen[1]) == STEPS
+    assert seen[1][-1] < 0.9 * seen[1][0]
+    for sp in (2, 3):
+        assert seen[sp] == pytest.approx(seen[1], rel=1e-4)
+    merged = tmp_path / "merged"
+    assert cli(["export", str(tmp_path / "sp2"), str(merged)]) == 0
+    model = AutoModelForCausalLM.from_pretrained(merged)
+    assert not torch.allclose(logits(model, merged), logits(AutoModelForCausalLM.from_pretrained(hybrid), merged))
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": "def times(a, b): return a * b\n" * 20}) + "\n")
+    assert cli(["eval", "perplexity", str(merged), "--text", str(text), "--length", "64", "--texts", "1"]) == 0
+    assert "linear_attention" in yaml.safe_load((merged / "config.json").read_text())["layer_types"]

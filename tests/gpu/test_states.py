@@ -1,0 +1,92 @@
+"""flash-linear-attention's kernels against the torch forms in float32: outputs and gradients, documents of any length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ds_longft.batch import Documents
+from ds_longft.sequence.state import recurrence
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(not recurrence.has_fla(), reason="flash-linear-attention is not installed"),
+]
+
+LENGTHS = (700, 1, 130, 1, 1025, 64, 3)
+ALLOWED = {torch.bfloat16: 2e-2, torch.float32: 5e-3}  # Triton multiplies float32 as TF32
+
+
+def documents() -> Documents:
+    return Documents(torch.tensor([0, *LENGTHS], device="cuda").cumsum(0).to(torch.int32), LENGTHS)
+
+
+def layer_of(model_type: str, name: str) -> nn.Module:
+    """Any module of that class's file: torch forms are looked up beside it."""
+    from importlib import import_module
+
+    module = import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    made: nn.Module = getattr(module, name).__new__(getattr(module, name))
+    return made
+
+
+def random(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(sum(LENGTHS), *shape, device="cuda").to(dtype)
+
+
+def compared(call: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype) -> None:
+    """With kernels in `dtype`, and without them in float32."""
+    results = []
+    for kernels in (True, False):
+        leaves = [t.detach().to(t.dtype if kernels else torch.float32).requires_grad_() for t in inputs]
+        with patch.object(recurrence, "has_fla", lambda on=kernels: on):
+            out = call(*leaves)
+            torch.manual_seed(1)
+            grads = torch.autograd.grad(out, leaves, torch.randn(out.shape, device="cuda").to(out.dtype))
+        results.append([out.detach(), *grads])
+    for i, (a, b) in enumerate(zip(*results, strict=True)):
+        error = float((a.float() - b.float()).norm() / b.float().norm())
+        assert error <= ALLOWED[dtype], f"{'output' if not i else f'gradient of input {i - 1}'}: {error:.1e}"
+
+
+@pytest.mark.parametrize("dtype", ALLOWED)
+@pytest.mark.parametrize("groups", [4, 2], ids=["a key head each", "two value heads a key head"])
+def test_gated_delta(dtype: torch.dtype, groups: int) -> None:
+    torch.manual_seed(0)
+    layer = layer_of("qwen3_next", "Qwen3NextGatedDeltaNet")
+    q, k, v = random(groups, 64, dtype=dtype), random(groups, 64, dtype=dtype), random(4, 128, dtype=dtype)
+    g, beta = -F.softplus(random(4, dtype=torch.float32)) * 0.2, random(4, dtype=dtype).sigmoid()
+    compared(lambda *t: recurrence.gated_delta(layer, *t, documents()), [q, k, v, g, beta], dtype)
+
+
+@pytest.mark.parametrize("dtype", ALLOWED)
+def test_kimi_delta(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = layer_of("kimi_linear", "KimiLinearDeltaAttention")
+    q, k, v = (random(3, 64, dtype=dtype) for _ in range(3))
+    g, beta = -F.softplus(random(3, 64, dtype=torch.float32)) * 0.2, random(3, dtype=dtype).sigmoid()
+    compared(lambda *t: recurrence.kimi_delta(layer, *t, documents()), [q, k, v, g, beta], dtype)
+
+
+@pytest.mark.parametrize("dtype", ALLOWED)
+def test_decayed_attention(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    q, k, v = random(2, 128, dtype=dtype), random(2, 128, dtype=dtype), random(6, 64, dtype=dtype)
+    g = -F.softplus(random(6, dtype=torch.float32)) * 0.2
+    compared(lambda *t: recurrence.decayed_attention(*t, documents()), [q, k, v, g], dtype)
+
+
+@pytest.mark.parametrize("dtype", ALLOWED)
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_causal_convolution(dtype: torch.dtype, activation: str | None) -> None:
+    torch.manual_seed(0)
+    weight, bias = (torch.randn(*shape, device="cuda").to(dtype) for shape in ((96, 4), (96,)))
+    x = random(96, dtype=dtype)
+    places = torch.cat([torch.arange(n, device="cuda") for n in LENGTHS])
+    compared(lambda *t: recurrence.causal_conv(*t, activation, places, documents()), [x, weight, bias], dtype)
