@@ -21,6 +21,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
 from transformers import PreTrainedModel as Model
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
 from ds_longft.errors import ModelError
@@ -37,9 +38,14 @@ PROMPT = "The capital of France is"
 NO_CODE = {"trust_remote_code": False}  # said, or transformers asks at the terminal
 MAX_LOGIT_DIFFERENCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 
+PREDICTION_HEADS = "mtp."
+"""What names of multi-token-prediction heads begin with (Qwen3-Next, Qwen3.5, OLMo-Hybrid)."""
+
 
 def export(run: str, out: str, base: str | None = None, json: bool = False) -> None:
     """Turn a run's output folder into a model folder that any Hugging Face tool loads.
+
+    Beside a merged adapter, the base's multi-token-prediction heads stay as they are.
 
     Args:
         run: The run's output folder: an adapter at its top (merged into its base), or a full model (copied).
@@ -197,12 +203,28 @@ def _save(model: Model, run: Path, work: Path, base: str, source: dict[str, str]
     tokenizer = _tokenizer(run, base)
     if tokenizer is not None:
         _stop_where_served(tokenizer, model.config, generation)
-    model.save_pretrained(work)
+    unread = _prediction_heads(base, source)
+    model.save_pretrained(work, state_dict={**model.state_dict(), **unread} if unread else None)
     copy_preparation(base, work, **source)
     generation.save_pretrained(work)
     if tokenizer is not None:
         tokenizer.save_pretrained(work)
     spell_for_older_readers(work)
+
+
+def _prediction_heads(base: str, source: dict[str, str]) -> dict[str, torch.Tensor]:
+    """Weights of the base's multi-token-prediction heads: transformers leaves them out, servers draft with them."""
+    index = cached_file(base, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **source)
+    files = {SAFE_WEIGHTS_NAME}
+    if index is not None:
+        placed = json_format.loads(Path(index).read_text())["weight_map"]
+        files = {file for name, file in placed.items() if name.startswith(PREDICTION_HEADS)}
+    found: dict[str, torch.Tensor] = {}
+    for name in files:
+        path = cached_file(base, name, _raise_exceptions_for_missing_entries=False, **source)
+        if path is not None:
+            found |= dict(_tensors_of(Path(path), PREDICTION_HEADS))
+    return found
 
 
 def _stop_where_served(tokenizer: Any, config: PretrainedConfig, generation: Any) -> bool:
@@ -247,6 +269,8 @@ def _check_reload(work: Path, logits: torch.Tensor, tokens: torch.Tensor) -> dic
     loaded = revert_weight_conversion(model, model.state_dict())  # files hold experts one by one, the model all in one
     files = set()
     for name, tensor in _tensors_in(work):
+        if name.startswith(PREDICTION_HEADS):
+            continue
         files.add(name)
         if name not in loaded or not torch.equal(loaded[name], tensor):
             raise ModelError(f"reload check: weight {name} of {work} does not come back as it was written")
@@ -270,6 +294,11 @@ def _check_reload(work: Path, logits: torch.Tensor, tokens: torch.Tensor) -> dic
 
 def _tensors_in(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (a safetensors file is not a mapping)
+        yield from _tensors_of(path)
+
+
+def _tensors_of(path: Path, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 (a safetensors file is not a mapping)
+            if name.startswith(prefix):
                 yield name, file.get_tensor(name)

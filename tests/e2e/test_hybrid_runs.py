@@ -58,5 +58,22 @@ def test_losses_are_those_of_one_process(hybrid: Path, job: Path, ranks: Launche
     assert not torch.allclose(logits(model, merged), logits(AutoModelForCausalLM.from_pretrained(hybrid), merged))
     text = tmp_path / "text.jsonl"
     text.write_text(json.dumps({"text": "def times(a, b): return a * b\n" * 20}) + "\n")
-    assert cli(["eval", "perplexity", str(merged), "--text", str(text), "--length", "64", "--texts", "1"]) == 0
+    assert (
+        cli(
+            [
+                "eval",
+                "perplexity",
+                str(merged),
+                "--text",
+                str(text),
+                "--length",
+                "64",
+                "--texts",
+                "1",
+                "--out",
+                str(tmp_path / "eval"),
+            ]
+        )
+        == 0
+    )
     assert "linear_attention" in yaml.safe_load((merged / "config.json").read_text())["layer_types"]

@@ -16,7 +16,7 @@ from ds_longft.errors import ModelError
 from ds_longft.model.load import load_config, load_model
 from ds_longft.model.lora import add_lora, gather_adapter_state, save_adapter
 from ds_longft.tools.export import export, export_model
-from tests.unit.model.tiny import WINDOW, save_tiny
+from tests.unit.model.tiny import SHAPE, WINDOW, save_tiny
 
 NO_STRETCH = RopeConfig()
 EXPERTS = ("qwen3_moe", "mixtral", "glm4_moe", "gpt_oss")
@@ -123,6 +123,25 @@ def test_a_full_run_is_copied_without_its_checkpoints(tmp_path: Path, family: st
     assert not (tmp_path / "out/checkpoint-3").exists()
     assert not (tmp_path / "out/metrics.jsonl").exists()
     assert (tmp_path / "out/tokenizer.json").is_file()
+
+
+def test_prediction_heads_that_transformers_leaves_out_are_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    torch.manual_seed(0)
+    kinds = ["linear_attention", "full_attention"]
+    config = AutoConfig.for_model(
+        "qwen3_5_text", **SHAPE, layer_types=kinds, linear_num_key_heads=2, linear_num_value_heads=4
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    heads = {"mtp.fc.weight": torch.randn(4, 4), "mtp.norm.weight": torch.randn(4).bfloat16()}
+    save_file({**load_file(folder / "model.safetensors"), **heads}, folder / "model.safetensors", {"format": "pt"})
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    model = add_lora(base, LoraConfig(r=4), seed=0)
+    save_adapter(model, gather_adapter_state(model), tmp_path / "run")
+    export_model(tmp_path / "run", tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert {name: t for name, t in written.items() if name.startswith("mtp.")}.keys() == heads.keys()
+    assert all(torch.equal(written[name], t) and written[name].dtype == t.dtype for name, t in heads.items())
 
 
 def test_damage_and_absence_are_refused_and_leave_nothing(tmp_path: Path) -> None:
