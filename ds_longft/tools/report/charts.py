@@ -81,7 +81,8 @@ def line_chart(
     legend = "".join(f'<span class="key c{line.style}">{escape(line.label)}</span>' for line in lines)
     facts = escape(_points_as_json(lines, at), quote=True)
     return (
-        f'<figure class="chart" tabindex="0" data-lines="{facts}" data-x="{escape(x_label)}">'
+        f'<figure class="chart" role="group" aria-label="{escape(name)}" tabindex="0" data-lines="{facts}" '
+        f'data-x="{escape(x_label)}">'
         f"<figcaption><strong>{escape(name)}</strong> <small>{escape(y_label)}</small> {legend}</figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(name)}">{"".join(parts)}</svg>'
         f'<output aria-live="polite"></output></figure>'
@@ -92,24 +93,25 @@ def bar_chart(bars: Sequence[tuple[str, float]], *, name: str, unit: str) -> str
     """Labelled horizontal bars as a table: readable without any picture."""
     most = max((value for _, value in bars), default=0) or 1
     rows = "".join(
-        f"<tr><th>{escape(label)}</th><td class=num>{value:,.0f}</td>"
+        f"<tr><th scope=row>{escape(label)}</th><td class=num>{value:,.0f}</td>"
         f'<td class=bar><i style="width:{100 * value / most:.1f}%"></i></td></tr>'
         for label, value in bars
     )
-    head = f"<caption>{escape(name)}</caption><tr><th></th><th>{escape(unit)}</th><th></th></tr>"
+    head = f"<caption>{escape(name)}</caption><tr><td></td><th scope=col>{escape(unit)}</th><td></td></tr>"
     return f"<table class=bars>{head}{rows}</table>"
 
 
 def heat_table(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]], *, name: str, corner: str) -> str:
-    """A grid of percentages, coloured from red to green; the numbers stand in it, so it reads without colour."""
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    """A grid of percentages, coloured from orange to blue; the numbers stand in it, so it reads without colour."""
+    head = "".join(f"<th scope=col>{escape(column)}</th>" for column in columns)
     body = "".join(
-        f"<tr><th>{escape(label)}</th>"
+        f"<tr><th scope=row>{escape(label)}</th>"
         + "".join(f'<td style="--v:{value:.0f}">{value:.0f}</td>' for value in values)
         + "</tr>"
         for label, values in rows
     )
-    return f"<table class=heat><caption>{escape(name)}</caption><tr><th>{escape(corner)}</th>{head}</tr>{body}</table>"
+    top = f"<caption>{escape(name)}</caption><tr><th scope=col>{escape(corner)}</th>{head}</tr>"
+    return f"<table class=heat>{top}{body}</table>"
 
 
 def thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json as json_text
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from ds_longft.errors import ConfigError
+from ds_longft.tools.report.compare import MOST_RUNS, comparison_page
 from ds_longft.tools.report.markdown import markdown_page
 from ds_longft.tools.report.page import html_page
 from ds_longft.tools.report.run_facts import RunFacts, gather_facts
@@ -15,13 +17,18 @@ from ds_longft.tools.report.run_facts import RunFacts, gather_facts
 CARD_MARK = "<!-- ds-longft report -->"
 
 
-def report(run: str, *, out: str | None = None, watch: int = 0, card: bool = False, json: bool = False) -> None:
+def report(
+    run: str, *more: str, out: str | None = None, watch: int = 0, card: bool = False, json: bool = False
+) -> None:
     """Write RUN/report.html, one file that opens anywhere without a network, and RUN/report.md with the same facts.
+
+    With several runs: one page that compares them, RUN/compare.html of the first.
 
     Works for a run that is still going; the page then loads itself again, and with --watch it is made anew.
 
     Args:
         run: output folder of a training run.
+        more: others to compare it with.
         out: another place for the page, e.g. page.html; the markdown goes beside it.
         watch: make it again every so many seconds, until the run has ended.
         card: put the markdown at the end of the run's model card (RUN/README.md) as well.
@@ -30,9 +37,12 @@ def report(run: str, *, out: str | None = None, watch: int = 0, card: bool = Fal
     if watch < 0:
         raise ConfigError(f"--watch is {watch}: expected seconds")
     folder = Path(run).expanduser()
-    page = Path(out).expanduser() if out else folder / "report.html"
+    page = Path(out).expanduser() if out else folder / ("compare.html" if more else "report.html")
     if out and (page.suffix != ".html" or not page.parent.is_dir()):
         raise ConfigError(f"--out is {out}: expected a file .html in a folder that is there")
+    if more:
+        _compare([run, *more], page)
+        return
     while True:
         facts = gather_facts(folder)
         write_report(facts, page)
@@ -46,6 +56,13 @@ def report(run: str, *, out: str | None = None, watch: int = 0, card: bool = Fal
         print(json_text.dumps({"page": str(page), "markdown": str(text), "status": facts.status}))
     else:
         print(f"{page}  {page.stat().st_size / 1024:.0f} KiB ({facts.status})\n{text}")
+
+
+def _compare(runs: Sequence[str], page: Path) -> None:
+    if len(runs) > MOST_RUNS:
+        raise ConfigError(f"{len(runs)} runs are given: at most {MOST_RUNS} are compared on a page")
+    page.write_text(comparison_page([gather_facts(Path(run).expanduser()) for run in runs]), encoding="utf-8")
+    print(f"{page}  {page.stat().st_size / 1024:.0f} KiB ({len(runs)} runs)")
 
 
 def write_report(facts: RunFacts, page: Path) -> None:

@@ -1,3 +1,10 @@
+// Commands can be copied.
+for (const pre of document.querySelectorAll("pre.copy")) {
+  const button = document.createElement("button");
+  button.className = "copy"; button.textContent = "Copy";
+  button.addEventListener("click", () => navigator.clipboard.writeText(pre.textContent));
+  pre.before(button);
+}
 // Charts answer to the arrow keys and the pointer: a cursor, and its values in words below.
 for (const figure of document.querySelectorAll("figure.chart")) {
   const lines = JSON.parse(figure.dataset.lines), svg = figure.querySelector("svg");

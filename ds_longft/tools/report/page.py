@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
@@ -19,6 +20,7 @@ from ds_longft.tools.report.tables import (
     reproduce,
     settings_line,
 )
+from ds_longft.tools.report.verdict import cost, verdict
 from ds_longft.train.smooth import FEWEST, running_mean, steps_of_a_mean
 
 REFRESH_S = 30
@@ -36,33 +38,66 @@ TITLES = {
 def html_page(facts: RunFacts) -> str:
     """The whole page of a run, finished or not."""
     sections = [
+        ("Result", _result(facts)),
         ("Run", _run(facts)),
         ("Training", _training(facts)),
         ("Data", _data(facts)),
         *((_title(e), _evaluation(e)) for e in _in_order(facts.evaluations)),
         ("Samples", _samples(facts)),
-        ("Again", _again(facts)),
+        ("Reproduce", _again(facts)),
     ]
-    shown = [(f"s{i}", title, body) for i, (title, body) in enumerate(sections) if body]
-    links = "".join(f'<a href="#{key}">{escape(title)}</a>' for key, title, _ in shown)
-    bodies = "".join(f'<section><h2 id="{key}">{escape(title)}</h2>{body}</section>' for key, title, body in shown)
-    refresh = f'<meta http-equiv="refresh" content="{REFRESH_S}">' if facts.running else ""
     good = "good" if facts.status.startswith(("done", "running", "stopped and saved")) else "bad"
     error = f"<pre>{escape(facts.error)}</pre>" if facts.error else ""
     error += "".join(f"<p class=bad>{escape(problem)}</p>" for problem in facts.unreadable)
+    return shell(facts.folder.name, facts.status, good, sections, error=error, refresh=facts.running)
+
+
+def shell(
+    name: str, status: str, good: str, sections: Sequence[tuple[str, str]], *, error: str = "", refresh: bool = False
+) -> str:
+    """A page of sections (title, HTML), those without content left out."""
+    shown = [(f"s{i}", title, body) for i, (title, body) in enumerate(sections) if body]
+    links = "".join(f'<a href="#{key}">{escape(title)}</a>' for key, title, _ in shown)
+    bodies = "".join(f'<section><h2 id="{key}">{escape(title)}</h2>{body}</section>' for key, title, body in shown)
+    again = f'<meta http-equiv="refresh" content="{REFRESH_S}">' if refresh else ""
+    first = shown[0][0] if shown else ""
     style, script = (
         files("ds_longft.tools.report").joinpath(name).read_text("utf-8") for name in ("page.css", "page.js")
     )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"{refresh}<title>{escape(facts.folder.name)}: {escape(facts.status)}</title>"
+        f"{again}<title>{escape(name)}: {escape(status)}</title>"
         f"<style>{style}</style></head><body>"
-        '<a class="skip" href="#s0">Skip to the content</a>'
-        f"<header><h1>{escape(facts.folder.name)}</h1>"
-        f'<p class="status {good}">{escape(facts.status)}</p>{error}</header>'
+        f'<a class="skip" href="#{first}">Skip to the content</a>'
+        f"<header><h1>{escape(name)}</h1>"
+        f'<p class="status {good}">{escape(status)}</p>{error}</header>'
         f"<nav aria-label=Sections>{links}</nav><main>{bodies}</main><script>{script}</script></body></html>\n"
     )
+
+
+def _result(facts: RunFacts) -> str:
+    """What a reader wants first: before and after, the cost, the command."""
+    rows = [list(row) for row in verdict(facts)]
+    curves = [
+        Line(f"{label}{_of(e, r)}", _curve(r), i)
+        for i, (e, label, r) in enumerate(
+            (e, label, r) for e in facts.evaluations if e.kind == "perplexity" for label, r in e.pair
+        )
+    ]
+    chart = line_chart(curves, name="Loss by position", x_label="position, tokens", y_label="nats per token")
+    told = [("base model", facts.config.model.path), ("cost", cost(facts))]
+    again = ["ds-longft", "train", f"{facts.folder}/config.yaml", "--output_dir", f"{facts.folder}-again"]
+    told.append(("again", shlex.join(again)))
+    shown = table(["", "before", "after"], rows, "Before and after; 95 % intervals in brackets") if rows else ""
+    return f"{shown}{chart}{_facts_table([pair for pair in told if pair[1]])}"
+
+
+def _of(evaluation: Evaluation, result: dict[str, Any]) -> str:
+    """What tells this curve from those of other evaluations."""
+    window = result["settings"].get("window_tokens")
+    name = evaluation.name.removeprefix("perplexity").strip("-")
+    return (f", {name}" if name else "") + (f", in windows of {window:,}" if window else "")
 
 
 def _run(facts: RunFacts) -> str:
@@ -101,14 +136,14 @@ def _training(facts: RunFacts) -> str:
             [line("tokens_per_s_per_gpu", "tokens/s")],
             name="Speed",
             x_label=step,
-            y_label="tokens/s a rank",
+            y_label="tokens/s per rank",
             from_zero=True,
         ),
         line_chart(
             [line("peak_gib", "peak so far, fullest rank")],
             name="Memory",
             x_label=step,
-            y_label="GiB a rank",
+            y_label="GiB per rank",
             level=level,
             from_zero=True,
         ),
@@ -154,21 +189,14 @@ def _evaluation(evaluation: Evaluation) -> str:
         ),
     )
     columns, rows = evaluation_rows(evaluation)
-    table = f"<div class=wide>{_table(columns, rows)}</div>"
+    numbers = f"<div class=wide>{table(columns, rows, _title(evaluation))}</div>"
     picture = ""
-    if evaluation.kind == "perplexity":
-        picture = line_chart(
-            [Line(label, _curve(r), 1 - i) for i, (label, r) in enumerate(results)],
-            name="Loss by position",
-            x_label="position, tokens",
-            y_label="nats a token",
-        )
-    elif evaluation.kind == "needle":
+    if evaluation.kind == "needle":
         languages = dict.fromkeys(language for _, r in results for language in r["grid"])
         grids = [grid for language in languages for grid in _heat(results, language)]
         picture = f"<div class=heats>{''.join(f'<div class=wide>{grid}</div>' for grid in grids)}</div>"
-    long = len(rows) > 12
-    return notes + picture + (_details(f"{len(rows)} numbers", table) if long and picture else table) + made
+    long = len(rows) > 12 or evaluation.kind == "perplexity"  # its curves are in the first section
+    return notes + picture + (_details(f"{len(rows)} numbers", numbers) if long else numbers) + made
 
 
 def _curve(result: dict[str, Any]) -> list[tuple[float, float]]:
@@ -218,7 +246,7 @@ def _sample(sample: dict[str, Any]) -> str:
 
 
 def _again(facts: RunFacts) -> str:
-    commands = f"<pre>{escape(chr(10).join(reproduce(facts)))}</pre>"
+    commands = f"<pre class=copy>{escape(chr(10).join(reproduce(facts)))}</pre>"
     return commands + _details("config.yaml", f"<pre>{escape(facts.config_text)}</pre>")
 
 
@@ -233,17 +261,18 @@ def _in_order(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
 
 
 def _facts_table(pairs: Pairs) -> str:
-    rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in pairs)
+    rows = "".join(f"<tr><th scope=row>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in pairs)
     return f"<table class=facts>{rows}</table>"
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(c)}</th>" for c in columns)
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
+    """Rows of words and numbers; the first of each row names it."""
+    head = "<td></td>" + "".join(f"<th scope=col>{escape(c)}</th>" for c in columns[1:])
     body = "".join(
-        f"<tr><th>{escape(row[0])}</th>" + "".join(f"<td class=num>{escape(c)}</td>" for c in row[1:]) + "</tr>"
-        for row in rows
+        f"<tr><th scope=row>{escape(name)}</th>" + "".join(f"<td class=num>{escape(c)}</td>" for c in cells) + "</tr>"
+        for name, *cells in rows
     )
-    return f"<table><tr>{head}</tr>{body}</table>"
+    return f"<table><caption>{escape(caption)}</caption><tr>{head}</tr>{body}</table>"
 
 
 def _details(title: str, body: str, *, opened: bool = False) -> str:

@@ -62,8 +62,8 @@ def progress(facts: RunFacts) -> Pairs:
         values = [r["eval_loss"] for r in facts.held_out]
         pairs.append(("held-out loss", " → ".join(f"{v:.4f}" for v in dict.fromkeys((values[0], values[-1])))))
     timed = facts.steps[1:] or facts.steps  # the first step warms up
-    pairs.append(("speed", f"{fmean(_known(timed, 'tokens_per_s_per_gpu')):,.0f} tokens/s a rank"))
-    pairs.append(("peak memory", f"{max(_known(facts.steps, 'peak_gib')):.1f} GiB a rank"))
+    pairs.append(("speed", f"{fmean(_known(timed, 'tokens_per_s_per_gpu')):,.0f} tokens/s per rank"))
+    pairs.append(("peak memory", f"{max(_known(facts.steps, 'peak_gib')):.1f} GiB per rank"))
     pairs.append(("padding", f"{fmean(_known(facts.steps, 'padding_percent')):.1f} %"))
     pairs.append(("time in steps", f"{sum(_known(facts.steps, 'step_s')) / 60:.1f} min"))
     skipped = sum("skipped" in r for r in facts.steps)

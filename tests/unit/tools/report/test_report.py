@@ -18,11 +18,13 @@ import pytest
 from ds_longft.cli import COMMANDS, main
 from ds_longft.command_line import bind
 from ds_longft.config.read import dump_config, load_run_config
+from ds_longft.errors import EXIT_CONFIG
 from ds_longft.tools.report.charts import Line, line_chart, shown, thin, ticks
 from ds_longft.tools.report.markdown import markdown_page
 from ds_longft.tools.report.page import html_page
 from ds_longft.tools.report.run_facts import gather_facts
 from ds_longft.tools.report.tables import reproduce
+from ds_longft.tools.report.verdict import cost, interval, verdict
 
 VOID = {"meta", "link", "br", "img", "line", "polyline", "circle", "input", "hr"}
 
@@ -145,7 +147,7 @@ def test_the_page_is_whole_and_fetches_nothing(run: Path) -> None:
         assert words in tags.text, words
     assert page.count('class="chart"') == 7
     assert 'http-equiv="refresh"' not in page
-    assert "needle" in tags.text.partition("Again")[2]
+    assert "needle" in tags.text.rpartition("Reproduce")[2]
 
 
 def test_markdown_has_the_same_facts(run: Path) -> None:
@@ -234,7 +236,7 @@ def test_the_page_of_the_folder_one_is_in_bears_its_name(
 def test_charts_answer_to_the_keyboard(run: Path, tmp_path: Path) -> None:
     """In a real browser: the arrow keys move the cursor of a chart and put its values into words."""
     press = (
-        "<script>const f = document.querySelector('figure.chart'); f.focus();"
+        "<script>const f = document.querySelector('figure[aria-label=Loss]'); f.focus();"
         "f.dispatchEvent(new KeyboardEvent('keydown', {key: 'End', bubbles: true}));</script></body>"
     )
     page = tmp_path / "page.html"
@@ -293,6 +295,40 @@ def test_the_commands_under_again_are_commands(run: Path) -> None:
     (multi,) = [a for line, a in given.items() if "--form multi" in line]
     assert {"where": "collection=Shakespeare plays (sample)", "facts": 4}.items() <= multi.items()
     assert "depths" not in multi
+
+
+def test_the_first_section_says_whether_it_worked(run: Path) -> None:
+    """Before and after of each evaluation, with intervals, the cost, and the command."""
+    facts = gather_facts(run)
+    rows = {what: (before, after) for what, before, after in verdict(facts)}
+    (last,) = [row for what, row in rows.items() if what.startswith("loss in the last eighth")]
+    evaluation = next(e for e in facts.evaluations if e.kind == "perplexity")
+    assert last == tuple(
+        f"{r['loss_by_eighth'][-1]:.3f}" if r else "not measured" for r in (evaluation.before, evaluation.after)
+    )
+    page = html_page(facts)
+    assert page.index("Before and after") < page.index("base model") < page.index("Training</h2>")
+    assert "ds-longft train" in page
+    assert "hours" in cost(facts)
+
+
+@pytest.mark.parametrize(("percent", "n", "told"), [(100, 20, " (84 to 100)"), (50, 60, " (38 to 62)"), (10, 0, "")])
+def test_a_share_has_an_interval(percent: float, n: int, told: str) -> None:
+    assert interval(percent, n) == told
+
+
+def test_two_runs_on_one_page(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    text = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(text.replace("learning_rate: ", "learning_rate: 0.5 # "))
+    assert main(["report", str(run), str(other)]) == 0
+    page = (run / "compare.html").read_text()
+    differing = page[page.index("What differs</h2>") : page.index("What all share</h2>")]
+    assert "0.5, " in differing
+    assert "base model" not in differing
+    assert page.count("Training loss") >= 1
+    assert main(["report", *[str(run)] * 6]) == EXIT_CONFIG
 
 
 def test_charts() -> None:

@@ -1,0 +1,52 @@
+"""Two or more runs on one page: what differs between them, how their losses went, what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ds_longft.tools.report.charts import Line, line_chart
+from ds_longft.tools.report.page import shell, table
+from ds_longft.tools.report.run_facts import RunFacts
+from ds_longft.tools.report.tables import overview, progress
+from ds_longft.tools.report.verdict import cost, verdict
+
+MOST_RUNS = 5  # a chart has five colours
+
+
+def comparison_page(runs: Sequence[RunFacts]) -> str:
+    """The whole page."""
+    names = _names(runs)
+    settings = _rows([dict(overview(run)) for run in runs])
+    different = [row for row in settings if len(set(row[1:])) > 1]
+    results = _rows([{**{what: after for what, _, after in verdict(run)}, **dict(progress(run))} for run in runs])
+    costs = [["cost", *(cost(run) or "-" for run in runs)]]
+    charts = "".join(
+        line_chart(
+            [
+                Line(name, [(r["step"], r[key]) for r in records(run) if r.get(key) is not None], i)
+                for i, (name, run) in enumerate(zip(names, runs, strict=True))
+            ],
+            name=title, x_label="optimizer step", y_label="per target token or pair",
+        )
+        for title, key, records in (
+            ("Training loss", "loss", lambda run: run.steps), ("Held-out loss", "eval_loss", lambda run: run.held_out),
+        )
+    )  # fmt: skip
+    sections = [
+        ("Results", f"<div class=wide>{table(['', *names], [*results, *costs], 'Results')}</div>"),
+        ("Losses", f"<div class=pair>{charts}</div>" if charts else ""),
+        ("What differs", f"<div class=wide>{table(['', *names], different, 'Settings that differ')}</div>"),
+        ("What all share", table(["", "all runs"], [row[:2] for row in settings if row not in different], "Shared")),
+    ]
+    return shell(" and ".join(names), f"{len(runs)} runs compared", "good", sections)
+
+
+def _names(runs: Sequence[RunFacts]) -> list[str]:
+    """Folder names; with the folder above where two are alike."""
+    short = [run.folder.name for run in runs]
+    return short if len(set(short)) == len(short) else [str(run.folder) for run in runs]
+
+
+def _rows(of_runs: Sequence[dict[str, str]]) -> list[list[str]]:
+    keys = dict.fromkeys(key for facts in of_runs for key in facts)
+    return [[key, *(facts.get(key, "-") for facts in of_runs)] for key in keys]

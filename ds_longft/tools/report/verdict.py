@@ -1,0 +1,72 @@
+"""Did it work? The few numbers a reader wants first, before and after, at the length that was trained."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ds_longft.tools.report.run_facts import Evaluation, RunFacts
+
+Z = 1.96  # 95 %
+Row = tuple[str, str, str]
+"""What, before, after."""
+
+
+def verdict(facts: RunFacts) -> list[Row]:
+    """One row for each kind of evaluation; empty where there is none."""
+    return [(what, *_both(evaluation, key)) for evaluation in facts.evaluations for what, key in _asked(evaluation)]
+
+
+def cost(facts: RunFacts) -> str:
+    """GPU hours of the steps, e.g. `0.6 GPU hours (8 x H100)`; empty where nothing was trained."""
+    world, device = facts.machine.get("world") or 1, str(facts.machine.get("device") or "unknown")
+    hours = world * sum(r["step_s"] for r in facts.steps if r.get("step_s") is not None) / 3600
+    if not hours:
+        return ""
+    return f"{hours:.3g} {'CPU process' if device.lower() == 'cpu' else 'GPU'} hours ({world} x {device})"
+
+
+def _asked(evaluation: Evaluation) -> list[tuple[str, Any]]:
+    """(words, key of the number) of an evaluation."""
+    result: dict[str, Any] = evaluation.after or evaluation.before or {}
+    kind = evaluation.kind
+    if kind == "perplexity":
+        return [(f"loss in the last eighth of {result['length_tokens']:,} tokens, nats per token", "loss_by_eighth")]
+    if kind.startswith("needle"):
+        longest = {lang: max(sizes, key=int) for lang, sizes in result["exact_percent"].items() if sizes}
+        many = "facts found whole" if kind != "needle" else "hidden facts found"
+        return [(f"{many} in {int(n):,} tokens, {lang}", (lang, n)) for lang, n in longest.items()]
+    if kind == "short":
+        return [("short questions right", "right_percent")]
+    if kind.startswith("longbench"):
+        return [(f"{evaluation.name}, {name}", name) for name in result["averages"]]
+    return []
+
+
+def _both(evaluation: Evaluation, key: Any) -> tuple[str, str]:
+    results = (evaluation.before, evaluation.after)
+    before, after = (_shown(evaluation.kind, r, key) if r else "not measured" for r in results)
+    return before, after
+
+
+def _shown(kind: str, result: dict[str, Any], key: Any) -> str:
+    if kind == "perplexity":
+        value = result["loss_by_eighth"][-1]
+        return "-" if value is None else f"{value:.3f}"
+    if kind.startswith("needle"):
+        value = result["exact_percent"].get(key[0], {}).get(key[1])
+        asked = result["settings"].get("trials", 1) * len(result["settings"].get("depths") or [0])
+        return "-" if value is None else f"{value:.0f} %{interval(value, asked)}"
+    if kind == "short":
+        return f"{result['right_percent']:.0f} %{interval(result['right_percent'], result.get('questions') or 0)}"
+    return f"{result['averages'][key]:.1f}" if key in result["averages"] else "-"
+
+
+def interval(percent: float, n: int) -> str:
+    """Wilson's 95 % interval of a share of `n` answers, ` (83 to 100)`; empty without a count."""
+    if n < 1:
+        return ""
+    p, square = percent / 100, Z * Z / n
+    middle = (p + square / 2) / (1 + square)
+    half = Z * math.sqrt(p * (1 - p) / n + square / (4 * n)) / (1 + square)
+    return f" ({100 * max(0.0, middle - half):.0f} to {100 * min(1.0, middle + half):.0f})"
