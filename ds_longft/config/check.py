@@ -120,12 +120,6 @@ def check_run(
         for name in config.log.tracker_names
         if not _is_installed(name)
     ]
-    stage = ds.engine.get("zero_optimization", {}).get("stage") if ds else None
-    if config.model.add_tokens and stage == 3:
-        problems.append(
-            f"model.add_tokens: the embeddings cannot grow under ZeRO-3 (stage 3 in {config.ds_config}): give a "
-            "JSON of stage 2 or lower as ds_config"
-        )
     if config.lora is not None and config.lora.init_from:
         folder = Path(config.lora.init_from).expanduser()
         if not (folder / "adapter_config.json").is_file():

@@ -127,8 +127,7 @@ class ModelConfig(Section):
     """Initialise from the config alone, without weights: rehearsals and benchmarks."""
 
     add_tokens: Refused[list[str]] = []
-    """Tokens to add to the tokenizer, with rows in the embeddings that begin as the mean of all others. Not with
-    ZeRO-3."""
+    """Tokens to add to the tokenizer, with rows in the embeddings that begin as the mean of all others."""
 
     train_added: Refused[bool] = True
     """Whether these rows are trained. With LoRA the adapter holds them (PEFT's `trainable_token_indices`)."""

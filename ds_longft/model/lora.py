@@ -19,7 +19,7 @@ from ds_longft.config.run_config import LoraConfig
 from ds_longft.errors import ModelError
 from ds_longft.model.elsewhere import spell_for_older_readers
 from ds_longft.model.lora_targets import check_names, targets_of
-from ds_longft.model.new_tokens import rows_of_adapter, widen
+from ds_longft.model.new_tokens import rows_of_adapter, whole_rows, widen
 from ds_longft.model.rope_formulas import rope_parts
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -78,7 +78,8 @@ def add_lora(
         torch.manual_seed(seed)
         # PEFT would keep adapters of a bf16 model in fp32; the optimizer holds fp32 master weights already
         try:
-            adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+            with whole_rows():
+                adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
         except (TypeError, ValueError) as error:
             raise ModelError(
                 f"PEFT cannot adapt this {model.config.model_type} so: {error}. Change lora.targets, "

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from peft.tuners.trainable_tokens import layer as trainable_tokens
 from safetensors import safe_open
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 
@@ -14,12 +18,13 @@ def widen(model: PreTrainedModel, rows: int) -> None:
     """Give input and output embeddings `rows` rows where they have fewer; the new ones are the mean of the others.
 
     transformers would draw them at random about the mean: other rows on each rank, and in each program that loads the
-    model.
+    model. Under ZeRO-3 both matrices lie whole on each rank afterwards, until the engine partitions what is not.
     """
     matrices = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
-    before = matrices[0].weight.shape[0]
+    before = getattr(matrices[0].weight, "ds_shape", matrices[0].weight.shape)[0]
     if before >= rows:
         return
+    _make_whole(matrices)
     trained = [m.weight.requires_grad for m in matrices]
     model.resize_token_embeddings(rows, mean_resizing=False)
     matrices = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
@@ -29,6 +34,35 @@ def widen(model: PreTrainedModel, rows: int) -> None:
                 if tensor is not None:
                     tensor[before:] = tensor[:before].double().mean(0).to(tensor.dtype)
             matrix.weight.requires_grad_(grad)
+
+
+def _make_whole(modules: Sequence[nn.Module]) -> None:
+    """Put whole parameters in place of those that ZeRO-3 has partitioned; one that several modules share stays one."""
+    whole: dict[int, nn.Parameter] = {}
+    for module in modules:
+        for name, own in list(module.named_parameters(recurse=False)):
+            if not hasattr(own, "ds_id"):
+                continue
+            if own.ds_id not in whole:
+                import deepspeed
+
+                with deepspeed.zero.GatheredParameters([own], modifier_rank=None):
+                    whole[own.ds_id] = nn.Parameter(own.detach().clone(), requires_grad=own.requires_grad)
+            setattr(module, name, whole[own.ds_id])
+
+
+@contextmanager
+def whole_rows() -> Iterator[None]:
+    """Inside, PEFT takes the rows of new tokens from embeddings that lie whole in memory, as `widen` leaves them.
+
+    Under ZeRO-3 it would gather and broadcast them, on CUDA only (PEFT 0.19).
+    """
+    asked = trainable_tokens.check_deepspeed_zero3_enabled
+    trainable_tokens.check_deepspeed_zero3_enabled = lambda: False
+    try:
+        yield
+    finally:
+        trainable_tokens.check_deepspeed_zero3_enabled = asked
 
 
 def rows_of_adapter(folder: Path, base_config: str) -> int:

@@ -13,6 +13,7 @@ from ds_longft.model.rope_lengths import set_rope_lengths
 from ds_longft.sequence.attention import ULYSSES
 from ds_longft.sequence.loss import ChunkedHead, DocumentRows
 from ds_longft.sequence.mask import no_padding
+from ds_longft.sequence.new_rows import EmbeddingRows
 from ds_longft.sequence.state.families import spread_state_layers
 
 
@@ -47,6 +48,7 @@ class ShardedModel:
         spread_state_layers(causal_lm)
         self.decoder = causal_lm.get_decoder()
         self.head = ChunkedHead.install(causal_lm, adapters_off=adapters_off)
+        EmbeddingRows.install(causal_lm)
 
     def loss_sums(self, batch: Batch, layout: ParallelLayout, kernel: str) -> Tensor:
         """sum(w * ce) over this rank's targets, a scalar in at least float32; where the batch's targets know their

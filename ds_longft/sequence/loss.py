@@ -266,7 +266,9 @@ class ChunkedHead:
         """
         head = model.get_output_embeddings()  # type: ignore[operator]
         if isinstance(head, TrainableTokensWrapper):
-            head.forward = cls(head, WithRows.of(head), head_rule(model), Member(head.original_module, None))
+            with_rows = WithRows.of(head)
+            head.forward = cls(head, with_rows, head_rule(model), Member(head.original_module, None))
+            gather_with(head, with_rows.tensors())
             return head
         linear = head.modules_to_save[head.active_adapters[0]] if isinstance(head, ModulesToSaveWrapper) else head
         member = Member.of(linear) if linear is not None else None

@@ -1,4 +1,8 @@
-"""An output head of which some rows, those of new tokens, are trained beside its frozen matrix, as PEFT does it."""
+"""Embeddings and an output head of which some rows, those of new tokens, are trained beside their frozen matrix.
+
+PEFT makes a copy of the matrix with the rows in it at each pass, and its gradient in the backward one: a GiB each for
+128K tokens of 4,096 numbers. Here neither is made.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,39 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.utils.other import TrainableTokensWrapper
+from torch import Tensor, nn
 
-from ds_longft.sequence.linear import Member
+from ds_longft.sequence.linear import Member, gather_with
+
+
+@dataclass(frozen=True)
+class EmbeddingRows:
+    """Takes the place of a forward of PEFT's `TrainableTokensLayer` around the embeddings."""
+
+    layer: TrainableTokensLayer
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """[..] token ids -> [.., D]."""
+        found: Tensor = self.layer.base_layer(tokens)
+        if self.layer.disable_adapters:
+            return found
+        (rows,), (ids,) = self.layer.trainable_tokens_delta.values(), self.layer.token_indices.values()
+        known = torch.tensor(ids, device=tokens.device)  # rising
+        at = torch.bucketize(tokens, known).clamp(max=len(ids) - 1)
+        new = F.embedding(at, rows)
+        scale = getattr(self.layer.base_layer, "embed_scale", None)  # of Gemma
+        return torch.where((known[at] == tokens)[..., None], new if scale is None else new * scale.to(new.dtype), found)
+
+    @classmethod
+    def install(cls, model: nn.Module) -> None:
+        """Around the embeddings of a model with trained rows, if it has any; under ZeRO-3 they are gathered with it."""
+        wrapper = model.get_input_embeddings()  # type: ignore[operator]
+        if isinstance(wrapper, TrainableTokensWrapper):
+            layer = wrapper.token_adapter
+            layer.forward = cls(layer)
+            gather_with(layer, layer.trainable_tokens_delta.values())
 
 
 @dataclass(frozen=True)

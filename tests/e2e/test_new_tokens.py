@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ds_longft.cli import main as cli
@@ -34,7 +34,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
         file.write_text(file.read_text().replace("It is ", "<|find|>").replace('."}]', '<|done|>"}]'))
     run: dict[str, Any] = yaml.safe_load(path.read_text())
     run["model"]["add_tokens"] = TOKENS
-    run["ds_config"] = "ds_configs/zero2_sp.json"
+    run["ds_config"] = "ds_configs/zero3_sp.json"
     path.write_text(yaml.safe_dump(run))
     return path
 
@@ -107,7 +107,25 @@ def test_what_is_refused(changes: dict[str, Any], says: str, tmp_path: Path) -> 
         load_run_config(["--config", str(tmp_path / "run.yaml")])
 
 
-def test_zero3_is_refused(job: Path, ranks: Launcher, tmp_path: Path) -> None:
-    codes, run = ranks.run(tmp_path / "out", "--sp", "1", "--ds_config", "ds_configs/zero3_sp.json", world=1)
-    assert codes == [64]
-    assert "model.add_tokens: the embeddings cannot grow under ZeRO-3" in run.text()
+@pytest.mark.parametrize("head", ["own head", "tied"])
+def test_zero3_trains_the_same(job: Path, ranks: Launcher, tmp_path: Path, head: str) -> None:
+    """As stage 2 does: losses, and what is saved."""
+    outputs, keys = [tmp_path / "zero2", tmp_path / "zero3"], ["--sp", "2", "--train.max_steps", "3"]
+    if head == "tied":
+        model = Path(shutil.copytree(job.parent / "model", tmp_path / "tied"))
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+        weights = load_file(model / "model.safetensors")
+        save_file(
+            {k: v for k, v in weights.items() if "lm_head" not in k}, model / "model.safetensors", {"format": "pt"}
+        )
+        keys += ["--model.path", str(model)]
+    for output in outputs:
+        codes, run = ranks.run(output, *keys, "--ds_config", f"ds_configs/{output.name}_sp.json", timeout_s=240.0)
+        assert codes == [0, 0], run.text()
+    assert losses(outputs[1]) == pytest.approx(losses(outputs[0]), rel=1e-6)
+    two, three = (load_file(output / "adapter_model.safetensors") for output in outputs)
+    assert two.keys() == three.keys()
+    assert sum("trainable_tokens" in name for name in three) == (1 if head == "tied" else 2)
+    for name, tensor in three.items():
+        torch.testing.assert_close(tensor, two[name], rtol=1e-4, atol=1e-6)

@@ -22,6 +22,7 @@ from ds_longft.tools.make_data.convert import PREFERENCE, layout_of, usable_reco
 from ds_longft.tools.make_data.lengths import Lengths
 from ds_longft.tools.make_data.recipe import MixSource, Recipe
 from ds_longft.tools.make_data.similar import anchors, signature
+from ds_longft.tools.make_data.synth.agents import MOST_TOKENS_OF_FILE, agent_rows
 from ds_longft.tools.make_data.synth.code import CHARS_PER_TOKEN, Part, code_rows
 from ds_longft.tools.make_data.synth.needle_rows import needle_rows
 from ds_longft.tools.make_data.synth.refgpt8x import hide_references
@@ -29,6 +30,7 @@ from ds_longft.tools.make_data.synth.sources import Document, read_dialogues, re
 from ds_longft.tools.make_data.synth.stretches import stretch_rows
 
 QUESTIONS = 3  # about one context
+AGENTS_SPAN = 8  # the longest trajectory of an agent over the shortest
 MEASURED_TOGETHER = 64  # rows; the tokenizer works on them in parallel
 
 
@@ -90,8 +92,8 @@ def _records(
     source: MixSource, recipe: Recipe, ledger: Ledger, lengths: Lengths, root: Path | None, progress: bool
 ) -> Iterator[tuple[dict[str, Any], str]]:
     """(row as on disk, part) of a source; made rows are made of held-out texts or of the others, never of both."""
-    if source.synth == "code":
-        yield from _code(source, recipe, lengths)
+    if source.synth in ("code", "agents"):
+        yield from _out_of_nothing(source, recipe, lengths)
         return
     found = local(source, root)
     if source.synth == "none":
@@ -144,18 +146,24 @@ def _about_texts(
     return stretch_rows(texts, **every)
 
 
-def _code(source: MixSource, recipe: Recipe, lengths: Lengths) -> Iterator[tuple[dict[str, Any], str]]:
+def _out_of_nothing(source: MixSource, recipe: Recipe, lengths: Lengths) -> Iterator[tuple[dict[str, Any], str]]:
+    """Samples that are made of no set."""
     parts: tuple[Part, Part] = ("train", "eval")
+    longest = source.context_tokens or recipe.max_length_tokens
+    rows = {part: _count(recipe.made_rows(source), recipe.held_out, part) for part in parts}
     for part in parts:
-        made = code_rows(
-            rows=_count(recipe.made_rows(source), recipe.held_out, part),
-            context_tokens=source.context_tokens or recipe.max_length_tokens,
-            questions=source.questions or QUESTIONS,
-            seed=recipe.seed,
-            part=part,
-            lengths=lengths if lengths.exact else Lengths(chars_per_token=CHARS_PER_TOKEN),
-            name=source.name,
-        )
+        every: dict[str, Any] = {"rows": rows[part], "seed": recipe.seed, "name": source.name}
+        if source.synth == "agents":
+            first, shortest = (rows["train"] if part == "eval" else 0), longest // AGENTS_SPAN
+            room = longest - MOST_TOKENS_OF_FILE  # the last file that is read may go beyond the length
+            if room < shortest:
+                least = MOST_TOKENS_OF_FILE * AGENTS_SPAN // (AGENTS_SPAN - 1)
+                raise DataError(f"source {source.name}: trajectories need context_tokens of {least:,} or more")
+            made = agent_rows(shortest_tokens=shortest, longest_tokens=room, lengths=lengths, first=first, **every)
+        else:
+            ruler = lengths if lengths.exact else Lengths(chars_per_token=CHARS_PER_TOKEN)
+            questions = source.questions or QUESTIONS
+            made = code_rows(context_tokens=longest, questions=questions, part=part, lengths=ruler, **every)
         yield from ((record, part) for record in made)
 
 

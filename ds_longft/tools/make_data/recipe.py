@@ -16,13 +16,13 @@ from ds_longft.errors import ConfigError
 from ds_longft.tools.make_data.synth.row_plan import size_parts
 from ds_longft.tools.make_data.where import Where
 
-Synth = Literal["none", "refgpt8x", "needle", "code", "stretches"]
+Synth = Literal["none", "refgpt8x", "needle", "code", "agents", "stretches"]
 # Keys that say something about some kinds of samples alone.
 OF_KINDS: dict[str, tuple[Synth, ...]] = {
     "questions": ("needle", "code"),
     "sizes": ("stretches",),
     "languages": ("stretches",),
-    "context_tokens": ("needle", "code", "stretches"),
+    "context_tokens": ("needle", "code", "agents", "stretches"),
     "where": ("none", "refgpt8x", "needle", "stretches"),
     "exclude": ("none", "refgpt8x", "needle", "stretches"),
 }
@@ -37,7 +37,7 @@ class MixSource(SourceConfig):
     """One source of a mix: a set as it is, or samples made of one."""
 
     path: str = ""
-    """As in a run config; relative ones are looked for below `--root` first. `synth: code` needs none."""
+    """As in a run config; relative ones are looked for below `--root` first. `synth: code|agents` has none."""
 
     name: str
     """Written to each row as `source`."""
@@ -50,7 +50,8 @@ class MixSource(SourceConfig):
 
     synth: Synth = "none"
     """Make long samples of this set instead of taking its rows: true references hidden among near ones, questions about
-    its texts, questions about the Python standard library, or stretches of its texts as they are."""
+    its texts, or stretches of its texts as they are. Of no set: questions about the Python standard library, and
+    trajectories of an agent."""
 
     rows: int | None = Field(default=None, gt=0)
     """At most so many rows; with `synth`, how many are made. Left out there: `share` of the recipe's `total_rows`."""
@@ -59,7 +60,7 @@ class MixSource(SourceConfig):
     """Share of the mix."""
 
     context_tokens: Tokens | None = None
-    """`synth: needle|code|stretches`: longest row. Left out: the recipe's `max_length_tokens`."""
+    """`synth: needle|code|agents|stretches`: longest row. Left out: the recipe's `max_length_tokens`."""
 
     questions: int | None = Field(default=None, ge=1)
     """`synth: needle|code`: questions about one context. Left out: 3."""
@@ -75,7 +76,7 @@ class MixSource(SourceConfig):
     @model_validator(mode="after")
     def _fits(self) -> MixSource:
         problems = []
-        if self.synth != "code" and not self.path:
+        if self.synth not in ("code", "agents") and not self.path:
             problems.append("path is missing: a file, a folder, a pattern or a hub id")
         if self.synth != "none" and self.rows is None and self.share is None:
             problems.append(f"rows is missing: how many samples to make with synth: {self.synth}")

@@ -22,6 +22,7 @@ WORDS = (
 FOLDERS = ("reports", "notes", "letters", "plans", "logs", "drafts")
 LINES_OF_FILE = (60, 400)
 LINE_TOKENS = 14  # of a line of a file, about
+MOST_TOKENS_OF_FILE = 2 * LINE_TOKENS * LINES_OF_FILE[1]
 CALL_TOKENS = 40  # of a thought and its call, about
 SCHEMAS: list[dict[str, Any]] = [
     {
@@ -84,13 +85,15 @@ class FileSystem:
 
 
 def agent_rows(
-    *, rows: int, shortest_tokens: int, longest_tokens: int, seed: int, lengths: Lengths, name: str
+    *, rows: int, shortest_tokens: int, longest_tokens: int, seed: int, lengths: Lengths, name: str, first: int = 0
 ) -> Iterator[dict[str, Any]]:
-    """Trajectories as `messages` rows with `tools`, of lengths even on a logarithmic scale between the two."""
+    """Trajectories `first`, `first + 1`, ... of a seed as `messages` rows with `tools`, of lengths even on a
+    logarithmic scale between the two.
+    """
     # All files are alike: measured once. Each for itself would cost three quarters of the time.
     sample = "\n".join(_lines(random.Random(seed), max(LINES_OF_FILE)))
     per_token = len(sample) / lengths.text(sample)
-    for i in range(rows):
+    for i in range(first, first + rows):
         rng = random.Random(f"{seed}:{i}")
         wanted = round(shortest_tokens * (longest_tokens / shortest_tokens) ** rng.random())
         yield {

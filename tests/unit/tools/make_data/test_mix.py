@@ -121,6 +121,17 @@ def test_made_rows_are_made_of_texts_of_one_side(tmp_path):
     assert sentences[0] & sentences[1] <= {"It is not in the text."}, "an answer, not a text"
 
 
+def test_trajectories_are_mixed_and_held_out(tmp_path):
+    sources = [{"name": "agents", "synth": "agents", "rows": 10}]
+    _, train, held, _ = mixed(tmp_path, sources, held_out=0.2, max_length_tokens=32_000)
+    assert (len(train), len(held)) == (8, 2)
+    assert all(row["tools"] and row["messages"][2]["tool_calls"] for row in [*train, *held])
+    asked = [row["messages"][1]["content"] for row in [*train, *held]]
+    assert len(set(asked)) == 10
+    with pytest.raises(DataError, match=r"agents: trajectories need context_tokens of 12,800 or more"):
+        mixed(tmp_path / "short", sources, max_length_tokens=8000)
+
+
 def test_what_cannot_be_mixed_is_named(tmp_path, two_languages):
     with pytest.raises(DataError, match="languages: no usable row is fr"):
         mixed(tmp_path, two_languages, languages={"fr": 0.1})
