@@ -86,13 +86,15 @@ class Stream:
 
     def forget(self, before: int) -> None:
         """Delete the windows before number `before`; their ledgers go into one."""
-        with FileLock(self.folder / ".lock"):
-            for folder in sorted(self.folder.glob("window-*")):
-                if int(folder.name.removeprefix("window-").partition(".")[0]) < before:
-                    if (folder / LEDGER).exists():
-                        with (self.folder / LEDGER).open("ab") as ledger:
-                            ledger.write((folder / LEDGER).read_bytes())
-                    shutil.rmtree(folder)
+        numbers = {folder: int(folder.name.removeprefix("window-")[:6]) for folder in self.folder.glob("window-*")}
+        old = sorted(folder for folder, number in numbers.items() if number < before)
+        if not old:
+            return  # without waiting for a window that is being made
+        with FileLock(self.folder / ".lock"), (self.folder / LEDGER).open("ab") as ledger:
+            for folder in old:
+                if (folder / LEDGER).exists():
+                    ledger.write((folder / LEDGER).read_bytes())
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _make(self, number: int, folder: Path) -> None:
         noted = self.folder / "begins.json"

@@ -39,6 +39,7 @@ def page(stats: Statistics, *, title: str, note: str = "") -> str:
         ("steps an epoch", f"{packs.steps:,}"),
         ("slowest rank / mean", f"x {packs.imbalance:.3f}"),
         ("work in attention", f"{packs.attention_share:.0%}"),
+        *([("rows cut to fit", f"{stats.truncated:,}")] if stats.truncated else []),
     ]
     cards = "".join(f"<div><b>{escape(value)}</b><span>{escape(name)}</span></div>" for name, value in facts)
     picture = base64.b64encode(png(stats)).decode()

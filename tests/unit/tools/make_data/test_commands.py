@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -62,6 +63,27 @@ def test_stats_tell_sources_languages_packs_and_cost(config, tmp_path, capsys):
     assert all(word in shown for word in ("attention", "padding tokens", "slowest rank", "trained"))
     with pytest.raises(ConfigError, match="--dp is 0"):
         commands.stats(config, dp=0)
+
+
+def test_the_page_says_how_many_rows_were_cut(config, tmp_path, capsys):
+    content = yaml.safe_load(Path(config).read_text())
+    commands.stats(config, json=True)
+    longest = json.loads(capsys.readouterr().out)["longest_tokens"]
+    content["data"] |= {"max_length_tokens": longest - 1, "overlong": "truncate"}
+    Path(config).write_text(yaml.safe_dump(content))
+    page = tmp_path / "stats.html"
+    commands.stats(config, html=str(page), json=True)
+    assert "rows cut to fit" in page.read_text()
+
+
+def test_a_stream_is_shown_by_its_first_window(config, capsys):
+    content = yaml.safe_load(Path(config).read_text())
+    content["data"]["stream_window_mib"] = 1
+    Path(config).write_text(yaml.safe_dump(content | {"train": {"max_steps": 3}}))
+    commands.stats(config, json=True)
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["rows"] == 20
+    assert "data.train is a stream: this is its first window" in shown.err
 
 
 def test_inspect_shows_what_is_trained(config, capsys):
