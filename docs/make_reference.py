@@ -51,12 +51,28 @@ MEASURED = (
         "step 131072 sp2 lora fa4 zero3, 176 GiB of host memory",
     ),
     ("8 documents of 16,384 tokens, 2 GPUs, sp 2", "step 8x16384 sp2 lora fa4 zero3"),
+    (
+        "8 documents of 16,384 tokens, 2 GPUs, sp 2, 176 GiB of host memory",
+        "step 8x16384 sp2 lora fa4 zero3, 176 GiB of host memory",
+    ),
     ("documents as long as LongAlign's, 131,072 tokens, 2 GPUs, sp 2", "step longalign 131072 sp2 lora fa4 zero3"),
     ("16 documents of 8,192 tokens, 2 GPUs, dp 2", "step 16x8192 dp2 lora fa4 zero3"),
     ("one sample of 65,536 tokens, all weights, 2 GPUs, sp 2", "step 65536 sp2 full fa4 zero3"),
     (
         "one sample of 524,288 tokens, 2 GPUs, sp 2, 200 GiB of host memory",
         "step 524288 sp2 lora fa4 zero3, 200 GiB of host memory",
+    ),
+    (
+        "one sample of 1,048,576 tokens, 4 layers, 2 GPUs, sp 2",
+        "step 1048576 sp2 lora fa4 zero3, 4 layers",
+    ),
+    (
+        "one sample of 2,097,152 tokens, 2 layers, 2 GPUs, sp 2",
+        "step 2097152 sp2 lora fa4 zero3, 2 layers, 60 GiB of host memory",
+    ),
+    (
+        "one sample of 131,072 tokens, gpt-oss-20B shapes, LoRA on experts too, 1 GPU",
+        "step 131072 sp1 gpt-oss-20b lora on linears and experts fa4",
     ),
     ("a DPO pair of 2 x 131,072 tokens, 2 GPUs, sp 2", "dpo pair 2 x 131072 sp2 lora, live reference"),
     ("one sample of 131,072 tokens, 1 GPU, 88 GiB of host memory", "step 131072 sp1 lora fa4, 88 GiB of host memory"),
