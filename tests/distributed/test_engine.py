@@ -16,10 +16,11 @@ from ds_longft.layout import ParallelLayout
 from ds_longft.objectives.sft import SftObjective
 from ds_longft.sequence.attention import ULYSSES, register
 from ds_longft.sequence.kept import HostStore
-from ds_longft.sequence.linear import fuse_linears, gather_with
+from ds_longft.sequence.linear import fuse_linears, gather_with, unhook
 from ds_longft.sequence.recompute import LayerKeep, apply_recompute
 from ds_longft.sequence.shard import shard
 from ds_longft.sequence.state.families import gather_state_layers
+from ds_longft.train.install import fuse_and_tile
 from tests.distributed.models import dealt, make_pack, reference_sum, relative_error, tiny_config, tiny_model
 from tests.distributed.test_exact import prepared
 
@@ -29,6 +30,7 @@ LENGTHS = ([20, 1, 50, 26], [97], [3, 3, 40, 7, 9], [33, 30], [11, 60], [64])
 STD = 0.05
 LORA = {"alpha": 4}
 HEADS_9_3 = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 36}
+EXPERTS = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 TIED = {"tie_word_embeddings": True}
 
 
@@ -66,7 +68,7 @@ def one_step(
     register()
     model = prepared(
         tiny_model(tiny_config(**{"model_type": "llama", **changes}), attn=ULYSSES, dtype=torch.float32, std=STD),
-        lora and LORA,
+        lora and LORA | ({"experts": True} if "num_experts" in changes else {}),
     )
     layout = ParallelLayout.create(sp)
     objective = SftObjective(model, layout)
@@ -83,9 +85,16 @@ def one_step(
         if stage == 3:
             for layer, own in zip(layers, groups, strict=True):
                 gather_with(layer, (weight for g in own for weight in g.tensors))
+    experts = []
+    if policy == "grouped":
+        for keep, fused in zip(keeps, (fuse_and_tile(layer, stage, 7) for layer in layers), strict=True):
+            keep.last, groups, experts = fused.last, [*groups, fused.groups], experts + fused.experts
+        assert len(experts) == len(layers)
+        unhook(m for m in model.modules() if next(m.parameters(), None) is None)
     if stage == 3:
         gather_state_layers(base)
-    apply_recompute(layers, {"fused": "keep_attention"}.get(policy, policy), keep=keeps if policy == "auto" else None)
+    of_torch = {"fused": "keep_attention", "grouped": "full"}.get(policy, policy)
+    apply_recompute(layers, of_torch, keep=keeps if policy in ("auto", "grouped") else None)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     engine, *_ = deepspeed.initialize(
         model=objective,
@@ -98,8 +107,8 @@ def one_step(
             "steps_per_print": 10**9,
         },
     )
-    for group in (group for own in groups for group in own):
-        group.unhook()
+    for held in [*experts, *(group for own in groups for group in own)]:
+        held.unhook()
     packs = packs_of_step(accumulation, layout.dp, sp, sample, only_first_half)
     if whole:
         packs = [dealt(pack, sp) for pack in packs]
@@ -125,7 +134,7 @@ def baseline_step(
     """The same from one process in float64. Packs are padded alike: what the halves are depends on it."""
     model = prepared(
         tiny_model(tiny_config(**{"model_type": "llama", **changes}), attn="dense", dtype=torch.float32, std=STD),
-        lora and LORA,
+        lora and LORA | ({"experts": True} if "num_experts" in changes else {}),
     ).double()
     packs = packs_of_step(accumulation, dp, sp, sample, half)
     weight = sum(float(p.loss_weights.sum(dtype="float64")) for p in packs)
@@ -157,6 +166,9 @@ CASES = [
     (4, 2, 3, 1, True, "auto", HEADS_9_3, True, False),
     (2, 1, 2, 3, True, "auto", {}, False, False),
     (2, 2, 1, 1, False, "auto", {"attention_bias": True}, False, False),
+    (2, 2, 3, 3, True, "grouped", EXPERTS, True, False),
+    (2, 2, 3, 1, False, "grouped", EXPERTS, False, True),
+    (2, 1, 2, 3, True, "grouped", EXPERTS, False, False),
 ]
 
 
