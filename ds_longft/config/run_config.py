@@ -351,6 +351,13 @@ class TrainConfig(Section):
     gradient_accumulation_steps: Refused[int] = Field(default=1, gt=0)
     """Packs of each data-parallel rank in one optimizer step."""
 
+    router_aux_loss: Refused[float] = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Factor of the load-balancing loss of a mixture's routers, over the whole step. With several packs a step it costs
+    a forward pass more."""
+
+    router_z_loss: Refused[float] = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Factor of the routers' z loss: squares of the log-sum-exp of their logits."""
+
     recompute: Rounding[Literal["none", "full", "every_k", "sqrt", "keep_attention", "auto"]] = "auto"
     """Activation checkpointing. `full`: every layer. `every_k`: segments of `recompute_every` layers. `sqrt`: segments
     of sqrt(layers), the least memory. `keep_attention`: every layer, but attention output is kept, not recomputed.
@@ -563,7 +570,7 @@ def _stream_problems(config: RunConfig) -> list[str]:
 
 def _objective_problems(config: RunConfig) -> list[str]:
     """Keys of `dpo` that contradict each other, or would do nothing."""
-    dpo, sources = config.dpo, [*config.data.train, *config.data.eval]
+    dpo, sources, train = config.dpo, [*config.data.train, *config.data.eval], config.train
     if config.objective == "sft":
         problems = [] if dpo == DpoConfig() else ["dpo has keys, but objective is sft: set objective to dpo"]
         if any(source.format == "preference" for source in sources):
@@ -574,6 +581,8 @@ def _objective_problems(config: RunConfig) -> list[str]:
         for source in sources
         if source.format not in ("auto", "preference")
     ]
+    if train.router_aux_loss or train.router_z_loss:
+        problems.append("train.router_aux_loss or train.router_z_loss is set, but objective is dpo: leave both out")
     if config.data.overlong == "cut_turns":
         problems.append(
             "data.overlong is cut_turns, but the two answers of a pair end its prompt: set drop or truncate"

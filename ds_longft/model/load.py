@@ -75,7 +75,7 @@ def config_remarks(hf_config: PretrainedConfig, rope: RopeConfig, max_length_tok
     if getattr(hf_config.get_text_config(), "output_router_logits", False):
         remarks.append(
             "the model's config asks for the load-balancing loss of its router (output_router_logits: true): it is "
-            "left out, the loss is the cross-entropy alone"
+            "trained only where train.router_aux_loss says how much"
         )
     if rope.type != "none" and hf_config.model_type in STATE_FAMILIES:
         remarks.append(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,10 @@ def reference_of(dpo: DpoConfig, *, lora: bool) -> Reference:
 def loss_in_words(config: RunConfig) -> str:
     """What a run minimises, for its readers."""
     if config.objective == "sft":
-        return f"sum(w * ce) / sum(w) over the optimizer step, {config.data.weighting} weighting"
+        train = config.train
+        factors = {"aux": train.router_aux_loss, "z": train.router_z_loss}
+        more = "".join(f", {factor:g} times the routers' {name} loss" for name, factor in factors.items() if factor)
+        return f"sum(w * ce) / sum(w) over the optimizer step, {config.data.weighting} weighting{more}"
     dpo = config.dpo
     more = f", label smoothing {dpo.label_smoothing:g}" if dpo.label_smoothing else ""
     more += f", gamma {dpo.simpo_gamma:g}" if dpo.loss == "simpo" else ""
@@ -61,7 +65,7 @@ class Objective(nn.Module, ABC):
     step's divided by its weight is what is recorded.
     """
 
-    metrics: ClassVar[tuple[str, ...]] = ()
+    metrics: tuple[str, ...] = ()
     """Names of what is recorded beside the loss."""
 
     reference: Reference = "none"
@@ -70,6 +74,9 @@ class Objective(nn.Module, ABC):
     def __init__(self, model: nn.Module, layout: ParallelLayout, kernel: str) -> None:
         super().__init__()
         self.model, self.layout, self.kernel = model, layout, kernel
+
+    def before_step(self, engine: Any, packs: Sequence[Pack], layout: ParallelLayout, device: torch.device) -> None:
+        """What has to be known of all packs of this rank's step before the first of them is backpropagated."""
 
     @abstractmethod
     def backpropagate(

@@ -151,7 +151,8 @@ def make_objective(
     """What the run trains for: the one place where an objective is chosen."""
     kernel, heads = config.model.kernel, decisions.kv_heads
     if config.objective == "sft":
-        return SftObjective(model, layout, kernel, heads)
+        factors = config.train.router_aux_loss, config.train.router_z_loss
+        return SftObjective(model, layout, kernel, heads, factors)
     switch_off(random_rates(model))  # dropout would blur the reference, and two passes would draw two masks
     dpo = DpoObjective(
         model, layout, config.dpo, kernel, reference_model=reference_model, kv_heads_at_a_time=heads

@@ -45,6 +45,7 @@ def backpropagate(
     """
     scale = loss_scale(total_weight, layout)
     total = torch.zeros((), dtype=torch.float64, device=device)
+    engine.module.before_step(engine, packs, layout, device)
     for i, pack in enumerate(packs):
         if i:
             engine.step()  # counts the micro-step; weights change only at the last one

@@ -197,6 +197,8 @@ class Trainer:
         engine, scale = self.built.engine, loss_scale(step.total_weight, self.layout)
         packs: list[tuple[float, torch.Tensor]] = []
         random_state = rng_state()
+        with self.relief or nullcontext():
+            engine.module.before_step(engine, step.packs, self.layout, self.device)
         for i, pack in enumerate(step.packs):
             if i:
                 if self._agree_on_stopping():
