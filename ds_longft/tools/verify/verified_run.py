@@ -95,6 +95,9 @@ class VerifiedRun:
         """
         # It changes only which rank holds what, and DeepSpeed's own reading of gradients does not know (0.19.8).
         settings.engine["zero_optimization"].pop("round_robin_gradients", None)
+        # Plain transformers on each document alone, which is compared with, has no routers' losses of a whole step.
+        without = {"router_aux_loss": 0.0, "router_z_loss": 0.0}
+        config = config.model_copy(update={"train": config.train.model_copy(update=without)})
         layout = ParallelLayout.create(sp)
         tokenizer = load_tokenizer(config.model)
         hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation="eager")
