@@ -26,6 +26,7 @@ WINDOWS = {
     "sft_agents_128k": 262144,
     "sft_lora_yarn": 40960,
     "sft_hybrid_256k": 262144,
+    "sft_gemma3_text": 131072,
     "dpo_lora_64k": 131072,
 }  # of the models they name
 

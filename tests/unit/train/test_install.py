@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaConfig
 
 from ds_longft.config.ds_json import DeepSpeedSettings, merge_ds_config
 from ds_longft.config.run_config import RunConfig
@@ -65,7 +65,7 @@ def test_liger_has_one_kernel_with_and_without_gradient(monkeypatch: pytest.Monk
     monkeypatch.setenv(names[0], "")  # put back at the end, with whatever is set in between
     monkeypatch.delenv(names[0])
     monkeypatch.setenv(names[1], "another")
-    model: Any = SimpleNamespace(config=SimpleNamespace(model_type="llama"))
+    model: Any = SimpleNamespace(config=LlamaConfig())
     assert fused_kernels(model, RunConfig(), torch.device("cuda"))
     assert [os.environ[name] for name in names] == ["nvidia-triton", "another"]
     assert [words["model"] for words in applied] == [model]
