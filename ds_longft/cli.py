@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -174,6 +175,9 @@ def main(argv: list[str] | None = None) -> int:
     except LongftError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # of `| head`: what was wanted has been read
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print(
             "interrupted: the same command uses what was finished (tokenised parts, evaluation rows)", file=sys.stderr

@@ -213,6 +213,7 @@ def _write_end(
     records.console.print(summary_table(history, folder, (time.monotonic() - started) / 60))
     export = shlex.join(["ds-longft", "export", str(folder), f"{folder}-merged"])
     records.console.print(f"Next: {export}   (an ordinary Hugging Face folder)")
+    records.console.print(f"      {shlex.join(['ds-longft', 'chat', str(folder)])}   (talk to it)")
 
 
 def _hung(status: Status, message: str, lowest: bool) -> None:
@@ -241,7 +242,7 @@ def _header(
     resumed_from: Path | None,
 ) -> str:
     """A few lines that say what is about to happen."""
-    period = "an epoch" if config.data.stream_window_mib is None else f"in window {state.epoch} of the stream"
+    period = "per epoch" if config.data.stream_window_mib is None else f"in window {state.epoch} of the stream"
     alone = " (a longer row alone)" if loader.budget_tokens < config.longest_pack_tokens else ""
     lines = [
         f"{config.model.path}: {'LoRA r' + str(config.lora.r) if config.lora else 'full fine-tuning'}, "

@@ -118,6 +118,13 @@ def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "the same command uses what was finished" in capsys.readouterr().err
 
 
+def test_a_reader_that_has_seen_enough_is_no_traceback() -> None:
+    line = f"{shlex.quote(sys.executable)} -m ds_longft.cli docs config | head -1"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True)
+    assert done.stdout == "# Run config\n"
+    assert done.stderr == ""
+
+
 def test_every_mistake_is_listed_at_once() -> None:
     with pytest.raises(LongftError) as caught:
         bind(pack, "pack", ["--jsn", "--moed", "fit", "--out"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,7 @@ def load_subject(subject: Subject, device: torch.device, *, attention: str) -> L
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     hf_config = load_config(subject.base, 1, attn_implementation=attention)
     if subject.config_folder != model_path(subject.base):

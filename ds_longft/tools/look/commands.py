@@ -154,7 +154,7 @@ def show(found: Statistics) -> None:
         ("packs of up to so many tokens", f"{packs.packs:,} of {packs.budget_tokens:,}"),
         ("filled", f"{packs.filled:.1%}"),
         ("documents in a pack", f"{packs.documents_per_pack:.1f}"),
-        ("steps an epoch", f"{packs.steps:,}"),
+        ("steps per epoch", f"{packs.steps:,}"),
         ("padding tokens", f"{packs.padding_tokens:,}"),
         ("slowest rank over the mean", f"{packs.imbalance:.3f}"),
         (f"work in attention (as much as the rest at {packs.equal_cost_tokens:,})", f"{packs.attention_share:.0%}"),

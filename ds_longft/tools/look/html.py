@@ -36,7 +36,7 @@ def page(stats: Statistics, *, title: str, note: str = "") -> str:
         ("packs", f"{packs.packs:,}"),
         ("filled", f"{packs.filled:.1%}"),
         ("padding tokens", f"{packs.padding_tokens:,}"),
-        ("steps an epoch", f"{packs.steps:,}"),
+        ("steps per epoch", f"{packs.steps:,}"),
         ("slowest rank / mean", f"x {packs.imbalance:.3f}"),
         ("work in attention", f"{packs.attention_share:.0%}"),
         *([("rows cut to fit", f"{stats.truncated:,}")] if stats.truncated else []),
