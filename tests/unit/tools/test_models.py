@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ds_longft.cli import main
+from tests.unit.sequence.zoo import tiny
+
+
+def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models"]) == 0
+    text = capsys.readouterr().out
+    assert "`llama`" in text
+    assert "`gemma3 (gemma3_text)`" in text
+    assert "| bloom | (BloomForCausalLM) does not use" in text
+
+
+def test_one_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny("gemma3").save_pretrained(tmp_path)
+    assert main(["models", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split(maxsplit=1) == ["type", "gemma3, text model gemma3_text"]
+    assert "heads           4 of queries, 2 of keys and values, 16 wide" in lines
+    assert "window          2 layers 8 tokens, 1 layers see all" in lines
+    assert any(line.startswith("kernels         Hopper: sliding window: flash-attn-4, ") for line in lines)
+    assert lines[-1].startswith("LoRA reaches    3 ")
+    assert "vision" not in lines[-1]
+
+
+def test_one_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", str(tmp_path / "absent")]) == 64
+    assert "there is no folder" in capsys.readouterr().err
