@@ -101,7 +101,8 @@ def check_rope(model: nn.Module, hf_config: PretrainedConfig, document_lengths: 
                 where + ("" if length is None else f", document of {length} tokens"),
             )
             worst = max(worst, error)
-    missing = set(parts) - seen
+    kinds = set(getattr(hf_config.get_text_config(), "layer_types", None) or parts)
+    missing = {part for part in parts if part is None or part in kinds} - seen  # a config may state kinds it has not
     if missing:
         raise ModelError(
             f"the config of {hf_config.model_type} states RoPE, but the model has no inverse-frequency buffer"

@@ -18,7 +18,10 @@ def rope_parts(hf_config: PretrainedConfig) -> dict[str | None, dict]:
 
     The inner dicts are the config's own: changing them changes the config.
     """
-    parameters = getattr(hf_config.get_text_config(), "rope_parameters", None) or {}
+    text = hf_config.get_text_config()
+    if text.model_type == "granitemoehybrid" and text.position_embedding_type != "rope":
+        return {}  # stated, and not used
+    parameters = getattr(text, "rope_parameters", None) or {}
     nested = {key: value for key, value in parameters.items() if isinstance(value, dict)}
     if nested:
         return dict(nested)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 
 from ds_longft.config import proof
 from ds_longft.errors import ModelError
 from ds_longft.layout import ParallelLayout
+from ds_longft.model.rope import check_rope
 from ds_longft.model.supported import check_supported
-from ds_longft.model.wrapped import is_wrapped, whole_on_meta
+from ds_longft.model.wrapped import is_wrapped, make, text_class, whole_on_meta
 from tests.unit.sequence.zoo import ACCURACY, Way, ours, tiny, truth
 
 WAYS = {"full": Way("keep_attention"), "lora": Way("full")}
@@ -37,6 +39,7 @@ def walk(rank: int, world: int, model_type: str) -> dict[str, str | float]:
     layout, worst, remark = ParallelLayout.create(world), 0.0, {}
     try:
         check_supported(config)
+        check_rope(make(text_class(config), copy.deepcopy(config)), config)
     except ModelError as error:
         return {"refused": str(error)}
     for kind, way in WAYS.items():

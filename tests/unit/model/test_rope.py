@@ -14,7 +14,9 @@ from ds_longft.model.load import config_remarks, load_config, load_model, read_c
 from ds_longft.model.rope import apply_rope, check_rope, restore_rope, seen_tokens, window_tokens
 from ds_longft.model.rope_formulas import rope_parts
 from ds_longft.model.rope_lengths import set_rope_lengths
+from ds_longft.model.wrapped import make, text_class
 from tests.unit.model.tiny import FAMILIES, WINDOW, tiny_config
+from tests.unit.sequence.zoo import tiny
 
 LONG = 4 * WINDOW
 LONGROPE = {
@@ -296,3 +298,27 @@ def test_yarn_as_model_cards_write_it_reaches_factor_times_the_original(window: 
     assert config.rope_parameters["rope_theta"] == 500000.0, "nothing is laid on top of it"
     with pytest.raises(ModelError, match="window is 256 tokens"):
         apply_rope(config, RopeConfig(), 257)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("gemma4_text", {}),  # heads of two sizes, a part of the larger turned
+        ("gemma4", {}),
+        ("qwen2_5_vl", {}),
+        ("granite_swa", {"layer_rope_theta": [10000.0, 0, 5000.0]}),
+        ("granitemoehybrid", {}),  # states what it does not use
+        ("laguna", {}),  # states a kind of layer that it has not
+        ("hunyuan_v1_dense", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 1.0, "alpha": 100.0}}),
+    ],
+)  # fmt: skip
+def test_frequencies_of_other_families(model_type: str, changes: dict[str, object]) -> None:
+    config = tiny(model_type)
+    config = type(config).from_dict({**config.to_dict(), **changes}) if changes else config
+    assert check_rope(make(text_class(config), config), config) < 1e-6
+
+
+def test_frequencies_in_another_order_are_not_taken_for_the_same() -> None:
+    config = tiny("ernie4_5_vl_moe")
+    with pytest.raises(ModelError, match="other positions"):
+        check_rope(make(text_class(config), config), config)
