@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json as jsonlib
 import os
+import platform
 import resource
 import shutil
 import subprocess
+import sys
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
+
+from ds_longft import __version__
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "accelerate")
 EXTRAS = ("flash-attn", "flash-attn-4", "liger-kernel", "wandb", "tensorboard", "trackio", "mlflow-skinny")
@@ -60,8 +64,9 @@ def examine(output_dir: Path) -> list[Diagnosis]:
 
 
 def versions() -> list[Diagnosis]:
-    """Packages that must be there, and those that may."""
-    found = []
+    """This package, Python and the system; packages that must be there, and those that may."""
+    here = f"{__version__}, Python {platform.python_version()} in {sys.prefix}, {platform.platform()}"
+    found = [Diagnosis("ok", "ds_longft", here)]
     for name in PACKAGES:
         try:
             found.append(Diagnosis("ok", name, version(name)))
