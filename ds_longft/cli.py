@@ -131,6 +131,11 @@ COMMANDS = {
         "hide facts in long texts and ask for them",
         "runs/mine --lengths 8K,32K,128K",
     ),
+    "eval ruler": Command(
+        "ds_longft.tools.evaluate.ruler.command:ruler",
+        "RULER's 13 tasks at any length, scored as published",
+        "runs/mine --lengths 4K,32K,128K",
+    ),
     "eval short": Command(
         "ds_longft.tools.evaluate.short:short",
         "short questions and texts: what long training must not harm",

@@ -184,6 +184,7 @@ OF_A_KIND = {
     "needle-multi": ("exact_percent", "found_percent"),
     "needle-hop": ("exact_percent", "found_percent"),
     "short": ("length_tokens", "loss", "right_percent"),
+    "ruler": ("averages", "by_length"),
     "longbench": ("averages", "scores"),
     "longbench-e": ("averages", "scores"),
 }

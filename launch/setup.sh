@@ -50,5 +50,9 @@ fi
 if [[ ,$extras, == *,dev,* ]] && [ ! -d $venv/peers/axolotl ]; then
   $venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $venv/peers axolotl==0.19.0
 fi
+# Likewise, left packed: of lm-eval only the files of RULER are read.
+if [[ ,$extras, == *,dev,* ]] && ! compgen -G "$venv/peers/lm_eval-*.whl" >/dev/null; then
+  $venv/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $venv/peers lm-eval==0.4.13
+fi
 touch $venv/.installed
 echo "setup: done. $venv/bin/ds-longft --help, or: source $venv/bin/activate"

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import logging
 import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
+from wonderwords import RandomWord
+
+from ds_longft.tools.evaluate.ruler.texts_of_tasks import SENTENCE
 
 
 def trl_folder() -> Path:
@@ -57,3 +61,32 @@ def _without_none(record: object) -> object:
     if isinstance(record, dict):
         return {key: _without_none(value) for key, value in record.items() if value is not None}
     return [_without_none(value) for value in record] if isinstance(record, list) else record
+
+
+def lm_eval_ruler(name: str) -> ModuleType:
+    """A module of lm-eval's RULER out of its wheel, which `launch/setup.sh` puts into .venv/peers as it is.
+
+    For nltk our end of a sentence stands in (its own is a download), for wonderwords a hundred nouns and adjectives of
+    it where needles' keys are made: lm-eval would make six million pairs of all.
+    """
+    folder = Path(os.environ.get("DS_LONGFT_TEST_PEERS", Path(sys.prefix) / "peers"))
+    wheels = sorted(folder.glob("lm_eval-*.whl"))
+    if not wheels:
+        pytest.skip("no lm-eval: pip download --no-deps --dest .venv/peers lm-eval==0.4.13")
+    wanted = f"lm_eval.tasks.ruler.{name}"
+    if wanted not in sys.modules:
+        for package in ("lm_eval", "lm_eval.tasks", "lm_eval.tasks.ruler"):
+            sys.modules[package] = ModuleType(package)
+            sys.modules[package].__path__ = [str(wheels[-1] / package.replace(".", "/"))]
+        with pytest.MonkeyPatch.context() as patch:
+            whole = RandomWord()._categories
+            few = {kind: words[:100] if kind.endswith("s") else words for kind, words in whole.items()}
+            words, nltk = ModuleType("wonderwords"), ModuleType("nltk")
+            words.RandomWord = lambda: SimpleNamespace(_categories=few)  # type: ignore[attr-defined]
+            nltk.sent_tokenize = SENTENCE.split  # type: ignore[attr-defined]
+            nltk.data = SimpleNamespace(find=str)  # type: ignore[attr-defined]
+            patch.setitem(sys.modules, "wonderwords", words)
+            patch.setitem(sys.modules, "nltk", nltk)
+            patch.setattr(importlib.metadata, "version", lambda _: "3.9.1")
+            importlib.import_module(wanted)
+    return sys.modules[wanted]

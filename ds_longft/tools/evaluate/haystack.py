@@ -119,3 +119,11 @@ def chat_prompt(tokenizer: Any, content: str) -> str:
     turns = [{"role": "user", "content": content}]
     # Answers are short: a model that would think first (Qwen3) is asked not to. Other templates do not look at it.
     return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False))
+
+
+def encode_prompt(tokenizer: Any, content: str, *, begins: str = "", chat: bool = True) -> list[int]:
+    """Token ids of a question, in the chat template where there is one, and of how its answer begins."""
+    if chat and tokenizer.chat_template:
+        whole = chat_prompt(tokenizer, content) + begins
+        return list(tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"])
+    return list(tokenizer(f"{content} {begins}" if begins else content, verbose=False)["input_ids"])

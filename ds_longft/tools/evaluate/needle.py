@@ -32,7 +32,7 @@ from ds_longft.tools.evaluate.needle_facts import Form, Needle, make_needle
 from ds_longft.tools.evaluate.texts import Language, read_texts
 
 if TYPE_CHECKING:
-    from ds_longft.tools.evaluate.processes import Processes
+    from ds_longft.tools.evaluate.answering import Answering
 
 MAX_FACTS = 16
 CHARACTERS_A_TOKEN = 6  # more than any tokenizer takes, for the length of the built-in text
@@ -100,37 +100,21 @@ def needle(
     if start_ranks("needle", "--gpus", gpus, arguments):
         return
     from ds_longft.tools.evaluate import results  # brings torch: not in a process that only starts others
+    from ds_longft.tools.evaluate.answering import Answering, Target
 
     grid = Grid(form, facts, sizes, fractions, trials, spoken, {"en": haystack_en, "zh": haystack_zh}, where, seed)
     with Processes.of_launch() as processes:
-        made = _measure(processes, grid, model, batch, chunk, before=before, base=base, out=out, name=name, quiet=json)
+        answering = Answering(processes, Target(model, before, base, out, name), chunk)
+        made = _measure(answering, grid, batch, quiet=json)
     results.show(made, json, _show)
 
 
-def _measure(
-    processes: Processes,
-    grid: Grid,
-    model: str,
-    batch_tokens: int,
-    chunk_tokens: int,
-    *,
-    before: bool,
-    base: str | None,
-    out: str | None,
-    name: str | None,
-    quiet: bool,
-) -> tuple[dict[str, Any], Path] | None:
+def _measure(answering: Answering, grid: Grid, batch_tokens: int, *, quiet: bool) -> tuple[dict[str, Any], Path] | None:
     """The result and its file on the process that writes, None on the others."""
-    from ds_longft.tools.evaluate import results
-    from ds_longft.tools.evaluate.cached_attention import CACHED, register
-    from ds_longft.tools.evaluate.generate import end_ids, generate
-    from ds_longft.tools.evaluate.subject import find_subject, load_subject, subject_tokenizer
+    from ds_longft.tools.evaluate.results import fingerprint
 
-    register()
-    subject = find_subject(model, before=before, base=base)
-    tokenizer = subject_tokenizer(subject)
-    loaded = load_subject(subject, processes.device, attention=CACHED)
-    sizes = grid.sizes or default_lengths(loaded.window)
+    tokenizer, window = answering.tokenizer, answering.loaded.window
+    sizes = grid.sizes or default_lengths(window)
     longest = max(sizes)
     stacks = {
         language: Haystack.make(
@@ -141,50 +125,31 @@ def _measure(
     }
     asks = grid.asks(sizes)
     kind = "needle" if grid.form == "single" else f"needle-{grid.form}"
-    folder, file = results.result_folder(subject, out), results.result_name(name, kind, before)
-    opened: list[results.Rows] = []  # on the process that writes
-
-    def open_rows() -> set[str]:
-        of_texts = results.fingerprint(stack.ids for stack in stacks.values())
-        settings = {"weights": results.weights_identity(subject), **grid.settings(sizes, of_texts)}
-        opened.append(results.Rows(folder, file, settings, total=len(asks)))
-        if loaded.window is not None and longest > loaded.window and not quiet:
-            print(f"note: {longest:,} tokens lie beyond the model's window of {loaded.window:,}", flush=True)
-        return {row["key"] for row in opened[0].rows}
-
-    done = processes.first(open_rows)
-    stops = end_ids(loaded, tokenizer)
+    done = answering.open_rows(kind, grid.settings(sizes, fingerprint(s.ids for s in stacks.values())), len(asks))
+    if window is not None and longest > window and not quiet and answering.processes.launch.rank == 0:
+        print(f"note: {longest:,} tokens lie beyond the model's window of {window:,}", flush=True)
 
     def answer(group: list[Ask]) -> list[dict[str, Any]]:
         prompts, needles = zip(*(_hidden(ask, grid, tokenizer, stacks[ask.language]) for ask in group), strict=True)
         started = time.monotonic()
-        replies = generate(
-            loaded,
-            [p.ids for p in prompts],
-            max_new_tokens=ANSWER_TOKENS * len(needles[0].answers),
-            stop_ids=stops,
-            chunk_tokens=chunk_tokens,
-        )
+        texts = answering.replies([p.ids for p in prompts], ANSWER_TOKENS * len(needles[0].answers))
         seconds = (time.monotonic() - started) / len(group)
-        texts = [tokenizer.decode(reply, skip_special_tokens=True).strip() for reply in replies]
         return [
-            judged(*of_one, seconds) for of_one in zip(group, [p.depths for p in prompts], needles, texts, strict=True)
+            judged(ask, prompt.depths, needle, text.strip(), seconds)
+            for ask, prompt, needle, text in zip(group, prompts, needles, texts, strict=True)
         ]
 
-    groups = batches([ask for ask in asks if ask.key not in done], batch_tokens, processes.launch.world)
-    for made in processes.share_out(groups, answer):
-        for row in made:
-            opened[0].add(row)
-    if not opened:
-        return None
-    rows = opened[0]
-    summary = summarize(rows.rows, sizes, grid.depths, grid.languages)
-    result = rows.finish(kind, subject.shown, summary | {"form": grid.form, "samples": samples(rows.rows)})
-    if grid.form == "single":
+    def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        made = summarize(rows, sizes, grid.depths, grid.languages)
+        return made | {"form": grid.form, "samples": samples(rows)}
+
+    groups = batches([ask for ask in asks if ask.key not in done], batch_tokens, answering.processes.launch.world)
+    made = answering.fill(kind, groups, answer, summary)
+    if made is not None and grid.form == "single":
         from ds_longft.tools.evaluate.heatmap import draw_heatmap
 
-        draw_heatmap(result, folder / f"{file}.png")
-    return result, rows.result_path
+        draw_heatmap(made[0], made[1].with_suffix(".png"))
+    return made
 
 
 def _hidden(ask: Ask, grid: Grid, tokenizer: Any, haystack: Haystack) -> tuple[Prompt, Needle]:

@@ -107,10 +107,6 @@ class Rows:
             self._task = self._bar.add_task(name, total=total, completed=self.earlier)
             self._bar.start()
 
-    def has(self, key: str) -> bool:
-        """Whether the row of that key is done."""
-        return any(row["key"] == key for row in self.rows)
-
     def add(self, row: dict[str, Any]) -> None:
         """Append a finished row; `key` names it."""
         self.rows.append(row)

@@ -6,9 +6,9 @@ started from (--before): the loss should rise by 0.05 at most, and the same ques
 
 from __future__ import annotations
 
-import json as json_text
 import random
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -84,41 +84,44 @@ def short(
     if texts < 1 or length < 2:
         raise ConfigError(f"--texts is {texts}, --length is {length}: expected 1 or more, and 2 or more")
     from ds_longft.tools.evaluate import results
-    from ds_longft.tools.evaluate.cached_attention import CACHED, register
-    from ds_longft.tools.evaluate.generate import end_ids
+    from ds_longft.tools.evaluate.answering import Answering, Target
+    from ds_longft.tools.evaluate.haystack import MARK, chat_around
     from ds_longft.tools.evaluate.perplexity import pieces_of
-    from ds_longft.tools.evaluate.subject import find_subject, load_subject, one_device, subject_tokenizer
+    from ds_longft.tools.evaluate.processes import Processes
 
-    register()
-    subject = find_subject(model, before=before, base=base)
-    tokenizer = subject_tokenizer(subject)
-    source = read_texts(text, language, where=where, characters=CHARACTERS_A_TOKEN * length * texts)
-    pieces = pieces_of(tokenizer, source, length, texts, join=True)
-    asked = questions()
-    settings = {
-        "weights": results.weights_identity(subject),
-        "text": text or f"built in, {language}",
-        "where": where,
-        "texts": len(pieces),
-        "texts_fingerprint": results.fingerprint(pieces),
-        "length_tokens": length,
-    }
-    folder, file = results.result_folder(subject, out), results.result_name(name, "short", before)
-    rows = results.Rows(folder, file, settings, total=len(pieces) + len(asked))
-    loaded = load_subject(subject, one_device(), attention=CACHED)
-    for i, piece in enumerate(pieces):
-        if not rows.has(f"text/{i}"):
-            rows.add({"key": f"text/{i}", "loss": _text_loss(loaded, piece)})
-    stops = end_ids(loaded, tokenizer)
-    for i, (question, answer) in enumerate(asked):
-        if not rows.has(f"question/{i}"):
-            rows.add({"key": f"question/{i}", **_ask(loaded, tokenizer, question, answer, stops)})
-    result = rows.finish("short", subject.shown, _summary(rows.rows, length))
-    if json:
-        print(json_text.dumps(result, ensure_ascii=False))
-        return
+    with Processes.of_launch() as processes:
+        answering = Answering(processes, Target(model, before, base, out, name))
+        source = read_texts(text, language, where=where, characters=CHARACTERS_A_TOKEN * length * texts)
+        pieces = pieces_of(answering.tokenizer, source, length, texts, join=True)
+        settings = {
+            "text": text or f"built in, {language}",
+            "where": where,
+            "texts": len(pieces),
+            "texts_fingerprint": results.fingerprint(pieces),
+            "length_tokens": length,
+        }
+        asked = {f"question/{i}": one for i, one in enumerate(questions())}
+        of_text = {f"text/{i}": piece for i, piece in enumerate(pieces)}
+
+        def answer(key: str) -> list[dict[str, Any]]:
+            if key in of_text:
+                return [{"key": key, "loss": _text_loss(answering.loaded, of_text[key])}]
+            question, wanted = asked[key]
+            head, tail = chat_around(answering.tokenizer, MARK + question)
+            reply = answering.replies([head + tail], ANSWER_TOKENS)[0].strip()
+            right = is_right(wanted, reply)
+            return [{"key": key, "question": question, "answer": wanted, "reply": reply, "right": right}]
+
+        keys = [*of_text, *asked]
+        done = answering.open_rows("short", settings, len(keys))
+        todo = [key for key in keys if key not in done]
+        made = answering.fill("short", todo, answer, lambda rows: _summary(rows, length))
+    results.show(made, json, _show)
+
+
+def _show(result: dict[str, Any], path: Path) -> None:
     table = Table("short", "")
-    table.add_row(f"loss of {result['texts']} texts of {length} tokens", f"{result['loss']:.4f}")
+    table.add_row(f"loss of {result['texts']} texts of {result['length_tokens']} tokens", f"{result['loss']:.4f}")
     table.add_row(f"right of {result['questions']} questions", f"{result['right_percent']:.1f} %")
     Console().print(table)
 
@@ -134,16 +137,6 @@ def _text_loss(loaded: Any, ids: list[int]) -> float:
         row = torch.tensor([ids], device=loaded.device)
         logits = loaded.plain(input_ids=row, use_cache=False).logits[0, :-1].float()
         return float(torch.nn.functional.cross_entropy(logits, row[0, 1:]))
-
-
-def _ask(loaded: Any, tokenizer: Any, question: str, answer: str, stops: set[int]) -> dict[str, Any]:
-    from ds_longft.tools.evaluate.generate import generate
-    from ds_longft.tools.evaluate.haystack import MARK, chat_around
-
-    head, tail = chat_around(tokenizer, MARK + question)
-    reply = generate(loaded, [head + tail], max_new_tokens=ANSWER_TOKENS, stop_ids=stops)[0]
-    text = tokenizer.decode(reply, skip_special_tokens=True).strip()
-    return {"question": question, "answer": answer, "reply": text, "right": is_right(answer, text)}
 
 
 def is_right(answer: str, reply: str) -> bool:

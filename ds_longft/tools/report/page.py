@@ -29,6 +29,7 @@ TITLES = {
     "needle": "Needles",
     "needle-multi": "Several needles at once",
     "needle-hop": "Needles in a chain",
+    "ruler": "RULER",
     "short": "Short questions and texts",
     "longbench": "LongBench",
     "longbench-e": "LongBench-E",

@@ -39,7 +39,7 @@ class Evaluation:
 
     @property
     def kind(self) -> str:
-        """perplexity, needle, needle-multi, needle-hop, short, longbench, longbench-e."""
+        """perplexity, needle, needle-multi, needle-hop, ruler, short, longbench, longbench-e."""
         return str((self.after or self.before or {}).get("kind", self.name))
 
     @property

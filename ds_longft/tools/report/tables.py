@@ -130,7 +130,9 @@ def evaluation_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]
 
 
 def _digits(evaluation: Evaluation) -> int:
-    return {"perplexity": 3, "short": 3, "needle": 1, "needle-multi": 1, "needle-hop": 1}.get(evaluation.kind, 2)
+    if evaluation.kind == "ruler" or evaluation.kind.startswith("needle"):
+        return 1
+    return 2 if evaluation.kind.startswith("longbench") else 3
 
 
 def _figures(result: dict[str, Any]) -> dict[str, float | None]:
@@ -157,6 +159,13 @@ def _figures(result: dict[str, Any]) -> dict[str, float | None]:
     if kind == "short":
         length = result["length_tokens"]
         return {f"loss of {length}-token texts": result["loss"], "short questions right, %": result["right_percent"]}
+    if kind == "ruler":
+        means = {f"{int(size):,}: mean of the tasks, %": value for size, value in result["averages"].items()}
+        return means | {
+            f"{int(size):,}: {task}": value
+            for task, sizes in result["by_length"].items()
+            for size, value in sizes.items()
+        }
     if kind.startswith("longbench"):
         lengths = {
             f"{task} {bucket}": value
@@ -221,7 +230,10 @@ def _needle_words(settings: dict[str, Any]) -> list[str]:
 
 
 def _text_words(settings: dict[str, Any]) -> list[str]:
-    same = ("text", "texts", "buckets", "where", "data", "prompts", "tasks", "limit")
+    same = (
+        "text", "texts", "buckets", "where", "data", "prompts", "tasks", "limit", "lengths", "rows", "essays", "squad",
+        "hotpotqa", "seed",
+    )  # fmt: skip
     flags = {"length_tokens": "length", "window_tokens": "window", "max_length_tokens": "max_length"}
     flags |= dict(zip(same, same, strict=True))
     words = [f"--{flag}" for flag in ("join", "e") if settings.get(flag)]

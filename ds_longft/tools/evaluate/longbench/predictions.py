@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_longft.errors import ConfigError
-from ds_longft.tools.evaluate.haystack import chat_prompt
+from ds_longft.tools.evaluate.haystack import encode_prompt
 from ds_longft.tools.evaluate.longbench.score import print_scores, scores_by_length, task_scores
 from ds_longft.tools.evaluate.longbench.task_metrics import check_packages
 from ds_longft.tools.evaluate.longbench.task_rows import find_copy, read_prompts, read_task
@@ -15,7 +15,7 @@ from ds_longft.tools.evaluate.longbench.tasks import TASKS, Task, averages
 from ds_longft.tools.evaluate.needle import tokens_of
 
 if TYPE_CHECKING:
-    from ds_longft.tools.evaluate.processes import Processes
+    from ds_longft.tools.evaluate.answering import Answering
 
 RESERVED_TOKENS = 500  # of the window, for the chat template and the answer, as in LongBench's own list
 
@@ -71,6 +71,7 @@ def run(
     if start_ranks("longbench run", "--gpus", gpus, arguments):
         return
     from ds_longft.tools.evaluate import results  # brings torch: not in a process that only starts others
+    from ds_longft.tools.evaluate.answering import Answering, Target
 
     with Processes.of_launch() as processes:
         copy = processes.first(lambda: find_copy(data))  # it may unpack a download, which one process should do
@@ -79,7 +80,7 @@ def run(
         told = {"tasks": [t.name for t in chosen], "e": e, "limit": limit, "data": data, "prompts": prompts}
         told["data_fingerprint"] = results.fingerprint([{t: templates[t] for t in sets}, *sets.items()])
         asked = Asked(chosen, sets, templates, longest, told)
-        made = _measure(processes, asked, model, chunk, before=before, base=base, out=out, name=name)
+        made = _measure(Answering(processes, Target(model, before, base, out, name), chunk), asked)
     results.show(made, json, _show)
 
 
@@ -99,72 +100,37 @@ class Asked:
     settings: dict[str, Any]
 
 
-def _measure(
-    processes: Processes,
-    asked: Asked,
-    model: str,
-    chunk_tokens: int,
-    *,
-    before: bool,
-    base: str | None,
-    out: str | None,
-    name: str | None,
-) -> tuple[dict[str, Any], Path] | None:
+def _measure(answering: Answering, asked: Asked) -> tuple[dict[str, Any], Path] | None:
     """The result and its file on the process that writes, None on the others."""
-    from ds_longft.tools.evaluate import results
-    from ds_longft.tools.evaluate.cached_attention import CACHED, register
-    from ds_longft.tools.evaluate.generate import end_ids, generate
-    from ds_longft.tools.evaluate.subject import find_subject, load_subject, subject_tokenizer
-
-    register()
-    subject = find_subject(model, before=before, base=base)
-    tokenizer = subject_tokenizer(subject)
-    loaded = load_subject(subject, processes.device, attention=CACHED)
-    longest = asked.max_length or (loaded.window or 8192) - RESERVED_TOKENS
+    tokenizer = answering.tokenizer
+    longest = asked.max_length or (answering.loaded.window or 8192) - RESERVED_TOKENS
     e = asked.settings["e"]
     kind = "longbench-e" if e else "longbench"
-    folder, file = results.result_folder(subject, out), results.result_name(name, kind, before)
-    opened: list[results.Rows] = []  # on the process that writes
-
-    def open_rows() -> set[str]:
-        settings = {"weights": results.weights_identity(subject), **asked.settings, "max_length_tokens": longest}
-        opened.append(results.Rows(folder, file, settings, total=sum(map(len, asked.rows.values()))))
-        return {row["key"] for row in opened[0].rows}
-
-    done = processes.first(open_rows)
-    stops = end_ids(loaded, tokenizer)
+    keys = {f"{task.name}/{i}": (task, i) for task in asked.tasks for i in range(len(asked.rows[task.name]))}
+    done = answering.open_rows(kind, {**asked.settings, "max_length_tokens": longest}, len(keys))
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]
 
-    def answer(one: tuple[Task, int]) -> dict[str, Any]:
-        task, i = one
+    def answer(key: str) -> list[dict[str, Any]]:
+        task, i = keys[key]
         row = asked.rows[task.name][i]
         ids = prompt_ids(tokenizer, asked.templates[task.name].format(**row), task, longest)
-        line_by_line = task.name == "samsum"  # one dialogue's summary is one line
-        reply = generate(
-            loaded,
-            [ids],
-            max_new_tokens=task.max_new_tokens,
-            stop_ids=stops | set(newline) if line_by_line else stops,
-            chunk_tokens=chunk_tokens,
-            min_new_tokens=1 if line_by_line else 0,
-        )[0]
-        return {
-            "key": f"{task.name}/{i}",
-            "dataset": task.name,
-            "pred": tokenizer.decode(reply, skip_special_tokens=True),
-            "answers": row["answers"],
-            "all_classes": row.get("all_classes"),
-            "length": row.get("length"),
-            "prompt_tokens": len(ids),
-        }
+        one_line = task.name == "samsum"  # one dialogue's summary
+        (reply,) = answering.replies(
+            [ids], task.max_new_tokens, also_stop=newline if one_line else (), least=int(one_line)
+        )
+        return [
+            {
+                "key": key,
+                "dataset": task.name,
+                "pred": reply,
+                "answers": row["answers"],
+                "all_classes": row.get("all_classes"),
+                "length": row.get("length"),
+                "prompt_tokens": len(ids),
+            }
+        ]
 
-    todo = [(task, i) for task in asked.tasks for i in range(len(asked.rows[task.name]))]
-    for made in processes.share_out([(task, i) for task, i in todo if f"{task.name}/{i}" not in done], answer):
-        opened[0].add(made)
-    if not opened:
-        return None
-    rows = opened[0]
-    return rows.finish(kind, subject.shown, _scores(rows.rows, e)), rows.result_path
+    return answering.fill(kind, [key for key in keys if key not in done], answer, lambda rows: _scores(rows, e))
 
 
 def choose_tasks(names: str, *, e: bool) -> list[Task]:
@@ -195,9 +161,7 @@ def prompt_ids(tokenizer: Any, text: str, task: Task, max_length: int) -> list[i
     if len(ids) > max_length:
         half = max_length // 2
         text = "".join(tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:half], ids[-half:]))
-    if task.chat and tokenizer.chat_template:
-        return list(tokenizer(chat_prompt(tokenizer, text), add_special_tokens=False, verbose=False)["input_ids"])
-    return list(tokenizer(text, verbose=False)["input_ids"])
+    return encode_prompt(tokenizer, text, chat=task.chat)
 
 
 def _scores(rows: list[dict[str, Any]], e: bool) -> dict[str, Any]:

@@ -94,6 +94,19 @@ def perplexity_result(model: str, last: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def ruler_result(model: str, value: float) -> dict[str, Any]:
+    settings = {
+        "weights": [model], "tasks": ["vt", "own_qa_1"], "rows": 20, "essays": None, "squad": None, "hotpotqa": None,
+        "seed": 42, "lengths": [4096, 131072], "texts_fingerprint": "ab",
+    }  # fmt: skip
+    sample = {"question": "Find all", "answers": ["ABCDE"], "reply": "<b>", "right": False}
+    return {
+        "kind": "ruler", "model": model, "date": "2026-01-01 00:00:00", "settings": settings, "samples": [sample],
+        "averages": {"4096": 50.0, "131072": value}, "intervals": {"4096": [40.0, 60.0], "131072": [0.0, 100.0]},
+        "by_length": {"vt": {"4096": 0.0, "131072": value}, "own_qa_1": {"4096": 100.0, "131072": value}},
+    }  # fmt: skip
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A finished run as training and evaluation leave it."""
@@ -120,6 +133,8 @@ def run(tmp_path: Path) -> Path:
         ("needle", needle_result("tuned", 95.5)),
         ("perplexity-before", perplexity_result("base", 7.7)),
         ("perplexity", perplexity_result("tuned", 3.1)),
+        ("ruler-before", ruler_result("base", 11.1)),
+        ("ruler", ruler_result("tuned", 66.6)),
     ):
         (folder / "eval" / f"{name}.json").write_text(json.dumps(content))
     return folder
@@ -289,6 +304,9 @@ def test_the_commands_under_again_are_commands(run: Path) -> None:
     assert chinese["language"] == "zh"
     (longbench,) = [a for line, a in given.items() if "eval longbench run" in line]
     assert {"data": "my copy", "prompts": "p.json", "tasks": "lcc"}.items() <= longbench.items()
+    (ruler, _) = [a for line, a in given.items() if "eval ruler" in line]
+    assert (ruler["tasks"], ruler["lengths"], ruler["rows"]) == ("vt,own_qa_1", "4096,131072", 20)
+    assert "essays" not in ruler
     (single,) = [a for line, a in given.items() if "--name needle-zh" in line]
     assert single["depths"] == "10,50"
     assert "facts" not in single, "refused with one needle"

@@ -1,0 +1,1 @@
+"""RULER: thirteen tasks of any length, made here and scored as published."""
