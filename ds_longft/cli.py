@@ -131,6 +131,11 @@ COMMANDS = {
         "hide facts in long texts and ask for them",
         "runs/mine --lengths 8K,32K,128K",
     ),
+    "eval suite": Command(
+        "ds_longft.tools.report.suite:suite",
+        "RULER, needles and short questions, before and after, as one table",
+        "runs/mine --preset quick",
+    ),
     "eval ruler": Command(
         "ds_longft.tools.evaluate.ruler.command:ruler",
         "RULER's 13 tasks at any length, scored as published",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -176,6 +176,20 @@ class AnswerFacts(StoredFile):
         return self
 
 
+Ends = Annotated[list[float], Field(min_length=3, max_length=3)]
+
+
+class Measure(StoredFile):
+    """A figure of a suite: [mean, low, high] of each."""
+
+    name: str
+    rows: int
+    before: Ends
+    after: Ends
+    difference: Ends
+
+
+Preset = Literal["quick", "paper"]
 Percent = dict[str, dict[str, float | None]]
 
 OF_A_KIND = {
@@ -185,6 +199,7 @@ OF_A_KIND = {
     "needle-hop": ("exact_percent", "found_percent"),
     "short": ("length_tokens", "loss", "right_percent"),
     "ruler": ("averages", "by_length"),
+    "suite": ("measures",),
     "longbench": ("averages", "scores"),
     "longbench-e": ("averages", "scores"),
 }
@@ -213,6 +228,7 @@ class EvaluationFile(StoredFile):
     averages: dict[str, float | None] | None = None
     scores: dict[str, float | None] | None = None
     by_length: Percent = {}
+    measures: list[Measure] | None = None
 
     @model_validator(mode="after")
     def _has_what_its_kind_has(self) -> EvaluationFile:

@@ -47,6 +47,13 @@ def result_name(name: str | None, kind: str, before: bool) -> str:
     return (name or kind) + (BEFORE if before else "")
 
 
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Complete or as before."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
 def show(
     made: tuple[dict[str, Any], Path] | None, as_json: bool, tables: Callable[[dict[str, Any], Path], None]
 ) -> None:
@@ -129,9 +136,7 @@ class Rows:
             "settings": self.settings,
             **result,
         }
-        temporary = self.result_path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(whole, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, self.result_path)
+        write_result(self.result_path, whole)
         return whole
 
     def close(self) -> None:

@@ -94,6 +94,11 @@ def find_subject(model: str, *, before: bool = False, base: str | None = None) -
     return Subject(plain, None, model_path(plain), model_path(plain), run)
 
 
+def subject_window(subject: Subject) -> int | None:
+    """Tokens its positions are made for, without loading it."""
+    return window_tokens(AutoConfig.from_pretrained(subject.config_folder))
+
+
 def load_subject(subject: Subject, device: torch.device, *, attention: str) -> Loaded:
     """The model in bf16 on a GPU, in float32 on a CPU, with the attention of that name; its RoPE is checked.
 

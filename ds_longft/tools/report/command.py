@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ds_longft.errors import ConfigError
 from ds_longft.tools.report.compare import MOST_RUNS, comparison_page
@@ -50,7 +51,7 @@ def report(
             break
         time.sleep(watch)
     if card:
-        _add_to_card(facts, folder / "README.md")
+        add_to_card(facts, folder / "README.md")
     text = page.with_suffix(".md")
     if json:
         print(json_text.dumps({"page": str(page), "markdown": str(text), "status": facts.status}))
@@ -73,7 +74,30 @@ def write_report(facts: RunFacts, page: Path) -> None:
         os.replace(temporary, path)
 
 
-def _add_to_card(facts: RunFacts, card: Path) -> None:
-    """The report behind the model card's own text; an earlier one is replaced."""
+def add_to_card(facts: RunFacts, card: Path) -> None:
+    """The report behind the model card's own text, a suite's figures as `model-index`; earlier ones are replaced."""
     own = card.read_text(encoding="utf-8").partition(CARD_MARK)[0] if card.is_file() else ""
     card.write_text(f"{own.rstrip()}\n\n{CARD_MARK}\n\n{markdown_page(facts)}", encoding="utf-8")
+    for evaluation in facts.evaluations:
+        if evaluation.kind == "suite" and evaluation.after is not None:
+            _index(card, facts.folder.resolve().name, evaluation.after)
+
+
+def _index(card: Path, name: str, suite: dict[str, Any]) -> None:
+    """Figures where hubs look for them: the card's front matter."""
+    from huggingface_hub import EvalResult, ModelCard
+
+    whole = ModelCard.load(card, ignore_metadata_errors=True)
+    whole.data.model_name = name
+    whole.data.eval_results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=measure["name"].partition(" ")[0].strip(",").lower(),
+            dataset_name=measure["name"].removesuffix(", %"),
+            metric_type="accuracy" if measure["name"].endswith("%") else "loss",
+            metric_value=measure["after"][0],
+            metric_name="mean, 95 % {1:g} to {2:g}; before {0:g}".format(measure["before"][0], *measure["after"][1:]),
+        )
+        for measure in suite["measures"]
+    ]
+    whole.save(card)

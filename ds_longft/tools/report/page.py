@@ -25,6 +25,7 @@ from ds_longft.train.smooth import FEWEST, running_mean, steps_of_a_mean
 
 REFRESH_S = 30
 TITLES = {
+    "suite": "Before and after",
     "perplexity": "Loss by position",
     "needle": "Needles",
     "needle-multi": "Several needles at once",

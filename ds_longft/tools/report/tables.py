@@ -114,6 +114,8 @@ def _counts(of: dict[str, int]) -> str:
 
 def evaluation_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
     """(columns, rows) of one evaluation; rows are the same figure before and after, with the difference."""
+    if evaluation.kind == "suite":
+        return suite_rows(evaluation.pair[-1][1])
     values = {label: _figures(result) for label, result in evaluation.pair}
     names = list(dict.fromkeys(name for figures in values.values() for name in figures))
     columns = ["", *values]
@@ -127,6 +129,24 @@ def evaluation_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]
             row.append("" if before is None or after is None else f"{after - before:+.{_digits(evaluation)}f}")
         rows.append(row)
     return columns + (["difference"] if both else []), rows
+
+
+def suite_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(columns, rows) of a suite: each figure with its 95 % interval."""
+    columns = ["", "before", "after", "difference (95 %)", "rows"]
+    return columns, [
+        [
+            one["name"],
+            *(_interval(one[key], 1 if one["name"].endswith("%") else 3) for key in ("before", "after", "difference")),
+            str(one["rows"]),
+        ]
+        for one in result["measures"]
+    ]
+
+
+def _interval(ends: Sequence[float], digits: int) -> str:
+    mean, low, high = (f"{value:.{digits}f}" for value in ends)
+    return f"{mean} ({low} to {high})"
 
 
 def _digits(evaluation: Evaluation) -> int:
@@ -232,7 +252,7 @@ def _needle_words(settings: dict[str, Any]) -> list[str]:
 def _text_words(settings: dict[str, Any]) -> list[str]:
     same = (
         "text", "texts", "buckets", "where", "data", "prompts", "tasks", "limit", "lengths", "rows", "essays", "squad",
-        "hotpotqa", "seed",
+        "hotpotqa", "seed", "preset",
     )  # fmt: skip
     flags = {"length_tokens": "length", "window_tokens": "window", "max_length_tokens": "max_length"}
     flags |= dict(zip(same, same, strict=True))

@@ -1,0 +1,161 @@
+"""`ds-longft eval suite`: what a run changed, in one command and one table, before and after it."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ds_longft.errors import ConfigError
+from ds_longft.run_files import EvaluationRow, Preset
+from ds_longft.stored import read_lines
+from ds_longft.tools.evaluate.bootstrap import mean_with_interval
+from ds_longft.tools.evaluate.needle import needle, token_list
+from ds_longft.tools.evaluate.ruler.command import ruler
+from ds_longft.tools.evaluate.short import short
+from ds_longft.tools.report.command import add_to_card, write_report
+from ds_longft.tools.report.run_facts import gather_facts
+from ds_longft.tools.report.tables import suite_rows
+
+Scored = dict[str, dict[str, dict[str, float]]]
+"""Measure -> part (a task, a place in the text) -> key of a row -> its value."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is asked."""
+
+    rows: int  # of each RULER task and length
+    trials: int  # of each needle cell
+
+
+SIZES: Mapping[Preset, Size] = {"quick": Size(rows=4, trials=1), "paper": Size(rows=50, trials=4)}
+
+
+def suite(
+    run: str,
+    *,
+    preset: Preset = "quick",
+    lengths: str | None = None,
+    rows: int | None = None,
+    essays: str | None = None,
+    squad: str | None = None,
+    hotpotqa: str | None = None,
+    gpus: int = 1,
+    base: str | None = None,
+    json: bool = False,
+) -> None:
+    """RULER, needles and short questions of a run and of the model it started from, on the same prompts.
+
+    One table: each figure before and after with a 95 % interval (bootstrap over rows), and the difference with its own,
+    row by row. It goes to RUN/eval/suite.json, RUN/report.html and, with the figures as `model-index`, RUN/README.md.
+    Stopped and started again, it goes on.
+
+    Args:
+        run: output folder of a finished run.
+        preset: quick (4 rows of each RULER task, at a quarter of the window and the whole of it) or paper (50 rows, 4K
+            and its doublings up to the window).
+        lengths: in tokens, instead of the preset's.
+        rows: of each RULER task and length, instead of the preset's.
+        essays: what RULER's needles are hidden in; see `eval ruler`.
+        squad: SQuAD's dev-v2.0.json.
+        hotpotqa: hotpot_dev_distractor_v1.json.
+        gpus: how many GPUs of this machine to use; on a CPU, processes.
+        base: the base model of an adapter, where it has moved.
+        json: print one JSON object instead of a table.
+    """
+    if rows is not None and rows < 1:
+        raise ConfigError(f"--rows is {rows}: expected 1 or more")
+    given = None if lengths is None else token_list("--lengths", lengths)
+    from ds_longft.tools.evaluate import results  # brings torch
+    from ds_longft.tools.evaluate.subject import find_subject, subject_window
+
+    find_subject(run, before=True, base=base)
+    after = find_subject(run, base=base)
+    sizes = given or _lengths(preset, subject_window(after) or 8192)
+    size, folder = SIZES[preset], results.result_folder(after, None)
+    shared: dict[str, Any] = {"lengths": ",".join(map(str, sizes)), "gpus": gpus, "base": base}
+    texts: dict[str, Any] = {"essays": essays, "squad": squad, "hotpotqa": hotpotqa}
+    with contextlib.redirect_stdout(sys.stderr):
+        for before in (True, False):
+            ruler(run, rows=rows or size.rows, before=before, **texts, **shared)
+            needle(run, trials=size.trials, before=before, **shared)
+            short(run, before=before, base=base)
+    result = {
+        "kind": "suite",
+        "model": after.shown,
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "settings": {"preset": preset, "lengths": sizes, "rows": rows, **texts},
+        "measures": compared(_scored(folder, results.BEFORE), _scored(folder, "")),
+    }
+    path = folder / "suite.json"
+    results.write_result(path, result)
+    _report(Path(run).expanduser())
+    results.show((result, path), json, _show)
+
+
+def _lengths(preset: Preset, window: int) -> list[int]:
+    if preset == "quick":
+        return sorted({max(1024, window // 4), window})
+    return [4096 << i for i in range((window // 4096).bit_length())] or [window]
+
+
+def _scored(folder: Path, ending: str) -> Scored:
+    """The values of every row of the three evaluations."""
+    readers: dict[str, Callable[[dict[str, Any]], tuple[str, str, float]]] = {
+        "ruler": lambda row: (f"RULER {row['length_tokens']:,}, %", row["task"], 100 * row["score"]),
+        "needle": lambda row: (f"needles {row['length_tokens']:,}, %", str(row["depth"]), 100.0 * row["exact"]),
+        "short": lambda row: (
+            ("loss of short texts", "", row["loss"])
+            if "loss" in row
+            else ("short questions, %", "", 100.0 * row["right"])
+        ),
+    }
+    scored: Scored = {}
+    for name, read in readers.items():
+        for row in read_lines(folder / f"{name}{ending}.rows.jsonl", EvaluationRow)[0][1:]:
+            measure, part, value = read(row)
+            scored.setdefault(measure, {}).setdefault(part, {})[row["key"]] = value
+    return scored
+
+
+def compared(before: Scored, after: Scored) -> list[dict[str, Any]]:
+    """Each measure of both: [mean, low, high] before, after, and of the difference, taken row by row."""
+    made = []
+    for measure in (name for name in after if name in before):
+        parts = [(rows, after[measure][part]) for part, rows in before[measure].items()]
+        pairs = [[(old[key], new[key]) for key in old] for old, new in parts]
+        made.append(
+            {
+                "name": measure,
+                "rows": sum(map(len, pairs)),
+                "before": mean_with_interval([[old for old, _ in part] for part in pairs]),
+                "after": mean_with_interval([[new for _, new in part] for part in pairs]),
+                "difference": mean_with_interval([[new - old for old, new in part] for part in pairs]),
+            }
+        )
+    return made
+
+
+def _report(run: Path) -> None:
+    """The page and the card, with the table in them."""
+    facts = gather_facts(run)
+    write_report(facts, run / "report.html")
+    add_to_card(facts, run / "README.md")
+
+
+def _show(result: dict[str, Any], path: Path) -> None:
+    columns, lines = suite_rows(result)
+    table = Table(*columns)
+    for line in lines:
+        table.add_row(*line)
+    console = Console()
+    console.print(table)
+    console.print(f"{path}; {path.parent.parent / 'report.html'}", soft_wrap=True, highlight=False)
