@@ -228,6 +228,7 @@ class EvaluationFile(StoredFile):
     averages: dict[str, float | None] | None = None
     scores: dict[str, float | None] | None = None
     by_length: Percent = {}
+    intervals: dict[str, Annotated[list[float], Field(min_length=2, max_length=2)]] = {}
     measures: list[Measure] | None = None
 
     @model_validator(mode="after")
@@ -247,6 +248,9 @@ class EvaluationFile(StoredFile):
                 size for found in (self.exact_percent, self.found_percent) for s in (found or {}).values() for size in s
             ]
             missing += [f"lengths as numbers ({size})" for size in sizes if not size.isdecimal()]
+        if self.kind == "ruler":
+            sizes = [*(self.averages or {}), *self.intervals, *(size for of in self.by_length.values() for size in of)]
+            missing += [f"lengths as numbers ({size})" for size in sizes or ["none"] if not size.isdecimal()]
         if self.edges_tokens is not None and len(self.edges_tokens) != len(self.loss_by_bucket or []) + 1:
             missing.append("as many edges_tokens as buckets, and one more")
         if self.loss_by_eighth == []:

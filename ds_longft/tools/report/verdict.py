@@ -38,6 +38,9 @@ def _asked(evaluation: Evaluation) -> list[tuple[str, Any]]:
         return [(f"{many} in {int(n):,} tokens, {lang}", (lang, n)) for lang, n in longest.items()]
     if kind == "short":
         return [("short questions right", "right_percent")]
+    if kind == "ruler":
+        length = max(map(int, result["averages"]))
+        return [(f"RULER at {length:,} tokens, mean of the tasks, %", str(length))]
     if kind.startswith("longbench"):
         return [(f"{evaluation.name}, {name}", name) for name in result["averages"]]
     return []
@@ -59,7 +62,10 @@ def _shown(kind: str, result: dict[str, Any], key: Any) -> str:
         return "-" if value is None else f"{value:.0f} %{interval(value, asked)}"
     if kind == "short":
         return f"{result['right_percent']:.0f} %{interval(result['right_percent'], result.get('questions') or 0)}"
-    return f"{result['averages'][key]:.1f}" if key in result["averages"] else "-"
+    if result["averages"].get(key) is None:
+        return "-"
+    ends = " ({:.0f} to {:.0f})".format(*result["intervals"][key]) if key in result["intervals"] else ""
+    return f"{result['averages'][key]:.1f}{ends}"
 
 
 def interval(percent: float, n: int) -> str:
