@@ -111,7 +111,7 @@ def as_words(arguments: dict[str, Any]) -> list[str]:
     flags = [
         f"--{key}" if value is True else f"--{key}={value}"
         for key, value in arguments.items()
-        if value not in (None, False) and not isinstance(value, tuple)
+        if value is not None and value is not False and not isinstance(value, tuple)
     ]
     return [*chain(*keys), *flags]
 

@@ -11,6 +11,7 @@ import json
 import shutil
 import threading
 import time
+import warnings
 from collections.abc import Generator, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -29,6 +30,7 @@ from ds_longft.data.pack import build_pack
 from ds_longft.data.readers import START, Block, Place
 from ds_longft.data.tokenize import Input, Task, write_set
 from ds_longft.data.tokenized import TokenizedRow, TokenizedSet
+from ds_longft.errors import DataError
 from ds_longft.stored import Unreadable, read_if_good
 
 MIB = 1 << 20
@@ -67,7 +69,8 @@ class Stream:
         """A window, made now unless it is there.
 
         Raises:
-            DataError: nothing usable in it, too many bad rows, or tokens that the model does not know.
+            DataError: tokens that the model does not know; of the first window also: nothing usable in it, or too many
+                bad rows. Of later ones that is a warning, and what is usable is trained.
         """
         folder = self.folder / f"window-{number:06d}"
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +82,12 @@ class Stream:
                 self._make(number, folder)
                 sealed = sealed_set(folder, every_byte=False)
             made = TokenizedSet.open([folder / part.file for part in sealed.parts], folder.name, sealed.tally)
-        sealed.tally.check(self._data.max_bad_fraction, folder / LEDGER)
+        try:
+            sealed.tally.check(self._data.max_bad_fraction, folder / LEDGER)
+        except DataError as error:
+            if number == 0:
+                raise
+            warnings.warn(f"window {number} of the stream: {error}", stacklevel=2)  # no reason to end a run
         if self._vocab is not None:
             made.check_ids(self._vocab)
         return made
@@ -187,7 +195,7 @@ class StreamLoader(StepLoader):
         """Steps of a window; the next one is made meanwhile."""
         self.rows(epoch)
         if self._makes_windows:
-            self._stream.forget(epoch)
+            self._stream.forget(epoch - 1)  # another machine may still read the one before
             name = f"ds_longft-window-{epoch + 1}"
             threading.Thread(target=self._make_ahead, args=(epoch + 1,), name=name, daemon=True).start()
         return super().steps(epoch, start)

@@ -56,12 +56,17 @@ def targets_of(model: PreTrainedModel, lora: LoraConfig) -> Targets:
         raise ModelError(f"lora.experts is true, but {model.config.model_type} has no stacked experts: leave it out")
     if lora.targets == "all-linear":
         count = next(iter(experts.values()), None)
-        chosen = [name for name, m in linears.items() if m is not head and m.out_features != count]  # routers have E
+        chosen = [name for name, m in linears.items() if m is not head and not _routes(name, m, count)]
     else:
         chosen = [name for name in linears if any(name == n or name.endswith("." + n) for n in named)]
     taken = _taken_by_peft(model, {_leaf(name) for name in chosen}) if experts else set()
     modules = {_leaf(name) for name in chosen} - taken
-    excluded = set(NOT_ADAPTED.get(model.config.model_type, ()))
+    excluded = set(NOT_ADAPTED.get(model.config.get_text_config().model_type, ()))
+    if lora.targets != "all-linear" and (refused := excluded & modules):
+        raise ModelError(
+            f"lora.targets names {', '.join(sorted(refused))}, whose weight {model.config.model_type} reads without "
+            "calling the layer: an adapter there would do nothing. Leave it out"
+        )
     if experts:
         excluded |= {_in_layer(name) for name in linears if _leaf(name) in modules and name not in chosen}
     parameters = {f"{_in_layer(name)}.weight" for name in chosen if _leaf(name) in taken}
@@ -73,6 +78,11 @@ def targets_of(model: PreTrainedModel, lora: LoraConfig) -> Targets:
     elif not experts:
         asked = lora.targets if lora.targets == "all-linear" else named
     return Targets(asked, sorted(parameters) or None, sorted(excluded) or None)
+
+
+def _routes(name: str, linear: nn.Linear, experts: int | None) -> bool:
+    """Whether a linear chooses the experts of a token: it has their number of outputs, and such a name."""
+    return linear.out_features == experts and not {"router", "gate", "classifier"}.isdisjoint(name.split("."))
 
 
 def _inside(model: PreTrainedModel, names: set[str], head: nn.Module) -> str:

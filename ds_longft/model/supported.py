@@ -44,7 +44,12 @@ def check_supported(hf_config: PretrainedConfig) -> None:
             f"{name} has layers of type {seen}: these carry state along the sequence or mask it differently and cannot "
             f"be split over ranks exactly. Supported layers: {', '.join(sorted(ATTENTION_LAYERS))}"
         )
-    if is_wrapped(hf_config) and type(hf_config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+    if is_wrapped(hf_config):
+        if type(hf_config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            raise ModelError(
+                f"{name} wraps a text model in a way that transformers does not list as image-text-to-text: its text "
+                "model cannot be taken out. A text-only checkpoint of the same family can be trained"
+            )
         return
     if type(hf_config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         check_class_supported(MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)], name)

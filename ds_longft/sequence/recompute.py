@@ -20,7 +20,8 @@ Source of the rule: Chen et al., arXiv 1604.06174; of keeping attention: DISTFLA
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -212,20 +213,34 @@ def _from(
 
 
 def _ends_with(out: Any, node: object) -> bool:
-    """Whether a layer's output is a sum of the output of `node` and other terms: no one saves what is added."""
+    """Whether a layer's output is a sum of the output of `node` and other terms, and nothing else reads that output or
+    a partial sum with it: no one saves what is added.
+
+    A layer of two sublayers ends with such a sum too, but its second norm reads the first sublayer's (LongCat-Flash).
+    """
     tensor = out[0] if isinstance(out, tuple) else out
-    added = tensor.grad_fn
-    return node is not None and added is not None and added.name() == "AddBackward0" and _adds(added, node)
+    added: Any = tensor.grad_fn
+    made: Any = node
+    if made is None or added is None or added.name() != "AddBackward0":
+        return False
+    # Whatever reads the output of `node` is younger than it.
+    readers, found = Counter[Any](), [added]
+    for reader in found:
+        for term, _ in reader.next_functions:
+            if term is not None and term._sequence_nr() >= made._sequence_nr():
+                found += [term] if term not in readers else []
+                readers[term] += 1
+    return _adds(added, made, readers)
 
 
-def _adds(made_by: Any, node: object) -> bool:
-    """Whether `node` is a term of this sum, itself or seen in another shape."""
-    if made_by is None or made_by is node:
-        return made_by is node
+def _adds(made_by: Any, node: Any, readers: Mapping[Any, int]) -> bool:
+    """Whether `node` is a term of this sum, itself or seen in another shape, read nowhere else on the way."""
+    if made_by is node:
+        return True
     if made_by.name() != "AddBackward0" and not made_by.name().startswith(_NOTHING_KEPT):
         return False
-    terms = made_by.next_functions
-    return any(_adds(term, node) for term, _ in (terms if made_by.name() == "AddBackward0" else terms[:1]))
+    terms = made_by.next_functions if made_by.name() == "AddBackward0" else made_by.next_functions[:1]
+    return any(readers.get(term) == 1 and _adds(term, node, readers) for term, _ in terms)
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

@@ -33,7 +33,7 @@ def train(config: RunKeys, *, gpus: int | None = None) -> None:
     words = list(_words(config))
     here = visible_gpus()
     keys = quickstart.or_quickstart(words, has_gpu=here > 0)
-    ranks = gpus or here or (2 if keys != words else 1)
+    ranks = gpus if gpus is not None else here or (2 if keys != words else 1)
     if here and ranks > here:
         raise ConfigError(f"--gpus is {ranks}, this machine has {here} GPUs")
     print(_checked(keys, ranks, on_gpu=here > 0), flush=True)
@@ -54,7 +54,7 @@ def check(config: RunKeys, *, gpus: int | None = None) -> None:
         gpus: for so many GPUs of one node, on a machine without any too. Left out: those of this machine.
     """
     here = visible_gpus()
-    print(_checked(list(_words(config)), gpus or here or 1, on_gpu=bool(here or gpus)))
+    print(_checked(list(_words(config)), gpus if gpus is not None else here or 1, on_gpu=bool(here or gpus)))
 
 
 def config(config: RunKeys, *, all: bool = False) -> None:

@@ -261,7 +261,7 @@ class Fused:
     @property
     def last(self) -> Holder | None:
         """What the layer ends with, as far as is known."""
-        down = next((g for g in self.groups if g.names == ("down_proj",)), None)
+        down = next((g for g in reversed(self.groups) if g.names == ("down_proj",)), None)
         return self.experts[-1] if self.experts else self.tiled or down
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from ds_longft.config.state_families import STATE_FAMILIES
+from ds_longft.errors import ModelError
 from ds_longft.model.rope_lengths import cache_outdated, set_rope_lengths
 from ds_longft.model.stops import stop_ids
 from ds_longft.tools.evaluate.subject import Loaded
@@ -35,8 +37,10 @@ def generate(
     lengths = {len(prompt) for prompt in prompts}
     assert len(lengths) == 1, f"prompts of {sorted(lengths)} tokens in one batch"
     ids = torch.tensor([list(prompt) for prompt in prompts], device=loaded.device)  # [B, n]
-    cache = DynamicCache()  # without the config: sliding layers keep all keys, the attention cuts them
-    most = max(1, chunk_tokens // len(prompts))
+    cache = _new_cache(loaded)
+    # Layers with a state start it anew with each chunk of several tokens, in transformers' own forward.
+    state = loaded.plain.config.get_text_config().model_type in STATE_FAMILIES
+    most = ids.shape[1] if state else max(1, chunk_tokens // len(prompts))
     logits = _logits(loaded, ids, cache, most)
     stop = torch.tensor(sorted(stop_ids), device=loaded.device)
     done = torch.zeros(len(prompts), dtype=torch.bool, device=loaded.device)
@@ -50,11 +54,24 @@ def generate(
         if i + 1 == max_new_tokens or bool(done.all()):
             break
         if cache_outdated(loaded.plain.config, ids.shape[1], ids.shape[1] + 1):
-            cache = DynamicCache()
+            cache = _new_cache(loaded)
         ids = torch.cat([ids, token[:, None]], 1)
         logits = _logits(loaded, ids, cache, most)
     stops = set(stop_ids) | {-1}
     return [_until(row, stops) for row in torch.stack(steps, 1).tolist()]
+
+
+def _new_cache(loaded: Loaded) -> DynamicCache:
+    """An empty cache. Without the config, sliding layers keep all keys and the attention cuts them; layers with a state
+    have to be named by it.
+
+    Raises:
+        ModelError: the model wants a cache of its own.
+    """
+    text = loaded.plain.config.get_text_config()
+    if text.model_type == "minimax":
+        raise ModelError("minimax keeps its states in a cache of its own, which evaluation by answers does not make")
+    return DynamicCache(config=text) if text.model_type in STATE_FAMILIES else DynamicCache()
 
 
 def end_ids(loaded: Loaded, tokenizer: Any) -> set[int]:

@@ -80,7 +80,7 @@ def perplexity(
         raise ConfigError(f"--length is {length}: a text of one token has none to predict, give 2 or more")
     if window is not None and tokens_of("--window", window) < 8:
         raise ConfigError(f"--window is {window}: expected 8 or more tokens, e.g. 8K")
-    arguments = {key: value for key, value in locals().items() if value not in (None, False)}
+    arguments = {key: value for key, value in locals().items() if value is not None and value is not False}
     if start_ranks("perplexity", "--sp", sp, arguments):
         return
     launch = Launch.from_environment()

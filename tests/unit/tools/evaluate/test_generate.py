@@ -8,11 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from ds_longft.errors import ModelError
 from ds_longft.model.lora import add_lora, save_adapter
 from ds_longft.tools.evaluate.cached_attention import CACHED, cached_attention, register
 from ds_longft.tools.evaluate.generate import generate
 from ds_longft.tools.evaluate.subject import find_subject, load_subject
 from tests.unit.model.tiny import save_tiny
+from tests.unit.sequence.zoo import tiny
 
 CPU = torch.device("cpu")
 
@@ -39,6 +41,28 @@ def test_chunks_change_nothing(tmp_path: Path, family: str) -> None:
         wanted = [greedy_without_cache(model, prompt, 6) for prompt in prompts]
     for chunk in (1000, 26, 8):  # 1, 4 and 12 chunks for two prompts
         assert generate(loaded, prompts, max_new_tokens=6, stop_ids={2}, chunk_tokens=chunk) == wanted
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "bamba", "lfm2", "falcon_h1", "nemotron_h", "jamba"])
+def test_layers_with_a_state_answer_too(tmp_path: Path, family: str) -> None:
+    torch.manual_seed(0)
+    config = tiny(family)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.float32).eval()
+    register()
+    loaded = load_subject(find_subject(str(tmp_path)), CPU, attention=CACHED)
+    prompts = torch.randint(3, config.vocab_size, (2, 45), generator=torch.Generator().manual_seed(1)).tolist()
+    with torch.no_grad():
+        wanted = [greedy_without_cache(model, prompt, 6) for prompt in prompts]
+    assert generate(loaded, prompts, max_new_tokens=6, stop_ids=set(), chunk_tokens=8) == wanted
+
+
+def test_a_cache_that_is_not_made_is_said(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(tiny("minimax"), dtype=torch.float32).save_pretrained(tmp_path)
+    loaded = load_subject(find_subject(str(tmp_path)), CPU, attention=CACHED)
+    with pytest.raises(ModelError, match="cache of its own"):
+        generate(loaded, [[3, 4, 5]], max_new_tokens=1, stop_ids=set())
 
 
 LONGROPE = {
