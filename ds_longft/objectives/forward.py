@@ -43,7 +43,8 @@ class ShardedModel:
         self.kv_heads_at_a_time = kv_heads_at_a_time
         # PEFT changes linears in place; the plain causal LM under it still runs with its adapters.
         causal_lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        seen = causal_lm.get_decoder().config._attn_implementation
+        # A multimodal model's text model has a config of its own; not everything called a decoder is a model.
+        seen = getattr(causal_lm.get_decoder(), "config", causal_lm.config)._attn_implementation
         assert seen == ULYSSES, f"the model's attention is {seen}: every rank would attend to its own shard alone"
         spread_state_layers(causal_lm)
         self.decoder = causal_lm.get_decoder()

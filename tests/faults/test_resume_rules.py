@@ -69,6 +69,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "model.kernel": ("--model.kernel", "math"),
     "model.liger": ("--model.liger", "off"),
     "model.random_weights": ("--model.random_weights", "true"),
+    "model.unproved": ("--model.unproved", "true"),
     "model.add_tokens": ("--ds_config", OTHER_STAGE, "--model.add_tokens", "<a>,<b>"),
     "model.train_added": ("--ds_config", OTHER_STAGE, "--model.add_tokens", "<a>", "--model.train_added", "false"),
     "model.rope.type": ROPE,
@@ -135,13 +136,15 @@ OTHERS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 CHANGED_ROWS = {"data.train[].limit"}  # leads to other rows; other keys known by content lead to the same
 NOT_SEEN = {"train.on_nonfinite", "train.max_skipped_in_a_row"}  # in the losses of a run that stays finite
+OF_MIXTURES = {"lora.experts", "train.router_aux_loss", "train.router_z_loss"}
 OF_HUB_SETS = {"data.train[].subset", "data.train[].revision"}
 ELSEWHERE = (
     {key for key in CLASSES if key.startswith("dpo.")}
     | {"data.eval", "lora.init_from", "train.mlp_tile_tokens", "hub.repo", "hub.push_every_save", "hub.private"}
     | OF_HUB_SETS
+    | OF_MIXTURES
 )
-"""`dpo.*`, `lora.init_from`: below, without a run. `train.mlp_tile_tokens`: below, with a run without dropout. `data.eval` excludes
+"""`dpo.*`, `lora.init_from`, mixtures: below, without a run. `train.mlp_tile_tokens`: below, with a run without dropout. `data.eval` excludes
 `data.eval_fraction`, which decides the training rows. What names a hub set's version is refused for files. `hub.*`: `tests/e2e/test_hub.py`."""
 
 QUICK = {
@@ -265,6 +268,14 @@ def test_another_value_in_preference_training(key: str) -> None:
         refuse_another_run(Path("checkpoint-6"), before, now)
         (change,) = changes_since(before, now)
         assert (change["key"], change["after_step"]) == (key, 6)
+
+
+@pytest.mark.parametrize("key", sorted(OF_MIXTURES))
+def test_another_value_in_training_a_mixture(key: str) -> None:
+    words = (f"--{key}", "true" if key == "lora.experts" else "0.01")
+    assert CLASSES[key] is OnResume.REFUSED
+    with pytest.raises(CheckpointError, match=f"{key} was .* and is .* now"):
+        refuse_another_run(Path("checkpoint-6"), state_of(load_run_config([])), state_of(load_run_config([*words])))
 
 
 def test_another_adapter_to_start_from_is_refused() -> None:

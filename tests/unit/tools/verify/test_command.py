@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ds_longft.command_line import call
 from ds_longft.errors import ConfigError
 from ds_longft.tools.verify import command
 from tests.distributed.user_files import user_config
@@ -34,9 +35,9 @@ def run_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 )
 def test_refused_before_a_rank_is_started(run_yaml: str, flags: str, expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
-        command.main(["--config", run_yaml, *flags.split()])
+        call(command.verify, "ds-longft verify", ["--config", run_yaml, *flags.split()])
 
 
 @pytest.mark.parametrize(("flags", "ranks"), [("--sp 3", 3), ("--sp 2 --ranks 4", 4), ("", 2)])
 def test_what_fits_is_started(run_yaml: str, flags: str, ranks: int) -> None:
-    assert command.main(["--config", run_yaml, *flags.split()]) == ranks
+    assert call(command.verify, "ds-longft verify", ["--config", run_yaml, *flags.split()]) == ranks
