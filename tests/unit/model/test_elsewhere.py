@@ -1,4 +1,4 @@
-"""What is exported says the same to transformers 4 and 5."""
+"""What is exported says the same to transformers 4 and 5, to llama.cpp's converter and to vLLM."""
 
 from __future__ import annotations
 
@@ -38,10 +38,65 @@ with torch.no_grad():
 torch.save({"logits": logits, "ids": tokenizer("the answer<|im_end|>").input_ids, "eos": tokenizer.eos_token}, sys.argv[2])
 """
 
+HALF = tiny_config("llama").head_dim // 2
+VLLM_ROPES = ROPES | {
+    "yarn with attention_factor": ROPES["yarn"] | {"attention_factor": 1.5},
+    "longrope": {
+        "rope_type": "longrope", "rope_theta": 500000.0, "factor": 4.0, "original_max_position_embeddings": 64,
+        "short_factor": [1.0] * HALF, "long_factor": [1.0 + i for i in range(HALF)],
+    },
+}  # fmt: skip
+VLLM = """
+import json, sys, types, torch
+from unittest.mock import MagicMock
+from vllm.transformers_utils.config import get_config
 
-def saved(folder: Path, rope: dict) -> Path:
+def stub(name, folder=None, **content):  # what the rotary embeddings import and do not compute with
+    module = types.ModuleType(name)
+    module.__dict__.update({"__getattr__": lambda key: MagicMock(), **content})
+    if folder:
+        module.__path__ = [sys.argv[1] + "/" + folder]
+    sys.modules[name] = module
+
+class CustomOp(torch.nn.Module):
+    def __init__(self, **settings):
+        super().__init__()
+
+    enabled = classmethod(lambda cls: False)
+    register = staticmethod(lambda name, **more: lambda cls: cls)
+
+served = MagicMock()
+served.model_config.max_model_len = 256
+stub("vllm.model_executor", "vllm/model_executor")
+stub("vllm.model_executor.layers", "vllm/model_executor/layers")
+stub("vllm.model_executor.custom_op", CustomOp=CustomOp)
+stub("vllm.config", "vllm/config", get_current_vllm_config=lambda: served)
+stub("vllm._aiter_ops")
+stub("vllm.distributed", "vllm/distributed")
+stub("vllm.distributed.parallel_state")
+stub("vllm.utils.flashinfer", has_flashinfer=lambda: False)
+from vllm.model_executor.layers.rotary_embedding import get_rope
+
+tables = {}
+for folder, overrides in json.loads(sys.argv[2]):
+    config = get_config(folder, trust_remote_code=False)
+    config.update(overrides)  # as --hf-overrides does
+    rope = get_rope(
+        config.head_dim, max_position=config.max_position_embeddings, rope_parameters=config.rope_parameters,
+        dtype=torch.float32,
+    )
+    if config.rope_parameters["rope_type"] == "longrope":  # the short frequencies lie before the long ones
+        assert rope.use_long_rope
+        tables[folder] = rope.long_short_cos_sin_cache[64:]
+    else:
+        tables[folder] = rope.cos_sin_cache
+torch.save(tables, sys.argv[3])
+"""
+
+
+def saved(folder: Path, rope: dict, window: int = 256) -> Path:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config("llama", rope_parameters=rope, max_position_embeddings=256))
+    model = AutoModelForCausalLM.from_config(tiny_config("llama", rope_parameters=rope, max_position_embeddings=window))
     model.save_pretrained(folder)
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|x|>"]})
@@ -112,3 +167,35 @@ def test_llama_cpp_reads_the_same_rope(rope: str, tmp_path: Path) -> None:
         torch.testing.assert_close(default / torch.from_numpy(stretch[0].copy()), ours, rtol=1e-5, atol=0)
     else:
         assert stretch == []
+
+
+def our_table(folder: Path) -> torch.Tensor:
+    """(256, head_dim) cosines, then sines, of the model as it is loaded here, for a document of 256 tokens."""
+    rotary = AutoModelForCausalLM.from_pretrained(folder).model.rotary_emb
+    return torch.cat([table[0, :, :HALF] for table in rotary(torch.zeros(1), torch.arange(256)[None])], dim=-1)
+
+
+def test_vllm_computes_the_same(tmp_path: Path) -> None:
+    """DS_LONGFT_TEST_VLLM names a folder with an unpacked wheel of vLLM (0.33 was read). Nothing of it is compiled.
+
+    `dynamic` is the one type that vLLM has to be told of: its table ends with the old window, not stretched.
+    """
+    unpacked = os.environ.get("DS_LONGFT_TEST_VLLM")
+    if unpacked is None:
+        pytest.skip("DS_LONGFT_TEST_VLLM names no folder with an unpacked vLLM")
+    dynamic = {"rope_type": "dynamic", "rope_theta": 500000.0, "factor": 4.0}
+    told = {"max_position_embeddings": 256, "rope_parameters": dynamic | {"max_trained_positions": 64}}
+    cases: dict[str, tuple[Path, dict]] = {
+        name: (saved(tmp_path / name, rope), {}) for name, rope in VLLM_ROPES.items()
+    }
+    cases["dynamic"] = (saved(tmp_path / "dynamic", dynamic, window=64), {})
+    cases["dynamic, told"] = (saved(tmp_path / "told", dynamic, window=64), told)
+    given = json.dumps([(str(folder), overrides) for folder, overrides in cases.values()])
+    path = f"{unpacked}:{os.environ.get('PYTHONPATH', '')}"
+    command = [sys.executable, "-c", VLLM, unpacked, given, str(tmp_path / "tables.pt")]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": path})
+    tables = torch.load(tmp_path / "tables.pt")
+    assert len(tables[str(cases.pop("dynamic")[0])]) == 64
+    for name, (folder, _) in cases.items():
+        worst = (tables[str(folder)][:256] - our_table(folder)).abs().max()  # angles reach 255 rad, in fp32
+        assert worst < 1e-4, f"{name}: {worst}"
