@@ -8,7 +8,7 @@ import pytest
 
 from ds_longft.config.proof import proofs
 from tests.distributed.pool import WorkerPool
-from tests.distributed.walk import walk
+from tests.distributed.walk import find
 from tests.unit.sequence.zoo import model_types
 
 TYPES = proofs()["types"]
@@ -20,7 +20,7 @@ MOST_USED = (
 
 
 def check(pools: Callable[[int], WorkerPool], model_type: str) -> None:
-    found, said = pools(2).run(walk, model_type)[0], TYPES.get(model_type)
+    found, said = find(pools(2), model_type), TYPES.get(model_type)
     assert said is not None, f"transformers has a new type: python -m tests.distributed.write_models {model_type}"
     assert found.keys() == said.keys(), (found, said)
 

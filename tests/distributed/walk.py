@@ -12,6 +12,7 @@ from ds_longft.layout import ParallelLayout
 from ds_longft.model.rope import check_rope
 from ds_longft.model.supported import check_supported
 from ds_longft.model.wrapped import is_wrapped, make, text_class, whole_on_meta
+from tests.distributed.pool import WorkerPool
 from tests.unit.sequence.zoo import ACCURACY, Way, ours, tiny, truth
 
 WAYS = {"full": Way("keep_attention"), "lora": Way("full")}
@@ -63,6 +64,16 @@ def walk(rank: int, world: int, model_type: str) -> dict[str, str | float]:
             return {"wrong": f"{kind}: loss off by {loss:.1e}, {name} by {gradient:.1e} of the gradient"}
     text = {"text": config.get_text_config().model_type} if is_wrapped(config) else {}
     return {"proved": float(f"{worst:.1e}"), **text, **remark}
+
+
+def find(pool: WorkerPool, model_type: str) -> dict[str, str | float]:
+    """`walk` on the ranks of a pool; a type that ends them is "unknown"."""
+    try:
+        found: dict[str, str | float] = pool.run(walk, model_type, timeout_s=600)[0]
+    except AssertionError as error:
+        said = str(error)
+        return {"unknown": "its process dies" if "the process died" in said else said.splitlines()[-1][:200]}
+    return found
 
 
 def _first_line(error: BaseException) -> str:
