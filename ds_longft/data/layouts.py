@@ -11,7 +11,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ds_longft.data.rows import BadRow
 from ds_longft.errors import DataError
+
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+"""What a row is about where these hold something; its text alone would teach to answer without looking."""
 
 EVERY_ROW = ("source", "language", "lang", "weight")  # read in every layout
 EVERY_CHAT = ("system", "system_prompt", "tools", "functions")  # and these in every layout but plain text
@@ -136,9 +140,12 @@ LAYOUTS = (
 
 
 class Columns:
-    """A record, and which of its columns have been read."""
+    """A record, and which of its columns have been read. Raises `BadRow` where it holds images, video or sound."""
 
     def __init__(self, record: Mapping[str, Any]) -> None:
+        for column in MEDIA:
+            if _holds(record.get(column)):
+                raise BadRow(f"{column} beside the text", "only text is trained: leave such rows out")
         self._record = record
         self.read: set[str] = set(EVERY_ROW)
 
@@ -164,6 +171,12 @@ class Columns:
 def is_blank(value: Any) -> bool:
     """Null, an empty text or an empty list: a column that holds nothing."""
     return value is None or (isinstance(value, (str, list, dict)) and not value)
+
+
+def _holds(value: Any) -> bool:
+    """Whether there is anything in it, at any depth: mixed sets have `[]` or `{"bytes": null}` in rows of text."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else None
+    return any(map(_holds, parts)) if parts is not None else value is not None and value is not False and value != ""
 
 
 def unused_keys(record: Mapping[str, Any], read: Iterable[str]) -> list[str]:

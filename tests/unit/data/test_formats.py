@@ -201,3 +201,23 @@ def test_no_record_whatever_crashes(record, format):
     except BadRow:
         return
     assert row.is_text or row.turns[-1].role == "assistant"
+
+
+ROWS = {
+    "messages": {"messages": [{"role": "user", "content": "<image>q"}, {"role": "assistant", "content": "a"}]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "<image>q"}, {"from": "gpt", "value": "a"}]},
+    "alpaca": {"instruction": "q", "output": "a"},
+    "prompt_completion": {"prompt": "q", "completion": "a"},
+    "text": {"text": "plain"},
+    "longalign": {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "length": 9},
+    "grounded": {"document": "d", "question": "q", "answer": "a"},
+}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_row_with_images_is_refused_by_name(format):
+    for column, content in (("images", ["1.png"]), ("image", {"bytes": b"x"}), ("videos", ["v"]), ("audio", "a.wav")):
+        with pytest.raises(BadRow, match=f"{column} beside the text"):
+            turns(ROWS[format] | {column: content}, format)
+    for empty in (None, [], [None], "", {"bytes": None, "path": None}):
+        assert turns(ROWS[format] | {"images": empty}, format)
