@@ -21,7 +21,7 @@ from ds_longft.data.stream import Stream
 from ds_longft.data.tokenize import Input, tokenize_sources
 from ds_longft.errors import ConfigError, DataError, LongftError, ModelError
 from ds_longft.tools.look.colour import coloured
-from ds_longft.tools.look.statistics import Statistics, statistics
+from ds_longft.tools.look.statistics import Statistics, kept_in_words, statistics
 
 if TYPE_CHECKING:
     from ds_longft.data.tokenized import TokenizedRow, TokenizedSet, Weighting
@@ -168,7 +168,7 @@ def show(found: Statistics) -> None:
         facts.add_row(name, Text(value))
     console.print(facts)
     if len(found.retention) > 1:
-        kept = Table("data.max_length_tokens", "rows kept whole", "targets in them")
+        kept = Table("data.max_length_tokens", kept_in_words(found), "targets in them")
         for window in found.retention:
             kept.add_row(f"{window.window_tokens:,}", f"{window.rows:.1%}", f"{window.targets:.1%}")
         console.print(kept)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from ds_longft.tools.look.figure import png
-from ds_longft.tools.look.statistics import Group, Statistics
+from ds_longft.tools.look.statistics import Group, Statistics, kept_in_words
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --dim: #777 }
@@ -20,7 +20,7 @@ p.dim { color: var(--dim); margin: .75rem 0 }
 .facts b { display: block; font-size: 1.25rem; font-variant-numeric: tabular-nums } .facts span { color: var(--dim) }
 table { border-collapse: collapse; width: 100% } td, th { padding: .3rem .6rem; border-bottom: 1px solid var(--line) }
 td, th { text-align: right; font-variant-numeric: tabular-nums } td:first-child, th:first-child { text-align: left }
-td:first-child, th { min-width: 5rem }
+td:first-child, th { min-width: 5rem } .facts b, td { overflow-wrap: normal }
 img { width: 100%; min-width: 44rem; background: #fff; border-radius: .5rem } .scroll { overflow-x: auto }
 """
 
@@ -63,7 +63,7 @@ def page(stats: Statistics, *, title: str, note: str = "") -> str:
             _section("Sources", _groups(stats.sources)),
             _section("Languages", _groups(stats.languages)),
             _section("Lengths: rows", _table(["tokens up to", *map(escape, stats.by_source), "tokens"], lengths)),
-            _section("What a window keeps", _table(["tokens", "rows kept whole", "targets in them"], kept)),
+            _section("What a window keeps", _table(["tokens", kept_in_words(stats), "targets in them"], kept)),
             _section("Not used, though the rows hold it", _table(["", "rows"], unused)) if unused else "",
             _section("Rows left out", _table(["reason", "rows", "first of them"], left_out)) if left_out else "",
             '<p class="dim">Attention cost: sum of squared lengths. Work in attention: for a model whose attention '

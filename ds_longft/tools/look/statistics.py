@@ -159,6 +159,11 @@ def statistics(
     )
 
 
+def kept_in_words(found: Statistics) -> str:
+    """Heading of the shares of rows in `retention`: what was cut off rows is not known any more."""
+    return f"rows kept whole ({found.truncated:,} as they were cut)" if found.truncated else "rows kept whole"
+
+
 def _retention(rows: TokenizedSet) -> list[Retention]:
     """From the window that takes the shortest rows to the one that takes all; a pair counts by its longer document."""
     known = [(tokens, targets) for tokens, targets in rows.tally.too_long if tokens]

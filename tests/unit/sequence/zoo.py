@@ -244,8 +244,8 @@ def ours(config: PretrainedConfig, way: Way, *, lora: bool = False, layout: Para
     register()
     layout = layout or ParallelLayout(1, 0, 1)
     model = _model(config, ULYSSES, whole=False, lora=lora)
+    layers = decoder_layers(model.get_base_model() if lora else model)  # as a start: before the objective
     objective = SftObjective(model, layout, kv_heads_at_a_time=way.kv_heads)
-    layers = decoder_layers(model.get_base_model() if lora else model)
     keeps = [LayerKeep(i) for i in range(len(layers))]
     for keep, layer in zip(keeps, layers, strict=True):
         fused = fuse_and_tile(layer, 0, way.tile_tokens)
