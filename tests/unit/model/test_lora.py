@@ -214,3 +214,20 @@ def test_an_adapter_of_a_stretched_model_needs_the_same_stretch(tmp_path: Path) 
     save_adapter(model, gather_adapter_state(model), tmp_path / "run")
     with pytest.raises(ModelError, match=r"trained with RoPE.*set model\.rope"):
         add_lora(base_model(path), LoraConfig(r=4, init_from=str(tmp_path / "run")), seed=4)
+
+
+def test_a_width_of_as_many_features_as_experts_is_no_router() -> None:
+    """Qwen3-Next-80B has 512 experts, and 512 features of keys."""
+    config = zoo.tiny("qwen3_next")
+    keys = config.num_key_value_heads * config.head_dim
+    config.num_experts = keys
+    model = add_lora(AutoModelForCausalLM.from_config(config), LoraConfig(r=2), seed=0)
+    adapted = {name.split(".lora_A")[0].rpartition(".")[2] for name, _ in model.named_parameters() if "lora_A" in name}
+    assert {"q_proj", "k_proj", "v_proj"} <= adapted
+    assert "gate" not in adapted
+
+
+def test_a_named_layer_that_cannot_be_adapted_is_refused() -> None:
+    model = AutoModelForCausalLM.from_config(zoo.tiny("falcon_h1"))
+    with pytest.raises(ModelError, match=r"lora.targets names out_proj"):
+        add_lora(model, LoraConfig(r=2, targets=["q_proj", "out_proj"]), seed=0)
