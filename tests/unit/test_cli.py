@@ -331,3 +331,8 @@ def test_help_describes_the_function_itself(name: str) -> None:
     function, read = getattr(importlib.import_module(module), attribute), described(COMMANDS[name].target)
     assert inspect.signature(read) == inspect.signature(function, eval_str=True)
     assert read.__doc__ == function.__doc__
+
+
+def test_words_of_a_started_process_hold_zero_and_leave_out_what_is_not_given() -> None:
+    words = as_words({"model": "runs/m", "seed": 0, "gpus": 2, "before": True, "json": False, "out": None})
+    assert words == ["--model=runs/m", "--seed=0", "--gpus=2", "--before"]

@@ -86,7 +86,7 @@ def needle(
         name: of the result. Left out: needle, needle-multi or needle-hop.
         json: print one JSON object instead of tables.
     """
-    arguments = {key: value for key, value in locals().items() if value is not None and value is not False}
+    arguments = dict(locals())
     from ds_longft.tools.evaluate.processes import Processes, start_ranks
 
     spoken = _languages(languages)

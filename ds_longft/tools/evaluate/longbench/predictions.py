@@ -59,7 +59,7 @@ def run(
         name: of the result. Left out: longbench, or longbench-e.
         json: print one JSON object instead of tables.
     """
-    arguments = {key: value for key, value in locals().items() if value is not None and value is not False}
+    arguments = dict(locals())
     from ds_longft.tools.evaluate.processes import Processes, start_ranks
 
     chosen = choose_tasks(tasks, e=e)

@@ -63,7 +63,7 @@ def ruler(
         name: of the result. Left out: ruler.
         json: print one JSON object instead of a table.
     """
-    arguments = {key: value for key, value in locals().items() if value is not None and value is not False}
+    arguments = dict(locals())
     from ds_longft.tools.evaluate.processes import Processes, start_ranks
 
     if rows < 1:
