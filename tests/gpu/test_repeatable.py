@@ -69,11 +69,11 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
 @pytest.mark.parametrize("kind", ["adapters", "all weights", "pairs"])
 def test_runs_repeat_to_the_bit_and_so_do_resumed_ones(launcher: Launcher, tmp_path: Path, kind: str) -> None:
     more = {"adapters": (), "all weights": ("--lora", "null"), "pairs": pair_keys(launcher.config)}[kind]
-    keys = ("--sp", str(WORLD), "--train.deterministic", "true", *more)
+    keys = ("--sp", str(WORLD), "--train.deterministic", "true", "--train.epochs", "5", *more)  # 20 steps
     for name in ("one", "two"):
         codes, run = launcher.run(tmp_path / name, *keys, world=WORLD, timeout_s=200)
         assert codes == [0] * WORLD, run.text()
-    fault = {WORLD - 1: {"point": "step", "step": 3, "do": "SIGUSR1"}}
+    fault = {WORLD - 1: {"point": "step", "step": 13, "do": "SIGUSR1"}}
     codes, run = launcher.run(tmp_path / "resumed", *keys, world=WORLD, timeout_s=200, faults=fault)
     assert codes == [75] * WORLD, run.text()
     codes, run = launcher.run(tmp_path / "resumed", *keys, world=WORLD, timeout_s=200)
