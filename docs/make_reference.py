@@ -57,6 +57,10 @@ MEASURED = (
     ),
     ("documents as long as LongAlign's, 131,072 tokens, 2 GPUs, sp 2", "step longalign 131072 sp2 lora fa4 zero3"),
     ("16 documents of 8,192 tokens, 2 GPUs, dp 2", "step 16x8192 dp2 lora fa4 zero3"),
+    (
+        "16 documents of 8,192 tokens, 2 GPUs, dp 2, 176 GiB of host memory",
+        "step 16x8192 dp2 lora fa4 zero3, 176 GiB of host memory",
+    ),
     ("one sample of 65,536 tokens, all weights, 2 GPUs, sp 2", "step 65536 sp2 full fa4 zero3"),
     (
         "one sample of 524,288 tokens, 2 GPUs, sp 2, 200 GiB of host memory",
@@ -73,6 +77,10 @@ MEASURED = (
     (
         "one sample of 131,072 tokens, gpt-oss-20B shapes, LoRA on experts too, 1 GPU",
         "step 131072 sp1 gpt-oss-20b lora on linears and experts fa4",
+    ),
+    (
+        "one sample of 131,072 tokens, Qwen3-30B-A3B shapes, LoRA on experts too, 1 GPU, 48 GiB of host memory",
+        "step 131072 sp1 qwen3-30b-a3b lora on linears and experts fa4, 48 GiB of host memory",
     ),
     ("a DPO pair of 2 x 131,072 tokens, 2 GPUs, sp 2", "dpo pair 2 x 131072 sp2 lora, live reference"),
     ("one sample of 131,072 tokens, 1 GPU, 88 GiB of host memory", "step 131072 sp1 lora fa4, 88 GiB of host memory"),
