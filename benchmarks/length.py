@@ -3,7 +3,8 @@
     python benchmarks/length.py --gpu h200 --append benchmarks/results.jsonl     every setting that these GPUs can run
     python benchmarks/length.py --gpu h200 --only 1M                             those whose name holds "1M"
     python benchmarks/length.py --again benchmarks/results.jsonl                 today's plan against steps timed before
-    python benchmarks/length.py --tiny                                           a rehearsal on 2 CPU ranks
+    python benchmarks/length.py --gpus 8 --only sp8 --steps 3                    a million tokens on eight GPUs
+    python benchmarks/length.py --tiny                                           a rehearsal on CPU ranks, --gpus of them
 
 Each setting is one start of benchmarks/step.py, so that one that runs out of memory costs only itself. Settings with
 `calibrating` were used to make the shipped H200 rates and count in no error. Prints a table; with --append one line a
@@ -103,6 +104,11 @@ CASES = (
     ),
     Case("1M sp2 host", f"{1024 * K}", recompute="full", host_gib=230, tile=8 * K, kv_heads=1),
     Case("2M sp2 4 layers", f"{2048 * K}", recompute="full", host_gib=60, tile=8 * K, kv_heads=1, layers=4),
+    Case("128K sp2 all weights qwen3-8b", f"{128 * K}", shape="qwen3-8b", stage=3, full=True, host_gib=200),
+    Case("1M sp8 all weights qwen3-8b", f"{1024 * K}", gpus=8, shape="qwen3-8b", stage=3, full=True),
+    Case("1M sp8 qwen3-8b", f"{1024 * K}", gpus=8, shape="qwen3-8b", stage=3),
+    Case("1M sp8 qwen3-30b-a3b", f"{1024 * K}", gpus=8, shape="qwen3-30b-a3b", stage=3),
+    Case("2M sp8 all weights qwen3-8b", f"{2048 * K}", gpus=8, shape="qwen3-8b", stage=3, full=True, host_gib=400),
 )
 
 MADE_RATES = ("step 131072 sp2 lora fa4", "step smollm2 131072 sp1 full fa4")
@@ -112,6 +118,7 @@ TINY = (
     Case("tiny sp2", "256", shape="tiny", kernel="cpu"),
     Case("tiny sp1 tiles", "128,64", gpus=1, shape="tiny", recompute="full", tile=32, kernel="cpu"),
     Case("tiny pair sp2 two passes", "64x2", shape="tiny", reference="adapter_off", passes="two", kernel="cpu"),
+    Case("tiny sp8 all weights", "1024", gpus=8, shape="tiny", stage=3, full=True, kernel="cpu"),
     Case("tiny sp2 turns, all weights", "64x4", shape="tiny", stage=3, full=True, kv_heads=1, kernel="cpu"),
 )
 

@@ -45,6 +45,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 1 << 22,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     },
+    "qwen3-8b": {
+        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288,
+        "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+        "max_position_embeddings": 1 << 22, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    },
     "smollm2": {
         "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
         "num_hidden_layers": 30,
