@@ -133,7 +133,8 @@ def build(
     if stage == 0:  # its bf16 wrapper has taken a step of zeros: Adam's corrections would count it
         forget_steps(getattr(engine.optimizer, "optimizer", engine.optimizer))
     if stage == 3:
-        for held in [*fused, *recompute.experts, *(group for layer in recompute.groups for group in layer)]:
+        groups = [group for layer in recompute.groups for group in layer]
+        for held in [*fused, *recompute.experts, *recompute.uneven, *groups]:
             held.unhook()
         unhook(m for m in engine.module.modules() if next(m.parameters(), None) is None)  # activations, in tiles
     seed_dropout(config.seed, layout.rank)

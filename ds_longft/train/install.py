@@ -40,6 +40,7 @@ from ds_longft.sequence.recompute import Holder, LayerKeep, apply_recompute
 from ds_longft.sequence.recomputed_input import recompute_first_input
 from ds_longft.sequence.relief import Relief
 from ds_longft.sequence.state.families import gather_state_layers
+from ds_longft.sequence.uneven import UnevenExperts, reach_experts
 
 LIGER_OPS_BY_GRADIENT = ("ROPE", "LAYER_NORM")
 """Operations for which liger 0.8.5 takes another kernel where no gradient is wanted, and for other shapes.
@@ -174,6 +175,7 @@ class Recompute:
     host_bytes: int  # this rank's share of the host memory that may be used for linears
     groups: list[list[LinearGroup]] = field(default_factory=list)  # per layer, all of them
     experts: list[Experts] = field(default_factory=list)  # of all layers
+    uneven: list[UnevenExperts] = field(default_factory=list)  # those that keep their own forward
     keep: list[LayerKeep] = field(default_factory=list)  # per layer, read at each call
     tiled: bool = False  # MLPs have no whole outputs that could be kept
 
@@ -194,8 +196,11 @@ class Recompute:
                 fused = fuse_and_tile(layer, stage, decisions.tile_tokens)
                 made.groups.append(fused.groups)
                 made.experts += fused.experts
+                made.uneven += fused.uneven
                 keep.last = fused.last
                 made.tiled = made.tiled or fused.tiled is not None
+        else:
+            made.uneven = [each for layer in layers for each in reach_experts(layer, (), stage)]
         if config.train.mlp_tile_tokens and not (made.tiled or made.experts):
             raise ModelError(
                 f"train.mlp_tile_tokens is {config.train.mlp_tile_tokens}, but the MLPs of {base.config.model_type} "
@@ -257,6 +262,7 @@ class Fused:
     groups: list[LinearGroup]
     tiled: TiledMlp | None
     experts: list[Experts]
+    uneven: list[UnevenExperts]
 
     @property
     def last(self) -> Holder | None:
@@ -281,7 +287,7 @@ def fuse_and_tile(layer: nn.Module, stage: int, tile_tokens: int | None) -> Fuse
         tiled = tile_mlp(layer, groups, tile_tokens)
     if stage == 3:
         gather_with(layer, weights)
-    return Fused(groups, tiled, experts)
+    return Fused(groups, tiled, experts, reach_experts(layer, experts, stage))
 
 
 def gather_adapted(layer: nn.Module, grouped: Sequence[Experts] = ()) -> None:
