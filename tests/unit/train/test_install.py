@@ -51,6 +51,14 @@ def test_who_stays_whole(memory_gib: float | None, saved: int | None, keys: Any,
     assert any(key.startswith("stage3_") for key in section) != whole
 
 
+def test_a_mixture_counts_all_of_its_experts() -> None:
+    """Mixtral-8x7B: a token passes through 24 GiB of weights, and 87 would lie on each GPU."""
+    config = RunConfig.model_validate({"lora": {"r": 16}})
+    found, facts = settings(config), ModelFacts.from_config(AutoConfig.for_model("mixtral"))
+    assert 2 * facts.body_weights < 0.35 * 80 * 2**30 < 2 * facts.weights
+    assert not keep_resident(found, config, facts, 80.0, None)
+
+
 def test_liger_has_one_kernel_with_and_without_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before its modules are called; a user's own choice stands."""
     applied = list[dict[str, Any]]()
