@@ -4,7 +4,7 @@
     python benchmarks/length.py --gpu h200 --only 1M                             those whose name holds "1M"
     python benchmarks/length.py --again benchmarks/results.jsonl                 today's plan against steps timed before
     python benchmarks/length.py --gpus 8 --only sp8 --steps 3                    a million tokens on eight GPUs
-    python benchmarks/length.py --tiny                                           a rehearsal on CPU ranks, --gpus of them
+    python benchmarks/length.py --tiny                                           a rehearsal on CPU ranks
 
 Each setting is one start of benchmarks/step.py, so that one that runs out of memory costs only itself. Settings with
 `calibrating` were used to make the shipped H200 rates and count in no error. Prints a table; with --append one line a
