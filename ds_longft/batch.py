@@ -6,6 +6,7 @@ Letters: S tokens of the whole pack, s = S / sp tokens of one rank's shard, N do
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -91,6 +92,24 @@ class Documents:
     cu_seqlens: torch.Tensor  # [N + 1] int32, on the device, global positions
     lengths: tuple[int, ...]  # N document lengths in tokens
     own: Documents | None = None  # this rank's, where each rank holds whole documents: attention needs no other rank
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """[S] int64, each token's place in its document; made for the first layer that asks."""
+        starts = self.cu_seqlens.long()[:-1]
+        of_each = starts.repeat_interleave(self.cu_seqlens.diff().long(), output_size=sum(self.lengths))
+        return starts.new_ones(len(of_each)).cumsum(0) - 1 - of_each
+
+    @cached_property
+    def borders(self) -> dict[str, torch.Tensor]:
+        """As flash-linear-attention takes them. It makes its own indices of chunks once for each tensor object; the
+        copy on the host spares it a synchronisation.
+        """
+        on_device = self.cu_seqlens.long()
+        return {
+            "cu_seqlens": on_device,
+            "cu_seqlens_cpu": on_device.new_tensor([0, *self.lengths], device="cpu").cumsum(0),
+        }
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,14 @@ from transformers.activations import ACT2FN
 
 from ds_longft.batch import Documents
 from ds_longft.errors import ModelError
+from ds_longft.sequence.state.chunk_backward import fla_refuses, register_where_needed
 
 CHUNK_TOKENS = 64
-"""Tokens that are worked on as one matrix where torch does it."""
+"""Tokens that are worked on as one matrix."""
+
+STATE_BYTES = 4 << 30
+"""Float32 states of all chunks that a turn of `decayed_attention` makes, twice of it in the backward pass. With fewer
+heads a turn fills an H200's 132 multiprocessors less: Mamba-2 of 128 heads at 131,072 tokens takes two turns."""
 
 
 def has_fla() -> bool:
@@ -37,7 +42,11 @@ def kernel_in_words(device_type: str) -> str:
     """What computes the states, for the line that a run starts with."""
     if device_type != "cuda":
         return "torch (CPU)"
-    return "flash-linear-attention" if has_fla() else "torch, slow (pip install -e .[hybrid] brings Triton kernels)"
+    if not has_fla():
+        return "torch, slow (pip install -e .[hybrid] brings Triton kernels)"
+    if not fla_refuses():
+        return "flash-linear-attention"
+    return "flash-linear-attention, a piece of its backward pass in torch (Triton before 3.7.1 fails on Hopper)"
 
 
 def wide(t: Tensor) -> Tensor:
@@ -61,7 +70,7 @@ def causal_conv(
     if _on_fla(x) and documents is not None and activation in (None, "silu", "swish"):
         from fla.modules.causal_conv1d import causal_conv1d
 
-        out: Tensor = causal_conv1d(x[None].contiguous(), weight, bias, activation=activation, **_borders(documents))[0]
+        out: Tensor = causal_conv1d(x[None].contiguous(), weight, bias, activation=activation, **documents.borders)[0]
         return out[0]
     k, wider = weight.shape[1], wide(x)
     total = wider * weight[:, -1]
@@ -103,14 +112,19 @@ def decayed_attention(q: Tensor, k: Tensor, v: Tensor, g: Tensor, documents: Doc
     o_t = sum over s <= t of exp(g_{s+1} + ... + g_t) (q_t . k_s) v_s, inside each document.
     q, k [S, G, K], v [S, H, V], g [S, H] the decays' logarithms. Returns [S, H, V] in v's dtype.
     """
-    q, k = (t.repeat_interleave(v.shape[1] // t.shape[1], 1) for t in (q, k))
+    outs = []
     if _on_fla(v):
         from fla.ops.simple_gla import chunk_simple_gla
 
-        q, k = q.to(v.dtype), k.to(v.dtype)
-        out: Tensor = chunk_simple_gla(q[None], k[None], v[None], g[None], scale=1.0, **_borders(documents))[0][0]
-        return out
-    outs = []
+        of_a_head = -(-len(v) // CHUNK_TOKENS) * k.shape[2] * v.shape[2] * 4
+        for some in torch.arange(v.shape[1]).split(max(1, STATE_BYTES // of_a_head)):
+            heads = slice(int(some[0]), int(some[-1]) + 1)
+            qh, kh = (_of_heads(t, heads, v.shape[1]).to(v.dtype)[None] for t in (q, k))
+            outs.append(
+                chunk_simple_gla(qh, kh, v[None, :, heads], g[None, :, heads], scale=1.0, **documents.borders)[0]
+            )
+        return torch.cat(outs, 2)[0]
+    q, k = (_of_heads(t, slice(0, v.shape[1]), v.shape[1]) for t in (q, k))
     for parts in zip(*(t.split(documents.lengths) for t in (q, k, v, g)), strict=True):
         outs += _decayed(*(wide(t).transpose(0, 1) for t in parts))
     return torch.cat(outs, 1).transpose(0, 1).to(v.dtype)
@@ -152,7 +166,7 @@ def _delta(
     """A delta rule over all documents at once, or a document at a time."""
     tensors = (q, k, v, g, beta)
     if _on_fla(q):
-        out: Tensor = rule(*(t[None] for t in tensors), use_qk_l2norm_in_kernel=True, **_borders(documents))[0][0]
+        out: Tensor = rule(*(t[None] for t in tensors), use_qk_l2norm_in_kernel=True, **documents.borders)[0][0]
         return out
     outs = []
     q, k = (t.repeat_interleave(v.shape[1] // t.shape[1], 1) for t in (q, k))  # transformers before 5.24 does not
@@ -162,14 +176,19 @@ def _delta(
     return torch.cat(outs)
 
 
+def _of_heads(t: Tensor, heads: slice, of: int) -> Tensor:
+    """[S, G, d] -> [S, h, d]: what each of these heads reads, out of `of` heads."""
+    each = of // t.shape[1]
+    first = heads.start // each
+    read = t[:, first : -(-heads.stop // each)].repeat_interleave(each, 1)
+    return read[:, heads.start - first * each : heads.stop - first * each]
+
+
 def _on_fla(t: Tensor) -> bool:
-    return t.is_cuda and t.dtype != torch.float64 and has_fla()
-
-
-def _borders(documents: Documents) -> dict[str, Tensor]:
-    """As flash-linear-attention takes them; the copy on the host spares it a synchronisation."""
-    on_host = torch.tensor([0, *documents.lengths]).cumsum(0)
-    return {"cu_seqlens": documents.cu_seqlens.long(), "cu_seqlens_cpu": on_host}
+    if not (t.is_cuda and t.dtype != torch.float64 and has_fla()):
+        return False
+    register_where_needed()
+    return True
 
 
 def _torch_form(layer: nn.Module, name: str) -> Callable[..., Any]:

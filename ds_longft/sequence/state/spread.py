@@ -66,9 +66,7 @@ class Spread:
 
     def positions(self) -> Tensor:
         """[S] int64: each token's place in its document."""
-        borders = self.documents.cu_seqlens.long()
-        tokens = torch.arange(sum(self.documents.lengths), device=borders.device)
-        return tokens - borders[torch.searchsorted(borders, tokens, right=True) - 1]
+        return self.documents.positions
 
     def with_halo(self, x: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         """x [s, C] -> [h + s, C] with the `tokens` tokens before it, fewer at the pack's start; their positions.

@@ -1,0 +1,137 @@
+"""The piece of flash-linear-attention's backward pass that Triton 3.4 to 3.7.0 compiles wrongly on Hopper, in torch.
+
+FLA refuses there (its issue 640), and so would every layer with a decay for each head: gated delta rule, Mamba-2,
+lightning attention. It has a registry of other implementations for such pieces; ours goes in as the last of them, after
+TileLang's, which needs nvcc and does not take the float32 states of Mamba-2. torch 2.13 comes with Triton 3.7.1.
+
+Per chunk of c tokens and head, with S the state before it, dS the gradient of the state behind it, G the running sum of
+the decays' logarithms (to base 2), all of it batched products:
+    dA = tril(do v^T 2^(G_i - G_j)) scale
+    dq = do S^T 2^G scale + dA k        dk = v dS^T 2^(G_last - G) + dA^T q        dw = -dv S^T
+    dG = rowsum(dq q) - rowsum(dk k), at the chunk's last token also <S, dS> 2^G_last + sum of (v dS^T 2^(..)) k
+Letters: S tokens, N chunks, c tokens of one, G groups of heads that share keys, H heads, K and V their features.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+STATES_AT_A_TIME = 4096
+"""Chunks times heads of one turn: 256 MiB for 128 x 128 elements in float32."""
+
+
+def fla_refuses() -> bool:
+    """Whether FLA's own kernel would refuse on this machine."""
+    from fla.utils import IS_NVIDIA_HOPPER, TRITON_ABOVE_3_4_0, TRITON_ABOVE_3_7_1
+
+    return bool(IS_NVIDIA_HOPPER and TRITON_ABOVE_3_4_0 and not TRITON_ABOVE_3_7_1)
+
+
+@cache
+def register_where_needed() -> bool:
+    """Hand `chunk_backward` to FLA where it would refuse; returns whether. Again, it does nothing."""
+    if not fla_refuses():
+        return False
+    from fla.backends import BaseBackend, register
+
+    class InTorch(BaseBackend):
+        backend_type = "ds_longft"
+        priority = 9  # the lowest runs first, others have 5
+
+        def chunk_bwd_dqkwg_verifier(self, q: Tensor, *_: Any, **given: Any) -> tuple[bool, str | None]:
+            ours = given.get("g") is not None and given.get("cu_seqlens") is not None and not given.get("state_v_first")
+            return ours, None if ours else "only packed documents with a decay for each head"
+
+        chunk_bwd_dqkwg = staticmethod(chunk_backward)
+
+    register("common")(InTorch)
+    return True
+
+
+def chunk_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    h: Tensor,
+    dh: Tensor,
+    w: Tensor | None = None,
+    g: Tensor | None = None,
+    dv: Tensor | None = None,
+    scale: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+    chunk_size: int = 64,
+    chunk_indices: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """FLA's `chunk_bwd_dqkwg`, source `fla/ops/common/chunk_o.py` of 0.6.0.
+
+    q, k [1, S, G, K], v, do, dv [1, S, H, V], h, dh [1, N, H, K, V], g [1, S, H] float32; chunk_indices [N, 2]: the
+    document of each chunk, and its number there. Returns dq, dk like q and k, dw [1, S, H, K] where there is w, and dg
+    [1, S, H] float32.
+    """
+    assert g is not None and cu_seqlens is not None
+    tokens, groups, heads = q.shape[1], q.shape[2], v.shape[2]
+    if chunk_indices is None:
+        chunk_indices = _chunks(cu_seqlens, chunk_size)
+    # a row more, which the places behind a document's end are written to
+    dq, dk, dg = (t.new_empty(tokens + 1, *t.shape[2:]) for t in (q[0:1], k[0:1], g))
+    dw = None if w is None else w.new_empty(tokens + 1, *w.shape[2:])
+    for part in range(0, len(chunk_indices), max(1, STATES_AT_A_TIME // heads)):
+        some = slice(part, part + max(1, STATES_AT_A_TIME // heads))
+        document, number = chunk_indices[some].long().unbind(1)
+        begin = cu_seqlens.long()[document] + number * chunk_size
+        end = torch.minimum(begin + chunk_size, cu_seqlens.long()[document + 1])
+        rows = begin[:, None] + torch.arange(chunk_size, device=q.device)  # [n, c]
+        inside = rows < end[:, None]
+        read, written = rows.clamp(max=tokens - 1), rows.where(inside, tokens)
+        seen = inside[:, None, :, None]
+
+        def taken(t: Tensor, read: Tensor = read) -> Tensor:
+            return t[0, read].transpose(1, 2).repeat_interleave(heads // t.shape[2], 1)  # [n, H, c, d]
+
+        qc, kc = taken(q), taken(k)
+        vc, doc = taken(v) * seen, taken(do) * seen
+        gc = g[0, read].transpose(1, 2)  # [n, H, c]
+        last = g[0, end - 1][..., None]  # [n, H, 1]
+        gc = torch.where(inside[:, None], gc, last)
+        state, dstate = h[0, some].to(q.dtype), dh[0, some].to(q.dtype)  # [n, H, K, V]
+        decay = (gc[..., :, None] - gc[..., None, :]).tril().exp2().tril()  # [n, H, c, c]
+        dqc = _product(doc, state.mT) * gc.exp2()[..., None] * scale
+        dkc = _product(vc, dstate.mT) * (last - gc).exp2()[..., None]
+        at_last = (_wide(h[0, some]) * dh[0, some]).sum((2, 3)) * last[..., 0].exp2() + (dkc * kc).sum((2, 3))
+        da = (_product(doc, vc.mT) * decay * scale).to(q.dtype)
+        dqc += _product(da, kc)
+        dkc += _product(da.mT, qc)
+        dgc = (dqc * qc).sum(-1) - (dkc * kc).sum(-1)  # [n, H, c]
+        dgc += at_last[..., None] * (rows == end[:, None] - 1)[:, None]
+        for out, t in ((dq, dqc), (dk, dkc)):
+            out[written] = t.unflatten(1, (groups, -1)).sum(2).transpose(1, 2).to(out.dtype)
+        dg[written] = dgc.transpose(1, 2)
+        if dw is not None and dv is not None:
+            dw[written] = -_product((taken(dv) * seen).to(state.dtype), state.mT).transpose(1, 2).to(dw.dtype)
+    return dq[None, :tokens], dk[None, :tokens], None if dw is None else dw[None, :tokens], dg[None, :tokens]
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """[n, H, i, j] @ [n, H, j, l], summed and returned in float32 at least."""
+    if a.is_cuda and a.dtype != torch.float32:
+        flat = torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32)
+        return flat.unflatten(0, a.shape[:2])
+    return _wide(a) @ _wide(b)
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def _chunks(cu_seqlens: Tensor, chunk_size: int) -> Tensor:
+    """[N, 2]: document and number of each chunk."""
+    counts = -(-cu_seqlens.diff() // chunk_size)
+    document = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    number = torch.arange(len(document), device=counts.device) - (counts.cumsum(0) - counts)[document]
+    return torch.stack([document, number], 1)
