@@ -35,7 +35,6 @@ class FlashAttention4:
     name = "flash-attn-4"
 
     def refuses(self, job: Job, *, here: bool = True) -> str | None:
-        """See `Kernel.refuses`."""
         head_dim, spec, capability = job.head_dim, job.spec, job.capability
         major = capability[0] if capability else 0
         return (
@@ -52,7 +51,6 @@ class FlashAttention4:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, documents_cu: Tensor, lengths: Sequence[int], spec: AttentionSpec
     ) -> tuple[Tensor, Tensor]:
-        """See `Kernel.forward`."""
         from flash_attn.cute.interface import _flash_attn_fwd
 
         if len(lengths) == 1:  # its dense schedule is the faster one
@@ -66,7 +64,6 @@ class FlashAttention4:
     def backward(
         self, dout: Tensor, saved: Saved, documents_cu: Tensor, lengths: Sequence[int], spec: AttentionSpec
     ) -> Gradients:
-        """See `Kernel.backward`."""
         from flash_attn.cute.interface import _flash_attn_bwd
 
         q, k, v, out, lse = saved
@@ -124,7 +121,6 @@ class FlashAttention3:
     name = "flash-attn-3"
 
     def refuses(self, job: Job, *, here: bool = True) -> str | None:
-        """See `Kernel.refuses`."""
         reason = flash_refusal(job, oldest=(9, 0))
         if reason is None and job.capability is not None and job.capability[0] != 9:
             reason = f"is written for compute capability 9, this GPU has {job.capability}"
@@ -142,47 +138,20 @@ class FlashAttention3:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, documents_cu: Tensor, lengths: Sequence[int], spec: AttentionSpec
     ) -> tuple[Tensor, Tensor]:
-        """See `Kernel.forward`."""
         from flash_attn_interface import _flash_attn_forward
 
-        out, lse, *_ = _flash_attn_forward(
-            q,
-            k,
-            v,
-            **_borders(documents_cu, lengths),
-            softmax_scale=spec.scale,
-            causal=True,
-            window_size_left=flash_window_left(spec, lengths),
-            window_size_right=0,
-            softcap=spec.softcap or 0.0,
-        )
+        out, lse, *_ = _flash_attn_forward(q, k, v, causal=True, **_arguments(documents_cu, lengths, spec))
         return out, lse
 
     def backward(
         self, dout: Tensor, saved: Saved, documents_cu: Tensor, lengths: Sequence[int], spec: AttentionSpec
     ) -> Gradients:
-        """See `Kernel.backward`."""
         from flash_attn_interface import _flash_attn_backward
 
         q, k, v, out, lse = saved
         dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-        _flash_attn_backward(
-            dout,
-            q,
-            k,
-            v,
-            out,
-            lse,
-            **_borders(documents_cu, lengths),
-            dq=dq,
-            dk=dk,
-            dv=dv,
-            softmax_scale=spec.scale,
-            is_causal=True,
-            window_size_left=flash_window_left(spec, lengths),
-            window_size_right=0,
-            softcap=spec.softcap or 0.0,
-        )
+        arguments = _arguments(documents_cu, lengths, spec)
+        _flash_attn_backward(dout, q, k, v, out, lse, dq=dq, dk=dk, dv=dv, is_causal=True, **arguments)
         return dq, dk, dv
 
 
@@ -192,7 +161,6 @@ class FlashAttention2:
     name = "flash-attn-2"
 
     def refuses(self, job: Job, *, here: bool = True) -> str | None:
-        """See `Kernel.refuses`."""
         return (
             flash_refusal(job, oldest=(8, 0))
             or refusal((job.spec.repeatable, NOT_REPEATABLE))
@@ -203,60 +171,38 @@ class FlashAttention2:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, documents_cu: Tensor, lengths: Sequence[int], spec: AttentionSpec
     ) -> tuple[Tensor, Tensor]:
-        """See `Kernel.forward`."""
         from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
-        out, lse, *_ = _flash_attn_varlen_forward(
-            q,
-            k,
-            v,
-            **_borders(documents_cu, lengths),
-            dropout_p=0.0,
-            softmax_scale=spec.scale,
-            causal=True,
-            window_size_left=flash_window_left(spec, lengths),
-            window_size_right=0,
-            softcap=spec.softcap or 0.0,
-        )
+        arguments = _arguments(documents_cu, lengths, spec)
+        out, lse, *_ = _flash_attn_varlen_forward(q, k, v, causal=True, dropout_p=0.0, **arguments)
         return out.contiguous(), lse
 
     def backward(
         self, dout: Tensor, saved: Saved, documents_cu: Tensor, lengths: Sequence[int], spec: AttentionSpec
     ) -> Gradients:
-        """See `Kernel.backward`."""
         from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
 
         q, k, v, out, lse = saved
         dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
         _flash_attn_varlen_backward(
-            dout,
-            q,
-            k,
-            v,
-            out,
-            lse,
-            dq=dq,
-            dk=dk,
-            dv=dv,
-            **_borders(documents_cu, lengths),
-            dropout_p=0.0,
-            softmax_scale=spec.scale,
-            causal=True,
-            window_size_left=flash_window_left(spec, lengths),
-            window_size_right=0,
-            softcap=spec.softcap or 0.0,
-            alibi_slopes=None,
-            deterministic=False,
-        )
+            dout, q, k, v, out, lse, dq=dq, dk=dk, dv=dv, causal=True, dropout_p=0.0, alibi_slopes=None,
+            deterministic=False, **_arguments(documents_cu, lengths, spec),
+        )  # fmt: skip
         return dq, dk, dv
 
 
 def _borders(documents_cu: Tensor, lengths: Sequence[int]) -> dict[str, Any]:
     """Where documents begin, for queries and keys alike."""
-    longest = max(lengths)
+    both = {"cu_seqlens": documents_cu, "max_seqlen": max(lengths)}
+    return {f"{name}_{of_what}": value for name, value in both.items() for of_what in "qk"}
+
+
+def _arguments(documents_cu: Tensor, lengths: Sequence[int], spec: AttentionSpec) -> dict[str, Any]:
+    """What the forward and backward pass of flash-attn 2 and 3 share."""
     return {
-        "cu_seqlens_q": documents_cu,
-        "cu_seqlens_k": documents_cu,
-        "max_seqlen_q": longest,
-        "max_seqlen_k": longest,
+        **_borders(documents_cu, lengths),
+        "softmax_scale": spec.scale,
+        "window_size_left": flash_window_left(spec, lengths),
+        "window_size_right": 0,
+        "softcap": spec.softcap or 0.0,
     }

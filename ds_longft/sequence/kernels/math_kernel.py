@@ -65,7 +65,6 @@ class MathKernel:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, documents_cu: Tensor, lengths: Sequence[int], spec: AttentionSpec
     ) -> tuple[Tensor, Tensor]:
-        """See `Kernel.forward`."""
         wide = torch.promote_types(q.dtype, torch.float32)
         out = q.new_empty(q.shape)
         lse = torch.empty(q.shape[1], q.shape[0], dtype=wide, device=q.device)

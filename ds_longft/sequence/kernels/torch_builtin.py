@@ -7,6 +7,7 @@ torch 2.11 to 2.13.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,6 @@ class CudnnKernel:
     name = "cudnn"
 
     def refuses(self, job: Job, *, here: bool = True) -> str | None:
-        """See `Kernel.refuses`."""
         dtype, head_dim, spec, capability = job.dtype, job.head_dim, job.spec, job.capability
         version = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
         return refusal(
@@ -64,7 +64,6 @@ class CudnnKernel:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, documents_cu: Tensor, lengths: Sequence[int], spec: AttentionSpec
     ) -> tuple[Tensor, Tensor]:
-        """See `Kernel.forward`."""
         assert spec.softcap is None
         assert spec.window_for(lengths) is None
         if len(lengths) == 1 and lengths[0] > 1:
@@ -79,7 +78,6 @@ class CudnnKernel:
     def backward(
         self, dout: Tensor, saved: Saved, documents_cu: Tensor, lengths: Sequence[int], spec: AttentionSpec
     ) -> Gradients:
-        """See `Kernel.backward`."""
         q, k, v, out, lse = saved
         assert spec.softcap is None
         assert spec.window_for(lengths) is None
@@ -96,40 +94,20 @@ class CudnnKernel:
 
     def _forward_one(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
-            _heads_first(q),
-            _heads_first(k),
-            _heads_first(v),
-            attn_bias=None,
-            compute_log_sumexp=True,
-            dropout_p=0.0,
-            is_causal=True,
-            return_debug_mask=False,
-            scale=spec.scale,
-        )
+            *map(_heads_first, (q, k, v)), attn_bias=None, compute_log_sumexp=True, dropout_p=0.0, is_causal=True,
+            return_debug_mask=False, scale=spec.scale,
+        )  # fmt: skip
         return _tokens_first(out).contiguous(), lse.reshape(q.shape[1], q.shape[0])
 
     def _backward_one(self, dout: Tensor, saved: Saved, spec: AttentionSpec) -> Gradients:
         q, k, v, out, lse = saved
-        length = q.shape[0]
+        seed, offset = (torch.empty((), dtype=torch.int64, device=q.device) for _ in range(2))  # read by dropout only
         # torch caches cuDNN's plans by the strides of q, k, v only: the others must come in one layout every time.
         grads = aten._scaled_dot_product_cudnn_attention_backward(
-            _heads_first(dout.contiguous()),
-            _heads_first(q),
-            _heads_first(k),
-            _heads_first(v),
-            _heads_first(out.contiguous()),
-            lse.contiguous()[None, :, :, None],
-            philox_seed=torch.empty((), dtype=torch.int64, device=q.device),
-            philox_offset=torch.empty((), dtype=torch.int64, device=q.device),
-            attn_bias=None,
-            cum_seq_q=None,
-            cum_seq_k=None,
-            max_q=length,
-            max_k=length,
-            dropout_p=0.0,
-            is_causal=True,
-            scale=spec.scale,
-        )
+            *map(_heads_first, (dout.contiguous(), q, k, v, out.contiguous())), lse.contiguous()[None, :, :, None],
+            philox_seed=seed, philox_offset=offset, attn_bias=None, cum_seq_q=None, cum_seq_k=None, max_q=len(q),
+            max_k=len(q), dropout_p=0.0, is_causal=True, scale=spec.scale,
+        )  # fmt: skip
         dq, dk, dv = (_tokens_first(grad) for grad in grads)
         return dq, dk, dv
 
@@ -147,7 +125,6 @@ class TorchVarlen:
     name = "varlen"
 
     def refuses(self, job: Job, *, here: bool = True) -> str | None:
-        """See `Kernel.refuses`."""
         head_dim, capability = job.head_dim, job.capability
         small = capability in ((8, 6), (8, 9), (12, 0), (12, 1))  # too little shared memory for wide heads
         return flash_refusal(job, oldest=(8, 0)) or refusal(
@@ -162,51 +139,34 @@ class TorchVarlen:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, documents_cu: Tensor, lengths: Sequence[int], spec: AttentionSpec
     ) -> tuple[Tensor, Tensor]:
-        """See `Kernel.forward`."""
-        longest = max(lengths)
-        out, lse, *_ = aten._flash_attention_forward(
-            q,
-            k,
-            v,
-            cum_seq_q=documents_cu,
-            cum_seq_k=documents_cu,
-            max_q=longest,
-            max_k=longest,
-            dropout_p=0.0,
-            is_causal=True,
-            return_debug_mask=False,
-            scale=spec.scale,
-            window_size_left=flash_window_left(spec, lengths),
-            window_size_right=0,
-        )
+        shared = self._shared(documents_cu, lengths, spec)
+        out, lse, *_ = aten._flash_attention_forward(q, k, v, return_debug_mask=False, **shared)
         return out.contiguous(), lse
 
     def backward(
         self, dout: Tensor, saved: Saved, documents_cu: Tensor, lengths: Sequence[int], spec: AttentionSpec
     ) -> Gradients:
-        """See `Kernel.backward`."""
         q, k, v, out, lse = saved
-        longest = max(lengths)
+        rng_state = torch.empty(2, dtype=torch.uint64, device=q.device)  # read by dropout only
+        unused = torch.empty(0, device=q.device)
         dq, dk, dv = aten._flash_attention_backward(
-            dout,
-            q,
-            k,
-            v,
-            out,
-            lse,
-            cum_seq_q=documents_cu,
-            cum_seq_k=documents_cu,
-            max_q=longest,
-            max_k=longest,
-            dropout_p=0.0,
-            is_causal=True,
-            rng_state=torch.empty(2, dtype=torch.uint64, device=q.device),  # read by dropout only
-            unused=torch.empty(0, device=q.device),
-            scale=spec.scale,
-            window_size_left=flash_window_left(spec, lengths),
-            window_size_right=0,
+            dout, q, k, v, out, lse, rng_state=rng_state, unused=unused, **self._shared(documents_cu, lengths, spec)
         )
         return dq, dk, dv
+
+    def _shared(self, documents_cu: Tensor, lengths: Sequence[int], spec: AttentionSpec) -> dict[str, Any]:
+        """Arguments of the forward and of the backward pass."""
+        return {
+            "cum_seq_q": documents_cu,
+            "cum_seq_k": documents_cu,
+            "max_q": max(lengths),
+            "max_k": max(lengths),
+            "dropout_p": 0.0,
+            "is_causal": True,
+            "scale": spec.scale,
+            "window_size_left": flash_window_left(spec, lengths),
+            "window_size_right": 0,
+        }
 
 
 class CpuKernel:
@@ -215,7 +175,6 @@ class CpuKernel:
     name = "cpu"
 
     def refuses(self, job: Job, *, here: bool = True) -> str | None:
-        """See `Kernel.refuses`."""
         dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
         return refusal(
             (job.device_type != "cpu", f"runs on cpu, not on {job.device_type}"),
@@ -227,7 +186,6 @@ class CpuKernel:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, documents_cu: Tensor, lengths: Sequence[int], spec: AttentionSpec
     ) -> tuple[Tensor, Tensor]:
-        """See `Kernel.forward`."""
         assert spec.softcap is None
         assert spec.window_for(lengths) is None
         out = q.new_empty(q.shape)
@@ -244,23 +202,16 @@ class CpuKernel:
     def backward(
         self, dout: Tensor, saved: Saved, documents_cu: Tensor, lengths: Sequence[int], spec: AttentionSpec
     ) -> Gradients:
-        """See `Kernel.backward`."""
         q, k, v, out, lse = saved
         dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
         kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
         for a, b in spans(lengths):
             keys, values = (_heads_first(x[a:b]).repeat_interleave(group, 1) for x in (k, v))
             grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                _heads_first(dout[a:b]),
-                _heads_first(q[a:b]),
-                keys,
-                values,
-                _heads_first(out[a:b]),
+                *(_heads_first(x[a:b]) for x in (dout, q)), keys, values, _heads_first(out[a:b]),
                 lse[:, a:b].transpose(0, 1).contiguous().transpose(0, 1)[None],  # the layout its forward returns
-                dropout_p=0.0,
-                is_causal=True,
-                scale=spec.scale,
-            )
+                dropout_p=0.0, is_causal=True, scale=spec.scale,
+            )  # fmt: skip
             dq[a:b], dkeys, dvalues = (_tokens_first(grad) for grad in grads)
             dk[a:b] = dkeys.unflatten(1, (kv_heads, group)).sum(2)
             dv[a:b] = dvalues.unflatten(1, (kv_heads, group)).sum(2)
