@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from ds_longft.decide.setting import GIB, Gpu, Setting
 from ds_longft.decide.simulated_step import SimulatedStep
@@ -211,6 +212,7 @@ def fixed(model: ModelFacts, setting: Setting) -> dict[str, float]:
     return {WEIGHTS: weights, REFERENCE: (models(setting) - 1) * own, TRAINABLE: states + gradients + buffers}
 
 
+@lru_cache(maxsize=512)  # half of what a search asks for it has asked for before
 def step_timeline(model: ModelFacts, setting: Setting, keep: tuple[Keep, ...]) -> Timeline:
     """Forward, backward and optimizer step of one pack."""
     t = Timeline()

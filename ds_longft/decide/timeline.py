@@ -13,7 +13,7 @@ class Timeline:
     now: float = 0.0
     peak: float = 0.0
     moment: str = ""  # where the code was at the peak
-    at_peak: dict[str, float] = field(default_factory=dict)  # part -> bytes
+    _alive_at_peak: tuple[tuple[str, float], ...] = ()
 
     def hold(self, name: str, size: float, part: str = "working set", at: str = "") -> None:
         """A tensor is allocated, `at` a place of the code; a name is held once at a time."""
@@ -22,9 +22,15 @@ class Timeline:
         self.now += size
         if self.now > self.peak:
             self.peak, self.moment = self.now, at or name
-            self.at_peak = {}
-            for part_of, bytes_of in self.live.values():
-                self.at_peak[part_of] = self.at_peak.get(part_of, 0.0) + bytes_of
+            self._alive_at_peak = tuple(self.live.values())
+
+    @property
+    def at_peak(self) -> dict[str, float]:
+        """Part -> bytes at the peak."""
+        parts: dict[str, float] = {}
+        for part, size in self._alive_at_peak:
+            parts[part] = parts.get(part, 0.0) + size
+        return parts
 
     def drop(self, *names: str) -> None:
         """Tensors are freed; names that are not held are passed over (kept tensors may take their place)."""
