@@ -18,15 +18,23 @@ from ds_longft.sequence.state.families import spread_state_layers
 
 
 def decode(
-    decoder: Any, batch: Batch, layout: ParallelLayout, kernel: str, kv_heads_at_a_time: int | None = None
+    decoder: Any,
+    batch: Batch,
+    layout: ParallelLayout,
+    kernel: str,
+    kv_heads_at_a_time: int | None = None,
+    cache: Any = None,
 ) -> Tensor:
-    """The hidden states [s, D] of this rank's tokens. Collective over the sp group: attention exchanges heads."""
+    """The hidden states [s, D] of this rank's tokens. Collective over the sp group: attention exchanges heads.
+
+    `cache`: transformers' Cache, which gets the keys and values of this rank's tokens.
+    """
     set_rope_lengths(decoder, batch.documents.lengths, batch.document_tokens)
     hidden: Tensor = decoder(
         input_ids=batch.input_ids,
         attention_mask=no_padding(batch.input_ids.shape[1], batch.input_ids.device),
         position_ids=batch.position_ids,
-        use_cache=False,
+        **({"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}),
         documents=batch.documents,
         layout=layout,
         kernel=kernel,

@@ -1,31 +1,90 @@
-"""Attention of new tokens over a KV cache: what reading a long prompt in chunks and generating from it needs.
+"""Attention of new tokens over prompts whose keys and values lie where the ranks of an sp group read them.
 
-A prompt of 131,072 tokens is read a few thousand tokens at a time. The queries of a chunk see all keys in the cache and
-the keys of the chunk up to themselves. transformers' own sdpa would make a mask of chunk x prompt for that, on GPUs
-FlashAttention aligns the causal triangle to the end of the keys by itself.
+A prompt is read by the training attention, so each rank holds the keys and values of its own slice of tokens: there they
+stay. A new token is computed on every rank, asks each rank's keys, and the answers are merged by their log-sum-exp. The
+new tokens' own keys are few and the same on every rank.
 
-Letters: B prompts of one length, n new tokens, m keys (cache and new), Hq / Hkv heads, d head size.
+Letters: B texts side by side, n new tokens of each, s prompt tokens on this rank, P ranks of the sp group, Hq / Hkv heads,
+d head size, e size of a value head. Source of the merge: arXiv 2402.05099, 2306.15595 (flash decoding over ranks).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from torch.distributed import ProcessGroup
+from transformers import AttentionInterface, Cache
 from transformers.masking_utils import AttentionMaskInterface
 
 from ds_longft.errors import ModelError
+from ds_longft.sequence.attention import ulysses_attention
 from ds_longft.sequence.kernels.base import AttentionSpec, Job, flash_refusal
 from ds_longft.sequence.mask import asked_mask, window_of
 
 CACHED = "ds_longft_cached"
 """Name under which the attention is registered; goes into `config._attn_implementation`."""
 
-SCORES = 1 << 26
-"""Scores (or mask entries) held at once on the way that materialises them."""
+
+@dataclass(frozen=True)
+class OnThisRank:
+    """Where the prompt tokens of B texts lie, and how long the texts are."""
+
+    keys: tuple[range, ...]  # [B] of the s prompt tokens of this rank, those of each text
+    first: tuple[int, ...]  # [B] position in its text of the first of them
+    prompts: tuple[int, ...]  # [B] tokens of each prompt, on all ranks
+    prompt_tokens: int  # s, with those of padding
+    group: ProcessGroup | None
+
+
+class PromptCache(Cache):
+    """Keys and values of each layer: of this rank's s prompt tokens, in the order of the pack, then B for each step.
+
+    To masks it looks empty: a step is a pack of B texts, whose borders `OnThisRank` knows.
+    """
+
+    def __init__(self, room_tokens: int) -> None:
+        """`room_tokens`: for all new tokens of all texts."""
+        super().__init__(layers=[])
+        self.room_tokens = room_tokens
+        self._stored: dict[int, tuple[Tensor, Tensor]] = {}  # [1, Hkv, s + room, d or e]
+        self._filled: dict[int, int] = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+        """key [1, Hkv, t, d] and value [1, Hkv, t, e] are put behind what is there. The prompt's come back as they are,
+        for the training attention; with a step's, all there is.
+        """
+        tokens = key_states.shape[2]
+        is_prompt = layer_idx not in self._stored
+        if is_prompt:
+            made = (x.new_empty(*x.shape[:2], tokens + self.room_tokens, x.shape[3]) for x in (key_states, value_states))
+            self._stored[layer_idx], self._filled[layer_idx] = tuple(made), 0  # type: ignore[assignment]
+        start = self._filled[layer_idx]
+        self._filled[layer_idx] = end = start + tokens
+        for stored, new in zip(self._stored[layer_idx], (key_states, value_states), strict=True):
+            stored[:, :, start:end] = new
+        if is_prompt:
+            return key_states, value_states
+        keys, values = self._stored[layer_idx]
+        return keys[:, :, :end], values[:, :, :end]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """For masks."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """For masks: (keys, offset)."""
+        return query_length, 0
+
+    @property
+    def layers_seen(self) -> int:
+        """How many layers have put their keys here."""
+        return len(self._stored)
 
 
 def cached_attention(
@@ -35,96 +94,107 @@ def cached_attention(
     value: Tensor,
     attention_mask: Any,
     *,
+    on_this_rank: OnThisRank | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: query [B, Hq, n, d], key and value [B, Hkv, m, d] -> [B, n, Hq, d].
+    """transformers' attention function. Inference only.
 
-    The n queries are the last n of the m positions; there is no padding. Inference only.
+    A prompt, which comes with `documents` and `layout`, is read by `ulysses_attention`. A step comes with
+    `on_this_rank`: query [1, Hq, B, d] over key [1, Hkv, s + B n, d] and value [1, Hkv, s + B n, e] of a `PromptCache`,
+    step by step behind the prompts -> [1, B, Hq, e]. With neither, as layers with a state generate, the queries are the
+    whole text or the last token of it.
 
     attention_mask: the `AskedMask` of the layer's kind, or None where the model makes none.
 
     Raises:
         ModelError: the layer is not causal, or its mask is another than a sliding window.
     """
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if "documents" in kwargs:
+        asked = {"scaling": scale, "sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
+        return ulysses_attention(module, query, key, value, attention_mask, **asked, **kwargs)
     if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
         raise ModelError(f"{type(module).__name__} is not causal: only causal language models can be evaluated")
-    sliding_window = window_of(type(module).__name__, attention_mask, sliding_window)
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    if sliding_window is not None:  # keys no query can see
-        keep = sliding_window + query.shape[2] - 1
-        key, value = key[:, :, -keep:], value[:, :, -keep:]
-    window = sliding_window if sliding_window is not None and sliding_window < key.shape[2] else None
-    if softcap is None and s_aux is None and query.shape[-1] == value.shape[-1] and _flash_fits(query):
-        return _flash(query, key, value, scale, window), None
-    step = max(1, SCORES // (query.shape[0] * query.shape[1] * key.shape[2]))
-    before = key.shape[2] - query.shape[2]
-    outs = []
-    for a in range(0, query.shape[2], step):
-        part = query[:, :, a : a + step]
-        last = before + a + part.shape[2]
-        outs.append(_masked(part, key[:, :, :last], value[:, :, :last], scale, window, softcap, s_aux))
-    return torch.cat(outs, 2).transpose(1, 2), None
+    window = window_of(type(module).__name__, attention_mask, sliding_window)
+    if on_this_rank is not None:
+        return _step(query, key, value, on_this_rank, scale, window, softcap, s_aux), None
+    if window is not None or softcap is not None or s_aux is not None:
+        raise ModelError(f"{type(module).__name__} has a window, a cap or sinks beside layers with a state")
+    n = query.shape[2]
+    assert n in (1, key.shape[2])
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=n > 1, scale=scale, enable_gqa=True)
+    return out.transpose(1, 2), None
+
+
+def _step(
+    query: Tensor, key: Tensor, value: Tensor, here: OnThisRank, scale: float, window: int | None, softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """One new token of each text, the last of the keys: [1, B, Hq, e]."""
+    texts, s = len(here.prompts), here.prompt_tokens
+    new = (key.shape[2] - s) // texts  # n, with this one
+    parts = []
+    for b, (keys, first, prompt) in enumerate(zip(here.keys, here.first, here.prompts, strict=True)):
+        unseen = 0 if window is None else max(0, prompt + new - window - first)  # keys before the window
+        seen = slice(min(keys.start + unseen, keys.stop), keys.stop)
+        parts.append(_attend(query[:, :, b : b + 1], key[:, :, seen], value[:, :, seen], scale, softcap))
+    of_prompts = torch.cat(parts)  # [B, Hq, e + 1]
+    everywhere = [of_prompts]
+    if here.group is not None:
+        everywhere = [torch.empty_like(of_prompts) for _ in range(dist.get_world_size(here.group))]
+        dist.all_gather(everywhere, of_prompts, group=here.group)
+    steps = slice(0 if window is None else max(0, new - window), None)
+    mine = (x[0, :, s:].unflatten(1, (new, texts)).permute(2, 0, 1, 3)[:, :, steps] for x in (key, value))
+    of_new = _attend(query[0].transpose(0, 1)[:, :, None], *mine, scale, softcap)  # keys [B, Hkv, n, d]
+    return _merged([*everywhere, of_new], sinks).to(query.dtype)[None]
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """query [B, Hq, 1, d] over all keys [B, Hkv, m, d], which may be none: [B, Hq, e + 1] in at least float32, the
+    attention's output and, last, its log-sum-exp.
+    """
+    wide = torch.promote_types(query.dtype, torch.float32)
+    batch, heads, _, d = query.shape
+    if not key.shape[2]:
+        nothing = query.new_zeros(batch, heads, value.shape[-1] + 1, dtype=wide)
+        nothing[..., -1] = -torch.inf
+        return nothing
+    if softcap is None and d == value.shape[-1] and _flash_fits(query):
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [B, tokens, H, d]
+        out, lse = torch.ops.aten._flash_attention_forward(
+            q, k, v, cum_seq_q=None, cum_seq_k=None, max_q=1, max_k=k.shape[1], dropout_p=0.0, is_causal=False,
+            return_debug_mask=False, scale=scale,
+        )[:2]  # fmt: skip
+        return torch.cat([out[:, 0].to(wide), lse.to(wide)], -1)  # [B, Hq, d], [B, Hq, 1]
+    q = query.to(wide).unflatten(1, (key.shape[1], -1))[:, :, :, 0]  # [B, Hkv, g, d]
+    scores = q @ key.to(wide).transpose(2, 3) * scale  # [B, Hkv, g, m]
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    lse = scores.logsumexp(-1, keepdim=True)
+    return torch.cat([torch.exp(scores - lse) @ value.to(wide), lse], -1).flatten(1, 2)
+
+
+def _merged(parts: Sequence[Tensor], sinks: Tensor | None) -> Tensor:
+    """Attention over all keys from that over each part of them, [B, Hq, e + 1] each: [B, Hq, e].
+
+    sinks [Hq]: one more key of each head, whose value is zero.
+    """
+    stacked = torch.stack(list(parts))
+    lse = stacked[..., -1]  # [P + 1, B, Hq]
+    total = lse.logsumexp(0)
+    if sinks is not None:
+        total = torch.logaddexp(total, sinks.to(total.dtype))
+    return (stacked[..., :-1] * torch.exp(lse - total)[..., None]).sum(0)
 
 
 def _flash_fits(query: Tensor) -> bool:
     capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else None
     job = Job(query.device.type, query.dtype, query.shape[-1], AttentionSpec(1.0), capability)
     return flash_refusal(job, oldest=(8, 0)) is None
-
-
-def _flash(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-    """FlashAttention 2 inside torch: grouped kv heads natively, the causal triangle at the end of the keys."""
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [B, tokens, H, d]
-    return torch.ops.aten._flash_attention_forward(
-        q,
-        k,
-        v,
-        cum_seq_q=None,
-        cum_seq_k=None,
-        max_q=q.shape[1],
-        max_k=k.shape[1],
-        dropout_p=0.0,
-        is_causal=True,
-        return_debug_mask=False,
-        scale=scale,
-        window_size_left=-1 if window is None else window - 1,
-        window_size_right=0,
-    )[0]
-
-
-def _masked(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """The definition, for the last queries of the keys: [B, Hq, n, d]."""
-    n, m, group = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(group, 1) for x in (key, value))
-    rows = torch.arange(m - n, m, device=query.device)[:, None]
-    columns = torch.arange(m, device=query.device)
-    visible = columns <= rows
-    if window is not None:
-        visible &= columns > rows - window
-    if softcap is None and sinks is None:
-        mask = visible if n > 1 or window is not None else None
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-    scores = (query.float() @ key.float().transpose(2, 3)) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~visible, float("-inf"))
-    if sinks is not None:
-        column = sinks.float()[None, :, None, None].expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, column], 3)
-    weights = scores.softmax(-1)[..., :m]
-    return (weights @ value.float()).to(query.dtype)
 
 
 def register() -> None:

@@ -1,77 +1,177 @@
-"""Greedy answers to long prompts: the prompt is read in chunks into one KV cache, then one token at a time is added."""
+"""Greedy answers to long prompts: they are read as training reads a pack, then one token of each at a time is added.
+
+Several prompts are the documents of one pack, so they may be of different lengths. Under sp every rank holds a slice of
+the pack and the keys and values of its tokens, and computes each new token like all others.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from transformers import DynamicCache
 
+from ds_longft.batch import IGNORE_INDEX
 from ds_longft.config.state_families import STATE_FAMILIES
+from ds_longft.data.pack import pack_of
 from ds_longft.errors import ModelError
+from ds_longft.layout import ParallelLayout
 from ds_longft.model.rope_lengths import cache_outdated, set_rope_lengths
 from ds_longft.model.stops import stop_ids
+from ds_longft.objectives.forward import decode
+from ds_longft.sequence.mask import no_padding
+from ds_longft.sequence.shard import shard
+from ds_longft.tools.evaluate.cached_attention import OnThisRank, PromptCache
 from ds_longft.tools.evaluate.subject import Loaded
 
-CHUNK_TOKENS = 8192
-"""Of a prompt at a time: its activations, not the prompt's, are what a GPU holds beside weights and cache."""
+ALONE = ParallelLayout(1, 0, 1)
+TILE_TOKENS = 8192
+"""Of a prompt at a time in an MLP: its features, 14,336 in a Llama-8B, are the widest thing a GPU holds."""
 
 
-@torch.no_grad()
+class Reader:
+    """Texts side by side, as far as they have been read. Collective over the sp group: all ranks call it alike."""
+
+    def __init__(self, loaded: Loaded, layout: ParallelLayout = ALONE, kernel: str = "auto") -> None:
+        self.loaded, self.layout, self.kernel = loaded, layout, kernel
+        self.decoder = loaded.plain.get_decoder()
+        _tile_mlps(self.decoder)
+
+    @torch.no_grad()
+    def read(self, texts: Sequence[Sequence[int]], room_tokens: int) -> Tensor:
+        """Float32 logits [B, V] of what follows each text, the same on every rank. `room_tokens`: that may be added to
+        each. Memory: a rank's share of the texts' tokens, and the room, x layers x kv heads x head size x 2.
+        """
+        nothing = (np.full(len(ids), IGNORE_INDEX, dtype=np.int64) for ids in texts)
+        documents = [
+            (np.asarray(ids, dtype=np.int64), none, np.zeros(len(ids), dtype=np.float32))
+            for ids, none in zip(texts, nothing, strict=True)
+        ]
+        pack = pack_of(documents, self.layout.sp)
+        batch = shard(pack, self.layout, self.loaded.device)
+        mine = pack.part(self.layout.sp, self.layout.sp_rank)
+        starts = pack.cu_seqlens[: len(texts)].tolist()
+        spans = [(a, a + len(ids)) for a, ids in zip(starts, texts, strict=True)]
+        held = [(max(a, mine.start), max(a, mine.start, min(b, mine.stop))) for a, b in spans]
+        self.here = OnThisRank(
+            keys=tuple(range(a - mine.start, b - mine.start) for a, b in held),
+            first=tuple(low - a for (low, _), (a, _) in zip(held, spans, strict=True)),
+            prompts=tuple(map(len, texts)),
+            prompt_tokens=mine.stop - mine.start,
+            group=self.layout.group,
+        )
+        self.lengths = [len(ids) for ids in texts]
+        self.cache = PromptCache(len(texts) * room_tokens)
+        hidden = decode(self.decoder, batch, self.layout, self.kernel, cache=self.cache)  # [s, D]
+        if not self.cache.layers_seen:
+            raise ModelError(f"{type(self.decoder).__name__} keeps no keys where it is asked to: it cannot answer here")
+        return self._logits(hidden, [end - 1 - mine.start if mine.start < end <= mine.stop else None for _, end in spans])
+
+    @torch.no_grad()
+    def add(self, tokens: Sequence[int]) -> Tensor:
+        """Float32 logits [B, V] of what follows each text with one more token."""
+        self.lengths = [length + 1 for length in self.lengths]
+        set_rope_lengths(self.decoder, self.lengths, [1] * len(tokens))
+        device = self.loaded.device
+        hidden = self.decoder(
+            input_ids=torch.tensor([list(tokens)], device=device),  # [1, B]
+            attention_mask=no_padding(len(tokens), device),
+            position_ids=torch.tensor([self.lengths], device=device) - 1,
+            past_key_values=self.cache,
+            use_cache=True,
+            on_this_rank=self.here,
+        ).last_hidden_state[0]
+        rows = range(len(tokens))
+        return self._logits(hidden, rows if self.layout.sp_rank == 0 else [None for _ in rows])
+
+    def _logits(self, hidden: Tensor, rows: Sequence[int | None]) -> Tensor:
+        """[B, V] by those ranks that know the row of a text's last token. Capping would not change which is largest."""
+        head = self.loaded.plain.get_output_embeddings()
+        known = [row for row in rows if row is not None]
+        made = head(hidden[known or [0]]).float()
+        logits = made.new_full((len(rows), made.shape[1]), -torch.inf)
+        if known:
+            logits[[i for i, row in enumerate(rows) if row is not None]] = made
+        if self.layout.group is not None:
+            dist.all_reduce(logits, dist.ReduceOp.MAX, group=self.layout.group)
+        return logits
+
+
 def generate(
     loaded: Loaded,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     stop_ids: Collection[int],
-    chunk_tokens: int = CHUNK_TOKENS,
     min_new_tokens: int = 0,
+    layout: ParallelLayout = ALONE,
+    kernel: str = "auto",
 ) -> list[list[int]]:
-    """The likeliest next tokens of each prompt, without the stop token that ended them.
-
-    All prompts are of one length in tokens, so that a batch needs no padding. The model's attention must be `CACHED`.
-    Memory: (prompt + new tokens) x layers x kv heads x head size x 2, for each prompt, and one chunk's activations.
+    """The likeliest next tokens of each prompt, without the stop token that ended them. The model's attention must be
+    `CACHED`. Collective over the sp group.
     """
-    lengths = {len(prompt) for prompt in prompts}
-    assert len(lengths) == 1, f"prompts of {sorted(lengths)} tokens in one batch"
-    ids = torch.tensor([list(prompt) for prompt in prompts], device=loaded.device)  # [B, n]
-    cache = _new_cache(loaded)
-    # Layers with a state start it anew with each chunk of several tokens, in transformers' own forward.
-    state = loaded.plain.config.get_text_config().model_type in STATE_FAMILIES
-    most = ids.shape[1] if state else max(1, chunk_tokens // len(prompts))
-    logits = _logits(loaded, ids, cache, most)
-    stop = torch.tensor(sorted(stop_ids), device=loaded.device)
-    done = torch.zeros(len(prompts), dtype=torch.bool, device=loaded.device)
-    steps: list[Tensor] = []
-    for i in range(max_new_tokens):
-        if i < min_new_tokens:
-            logits[:, stop] = float("-inf")
-        token = logits.argmax(-1)  # [B]
-        steps.append(token.masked_fill(done, -1))
-        done |= torch.isin(token, stop)
-        if i + 1 == max_new_tokens or bool(done.all()):
+    if loaded.plain.config.get_text_config().model_type in STATE_FAMILIES:
+        if layout.sp > 1:
+            raise ModelError("a model with layers that carry a state answers on one GPU: give --gpus instead of --sp")
+        logits_of = _OneByOne(loaded)
+        parts = [[prompt] for prompt in prompts]
+    else:
+        parts, logits_of = [list(prompts)], Reader(loaded, layout, kernel)
+    stops = sorted(stop_ids)
+    replies: list[list[int]] = []
+    for texts in parts:
+        replies += _greedy(loaded, logits_of, texts, max_new_tokens, stops, min_new_tokens)
+    return replies
+
+
+def _greedy(
+    loaded: Loaded, reader: Any, prompts: Sequence[Sequence[int]], most: int, stops: list[int], least: int
+) -> list[list[int]]:
+    texts = [list(prompt) for prompt in prompts]
+    ends: list[int | None] = [None] * len(texts)  # how long each is without its stop token
+    logits = reader.read(texts, most)
+    for i in range(most):
+        if i < least:
+            logits[:, stops] = -torch.inf
+        tokens = logits.argmax(-1).tolist()
+        for b, token in enumerate(tokens):
+            if token in stops and ends[b] is None:
+                ends[b] = len(texts[b])
+            texts[b].append(token)
+        if None not in ends or i + 1 == most:
             break
-        if cache_outdated(loaded.plain.config, ids.shape[1], ids.shape[1] + 1):
-            cache = _new_cache(loaded)
-        ids = torch.cat([ids, token[:, None]], 1)
-        logits = _logits(loaded, ids, cache, most)
-    stops = set(stop_ids) | {-1}
-    return [_until(row, stops) for row in torch.stack(steps, 1).tolist()]
+        outdated = any(cache_outdated(loaded.plain.config, len(text) - 1, len(text)) for text in texts)
+        logits = reader.read(texts, most - i) if outdated else reader.add(tokens)
+    return [text[len(prompt) : end] for text, prompt, end in zip(texts, prompts, ends, strict=True)]
 
 
-def _new_cache(loaded: Loaded) -> DynamicCache:
-    """An empty cache. Without the config, sliding layers keep all keys and the attention cuts them; layers with a state
-    have to be named by it.
+class _OneByOne:
+    """A reader of one text, for models with layers that carry a state: their own forward and transformers' cache."""
 
-    Raises:
-        ModelError: the model wants a cache of its own.
-    """
-    text = loaded.plain.config.get_text_config()
-    if text.model_type == "minimax":
-        raise ModelError("minimax keeps its states in a cache of its own, which evaluation by answers does not make")
-    return DynamicCache(config=text) if text.model_type in STATE_FAMILIES else DynamicCache()
+    def __init__(self, loaded: Loaded) -> None:
+        text = loaded.plain.config.get_text_config()
+        if text.model_type == "minimax":
+            raise ModelError("minimax keeps its states in a cache of its own, which evaluation by answers does not make")
+        self.loaded, self.text = loaded, text
+
+    def read(self, texts: Sequence[Sequence[int]], room_tokens: int) -> Tensor:
+        self.cache, self.tokens = DynamicCache(config=self.text), 0
+        return self.add(texts[0])
+
+    @torch.no_grad()
+    def add(self, tokens: Sequence[int]) -> Tensor:
+        ids = torch.tensor([list(tokens)], device=self.loaded.device)
+        where = torch.arange(self.tokens, self.tokens + len(tokens), device=ids.device)[None]
+        self.tokens += len(tokens)
+        decoder = self.loaded.plain.get_decoder()
+        set_rope_lengths(decoder, [self.tokens])
+        out = decoder(input_ids=ids, position_ids=where, past_key_values=self.cache, use_cache=True)
+        return self.loaded.plain.get_output_embeddings()(out.last_hidden_state[:, -1]).float()
 
 
 def end_ids(loaded: Loaded, tokenizer: Any) -> set[int]:
@@ -79,20 +179,24 @@ def end_ids(loaded: Loaded, tokenizer: Any) -> set[int]:
     return set(stop_ids(tokenizer, loaded.plain.config, getattr(loaded.plain, "generation_config", None)))
 
 
-def _logits(loaded: Loaded, ids: Tensor, cache: DynamicCache, most: int) -> Tensor:
-    """Float32 logits [B, V] of what follows the text ids [B, n]. Capping would not change which is largest.
-
-    What the cache lacks of the text is read, `most` tokens at a time, and its keys and values go into the cache.
-    """
-    decoder = loaded.plain.get_decoder()
-    set_rope_lengths(decoder, [ids.shape[1]])  # a chunk is a part of the whole text
-    positions = torch.arange(ids.shape[1], device=ids.device)[None].expand(len(ids), -1)
-    start = cache.get_seq_length()
-    for chunk, where in zip(ids[:, start:].split(most, 1), positions[:, start:].split(most, 1), strict=True):
-        out = decoder(input_ids=chunk, position_ids=where, past_key_values=cache, use_cache=True)
-    return loaded.plain.get_output_embeddings()(out.last_hidden_state[:, -1]).float()
+def _tile_mlps(decoder: nn.Module) -> None:
+    """Gated MLPs take a long prompt in tiles; again, it changes nothing."""
+    for module in _gated_mlps(decoder):
+        if not isinstance(module.forward, partial):
+            module.forward = partial(_in_tiles, module.forward)
 
 
-def _until(row: list[int], stops: set[int]) -> list[int]:
-    end = next((i for i, token in enumerate(row) if token in stops), len(row))
-    return row[:end]
+def _gated_mlps(decoder: nn.Module) -> Iterator[Any]:
+    for module in decoder.modules():
+        if all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj")):
+            yield module
+
+
+def _in_tiles(forward: Any, x: Tensor) -> Tensor:
+    """x [1, s, D] -> [1, s, D]."""
+    if x.dim() != 3 or x.shape[1] <= TILE_TOKENS:
+        return forward(x)  # type: ignore[no-any-return]
+    out = torch.empty_like(x)
+    for into, part in zip(out.split(TILE_TOKENS, 1), x.split(TILE_TOKENS, 1), strict=True):
+        into.copy_(forward(part))
+    return out

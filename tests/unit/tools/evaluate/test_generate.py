@@ -1,4 +1,4 @@
-"""Reading a prompt in chunks over one cache gives what reading it whole gives, for every kind of attention."""
+"""Answers of one process: tokens are those of the whole text read anew for each of them, for every kind of attention."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from ds_longft.errors import ModelError
 from ds_longft.model.lora import add_lora, save_adapter
-from ds_longft.tools.evaluate.cached_attention import CACHED, cached_attention, register
+from ds_longft.tools.evaluate.cached_attention import CACHED, OnThisRank, cached_attention, register
 from ds_longft.tools.evaluate.generate import generate
 from ds_longft.tools.evaluate.subject import find_subject, load_subject
 from tests.unit.model.tiny import save_tiny
@@ -30,17 +30,16 @@ def greedy_without_cache(model: torch.nn.Module, prompt: list[int], count: int) 
 
 # plain, bias, window, softcap, a window that the mask alone knows
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "gemma2", "gemma3", "phimoe"])
-def test_chunks_change_nothing(tmp_path: Path, family: str) -> None:
+def test_tokens_are_those_of_the_whole_text(tmp_path: Path, family: str) -> None:
     folder = save_tiny(tmp_path / family, family)
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
     register()
     loaded = load_subject(find_subject(str(folder)), CPU, attention=CACHED)
     rng = torch.Generator().manual_seed(1)
-    prompts = torch.randint(3, 128, (2, 45), generator=rng).tolist()
+    prompts = [torch.randint(3, 128, (n,), generator=rng).tolist() for n in (45, 1, 30)]
     with torch.no_grad():
         wanted = [greedy_without_cache(model, prompt, 6) for prompt in prompts]
-    for chunk in (1000, 26, 8):  # 1, 4 and 12 chunks for two prompts
-        assert generate(loaded, prompts, max_new_tokens=6, stop_ids={2}, chunk_tokens=chunk) == wanted
+    assert generate(loaded, prompts, max_new_tokens=6, stop_ids=set()) == wanted
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "bamba", "lfm2", "falcon_h1", "nemotron_h", "jamba"])
@@ -54,7 +53,7 @@ def test_layers_with_a_state_answer_too(tmp_path: Path, family: str) -> None:
     prompts = torch.randint(3, config.vocab_size, (2, 45), generator=torch.Generator().manual_seed(1)).tolist()
     with torch.no_grad():
         wanted = [greedy_without_cache(model, prompt, 6) for prompt in prompts]
-    assert generate(loaded, prompts, max_new_tokens=6, stop_ids=set(), chunk_tokens=8) == wanted
+    assert generate(loaded, prompts, max_new_tokens=6, stop_ids=set()) == wanted
 
 
 def test_a_cache_that_is_not_made_is_said(tmp_path: Path) -> None:
@@ -99,9 +98,7 @@ def test_as_transformers_generates_where_the_length_chooses_the_rope(
             for p in layer.self_attn.parameters():
                 p.data.normal_(0, 0.4)
     wanted = model.generate(prompts, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
-    for chunk in (1000, 26):
-        answers = generate(loaded, prompts.tolist(), max_new_tokens=12, stop_ids=set(), chunk_tokens=chunk)
-        assert answers == wanted[:, length:].tolist()
+    assert generate(loaded, prompts.tolist(), max_new_tokens=12, stop_ids=set()) == wanted[:, length:].tolist()
 
 
 def test_stops_one_by_one(tmp_path: Path) -> None:
@@ -119,20 +116,21 @@ def test_stops_one_by_one(tmp_path: Path) -> None:
     assert generate(loaded, prompts[:1], max_new_tokens=3, stop_ids={first}) == [[]]
 
 
-def test_sinks_and_softcap_by_definition() -> None:
-    """Against a loop over queries that follows the formulas."""
+def test_a_step_by_definition() -> None:
+    """A window, a cap and sinks over two texts, against a loop that follows the formulas."""
     rng = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, h, n, 8, generator=rng) for h, n in ((4, 3), (2, 10), (2, 10)))
+    s, new = 12, 3  # prompts of 7 and 4 tokens and one of padding; three tokens behind each
+    q, k, v = (torch.randn(1, h, n, 8, generator=rng) for h, n in ((4, 2), (2, s + 2 * new), (2, s + 2 * new)))
     sinks = torch.randn(4, generator=rng)
-    module = torch.nn.Module()
-    out, _ = cached_attention(module, q, k, v, None, scaling=0.3, softcap=2.0, sliding_window=5, s_aux=sinks)
-    for head in range(4):
-        for i in range(3):
-            at = 7 + i
-            keys = slice(at - 4, at + 1)
-            scores = 2.0 * torch.tanh((k[0, head // 2, keys] @ q[0, head, i]) * 0.3 / 2.0)
+    here = OnThisRank((range(0, 7), range(7, 11)), (0, 0), (7, 4), s, None)
+    given = {"scaling": 0.3, "softcap": 2.0, "sliding_window": 5, "s_aux": sinks}
+    out, _ = cached_attention(torch.nn.Module(), q, k, v, None, on_this_rank=here, **given)
+    for b, prompt in enumerate(here.keys):
+        keys = [*prompt, *range(s + b, s + 2 * new, 2)][-5:]
+        for head in range(4):
+            scores = 2.0 * torch.tanh((k[0, head // 2, keys] @ q[0, head, b]) * 0.3 / 2.0)
             weights = torch.cat([scores, sinks[head : head + 1]]).softmax(0)[:-1]
-            torch.testing.assert_close(out[0, i, head], weights @ v[0, head // 2, keys])
+            torch.testing.assert_close(out[0, b, head], weights @ v[0, head // 2, keys])
 
 
 def test_an_adapter_is_loaded_with_the_stretched_rope(tmp_path: Path) -> None:
@@ -157,4 +155,4 @@ def test_an_adapter_is_loaded_with_the_stretched_rope(tmp_path: Path) -> None:
     ids = list(range(3, 100))
     with torch.no_grad():
         wanted = greedy_without_cache(model.eval(), ids, 4)
-    assert generate(loaded, [ids], max_new_tokens=4, stop_ids={2}, chunk_tokens=32) == [wanted]
+    assert generate(loaded, [ids], max_new_tokens=4, stop_ids={2}) == [wanted]
