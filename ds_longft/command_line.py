@@ -15,10 +15,11 @@ import inspect
 import re
 import textwrap
 from collections.abc import Callable
+from dataclasses import MISSING, fields, is_dataclass
 from itertools import chain
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from ds_longft.errors import LongftError
 
@@ -65,7 +66,7 @@ def bind(function: Callable[..., Any], name: str, argv: list[str]) -> inspect.Bo
     flags. `RunKeys` take the words and flags that belong to nothing else. Raises LongftError with every mistake: flags
     that do not exist (and the nearest that does), values of another type, arguments missing or one too many.
     """
-    parameters = inspect.signature(function, eval_str=True).parameters
+    parameters = _parameters(function)
     texts: dict[str, Any] = {}
     parsed, rest = _parser(function, name, shown=False).parse_known_args(
         [_underscored(word, parameters) for word in argv]
@@ -101,16 +102,22 @@ def bind(function: Callable[..., Any], name: str, argv: list[str]) -> inspect.Bo
     if problems:
         raise LongftError("\n".join(f"{name}: {problem}" for problem in problems))
     bound = inspect.BoundArguments(inspect.signature(function), {})
-    bound.arguments.update({key: values[key] for key in parameters if key in values})
+    for p in inspect.signature(function, eval_str=True).parameters.values():
+        if is_dataclass(p.annotation):
+            given = {field.name: values[field.name] for field in fields(p.annotation) if field.name in values}
+            bound.arguments[p.name] = p.annotation(**given)  # type: ignore[operator]
+        elif p.name in values:
+            bound.arguments[p.name] = values[p.name]
     return bound
 
 
 def as_words(arguments: dict[str, Any]) -> list[str]:
     """Arguments as the words of a command line, for a process that is started with them."""
     keys = [value for value in arguments.values() if isinstance(value, tuple)]
+    shared = [vars(value).items() for value in arguments.values() if is_dataclass(value)]
     flags = [
         f"--{key}" if value is True else f"--{key}={value}"
-        for key, value in arguments.items()
+        for key, value in chain(((k, v) for k, v in arguments.items() if not is_dataclass(v)), *shared)
         if value is not None and value is not False and not isinstance(value, tuple)
     ]
     return [*chain(*keys), *flags]
@@ -155,6 +162,8 @@ class _Constants(dict[str, Any]):
                         return _Constants(node.module, _source_of(node.module)[1])[alias.name]
                     if name == (alias.asname or alias.name):
                         return getattr(importlib.import_module(node.module), alias.name)
+            if isinstance(node, ast.ClassDef) and node.name == name:
+                return getattr(importlib.import_module(self.module), name)
         raise KeyError(name)
 
 
@@ -171,7 +180,7 @@ def _parser(function: Callable[..., Any], name: str, *, shown: bool) -> _Parser:
 
     Words are told apart by `bind`: argparse would take the value of an unknown flag for one of them.
     """
-    parameters = inspect.signature(function, eval_str=True).parameters
+    parameters = _parameters(function)
     about, texts = _docstring(function)
     parser = _Parser(
         prog=name, usage=f"{name} {_usage(parameters)} [options]", description=about, formatter_class=_Formatter,
@@ -197,11 +206,33 @@ def _parser(function: Callable[..., Any], name: str, *, shown: bool) -> _Parser:
     return parser
 
 
+def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The parameters of a function; of one that is a dataclass, the fields of it: flags that commands share."""
+    found = {}
+    for p in inspect.signature(function, eval_str=True).parameters.values():
+        if not is_dataclass(p.annotation):
+            found[p.name] = p
+            continue
+        kinds = get_type_hints(p.annotation)
+        for field in fields(p.annotation):
+            default = p.empty if field.default is MISSING else field.default
+            found[field.name] = inspect.Parameter(
+                field.name, p.KEYWORD_ONLY, default=default, annotation=kinds[field.name]
+            )
+    return found
+
+
 def _docstring(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
-    """(what it does, parameter -> its text) of a docstring in Google's style."""
-    about, _, rest = (inspect.getdoc(function) or "").partition("\nArgs:\n")
-    entries = re.split(r"^ {4}(\w+): ", rest.partition("\n\n")[0], flags=re.MULTILINE)[1:]
-    return about, {key: " ".join(text.split()) for key, text in zip(entries[::2], entries[1::2], strict=True)}
+    """(what it does, parameter -> its text) of docstrings in Google's style: the function's, and those of the
+    dataclasses that it takes flags from.
+    """
+    kinds = [p.annotation for p in inspect.signature(function, eval_str=True).parameters.values()]
+    texts: dict[str, str] = {}
+    for documented in (function, *filter(is_dataclass, kinds)):
+        _, _, rest = (inspect.getdoc(documented) or "").partition("\nArgs:\n")
+        entries = re.split(r"^ {4}(\w+): ", rest.partition("\n\n")[0], flags=re.MULTILINE)[1:]
+        texts |= {key: " ".join(text.split()) for key, text in zip(entries[::2], entries[1::2], strict=True)}
+    return (inspect.getdoc(function) or "").partition("\nArgs:\n")[0], texts
 
 
 def _usage(parameters: Any) -> str:

@@ -51,7 +51,12 @@ GQA = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72, "h
     ],
 )
 def test_ranks_answer_what_one_answers(
-    pools: Callable[[int], WorkerPool], tmp_path: Path, family: str, changed: dict[str, Any], sp: int, lengths: list[int]
+    pools: Callable[[int], WorkerPool],
+    tmp_path: Path,
+    family: str,
+    changed: dict[str, Any],
+    sp: int,
+    lengths: list[int],
 ) -> None:
     import torch
 

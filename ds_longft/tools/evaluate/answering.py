@@ -2,81 +2,166 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ds_longft.sequence.state.families import spread_state_layers
 from ds_longft.tools.evaluate import results
 from ds_longft.tools.evaluate.cached_attention import CACHED, register
-from ds_longft.tools.evaluate.generate import CHUNK_TOKENS, end_ids, generate
+from ds_longft.tools.evaluate.flags import Flags, tokens_of
+from ds_longft.tools.evaluate.generate import Reader, end_ids, generate
 from ds_longft.tools.evaluate.processes import Processes
-from ds_longft.tools.evaluate.subject import find_subject, load_subject, subject_tokenizer
+from ds_longft.tools.evaluate.served import Server
+from ds_longft.tools.evaluate.subject import Loaded, find_subject, load_subject, subject_tokenizer, subject_window
 
 Item = TypeVar("Item")
+Row = dict[str, Any]
+Result = tuple[dict[str, Any], Path] | None
+"""A finished result and its file, on the process that writes; None on the others."""
 
 
 @dataclass(frozen=True)
-class Target:
-    """What the flags of every evaluation say: which model, and where its results go."""
+class Question:
+    """A prompt that is not made before it is asked: thousands of long ones would not fit."""
 
-    model: str
-    before: bool
-    base: str | None
-    out: str | None
-    name: str | None
+    tokens: int  # of the prompt, at most: those of one size are asked together
+    answer_tokens: int
+    make: Callable[[], tuple[list[int], Callable[[str, float], Row]]]
+    """The prompt, and from the reply and its seconds the fields of its row."""
+    also_stop: tuple[int, ...] = ()
+    least_tokens: int = 0  # of the answer
+
+    @property
+    def alike(self) -> tuple[Any, ...]:
+        """What those have in common that are asked together."""
+        return self.tokens, self.answer_tokens, self.also_stop, self.least_tokens
 
 
 class Answering:
-    """The model of a target, loaded."""
+    """The model of an evaluation. It is loaded when it is first asked, so that mistakes in what is asked come first."""
 
-    def __init__(self, processes: Processes, target: Target, chunk_tokens: int = CHUNK_TOKENS) -> None:
-        register()
-        self.processes, self.target, self.chunk_tokens = processes, target, chunk_tokens
-        self.subject = find_subject(target.model, before=target.before, base=target.base)
-        self.tokenizer = subject_tokenizer(self.subject)
-        self.loaded = load_subject(self.subject, processes.device, attention=CACHED)
-        self.stops = end_ids(self.loaded, self.tokenizer)
+    def __init__(self, processes: Processes, model: str, flags: Flags) -> None:
+        self.processes, self.flags = processes, flags
+        self.subject = find_subject(model, before=flags.before, base=flags.base)
         self._rows: results.Rows | None = None  # on the process that writes
 
-    def replies(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, also_stop: Collection[int] = (), least: int = 0
-    ) -> list[str]:
-        """Greedy answers to prompts of one length."""
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The one the model was trained with."""
+        return subject_tokenizer(self.subject)
+
+    @cached_property
+    def window(self) -> int | None:
+        """Tokens the model's positions are made for."""
+        return subject_window(self.subject)
+
+    @cached_property
+    def loaded(self) -> Loaded:
+        """The model on this process."""
+        register()
+        loaded = load_subject(self.subject, self.processes.device, attention=CACHED)
+        spread_state_layers(loaded.plain)
+        return loaded
+
+    @cached_property
+    def reader(self) -> Reader:
+        """What reads texts and gives logits."""
+        return Reader(self.loaded, self.processes.layout, self.flags.kernel)
+
+    @cached_property
+    def _server(self) -> Server:
+        assert self.flags.server is not None
+        return Server(self.flags.server)
+
+    def replies(self, prompts: Sequence[Sequence[int]], asked: Question) -> list[str]:
+        """Greedy answers to prompts of alike questions."""
+        if self.flags.server is not None:
+            return self._server.replies(prompts, asked.answer_tokens, asked.also_stop, asked.least_tokens)
         made = generate(
             self.loaded,
             prompts,
-            max_new_tokens=max_new_tokens,
-            stop_ids=self.stops | set(also_stop),
-            chunk_tokens=self.chunk_tokens,
-            min_new_tokens=least,
+            max_new_tokens=asked.answer_tokens,
+            stop_ids=end_ids(self.loaded, self.tokenizer) | set(asked.also_stop),
+            min_new_tokens=asked.least_tokens,
+            layout=self.processes.layout,
+            kernel=self.flags.kernel,
         )
         return [self.tokenizer.decode(reply, skip_special_tokens=True) for reply in made]
 
-    def open_rows(self, kind: str, settings: dict[str, Any], total: int) -> set[str]:
-        """Keys of the rows that are there already."""
-
-        def opened() -> set[str]:
-            folder = results.result_folder(self.subject, self.target.out)
-            file = results.result_name(self.target.name, kind, self.target.before)
-            whole = {"weights": results.weights_identity(self.subject), **settings}
-            self._rows = results.Rows(folder, file, whole, total=total)
-            return {row["key"] for row in self._rows.rows}
-
-        return self.processes.first(opened)
-
-    def fill(
+    def ask(
         self,
         kind: str,
-        items: Sequence[Item],
-        answer: Callable[[Item], list[dict[str, Any]]],
-        summary: Callable[[list[dict[str, Any]]], dict[str, Any]],
-    ) -> tuple[dict[str, Any], Path] | None:
-        """Rows of every item, shared over the processes; the result and its file on the one that writes."""
-        for made in self.processes.share_out(items, answer):
+        settings: dict[str, Any],
+        questions: Mapping[str, Question],
+        summary: Callable[[list[Row]], dict[str, Any]],
+    ) -> Result:
+        """All there is to an evaluation by answers: a row for each question that has none yet, and the result."""
+        todo = self.open_rows(kind, settings, list(questions))
+        self.add_answers({key: questions[key] for key in todo})
+        return self.finish(kind, summary)
+
+    def open_rows(self, kind: str, settings: dict[str, Any], keys: Sequence[str]) -> list[str]:
+        """Those of the keys that have no row yet."""
+
+        def opened() -> set[str]:
+            folder = results.result_folder(self.subject, self.flags.out)
+            file = results.result_name(self.flags.name, kind, self.flags.before)
+            served = {} if self.flags.server is None else {"server": self.flags.server}
+            whole = {"weights": results.weights_identity(self.subject), **served, **settings}
+            self._rows = results.Rows(folder, file, whole, total=len(keys))
+            return {row["key"] for row in self._rows.rows}
+
+        done = self.processes.first(opened)
+        return [key for key in keys if key not in done]
+
+    def add(self, items: Sequence[Item], work: Callable[[Item], list[Row]]) -> None:
+        """The rows that `work` makes of every item, shared over the processes; an sp group makes them together."""
+        for made in self.processes.share_out(items, work):
             assert self._rows is not None
             for row in made:
                 self._rows.add(row)
+
+    def add_answers(self, questions: Mapping[str, Question]) -> None:
+        """A row of each question, in groups that are asked together; short ones first."""
+        ordered = sorted(questions, key=lambda key: questions[key].alike)
+        most, groups = tokens_of("--batch_tokens", self.flags.batch_tokens), []
+        for _, same in groupby(ordered, lambda key: questions[key].alike):
+            keys = list(same)
+            # as many as leave some for every process
+            count = max(1, min(most // questions[keys[0]].tokens, -(-len(keys) // self.processes.layout.dp)))
+            groups += [keys[i : i + count] for i in range(0, len(keys), count)]
+
+        def answer(keys: list[str]) -> list[Row]:
+            prompts, rows = zip(*(questions[key].make() for key in keys), strict=True)
+            started = time.monotonic()
+            texts = self.replies(prompts, questions[keys[0]])
+            seconds = round((time.monotonic() - started) / len(keys), 3)
+            return [{"key": k, **row(text, seconds)} for k, row, text in zip(keys, rows, texts, strict=True)]
+
+        self.add(groups, answer)
+
+    def finish(self, kind: str, summary: Callable[[list[Row]], dict[str, Any]]) -> Result:
+        """The result of all rows."""
         if self._rows is None:
             return None
-        return self._rows.finish(kind, self.subject.shown, summary(self._rows.rows)), self._rows.result_path
+        made = self._rows.finish(kind, self.subject.shown, summary(self._rows.rows))
+        return made, self._rows.result_path
+
+
+def evaluate(
+    model: str,
+    flags: Flags,
+    measure: Callable[[Answering], Result],
+    show: Callable[[dict[str, Any], Path], None],
+) -> None:
+    """An evaluation on the processes that have been started for it."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with Processes.of_launch(flags.sp) as processes:
+        made = measure(Answering(processes, model, flags))
+    results.show(made, flags.json, show)

@@ -1,11 +1,11 @@
 """Attention of new tokens over prompts whose keys and values lie where the ranks of an sp group read them.
 
-A prompt is read by the training attention, so each rank holds the keys and values of its own slice of tokens: there they
-stay. A new token is computed on every rank, asks each rank's keys, and the answers are merged by their log-sum-exp. The
-new tokens' own keys are few and the same on every rank.
+A prompt is read by the training attention, so each rank holds the keys and values of its own slice of tokens: there
+they stay. A new token is computed on every rank, asks each rank's keys, and the answers are merged by their
+log-sum-exp. The new tokens' own keys are few and the same on every rank.
 
-Letters: B texts side by side, n new tokens of each, s prompt tokens on this rank, P ranks of the sp group, Hq / Hkv heads,
-d head size, e size of a value head. Source of the merge: arXiv 2402.05099, 2306.15595 (flash decoding over ranks).
+Letters: B texts side by side, n new tokens of each, s prompt tokens on this rank, P ranks of the sp group, Hq / Hkv
+heads, d head size, e size of a value head. Source of the merge: Tree Attention, arXiv 2408.04093.
 """
 
 from __future__ import annotations
@@ -62,8 +62,9 @@ class PromptCache(Cache):
         tokens = key_states.shape[2]
         is_prompt = layer_idx not in self._stored
         if is_prompt:
-            made = (x.new_empty(*x.shape[:2], tokens + self.room_tokens, x.shape[3]) for x in (key_states, value_states))
-            self._stored[layer_idx], self._filled[layer_idx] = tuple(made), 0  # type: ignore[assignment]
+            room = tokens + self.room_tokens
+            keys, values = (x.new_empty(*x.shape[:2], room, x.shape[3]) for x in (key_states, value_states))
+            self._stored[layer_idx], self._filled[layer_idx] = (keys, values), 0
         start = self._filled[layer_idx]
         self._filled[layer_idx] = end = start + tokens
         for stored, new in zip(self._stored[layer_idx], (key_states, value_states), strict=True):
@@ -115,7 +116,7 @@ def cached_attention(
     """
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if "documents" in kwargs:
-        asked = {"scaling": scale, "sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
+        asked: dict[str, Any] = {"scaling": scale, "sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
         return ulysses_attention(module, query, key, value, attention_mask, **asked, **kwargs)
     if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
         raise ModelError(f"{type(module).__name__} is not causal: only causal language models can be evaluated")
@@ -131,8 +132,8 @@ def cached_attention(
 
 
 def _step(
-    query: Tensor, key: Tensor, value: Tensor, here: OnThisRank, scale: float, window: int | None, softcap: float | None,
-    sinks: Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor, here: OnThisRank, scale: float, window: int | None,
+    softcap: float | None, sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """One new token of each text, the last of the keys: [1, B, Hq, e]."""
     texts, s = len(here.prompts), here.prompt_tokens
@@ -148,8 +149,8 @@ def _step(
         everywhere = [torch.empty_like(of_prompts) for _ in range(dist.get_world_size(here.group))]
         dist.all_gather(everywhere, of_prompts, group=here.group)
     steps = slice(0 if window is None else max(0, new - window), None)
-    mine = (x[0, :, s:].unflatten(1, (new, texts)).permute(2, 0, 1, 3)[:, :, steps] for x in (key, value))
-    of_new = _attend(query[0].transpose(0, 1)[:, :, None], *mine, scale, softcap)  # keys [B, Hkv, n, d]
+    k, v = (x[0, :, s:].unflatten(1, (new, texts)).permute(2, 0, 1, 3)[:, :, steps] for x in (key, value))
+    of_new = _attend(query[0].transpose(0, 1)[:, :, None], k, v, scale, softcap)  # keys [B, Hkv, n, d]
     return _merged([*everywhere, of_new], sinks).to(query.dtype)[None]
 
 

@@ -6,7 +6,7 @@ the pack and the keys and values of its tokens, and computes each new token like
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -70,7 +70,8 @@ class Reader:
         hidden = decode(self.decoder, batch, self.layout, self.kernel, cache=self.cache)  # [s, D]
         if not self.cache.layers_seen:
             raise ModelError(f"{type(self.decoder).__name__} keeps no keys where it is asked to: it cannot answer here")
-        return self._logits(hidden, [end - 1 - mine.start if mine.start < end <= mine.stop else None for _, end in spans])
+        ends = [end - 1 for _, end in spans]
+        return self._logits(hidden, [end - mine.start if mine.start <= end < mine.stop else None for end in ends])
 
     @torch.no_grad()
     def add(self, tokens: Sequence[int]) -> Tensor:
@@ -118,14 +119,14 @@ def generate(
     if loaded.plain.config.get_text_config().model_type in STATE_FAMILIES:
         if layout.sp > 1:
             raise ModelError("a model with layers that carry a state answers on one GPU: give --gpus instead of --sp")
-        logits_of = _OneByOne(loaded)
+        reader: Any = _OneByOne(loaded)
         parts = [[prompt] for prompt in prompts]
     else:
-        parts, logits_of = [list(prompts)], Reader(loaded, layout, kernel)
+        parts, reader = [list(prompts)], Reader(loaded, layout, kernel)
     stops = sorted(stop_ids)
     replies: list[list[int]] = []
     for texts in parts:
-        replies += _greedy(loaded, logits_of, texts, max_new_tokens, stops, min_new_tokens)
+        replies += _greedy(loaded, reader, texts, max_new_tokens, stops, min_new_tokens)
     return replies
 
 
@@ -156,7 +157,7 @@ class _OneByOne:
     def __init__(self, loaded: Loaded) -> None:
         text = loaded.plain.config.get_text_config()
         if text.model_type == "minimax":
-            raise ModelError("minimax keeps its states in a cache of its own, which evaluation by answers does not make")
+            raise ModelError("minimax keeps its states in a cache of its own: answers of it are not made here")
         self.loaded, self.text = loaded, text
 
     def read(self, texts: Sequence[Sequence[int]], room_tokens: int) -> Tensor:
@@ -192,10 +193,10 @@ def _gated_mlps(decoder: nn.Module) -> Iterator[Any]:
             yield module
 
 
-def _in_tiles(forward: Any, x: Tensor) -> Tensor:
+def _in_tiles(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """x [1, s, D] -> [1, s, D]."""
     if x.dim() != 3 or x.shape[1] <= TILE_TOKENS:
-        return forward(x)  # type: ignore[no-any-return]
+        return forward(x)
     out = torch.empty_like(x)
     for into, part in zip(out.split(TILE_TOKENS, 1), x.split(TILE_TOKENS, 1), strict=True):
         into.copy_(forward(part))

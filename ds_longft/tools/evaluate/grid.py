@@ -66,16 +66,6 @@ class Grid:
         }
 
 
-def batches(asks: list[Ask], batch_tokens: int, processes: int = 1) -> list[list[Ask]]:
-    """Questions of one length together, short ones first, and no more of them than leave some for every process."""
-    groups: list[list[Ask]] = []
-    for size in sorted({ask.length_tokens for ask in asks}):
-        same = [ask for ask in asks if ask.length_tokens == size]
-        count = max(1, min(batch_tokens // size, -(-len(same) // processes)))
-        groups += [same[i : i + count] for i in range(0, len(same), count)]
-    return groups
-
-
 def spread(count: int, rng: random.Random) -> list[float]:
     """One place in each of `count` equal parts of the text."""
     return [(i + rng.random()) / count for i in range(count)]
@@ -85,7 +75,6 @@ def judged(ask: Ask, stands_at: Sequence[float], hidden: Needle, reply: str, sec
     """The row of an answered question."""
     exact, share = judge(hidden.answers, reply)
     return {
-        "key": ask.key,
         "language": ask.language,
         "length_tokens": ask.length_tokens,
         "depth": ask.depth,
@@ -96,7 +85,7 @@ def judged(ask: Ask, stands_at: Sequence[float], hidden: Needle, reply: str, sec
         "reply": reply,
         "exact": exact,
         "found_share": round(share, 4),
-        "seconds": round(seconds, 3),
+        "seconds": seconds,
     }
 
 

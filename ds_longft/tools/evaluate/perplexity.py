@@ -5,23 +5,29 @@ A model that uses its context gets better with position; one that is lost beyond
 
 from __future__ import annotations
 
-import json as json_text
 import math
-import os
-import sys
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
 from ds_longft.errors import ConfigError, DataError
-from ds_longft.ranks.join import Launch
-from ds_longft.tools.evaluate.needle import CHARACTERS_A_TOKEN, tokens_of
-from ds_longft.tools.evaluate.processes import said_once, start_ranks
-from ds_longft.tools.evaluate.texts import Language, adds_bos, encode, read_texts, token_stream
+from ds_longft.tools.evaluate.flags import FLAGS, Flags, tokens_of
+from ds_longft.tools.evaluate.processes import start_ranks
+from ds_longft.tools.evaluate.texts import (
+    CHARACTERS_A_TOKEN,
+    Language,
+    adds_bos,
+    encode,
+    read_texts,
+    token_stream,
+)
+
+if TYPE_CHECKING:
+    from ds_longft.tools.evaluate.answering import Answering, Result
 
 SHOWN_PARTS = 8
 
@@ -37,20 +43,12 @@ def perplexity(
     where: str | None = None,
     join: bool = False,
     language: Language = "en",
-    sp: int = 1,
-    kernel: str = "auto",
-    before: bool = False,
-    base: str | None = None,
-    out: str | None = None,
-    name: str | None = None,
-    json: bool = False,
+    flags: Flags = FLAGS,
 ) -> None:
     """Measure the mean loss of every stretch of positions over long texts.
 
     The result goes to RUN/eval/perplexity.json (perplexity-before.json with --before). Stopped and started again with
-    the same settings, it goes on. With --sp N it starts N ranks itself, one a GPU, and every text is split over them;
-    under a launcher (`deepspeed --no_local_rank --module ds_longft.cli eval perplexity ... --sp 8`) it takes that one's
-    ranks, and several texts at a time where there are more than sp.
+    the same settings, it goes on. With --sp N every text is split over N GPUs.
 
     Args:
         model: output folder of a run, adapter, model folder or hub id.
@@ -66,122 +64,56 @@ def perplexity(
             it more than once, each place is read at several positions, so that positions differ by the model and not by
             what stands there. Left out: shorter texts are left out.
         language: of the built-in text.
-        sp: ranks that share one text.
-        kernel: attention kernel by name, or auto.
-        before: evaluate the model that the run MODEL started from.
-        base: the base model of an adapter, where it has moved.
-        out: folder of the results. Left out: RUN/eval, or eval/<model>.
-        name: of the result. Left out: perplexity.
-        json: print one JSON object instead of a table.
     """
-    if sp < 1 or buckets < 1 or texts < 1:
-        raise ConfigError(f"--sp {sp}, --buckets {buckets}, --texts {texts}: each should be 1 or more")
+    arguments = dict(locals())
+    if buckets < 1 or texts < 1:
+        raise ConfigError(f"--buckets {buckets}, --texts {texts}: each should be 1 or more")
+    if flags.server is not None:
+        raise ConfigError("--server gives answers, not the loss of texts: leave it out")
     if length is not None and tokens_of("--length", length) < 2:
         raise ConfigError(f"--length is {length}: a text of one token has none to predict, give 2 or more")
     if window is not None and tokens_of("--window", window) < 8:
         raise ConfigError(f"--window is {window}: expected 8 or more tokens, e.g. 8K")
-    arguments = {key: value for key, value in locals().items() if value is not None and value is not False}
-    if start_ranks("perplexity", "--sp", sp, arguments):
+    if start_ranks("eval perplexity", flags, arguments):
         return
-    launch = Launch.from_environment()
-    if launch.world % sp:
-        raise ConfigError(f"--sp is {sp}, which does not divide the {launch.world} ranks of this launch")
-    with said_once(launch.rank):
-        counts = {
-            flag: given and tokens_of(f"--{flag}", given) for flag, given in (("length", length), ("window", window))
-        }
-        result = _measure(launch, **{**arguments, **counts})
-    if launch.rank == 0:
-        _show(result, json)
+    from ds_longft.tools.evaluate.answering import evaluate  # brings torch: not in a process that only starts others
+
+    told = {"text": text or f"built in, {language}", "where": where, "join": join}
+    counts = [None if given is None else tokens_of("", given) for given in (length, window)]
+
+    def measure(answering: Answering) -> Result:
+        tokens = counts[0] or answering.window or 8192
+        source = read_texts(text, language, where=where, characters=CHARACTERS_A_TOKEN * tokens * texts)
+        pieces = pieces_of(answering.tokenizer, source, tokens, texts, join=join or text is None)
+        return _measure(answering, pieces, counts[1], buckets, told)
+
+    evaluate(model, flags, measure, _show)
 
 
 def _measure(
-    launch: Launch,
-    *,
-    model: str,
-    texts: int,
-    buckets: int,
-    sp: int,
-    kernel: str,
-    language: Language,
-    text: str | None = None,
-    length: int | None = None,
-    window: int | None = None,
-    where: str | None = None,
-    join: bool = False,
-    before: bool = False,
-    base: str | None = None,
-    out: str | None = None,
-    name: str | None = None,
-    json: bool = False,
-) -> dict[str, Any]:
-    """All ranks call it alike; rank 0 writes and returns the result, the others {}."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // launch.local_world)))
-    import torch.distributed as dist
-
-    from ds_longft.layout import ParallelLayout
-    from ds_longft.ranks.join import join as join_ranks
-    from ds_longft.sequence.attention import ULYSSES, register
-    from ds_longft.sequence.state.families import spread_state_layers
-    from ds_longft.tools.evaluate import results
+    answering: Answering, pieces: list[list[int]], window: int | None, buckets: int, told: dict[str, Any]
+) -> Result:
     from ds_longft.tools.evaluate.position_loss import bucket_losses, read_in_windows
-    from ds_longft.tools.evaluate.subject import find_subject, load_subject, subject_tokenizer
+    from ds_longft.tools.evaluate.results import fingerprint
 
-    subject = find_subject(model, before=before, base=base)
-    device, agreement = join_ranks(launch)
-    layout = ParallelLayout.create(sp)
-    register()
-    tokenizer = subject_tokenizer(subject)
-    loaded = load_subject(subject, device, attention=ULYSSES)
-    spread_state_layers(loaded.plain)
-    tokens = length or loaded.window or 8192
-    source = read_texts(text, language, where=where, characters=CHARACTERS_A_TOKEN * tokens * texts)
-    pieces = pieces_of(tokenizer, source, tokens, texts, join=join or text is None)
+    tokens, processes = len(pieces[0]), answering.processes
     settings = {
-        "weights": results.weights_identity(subject),
-        "text": text or f"built in, {language}",
-        "where": where,
-        "join": join,
+        **told,
         "length_tokens": tokens,
         "window_tokens": window,
         "texts": len(pieces),
-        "texts_fingerprint": results.fingerprint(pieces),
+        "texts_fingerprint": fingerprint(pieces),
         "buckets": buckets,
     }
-    folder, file = results.result_folder(subject, out), results.result_name(name, "perplexity", before)
-    opened: list[results.Rows] = []  # on rank 0
 
-    def open_rows() -> set[str]:
-        opened.append(results.Rows(folder, file, settings, total=len(pieces)))
-        return {row["key"] for row in opened[0].rows}
+    def losses(key: str) -> list[dict[str, Any]]:
+        text = read_in_windows(pieces[int(key)], window or tokens, processes.layout.sp)
+        mine = bucket_losses(answering.loaded, text, processes.layout, answering.flags.kernel, buckets)
+        sums, counts = processes.summed(mine)
+        return [{"key": key, "loss_sums": sums.tolist(), "targets": counts.astype(int).tolist()}]
 
-    def losses(ids: list[int]) -> NDArray[np.float64]:
-        return bucket_losses(loaded, read_in_windows(ids, window or len(ids), sp), layout, kernel, buckets)
-
-    done = agreement.on_rank0(open_rows)
-    todo = [i for i in range(len(pieces)) if str(i) not in done]
-    for first in range(0, len(todo), layout.dp):
-        mine = todo[first : first + layout.dp][layout.dp_rank : layout.dp_rank + 1]
-        # Every rank of an sp group has the same text; a group without one left waits for the others.
-        gathered = agreement.gather((mine[0], losses(pieces[mine[0]])) if mine else None)
-        for rows in opened:
-            _add_rows(rows, gathered)
-    result = {}
-    for rows in opened:
-        result = rows.finish("perplexity", subject.shown, summarize(rows.rows, tokens, buckets))
-    agreement.gather(None)  # whoever leaves first could end the others
-    dist.destroy_process_group()
-    return result
-
-
-def _add_rows(rows: Any, gathered: Sequence[tuple[int, NDArray[np.float64]] | None]) -> None:
-    """Sums and counts of the shards of each text, added up and appended as a row."""
-    sums: dict[int, NDArray[np.float64]] = {}
-    for one in gathered:
-        if one is not None:
-            sums[one[0]] = sums.get(one[0], 0) + one[1]
-    for index, (losses, counts) in sorted(sums.items()):
-        rows.add({"key": str(index), "loss_sums": losses.tolist(), "targets": counts.astype(int).tolist()})
+    answering.add(answering.open_rows("perplexity", settings, [str(i) for i in range(len(pieces))]), losses)
+    return answering.finish("perplexity", lambda rows: summarize(rows, tokens, buckets))
 
 
 def pieces_of(tokenizer: Any, texts: list[str], tokens: int, count: int, *, join: bool) -> list[list[int]]:
@@ -236,10 +168,7 @@ def summarize(rows: Sequence[dict[str, Any]], tokens: int, buckets: int) -> dict
     }
 
 
-def _show(result: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json_text.dumps(result, ensure_ascii=False))
-        return
+def _show(result: dict[str, Any], path: Path) -> None:
     tokens = result["length_tokens"]
     table = Table("positions", "loss", "perplexity", title=f"{result['texts']} texts of {tokens:,} tokens")
     for i, value in enumerate(result["loss_by_eighth"]):
@@ -249,4 +178,4 @@ def _show(result: dict[str, Any], as_json: bool) -> None:
     table.add_section()
     table.add_row("all", f"{result['loss']:.4f}", f"{result['perplexity']:.2f}", style="bold")
     Console().print(table)
-    sys.stdout.flush()
+    print(path)

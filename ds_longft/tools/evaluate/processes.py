@@ -13,9 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ds_longft.command_line import as_words
 from ds_longft.errors import ConfigError, LongftError
+from ds_longft.layout import ParallelLayout
 from ds_longft.ranks.join import Agreement, Launch, visible_gpus
+from ds_longft.tools.evaluate.flags import Flags
 
 OWN_ERROR_S = 10.0
 """What went wrong on every rank is said by rank 0, and its end is the others' within this time. Whoever is still there
@@ -25,24 +30,24 @@ Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 
-def start_ranks(command: str, flag: str, ranks: int, arguments: dict[str, Any]) -> bool:
-    """Run `ds-longft eval COMMAND` with these arguments on `ranks` processes; False where there is nothing to start:
-    one is enough, or a launcher has started this one.
+def start_ranks(command: str, flags: Flags, arguments: dict[str, Any]) -> bool:
+    """Run `ds-longft COMMAND` with these arguments on as many processes as the flags say; False where there is
+    nothing to start: one is enough, or a launcher has started this one.
 
     Raises:
-        ConfigError: `ranks`, which `flag` asks for, is not positive, or more than the GPUs of this machine.
+        ConfigError: flags that do not go together, or more processes than GPUs of this machine.
         SystemExit: with the code of the rank that failed.
     """
-    if ranks < 1:
-        raise ConfigError(f"{flag} is {ranks}: expected 1 or more")
+    flags.check()
+    ranks = flags.ranks
     if ranks == 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1 or "SLURM_STEP_ID" in os.environ:
         return False
     gpus = visible_gpus()
     if gpus and ranks > gpus:
-        raise ConfigError(f"{flag} is {ranks}, this machine has {gpus} GPUs")
+        raise ConfigError(f"--gpus or --sp asks for {ranks} GPUs, this machine has {gpus}")
     from ds_longft.ranks.launch import launch_ranks
 
-    argv = ["eval", *command.split(), *as_words(arguments)]
+    argv = [*command.split(), *as_words(arguments)]
     code = launch_ranks("ds_longft.cli", argv, ranks=ranks, gpus=gpus)
     if code:
         raise SystemExit(code)
@@ -63,11 +68,14 @@ def said_once(rank: int) -> Iterator[None]:
 
 
 class Processes:
-    """This process among those of the evaluation."""
+    """This process among those of the evaluation; `sp` of them, side by side, work on one text."""
 
-    def __init__(self) -> None:
+    def __init__(self, sp: int = 1) -> None:
         self.launch = Launch.from_environment()
         self._agreement: Agreement | None = None
+        self.layout = ParallelLayout(1, 0, 1)
+        if self.launch.world % sp:
+            raise ConfigError(f"--sp is {sp}, which does not divide the {self.launch.world} ranks of this launch")
         if self.launch.world == 1:
             from ds_longft.tools.evaluate.subject import one_device
 
@@ -77,12 +85,13 @@ class Processes:
         from ds_longft.ranks.join import join
 
         self.device, self._agreement = join(self.launch)
+        self.layout = ParallelLayout.create(sp)
 
     @classmethod
     @contextmanager
-    def of_launch(cls) -> Iterator[Processes]:
+    def of_launch(cls, sp: int = 1) -> Iterator[Processes]:
         """Joined as long as the evaluation lasts; an error is shown once."""
-        processes = cls()
+        processes = cls(sp)
         with said_once(processes.launch.rank):
             yield processes
             if processes._agreement is not None:
@@ -96,13 +105,26 @@ class Processes:
         return work() if self._agreement is None else self._agreement.on_rank0(work)
 
     def share_out(self, items: Sequence[Item], work: Callable[[Item], Made]) -> Iterator[Made]:
-        """`work` of every item, in order, on rank 0; each process does every world-th. Nothing on the others.
+        """`work` of every item, in order, on rank 0; each sp group does every dp-th. Nothing on the others.
 
         A round is one item each: put items that take equally long beside each other.
         """
-        world = self.launch.world
-        for start in range(0, len(items), world):
-            made = [work(item) for item in items[start : start + world][self.launch.rank : self.launch.rank + 1]]
+        dp, mine = self.layout.dp, self.layout.dp_rank
+        for start in range(0, len(items), dp):
+            made = [work(item) for item in items[start : start + dp][mine : mine + 1]]
+            if self.layout.sp_rank:
+                made = []  # the first of its group says it
             parts = [made] if self._agreement is None else self._agreement.gather(made)
             if self.launch.rank == 0:
                 yield from (one for part in parts for one in part)
+
+    def summed(self, array: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The sum over the sp group, on each of its ranks."""
+        if self.layout.group is None:
+            return array
+        import torch
+        import torch.distributed as dist
+
+        total = torch.from_numpy(array).to(self.device)
+        dist.all_reduce(total, group=self.layout.group)
+        return total.cpu().numpy()

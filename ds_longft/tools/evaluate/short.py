@@ -8,18 +8,25 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from ds_longft.errors import ConfigError
-from ds_longft.tools.evaluate.needle import CHARACTERS_A_TOKEN
-from ds_longft.tools.evaluate.texts import Language, read_texts
+from ds_longft.tools.evaluate.flags import FLAGS, Flags
+from ds_longft.tools.evaluate.processes import start_ranks
+from ds_longft.tools.evaluate.texts import CHARACTERS_A_TOKEN, Language, read_texts
+
+if TYPE_CHECKING:
+    from ds_longft.tools.evaluate.answering import Answering, Result
 
 ANSWER_TOKENS = 32
+QUESTION_TOKENS = 2048  # more than a question and a chat template have; so many are asked together
 CAPITALS = {
     "France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Egypt": "Cairo", "Spain": "Madrid", "Germany": "Berlin",
     "Russia": "Moscow", "China": "Beijing", "Greece": "Athens", "Portugal": "Lisbon", "Austria": "Vienna",
@@ -58,15 +65,12 @@ def short(
     texts: int = 64,
     length: int = 512,
     language: Language = "en",
-    before: bool = False,
-    base: str | None = None,
-    out: str | None = None,
-    name: str | None = None,
-    json: bool = False,
+    flags: Flags = FLAGS,
 ) -> None:
     """Ask 60 short questions and measure the loss on short texts.
 
-    The result goes to RUN/eval/short.json (short-before.json with --before). One GPU, or the CPU.
+    The result goes to RUN/eval/short.json (short-before.json with --before). Stopped
+    and started again with the same settings, it goes on.
 
     Args:
         model: output folder of a run, adapter, model folder or hub id.
@@ -75,48 +79,61 @@ def short(
         texts: how many short texts.
         length: tokens of each.
         language: of the built-in text.
-        before: evaluate the model that the run MODEL started from.
-        base: the base model of an adapter, where it has moved.
-        out: folder of the results. Left out: RUN/eval, or eval/<model>.
-        name: of the result. Left out: short.
-        json: print one JSON object instead of a table.
     """
+    arguments = dict(locals())
     if texts < 1 or length < 2:
         raise ConfigError(f"--texts is {texts}, --length is {length}: expected 1 or more, and 2 or more")
-    from ds_longft.tools.evaluate import results
-    from ds_longft.tools.evaluate.answering import Answering, Target
+    if start_ranks("eval short", flags, arguments):
+        return
+    from ds_longft.tools.evaluate.answering import evaluate  # brings torch: not in a process that only starts others
+
+    told = {"text": text, "where": where, "language": language}
+    evaluate(model, flags, lambda answering: _measure(answering, told, texts, length), _show)
+
+
+def _measure(answering: Answering, told: dict[str, Any], texts: int, length: int) -> Result:
+    from ds_longft.tools.evaluate.answering import Question
     from ds_longft.tools.evaluate.haystack import MARK, chat_around
     from ds_longft.tools.evaluate.perplexity import pieces_of
-    from ds_longft.tools.evaluate.processes import Processes
+    from ds_longft.tools.evaluate.position_loss import bucket_losses, read_in_windows
+    from ds_longft.tools.evaluate.results import fingerprint
 
-    with Processes.of_launch() as processes:
-        answering = Answering(processes, Target(model, before, base, out, name))
-        source = read_texts(text, language, where=where, characters=CHARACTERS_A_TOKEN * length * texts)
-        pieces = pieces_of(answering.tokenizer, source, length, texts, join=True)
-        settings = {
-            "text": text or f"built in, {language}",
-            "where": where,
-            "texts": len(pieces),
-            "texts_fingerprint": results.fingerprint(pieces),
-            "length_tokens": length,
+    characters = CHARACTERS_A_TOKEN * length * texts
+    source = read_texts(told["text"], told["language"], where=told["where"], characters=characters)
+    pieces = pieces_of(answering.tokenizer, source, length, texts, join=True)
+    settings = {
+        "text": told["text"] or f"built in, {told['language']}",
+        "where": told["where"],
+        "texts": len(pieces),
+        "texts_fingerprint": fingerprint(pieces),
+        "length_tokens": length,
+    }
+    of_text = {f"text/{i}": piece for i, piece in enumerate(pieces)}
+
+    def loss(key: str) -> list[dict[str, Any]]:
+        layout, ids = answering.processes.layout, of_text[key]
+        kernel = answering.flags.kernel
+        text = read_in_windows(ids, length, layout.sp)
+        total, targets = answering.processes.summed(bucket_losses(answering.loaded, text, layout, kernel, 1))[:, 0]
+        return [{"key": key, "loss": float(total / targets)}]
+
+    def made(question: str, wanted: str) -> tuple[list[int], Callable[[str, float], dict[str, Any]]]:
+        head, tail = chat_around(answering.tokenizer, MARK + question)
+        return head + tail, lambda reply, _: {
+            "question": question,
+            "answer": wanted,
+            "reply": reply.strip(),
+            "right": is_right(wanted, reply),
         }
-        asked = {f"question/{i}": one for i, one in enumerate(questions())}
-        of_text = {f"text/{i}": piece for i, piece in enumerate(pieces)}
 
-        def answer(key: str) -> list[dict[str, Any]]:
-            if key in of_text:
-                return [{"key": key, "loss": _text_loss(answering.loaded, of_text[key])}]
-            question, wanted = asked[key]
-            head, tail = chat_around(answering.tokenizer, MARK + question)
-            reply = answering.replies([head + tail], ANSWER_TOKENS)[0].strip()
-            right = is_right(wanted, reply)
-            return [{"key": key, "question": question, "answer": wanted, "reply": reply, "right": right}]
-
-        keys = [*of_text, *asked]
-        done = answering.open_rows("short", settings, len(keys))
-        todo = [key for key in keys if key not in done]
-        made = answering.fill("short", todo, answer, lambda rows: _summary(rows, length))
-    results.show(made, json, _show)
+    asked = {
+        f"question/{i}": Question(QUESTION_TOKENS, ANSWER_TOKENS, partial(made, *one))
+        for i, one in enumerate(questions())
+    }
+    todo = answering.open_rows("short", settings, [*of_text, *asked])
+    answering.add([key for key in todo if key in of_text], loss)
+    answering.add_answers({key: asked[key] for key in todo if key in asked})
+    return answering.finish("short", lambda rows: _summary(rows, length))
 
 
 def _show(result: dict[str, Any], path: Path) -> None:
@@ -124,19 +141,6 @@ def _show(result: dict[str, Any], path: Path) -> None:
     table.add_row(f"loss of {result['texts']} texts of {result['length_tokens']} tokens", f"{result['loss']:.4f}")
     table.add_row(f"right of {result['questions']} questions", f"{result['right_percent']:.1f} %")
     Console().print(table)
-
-
-def _text_loss(loaded: Any, ids: list[int]) -> float:
-    """Mean loss (nats) of the tokens after the first."""
-    import torch
-
-    from ds_longft.model.rope_lengths import set_rope_lengths
-
-    set_rope_lengths(loaded.plain.get_decoder(), [len(ids)])
-    with torch.no_grad():
-        row = torch.tensor([ids], device=loaded.device)
-        logits = loaded.plain(input_ids=row, use_cache=False).logits[0, :-1].float()
-        return float(torch.nn.functional.cross_entropy(logits, row[0, 1:]))
 
 
 def is_right(answer: str, reply: str) -> bool:

@@ -17,7 +17,8 @@ from ds_longft.errors import ConfigError
 from ds_longft.run_files import EvaluationRow, Preset
 from ds_longft.stored import read_lines
 from ds_longft.tools.evaluate.bootstrap import mean_with_interval
-from ds_longft.tools.evaluate.needle import needle, token_list
+from ds_longft.tools.evaluate.flags import Flags, token_list
+from ds_longft.tools.evaluate.needle import needle
 from ds_longft.tools.evaluate.ruler.command import ruler
 from ds_longft.tools.evaluate.short import short
 from ds_longft.tools.report.command import add_to_card, write_report
@@ -48,7 +49,8 @@ def suite(
     essays: str | None = None,
     squad: str | None = None,
     hotpotqa: str | None = None,
-    gpus: int = 1,
+    gpus: int | None = None,
+    sp: int = 1,
     base: str | None = None,
     json: bool = False,
 ) -> None:
@@ -67,7 +69,8 @@ def suite(
         essays: what RULER's needles are hidden in; see `eval ruler`.
         squad: SQuAD's dev-v2.0.json.
         hotpotqa: hotpot_dev_distractor_v1.json.
-        gpus: how many GPUs of this machine to use; on a CPU, processes.
+        gpus: how many GPUs of this machine share the work; on a CPU, processes. Left out: as many as --sp.
+        sp: how many of them share one text.
         base: the base model of an adapter, where it has moved.
         json: print one JSON object instead of a table.
     """
@@ -81,13 +84,14 @@ def suite(
     after = find_subject(run, base=base)
     sizes = given or _lengths(preset, subject_window(after) or 8192)
     size, folder = SIZES[preset], results.result_folder(after, None)
-    shared: dict[str, Any] = {"lengths": ",".join(map(str, sizes)), "gpus": gpus, "base": base}
+    asked = ",".join(map(str, sizes))
     texts: dict[str, Any] = {"essays": essays, "squad": squad, "hotpotqa": hotpotqa}
     with contextlib.redirect_stdout(sys.stderr):
         for before in (True, False):
-            ruler(run, rows=rows or size.rows, before=before, **texts, **shared)
-            needle(run, trials=size.trials, before=before, **shared)
-            short(run, before=before, base=base)
+            flags = Flags(gpus=gpus, sp=sp, base=base, before=before)
+            ruler(run, lengths=asked, rows=rows or size.rows, **texts, flags=flags)
+            needle(run, lengths=asked, trials=size.trials, flags=flags)
+            short(run, flags=flags)
     result = {
         "kind": "suite",
         "model": after.shown,

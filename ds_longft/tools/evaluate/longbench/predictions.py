@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_longft.errors import ConfigError
+from ds_longft.tools.evaluate.flags import FLAGS, Flags, listed, tokens_of
 from ds_longft.tools.evaluate.haystack import encode_prompt
 from ds_longft.tools.evaluate.longbench.score import print_scores, scores_by_length, task_scores
 from ds_longft.tools.evaluate.longbench.task_metrics import check_packages
 from ds_longft.tools.evaluate.longbench.task_rows import find_copy, read_prompts, read_task
 from ds_longft.tools.evaluate.longbench.tasks import TASKS, Task, averages
-from ds_longft.tools.evaluate.needle import tokens_of
+from ds_longft.tools.evaluate.processes import start_ranks
 
 if TYPE_CHECKING:
-    from ds_longft.tools.evaluate.answering import Answering
+    from ds_longft.tools.evaluate.answering import Answering, Result
 
 RESERVED_TOKENS = 500  # of the window, for the chat template and the answer, as in LongBench's own list
 
@@ -29,19 +31,12 @@ def run(
     e: bool = False,
     max_length: int | str | None = None,
     limit: int | None = None,
-    chunk_tokens: int | str = "8K",
-    gpus: int = 1,
-    before: bool = False,
-    base: str | None = None,
-    out: str | None = None,
-    name: str | None = None,
-    json: bool = False,
+    flags: Flags = FLAGS,
 ) -> None:
     """Answer LongBench greedily as its own code does, and score the answers.
 
     Answers go to RUN/eval/longbench.rows.jsonl as they are made (`eval longbench score` reads them too), scores to
-    RUN/eval/longbench.json. Stopped and started again with the same settings, it goes on. With --gpus N every GPU
-    answers its share; each holds the model.
+    RUN/eval/longbench.json. Stopped and started again with the same settings, it goes on.
 
     Args:
         model: output folder of a run, adapter, model folder or hub id.
@@ -51,37 +46,19 @@ def run(
         e: LongBench-E: 13 tasks, scores by length as well.
         max_length: prompt tokens; the middle of longer ones is cut. Left out: the window less 500.
         limit: only the first so many rows of each task.
-        chunk_tokens: tokens of a prompt that are read at a time.
-        gpus: how many GPUs of this machine to use; on a CPU, processes.
-        before: evaluate the model that the run MODEL started from.
-        base: the base model of an adapter, where it has moved.
-        out: folder of the results. Left out: RUN/eval, or eval/<model>.
-        name: of the result. Left out: longbench, or longbench-e.
-        json: print one JSON object instead of tables.
     """
     arguments = dict(locals())
-    from ds_longft.tools.evaluate.processes import Processes, start_ranks
-
     chosen = choose_tasks(tasks, e=e)
     if limit is not None and limit < 1:
         raise ConfigError(f"--limit is {limit}: expected 1 or more")
     check_packages()
     longest = tokens_of("--max_length", max_length) if max_length else None
-    chunk = tokens_of("--chunk_tokens", chunk_tokens)
-    if start_ranks("longbench run", "--gpus", gpus, arguments):
+    if start_ranks("eval longbench run", flags, arguments):
         return
-    from ds_longft.tools.evaluate import results  # brings torch: not in a process that only starts others
-    from ds_longft.tools.evaluate.answering import Answering, Target
+    from ds_longft.tools.evaluate.answering import evaluate  # brings torch: not in a process that only starts others
 
-    with Processes.of_launch() as processes:
-        copy = processes.first(lambda: find_copy(data))  # it may unpack a download, which one process should do
-        templates = read_prompts(copy, prompts, [task.name for task in chosen])
-        sets = {task.name: read_task(copy, task, e=e)[:limit] for task in chosen}
-        told = {"tasks": [t.name for t in chosen], "e": e, "limit": limit, "data": data, "prompts": prompts}
-        told["data_fingerprint"] = results.fingerprint([{t: templates[t] for t in sets}, *sets.items()])
-        asked = Asked(chosen, sets, templates, longest, told)
-        made = _measure(Answering(processes, Target(model, before, base, out, name), chunk), asked)
-    results.show(made, json, _show)
+    told = {"tasks": [t.name for t in chosen], "e": e, "limit": limit, "data": data, "prompts": prompts}
+    evaluate(model, flags, lambda answering: _measure(answering, chosen, told, longest), _show)
 
 
 def _show(result: dict[str, Any], path: Path) -> None:
@@ -89,48 +66,37 @@ def _show(result: dict[str, Any], path: Path) -> None:
     print(path)
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What is asked."""
+def _measure(answering: Answering, tasks: list[Task], told: dict[str, Any], most: int | None) -> Result:
+    from ds_longft.tools.evaluate.answering import Question
+    from ds_longft.tools.evaluate.results import fingerprint
 
-    tasks: list[Task]
-    rows: dict[str, list[dict[str, Any]]]  # by task
-    templates: dict[str, str]
-    max_length: int | None  # prompt tokens; None: the window less RESERVED_TOKENS
-    settings: dict[str, Any]
+    copy = answering.processes.first(lambda: find_copy(told["data"]))  # one process unpacks a download
+    tokenizer, e = answering.tokenizer, told["e"]
+    templates = read_prompts(copy, told["prompts"], told["tasks"])
+    sets = {task.name: read_task(copy, task, e=e)[: told["limit"]] for task in tasks}
+    longest = most or (answering.window or 8192) - RESERVED_TOKENS
+    newline = tuple(tokenizer("\n", add_special_tokens=False)["input_ids"][-1:])
 
+    def made(task: Task, row: dict[str, Any]) -> tuple[list[int], Callable[[str, float], dict[str, Any]]]:
+        ids = prompt_ids(tokenizer, templates[task.name].format(**row), task, longest)
+        return ids, lambda reply, _: {
+            "dataset": task.name,
+            "pred": reply,
+            "answers": row["answers"],
+            "all_classes": row.get("all_classes"),
+            "length": row.get("length"),
+            "prompt_tokens": len(ids),
+        }
 
-def _measure(answering: Answering, asked: Asked) -> tuple[dict[str, Any], Path] | None:
-    """The result and its file on the process that writes, None on the others."""
-    tokenizer = answering.tokenizer
-    longest = asked.max_length or (answering.loaded.window or 8192) - RESERVED_TOKENS
-    e = asked.settings["e"]
-    kind = "longbench-e" if e else "longbench"
-    keys = {f"{task.name}/{i}": (task, i) for task in asked.tasks for i in range(len(asked.rows[task.name]))}
-    done = answering.open_rows(kind, {**asked.settings, "max_length_tokens": longest}, len(keys))
-    newline = tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]
-
-    def answer(key: str) -> list[dict[str, Any]]:
-        task, i = keys[key]
-        row = asked.rows[task.name][i]
-        ids = prompt_ids(tokenizer, asked.templates[task.name].format(**row), task, longest)
+    questions = {}
+    for task in tasks:
         one_line = task.name == "samsum"  # one dialogue's summary
-        (reply,) = answering.replies(
-            [ids], task.max_new_tokens, also_stop=newline if one_line else (), least=int(one_line)
-        )
-        return [
-            {
-                "key": key,
-                "dataset": task.name,
-                "pred": reply,
-                "answers": row["answers"],
-                "all_classes": row.get("all_classes"),
-                "length": row.get("length"),
-                "prompt_tokens": len(ids),
-            }
-        ]
-
-    return answering.fill(kind, [key for key in keys if key not in done], answer, lambda rows: _scores(rows, e))
+        more: dict[str, Any] = {"also_stop": newline, "least_tokens": 1} if one_line else {}
+        for i, row in enumerate(sets[task.name]):
+            questions[f"{task.name}/{i}"] = Question(longest, task.max_new_tokens, partial(made, task, row), **more)
+    told = {**told, "data_fingerprint": fingerprint([{t: templates[t] for t in sets}, *sets.values()])}
+    kind, settings = "longbench-e" if e else "longbench", {**told, "max_length_tokens": longest}
+    return answering.ask(kind, settings, questions, lambda rows: _scores(rows, e))
 
 
 def choose_tasks(names: str, *, e: bool) -> list[Task]:
@@ -139,7 +105,7 @@ def choose_tasks(names: str, *, e: bool) -> list[Task]:
     Raises:
         ConfigError: an unknown name, or one that LongBench-E does not have.
     """
-    wanted = [part.strip() for part in names.strip("()[]").split(",") if part.strip()]
+    wanted = listed(names)
     unknown = [name for name in wanted if name not in TASKS and name not in ("all", "en", "zh", "code")]
     if unknown:
         raise ConfigError(f"--tasks: no task {', '.join(unknown)}; known are all, en, zh, code, {', '.join(TASKS)}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,13 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from ds_longft.errors import ConfigError
+from ds_longft.tools.evaluate.flags import FLAGS, Flags, token_list
 from ds_longft.tools.evaluate.grid import default_lengths
-from ds_longft.tools.evaluate.needle import CHARACTERS_A_TOKEN, token_list, tokens_of
+from ds_longft.tools.evaluate.processes import start_ranks
 from ds_longft.tools.evaluate.ruler.ruler_rows import answer_tokens, choose, made_row, read_material, score
-from ds_longft.tools.evaluate.texts import read_texts
+from ds_longft.tools.evaluate.texts import CHARACTERS_A_TOKEN, read_texts
 
 if TYPE_CHECKING:
-    from ds_longft.tools.evaluate.answering import Answering
+    from ds_longft.tools.evaluate.answering import Answering, Result
 
 SHOWN_CHARACTERS = 300  # of a prompt's end, in the rows
 
@@ -29,21 +33,14 @@ def ruler(
     essays: str | None = None,
     squad: str | None = None,
     hotpotqa: str | None = None,
-    chunk_tokens: int | str = "8K",
     seed: int = 42,
-    gpus: int = 1,
-    before: bool = False,
-    base: str | None = None,
-    out: str | None = None,
-    name: str | None = None,
-    json: bool = False,
+    flags: Flags = FLAGS,
 ) -> None:
     """Ask RULER's 13 tasks: needles of eight kinds, variable tracking, common and frequent words, documents.
 
     The prompts are made here, so long that with the answer they fill a length and never exceed it, and asked in the
     model's chat template with the beginning of the answer. The result goes to RUN/eval/ruler.json (ruler-before.json
-    with --before). Stopped and started again with the same settings, it goes on. With --gpus N every GPU answers its
-    share; each holds the model.
+    with --before). Stopped and started again with the same settings, it goes on.
 
     Args:
         model: output folder of a run, adapter, model folder or hub id.
@@ -54,70 +51,52 @@ def ruler(
             Python documentation of this machine.
         squad: SQuAD's dev-v2.0.json for qa_1. Left out: own_qa_1, numbers in documents made here.
         hotpotqa: hotpot_dev_distractor_v1.json for qa_2. Left out: own_qa_2, numbers that two documents tell together.
-        chunk_tokens: tokens of a prompt that are read at a time.
         seed: the same seed asks the same questions.
-        gpus: how many GPUs of this machine to use; on a CPU, processes.
-        before: evaluate the model that the run MODEL started from.
-        base: the base model of an adapter, where it has moved.
-        out: folder of the results. Left out: RUN/eval, or eval/<model>.
-        name: of the result. Left out: ruler.
-        json: print one JSON object instead of a table.
     """
     arguments = dict(locals())
-    from ds_longft.tools.evaluate.processes import Processes, start_ranks
-
     if rows < 1:
         raise ConfigError(f"--rows is {rows}: expected 1 or more")
     chosen = choose(tasks, {"qa_1": squad, "qa_2": hotpotqa})
     sizes = None if lengths is None else token_list("--lengths", lengths)
-    chunk = tokens_of("--chunk_tokens", chunk_tokens)
-    if start_ranks("ruler", "--gpus", gpus, arguments):
+    if start_ranks("eval ruler", flags, arguments):
         return
-    from ds_longft.tools.evaluate import results  # brings torch: not in a process that only starts others
-    from ds_longft.tools.evaluate.answering import Answering, Target
+    from ds_longft.tools.evaluate.answering import evaluate  # brings torch: not in a process that only starts others
 
     told = {"tasks": chosen, "rows": rows, "essays": essays, "squad": squad, "hotpotqa": hotpotqa, "seed": seed}
-    with Processes.of_launch() as processes:
-        made = _measure(Answering(processes, Target(model, before, base, out, name), chunk), told, sizes)
-    results.show(made, json, _show)
+    evaluate(model, flags, lambda answering: _measure(answering, told, sizes), _show)
 
 
-def _measure(
-    answering: Answering, told: dict[str, Any], lengths: list[int] | None
-) -> tuple[dict[str, Any], Path] | None:
-    """The result and its file on the process that writes, None on the others."""
+def _measure(answering: Answering, told: dict[str, Any], lengths: list[int] | None) -> Result:
+    from ds_longft.tools.evaluate.answering import Question
     from ds_longft.tools.evaluate.results import fingerprint
 
     tasks, seed, tokenizer = told["tasks"], told["seed"], answering.tokenizer
-    sizes = lengths or default_lengths(answering.loaded.window)
+    sizes = lengths or default_lengths(answering.window)
     texts = read_texts(told["essays"], "en", characters=CHARACTERS_A_TOKEN * max(sizes))
     material = read_material(tokenizer, texts, {"qa_1": told["squad"], "qa_2": told["hotpotqa"]}, tasks)
     for task, questions in material.questions.items():
         if len(questions) < told["rows"]:
             raise ConfigError(f"--rows is {told['rows']}: the file of {task} has {len(questions)} questions")
     of_texts = fingerprint([material.essay, *material.documents.values()])
-    keys = {f"{task}/{size}/{i}": (task, size, i) for size in sizes for task in tasks for i in range(told["rows"])}
-    done = answering.open_rows("ruler", {**told, "lengths": sizes, "texts_fingerprint": of_texts}, len(keys))
 
-    def answer(key: str) -> list[dict[str, Any]]:
-        task, size, i = keys[key]
+    def made(task: str, size: int, i: int) -> tuple[list[int], Callable[[str, float], dict[str, Any]]]:
         text, ids = made_row(tokenizer, material, task, size, i, seed)
-        (reply,) = answering.replies([ids], answer_tokens(task))
-        return [
-            {
-                "key": key,
-                "task": task,
-                "length_tokens": size,
-                "prompt_tokens": len(ids),
-                "question": f"{text.asked[-SHOWN_CHARACTERS:]} {text.begins}",
-                "answers": list(text.wanted),
-                "reply": reply,
-                "score": round(score(task, text.wanted, reply), 4),
-            }
-        ]
+        return ids, lambda reply, _: {
+            "task": task,
+            "length_tokens": size,
+            "prompt_tokens": len(ids),
+            "question": f"{text.asked[-SHOWN_CHARACTERS:]} {text.begins}",
+            "answers": list(text.wanted),
+            "reply": reply,
+            "score": round(score(task, text.wanted, reply), 4),
+        }
 
-    todo = [key for key in keys if key not in done]
-    return answering.fill("ruler", todo, answer, lambda rows: _summary(rows, tasks, sizes))
+    asked = {
+        f"{task}/{size}/{i}": Question(size, answer_tokens(task), partial(made, task, size, i))
+        for size, task, i in product(sizes, tasks, range(told["rows"]))
+    }
+    settings = {**told, "lengths": sizes, "texts_fingerprint": of_texts}
+    return answering.ask("ruler", settings, asked, lambda rows: _summary(rows, tasks, sizes))
 
 
 def _summary(rows: list[dict[str, Any]], tasks: list[str], sizes: list[int]) -> dict[str, Any]:

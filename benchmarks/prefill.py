@@ -1,0 +1,111 @@
+"""Reading a long prompt and answering it over several GPUs, on random weights and random tokens.
+
+    torchrun --nproc_per_node 2 benchmarks/prefill.py --tokens 131072
+    torchrun --nproc_per_node 2 benchmarks/prefill.py --tokens 1048576 --layers 4 --new 8
+
+Beside it the training forward of the same tokens: no gradients, no cache. One JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.work import SEED, SHAPES, append, peak_gib, provenance, sample, shape_of
+
+
+def main() -> None:
+    """Warm up, time, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="llama8b", choices=SHAPES)
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
+    parser.add_argument("--tokens", type=int, default=131072)
+    parser.add_argument("--new", type=int, default=32, help="tokens of the answer")
+    parser.add_argument("--kernel", default="auto")
+    parser.add_argument("--append", help="append the result to this file")
+    args = parser.parse_args()
+
+    import torch
+    import transformers
+    from transformers import AutoConfig
+
+    from ds_longft.config.run_config import ModelConfig
+    from ds_longft.model.load import load_config, load_model
+    from ds_longft.objectives.forward import decode
+    from ds_longft.ranks.join import Launch
+    from ds_longft.sequence.shard import shard
+    from ds_longft.tools.evaluate.cached_attention import CACHED, register
+    from ds_longft.tools.evaluate.generate import Reader
+    from ds_longft.tools.evaluate.processes import Processes
+    from ds_longft.tools.evaluate.subject import Loaded
+
+    world = Launch.from_environment().world
+    processes = Processes(world)
+    layout, device = processes.layout, processes.device
+    shape = shape_of(args.shape, args.layers)
+    folder = Path(tempfile.gettempdir()) / f"prefill-{args.shape}-{args.layers}-{layout.rank}"
+    AutoConfig.for_model(**shape).save_pretrained(folder)
+    config = ModelConfig(path=str(folder), random_weights=True)
+    register()
+    hf_config = load_config(config, 1, attn_implementation=CACHED)
+    torch.manual_seed(SEED)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model: Any = load_model(config, hf_config, ds_engine_config=None, dtype=dtype, device=device)
+    model.eval().requires_grad_(False)
+    pack = sample([args.tokens], shape["vocab_size"], dp_rank=0)
+    ids = pack.input_ids.tolist()
+
+    def seconds(work: Callable[[], Any], times: int) -> float:
+        """The shortest of several."""
+        taken = []
+        for _ in range(times):
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            started = time.monotonic()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            taken.append(time.monotonic() - started)
+        return min(taken)
+
+    def forward() -> None:
+        with torch.no_grad():
+            decode(model.get_decoder(), shard(pack, layout, device), layout, args.kernel)
+
+    forward_s = seconds(forward, 3)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    reader = Reader(Loaded(model, model, device), layout, args.kernel)
+    prefill_s = seconds(lambda: reader.read([ids], args.new), 3)
+    reader.add([1])  # warming up
+    decode_s = seconds(lambda: [reader.add([1]) for _ in range(args.new - 1)], 1) / (args.new - 1)
+    peak = peak_gib(device) if world > 1 else None
+    if layout.rank == 0:
+        result = {
+            **provenance(world, torch, transformers),
+            "what": f"prefill {args.shape} {args.tokens} tokens, {shape['num_hidden_layers']} layers, sp {world}",
+            "value": round(args.tokens / prefill_s / world, 1),
+            "unit": "tokens/s a GPU",
+            "training_forward": round(args.tokens / forward_s / world, 1),
+            "share_of_training_forward": round(forward_s / prefill_s, 3),
+            "prefill_s": round(prefill_s, 3),
+            "ms_a_decoded_token": round(1000 * decode_s, 2),
+            "peak_gib": peak,
+        }
+        print(json.dumps(result), flush=True)
+        if args.append:
+            append(args.append, result)
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

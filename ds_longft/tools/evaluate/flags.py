@@ -1,0 +1,78 @@
+"""What every evaluation of a model takes on the command line, declared once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ds_longft.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Flags:
+    """How a model is asked, and where its results go.
+
+    Args:
+        gpus: how many GPUs of this machine share the work; on a CPU, processes. Left out: as many as --sp.
+        sp: how many of them share one text; each holds the model. A launcher's ranks take the place of --gpus
+            (`deepspeed --no_local_rank --module ds_longft.cli eval needle ... --sp 8`).
+        kernel: attention kernel by name, or auto.
+        batch_tokens: prompts of one length are read together up to so many tokens.
+        server: address of an OpenAI-compatible server of this model, e.g. http://localhost:8000/v1 of `vllm serve
+            runs/mine-merged`, which is asked instead of a GPU here. MODEL is then the served folder.
+        before: evaluate the model that the run MODEL started from.
+        base: the base model of an adapter, where it has moved.
+        out: folder of the results. Left out: RUN/eval, or eval/<model>.
+        name: of the result. Left out: that of the evaluation.
+        json: print one JSON object instead of tables.
+    """
+
+    gpus: int | None = None
+    sp: int = 1
+    kernel: str = "auto"
+    batch_tokens: int | str = "128K"
+    server: str | None = None
+    before: bool = False
+    base: str | None = None
+    out: str | None = None
+    name: str | None = None
+    json: bool = False
+
+    @property
+    def ranks(self) -> int:
+        """Processes to start."""
+        return self.sp if self.gpus is None else self.gpus
+
+    def check(self) -> None:
+        """Raises ConfigError: counts that are not positive, GPUs that sp does not divide, GPUs beside a server."""
+        tokens_of("--batch_tokens", self.batch_tokens)
+        if self.ranks < 1:
+            raise ConfigError(f"--gpus is {self.ranks}: expected 1 or more")
+        if self.sp < 1 or self.ranks % self.sp:
+            raise ConfigError(f"--sp is {self.sp}, --gpus is {self.ranks}: sp should be 1 or more, and divide --gpus")
+        if self.server is not None and self.ranks > 1:
+            raise ConfigError("--server answers by itself: leave out --gpus and --sp")
+
+
+FLAGS = Flags()
+
+
+def tokens_of(flag: str, value: int | str) -> int:
+    """`128K` -> 131072. Raises ConfigError for what is no positive count."""
+    from ds_longft.config.run_config import parse_tokens  # brings pydantic, which a help should not wait for
+
+    tokens = parse_tokens(value)
+    if isinstance(tokens, str) and tokens.strip().isdigit():
+        tokens = int(tokens)
+    if not isinstance(tokens, int) or tokens < 1:
+        raise ConfigError(f"{flag} is {value!r}: expected a number of tokens, e.g. 4096 or 128K")
+    return tokens
+
+
+def token_list(flag: str, value: str) -> list[int]:
+    """`8K,32K` -> [8192, 32768], in ascending order."""
+    return sorted({tokens_of(flag, part) for part in value.strip("()[]").split(",") if part.strip()})
+
+
+def listed(value: str) -> list[str]:
+    """`a,b` -> ["a", "b"]."""
+    return [part.strip() for part in value.strip("()[]").split(",") if part.strip()]
