@@ -17,6 +17,7 @@ from typing import Any
 
 from ds_longft.config.ds_file import load_ds_config
 from ds_longft.config.ds_json import DeepSpeedSettings, Device, merge_ds_config
+from ds_longft.config.optimizers import KINDS
 from ds_longft.config.proof import proof_problem
 from ds_longft.config.run_config import RunConfig, SourceConfig, is_pattern
 from ds_longft.config.shipped import TEMPLATES, find_template
@@ -120,6 +121,9 @@ def check_run(
         for name in config.log.tracker_names
         if not _is_installed(name)
     ]
+    package, kind = KINDS[config.optim.type].package, config.optim.type
+    if package and not _is_installed(package):
+        problems.append(f"optim.type is {kind}, whose package is not installed: pip install {package}")
     if config.lora is not None and config.lora.init_from:
         folder = Path(config.lora.init_from).expanduser()
         if not (folder / "adapter_config.json").is_file():

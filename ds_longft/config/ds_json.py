@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ds_longft.config.ds_keys import ALLOWED, LOWEST, OPTIMIZER_PARAMS, REFUSED
+from ds_longft.config.optimizers import engine_problems
 from ds_longft.config.run_config import RunConfig
 from ds_longft.config.spellings import nearest
 from ds_longft.errors import ConfigError
@@ -66,6 +67,10 @@ def merge_ds_config(
             f"ds_config: zero_optimization.zero_hpz_partition_size is {hpz}, which does not divide the {world} ranks: "
             f"it counts the ranks that share a second copy of the weights, in most cases those of a node"
         )
+    named = "optimizer" in engine and config.optim.type not in OPTIMIZER_PARAMS
+    problems += engine_problems(config.optim.type, stage, offloaded="offload_optimizer" in zero, named=named)
+    if named:
+        del engine["optimizer"]
     problems += _optimizer_problems(engine, config)
     _choose_optimizer_mode(engine, config, device)
     for key, (value, why) in _values_from_run(engine, config, world, device).items():
@@ -166,6 +171,8 @@ def _choose_optimizer_mode(engine: dict[str, Any], config: RunConfig, device: De
         engine["optimizer"].setdefault("params", {})["torch_adam"] = True
     if config.optim.type == "sgd":
         engine["zero_allow_untested_optimizer"] = True  # ZeRO's list of tested optimizers lacks it
+    if config.optim.type == "muon" and engine["zero_optimization"]["stage"] == 3:
+        engine["zero_optimization"].setdefault("reduce_scatter", False)  # DeepSpeed refuses the two together
 
 
 def _values_from_run(
@@ -253,7 +260,7 @@ def _sum_type_problems(engine: dict[str, Any]) -> list[str]:
 
 def _optimizer_problems(engine: dict[str, Any], config: RunConfig) -> list[str]:
     """Parameters that the optimizer would raise over, after the model is loaded."""
-    known = OPTIMIZER_PARAMS[config.optim.type]
+    known = OPTIMIZER_PARAMS.get(config.optim.type, ())
     return [
         f"ds_config: optimizer.params.{key} is {json.dumps(value)}, which optim.type {config.optim.type} does not know"
         f"{nearest(key, known) or ': known are ' + ', '.join(known)}"

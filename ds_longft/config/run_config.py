@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from ds_longft.config.optimizers import optim_problems
+
 
 def parse_tokens(value: Any) -> Any:
     """`"128K"` -> 131072, `"1M"` -> 1048576; anything else is handed on for pydantic to judge."""
@@ -305,14 +307,24 @@ class DpoConfig(Section):
     before step 1, and given up where it would not fit. On a CPU `one`."""
 
 
+OptimizerName = Literal["adamw", "adamw_8bit", "muon", "adafactor", "schedule_free", "sgd"]
+
+
 class OptimConfig(Section):
     """Optimizer and learning-rate schedule. The DeepSpeed JSON may name an optimizer instead."""
 
-    type: Refused[Literal["adamw", "sgd"]] = "adamw"
-    """`sgd` (no momentum) is for proofs: it shows gradient scale, which Adam hides."""
+    type: Refused[OptimizerName] = "adamw"
+    """`adamw_8bit`: AdamW with moments of a byte (bitsandbytes). `muon`: DeepSpeed's, over matrices, also those of
+    adapters; AdamW over the rest. `adafactor`: transformers', without momentum; ZeRO stage 0. `schedule_free`: AdamW
+    with averaged weights instead of a falling learning rate (schedulefree); ZeRO stages 0 to 2. `sgd` (no momentum) is
+    for proofs: it shows gradient scale, which Adam hides."""
 
     learning_rate: Applied[float] = Field(default=1e-4, gt=0)
     """Peak learning rate."""
+
+    adam_learning_rate: Applied[float | None] = Field(default=None, gt=0)
+    """With `muon`: peak learning rate of AdamW, beside Muon's `learning_rate` (0.02 is usual), for embeddings, output
+    head, norms and stacked experts."""
 
     betas: Applied[tuple[Beta, Beta]] = (0.9, 0.95)
     """AdamW moments."""
@@ -525,6 +537,7 @@ def contradictions(config: RunConfig) -> list[str]:
             f"nor DoRA. Leave {key} out, or lora.experts"
         )
     problems += _objective_problems(config) + _token_problems(config) + _stream_problems(config)
+    problems += optim_problems(config)
     if config.model.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", config.model.revision or ""):
         problems.append(
             f"model.trust_remote_code needs model.revision pinned to a full commit hash (40 hex digits), "

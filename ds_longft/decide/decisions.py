@@ -69,6 +69,7 @@ class Run:
             pairs=rows > 1,
             reference=needs.reference,
             passes=needs.passes,
+            optimizer=config.optim.type,
             accumulation=config.train.gradient_accumulation_steps,
         )
 

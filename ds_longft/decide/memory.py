@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from ds_longft.config.optimizers import KINDS
 from ds_longft.decide.setting import GIB, Gpu, Setting
 from ds_longft.decide.simulated_step import SimulatedStep
 from ds_longft.decide.tensors import GROUPS, REFERENCE, TRAINABLE, WEIGHTS, Keep, Sizes
@@ -174,8 +175,13 @@ def stays_resident(weights_bytes: int, *, lora: bool, offload_params: bool, memo
 def host_bytes(model: ModelFacts, setting: Setting) -> float:
     """Pinned host memory of a rank for what the DeepSpeed JSON offloads."""
     trained = model.trained_weights(setting.lora_r, setting.lora_experts) / setting.world
-    states = (12 + 4) * trained if setting.offload_optimizer else 0.0  # master, two moments, gradient, float32
+    states = (4 + of_optimizer(setting)) * trained if setting.offload_optimizer else 0.0  # and gradients in float32
     return states + (2 * models(setting) * model.weights / setting.world if setting.offload_params else 0.0)
+
+
+def of_optimizer(setting: Setting) -> float:
+    """Bytes of a trained element's float32 master and the optimizer's state."""
+    return 4 + KINDS[setting.optimizer].state_bytes
 
 
 def models(setting: Setting) -> int:
@@ -186,9 +192,9 @@ def models(setting: Setting) -> int:
 def fixed(model: ModelFacts, setting: Setting) -> dict[str, float]:
     """Bytes held all the time: weights, and what belongs to the trained ones (DeepSpeed 0.19.8, bf16).
 
-    Weights 2 bytes, a frozen reference's too; master and two moments 12 bytes a trained element, split over ranks from
-    stage 1; gradients 2, split from stage 2, and there 4 for adapters and where several packs are summed
-    (`config/ds_json.py`, `_fill_sum_types`); reduce buckets of 2 bytes.
+    Weights 2 bytes, a frozen reference's too; master and AdamW's two moments 12 bytes a trained element (of other
+    optimizers: `config/optimizers.py`), split over ranks from stage 1; gradients 2, split from stage 2, and there 4 for
+    adapters and where several packs are summed (`config/ds_json.py`, `_fill_sum_types`); reduce buckets of 2 bytes.
     """
     e, world, trained = (
         setting.element_bytes,
@@ -202,7 +208,7 @@ def fixed(model: ModelFacts, setting: Setting) -> dict[str, float]:
         weights = own + gathered
     split_states = world if setting.stage >= 1 else 1
     split_gradients = world if setting.stage >= 2 else 1
-    states = 0.0 if setting.offload_optimizer else 12 * trained / split_states
+    states = 0.0 if setting.offload_optimizer else of_optimizer(setting) * trained / split_states
     in_float32 = setting.stage >= 2 and (setting.lora_r is not None or setting.accumulation > 1)
     gradients = 0.0 if setting.offload_optimizer else (4 if in_float32 else e) * trained / split_gradients
     bucket = 5e6 if setting.lora_r is not None else max(5e6, model.hidden**2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from ds_longft.config.optimizers import KINDS
 from ds_longft.config.run_config import DOCUMENTS_PER_ROW
 from ds_longft.decide.memory import Memory, predict, stays_resident
 from ds_longft.decide.setting import Gpu, Setting
@@ -130,6 +131,7 @@ class Question:
     objective: str = "sft"
     reference: Reference = "none"  # of pairs
     passes: Passes = "auto"  # of pairs; auto: both are considered
+    optimizer: str = "adamw"  # as optim.type
     kernel: str = ""  # "": the GPU's fastest
     fused: bool = True
     targets: float = 1.0
@@ -160,12 +162,15 @@ class Question:
                 pairs=self.objective == "dpo",
                 reference=self.reference,
                 passes=self.passes if self.objective == "dpo" else "one",
+                optimizer=self.optimizer,
             )
-            ways = [(base, "ds_configs/zero3_sp.json")]
-            if self.lora_r is not None:
+            ways, kind = [(base, "ds_configs/zero3_sp.json")], KINDS[self.optimizer]
+            if kind.ds_config:  # not under all stages of ZeRO
+                ways = [(replace(base, stage=max(kind.stages)), kind.ds_config)]
+            elif self.lora_r is not None:
                 if not resident:
                     ways.append((replace(base, stage=2), "ds_configs/zero2_sp.json"))
-            else:
+            elif kind.offload:
                 away = replace(base, resident=False, offload_optimizer=True, offload_params=True)
                 ways.append((away, "ds_configs/zero3_offload.json"))
             for way, ds_config in ways:

@@ -47,6 +47,7 @@ class Setting:
     accumulation: int = 1  # packs of a rank in a step
     pairs: bool = False  # of preferences: they are never dealt whole to the ranks
     reference: Reference = "none"  # of pairs: where the reference's log-probabilities come from
+    optimizer: str = "adamw"  # as optim.type
     passes: Passes = "one"  # of pairs, as dpo.passes; "auto" is counted as one until `search.savers` settles it
 
     @property

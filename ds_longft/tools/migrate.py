@@ -13,13 +13,17 @@ from typing import Any
 from pydantic import ValidationError
 
 from ds_longft.config.messages import all_keys, validation_problems
+from ds_longft.config.optimizers import KINDS
 from ds_longft.config.read import read_config_file
 from ds_longft.config.run_config import RunConfig
 from ds_longft.config.spellings import EXPLANATIONS, HOLDS_ANYWAY, KEYS_OF_OTHER_TOOLS
 from ds_longft.config.yaml_io import dump_yaml
 from ds_longft.errors import ConfigError
 
-OPTIMIZERS = {"sgd": "sgd"}  # all others are AdamW: fused, torch, paged, 8 bit are ways to compute it
+OPTIMIZERS = {  # all others are AdamW: fused, torch, 4 bit are ways to compute it
+    **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "adamw8bit"), "adamw_8bit"),
+    "sgd": "sgd",
+}
 SCHEDULES = {"cosine", "linear", "constant"}
 
 
@@ -165,7 +169,10 @@ EVAL_SOURCES = ("test_datasets", "eval_dataset", "val_dataset", "eval_file", "va
 
 def _optimizer(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
     made.put("optim.type", OPTIMIZERS.get(str(value).lower(), "adamw"))
-    if "adam" not in str(value).lower() and str(value).lower() != "sgd":
+    name = str(value).lower().removesuffix("_adamw")
+    if name in KINDS and name not in OPTIMIZERS.values():
+        made.note(key, f"AdamW in place of {value}: optim.type {name} needs other keys too (docs/config.md)")
+    elif "adam" not in name and name != "sgd":
         made.note(key, f"{value} is not there: AdamW in its place")
 
 

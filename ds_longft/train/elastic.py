@@ -19,6 +19,10 @@ import torch
 
 from ds_longft.errors import CheckpointError
 from ds_longft.ranks.join import Agreement
+from ds_longft.train.make_optimizer import COUNTED, inner
+
+OF_ONE_WORLD = ("AdamW8bit", "MuonWithAuxAdam")
+"""Their state under ZeRO is not as long as the weights it belongs to: scales of 256 numbers, whole matrices."""
 
 
 def load_for_other_world(engine: Any, path: Path, tag: str, agreement: Agreement) -> None:
@@ -33,6 +37,11 @@ def load_for_other_world(engine: Any, path: Path, tag: str, agreement: Agreement
         with own_settings(engine):
             engine.load_checkpoint(str(path), tag=tag, load_module_strict=False)
         return
+    if type(inner(engine)).__name__ in OF_ONE_WORLD:
+        raise CheckpointError(
+            f"{path} was written by another number of ranks, and under ZeRO the state of adamw_8bit and muon "
+            "(optim.type) cannot be cut anew: start as many ranks as wrote it, or set train.resume to never."
+        )
     joined = path.parent / f".universal-{path.name}"
     agreement.on_rank0(lambda: _join(path / tag, joined / tag))
     try:
@@ -59,7 +68,8 @@ def own_settings(engine: Any) -> Iterator[None]:
     DeepSpeed 0.19.8 restores them from the checkpoint: the config would name values that are not in force. Of a
     universal one it hands the first group's to all, and norms would be decayed like matrices.
     """
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
+    counted = {"params", *COUNTED}
+    settings = [{k: v for k, v in group.items() if k not in counted} for group in engine.optimizer.param_groups]
     clip = getattr(engine.optimizer, "clip_grad", None)
     yield
     for group, own in zip(engine.optimizer.param_groups, settings, strict=True):

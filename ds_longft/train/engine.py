@@ -10,14 +10,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import deepspeed
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ds_longft.config.run_config import OptimConfig, RunConfig
+from ds_longft.config.run_config import RunConfig
 from ds_longft.decide.decisions import Decisions, Run
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.dropout import random_rates, switch_off
@@ -32,8 +31,8 @@ from ds_longft.sequence.attention import register
 from ds_longft.sequence.experts import Experts
 from ds_longft.sequence.linear import LinearGroup, unhook
 from ds_longft.train.install import Recompute, decided, fuse_and_tile, fused_kernels
+from ds_longft.train.make_optimizer import forget_steps, inner, make_optimizer, param_groups
 from ds_longft.train.model_check import check_zero_section
-from ds_longft.train.rehearse import forget_steps
 
 
 @dataclass
@@ -50,34 +49,6 @@ class Built:
         """What the engine wraps."""
         objective: Objective = self.engine.module
         return objective
-
-
-def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters, decayed and not: biases, norms and other vectors are never decayed."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    # Under ZeRO-3 a parameter is an empty shard; its full shape is ds_shape.
-    matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) >= 2]
-    vectors = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [g for g in groups if g["params"]]
-
-
-def make_optimizer(
-    model: nn.Module, optim: OptimConfig, *, fused: bool, offloaded: bool = False
-) -> torch.optim.Optimizer:
-    """AdamW or SGD over the trainable parameters; its learning rate is set before each step.
-
-    `fused`: the weights are on a GPU. `offloaded`: the optimizer's state is in host memory.
-    """
-    groups = param_groups(model, optim.weight_decay)
-    if optim.type == "sgd":
-        return torch.optim.SGD(groups, lr=optim.learning_rate)
-    if fused and offloaded:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiled on first use; torch's own is 5-7x slower there
-
-        adam: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps)
-        return adam
-    return torch.optim.AdamW(groups, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, fused=fused)
 
 
 def build(
@@ -131,7 +102,7 @@ def build(
         config={"zero_allow_untested_optimizer": True, **engine_config},
     )
     if stage == 0:  # its bf16 wrapper has taken a step of zeros: Adam's corrections would count it
-        forget_steps(getattr(engine.optimizer, "optimizer", engine.optimizer))
+        forget_steps(inner(engine))
     if stage == 3:
         groups = [group for layer in recompute.groups for group in layer]
         for held in [*fused, *recompute.experts, *recompute.uneven, *groups]:

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from ds_longft.batch import Pack
 from ds_longft.data.pack import filler_pack
@@ -25,6 +24,7 @@ from ds_longft.layout import ParallelLayout
 from ds_longft.sequence.relief import Relief
 from ds_longft.train.device_memory import DeviceMemory
 from ds_longft.train.install import Recompute
+from ds_longft.train.make_optimizer import forget_steps, inner
 from ds_longft.train.step import apply_step, backpropagate_pack
 
 SHORT_TOKENS = 8
@@ -65,7 +65,7 @@ def _undone(engine: Any) -> Iterator[None]:
     """Steps inside change no weight and are not counted."""
     counted = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
     counters = {name: getattr(engine, name) for name in counted}
-    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)  # torch's, inside of ZeRO's
+    optimizer = inner(engine)
     groups = [(group, {key: group[key] for key in ("lr", "weight_decay")}) for group in optimizer.param_groups]
     for group, _ in groups:
         group.update(lr=0.0, weight_decay=0.0)
@@ -74,22 +74,9 @@ def _undone(engine: Any) -> Iterator[None]:
     finally:
         for group, values in groups:
             group.update(values)
-            group.update({key: 0 for key in ("step",) if key in group})  # Apex-like optimizers count there
         forget_steps(optimizer)
         for name, value in counters.items():
             setattr(engine, name, value)
-
-
-def forget_steps(optimizer: Any) -> None:
-    """Put a torch optimizer's state back to what it is before a first step, the memory of it kept."""
-    for state in optimizer.state.values():
-        for key, value in state.items():
-            if key == "momentum_buffer":  # SGD's first step takes the gradient as it is, without dampening
-                state[key] = None
-            elif isinstance(value, Tensor):
-                value.zero_()
-            elif isinstance(value, (int, float)):
-                state[key] = 0
 
 
 def rehearse(

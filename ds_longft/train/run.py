@@ -31,6 +31,7 @@ from ds_longft.train.card import write_card
 from ds_longft.train.data_facts import write_data_facts
 from ds_longft.train.health import Watchdog
 from ds_longft.train.hub import Pusher
+from ds_longft.train.make_optimizer import averaged_weights
 from ds_longft.train.metrics import Records, read_metrics, summary_table
 from ds_longft.train.provenance import write_facts
 from ds_longft.train.resume_rules import CHANGES, TrainState, in_words
@@ -109,7 +110,7 @@ def _train(
     watchdog = Watchdog(joined.folder, launch.rank, launch.world, joined.hang_s, partial(_hung, status))
     if config.data.chat_template is not None and not tokenizer.chat_template:  # a base model has learnt to chat
         tokenizer.chat_template = without_marks(find_template(config.data.chat_template).read_text(encoding="utf-8"))
-    writer = ModelWriter(built.model, tokenizer, agreement)
+    writer = ModelWriter(built.model, tokenizer, agreement, partial(averaged_weights, built.engine))
     if writer.stop_remark:
         records.say(writer.stop_remark)
     pusher = Pusher(config.hub, records.say) if config.hub.repo is not None and launch.rank == 0 else None

@@ -37,6 +37,7 @@ from ds_longft.train.checkpoint import Checkpoints, rng_state, set_rng_state
 from ds_longft.train.engine import Built
 from ds_longft.train.health import Watchdog, describe_packs, write_nonfinite
 from ds_longft.train.hub import Pusher
+from ds_longft.train.make_optimizer import averaged_weights, set_learning_rate
 from ds_longft.train.metrics import Records, peak_gib
 from ds_longft.train.resume_rules import TrainState
 from ds_longft.train.schedule import learning_rate
@@ -129,8 +130,7 @@ class Trainer:
         engine = self.built.engine
         wait_s, self._waited_s = self.train_loader.wait_s - self._waited_s, self.train_loader.wait_s
         lr = learning_rate(self.state.step, self.state.total_steps, self.config.optim)
-        for group in engine.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(engine, lr)
         packs = self._backpropagate(step)
         if packs is None:
             return False
@@ -245,6 +245,10 @@ class Trainer:
         """Loss over the held-out set, under the same sequence parallelism and by the same rule."""
         if self.eval_loader is None:
             return
+        with averaged_weights(self.built.engine):
+            self._evaluate_weights(self.eval_loader)
+
+    def _evaluate_weights(self, eval_loader: StepLoader) -> None:
         self.state = replace(self.state, eval_due=True)
         started = time.monotonic()
         engine = self.built.engine
@@ -252,7 +256,7 @@ class Trainer:
         # targets, weighted loss, metrics
         sums = torch.zeros(2 + len(self.built.objective.metrics), dtype=torch.float64, device=self.device)
         weight = 0.0
-        steps = self.eval_loader.steps(0)
+        steps = eval_loader.steps(0)
         for step in steps:
             weight += step.total_weight
             for pack in step.packs:

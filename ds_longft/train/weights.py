@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,15 @@ def gather_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 class ModelWriter:
     """Writes the trained model of one run. Every method is collective; rank 0 touches the disk."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, agreement: Agreement) -> None:
-        self.model, self.tokenizer, self.agreement = model, tokenizer, agreement
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        agreement: Agreement,
+        as_saved: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """`as_saved`: inside of it the model has the weights to save (`make_optimizer.averaged_weights`)."""
+        self.model, self.tokenizer, self.agreement, self.as_saved = model, tokenizer, agreement, as_saved
         self.lora = hasattr(model, "peft_config")
         base: Any = model.get_base_model() if self.lora else model  # type: ignore[operator]
         self.stop_remark = serve_stop(tokenizer, base.config, getattr(base, "generation_config", None))
@@ -71,12 +79,17 @@ class ModelWriter:
     def write_weights(self, folder: Path) -> None:
         """The adapter in PEFT's format. In full fine-tuning nothing: checkpoints hold the engine's own shards."""
         if self.lora:
-            state = gather_adapter_state(self.model)
+            with self.as_saved():
+                state = gather_adapter_state(self.model)
             if self.agreement.rank == 0:
                 save_adapter(self.model, state, folder)
 
     def write_all(self, folder: Path, say: Callable[[str], None]) -> None:
         """Weights, tokenizer and chat template at the top of the output folder; a full disk is waited for a while."""
+        with self.as_saved():  # to the end: on a CPU the state is no copy
+            self._write_all(folder, say)
+
+    def _write_all(self, folder: Path, say: Callable[[str], None]) -> None:
         state = gather_adapter_state(self.model) if self.lora else gather_weights(self.model)
         base: Any = self.model
 

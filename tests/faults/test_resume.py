@@ -86,6 +86,32 @@ def test_in_bf16(launcher: Launcher, tmp_path: Path, zero: int, lora: str) -> No
     assert trace(output) == expected
 
 
+OPTIMIZERS = [
+    # type, ZeRO stage, other keys
+    ("schedule_free", 2, ("--optim.schedule", "constant")),
+    ("muon", 3, ("--optim.max_grad_norm", "null")),
+    pytest.param("adamw_8bit", 2, (), marks=pytest.mark.slow),
+    pytest.param("adafactor", 0, (), marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("kind", "zero", "keys"), OPTIMIZERS)
+def test_each_optimizer(launcher: Launcher, tmp_path: Path, kind: str, zero: int, keys: tuple) -> None:
+    """Evaluated, saved, stopped and continued to the bit; the adapter of a save is the one that was evaluated."""
+    output = tmp_path / "out"
+    keys = (*stage(tmp_path, zero), "--optim.type", kind, *keys)
+    codes, run = launcher.run(output, *keys)
+    assert not any(codes), run.text()
+    whole = (output / "adapter_model.safetensors").read_bytes()
+    assert (output / "checkpoint-8" / "adapter_model.safetensors").read_bytes() == whole
+    expected = cut(output)
+    codes, run = launcher.run(output, *keys)
+    assert not any(codes), run.text()
+    assert "resumed from" in run.text(0)
+    assert trace(output) == expected
+    assert (output / "adapter_model.safetensors").read_bytes() == whole
+
+
 def test_explicit_step_and_retention(launcher: Launcher, golden: Path, tmp_path: Path) -> None:
     """Going back to an older step: the newer checkpoint is set aside, kept, and never resumed by itself."""
     output = Path(shutil.copytree(golden, tmp_path / "out"))

@@ -140,11 +140,20 @@ OF_MIXTURES = {"lora.experts", "train.router_aux_loss", "train.router_z_loss"}
 OF_HUB_SETS = {"data.train[].subset", "data.train[].revision"}
 ELSEWHERE = (
     {key for key in CLASSES if key.startswith("dpo.")}
-    | {"data.eval", "lora.init_from", "train.mlp_tile_tokens", "hub.repo", "hub.push_every_save", "hub.private"}
+    | {
+        "data.eval",
+        "lora.init_from",
+        "train.mlp_tile_tokens",
+        "optim.adam_learning_rate",
+        "hub.repo",
+        "hub.push_every_save",
+        "hub.private",
+    }
     | OF_HUB_SETS
     | OF_MIXTURES
 )
-"""`dpo.*`, `lora.init_from`, mixtures: below, without a run. `train.mlp_tile_tokens`: below, with a run without dropout. `data.eval` excludes
+"""`dpo.*`, `lora.init_from`, mixtures: below, without a run. `train.mlp_tile_tokens`: below, with a run without dropout. `optim.adam_learning_rate` is
+Muon's. `data.eval` excludes
 `data.eval_fraction`, which decides the training rows. What names a hub set's version is refused for files. `hub.*`: `tests/e2e/test_hub.py`."""
 
 QUICK = {

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from ds_longft.config.run_config import DpoConfig, ModelConfig, parse_tokens
+from ds_longft.config.run_config import DpoConfig, ModelConfig, OptimizerName, parse_tokens
 from ds_longft.decide.plan_json import as_json, memory_parts
 from ds_longft.decide.search import Plan, Question, alternatives, fastest, longest_of_each
 from ds_longft.decide.setting import Gpu
@@ -36,6 +36,7 @@ def plan(
     objective: Literal["sft", "dpo"] = "sft",
     reference: Literal["auto", "adapter_off", "precomputed", "model"] = "auto",
     passes: Literal["auto", "one", "two"] = "auto",
+    optimizer: OptimizerName = "adamw",
     kernel: str = "",
     documents: int = 1,
     targets: float = 1.0,
@@ -66,6 +67,7 @@ def plan(
         reference: with dpo, as dpo.reference; auto is adapter_off, and model with --full. A loss without one (simpo)
             costs what precomputed costs.
         passes: with dpo, as dpo.passes; auto considers both.
+        optimizer: as optim.type.
         kernel: attention kernel; default the GPU's fastest.
         documents: equal documents that share a pack and its --length; with dpo equal pairs.
         targets: share of the tokens that have a target.
@@ -83,7 +85,7 @@ def plan(
     problems += ["--png shows one length: add --length"] * (png is not None and length is None)
     question, tokens = question_of(
         model, gpus, gpu, host_gib, None if full else lora_r, lora_experts, objective, reference, passes, kernel,
-        documents, targets, liger, length, problems,
+        documents, targets, liger, length, problems, optimizer,
     )  # fmt: skip
     if json:
         print(json_text.dumps(answer(question, tokens, model)))
@@ -153,6 +155,7 @@ def question_of(
     liger: str = "auto",
     length: str | int | None = None,
     found: Sequence[str] = (),
+    optimizer: OptimizerName = "adamw",
 ) -> tuple[Question, int | None]:
     """The arguments, checked together, and --length in tokens. Raises ConfigError with everything that is wrong, and
     with what the caller has `found`.
@@ -205,6 +208,7 @@ def question_of(
         objective=objective,
         reference=reference_of(DpoConfig(reference=reference), lora=lora_r is not None) if pairs else "none",
         passes=passes,
+        optimizer=optimizer,
         kernel=kernel,
         fused=liger == "auto",
         targets=targets,

@@ -17,9 +17,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ds_longft.decide.search import Plan, Question
+    from ds_longft.decide.setting import Setting
 
 LEARNING_RATES = {("sft", True): 1e-4, ("sft", False): 1e-5, ("dpo", True): 5e-6, ("dpo", False): 5e-7}
 """Where to begin, by objective and whether adapters are trained."""
+
+MUON_RATE = 0.02  # DeepSpeed's default
 
 BAR = 40  # characters of the GPU's whole memory
 
@@ -121,7 +124,7 @@ def recipe(plan: Plan, question: Question, model: str) -> str:
         "model": {"path": model, **asked, **stretch},
         "lora": None if x.lora_r is None else {"r": x.lora_r, "alpha": 2 * x.lora_r, **experts},
         "data": {"train": ["data/train.jsonl"], "max_length_tokens": max_length},
-        "optim": {"learning_rate": LEARNING_RATES[question.objective, x.lora_r is not None]},
+        "optim": _optim(x, LEARNING_RATES[question.objective, x.lora_r is not None]),
         "train": train,
     }
     head = (
@@ -137,6 +140,15 @@ def recipe(plan: Plan, question: Question, model: str) -> str:
     if x.reference == "precomputed":
         head += "#   ds-longft data ref_logps this.yaml --data.train my.jsonl\n"
     return head + "#   deepspeed launch/train.py this.yaml --data.train my.jsonl\n" + dump_yaml(content)
+
+
+def _optim(x: Setting, adam: float) -> dict[str, Any]:
+    """Where to begin; `adam`: AdamW's learning rate."""
+    named = {} if x.optimizer == "adamw" else {"type": x.optimizer}
+    if x.optimizer == "muon":
+        beside = {"adam_learning_rate": adam} if x.lora_r is None else {}
+        return {**named, "learning_rate": MUON_RATE, **beside, "max_grad_norm": None}
+    return {**named, "learning_rate": adam, **({"schedule": "constant"} if x.optimizer == "schedule_free" else {})}
 
 
 def instead(others: Mapping[str, Plan | None]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from ds_longft.config.run_config import OptimConfig
 from ds_longft.exactness.engine_step import Gradients, step_gradients, weights_held, without_dropout
 from ds_longft.exactness.finding import TOLERANCE, Finding
 from ds_longft.exactness.gradients import Suspects, judge
@@ -33,7 +34,10 @@ def check_engine(
     """
     layout, device, gather = subject.layout, subject.device, subject.agreement.gather
     memory_gib, _ = own_memory_gib(device)  # the engine that the run will have
-    known = known_run(subject.config, subject.settings, layout, device, memory_gib=memory_gib)
+    config = subject.config
+    if config.optim.type == "muon":  # DeepSpeed keeps its updates where gradients are read; no step is taken here
+        config = config.model_copy(update={"optim": OptimConfig()})
+    known = known_run(config, subject.settings, layout, device, memory_gib=memory_gib)
     built = build(known, layout, device, prepare=wake_adapters)
     engine, pack = built.engine, subject.packs[0]
     found: dict[int, list[Finding]] = {}

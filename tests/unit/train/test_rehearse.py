@@ -7,12 +7,16 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from bitsandbytes.optim import AdamW8bit
+from schedulefree import AdamWScheduleFree
 from torch import nn
+from transformers import Adafactor
 
 from ds_longft.layout import ParallelLayout
 from ds_longft.objectives.dpo import DpoObjective
 from ds_longft.train import rehearse
 from ds_longft.train.device_memory import CudaMemory
+from ds_longft.train.make_optimizer import forget_steps
 
 
 def objective(passes: Literal["one", "two"]) -> DpoObjective:
@@ -54,25 +58,34 @@ def test_a_dry_pass_draws_no_random_numbers(monkeypatch: pytest.MonkeyPatch) -> 
     torch.testing.assert_close(torch.rand(3), drawn[0])
 
 
+def schedule_free(p: nn.Parameter) -> Any:
+    made = AdamWScheduleFree([p], lr=0.1)
+    made.train()
+    return made
+
+
 @pytest.mark.parametrize(
     "optimizer",
     [
         lambda p: torch.optim.AdamW([p], lr=0.1, weight_decay=0.1),
         lambda p: torch.optim.SGD([p], lr=0.1, momentum=0.9, dampening=0.5),
+        lambda p: Adafactor([p], lr=0.1, scale_parameter=False, relative_step=False),
+        lambda p: AdamW8bit([p], lr=0.1, min_8bit_size=0),
+        schedule_free,
     ],
 )
 def test_a_first_step_after_a_forgotten_one_is_a_first_step(optimizer: Any) -> None:
-    first, second = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    first, second = (nn.Parameter(torch.ones(3, 2)) for _ in range(2))
     plain, stepped = optimizer(first), optimizer(second)
-    second.grad = torch.zeros(3)
+    second.grad = torch.zeros(3, 2)
     for group in stepped.param_groups:
         group.update(lr=0.0)
     stepped.step()
     for group in stepped.param_groups:
         group.update(lr=0.1)
-    rehearse.forget_steps(stepped)
+    forget_steps(stepped)
     for parameter, each in ((first, plain), (second, stepped)):
         for _ in range(2):
-            parameter.grad = torch.full((3,), 0.5)
+            parameter.grad = torch.full((3, 2), 0.5)
             each.step()
     assert torch.equal(first, second)
