@@ -7,6 +7,7 @@
     torchrun --nproc_per_node 2 benchmarks/step.py --objective dpo --documents 32768x2 --reference precomputed
     python benchmarks/step.py --shape smollm2 --tokens 8192                   one GPU
     python benchmarks/step.py --shape qwen3-30b-a3b --tokens 131072 --ds_config ds_configs/zero2_sp.json --host_gib 64
+    python benchmarks/step.py --tokens 262144 --base host --cap_gib 24 --host_gib 96       as on a card of 24 GiB
     ... --profile trace.json                                                  and the top kernels of one step
 
 The model is built, wrapped and stepped exactly as a run does (`train.engine.build`, the trainer's loss rule); only the
@@ -76,7 +77,9 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--deterministic", action="store_true", help="train.deterministic")
     parser.add_argument("--no_rehearsal", action="store_true", help="no dry run first; auto keeps no linears then")
-    parser.add_argument("--host_gib", type=float, default=0.0, help="host memory for kept outputs")
+    parser.add_argument("--base", default="auto", help="model.base: where frozen weights lie")
+    parser.add_argument("--cap_gib", type=float, help="the GPU counts as one with so much memory, and has no more")
+    parser.add_argument("--host_gib", type=float, default=0.0, help="host memory, with --base host the base's too")
     parser.add_argument("--tile", type=int, help="train.mlp_tile_tokens")
     parser.add_argument("--kv_heads", type=int, help="train.kv_heads_at_a_time")
     parser.add_argument("--liger", default="auto")
@@ -118,7 +121,9 @@ def main() -> None:
     from ds_longft.config.run_config import RunConfig
     from ds_longft.data.deal import deal_documents
     from ds_longft.decide.plan_json import foresee_run
+    from ds_longft.decide.setting import GIB, Gpu
     from ds_longft.layout import ParallelLayout
+    from ds_longft.model.facts import ModelFacts
     from ds_longft.model.peaks import peak_tflops
     from ds_longft.sequence.kernels import AttentionSpec, choose_kernel
     from ds_longft.train.device_memory import device_memory, own_memory_gib
@@ -127,18 +132,30 @@ def main() -> None:
     from ds_longft.train.rehearse import choose_passes, rehearse, settle
     from ds_longft.train.step import backpropagate_pack
 
+    if args.cap_gib and device.type == "cuda":  # what the planner counts beside torch's is in it
+        typical = Gpu.load("h200")
+        own_gib = args.cap_gib - typical.context_gib - typical.nccl_gib * (launch.world > 1)
+        torch.cuda.set_per_process_memory_fraction(own_gib * GIB / torch.cuda.mem_get_info()[1], device)
     sp = args.sp or launch.world
     tokens = sum(lengths)
     longest = max(lengths)
     shape = shape_of(args.shape, args.layers)
     folder = Path(tempfile.gettempdir()) / f"shape-{args.shape}-{args.layers}-{launch.rank}"
-    AutoConfig.for_model(**shape).save_pretrained(folder)
+    hf_config = AutoConfig.for_model(**shape)
+    hf_config.save_pretrained(folder)
+    base_gib = 2 * ModelFacts.from_config(hf_config).layers_weights / GIB
     config = RunConfig.model_validate(
         {
             "ds_config": args.ds_config,
             "sp": sp,
             "seed": SEED,
-            "model": {"path": str(folder), "random_weights": True, "kernel": args.kernel, "liger": args.liger},
+            "model": {
+                "path": str(folder),
+                "random_weights": True,
+                "kernel": args.kernel,
+                "liger": args.liger,
+                "base": args.base,
+            },
             "lora": None if args.full else adapter_of(shape),
             "data": {
                 "train": ["unused.jsonl"],
@@ -149,7 +166,7 @@ def main() -> None:
             "dpo": {"reference": args.reference, "passes": args.passes} if args.objective == "dpo" else {},
             "train": {
                 "recompute": args.recompute,
-                "offload_host_gib": args.host_gib,
+                "offload_host_gib": args.host_gib - base_gib if args.base == "host" else args.host_gib,
                 "mlp_tile_tokens": args.tile,
                 "kv_heads_at_a_time": args.kv_heads,
                 "deterministic": args.deterministic,
@@ -278,6 +295,9 @@ def main() -> None:
             "mfu": round(flops / timed["value"] / launch.world / 1e12 / peak_rate, 4) if peak_rate else None,
             "kernel": f"{kernel.name}: {reason}",
             "recompute": kept or args.recompute,
+            "base": known.base,
+            **({"fetched_layers": [built.frozen.fetches, built.frozen.late]} if built.frozen else {}),
+            **({"cap_gib": args.cap_gib} if args.cap_gib else {}),
             **({"reference": built.engine.module.reference, "passes": built.engine.module.passes, "why": passes}
                if args.objective == "dpo" else {}),
             "loss_first": round(losses[0], 5),

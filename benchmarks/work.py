@@ -39,6 +39,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 1 << 22,
         "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
     },
+    "llama70b": {
+        "model_type": "llama", "vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "max_position_embeddings": 1 << 22,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+    },
     "qwen7b": {
         "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
         "num_hidden_layers": 28,

@@ -75,6 +75,11 @@ def merge_ds_config(
     _choose_optimizer_mode(engine, config, device)
     for key, (value, why) in _values_from_run(engine, config, world, device).items():
         problems += _fill_or_compare(engine, key, value, why)
+    if config.model.base not in ("auto", "engine") and "offload_param" in zero:
+        problems.append(
+            f"ds_config: zero_optimization.offload_param is set, and model.base is {config.model.base}: both say where "
+            "frozen weights lie. Leave one of them out"
+        )
     resident_if_fits = zero.get("stage3_param_persistence_threshold") == "auto"
     _fill_sizes(zero, stage, lora=config.lora is not None, hidden=hidden_size or TYPICAL_HIDDEN_SIZE)
     problems += _sum_type_problems(engine)

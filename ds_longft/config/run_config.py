@@ -125,6 +125,13 @@ class ModelConfig(Section):
     """`auto`: fused norm, rotary and gated activation of liger-kernel where it is installed and knows the model
     (GPUs)."""
 
+    base: Free[Literal["auto", "engine", "resident", "sharded", "host"]] = "auto"
+    """Where the frozen weights of decoder layers lie while adapters are trained; losses are the same to the bit
+    (docs/plan.md). `engine`: as the DeepSpeed JSON says. `resident`: whole on each GPU. `sharded`: a share on each
+    GPU, gathered a layer ahead. `host`: in pinned host memory, one copy a node, streamed a layer ahead. The last three
+    leave ZeRO-3 nothing to divide: it becomes stage 2. `auto`: the first of resident, engine, sharded and host that
+    the longest pack fits beside."""
+
     random_weights: Refused[bool] = False
     """Initialise from the config alone, without weights: rehearsals and benchmarks."""
 
@@ -536,12 +543,35 @@ def contradictions(config: RunConfig) -> list[str]:
             f"lora.experts is true, and {key} is set: PEFT adapts stacked weights, which have neither dropout in front "
             f"nor DoRA. Leave {key} out, or lora.experts"
         )
-    problems += _objective_problems(config) + _token_problems(config) + _stream_problems(config)
-    problems += optim_problems(config)
+    problems += _base_problems(config) + _objective_problems(config) + _token_problems(config)
+    problems += _stream_problems(config) + optim_problems(config)
     if config.model.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", config.model.revision or ""):
         problems.append(
             f"model.trust_remote_code needs model.revision pinned to a full commit hash (40 hex digits), "
             f"seen {config.model.revision!r}"
+        )
+    return problems
+
+
+def _base_problems(config: RunConfig) -> list[str]:
+    """Where frozen weights may not lie."""
+    seen, lora = f"model.base is {config.model.base}", config.lora
+    if config.model.base in ("auto", "engine"):
+        return []
+    if lora is None:
+        return [f"{seen}, but lora is null: weights that are trained stay with the engine. Leave it out, or set lora"]
+    if config.model.base == "resident":
+        return []
+    problems = []
+    if config.train.recompute == "none":
+        problems.append(
+            f"{seen}, and train.recompute is none: the backward pass would read weights that are gone. Take "
+            "train.recompute: auto, or model.base: resident"
+        )
+    if lora.dora:
+        problems.append(
+            f"{seen}, and lora.dora is true: DoRA reads the weights when adapters are made. Leave lora.dora out, or "
+            "take model.base: engine"
         )
     return problems
 

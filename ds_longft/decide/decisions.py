@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from ds_longft.config.run_config import RunConfig
 from ds_longft.decide.memory import SPARE_SHARE, host_bytes, place, predict
 from ds_longft.decide.search import fastest_of, fastest_saver, last_resorts, passes_of
-from ds_longft.decide.setting import GIB, Gpu, Setting
+from ds_longft.decide.setting import GIB, Base, Gpu, Setting
 from ds_longft.decide.tensors import Keep
 from ds_longft.model.facts import ModelFacts
 from ds_longft.objectives.objective import Needs
@@ -22,7 +22,7 @@ class Run:
     """What is known of a run before its model is built. The same on every rank."""
 
     config: RunConfig
-    engine_config: dict[str, Any]  # the merged DeepSpeed JSON, its stage decided (`train.install.keep_resident`)
+    engine_config: dict[str, Any]  # the merged DeepSpeed JSON, its stage decided (`train.install.settle_base`)
     hf_config: PretrainedConfig  # what the model is built from
     facts: ModelFacts
     sp: int
@@ -32,7 +32,8 @@ class Run:
     has_rates: bool  # whether `gpu` is of the type that is there; else its rates are an H200's
     kernel: str  # of the attention; "" where it is not known: the GPU's fastest
     fused: bool  # liger's kernels
-    whole: bool = False  # its weights stay whole on each GPU though the JSON asks for ZeRO-3
+    base: Base = "engine"  # where frozen weights lie, `auto` settled
+    why: str = ""  # `auto` settled it so
 
     @property
     def stage(self) -> int:
@@ -55,6 +56,7 @@ class Run:
             lora_r=config.lora.r if config.lora else None,
             lora_experts=config.lora is not None and config.lora.experts,
             stage=self.stage,
+            base=self.base,
             resident=zero.get("stage3_param_persistence_threshold", 0) >= self.facts.weights,
             offload_optimizer="offload_optimizer" in zero,
             offload_params="offload_param" in zero,

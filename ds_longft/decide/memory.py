@@ -23,6 +23,11 @@ SPARE_SHARE = 0.06
 RESIDENT_SHARE = 0.35
 """Frozen weights stay whole on each GPU when they take no more of it than this."""
 
+STREAMED = ("sharded", "host")
+"""Bases whose layers come a layer ahead into one of `SLOTS` slots (`sequence/frozen.py`)."""
+
+SLOTS = 2
+
 MAX_LIVE_PARAMETERS = 1e9
 """ZeRO-3 keeps gathered weights up to so many elements (DeepSpeed's stage3_max_live_parameters, its default)."""
 
@@ -173,9 +178,11 @@ def stays_resident(weights_bytes: int, *, lora: bool, offload_params: bool, memo
 
 
 def host_bytes(model: ModelFacts, setting: Setting) -> float:
-    """Pinned host memory of a rank for what the DeepSpeed JSON offloads."""
+    """Pinned host memory of a rank for what the DeepSpeed JSON offloads, and its part of a base that lies there."""
     trained = model.trained_weights(setting.lora_r, setting.lora_experts) / setting.world
     states = (4 + of_optimizer(setting)) * trained if setting.offload_optimizer else 0.0  # and gradients in float32
+    if setting.base == "host":
+        states += setting.element_bytes * model.layers_weights / (setting.local_world or setting.world)
     return states + (2 * models(setting) * model.weights / setting.world if setting.offload_params else 0.0)
 
 
@@ -206,6 +213,11 @@ def fixed(model: ModelFacts, setting: Setting) -> dict[str, float]:
         own = 0.0 if setting.offload_params else whole / world
         gathered = whole if setting.resident else e * min(models(setting) * model.weights, MAX_LIVE_PARAMETERS)
         weights = own + gathered
+    if setting.base in STREAMED:
+        shared = float(e * model.layers_weights)
+        weights = (
+            whole - shared + SLOTS * e * model.largest_layer + (shared / world if setting.base == "sharded" else 0)
+        )
     split_states = world if setting.stage >= 1 else 1
     split_gradients = world if setting.stage >= 2 else 1
     states = 0.0 if setting.offload_optimizer else of_optimizer(setting) * trained / split_states

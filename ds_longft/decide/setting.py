@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -15,6 +15,9 @@ from ds_longft.objectives.objective import Passes, Reference
 from ds_longft.sequence.kernels import KERNELS, Capability
 
 GIB = 2**30
+
+Base = Literal["engine", "resident", "sharded", "host"]
+"""Where the frozen weights of decoder layers lie, as `model.base`."""
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -31,6 +34,7 @@ class Setting:
     lora_r: int | None = 16  # None: every weight is trained
     lora_experts: bool = False  # as lora.experts
     stage: int = 3  # ZeRO
+    base: Base = "engine"
     resident: bool = True  # under ZeRO-3: gathered weights are never released
     offload_optimizer: bool = False
     offload_params: bool = False

@@ -97,7 +97,13 @@ def predict_time(model: ModelFacts, setting: Setting, gpu: Gpu, keep: Sequence[K
         parts["optimizer"] = trained / x.world * (4 / (gpu.host_gb_s * 1e9) + 16 / 2e10)
     else:
         parts["optimizer"] = trained / (x.world if x.stage else 1) * 40 / (gpu.memory_gb_s * 1e9)
-    parts["host copies"] = times * _host_copies(z, keep, sum(parts.values()) / times, gpu)
+    compute_s, kept_s, streamed_s = sum(parts.values()) / times, _kept_s(z, keep, gpu), _streamed_s(model, x, gpu)
+    again_s = max(1.0, forwards - 1) * streamed_s  # layers come once forward, and when they run again
+    if x.base == "sharded":
+        parts["gathering weights"] = times * _not_hidden(streamed_s, again_s, compute_s)
+        streamed_s = again_s = 0.0
+    # kept tensors leave one way while weights come the other, and come back beside them
+    parts["host copies"] = times * _not_hidden(max(kept_s, streamed_s), kept_s + again_s, compute_s)
     host_s = times * (forwards + 2) / 4 * _host(model, x)
     parts["waiting for the host"] = max(0.0, host_s - sum(parts.values()))
     ahead = passes_ahead(setting)
@@ -160,7 +166,7 @@ def without_gradient(model: ModelFacts, x: Setting, gpu: Gpu, *, adapters: bool)
     seconds += _products(x, gpu, expert_elements(model, x, backward=False) / GROUPED)
     seconds += moved * model.layers / (gpu.memory_gb_s * 1e9)
     seconds += _exchange(model, z, gpu, z.send + z.q) + _gathering(model, x, gpu, 1)
-    return max(seconds, _host(model, x) / 4)
+    return max(seconds, _host(model, x) / 4, _streamed_s(model, x, gpu))
 
 
 def forward_weights(model: ModelFacts, x: Setting) -> float:
@@ -286,10 +292,22 @@ def _gathering(model: ModelFacts, x: Setting, gpu: Gpu, passes: float) -> float:
     return seconds + (whole / x.world / (gpu.host_gb_s * 1e9) if x.offload_params else 0.0)
 
 
-def _host_copies(z: Sizes, keep: Sequence[Keep], compute_s: float, gpu: Gpu) -> float:
-    """What of the copies is not hidden: out during the forward pass (a third of the step), back during the rest."""
+def _streamed_s(model: ModelFacts, x: Setting, gpu: Gpu) -> float:
+    """Seconds in which all layers' frozen weights come once from where they lie; 0 where they are on the GPU."""
+    size = x.element_bytes * model.layers_weights
+    if x.base == "sharded":
+        return size * (x.world - 1) / x.world / (gpu.all_gather_gb_s * 1e9)
+    return size / (gpu.host_gb_s * 1e9) if x.base == "host" else 0.0
+
+
+def _kept_s(z: Sizes, keep: Sequence[Keep], gpu: Gpu) -> float:
+    """Seconds in which what is kept on the host goes there, or comes back."""
     costs = (z.group(GROUPS[0]), z.group(GROUPS[1]), z.group(GROUPS[2]), z.q + z.lse, z.u)
     names = ("qkv", "o", "gate_up", "attention", "input")
     size = sum(c for k in keep for c, n in zip(costs, names, strict=True) if getattr(k, n) == "host")
-    copy_s = size / (gpu.host_gb_s * 1e9)
-    return max(0.0, copy_s - compute_s / 3) + max(0.0, copy_s - compute_s * 2 / 3)
+    return size / (gpu.host_gb_s * 1e9)
+
+
+def _not_hidden(forward_s: float, backward_s: float, compute_s: float) -> float:
+    """What of copies does not hide behind compute, of which the forward pass is a third."""
+    return max(0.0, forward_s - compute_s / 3) + max(0.0, backward_s - compute_s * 2 / 3)

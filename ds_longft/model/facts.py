@@ -49,6 +49,8 @@ class ModelFacts:
     vocab: int  # V
     capped_logits: bool  # a softcap after the head (Gemma 2): the loss is not one kernel then
     weights: int  # every weight, all experts, embedding and head included; a tied matrix counts once
+    layers_weights: int  # of the decoder layers, all they hold
+    largest_layer: int  # weights of one of them
     body_weights: int  # of the linear layers one token passes through, head excluded, experts by their share of use
     head_weights: int  # V * D
     linear_io: tuple[tuple[str, int, int], ...]  # (name, in, out) of one layer's linears, of a mixture one with experts
@@ -76,6 +78,7 @@ class ModelFacts:
         head, layer = model.get_output_embeddings(), decoder_layers(model)[0]
         body = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
         # a mixture has one 3-D weight for all experts of a layer, of which each token uses a few
+        of_layers = [sum(p.numel() for p in each.parameters()) for each in decoder_layers(model)]
         with_experts = [each for each in decoder_layers(model) if _stacks_of(each)]
         experts = used = 0
         if with_experts:
@@ -108,6 +111,8 @@ class ModelFacts:
             vocab=hf_config.vocab_size,
             capped_logits=getattr(hf_config, "final_logit_softcapping", None) is not None,
             weights=sum(p.numel() for p in model.parameters()),
+            layers_weights=sum(of_layers),
+            largest_layer=max(of_layers),
             body_weights=body,
             head_weights=head.weight.numel(),
             linear_io=linears,

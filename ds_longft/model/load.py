@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -210,6 +212,29 @@ def _random_model(
         trust = {"trust_remote_code": True} if model.trust_remote_code else {}
         name = hf_config._attn_implementation
         return make(text_class(hf_config), hf_config, dtype=dtype, attn_implementation=name, **trust)
+
+
+def skeleton(model: ModelConfig, hf_config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model without memory, in training mode: modules, and the shapes of their tensors."""
+    unset_hf_deepspeed_config()
+    trust = {"trust_remote_code": True} if model.trust_remote_code else {}
+    name = hf_config._attn_implementation
+    with torch.device("meta"):
+        made = make(text_class(hf_config), hf_config, dtype=dtype, attn_implementation=name, **trust)
+    return made.train()
+
+
+@torch.no_grad()
+def fill_random(model: PreTrainedModel, modules: Sequence[nn.Module], device: torch.device) -> None:
+    """Give these modules of a `skeleton` memory and random weights; RoPE its frequencies. Draws as the seed stands."""
+    for module in modules:
+        module.to_empty(device=device, recurse=False)
+        model._init_weights(module)
+        if hasattr(module, "inv_freq"):
+            fresh = type(module)(module.config)
+            for name, tensor in [*fresh._buffers.items(), *vars(fresh).items()]:
+                if isinstance(tensor, torch.Tensor):
+                    setattr(module, name, tensor.to(device))
 
 
 def _check_safetensors(path: str) -> None:

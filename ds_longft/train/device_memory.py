@@ -65,9 +65,13 @@ def device_memory(device: torch.device) -> DeviceMemory | None:
 
 
 def total_and_outside_torch(device: torch.device) -> tuple[int, int]:
-    """Bytes of a GPU, and those in use that torch knows nothing of: the context, NCCL, other processes."""
+    """Bytes of a GPU, and those in use that torch knows nothing of: the context, NCCL, other processes.
+
+    Where torch was given a share of the GPU (`set_per_process_memory_fraction`), it ends with that share.
+    """
     free, total = torch.cuda.mem_get_info(device)
-    return total, total - free - torch.cuda.memory_reserved(device)
+    outside = total - free - torch.cuda.memory_reserved(device)
+    return min(total, outside + int(torch.cuda.get_per_process_memory_fraction(device) * total)), outside
 
 
 def own_memory_gib(device: torch.device) -> tuple[float | None, float]:

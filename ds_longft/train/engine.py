@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import deepspeed
@@ -29,7 +30,9 @@ from ds_longft.objectives.objective import Needs, Objective
 from ds_longft.objectives.sft import SftObjective
 from ds_longft.sequence.attention import register
 from ds_longft.sequence.experts import Experts
+from ds_longft.sequence.frozen import FrozenLayers
 from ds_longft.sequence.linear import LinearGroup, unhook
+from ds_longft.train.frozen_base import load_frozen
 from ds_longft.train.install import Recompute, decided, fuse_and_tile, fused_kernels
 from ds_longft.train.make_optimizer import forget_steps, inner, make_optimizer, param_groups
 from ds_longft.train.model_check import check_zero_section
@@ -43,6 +46,7 @@ class Built:
     model: nn.Module  # the PeftModel, or the plain model in full fine-tuning
     run: Run
     recompute: Recompute
+    frozen: FrozenLayers | None = None  # layers' weights that lie in a home of their own
 
     @property
     def objective(self) -> Objective:
@@ -73,7 +77,7 @@ def build(
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # it is written first
     decisions = decisions or decided(run, device)
-    base = _load(run, device)
+    base, frozen = _load(run, device)
     model: nn.Module = base
     check_rope(base, hf_config)
     fused_kernels(base, config, device)
@@ -89,18 +93,19 @@ def build(
     if Needs.of(config).reference == "model":
         reference, fused = frozen_reference(run, decisions, device)
     objective = make_objective(config, model, layout, decisions, reference)
-    recompute = Recompute.install(base, run, decisions, device)
+    recompute = Recompute.install(base, run, decisions, device, frozen)
     model.train()
     optimizer = None
     if "optimizer" not in engine_config:
         offloaded = "offload_optimizer" in engine_config.get("zero_optimization", {})
         optimizer = make_optimizer(model, config.optim, fused=device.type == "cuda", offloaded=offloaded)
-    engine, *_ = deepspeed.initialize(
-        model=objective,
-        optimizer=optimizer,
-        model_parameters=None if optimizer is not None else param_groups(model, config.optim.weight_decay),
-        config={"zero_allow_untested_optimizer": True, **engine_config},
-    )
+    with frozen.hidden() if frozen is not None else nullcontext():
+        engine, *_ = deepspeed.initialize(
+            model=objective,
+            optimizer=optimizer,
+            model_parameters=None if optimizer is not None else param_groups(model, config.optim.weight_decay),
+            config={"zero_allow_untested_optimizer": True, **engine_config},
+        )
     if stage == 0:  # its bf16 wrapper has taken a step of zeros: Adam's corrections would count it
         forget_steps(inner(engine))
     if stage == 3:
@@ -110,7 +115,7 @@ def build(
         unhook(m for m in engine.module.modules() if next(m.parameters(), None) is None)  # activations, in tiles
     seed_dropout(config.seed, layout.rank)
     check_rope(base, hf_config)  # again: casting the module's buffers to bf16 would round the frequencies
-    return Built(engine, model, run, recompute)
+    return Built(engine, model, run, recompute, frozen)
 
 
 def make_objective(
@@ -133,10 +138,14 @@ def make_objective(
     return dpo
 
 
-def _load(run: Run, device: torch.device) -> PreTrainedModel:
+def _load(run: Run, device: torch.device) -> tuple[PreTrainedModel, FrozenLayers | None]:
+    """The model, and its layers' frozen weights where they lie in a home of their own."""
     dtype = torch.bfloat16 if run.engine_config.get("bf16", {}).get("enabled") else torch.float32
+    if run.base in ("sharded", "host"):
+        return load_frozen(run, dtype, device)
     model, seed = run.config.model, run.config.seed
-    return load_model(model, run.hf_config, ds_engine_config=run.engine_config, dtype=dtype, device=device, seed=seed)
+    of_engine = run.engine_config
+    return load_model(model, run.hf_config, ds_engine_config=of_engine, dtype=dtype, device=device, seed=seed), None
 
 
 def frozen_reference(
@@ -147,7 +156,7 @@ def frozen_reference(
     Also what was put onto it where its MLPs run in tiles: its forward pass would have the highest peak otherwise.
     """
     hf_config = copy.deepcopy(run.hf_config)
-    model = _load(replace(run, hf_config=hf_config), device)
+    model, _ = _load(replace(run, hf_config=hf_config), device)
     check_rope(model, hf_config)
     fused_kernels(model, run.config, device)
     model.requires_grad_(False)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
@@ -23,7 +24,7 @@ from ds_longft.config.run_config import RunConfig
 from ds_longft.decide.decisions import Decisions, Run, decide
 from ds_longft.decide.memory import spend, stays_resident
 from ds_longft.decide.plan_json import gpu_of_run
-from ds_longft.decide.setting import GIB
+from ds_longft.decide.setting import GIB, Base
 from ds_longft.decide.tensors import Keep
 from ds_longft.errors import ModelError
 from ds_longft.layout import ParallelLayout
@@ -33,6 +34,7 @@ from ds_longft.model.supported import decoder_layers
 from ds_longft.model.wrapped import is_wrapped
 from ds_longft.sequence.attention import ULYSSES
 from ds_longft.sequence.experts import Experts, group_experts
+from ds_longft.sequence.frozen import FrozenLayers
 from ds_longft.sequence.kept import HostStore
 from ds_longft.sequence.linear import LinearGroup, fuse_linears, gather_with
 from ds_longft.sequence.mlp import TiledMlp, tile_mlp
@@ -81,38 +83,47 @@ def liger_fits(config: RunConfig, model_type: str) -> bool:
     return model_type in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN
 
 
-def keep_resident(
+def settle_base(
     settings: DeepSpeedSettings,
     config: RunConfig,
     facts: ModelFacts,
     memory_gib: float | None,
     saved_stage: int | None = None,
-) -> bool:
-    """With adapters, frozen weights that fit stay whole on each GPU, where the JSON leaves open whether ZeRO-3 releases
-    weights. Then nothing is left for stage 3 to divide, and the engine is given stage 2.
+) -> tuple[Base, str]:
+    """Where frozen weights lie, and why if `model.base` leaves it open: with adapters, weights that fit stay whole on
+    each GPU, where the JSON leaves open whether ZeRO-3 releases them.
 
-    ZeRO-3 that releases nothing would hold each GPU's share besides, 7.5 GiB of a Llama-8B on two GPUs, and gather all
-    weights anew in each step, also those that never change: 0.2 of 6.2 s on two H200s (8 x 16,384 tokens).
+    Nothing is left for ZeRO-3 to divide where they are not the engine's: it becomes stage 2. ZeRO-3 that releases
+    nothing would hold each GPU's share besides, 7.5 GiB of a Llama-8B on two GPUs, and gather all weights anew in each
+    step, also those that never change: 0.2 of 6.2 s on two H200s (8 x 16,384 tokens).
 
     Args:
         settings: its engine config is changed in place.
         memory_gib: as from `own_memory_gib`, so that every rank decides alike; None on CPUs, where nothing is decided.
         saved_stage: of the checkpoint that the run goes on from: how full a GPU is at this start must not decide it.
-
-    Returns whether it was done.
     """
-    zero = settings.engine["zero_optimization"]
+    zero, asked = settings.engine["zero_optimization"], config.model.base
+    if asked != "auto":
+        if asked != "engine":
+            stage_2(zero)
+        return asked, ""
     if memory_gib is None or not settings.resident_if_fits or zero["stage"] != 3 or saved_stage == 3:
-        return False
+        return "engine", ""
     if saved_stage != 2:
         size = 2 if settings.engine["bf16"]["enabled"] else 4
         lora, offloaded = config.lora is not None, "offload_param" in zero
         if not stays_resident(size * facts.weights, lora=lora, offload_params=offloaded, memory_gib=memory_gib):
-            return False
-    for key in [key for key in zero if key.startswith("stage3_")]:
-        del zero[key]
-    zero["stage"] = 2
-    return True
+            return "engine", ""
+    stage_2(zero)
+    return "resident", "the frozen weights fit on each GPU and stay there whole"
+
+
+def stage_2(zero: dict[str, Any]) -> None:
+    """Turn a JSON's ZeRO-3 into stage 2, in place."""
+    if zero.get("stage") == 3:
+        for key in [key for key in zero if key.startswith("stage3_")]:
+            del zero[key]
+        zero["stage"] = 2
 
 
 def known_run(
@@ -127,13 +138,13 @@ def known_run(
     saved_stage: int | None = None,
     kernel: str = "",
 ) -> Run:
-    """The run as the planner is told of it, its ZeRO stage settled (`keep_resident`).
+    """The run as the planner is told of it, its ZeRO stage settled (`settle_base`).
 
     Args:
         settings: their engine config becomes the run's.
         hf_config, facts: of the model; left out, they are read.
         memory_gib: of each GPU, as from `own_memory_gib`; left out, all of it.
-        saved_stage: see `keep_resident`.
+        saved_stage: see `settle_base`.
         kernel: of its attention.
     """
     unset_hf_deepspeed_config()  # of an earlier ZeRO-3 model of this process: the next one would be built as it was
@@ -145,7 +156,7 @@ def known_run(
         properties = torch.cuda.get_device_properties(device)
         name, total_gib = properties.name, properties.total_memory / GIB
     gpu, has_rates = gpu_of_run(name, total_gib, memory_gib or total_gib)
-    whole = keep_resident(settings, config, facts, memory_gib, saved_stage)
+    base, why = settle_base(settings, config, facts, memory_gib, saved_stage)
     return Run(
         config=config,
         engine_config=settings.engine,
@@ -158,7 +169,8 @@ def known_run(
         has_rates=has_rates,
         kernel=kernel,
         fused=liger_fits(config, facts.model_type),
-        whole=whole,
+        base=base,
+        why=why,
     )
 
 
@@ -180,7 +192,14 @@ class Recompute:
     tiled: bool = False  # MLPs have no whole outputs that could be kept
 
     @classmethod
-    def install(cls, base: PreTrainedModel, run: Run, decisions: Decisions, device: torch.device) -> Recompute:
+    def install(
+        cls,
+        base: PreTrainedModel,
+        run: Run,
+        decisions: Decisions,
+        device: torch.device,
+        frozen: FrozenLayers | None = None,
+    ) -> Recompute:
         """Fuse the decoder layers' linears, tile their MLPs, and put the recompute policy on the layers.
 
         Raises ModelError: tiles for a model without gate, up and down projections.
@@ -213,6 +232,8 @@ class Recompute:
             gather_state_layers(base)
         if places is not None and any("host" in (p.input, p.attention) for p in places):
             made._place(places, device)
+        if frozen is not None:
+            frozen.install(layers)
         apply_recompute(layers, policy, every=decisions.every, keep=made.keep)
         return made
 

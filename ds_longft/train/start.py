@@ -192,8 +192,8 @@ def build_engine(joined: Joined) -> Prepared:
         saved_stage=found[1].decides.get(STAGE) if found else None, kernel=joined.kernel,
     )  # fmt: skip
     remarks = []
-    if known.whole:
-        remarks.append("ZeRO-3 divides nothing here: the frozen weights fit on each GPU and stay there whole (stage 2)")
+    if known.why:
+        remarks.append(f"model.base: {known.base} (ZeRO-3 divides nothing then, it is stage 2): {known.why}")
     if taken_gib:
         remarks.append(f"other processes hold {taken_gib:.1f} GiB of a GPU (nvidia-smi names them): planned without it")
     joined.status.run, decisions = known, decided(known, device)

@@ -33,7 +33,8 @@ def start_fingerprint(model: nn.Module) -> str:
     on NVMe.
     """
     weights = list(model.parameters())
-    shares = [getattr(p, "ds_tensor", p) for p in [p for p in weights if not p.requires_grad] or weights]
+    chosen = [p for p in weights if not p.requires_grad] or weights
+    shares = [getattr(p, "ds_tensor", getattr(p, "head", p)) for p in chosen]  # `sequence.frozen`
     if any(getattr(getattr(share, "status", None), "name", "") == "NOT_AVAILABLE" for share in shares):
         return ""
     heads = [share.detach().flatten()[:4].to("cpu", torch.bfloat16) for share in shares]

@@ -16,7 +16,7 @@ from transformers import AutoConfig, LlamaConfig
 from ds_longft.config.ds_json import DeepSpeedSettings, merge_ds_config
 from ds_longft.config.run_config import RunConfig
 from ds_longft.model.facts import ModelFacts
-from ds_longft.train.install import LIGER_OPS_BY_GRADIENT, fused_kernels, keep_resident
+from ds_longft.train.install import LIGER_OPS_BY_GRADIENT, fused_kernels, settle_base
 from tests.unit.decide.shapes import LLAMA_8B
 
 
@@ -42,10 +42,9 @@ def settings(config: RunConfig, **zero: Any) -> DeepSpeedSettings:
 def test_who_stays_whole(memory_gib: float | None, saved: int | None, keys: Any, zero: Any, whole: bool) -> None:
     config = RunConfig.model_validate({"lora": {"r": 16}, **keys})
     found = settings(config, **zero)
-    assert (
-        keep_resident(found, config, ModelFacts.from_config(AutoConfig.for_model(**LLAMA_8B)), memory_gib, saved)
-        == whole
-    )
+    facts = ModelFacts.from_config(AutoConfig.for_model(**LLAMA_8B))
+    base, why = settle_base(found, config, facts, memory_gib, saved)
+    assert (base, bool(why)) == (("resident", True) if whole else ("engine", False))
     section = found.engine["zero_optimization"]
     assert section["stage"] == (2 if whole else 3)
     assert any(key.startswith("stage3_") for key in section) != whole
