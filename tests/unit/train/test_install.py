@@ -55,7 +55,7 @@ def test_a_mixture_counts_all_of_its_experts() -> None:
     config = RunConfig.model_validate({"lora": {"r": 16}})
     found, facts = settings(config), ModelFacts.from_config(AutoConfig.for_model("mixtral"))
     assert 2 * facts.body_weights < 0.35 * 80 * 2**30 < 2 * facts.weights
-    assert not keep_resident(found, config, facts, 80.0, None)
+    assert settle_base(found, config, facts, 80.0, None) == ("engine", "")
 
 
 def test_liger_has_one_kernel_with_and_without_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
