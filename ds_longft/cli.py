@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import importlib
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import BoundArguments
 from itertools import takewhile
 from typing import Any
 
 from ds_longft import __version__
-from ds_longft.command_line import bind, call, help_of
+from ds_longft.command_line import bind, described, help_of
 from ds_longft.errors import EXIT_CONFIG, LongftError
 
 HELP = """\
@@ -42,6 +42,7 @@ class Command:
     summary: str
     example: str = ""  # its arguments
     flags: tuple[str, ...] = ()  # that it always has
+    imports_torch: bool = False  # which takes seconds: said before anything else
 
 
 COMMANDS = {
@@ -66,6 +67,7 @@ COMMANDS = {
         "ds_longft.tools.plan.command:plan",
         "how long a sample fits, how fast it trains, as a run config",
         "Qwen/Qwen3-8B --gpus 8 --gpu h100-80 --length 128K",
+        imports_torch=True,
     ),
     "verify": Command(
         "ds_longft.tools.verify.command:verify",
@@ -104,62 +106,78 @@ COMMANDS = {
         "ds_longft.tools.make_data.commands:mix",
         "a training set of many sources, by a recipe",
         "recipes/faro_open.yaml --root texts --out mixed --tokenizer Qwen/Qwen3-8B",
+        imports_torch=True,
     ),
     "data tokenize": Command(
-        "ds_longft.tools.look.commands:tokenize", "chats to token ids, once, into the cache", "mine.yaml"
+        "ds_longft.tools.look.commands:tokenize",
+        "chats to token ids, once, into the cache",
+        "mine.yaml",
+        imports_torch=True,
     ),
     "data stats": Command(
         "ds_longft.tools.look.commands:stats",
         "lengths, targets, packs and padding of a data set",
         "mine.yaml --html stats.html",
+        imports_torch=True,
     ),
     "data inspect": Command(
-        "ds_longft.tools.look.commands:inspect", "show which tokens of a row are trained on", "mine.yaml --row 3"
+        "ds_longft.tools.look.commands:inspect",
+        "show which tokens of a row are trained on",
+        "mine.yaml --row 3",
+        imports_torch=True,
     ),
     "data ref_logps": Command(
         "ds_longft.tools.ref_logps:ref_logps",
         "a reference's log-probabilities of preference pairs, once",
         "mine.yaml --sp 8",
+        imports_torch=True,
     ),
     "eval perplexity": Command(
         "ds_longft.tools.evaluate.perplexity:perplexity",
         "loss at every position of long texts, over several GPUs too",
         "runs/mine --length 128K --sp 8",
+        imports_torch=True,
     ),
     "eval needle": Command(
         "ds_longft.tools.evaluate.needle:needle",
         "hide facts in long texts and ask for them",
         "runs/mine --lengths 8K,32K,128K",
+        imports_torch=True,
     ),
     "eval suite": Command(
         "ds_longft.tools.report.suite:suite",
         "RULER, needles and short questions, before and after, as one table",
         "runs/mine --preset quick",
+        imports_torch=True,
     ),
     "eval ruler": Command(
         "ds_longft.tools.evaluate.ruler.command:ruler",
         "RULER's 13 tasks at any length, scored as published",
         "runs/mine --lengths 4K,32K,128K",
+        imports_torch=True,
     ),
     "eval short": Command(
         "ds_longft.tools.evaluate.short:short",
         "short questions and texts: what long training must not harm",
         "runs/mine --before",
+        imports_torch=True,
     ),
     "eval longbench run": Command(
         "ds_longft.tools.evaluate.longbench.predictions:run",
         "answer LongBench or LongBench-E, and score",
         "runs/mine --data LongBench/ --gpus 8",
+        imports_torch=True,
     ),
     "eval longbench score": Command(
         "ds_longft.tools.evaluate.longbench.score:score", "score anyone's LongBench predictions", "predictions/"
     ),
     "report": Command("ds_longft.tools.report.command:report", "one self-contained page about a run", "runs/mine"),
-    "chat": Command("ds_longft.tools.chat:chat", "talk to the result in the terminal", "runs/mine"),
+    "chat": Command("ds_longft.tools.chat:chat", "talk to the result in the terminal", "runs/mine", imports_torch=True),
     "export": Command(
         "ds_longft.tools.export:export",
         "a run's result as an ordinary Hugging Face folder",
         "runs/mine runs/mine-merged",
+        imports_torch=True,
     ),
     "push": Command("ds_longft.tools.push:push", "a run's result, card and report to a model hub", "runs/mine me/mine"),
     "slurm render": Command(
@@ -209,28 +227,30 @@ def _dispatch(argv: list[str]) -> int:
     if {"--help", "-h"} & set(rest):
         _print_help(name, command)
         return 0
+    bound = bind(described(command.target), f"ds-longft {name}", [*command.flags, *rest])
+    if command.imports_torch and sys.modules.get("torch") is None:
+        print(f"ds-longft {name}: importing torch and transformers ...", file=sys.stderr, flush=True)
     module, _, attribute = command.target.partition(":")
     function = getattr(importlib.import_module(module), attribute)
-    run = _through_fire if name.startswith("data ") else call
-    return run(function, f"ds-longft {name}", [*command.flags, *rest])
+    if name.startswith("data "):
+        return _through_fire(function, f"ds-longft {name}", bound)
+    return function(*bound.args, **bound.kwargs) or 0
 
 
 def _print_help(name: str, command: Command) -> None:
     print(help_of(command.target, f"ds-longft {name}", command.example), end="")
     if name == "config":
-        from ds_longft.config.read import load_run_config
+        from ds_longft.tools.documents import every_key
 
-        print("\nevery key:")
-        with contextlib.suppress(SystemExit):
-            load_run_config(["--help"])
+        print(every_key())
 
 
-def _through_fire(function: Callable[..., Any], name: str, argv: list[str]) -> int:
+def _through_fire(function: Callable[..., Any], name: str, bound: BoundArguments) -> int:
     """`ds-longft data` calls its commands by fire, which gets arguments that have been checked: it never guesses."""
     import fire
 
-    values = bind(function, name, argv).arguments
-    fire.Fire(function, command=[f"--{key}={value!r}" for key, value in values.items()], name=name)
+    words = [f"--{key}={value!r}" for key, value in bound.arguments.items()]
+    fire.Fire(function, command=words, name=name)
     return 0
 
 

@@ -118,9 +118,9 @@ class PartFacts(StoredFile):
     sources: dict[str, int] = {}
     languages: dict[str, int] = {}
     fingerprint: str = ""
-    bad_rows: int = 0
-    overlong_rows_dropped: int = 0
-    truncated_rows: int = 0
+    bad_rows: int | None = None  # these three: of all rows read, where a part was held out of them too
+    overlong_rows_dropped: int | None = None
+    truncated_rows: int | None = None
 
     @model_validator(mode="after")
     def _lengths_are_numbers(self) -> PartFacts:

@@ -4,9 +4,26 @@ from __future__ import annotations
 
 import difflib
 import sys
+import textwrap
 
 from ds_longft.config.shipped import SHIPPED
 from ds_longft.errors import ConfigError
+
+
+def every_key() -> str:
+    """The keys of docs/config.md as a help: their declarations would take the imports of pydantic and its settings."""
+    lines = []
+    for line in (SHIPPED / "docs" / "config.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("## "):
+            lines.append(f"\n{line.removeprefix('## ').replace('`', '')}")
+        elif line.startswith("| `"):
+            key, default, expected, _, meaning = line.strip("| ").split(" | ")
+            about = f"{meaning} Expected: {expected}. (default: {default.strip('`') or 'none'})"
+            lines += [
+                f"  --{key.strip('`')}",
+                textwrap.fill(about, 90, initial_indent=" " * 6, subsequent_indent=" " * 6),
+            ]
+    return "\n".join(lines)
 
 
 def docs(page: str = "") -> None:

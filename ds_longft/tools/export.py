@@ -32,6 +32,8 @@ from ds_longft.model.rope import check_rope
 from ds_longft.model.rope_formulas import rope_parts
 from ds_longft.model.stops import serve_stop, stop_ids
 from ds_longft.model.wrapped import PREPARATION_FILES, copy_preparation, whole_class
+from ds_longft.train.card import copy_card
+from ds_longft.train.durable import as_readable_as_the_folder
 
 PROMPT = "The capital of France is"
 # Merging rounds each weight once to its type; relative to the largest logit.
@@ -86,6 +88,8 @@ def export_model(run: Path, out: Path, base: str | None = None) -> dict[str, Any
             "kind": "merged adapter" if merges else "full model",
         }
         report |= _merge(run, work, base) if merges else _copy(run, work)
+        copy_card(run, work, out)
+        as_readable_as_the_folder(work)
         work.rename(out)
     return report
 
@@ -177,7 +181,6 @@ def _belongs_to_model(path: Path) -> bool:
         "generation_config.json",
         "model.safetensors.index.json",
         "chat_template.jinja",
-        "README.md",
         *PREPARATION_FILES,
     }
     tokenizer = path.name.startswith(("tokenizer", "special_tokens", "added_tokens", "vocab", "merges"))

@@ -11,6 +11,7 @@ from ds_longft.layout import ParallelLayout
 from ds_longft.model.load import model_path
 from ds_longft.model.lora import BASE_CONFIG_FOLDER
 from ds_longft.objectives.objective import loss_in_words
+from ds_longft.train.hub import hub_id, named_elsewhere
 from ds_longft.train.metrics import training_loss
 
 LOAD_ADAPTER = """```python
@@ -48,6 +49,21 @@ tokenizer = AutoTokenizer.from_pretrained({folder!r})
 ```"""
 
 
+LOADING = "## Loading it"
+
+
+def copy_card(run: Path, work: Path, out: Path) -> None:
+    """The card of a run as that of the model exported from it, which loads without anything else."""
+    card = run / "README.md"
+    about, heading, loading = card.read_text(encoding="utf-8").partition(LOADING) if card.is_file() else ("", "", "")
+    if heading:
+        load = LOAD_MODEL.format(folder=str(out))
+        if "AutoModelForImageTextToText" in loading:
+            load = load.replace("AutoModelForCausalLM", "AutoModelForImageTextToText")
+        about = about.replace('library_name: "peft"', 'library_name: "transformers"')
+        (work / "README.md").write_text(f"{about}{heading}\n\n{load}\n", encoding="utf-8")
+
+
 def write_card(
     folder: Path, config: RunConfig, layout: ParallelLayout, history: list[dict[str, Any]], vocab_size: int = 0,
     *, wrapped: bool = False, hybrid: bool = False,
@@ -58,15 +74,15 @@ def write_card(
     `hybrid`: some of its layers carry a state.
     """
     base, stretched = model_path(config.model), config.model.rope.type != "none"
-    front = {
-        "base_model": base,
+    on_hub = hub_id(base)
+    front = ({"base_model": on_hub} if on_hub else {}) | {  # a hub refuses a card whose base is a folder
         "library_name": "peft" if config.lora else "transformers",
         "tags": ["ds_longft", "long-context"],
     }
     steps = [r for r in history if r.get("loss") is not None]
     evals = [r for r in history if r.get("eval_loss") is not None]
     facts = {
-        "base model": base,
+        "base model": named_elsewhere(base),
         "training": f"LoRA r={config.lora.r}, alpha={config.lora.alpha:g}" if config.lora else "all weights",
         "data": ", ".join(s.path for s in config.data.train),
         "longest sample": f"{config.data.max_length_tokens:,} tokens",
@@ -104,6 +120,6 @@ def write_card(
         rope=config.model.rope.type,
     )
     (folder / "README.md").write_text(
-        f"---\n{head}\n---\n\n# {folder.resolve().name}\n\n| | |\n|---|---|\n{rows}\n\n{load}\n\n"
+        f"---\n{head}\n---\n\n# {folder.resolve().name}\n\n| | |\n|---|---|\n{rows}\n\n{LOADING}\n\n{load}\n\n"
         "`config.yaml` beside this file runs the same training again; `metrics.jsonl` holds every step.\n"
     )

@@ -33,6 +33,7 @@ from ds_longft.model.lora import WEIGHTS_NAME
 from ds_longft.ranks.join import Agreement
 from ds_longft.run_files import Manifest
 from ds_longft.stored import Unreadable, read_file
+from ds_longft.train.durable import as_readable_as_the_folder
 from ds_longft.train.elastic import load_for_other_world, own_settings
 from ds_longft.train.resume_rules import OtherVersion, TrainState, read_state
 
@@ -88,6 +89,7 @@ class Checkpoints:
             manifest |= part
 
         def commit() -> None:
+            as_readable_as_the_folder(tmp)
             _write_durably(tmp / MANIFEST, json.dumps({"step": state.step, "files": manifest}, indent=1))
             for folder in [p for p in tmp.rglob("*") if p.is_dir()] + [tmp]:
                 _fsync_folder(folder)

@@ -14,6 +14,7 @@ from ds_longft.data.tokenized import TokenizedSet
 DATA_FACTS = "data.json"
 SAMPLE_CHARACTERS = 600  # of the prompt's end and of the answer
 SAMPLE_TOKENS = 400
+LEFT_OUT = ("bad_rows", "overlong_rows_dropped", "truncated_rows")  # of all rows read
 
 
 def write_data_facts(
@@ -28,9 +29,12 @@ def write_data_facts(
     parts = {"train" if window is None else f"train, window {window} of a stream": train} | (
         {"held out": held_out} if held_out is not None else {}
     )
+    told = {name: statistics(part) for name, part in parts.items()}
+    if held_out is not None and held_out.tally is train.tally:  # a part of one source: it was counted before the split
+        told["held out"] = {key: value for key, value in told["held out"].items() if key not in LEFT_OUT}
     facts = {
         "total_steps": total_steps,
-        "parts": {name: statistics(part) for name, part in parts.items()},
+        "parts": told,
         "sample": sample(train, tokenizer),
     }
     (folder / DATA_FACTS).write_text(json.dumps(facts, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

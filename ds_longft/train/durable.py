@@ -49,6 +49,12 @@ class DurableLines:
             self.say(f"{self.path.name} can be written again, and lacks nothing")
 
 
+def as_readable_as_the_folder(folder: Path) -> None:
+    """Weights as readable as what lies around them: safetensors 0.8 hides its files from everybody else."""
+    for file in folder.glob("*.safetensors"):
+        file.chmod(folder.stat().st_mode & 0o666)
+
+
 def insist(
     work: Callable[[], object], what: str, say: Callable[[str], None], *, patience_s: float = PATIENCE_S
 ) -> OSError | None:

@@ -6,6 +6,7 @@ any other secret of the environment, is not uploaded.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +31,22 @@ def files_of(folder: Path) -> dict[str, Path]:
     inside = [p for p in sorted(folder.rglob("*")) if p.is_file() and len(p.relative_to(folder).parts) <= 2]
     named = {p.relative_to(folder).as_posix(): p for p in inside}
     return {name: p for name, p in named.items() if _OF_MODEL.fullmatch(name) or _OF_RUN.fullmatch(name)}
+
+
+def hub_id(base: str) -> str | None:
+    """`Qwen/Qwen3-8B` of that id, or of its folder in the hub's cache; None of any other folder."""
+    cached = re.search(r"/models--([^/]+?)--([^/]+)/snapshots/", base)
+    return "/".join(cached.groups()) if cached else None if Path(base).is_absolute() else base
+
+
+def named_elsewhere(base: str) -> str:
+    """A base model as readers on other machines may know it: nobody else has the folders of this one."""
+    return hub_id(base) or Path(base).name
+
+
+def for_others(text: str, base: str) -> str:
+    """A text without this machine's folders: the base by the name that others know, the home folder as `~`."""
+    return text.replace(base or "\0", named_elsewhere(base)).replace(f"{Path.home()}/", "~/")
 
 
 def card_for(text: str, folder: Path, repo: str) -> str:
@@ -58,7 +75,9 @@ def upload(folder: Path, repo: str, message: str, *, card_of: Path | None = None
     if not any(name.endswith(".safetensors") for name in files):
         raise ConfigError(f"{folder} holds no adapter and no model: give the output_dir of a finished run")
     if card_of is not None:
-        files |= {name: path for name, path in files_of(card_of).items() if _OF_RUN.fullmatch(name)}
+        files = {name: path for name, path in files_of(card_of).items() if _OF_RUN.fullmatch(name)} | files
+    adapter = (card_of or folder) / "adapter_config.json"
+    base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else ""
     operations = []
     for name, path in files.items():
         content = path.read_bytes()
@@ -67,7 +86,9 @@ def upload(folder: Path, repo: str, message: str, *, card_of: Path | None = None
             if redact(text) != text:
                 raise ConfigError(f"{path} holds a login or a secret of the environment: take it out, it stays here")
             if name == "README.md":
-                content = card_for(text, card_of or folder, repo).encode()
+                text = card_for(text, path.parent, repo)
+            if name == "adapter_config.json" or _OF_RUN.fullmatch(name):
+                content = for_others(text, base).encode()
         operations.append(CommitOperationAdd(path_in_repo=name, path_or_fileobj=content))
     done = _asked(repo, lambda api: api.create_commit(repo, operations, commit_message=message))
     return str(done.commit_url)

@@ -16,7 +16,7 @@ from ds_longft.model.lora import gather_adapter_state, save_adapter
 from ds_longft.model.stops import serve_stop
 from ds_longft.model.wrapped import is_wrapped, save_whole
 from ds_longft.ranks.join import Agreement
-from ds_longft.train.durable import insist
+from ds_longft.train.durable import as_readable_as_the_folder, insist
 
 
 def trained_fingerprint(model: nn.Module) -> str:
@@ -101,6 +101,7 @@ class ModelWriter:
                 save_whole(base, state, folder)
             else:
                 self.model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
+            as_readable_as_the_folder(folder)
             self.tokenizer.save_pretrained(folder)
             spell_for_older_readers(folder)
 

@@ -60,6 +60,8 @@ def test_a_run_uploads_its_checkpoints_and_its_result(hub: Hub, output: Path, jo
     assert files["adapter_model.safetensors"] == (output / "adapter_model.safetensors").read_bytes()
     assert b"PeftModel.from_pretrained(base, 'me/mine')" in files["README.md"]
     assert str(output).encode() not in files["README.md"]
+    local = str((job.parent / "model").resolve()).encode()
+    assert not [name for name in ("README.md", "adapter_config.json") if local in files[name]], "nobody else has it"
     assert not [name for name in files if "checkpoint" in name or "config.yaml" in name or "engine" in name]
     base = AutoModelForCausalLM.from_pretrained(job.parent / "model")
     PeftModel.from_pretrained(base, str(fetched(hub, "me/mine", tmp_path)))
@@ -82,6 +84,7 @@ def test_push_merged_with_card_and_report(hub: Hub, output: Path, tmp_path: Path
     assert (code, "/me/merged/commit/" in text) == (0, True), text
     assert {"model.safetensors", "README.md", "report.html"} <= set(hub.repos["me/merged"])
     folder = fetched(hub, "me/merged", tmp_path / "fetched")
+    assert "AutoModelForCausalLM.from_pretrained('me/merged')" in (folder / "README.md").read_text()
     ids = AutoTokenizer.from_pretrained(folder)("what is 3 times 6?", return_tensors="pt").input_ids
     with torch.no_grad():
         assert AutoModelForCausalLM.from_pretrained(folder)(ids).logits.isfinite().all()

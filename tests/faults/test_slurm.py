@@ -50,6 +50,18 @@ def test_one_node(config: Path) -> None:
     assert script.index("#SBATCH --output") < script.index("set -uo pipefail"), "sbatch reads until the first command"
 
 
+def test_options_of_a_cluster_and_lines_before_the_start(config: Path, tmp_path: Path) -> None:
+    before = tmp_path / "my env.sh"
+    before.write_text('echo "$UNSET"; export SEEN=yes\n')
+    script = fill(str(config), **{**ONE, "sbatch": "--qos=long --mem=0 --exclusive", "before": str(before)})
+    head, _, body = script.partition("set -uo pipefail")
+    assert "#SBATCH --qos=long\n#SBATCH --mem=0\n#SBATCH --exclusive\n" in head
+    (line,) = [line for line in body.splitlines() if "my env.sh" in line]
+    seen = subprocess.run(["bash", "-uc", f"{line}; echo $SEEN $-"], capture_output=True, text=True, check=True).stdout
+    assert seen.split()[0] == "yes"
+    assert "u" in seen.split()[1]
+
+
 def test_several_nodes(config: Path) -> None:
     script = fill(str(config), **{**ONE, "nodes": 2})
     assert "scontrol show hostnames" in script
@@ -65,6 +77,10 @@ def test_several_nodes(config: Path) -> None:
         ({"account": "mine\n#SBATCH --exclusive"}, "--account is "),
         ({"partition": "a b"}, "--partition is 'a b'"),
         ({"max_crashes": -1}, "--max_crashes is -1"),
+        ({"sbatch": "--output=x.log"}, "--sbatch holds '--output=x.log': .*what the script sets itself"),
+        ({"sbatch": "--mem=0\n#SBATCH -p x"}, "--sbatch holds '#SBATCH'"),
+        ({"sbatch": "--comment='a"}, "No closing quotation"),
+        ({"before": "nothere.sh"}, "--before is nothere.sh: there is no such file"),
         ({"gpus_per_node": 3, "nodes": 2}, "sp is 2, which does not divide the 3 GPUs of a node"),
         ({"gpus_per_node": 3}, "does not divide the world"),
     ],

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import os
+import re
 import shlex
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import pytest
 from ds_longft import __version__, cli
 from ds_longft.cli import COMMANDS, Command, main
 from ds_longft.command_line import RunKeys, _docstring, _parameters, as_words, bind, described
+from ds_longft.config.messages import all_keys
 from ds_longft.config.read import load_run_config
 from ds_longft.config.yaml_io import load_yaml
 from ds_longft.errors import EXIT_CONFIG, DataError, LongftError
@@ -317,8 +320,49 @@ def loaded(words: list[str], main: str = "from ds_longft.cli import main; main()
 
 @pytest.mark.parametrize("name", ["", "data", *COMMANDS])
 def test_help_takes_no_time(name: str) -> None:
-    """A tenth of a second: no package at all, and for `config` what knows the keys."""
-    assert loaded(name.split()) <= (OF_ALL_KEYS if name == "config" else set())
+    """A tenth of a second: no package at all."""
+    assert loaded(name.split()) == set()
+
+
+SILENT = """
+import sys
+sys.modules["torch"] = sys.modules["transformers"] = None  # an import of them ends the command
+from ds_longft.cli import main
+for words in {words!r}:
+    print("begun", *words, file=sys.stderr, flush=True)
+    try:
+        main(words)
+    except Exception as error:
+        print("ended", file=sys.stderr, flush=True)
+"""
+
+
+def test_no_command_imports_torch_in_silence(tmp_path: Path) -> None:
+    """Two seconds to the first line: what takes longer, torch and transformers, is said before it is imported."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    config = "recipes/quickstart.yaml --model.path run --data.train rows.jsonl"
+    words = (
+        "export run out", "chat run", f"data stats {config}", "plan run", "eval needle run", f"check {config}", "docs install",
+        f"config {config}", "migrate rows.jsonl", "models", "eval longbench score run", "report run", f"slurm render {config}",
+    )  # fmt: skip
+    asked = [line.split() for line in words]
+    done = subprocess.run(
+        [sys.executable, "-c", SILENT.format(words=asked)], cwd=tmp_path, capture_output=True, text=True, check=True,
+        timeout=120, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    parts = done.stderr.split("begun ")[1:]
+    assert len(parts) == len(asked)
+    for part in parts:
+        line = part.splitlines()[1] if part.count("\n") > 1 else ""
+        assert line != "ended", part
+
+
+def test_every_key_is_in_the_help_of_config(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "--help"]) == 0
+    shown = set(re.findall(r"^  --(\S+)$", capsys.readouterr().out, re.MULTILINE))
+    sections = {key.rpartition(".")[0] for key in all_keys()}
+    assert {key for key in all_keys() if key not in sections} <= shown
 
 
 def test_the_help_of_training_takes_no_time() -> None:

@@ -89,7 +89,7 @@ def mix(
         out: folder to write.
         root: where relative paths of the recipe are looked for, and files named like its sources (NAME.jsonl, ...).
         tokenizer: model folder or hub id to count lengths with. Left out: the recipe's; else they are estimated.
-        max_length_tokens: longest row instead of the recipe's, e.g. 128K.
+        max_length_tokens: longest row instead of the recipe's, e.g. 128K; its last band of lengths ends there.
         total_rows: rows of the mix instead of the recipe's.
         seed: instead of the recipe's.
         json: print one JSON object instead of tables.

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from ds_longft.config.messages import dotted
 from ds_longft.config.read import read_config_file
-from ds_longft.config.run_config import Section, SourceConfig, Tokens
+from ds_longft.config.run_config import Section, SourceConfig, Tokens, parse_tokens
 from ds_longft.config.spellings import nearest
 from ds_longft.errors import ConfigError
 from ds_longft.tools.make_data.synth.row_plan import size_parts
@@ -173,6 +173,18 @@ class Recipe(Section):
             raise ValueError("\n".join(problems))
         return self
 
+    def up_to(self, longest_tokens: int) -> dict[str, Any]:
+        """Its keys for rows of at most so many tokens: the last band ends there, and no longer sample is made."""
+        content = self.model_dump(exclude_unset=True) | {"max_length_tokens": longest_tokens}
+        below = sum(band.up_to_tokens < longest_tokens for band in self.lengths[:-1])
+        content["lengths"] = [dict(band) for band in self.lengths[: below + 1]]
+        for band in content["lengths"][below:]:
+            band["up_to_tokens"] = longest_tokens
+        for source in content["sources"]:
+            if source.get("context_tokens") is not None:
+                source["context_tokens"] = min(source["context_tokens"], longest_tokens)
+        return content
+
     def made_rows(self, source: MixSource) -> int:
         """How many samples to make of a source with `synth`: its rows, or its share of the mix, rounded up."""
         assert source.rows or (source.share and self.total_rows), "the validators saw to it"
@@ -184,9 +196,12 @@ def read_recipe(path: str, **given: Any) -> Recipe:
 
     Raises ConfigError with every problem.
     """
-    content = read_config_file(Path(path)) | {key: value for key, value in given.items() if value is not None}
+    given = {key: value for key, value in given.items() if value is not None}
+    content = read_config_file(Path(path))
     try:
-        return Recipe.model_validate(content)
+        if isinstance(longest := parse_tokens(given.get("max_length_tokens")), int) and longest > 0:
+            content = Recipe.model_validate(content).up_to(longest)
+        return Recipe.model_validate(content | given)
     except ValidationError as error:
         raise ConfigError([f"{path}: {text}" for e in error.errors() for text in _problems(dict(e))]) from None
 

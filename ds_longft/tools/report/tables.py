@@ -101,11 +101,9 @@ def data_rows(statistics: dict[str, Any]) -> Pairs:
     ]
     if statistics.get("languages"):
         pairs.append(("languages", ", ".join(f"{name} {count:,}" for name, count in statistics["languages"].items())))
-    return [
-        *pairs,
-        ("left out or cut", ", ".join(left_out) or "none"),
-        ("fingerprint", statistics.get("fingerprint", "")),
-    ]
+    if statistics.get("bad_rows") is not None:
+        pairs.append(("left out or cut, of all rows read", ", ".join(left_out) or "none"))
+    return [*pairs, ("fingerprint", statistics.get("fingerprint", ""))]
 
 
 def _counts(of: dict[str, int]) -> str:

@@ -22,6 +22,11 @@ from ds_longft.errors import ConfigError
 
 TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}")
 NAME = re.compile(r"[\w.,-]+")
+OPTION = re.compile(r"--[a-z][a-z0-9-]*(=[^\s\"'\\]+)?")
+OWN_OPTIONS = (
+    "--job-name", "--nodes", "--ntasks-per-node", "--cpus-per-task", "--gpus-per-node", "--time", "--signal",
+    "--requeue", "--no-requeue", "--open-mode", "--output", "--error", "--partition", "--account",
+)  # fmt: skip
 
 
 def render(
@@ -36,6 +41,8 @@ def render(
     max_crashes: int = 3,
     cpus_per_gpu: int = 8,
     device: Literal["cuda", "cpu"] = "cuda",
+    sbatch: str | None = None,
+    before: str | None = None,
     out: str | None = None,
     submit: bool = False,
 ) -> None:
@@ -55,12 +62,15 @@ def render(
         max_crashes: requeue after a crash that made progress at most so often; after a planned stop always.
         cpus_per_gpu: cores for each rank.
         device: cuda, or cpu for a rehearsal without GPUs.
+        sbatch: more options of sbatch, e.g. "--qos=long --mem=0 --mail-type=END".
+        before: file with lines of shell that come before the start: module load, export NCCL_..., HF_HUB_OFFLINE=1.
         out: file to write.
         submit: keep the script in the output folder as job.sbatch, and hand it to sbatch (`ds-longft slurm submit`).
     """
     script = fill(
         config, nodes=nodes, gpus_per_node=gpus_per_node, time=time, partition=partition, account=account,
-        signal_s=signal_s, max_crashes=max_crashes, cpus_per_gpu=cpus_per_gpu, device=device,
+        signal_s=signal_s, max_crashes=max_crashes, cpus_per_gpu=cpus_per_gpu, device=device, sbatch=sbatch,
+        before=before,
     )  # fmt: skip
     if submit and out is not None:
         raise ConfigError(f"--out is {out}: with --submit the script lies in the output folder")
@@ -109,29 +119,19 @@ def fill(
     max_crashes: int,
     cpus_per_gpu: int,
     device: Literal["cuda", "cpu"],
+    sbatch: str | None = None,
+    before: str | None = None,
 ) -> str:
     """The script's text. Raises ConfigError with everything that keeps the run from working on that many GPUs."""
     words = (config,) if isinstance(config, str) else config
-    problems = []
-    for key, value in (
-        ("nodes", nodes),
-        ("gpus_per_node", gpus_per_node),
-        ("signal_s", signal_s),
-        ("cpus_per_gpu", cpus_per_gpu),
-    ):
-        if value < 1:
-            problems.append(f"--{key} is {value}: give 1 or more")
-    if not TIME.fullmatch(str(time)):
-        problems.append(f"--time is {time!r}: give minutes, hours:minutes:seconds or days-hours:minutes:seconds")
-    elif 0 < limit_s(str(time)) <= signal_s:  # 0 is no limit
-        problems.append(
-            f"--signal_s is {signal_s}, not less than --time ({time}): every start would be told to stop at once"
-        )
-    for key, name in (("partition", partition), ("account", account)):
-        if name and not NAME.fullmatch(name):
-            problems.append(f"--{key} is {name!r}: give letters, digits, '_', '-', '.' and ','")
-    if max_crashes < 0:
-        problems.append(f"--max_crashes is {max_crashes}: give 0 or more")
+    problems = _wrong_flags(
+        {"nodes": nodes, "gpus_per_node": gpus_per_node, "signal_s": signal_s, "cpus_per_gpu": cpus_per_gpu},
+        {"partition": partition, "account": account}, str(time), max_crashes,
+    )  # fmt: skip
+    options, wrong = _options(sbatch or "")
+    problems += wrong
+    if before is not None and not Path(before).expanduser().is_file():
+        problems.append(f"--before is {before}: there is no such file")
     if problems:
         raise ConfigError(problems)
     check = partial(
@@ -154,7 +154,7 @@ def fill(
         )
     template = "slurm.sbatch" if nodes == 1 else "slurm_multinode.sbatch"
     folder = Path(run.output_dir).expanduser().absolute()
-    options = {"--partition": partition, "--account": account}
+    named = [f"{key}={value}" for key, value in (("--partition", partition), ("--account", account)) if value]
     return _Script(find_file(f"launch/{template}").read_text()).substitute(
         JOB=re.sub(r"[^\w.-]", "_", folder.name),
         NODES=nodes,
@@ -165,8 +165,9 @@ def fill(
         else "# no GPUs asked for: a rehearsal on CPUs",
         TIME=time,
         SIGNAL=signal_s,
-        OPTIONS="\n".join(f"#SBATCH {k}={v}" for k, v in options.items() if v)
+        OPTIONS="\n".join(f"#SBATCH {option}" for option in [*named, *options])
         or "# partition and account: your defaults",
+        BEFORE=_before(before),
         FOLDER=shlex.quote(str(folder)),
         WHERE=shlex.quote(os.getcwd()),
         PYTHON=shlex.quote(sys.executable),
@@ -174,6 +175,47 @@ def fill(
         CRASHES=max_crashes,
         DEVICE="unset DS_ACCELERATOR" if device == "cuda" else "export DS_ACCELERATOR=cpu",
     )
+
+
+def _wrong_flags(counts: dict[str, int], names: dict[str, str | None], time: str, max_crashes: int) -> list[str]:
+    problems = [f"--{key} is {value}: give 1 or more" for key, value in counts.items() if value < 1]
+    if not TIME.fullmatch(time):
+        problems.append(f"--time is {time!r}: give minutes, hours:minutes:seconds or days-hours:minutes:seconds")
+    elif 0 < limit_s(time) <= counts["signal_s"]:  # 0 is no limit
+        problems.append(
+            f"--signal_s is {counts['signal_s']}, not less than --time ({time}): every start would be told to stop "
+            "at once"
+        )
+    problems += [
+        f"--{key} is {name!r}: give letters, digits, '_', '-', '.' and ','"
+        for key, name in names.items()
+        if name and not NAME.fullmatch(name)
+    ]
+    if max_crashes < 0:
+        problems.append(f"--max_crashes is {max_crashes}: give 0 or more")
+    return problems
+
+
+def _options(given: str) -> tuple[list[str], list[str]]:
+    """(options of sbatch one by one, what is wrong with them)."""
+    try:
+        options = shlex.split(given)
+    except ValueError as error:
+        return [], [f"--sbatch is {given!r}: {error}"]
+    problems = [
+        f"--sbatch holds {option!r}: give --name or --name=value, and leave out what the script sets itself "
+        f"({', '.join(OWN_OPTIONS)})"
+        for option in options
+        if not OPTION.fullmatch(option) or option.partition("=")[0] in OWN_OPTIONS
+    ]
+    return options, problems
+
+
+def _before(file: str | None) -> str:
+    """Lines that run a file of the user's in the script's own shell; such files count on unset variables."""
+    if file is None:
+        return "# --before: nothing"
+    return f"set +u; . {shlex.quote(str(Path(file).expanduser().absolute()))} || exit 64; set -u"
 
 
 class _Script(Template):

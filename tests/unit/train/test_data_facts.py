@@ -22,9 +22,9 @@ def test_statistics_and_sample(tmp_path: Path) -> None:
         }
         for i in range(6)
     ]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"messages": []}\n')
     tokenizer = tiny_tokenizer()
-    config = DataConfig(cache_dir=str(tmp_path / "cache"), workers=1, max_length_tokens=4096)
+    config = DataConfig(cache_dir=str(tmp_path / "cache"), workers=1, max_length_tokens=4096, max_bad_fraction=1)
     tokenized = tokenize_sources([SourceConfig(path=str(file))], tokenizer, config)
     train, held_out = tokenized.split(0.34, 0)
     write_data_facts(tmp_path, train, held_out, tokenizer, 7)
@@ -32,6 +32,8 @@ def test_statistics_and_sample(tmp_path: Path) -> None:
     assert facts["total_steps"] == 7
     assert facts["parts"]["train"]["rows"] == 4
     assert facts["parts"]["held out"]["rows"] == 2
+    assert facts["parts"]["train"]["bad_rows"] == 1
+    assert "bad_rows" not in facts["parts"]["held out"], "it was counted before the split"
     assert facts["parts"]["train"]["tokens"] == int(train.lengths.sum())
     assert sum(facts["parts"]["train"]["rows_up_to_tokens"].values()) == 4
     assert facts["parts"]["train"]["sources"] == {str(file): 4}

@@ -8,12 +8,22 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from ds_longft.config.run_config import LogConfig
 from ds_longft.train import durable
-from ds_longft.train.durable import DurableLines, insist
+from ds_longft.train.durable import DurableLines, as_readable_as_the_folder, insist
 from ds_longft.train.metrics import Records
 from tests.unit.train.test_metrics import record
+
+
+def test_weights_are_as_readable_as_their_folder(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    for mode, expected in ((0o755, 0o644), (0o700, 0o600), (0o770, 0o660)):
+        tmp_path.chmod(mode)
+        as_readable_as_the_folder(tmp_path)
+        assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == expected
 
 
 class FullDisk:

@@ -167,6 +167,18 @@ def test_all_mistakes_of_a_recipe_at_once(tmp_path):
         read_recipe(str(tmp_path / "r.yaml"))
 
 
+def test_a_shorter_longest_row_ends_bands_and_samples_there():
+    recipe = str(RECIPES / "faro_open.yaml")  # bands to 2K and 24K, code of 16K
+    short = read_recipe(recipe, max_length_tokens="8K")
+    assert (short.max_length_tokens, [band.up_to_tokens for band in short.lengths]) == (8192, [2048, 8192])
+    assert [source.context_tokens for source in short.sources if source.name == "code"] == [8192]
+    tiny = read_recipe(recipe, max_length_tokens="1K")
+    assert ([band.up_to_tokens for band in tiny.lengths], tiny.lengths[0].share) == ([1024], 0.5)
+    assert [band.up_to_tokens for band in read_recipe(recipe, max_length_tokens="64K").lengths] == [2048, 65536]
+    with pytest.raises(ConfigError, match=r"max_length_tokens.*'much'"):
+        read_recipe(recipe, max_length_tokens="much")
+
+
 def faro_stand_ins(folder):
     """A few rows of each of the article's sets, in the layout of its files, found by the sources' names."""
     dialogue = "<start_chat><Human 1>: {q} <Assistant 1>: {a} <end_chat>"
