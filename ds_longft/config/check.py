@@ -32,7 +32,7 @@ DATA_SUFFIXES = (
 )
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
-SPLITTABLE_LAYERS = {"full_attention", "sliding_attention", "attention"}
+SPLITTABLE_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 # State-space and linear-attention families whose config.json lists no layer types, and that are not spread over ranks.
 RECURRENT_MODELS = re.compile(r"(falcon_)?mamba2?|zamba2?|rwkv.*|xlstm|recurrent_gemma")
 ENCODERS = re.compile(
@@ -216,7 +216,7 @@ def _architecture_problems(model_config: dict[str, Any]) -> list[str]:
     if other:
         return [
             f"{prefix} has layers of type {', '.join(other)}, which carry state along the sequence or mask it "
-            f"differently and cannot be split over GPUs exactly; possible are full and sliding attention"
+            f"differently and cannot be split over GPUs exactly; possible are full, sliding and chunked attention"
         ]
     if RECURRENT_MODELS.fullmatch(kind):
         return [f"{prefix} has recurrent layers, which cannot be split over GPUs exactly; give an attention-only model"]

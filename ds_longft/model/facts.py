@@ -188,7 +188,7 @@ def visible_pairs(length_tokens: int, window_tokens: int | None) -> int:
 
 def layer_windows(hf_config: PretrainedConfig) -> tuple[int | None, ...]:
     """The sliding window in tokens (a token and the window - 1 before it) of each layer with softmax attention; None
-    where it sees all.
+    where it sees all. Chunks count as windows of their size: twice the pairs that are computed, of a small part.
     """
     window = getattr(hf_config, "sliding_window", None)
     if getattr(hf_config, "use_sliding_window", True) is False:
@@ -198,7 +198,8 @@ def layer_windows(hf_config: PretrainedConfig) -> tuple[int | None, ...]:
         return (window,) * hf_config.num_hidden_layers
     if hf_config.model_type in STATE_FAMILIES:
         types = [layer for layer in types if layer in (*ATTENTION_LAYERS, "attention", "hybrid")]
-    return tuple(window if layer == "sliding_attention" else None for layer in types)
+    of = {"sliding_attention": window, "chunked_attention": getattr(hf_config, "attention_chunk_size", None)}
+    return tuple(map(of.get, types))
 
 
 def _state_products(module: Any) -> int:

@@ -17,7 +17,7 @@ from ds_longft.config.state_families import OTHER_LAYERS, STATE_FAMILIES, STATE_
 from ds_longft.errors import ModelError
 from ds_longft.model.wrapped import is_wrapped
 
-ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 # Config keys of recurrent layers, for the models that do not list their layers by type.
 RECURRENT_KEYS = ("mamba_", "ssm_", "rwkv", "linear_num_", "linear_attn", "rnn_", "lru_", "conv_L_cache", "state_size")
 

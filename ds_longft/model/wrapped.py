@@ -37,6 +37,10 @@ def whole_class(hf_config: PretrainedConfig) -> Any:
 
 def text_class(hf_config: PretrainedConfig) -> Any:
     """The class whose `from_pretrained` loads what is trained: of a wrapper, its decoder, embeddings and head."""
+    if hf_config.get_text_config().model_type == "llama4_text":  # transformers 5.24's returns the model itself
+        from transformers import Llama4ForCausalLM
+
+        Llama4ForCausalLM.get_decoder = lambda self: self.model  # type: ignore[method-assign]
     return _part_of(whole_class(hf_config), text=True) if is_wrapped(hf_config) else AutoModelForCausalLM
 
 

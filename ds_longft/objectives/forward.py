@@ -11,6 +11,7 @@ from ds_longft.batch import Batch
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.rope_lengths import set_rope_lengths
 from ds_longft.sequence.attention import ULYSSES
+from ds_longft.sequence.llama4 import take_over_temperatures
 from ds_longft.sequence.loss import ChunkedHead, DocumentRows
 from ds_longft.sequence.mask import no_padding
 from ds_longft.sequence.new_rows import EmbeddingRows
@@ -55,6 +56,7 @@ class ShardedModel:
         seen = getattr(causal_lm.get_decoder(), "config", causal_lm.config)._attn_implementation
         assert seen == ULYSSES, f"the model's attention is {seen}: every rank would attend to its own shard alone"
         spread_state_layers(causal_lm)
+        take_over_temperatures(causal_lm)
         self.decoder = causal_lm.get_decoder()
         self.head = ChunkedHead.install(causal_lm, adapters_off=adapters_off)
         EmbeddingRows.install(causal_lm)

@@ -12,6 +12,8 @@ Letters: s tokens of this rank, S of the pack, Hq / Hkv heads of the model, h he
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -36,7 +38,8 @@ from ds_longft.sequence.exchange import (
 )
 from ds_longft.sequence.kept import Kept
 from ds_longft.sequence.kernels import AttentionSpec, Kernel, Saved, choose_kernel
-from ds_longft.sequence.mask import asked_mask, window_of
+from ds_longft.sequence.llama4 import tunes_by_place
+from ds_longft.sequence.mask import AskedMask, asked_mask, window_of
 from ds_longft.sequence.reuse import ours_alone
 
 ULYSSES = "ulysses"
@@ -237,20 +240,25 @@ def ulysses_attention(
     refused = {
         f"attention dropout {dropout}": dropout > 0 and module.training,
         "a batch of several rows (lay them into one pack)": query.shape[0] != 1,
+        "queries scaled by the place in a slice": tunes_by_place(module),
         "attention that is not causal": kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False,
     }
     if any(refused.values()):
         names = ", ".join(name for name, seen in refused.items() if seen)
         raise ModelError(f"{type(module).__name__} asks for {names}, which ulysses attention does not do")
+    sp, sp_rank, group = layout.sp, layout.sp_rank, layout.group
+    if documents.own is not None:
+        documents, sp, sp_rank, group = documents.own, 1, 0, None  # nobody else has a part of these
+    if (temperature := getattr(module, "query_temperature", None)) is not None:
+        query = temperature.tuned(query, documents, sp_rank)
     # [1, H, s, d] -> [s, H, d], views; not t[0], whose backward pass fills zeros and copies. Exchange and kernels know
     # one d: where value heads have another (DeepSeek), zeros make up for it, which add nothing to scores.
     d = max(query.shape[-1], value.shape[-1])
     q, k, v = (_wide(t.squeeze(0).transpose(0, 1), d) for t in (query, key, value))
     if layout.sp > q.shape[1]:
         raise ModelError(f"sp is {layout.sp}, but the model has {q.shape[1]} query heads: sp can be at most that")
-    sp, sp_rank, group = layout.sp, layout.sp_rank, layout.group
-    if documents.own is not None:
-        documents, sp, sp_rank, group = documents.own, 1, 0, None  # nobody else has a part of these
+    if isinstance(attention_mask, AskedMask) and attention_mask.chunk_tokens is not None:
+        documents, attention_mask = cut(documents, attention_mask.chunk_tokens), None
     window = window_of(type(module).__name__, attention_mask, sliding_window)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     spec = AttentionSpec(scale, window, softcap, torch.are_deterministic_algorithms_enabled())
@@ -265,6 +273,18 @@ def ulysses_attention(
     call = _Call(documents.lengths, chosen, spec, group, shares, shares[sp_rank], turns, sp_rank)
     out = SpAttention.apply(q, k, v, s_aux, documents.cu_seqlens, call, kept)
     return out[None, ..., : value.shape[-1]], None
+
+
+@lru_cache(maxsize=8)
+def _cut_lengths(lengths: tuple[int, ...], chunk_tokens: int) -> tuple[int, ...]:
+    return tuple(min(chunk_tokens, n - start) for n in lengths for start in range(0, n, chunk_tokens))
+
+
+def cut(documents: Documents, chunk_tokens: int) -> Documents:
+    """Documents cut into chunks from their start (Llama 4): a chunk is to its attention what a document is."""
+    lengths = _cut_lengths(documents.lengths, chunk_tokens)
+    borders = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return Documents(borders.to(documents.cu_seqlens.device, non_blocking=True), lengths)
 
 
 def _wide(t: Tensor, d: int) -> Tensor:

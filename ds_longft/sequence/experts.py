@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ds_longft.sequence.kept import Kept, UnusedOutput
 from ds_longft.sequence.linear import unhook
+from ds_longft.sequence.llama4 import route_inputs
 from ds_longft.sequence.reuse import ours_alone
 
 ROWS_OF_AN_EXPERT = 1024
@@ -97,6 +98,7 @@ class Experts:
 
 def group_experts(layer: nn.Module, tile_tokens: int | None) -> list[Experts]:
     """Replace the forward of a decoder layer's stacked experts by a grouped one, where theirs is known."""
+    route_inputs(layer)
     found = []
     for parent in layer.modules():
         for child in parent.children():

@@ -84,10 +84,17 @@ def head_rule(causal_lm: Any) -> HeadRule:
 
     ids = torch.zeros(1, ROWS, dtype=torch.long, device=device)
     decoder, head = causal_lm.get_decoder(), causal_lm.get_output_embeddings()
-    # what holds the decoder: around it a multimodal model asks for its towers, which are left out
-    decoder = next((part for part in causal_lm.children() if any(m is decoder for m in part.modules())), decoder)
+    # what holds the decoder and not the head: around it a multimodal model asks for its towers, which are left out
+    holders = (m for m in causal_lm.modules() if any(part is decoder for part in m.modules()))
+    decoder = next(m for m in holders if all(part is not head for part in m.modules()))
+    embedding = causal_lm.get_input_embeddings()
     try:
-        with _replaced(decoder, decode), _replaced(head, project), torch.enable_grad():
+        with (
+            _replaced(embedding, lambda *_, **__: hidden),
+            _replaced(decoder, decode),
+            _replaced(head, project),
+            torch.enable_grad(),
+        ):
             out = causal_lm.forward(input_ids=ids).logits
     except Exception as error:  # of any code that a model brings along
         said = str(error) if isinstance(error, LongftError) else f"{type(error).__name__}: {error}"

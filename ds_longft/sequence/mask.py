@@ -30,6 +30,7 @@ class AskedMask:
 
     causal: bool  # a token sees itself and tokens before it, with or without a window
     window_tokens: int | None  # the token itself and so many less one before it
+    chunk_tokens: int | None = None  # of the tokens before it a token sees those in its own chunk of so many
 
     def __getitem__(self, index: Any) -> AskedMask:
         """All of it (Gemma 4 leaves out tokens before its last layers, and here none)."""
@@ -66,6 +67,8 @@ def asked_mask(
     for window in (local_size, None):
         if _is_causal(mask_function, window):
             return AskedMask(True, window)
+    if local_size is not None and _is_causal(mask_function, None, local_size):
+        return AskedMask(False, None, local_size)
     window = _window(mask_function)
     return AskedMask(_is_causal(mask_function, window), window)
 
@@ -98,14 +101,16 @@ def window_of(layer: str, mask: Any, keyword: int | None) -> int | None:
     )
 
 
-def _is_causal(function: MaskFunction, window: int | None) -> bool:
-    """Whether the function is the causal mask with this window, at all positions that are tried."""
-    edge = window or 3
+def _is_causal(function: MaskFunction, window: int | None, chunk: int | None = None) -> bool:
+    """Whether the function is the causal mask with this window, or these chunks, at all positions that are tried."""
+    edge = window or chunk or 3
     queries = {0, 1, 2, 3, 7, 30, 64, 1000, 8191, 123_457, edge - 1, edge, edge + 1, 2 * edge + 3, FARTHEST}
     back = {-FARTHEST, -1000, -2, -1, 0, 1, 2, 3, 5, 63, edge - 2, edge - 1, edge, edge + 1, 2 * edge}
     back |= {1 << i for i in range(41)}
     q, distance = torch.tensor(sorted(queries))[:, None], torch.tensor(sorted(back))[None]
     expected = (distance >= 0) & (distance < (window or 2 * FARTHEST))
+    if chunk is not None:
+        expected = expected & (q // chunk == (q - distance) // chunk)
     seen = _asked(function, q, q - distance)
     return seen is not None and bool((seen == expected)[q >= distance].all())
 
@@ -123,9 +128,15 @@ def _window(function: MaskFunction) -> int | None:
 
 
 class _NoLookup(TorchFunctionMode):
-    """Inside, nothing is looked up in a tensor: on a GPU these positions, beyond its end, would break the process."""
+    """Inside, nothing is looked up in a tensor by position: on a GPU these, beyond its end, would break the process.
+
+    What has one element for our one row is read: how far it is padded on the left (none), which chunks start from.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__getitem__ and args[0].shape == (1,):
+            with torch._C.DisableTorchFunction():
+                return args[0][0].cpu()
         if func is Tensor.__getitem__:
             raise IndexError("the mask goes by more than positions")
         return func(*args, **(kwargs or {}))

@@ -11,6 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ds_longft.sequence.llama4 import take_over_temperatures
 from ds_longft.sequence.state.families import spread_state_layers
 from ds_longft.tools.evaluate import results
 from ds_longft.tools.evaluate.cached_attention import CACHED, register
@@ -67,6 +68,7 @@ class Answering:
         register()
         loaded = load_subject(self.subject, self.processes.device, attention=CACHED)
         spread_state_layers(loaded.plain)
+        take_over_temperatures(loaded.plain)
         return loaded
 
     @cached_property

@@ -86,6 +86,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("glm4v_text", "glm_ocr_text", "paddleocr_vl_text", "qwen2_5_omni_text", "qwen2_5_vl_text", "qwen2_vl_text"), SECTIONS),
     "glm4v_moe_text": {"rope_parameters": {**SECTIONS["rope_parameters"], "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}},
     "ernie4_5_vl_moe_text": {"moe_intermediate_size": [48, 32], "rope_parameters": {**SECTIONS["rope_parameters"], "mrope_section": [3, 3, 2]}},
+    "llama4_text": {
+        "no_rope_layers": [1, 0, 1], "layer_types": ["chunked_attention", "full_attention", "chunked_attention"],
+        "attention_chunk_size": 8, "floor_scale": 4, "intermediate_size_mlp": 96, "moe_layers": [1, 2],
+    },
     "granite": {"logits_scaling": 3.0}, "granitemoe": {"logits_scaling": 3.0}, "hyperclovax": {"logits_scaling": 3.0},
 }  # fmt: skip
 
