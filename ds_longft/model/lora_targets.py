@@ -139,7 +139,8 @@ def _taken_by_peft(model: PreTrainedModel, names: set[str]) -> set[str]:
 
 
 def _leaf(name: str) -> str:
-    return name.rpartition(".")[2]
+    """model.layers.3.up_proj -> up_proj; of one in a list altup_projections.0, as 0 would name a layer too."""
+    return re.findall(r"[^.]+(?:\.\d+)*$", name)[0]
 
 
 def _in_layer(name: str) -> str:

@@ -51,8 +51,11 @@ def check_supported(hf_config: PretrainedConfig) -> None:
                 "model cannot be taken out. A text-only checkpoint of the same family can be trained"
             )
         return
-    if type(hf_config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        check_class_supported(MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)], name)
+    mapping = next(
+        (m for m in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING) if type(hf_config) in m), None
+    )
+    if mapping is not None:
+        check_class_supported(mapping[type(hf_config)], name)
     elif "AutoModelForCausalLM" not in getattr(hf_config, "auto_map", {}):
         raise ModelError(f"{name} has no causal language model class in transformers ({AutoModelForCausalLM.__name__})")
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import cached_file
 
 PREPARATION_FILES = (
@@ -32,7 +32,11 @@ def is_wrapped(hf_config: PretrainedConfig) -> bool:
 
 def whole_class(hf_config: PretrainedConfig) -> Any:
     """The class whose `from_pretrained` loads all of a checkpoint, towers included."""
-    return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(hf_config)] if is_wrapped(hf_config) else AutoModelForCausalLM
+    other = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(hf_config), None)
+    if is_wrapped(hf_config):
+        return other
+    # Mistral 4 is listed beside the wrapper that it comes in, and is none
+    return AutoModelForCausalLM if other is None or type(hf_config) in MODEL_FOR_CAUSAL_LM_MAPPING else other
 
 
 def text_class(hf_config: PretrainedConfig) -> Any:
@@ -41,7 +45,8 @@ def text_class(hf_config: PretrainedConfig) -> Any:
         from transformers import Llama4ForCausalLM
 
         Llama4ForCausalLM.get_decoder = lambda self: self.model  # type: ignore[method-assign]
-    return _part_of(whole_class(hf_config), text=True) if is_wrapped(hf_config) else AutoModelForCausalLM
+    whole = whole_class(hf_config)
+    return _part_of(whole, text=True) if is_wrapped(hf_config) else whole
 
 
 def make(model_class: Any, hf_config: PretrainedConfig, **keywords: Any) -> PreTrainedModel:

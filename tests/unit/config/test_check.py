@@ -187,10 +187,10 @@ def test_a_model_with_dynamic_rope_has_no_end(key: str, folder: Path) -> None:
     ("model_config", "expected"),
     [
         ({"model_type": "qwen4_next", "layer_types": ["linear_attention", "full_attention"]}, "linear_attention"),
-        ({"model_type": "qwen3_next", "layer_types": ["chunked_attention", "full_attention"]}, "chunked_attention"),
+        ({"model_type": "qwen3_next", "layer_types": ["indexed_attention", "full_attention"]}, "indexed_attention"),
         ({"model_type": "falcon_mamba"}, "falcon_mamba has recurrent layers"),
         ({"model_type": "zamba3", "layers_block_type": ["mamba", "attention"]}, "zamba3 has layers of type mamba"),
-        ({"model_type": "llama4", "text_config": {"layer_types": ["chunked_attention"]}}, "chunked_attention"),
+        ({"model_type": "glm5", "text_config": {"layer_types": ["indexed_attention"]}}, "indexed_attention"),
         ({"model_type": "bert"}, "bert is an encoder"),
         ({"model_type": "xlm-roberta"}, "xlm-roberta is an encoder"),
         ({"model_type": "modernbert"}, "modernbert is an encoder"),

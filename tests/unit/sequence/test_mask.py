@@ -28,6 +28,15 @@ def test_causal_masks_and_windows_of_any_length(window: int, told: bool) -> None
     assert asked_mask(mask_function=function, local_size=window if told else None) == AskedMask(True, window)
 
 
+@pytest.mark.parametrize("chunk", [2, 3, 8, 8192])
+def test_chunks_are_known_by_their_size(chunk: int) -> None:
+    function = masks.chunked_causal_mask_function(chunk, torch.zeros(1, dtype=torch.long))
+    assert asked_mask(mask_function=function, local_size=chunk) == AskedMask(False, None, chunk)
+    padded = masks.chunked_causal_mask_function(chunk, torch.ones(1, dtype=torch.long))  # chunks start a token later
+    other = asked_mask(mask_function=padded, local_size=chunk)
+    assert (other.causal, other.chunk_tokens) == (False, None)
+
+
 @pytest.mark.parametrize(
     "function",
     [
