@@ -120,6 +120,8 @@ def cached_attention(
         return ulysses_attention(module, query, key, value, attention_mask, **asked, **kwargs)
     if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
         raise ModelError(f"{type(module).__name__} is not causal: only causal language models can be evaluated")
+    if hasattr(module, "query_temperature"):
+        raise ModelError("Llama 4 scales queries by position and sees chunks, which is not done for answers here")
     window = window_of(type(module).__name__, attention_mask, sliding_window)
     if on_this_rank is not None:
         return _step(query, key, value, on_this_rank, scale, window, softcap, s_aux), None
