@@ -44,7 +44,7 @@ def text_class(hf_config: PretrainedConfig) -> Any:
     if hf_config.get_text_config().model_type == "llama4_text":  # transformers 5.24's returns the model itself
         from transformers import Llama4ForCausalLM
 
-        Llama4ForCausalLM.get_decoder = lambda self: self.model  # type: ignore[method-assign]
+        Llama4ForCausalLM.get_decoder = lambda self: self.model
     whole = whole_class(hf_config)
     return _part_of(whole, text=True) if is_wrapped(hf_config) else whole
 

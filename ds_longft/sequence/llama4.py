@@ -10,6 +10,7 @@ scaled tokens go to their own experts, which `experts.Experts` groups.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -38,10 +39,11 @@ class Temperature:
 
 def take_over_temperatures(model: nn.Module) -> None:
     """Have attention scale the queries of layers that do so by position. Again, it changes nothing."""
-    for module in model.modules():
+    modules: Iterator[Any] = model.modules()
+    for module in modules:
         if tunes_by_place(module):
-            module.query_temperature = Temperature(module.floor_scale, module.attn_scale)  # type: ignore[arg-type]
-            module.attn_temperature_tuning = False  # type: ignore[assignment]
+            module.query_temperature = Temperature(module.floor_scale, module.attn_scale)
+            module.attn_temperature_tuning = False
 
 
 def tunes_by_place(module: Any) -> bool:

@@ -55,7 +55,7 @@ def reach_experts(layer: nn.Module, grouped: Sequence[Experts], stage: int) -> l
     """See that the weights of all of a decoder layer's experts that are not `grouped` have gradients on every rank."""
     ours = {id(experts.outer) for experts in grouped}
     found = [(parent, dict(parent.named_children()).get("experts")) for parent in layer.modules()]
-    return [UnevenExperts(*each, stage) for each in found if each[1] is not None and id(each[1]) not in ours]
+    return [UnevenExperts(parent, each, stage) for parent, each in found if each is not None and id(each) not in ours]
 
 
 @contextmanager
