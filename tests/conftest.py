@@ -1,7 +1,31 @@
-"""Hypothesis for all tests: the same examples every time, however fast the machine is."""
+"""Hypothesis for all tests: the same examples every time, however fast the machine is. Worker pools of the session."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import pytest
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from tests.distributed.pool import WorkerPool
 
 # In a fresh clone the first text it draws takes a second: it builds its tables of characters.
 settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
+
+
+@pytest.fixture(scope="session")
+def pools() -> Iterator[Callable[[int], WorkerPool]]:
+    """`pools(world)`: the session's pool of that many ranks."""
+    from tests.distributed.pool import WorkerPool
+
+    made: dict[int, WorkerPool] = {}
+
+    def pool(world: int) -> WorkerPool:
+        return made.setdefault(world, WorkerPool(world))
+
+    yield pool
+    for each in made.values():
+        each.stop()

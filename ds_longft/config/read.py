@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -145,12 +146,8 @@ def _keys_that_are_no_words(content: Any, path: tuple[int | str, ...] = ()) -> l
 
 def _read_command_line(argv: list[str]) -> tuple[dict[str, Any], Problems]:
     """What was given, nested and not yet validated, and the problems of reading it."""
-    source = CliSettingsSource[Any](CommandLine, cli_ignore_unknown_args=True, cli_exit_on_error=False)
-    parser = source.root_parser
-    parser.usage = "deepspeed launch/train.py [FILE.yaml] [--key value ...]"
-    parser.epilog = EPILOG
     try:
-        given = source(args=argv)()
+        given = _command_line()(args=argv)()
     except SettingsError as error:
         key, problem = _unreadable(str(error))
         rest = _without_flag(argv, key)
@@ -168,6 +165,14 @@ def _read_command_line(argv: list[str]) -> tuple[dict[str, Any], Problems]:
     if sum(word.split("=")[0] == "--config" for word in argv) > 1:  # of the first one nothing would be left
         problems["--config is given twice on the command line: one file holds a run's keys"] = EVERY_KEY
     return given, problems
+
+
+@cache  # a tenth of a second, and a report or a test reads many configs
+def _command_line() -> CliSettingsSource[Any]:
+    source = CliSettingsSource[Any](CommandLine, cli_ignore_unknown_args=True, cli_exit_on_error=False)
+    source.root_parser.usage = "deepspeed launch/train.py [FILE.yaml] [--key value ...]"
+    source.root_parser.epilog = EPILOG
+    return source
 
 
 def _unreadable(message: str) -> tuple[str, str]:

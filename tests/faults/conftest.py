@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.conftest import pools
 from tests.faults.assets import write_job
 from tests.faults.ranks import Launcher
 
-__all__ = ["golden", "launcher", "pools"]
+__all__ = ["golden", "launcher"]
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 half of it.
 """
 
+import gc
 import os
 
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
@@ -16,3 +17,7 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 
 import ds_longft.train.engine
 import ds_longft.train.run  # noqa: F401
+
+# DeepSpeed collects garbage with each engine, which would walk through all that is imported here: a second each time.
+gc.collect()
+gc.freeze()

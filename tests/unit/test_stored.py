@@ -36,7 +36,9 @@ from ds_longft.train.metrics import Records
 from ds_longft.train.resume_rules import TrainState
 from ds_longft.train.status import STATUS, crashed_before
 from tests.faults.alone import find
-from tests.unit.tools.report.test_report import needle_result, perplexity_result, step
+from tests.unit.tools.report.test_report import needle_result, perplexity_result, read_once, step
+
+__all__ = ["read_once"]
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -248,6 +250,7 @@ PAGES = [
 ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("read_once")
 @pytest.mark.parametrize("name", PAGES)
 def test_the_page_of_a_run_is_made_of_what_is_readable(run: Path, name: str) -> None:
     original = (run / name).read_bytes()

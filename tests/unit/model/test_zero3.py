@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import multiprocessing
 from transformers import AutoModelForCausalLM
 
 from ds_longft.config.run_config import LoraConfig, ModelConfig
+from tests.distributed.pool import WorkerPool
 from tests.unit.model.tiny import WINDOW, save_tiny
 
 TOKENS = torch.arange(1, 20)[None]
@@ -66,27 +66,16 @@ def one_case(name: str, folder: Path, rank: int) -> dict:
     return seen
 
 
-def rank_main(rank: int, folder: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "DS_ACCELERATOR": "cpu"}
-    import deepspeed
-
-    torch.set_num_threads(1)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or a C++ build starts here
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
-    results = {name: one_case(name, Path(folder) / name, rank) for name in CASES}
-    torch.save(results, Path(folder) / f"rank{rank}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+def all_cases(rank: int, world: int, folder: Path) -> dict[str, dict]:
+    return {name: one_case(name, folder / name, rank) for name in CASES}
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
+def trained(tmp_path_factory: pytest.TempPathFactory, pools: Callable[[int], WorkerPool]) -> tuple[Path, list[dict]]:
     folder = tmp_path_factory.mktemp("zero3")
     for name, (changes, _) in CASES.items():
         save_tiny(folder / name / "base", **changes)
-    multiprocessing.spawn(rank_main, args=(str(folder),), nprocs=2)
-    return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+    return folder, pools(2).run(all_cases, folder)
 
 
 @pytest.mark.parametrize("name", CASES)

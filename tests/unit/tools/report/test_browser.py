@@ -20,9 +20,9 @@ from ds_longft.tools.look.html import page as data_page
 from ds_longft.tools.look.statistics import Group, Packs, Retention, Statistics
 from ds_longft.tools.report.page import html_page
 from ds_longft.tools.report.run_facts import gather_facts
-from tests.unit.tools.report.test_report import poisonings, run
+from tests.unit.tools.report.test_report import poisonings, read_once, run
 
-__all__ = ["run"]
+__all__ = ["read_once", "run"]
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
@@ -103,6 +103,7 @@ def poisoned_pages(run: Path) -> Iterator[str]:
     yield html_page(gather_facts(run.rename(run.with_name(name[:240]))))
 
 
+@pytest.mark.usefixtures("read_once")
 def test_no_string_of_any_file_of_a_run_becomes_code(run: Path, tmp_path: Path) -> None:
     (run / "ds_config.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
     (tmp_path / "pages").mkdir()

@@ -18,7 +18,9 @@ import pytest
 from ds_longft.cli import COMMANDS, main
 from ds_longft.command_line import bind
 from ds_longft.config.read import dump_config, load_run_config
+from ds_longft.config.run_config import RunConfig
 from ds_longft.errors import EXIT_CONFIG
+from ds_longft.tools.report import run_facts
 from ds_longft.tools.report.charts import Line, line_chart, shown, thin, ticks
 from ds_longft.tools.report.markdown import markdown_page
 from ds_longft.tools.report.page import html_page
@@ -397,6 +399,21 @@ class Alien(HTMLParser):
             self.found.append(str(self.get_starttag_text()))
 
 
+@pytest.fixture
+def read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A config.yaml is read again only where it is another one: it takes most of the time of a page."""
+    known: dict[bytes, RunConfig] = {}
+
+    def read(path: str) -> RunConfig:
+        text = Path(path).read_bytes()
+        if text not in known:
+            known[text] = load_run_config(path)
+        return known[text]
+
+    monkeypatch.setattr(run_facts, "load_run_config", read)
+
+
+@pytest.mark.usefixtures("read_once")
 def test_no_string_of_any_file_becomes_code(run: Path) -> None:
     """Every string of every file that a page is made of, one after the other."""
     pages = 0
