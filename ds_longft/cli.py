@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from inspect import BoundArguments
 from itertools import takewhile
 from typing import Any
@@ -125,6 +125,11 @@ COMMANDS = {
         "show which tokens of a row are trained on",
         "mine.yaml --row 3",
         imports_torch=True,
+    ),
+    "data score": Command(
+        "ds_longft.tools.evaluate.data_score:score",
+        "what long context gains on each row, to choose rows by",
+        "runs/mine rows.jsonl scored.jsonl --short 4K --sp 2",
     ),
     "data ref_logps": Command(
         "ds_longft.tools.ref_logps:ref_logps",
@@ -249,6 +254,8 @@ def _through_fire(function: Callable[..., Any], name: str, bound: BoundArguments
     """`ds-longft data` calls its commands by fire, which gets arguments that have been checked: it never guesses."""
     import fire
 
+    if any(map(is_dataclass, bound.arguments.values())):  # flags that commands share: fire cannot take them apart
+        return function(*bound.args, **bound.kwargs) or 0
     words = [f"--{key}={value!r}" for key, value in bound.arguments.items()]
     fire.Fire(function, command=words, name=name)
     return 0

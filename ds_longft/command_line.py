@@ -227,8 +227,9 @@ def _docstring(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
     dataclasses that it takes flags from.
     """
     kinds = [p.annotation for p in inspect.signature(function, eval_str=True).parameters.values()]
+    bases: list[Any] = [base for kind in kinds if is_dataclass(kind) for base in reversed(kind.mro()[:-1])]  # type: ignore[union-attr]
     texts: dict[str, str] = {}
-    for documented in (function, *filter(is_dataclass, kinds)):
+    for documented in (function, *bases):
         _, _, rest = (inspect.getdoc(documented) or "").partition("\nArgs:\n")
         entries = re.split(r"^ {4}(\w+): ", rest.partition("\n\n")[0], flags=re.MULTILINE)[1:]
         texts |= {key: " ".join(text.split()) for key, text in zip(entries[::2], entries[1::2], strict=True)}

@@ -8,14 +8,39 @@ from ds_longft.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Flags:
-    """How a model is asked, and where its results go.
+class Ranks:
+    """On how many GPUs.
 
     Args:
         gpus: how many GPUs of this machine share the work; on a CPU, processes. Left out: as many as --sp.
         sp: how many of them share one text; each holds the model. A launcher's ranks take the place of --gpus
             (`deepspeed --no_local_rank --module ds_longft.cli eval needle ... --sp 8`).
         kernel: attention kernel by name, or auto.
+    """
+
+    gpus: int | None = None
+    sp: int = 1
+    kernel: str = "auto"
+
+    @property
+    def ranks(self) -> int:
+        """Processes to start."""
+        return self.sp if self.gpus is None else self.gpus
+
+    def check(self) -> None:
+        """Raises ConfigError: counts that are not positive, GPUs that sp does not divide."""
+        for flag, count in (("sp", self.sp), ("gpus", self.ranks)):
+            if count < 1:
+                raise ConfigError(f"--{flag} is {count}: expected 1 or more")
+        if self.ranks % self.sp:
+            raise ConfigError(f"--sp is {self.sp}, which does not divide --gpus {self.ranks}")
+
+
+@dataclass(frozen=True)
+class Flags(Ranks):
+    """How a model is asked, and where its results go.
+
+    Args:
         batch_tokens: prompts of one length are read together up to so many tokens.
         server: address of an OpenAI-compatible server of this model, e.g. http://localhost:8000/v1 of `vllm serve
             runs/mine-merged`, which is asked instead of a GPU here. MODEL is then the served folder.
@@ -26,9 +51,6 @@ class Flags:
         json: print one JSON object instead of tables.
     """
 
-    gpus: int | None = None
-    sp: int = 1
-    kernel: str = "auto"
     batch_tokens: int | str = "128K"
     server: str | None = None
     before: bool = False
@@ -37,22 +59,15 @@ class Flags:
     name: str | None = None
     json: bool = False
 
-    @property
-    def ranks(self) -> int:
-        """Processes to start."""
-        return self.sp if self.gpus is None else self.gpus
-
     def check(self) -> None:
-        """Raises ConfigError: counts that are not positive, GPUs that sp does not divide, GPUs beside a server."""
+        """Raises ConfigError also: a batch without tokens, GPUs beside a server."""
+        super().check()
         tokens_of("--batch_tokens", self.batch_tokens)
-        if self.ranks < 1:
-            raise ConfigError(f"--gpus is {self.ranks}: expected 1 or more")
-        if self.sp < 1 or self.ranks % self.sp:
-            raise ConfigError(f"--sp is {self.sp}, --gpus is {self.ranks}: sp should be 1 or more, and divide --gpus")
         if self.server is not None and self.ranks > 1:
             raise ConfigError("--server answers by itself: leave out --gpus and --sp")
 
 
+RANKS = Ranks()
 FLAGS = Flags()
 
 

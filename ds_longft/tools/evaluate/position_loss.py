@@ -55,11 +55,23 @@ def read_in_windows(ids: Sequence[int], window_tokens: int, multiple: int) -> Re
     return ReadText(pack, np.concatenate(positions), len(array))
 
 
-@torch.no_grad()
 def bucket_losses(
     loaded: Loaded, text: ReadText, layout: ParallelLayout, kernel: str, buckets: int
 ) -> NDArray[np.float64]:
     """[2, buckets]: this rank's sums of losses (nats) and numbers of targets by position of the predicted token.
+    Collective over the sp group.
+    """
+    predicted, losses = token_losses(loaded, text, layout, kernel)
+    bucket = np.minimum(predicted * buckets // text.tokens, buckets - 1)
+    sums = np.bincount(bucket, weights=losses, minlength=buckets)
+    return np.stack([sums, np.bincount(bucket, minlength=buckets)])
+
+
+@torch.no_grad()
+def token_losses(
+    loaded: Loaded, text: ReadText, layout: ParallelLayout, kernel: str
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """This rank's t targets: their positions in the text and their losses (nats), [t] each.
 
     Collective over the sp group: attention exchanges heads. The text's logits are never held whole.
     """
@@ -74,7 +86,4 @@ def bucket_losses(
         logits = rule.logits(head(rule.inputs(hidden[batch.target_rows[rows]]))).float()
         losses[rows] = F.cross_entropy(logits, batch.targets[rows], reduction="none").double()
     rows = batch.target_rows.cpu().numpy() + pack.part(layout.sp, layout.sp_rank).start
-    predicted = text.positions[rows] + 1
-    bucket = np.minimum(predicted * buckets // text.tokens, buckets - 1)
-    sums = np.bincount(bucket, weights=losses.cpu().numpy(), minlength=buckets)
-    return np.stack([sums, np.bincount(bucket, minlength=buckets)])
+    return text.positions[rows] + 1, losses.cpu().numpy()

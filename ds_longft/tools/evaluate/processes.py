@@ -20,7 +20,7 @@ from ds_longft.command_line import as_words
 from ds_longft.errors import ConfigError, LongftError
 from ds_longft.layout import ParallelLayout
 from ds_longft.ranks.join import Agreement, Launch, visible_gpus
-from ds_longft.tools.evaluate.flags import Flags
+from ds_longft.tools.evaluate.flags import Ranks
 
 OWN_ERROR_S = 10.0
 """What went wrong on every rank is said by rank 0, and its end is the others' within this time. Whoever is still there
@@ -30,7 +30,7 @@ Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 
-def start_ranks(command: str, flags: Flags, arguments: dict[str, Any]) -> bool:
+def start_ranks(command: str, flags: Ranks, arguments: dict[str, Any]) -> bool:
     """Run `ds-longft COMMAND` with these arguments on as many processes as the flags say; False where there is
     nothing to start: one is enough, or a launcher has started this one.
 
@@ -103,6 +103,10 @@ class Processes:
     def first(self, work: Callable[[], Made]) -> Made:
         """What `work` gives on rank 0, on every rank."""
         return work() if self._agreement is None else self._agreement.on_rank0(work)
+
+    def one_first(self, work: Callable[[], Made]) -> Made:
+        """What `work` gives on each rank; rank 0 does it before the others, who find what it wrote."""
+        return work() if self._agreement is None else self._agreement.rank0_first(work)
 
     def share_out(self, items: Sequence[Item], work: Callable[[Item], Made]) -> Iterator[Made]:
         """`work` of every item, in order, on rank 0; each sp group does every dp-th. Nothing on the others.

@@ -122,7 +122,10 @@ class Rows:
             self._bar.update(self._task, completed=len(self.rows))
         elif self._show and time.monotonic() > self._next_line_s:
             self._next_line_s = time.monotonic() + LINE_EVERY_S
-            print(f"{self.result_path.stem}: {len(self.rows)} of {self.total}", file=sys.stderr, flush=True)
+            made = len(self.rows) - self.earlier
+            left_min = (time.monotonic() - self.started) / made * (self.total - len(self.rows)) / 60
+            shown = f"{len(self.rows)} of {self.total}, about {left_min:.0f} min left"
+            print(f"{self.result_path.stem}: {shown}", file=sys.stderr, flush=True)
 
     def finish(self, kind: str, model: str, result: dict[str, Any]) -> dict[str, Any]:
         """Write the result beside the rows; returns it with model, settings, date and seconds."""

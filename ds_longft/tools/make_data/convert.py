@@ -29,6 +29,9 @@ from ds_longft.tools.make_data.where import EVERY_ROW, Where
 PREFERENCE = "preference"  # the layout of pairs, beside those of `formats.FORMATS`
 
 
+GAIN = "context_gain"  # what `ds-longft data score` says of a row; `choose` of a recipe goes by it
+
+
 class Repeated(BadRow):
     """A row with the id of an earlier row."""
 
@@ -137,7 +140,9 @@ def _on_disk(record: dict[str, Any], layout: str, name: str, origin: str) -> tup
     weight = {"weight": row.weight} if row.weight != 1 else {}
     language = row.language or detect_language(turns)
     tools = {"tools": json.loads(row.tools)} if row.tools else {}
-    return {**content, **tools, "source": name, **part, "language": language, **weight}, row.unused
+    gain = {GAIN: record[GAIN]} if GAIN in record else {}
+    unused = tuple(what for what in row.unused if what not in gain)
+    return {**content, **tools, "source": name, **part, "language": language, **weight, **gain}, unused
 
 
 def _message(turn: Turn) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def _band(tokens: int, recipe: Recipe) -> str:
 
 
 def _choose(pool: Pool, usable: NDArray[np.int64], recipe: Recipe) -> NDArray[np.int64]:
-    """Rows of the mix: drawn evenly inside each cell of source, language and band, as many as `quotas` says."""
+    """Rows of the mix: as many of each cell of source, language and band as `quotas` says, as `choose` says."""
     kinds = [(pool.source[row], pool.language[row], _band(pool.tokens[row], recipe)) for row in usable]
     cells = sorted(set(kinds))
     number = {cell: i for i, cell in enumerate(cells)}
@@ -118,10 +118,15 @@ def _choose(pool: Pool, usable: NDArray[np.int64], recipe: Recipe) -> NDArray[np
     margins += partition("lengths", [cell[2] for cell in cells], bands)
     take = quotas(np.bincount(cell_of, minlength=len(cells)), margins, recipe.total_rows)
     rng = np.random.default_rng([recipe.seed, 0])
-    drawn = [
-        rng.choice(usable[cell_of == cell], count, replace=False) for cell, count in enumerate(take.tolist()) if count
-    ]
-    return np.sort(np.concatenate(drawn))
+
+    def of_cell(cell: int, count: int) -> NDArray[np.int64]:
+        rows = usable[cell_of == cell]
+        if recipe.choose == "evenly":
+            return rng.choice(rows, count, replace=False)
+        gains = np.asarray(pool.gain)[rows]
+        return rows[np.argsort(-gains, kind="stable")[:count]]
+
+    return np.sort(np.concatenate([of_cell(cell, count) for cell, count in enumerate(take.tolist()) if count]))
 
 
 def _split(

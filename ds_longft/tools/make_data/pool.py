@@ -18,7 +18,7 @@ from ds_longft.data.ledger import Entry, Ledger
 from ds_longft.data.readers import find_source
 from ds_longft.data.rows import BadRow, Row
 from ds_longft.errors import DataError
-from ds_longft.tools.make_data.convert import PREFERENCE, layout_of, usable_records
+from ds_longft.tools.make_data.convert import GAIN, PREFERENCE, layout_of, usable_records
 from ds_longft.tools.make_data.lengths import Lengths
 from ds_longft.tools.make_data.recipe import MixSource, Recipe
 from ds_longft.tools.make_data.similar import anchors, signature
@@ -28,6 +28,7 @@ from ds_longft.tools.make_data.synth.needle_rows import needle_rows
 from ds_longft.tools.make_data.synth.refgpt8x import hide_references
 from ds_longft.tools.make_data.synth.sources import Document, read_dialogues, read_documents
 from ds_longft.tools.make_data.synth.stretches import stretch_rows
+from ds_longft.tools.make_data.where import number_of
 
 QUESTIONS = 3  # about one context
 AGENTS_SPAN = 8  # the longest trajectory of an agent over the shortest
@@ -45,6 +46,7 @@ class Pool:
     language: list[str] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     is_text: list[bool] = field(default_factory=list)
+    gain: list[float] = field(default_factory=list)  # of long context; -inf where nobody has said
     part: list[str] = field(default_factory=list)  # "train" or "eval" where it is decided already, else ""
     anchors: list[NDArray[np.uint64]] = field(default_factory=list)
     signatures: list[NDArray[np.uint64]] = field(default_factory=list)
@@ -226,6 +228,7 @@ def _add(
         pool.language.append(row.language or "und")
         pool.tokens.append(tokens)
         pool.is_text.append(row.is_text)
+        pool.gain.append(number_of(record, GAIN))
         pool.part.append(part)
         pool.anchors.append(anchors(row.turns) if recipe.held_out else np.zeros(0, dtype=np.uint64))
         if recipe.near_duplicates is not None:

@@ -25,6 +25,7 @@ OF_KINDS: dict[str, tuple[Synth, ...]] = {
     "context_tokens": ("needle", "code", "agents", "stretches"),
     "where": ("none", "refgpt8x", "needle", "stretches"),
     "exclude": ("none", "refgpt8x", "needle", "stretches"),
+    "least": ("none",),
 }
 
 
@@ -47,6 +48,9 @@ class MixSource(SourceConfig):
 
     exclude: dict[str, str] = Field(default={})
     """Leave out rows with any of these values, e.g. a collection that is kept for the evaluation."""
+
+    least: dict[str, float] = Field(default={})
+    """Leave out rows with a smaller number in a column, or none, e.g. {context_gain: 0.02} (`ds-longft data score`)."""
 
     synth: Synth = "none"
     """Make long samples of this set instead of taking its rows: true references hidden among near ones, questions about
@@ -97,7 +101,7 @@ class MixSource(SourceConfig):
     @property
     def filter(self) -> Where:
         """Which of its rows are taken."""
-        return Where(self.where, self.exclude)
+        return Where(self.where, self.exclude, self.least)
 
 
 class Band(Section):
@@ -140,6 +144,10 @@ class Recipe(Section):
 
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
     """Stop when more than this share of a source's rows is unusable."""
+
+    choose: Literal["evenly", "context_gain"] = "evenly"
+    """Which rows of a source, language and band are taken: drawn evenly, or those on which long context gains the most
+    (`ds-longft data score`). Rows without that score come last, made ones too."""
 
     seed: int = 0
     """The same seed and sources give the same mix."""

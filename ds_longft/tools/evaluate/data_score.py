@@ -1,0 +1,162 @@
+"""`ds-longft data score`: what long context gains a model on each row of a set, to choose rows by.
+
+Two losses of each target: with all of the row before it, and with a short window of it. Where they differ, what stands
+far away tells what comes; rows of which the model learns nothing by looking back teach it no looking back either.
+"""
+
+from __future__ import annotations
+
+import json as json_text
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from ds_longft.config.run_config import DataConfig, SourceConfig
+from ds_longft.errors import ConfigError
+from ds_longft.tools.evaluate.flags import RANKS, Flags, Ranks, tokens_of
+from ds_longft.tools.evaluate.processes import start_ranks
+
+if TYPE_CHECKING:
+    from ds_longft.tools.evaluate.answering import Answering, Result
+
+SCORES = ("context_gain", "loss_long", "loss_short", "tokens")
+"""Columns that are added to a row."""
+
+
+def score(
+    model: str,
+    rows: str,
+    out: str,
+    *,
+    short: int | str = "4K",
+    length: int | str | None = None,
+    base: str | None = None,
+    json: bool = False,
+    flags: Ranks = RANKS,
+) -> None:
+    """Write the rows of a set with what long context gains on them, the most first.
+
+    Columns: `loss_long`, the mean loss (nats) of the row's targets with all of it before them; `loss_short`, with a
+    quarter of --short to all of it before them; `context_gain`, the second less the first; `tokens`. `data mix` takes
+    rows by them (`least: {context_gain: 0.02}` of a source, `choose: context_gain` of a recipe). Stopped and started
+    again with the same settings, it goes on.
+
+    Args:
+        model: what reads the rows: output folder of a run, adapter, model folder or hub id.
+        rows: a JSON, JSONL or parquet file, a folder of them, or a hub id; any layout that is trained on.
+        out: JSONL file to write.
+        short: tokens of the short window.
+        length: longest row; longer ones are left out. Left out: the model's window.
+        base: the base model of an adapter, where it has moved.
+        json: print one JSON object instead of a table.
+    """
+    arguments = dict(locals())
+    window = tokens_of("--short", short)
+    if window < 8:
+        raise ConfigError(f"--short is {short}: expected 8 or more tokens, e.g. 4K")
+    longest = None if length is None else tokens_of("--length", length)
+    if start_ranks("data score", flags, arguments):
+        return
+    from ds_longft.tools.evaluate.answering import evaluate  # brings torch: not in a process that only starts others
+
+    asked = Flags(**asdict(flags), base=base, out=f"{out}.scores", json=json)
+    evaluate(model, asked, lambda answering: _measure(answering, rows, Path(out), window, longest), _show)
+
+
+def _measure(answering: Answering, path: str, out: Path, window: int, length: int | None) -> Result:
+    from ds_longft.data.tokenize import tokenize_sources
+    from ds_longft.tools.evaluate.position_loss import read_in_windows, token_losses
+
+    processes, source = answering.processes, SourceConfig(path=path)
+    longest = length or answering.window or 8192
+    data = DataConfig(max_length_tokens=longest, max_bad_fraction=1)
+    writes = processes.launch.rank == 0
+    rows = processes.one_first(lambda: tokenize_sources([source], answering.tokenizer, data, progress=writes))
+    of_origin = {origin: i for i, origin in enumerate(rows.column("origin").tolist())}
+
+    def losses(ids: list[int], of: int) -> NDArray[np.float64]:
+        """[tokens] the loss of each, 0 of the first, on every rank of the group."""
+        at, each = token_losses(
+            answering.loaded, read_in_windows(ids, of, processes.layout.sp), processes.layout, answering.flags.kernel
+        )
+        whole = np.zeros(len(ids))
+        whole[at] = each
+        return processes.summed(whole)
+
+    def scored(origin: str) -> list[dict[str, Any]]:
+        row = rows.row(of_origin[origin])
+        ids = row.input_ids.tolist()
+        targets = np.zeros(len(ids), dtype=bool)
+        for start, end in zip(row.span_start.tolist(), row.span_end.tolist(), strict=True):
+            targets[max(1, start) : end] = True
+        with_all = losses(ids, len(ids))
+        with_short = losses(ids, window) if len(ids) > window else with_all
+        far, near = float(with_all[targets].mean()), float(with_short[targets].mean())
+        return [
+            {"key": origin, "context_gain": round(near - far, 5), "loss_long": round(far, 5),
+             "loss_short": round(near, 5), "tokens": len(ids)}
+        ]  # fmt: skip
+
+    settings = {"rows": rows.content, "short_tokens": window, "length_tokens": longest}
+    todo = answering.open_rows("score", settings, list(of_origin))
+    # Rows of one length at a time: the GPUs of a round wait for its longest.
+    answering.add(sorted(todo, key=lambda origin: int(rows.lengths[of_origin[origin]])), scored)
+
+    def summary(made: list[dict[str, Any]]) -> dict[str, Any]:
+        made.sort(key=lambda row: -row["context_gain"])
+        left_out = _write(out, source, {row["key"]: row for row in made})
+        gains = [row["context_gain"] for row in made]
+        shares = {str(p): round(float(np.percentile(gains, p)), 5) for p in (5, 25, 50, 75, 95)}
+        return {"out": str(out), "rows": len(made), "left_out": left_out, "gain_percentiles": shares}
+
+    return answering.finish("score", summary)
+
+
+def _write(out: Path, source: SourceConfig, scores: dict[str, dict[str, Any]]) -> int:
+    """The records as they were, with their scores, in the order of `scores`; returns how many have none.
+
+    Memory: the places of the records in a file beside `out`, not the records.
+    """
+    from ds_longft.data.readers import find_source, parse_block
+    from ds_longft.tools.make_data.convert import written_whole
+
+    blocks = find_source(source).blocks()
+    records: Iterator[tuple[str, Any]] = chain.from_iterable(parse_block(block) for block in blocks)
+    spool, places, left_out = out.with_name(f".{out.name}.unsorted"), dict[str, int](), 0
+    with spool.open("wb") as file:
+        for origin, record in records:
+            if origin not in scores:
+                left_out += 1
+                continue
+            places[origin] = file.tell()
+            whole = record | {name: scores[origin][name] for name in SCORES}
+            file.write(json_text.dumps(whole, ensure_ascii=False, default=str).encode() + b"\n")
+    with written_whole(out) as sorted_file, spool.open("rb") as file:
+        for origin in scores:
+            file.seek(places[origin])
+            sorted_file.write(file.readline().decode())
+    spool.unlink()
+    return left_out
+
+
+def _show(result: dict[str, Any], path: Path) -> None:
+    settings = result["settings"]
+    table = Table("rows, the most gained first", "context gain, nats a token")
+    for percent in ("95", "75", "50", "25", "5"):
+        gain = result["gain_percentiles"][percent]
+        table.add_row(f"best {100 - int(percent)} %", f"{gain:.4f} or more (x {math.exp(gain):.2f})")
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{result['out']}: {result['rows']:,} rows, {settings['length_tokens']:,} tokens against "
+        f"{settings['short_tokens']:,}; {result['left_out']:,} left out (unusable or longer); {path}",
+        soft_wrap=True, highlight=False,
+    )  # fmt: skip
