@@ -173,6 +173,16 @@ COMMANDS = {
         "runs/mine --data LongBench/ --gpus 8",
         imports_torch=True,
     ),
+    "eval longbench v2": Command(
+        "ds_longft.tools.evaluate.longbench.choices:v2",
+        "LongBench v2 by the likeliest letter, nothing generated",
+        "runs/mine data.json --sp 8",
+    ),
+    "eval reason": Command(
+        "ds_longft.tools.evaluate.reason:reason",
+        "like requests told apart, walks in a graph, at any length",
+        "runs/mine --lengths 4K,32K,128K",
+    ),
     "eval longbench score": Command(
         "ds_longft.tools.evaluate.longbench.score:score", "score anyone's LongBench predictions", "predictions/"
     ),

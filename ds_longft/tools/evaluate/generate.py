@@ -43,9 +43,11 @@ class Reader:
         _tile_mlps(self.decoder)
 
     @torch.no_grad()
-    def read(self, texts: Sequence[Sequence[int]], room_tokens: int) -> Tensor:
-        """Float32 logits [B, V] of what follows each text, the same on every rank. `room_tokens`: that may be added to
-        each. Memory: a rank's share of the texts' tokens, and the room, x layers x kv heads x head size x 2.
+    def read(self, texts: Sequence[Sequence[int]], room_tokens: int | None = None) -> Tensor:
+        """Float32 logits [B, V] of what follows each text, the same on every rank.
+
+        `room_tokens`: how many may be added to each; None for none, with which layers that carry a state are read too.
+        Memory, with room: a rank's share of the texts' tokens, and the room, x layers x kv heads x head size x 2.
         """
         nothing = (np.full(len(ids), IGNORE_INDEX, dtype=np.int64) for ids in texts)
         documents = [
@@ -66,9 +68,9 @@ class Reader:
             group=self.layout.group,
         )
         self.lengths = [len(ids) for ids in texts]
-        self.cache = PromptCache(len(texts) * room_tokens)
+        self.cache = None if room_tokens is None else PromptCache(len(texts) * room_tokens)
         hidden = decode(self.decoder, batch, self.layout, self.kernel, cache=self.cache)  # [s, D]
-        if not self.cache.layers_seen:
+        if self.cache is not None and not self.cache.layers_seen:
             raise ModelError(f"{type(self.decoder).__name__} keeps no keys where it is asked to: it cannot answer here")
         ends = [end - 1 for _, end in spans]
         return self._logits(hidden, [end - mine.start if mine.start <= end < mine.stop else None for end in ends])

@@ -64,8 +64,9 @@ def needle(
         depths: where in the text, in percent; for form single.
         trials: questions of a cell.
         languages: en, zh, or en,zh.
-        form: single (one fact), multi (several, asked at once), hop (a chain of facts).
-        facts: how many facts of multi, or sentences of a hop chain.
+        form: single (one fact), multi (several, asked at once), hop (a chain of facts), meaning (several, one of them
+            asked for without any of its words).
+        facts: how many facts of multi and meaning, or sentences of a hop chain.
         haystack_en: text file, JSONL or folder to hide them in. Left out: the Python documentation of this machine.
         haystack_zh: the same for Chinese. Left out: made-up short sentences.
         where: column=value, rows of the haystack files to take.

@@ -1,7 +1,8 @@
 """Needles: facts that stand in no book, questions about them, and how an answer is judged.
 
 Forms: `single` one fact; `multi` several facts, all asked at once; `hop` a chain, where the number asked for stands
-with another name. Names and numbers are drawn; several wordings, so that no model knows one of them by heart.
+with another name; `meaning` one fact among like ones, asked for without any of its words. Names and numbers are drawn;
+several wordings, so that no model knows one of them by heart.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Literal
 
 from ds_longft.tools.evaluate.texts import Language
 
-Form = Literal["single", "multi", "hop"]
+Form = Literal["single", "multi", "hop", "meaning"]
 
 FIRST_EN = [
     "Agnes", "Bruno", "Celia", "Dmitri", "Elena", "Farid", "Greta", "Hugo", "Ines", "Jonas", "Kamila", "Lorenz",
@@ -69,6 +70,29 @@ WORDINGS: dict[Language, tuple[Wording, ...]] = {
     ),
 }
 
+LANDMARKS: dict[Language, dict[str, str]] = {
+    "en": {
+        "the Eiffel Tower": "Paris", "the Brandenburg Gate": "Berlin", "the Colosseum": "Rome", "Big Ben": "London",
+        "the Charles Bridge": "Prague", "the Acropolis": "Athens", "the Kremlin": "Moscow", "Red Fort": "Delhi",
+        "the Statue of Liberty": "New York", "the Golden Gate Bridge": "San Francisco", "Table Mountain": "Cape Town",
+        "the Forbidden City": "Beijing", "the Sagrada Familia": "Barcelona", "Hagia Sophia": "Istanbul",
+        "the Little Mermaid": "Copenhagen", "Christ the Redeemer": "Rio de Janeiro", "the Rialto": "Venice",
+    },
+    "zh": {
+        "外滩": "上海", "故宫": "北京", "兵马俑": "西安", "布达拉宫": "拉萨", "西湖": "杭州",
+        "宽窄巷子": "成都", "鼓浪屿": "厦门", "黄鹤楼": "武汉", "中山陵": "南京", "拙政园": "苏州",
+        "埃菲尔铁塔": "巴黎", "大本钟": "伦敦", "斗兽场": "罗马", "金门大桥": "旧金山", "自由女神像": "纽约",
+        "克里姆林宫": "莫斯科",
+    },
+}  # fmt: skip
+UNLIKE: dict[Language, tuple[str, str]] = {
+    "en": ("From the kitchen window of this flat you look onto {a}, and its lock opens at {v}.",
+           "Which digits let somebody into the home in {a}?"),
+    "zh": ("从这套公寓的厨房窗口可以望见{a}，门锁密码为{v}。", "要走进位于{a}的那个家，该按哪几个数字？"),
+}  # fmt: skip
+"""A statement and its question, which have no word in common but those every text has. Source: NoLiMa,
+arXiv 2502.05167."""
+
 HEAD: dict[Language, str] = {
     "en": "Read the following text carefully. A question about it comes at the end.\n\n",
     "zh": "请仔细阅读下面的文字，最后有一个关于它的问题。\n\n",
@@ -91,7 +115,11 @@ class Needle:
 
 
 def make_needle(form: Form, language: Language, count: int, rng: random.Random) -> Needle:
-    """A needle of that form. `count`: facts of `multi`, sentences of a `hop` chain; `single` takes none."""
+    """A needle of that form. `count`: facts of `multi`, sentences of a `hop` chain; `single` takes none;
+    of `meaning`, one is asked for.
+    """
+    if form == "meaning":
+        return _by_meaning(language, count, rng)
     wording = rng.choice(WORDINGS[language])
     number = 1 if form == "single" else count
     names = _names(language, number, rng)
@@ -105,6 +133,18 @@ def make_needle(form: Form, language: Language, count: int, rng: random.Random) 
     asked = rng.sample(range(number), number)  # another order than in the text
     question = _ask(language, wording, [names[i] for i in asked])
     return Needle(tuple(facts), question, tuple(values[i] for i in asked))
+
+
+def _by_meaning(language: Language, count: int, rng: random.Random) -> Needle:
+    """Facts about landmarks, and a question that names the city of one of them."""
+    of_city = {city: landmark for landmark, city in LANDMARKS[language].items()}
+    cities = rng.sample(sorted(of_city), count)
+    values = [str(v) for v in rng.sample(range(100_000, 1_000_000), count)]
+    statement, question = UNLIKE[language]
+    facts = [statement.format(a=of_city[city], v=value) for city, value in zip(cities, values, strict=True)]
+    asked = rng.randrange(count)
+    whole = ASK[language, False].format(questions=question.format(a=cities[asked]))
+    return Needle(tuple(facts), whole, (values[asked],))
 
 
 def judge(answers: Sequence[str], reply: str) -> tuple[bool, float]:

@@ -1,0 +1,125 @@
+"""Like requests, walks, letters, and facts asked for in other words: what is asked, and how it is scored."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ds_longft.cli import main
+from ds_longft.errors import ConfigError
+from ds_longft.tools.evaluate.longbench.choices import COLUMNS, LETTERS, lettered
+from ds_longft.tools.evaluate.needle_facts import UNLIKE, make_needle
+from ds_longft.tools.evaluate.reason import coreference, f1, fitted, likeness, walks
+from tests.tokenizer import tiny_tokenizer
+from tests.unit.tools.evaluate.test_needle import tiny_model
+
+
+def test_the_second_of_like_answers_is_wanted() -> None:
+    tokenizer = tiny_tokenizer()
+    ids, (wanted,), judge = coreference(tokenizer, "0", 40)
+    text = tokenizer.decode(ids)
+    code, form, topic = re.search(r"Put (\w+) in front of the second ([\w ]+) about ([\w ]+), and", text).groups()  # type: ignore[union-attr]
+    answers = re.findall(
+        rf"Write a {form} about {topic}\.<\|im_end\|>\s*<\|im_start\|>assistant\s*(.*?)<\|im_end\|>", text
+    )
+    assert len(answers) == 4
+    assert wanted == f"{code} {answers[1]}"
+    assert [judge(wanted), judge(answers[1]), judge(f" {wanted}\n")] == [1.0, 0.0, 1.0]
+    assert 0 < judge(f"{code} {answers[0]}") < 1
+    assert likeness("k1 abcd", "k1 abxx", "k1") == 0.5
+
+
+def test_nodes_two_steps_away() -> None:
+    tokenizer = tiny_tokenizer()
+    ids, wanted, judge = walks(tokenizer, "0", 60)
+    text = tokenizer.decode(ids)
+    edges = re.findall(r"(\w{6}) -> (\w{6})", text)
+    start = re.search(r"steps away from (\w{6})", text)[1]  # type: ignore[index]
+    near = {b for a, b in edges if a == start}
+    assert set(wanted) == {b for a, b in edges if a in near} - near - {start}
+    assert (len(edges), len(set(edges))) == (60, 60)
+    assert judge(", ".join(wanted)) == 1.0
+    assert f1(["a", "b"], ["b", "c", "b"]) == 0.5
+    assert f1([], []) == 1.0
+
+
+@pytest.mark.parametrize("task", [coreference, walks])
+@pytest.mark.parametrize("tokens", [5000, 9001])
+def test_lengths_are_filled_and_not_exceeded(task, tokens: int) -> None:
+    ids, wanted, _ = fitted(partial(task, tiny_tokenizer(), "7"), tokens)
+    assert 0.95 * tokens - 200 < len(ids) <= tokens
+    assert fitted(partial(task, tiny_tokenizer(), "7"), tokens)[:2] == (ids, wanted)
+    with pytest.raises(ConfigError, match="hold less than 16 parts"):
+        fitted(partial(task, tiny_tokenizer(), "7"), 200)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_a_fact_and_its_question_share_no_word(language) -> None:
+    statement, question = UNLIKE[language]
+    if language == "en":
+        every = {"the", "in", "a", "and", "at", "of", "to"}
+        said, asked = (set(re.findall(r"[a-z]+", text.lower())) - every for text in (statement, question))
+    else:
+        said, asked = (set(re.findall("[\u4e00-\u9fff]{2}", text)) for text in (statement, question))
+    assert not said & asked
+    needle = make_needle("meaning", language, 6, random.Random(1))
+    (value,) = needle.answers
+    (holds,) = [sentence for sentence in needle.sentences if value in sentence]
+    assert len(set(needle.sentences)) == 6
+    city = needle.question.split("home in ")[1].split("?")[0] if language == "en" else ""
+    assert not city or city not in holds
+
+
+ROW = {
+    "_id": "a1", "domain": "x", "sub_domain": "y", "difficulty": "easy", "length": "short", "question": "Which?",
+    "choice_A": "one", "choice_B": "two", "choice_C": "three", "choice_D": "four", "answer": "C", "context": "x = 1\n" * 400,
+}  # fmt: skip
+
+
+def test_letters_by_their_likelihood(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, data = tiny_model(tmp_path / "model"), tmp_path / "data.json"
+    data.write_text(json.dumps([ROW, {**ROW, "_id": "a2", "difficulty": "hard", "context": "short"}]))
+    tokenizer = tiny_tokenizer()
+    prompts = [lettered(tokenizer, row, 300) for row in json.loads(data.read_text())]
+    for ids, letters in prompts:
+        assert tokenizer.decode(ids).endswith("The correct answer is (")
+        assert [tokenizer.decode([letter]) for letter in letters] == list(LETTERS)
+        assert len(ids) < 400
+    plain = AutoModelForCausalLM.from_pretrained(model).eval()
+    with torch.no_grad():
+        wanted = [plain(torch.tensor([ids])).logits[0, -1, letters].softmax(-1) for ids, letters in prompts]
+    argv = ["eval", "longbench", "v2", str(model), str(data), "--max_length", "300", "--json"]
+    for name, flags in (("one", []), ("two", ["--sp", "2"])):
+        assert main([*argv, "--out", str(tmp_path / name), *flags]) == 0
+        rows = [json.loads(line) for line in (tmp_path / name / "longbench-v2.rows.jsonl").read_text().splitlines()[1:]]
+        for row, shares in zip(rows, wanted, strict=True):
+            torch.testing.assert_close(torch.tensor(row["letters"]), shares, atol=2e-4, rtol=0)
+            assert row["reply"] == LETTERS[int(shares.argmax())]
+    result = json.loads((tmp_path / "one" / "longbench-v2.json").read_text())
+    assert {name: found[3] for name, found in result["right_percent"].items()} == {
+        "all": 2,
+        "easy": 1,
+        "short": 2,
+        "hard": 1,
+    }
+    data.write_text(json.dumps([{"_id": "a"}]))
+    capsys.readouterr()
+    assert main([*argv, "--out", str(tmp_path / "three")]) == 64
+    assert f"has no {', '.join(COLUMNS[1:])}" in capsys.readouterr().err
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["eval", "reason", str(tiny_model(tmp_path / "model")), "--lengths", "4K", "--rows", "2"]
+    assert main([*argv, "--out", str(tmp_path / "eval"), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["by_length"] == {task: {"4096": [0.0, 0.0, 0.0]} for task in ("coreference", "walks")}
+    assert result["rows_made_now"] == 4
+    assert main([*argv, "--tasks", "songs"]) == 64
+    assert "--tasks is 'songs'" in capsys.readouterr().err
