@@ -54,17 +54,14 @@ def tokenize(config: RunKeys, *, json: bool = False) -> None:
     Console().print(table)
 
 
-def stats(
-    config: RunKeys, *, dp: int = 1, sp: int = 1, html: str | None = None, png: str | None = None, json: bool = False
-) -> None:
+def stats(config: RunKeys, *, dp: int = 1, sp: int = 1, html: str | None = None, json: bool = False) -> None:
     """Show what a run config trains on: rows, lengths by source and language, targets, packs, padding, attention cost.
 
     Args:
         config: run config.
         dp: data-parallel ranks that share the packs of a step.
         sp: ranks that share one pack; packs are padded to a multiple of it.
-        html: write all of it as one HTML file, picture included.
-        png: write the picture alone.
+        html: write all of it as one HTML file, pictures included.
         json: print one JSON object instead of tables.
     """
     if dp < 1 or sp < 1:
@@ -76,26 +73,22 @@ def stats(
         equal_cost_tokens=equal_cost_tokens(run.model, lora=run.lora is not None),
     )  # fmt: skip
     note = f"{run.output_dir}: dp {dp}, sp {sp}, weighting {run.data.weighting}"
-    write_pages(found, html=html, png=png, title="Training data", note=note)
+    if html:
+        write_page(found, html, title="Training data", note=note)
     if json:
         print(json_text.dumps(as_json(found, rows)))
         return
     show(found)
-    for path in filter(None, (html, png)):
-        print(f"written: {path}")
-
-
-def write_pages(found: Statistics, *, html: str | None, png: str | None, title: str, note: str) -> None:
-    """The HTML page and the picture, where a path is given."""
-    from ds_longft.tools.look import figure  # matplotlib
-    from ds_longft.tools.look import html as page
-
     if html:
-        Path(html).parent.mkdir(parents=True, exist_ok=True)
-        Path(html).write_text(page.page(found, title=title, note=note), encoding="utf-8")
-    if png:
-        Path(png).parent.mkdir(parents=True, exist_ok=True)
-        Path(png).write_bytes(figure.png(found))
+        print(f"written: {html}")
+
+
+def write_page(found: Statistics, path: str, *, title: str, note: str) -> None:
+    """The HTML page; its folder is made."""
+    from ds_longft.tools.look.html import page
+
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(page(found, title=title, note=note), encoding="utf-8")
 
 
 def as_json(found: Statistics, rows: TokenizedSet) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from ds_longft.data.formats import FORMATS
 from ds_longft.data.ledger import Tally
 from ds_longft.data.tokenize import tokenize_sources
 from ds_longft.errors import ConfigError, LongftError
-from ds_longft.tools.look.commands import equal_cost_tokens, load_tokenizer, show, write_pages
+from ds_longft.tools.look.commands import equal_cost_tokens, load_tokenizer, show, write_page
 from ds_longft.tools.look.statistics import statistics
 from ds_longft.tools.make_data.convert import PREFERENCE, convert_set
 from ds_longft.tools.make_data.mix import Mixed, mix_sources
@@ -120,9 +120,7 @@ def mix(
         rows = tokenize_sources(data.train, loaded, data, progress=not json)
         cost = equal_cost_tokens(ModelConfig(path=found.tokenizer), lora=True)
         numbers = statistics(rows, data, dp=1, sp=1, accumulation=1, seed=0, equal_cost_tokens=cost)
-        write_pages(
-            numbers, html=str(folder / "stats.html"), png=None, title="Training data", note=f"mixed by {recipe}"
-        )
+        write_page(numbers, str(folder / "stats.html"), title="Training data", note=f"mixed by {recipe}")
         if not json:
             show(numbers)
             print(f"{folder}/stats.html shows it all; train on it: ds-longft train {folder}/run.yaml")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ds_longft.tools.report.charts import Line, line_chart
-from ds_longft.tools.report.page import shell, table
+from ds_longft.tools.pages.charts import Line, line_chart
+from ds_longft.tools.pages.shell import shell, table
 from ds_longft.tools.report.run_facts import RunFacts
 from ds_longft.tools.report.tables import overview, progress
 from ds_longft.tools.report.verdict import cost, verdict

@@ -5,13 +5,12 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Sequence
 from html import escape
-from importlib.resources import files
 from typing import Any
 
-from ds_longft.tools.report.charts import Line, bar_chart, heat_table, line_chart
+from ds_longft.tools.pages.charts import Line, bar_chart, heat_table, line_chart
+from ds_longft.tools.pages.shell import details, facts_table, shell, table, tiles
 from ds_longft.tools.report.run_facts import Evaluation, RunFacts
 from ds_longft.tools.report.tables import (
-    Pairs,
     data_rows,
     differences_line,
     evaluation_rows,
@@ -23,7 +22,6 @@ from ds_longft.tools.report.tables import (
 from ds_longft.tools.report.verdict import cost, verdict
 from ds_longft.train.smooth import FEWEST, running_mean, steps_of_a_mean
 
-REFRESH_S = 30
 TITLES = {
     "suite": "Before and after",
     "perplexity": "Loss by position",
@@ -54,30 +52,6 @@ def html_page(facts: RunFacts) -> str:
     return shell(facts.folder.name, facts.status, good, sections, error=error, refresh=facts.running)
 
 
-def shell(
-    name: str, status: str, good: str, sections: Sequence[tuple[str, str]], *, error: str = "", refresh: bool = False
-) -> str:
-    """A page of sections (title, HTML), those without content left out."""
-    shown = [(f"s{i}", title, body) for i, (title, body) in enumerate(sections) if body]
-    links = "".join(f'<a href="#{key}">{escape(title)}</a>' for key, title, _ in shown)
-    bodies = "".join(f'<section><h2 id="{key}">{escape(title)}</h2>{body}</section>' for key, title, body in shown)
-    again = f'<meta http-equiv="refresh" content="{REFRESH_S}">' if refresh else ""
-    first = shown[0][0] if shown else ""
-    style, script = (
-        files("ds_longft.tools.report").joinpath(name).read_text("utf-8") for name in ("page.css", "page.js")
-    )
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"{again}<title>{escape(name)}: {escape(status)}</title>"
-        f"<style>{style}</style></head><body>"
-        f'<a class="skip" href="#{first}">Skip to the content</a>'
-        f"<header><h1>{escape(name)}</h1>"
-        f'<p class="status {good}">{escape(status)}</p>{error}</header>'
-        f"<nav aria-label=Sections>{links}</nav><main>{bodies}</main><script>{script}</script></body></html>\n"
-    )
-
-
 def _result(facts: RunFacts) -> str:
     """What a reader wants first: before and after, the cost, the command."""
     rows = [list(row) for row in verdict(facts)]
@@ -92,7 +66,7 @@ def _result(facts: RunFacts) -> str:
     again = ["ds-longft", "train", f"{facts.folder}/config.yaml", "--output_dir", f"{facts.folder}-again"]
     told.append(("again", shlex.join(again)))
     shown = table(["", "before", "after"], rows, "Before and after; 95 % intervals in brackets") if rows else ""
-    return f"{shown}{chart}{_facts_table([pair for pair in told if pair[1]])}"
+    return f"{shown}{chart}{facts_table([pair for pair in told if pair[1]])}"
 
 
 def _of(evaluation: Evaluation, result: dict[str, Any]) -> str:
@@ -103,14 +77,11 @@ def _of(evaluation: Evaluation, result: dict[str, Any]) -> str:
 
 
 def _run(facts: RunFacts) -> str:
-    tiles = "".join(
-        f"<div class=tile><span>{escape(name)}</span><b>{escape(value)}</b></div>" for name, value in progress(facts)
-    )
     versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
     more = [("versions", versions)] if versions else []
     if facts.checkpoints:
         more.append(("checkpoints", ", ".join(facts.checkpoints)))
-    return f"<div class=tiles>{tiles}</div>{_facts_table([*overview(facts), *more])}"
+    return f"{tiles(progress(facts))}{facts_table([*overview(facts), *more])}"
 
 
 def _training(facts: RunFacts) -> str:
@@ -175,7 +146,7 @@ def _data(facts: RunFacts) -> str:
     for name, statistics in facts.data.items():
         bars = [(f"up to {int(up_to):,}", count) for up_to, count in statistics.get("rows_up_to_tokens", {}).items()]
         chart = bar_chart(bars, name="tokens of a row", unit="rows")
-        parts.append(f"<div><h3>{escape(name)}</h3>{_facts_table(data_rows(statistics))}{chart}</div>")
+        parts.append(f"<div><h3>{escape(name)}</h3>{facts_table(data_rows(statistics))}{chart}</div>")
     return f"<div class=pair>{''.join(parts)}</div>" if parts else ""
 
 
@@ -183,7 +154,7 @@ def _evaluation(evaluation: Evaluation) -> str:
     results = evaluation.pair
     different = differences_line(evaluation)
     notes = f"<p class=bad>{escape(different)}</p>" if different else ""
-    made = _details(
+    made = details(
         "How it was made",
         "".join(
             f"<p><b>{label}</b> <small>{escape('; '.join((r['model'], r['date'], settings_line(r))))}</small></p>"
@@ -198,7 +169,7 @@ def _evaluation(evaluation: Evaluation) -> str:
         grids = [grid for language in languages for grid in _heat(results, language)]
         picture = f"<div class=heats>{''.join(f'<div class=wide>{grid}</div>' for grid in grids)}</div>"
     long = len(rows) > 12 or evaluation.kind == "perplexity"  # its curves are in the first section
-    return notes + picture + (_details(f"{len(rows)} numbers", numbers) if long else numbers) + made
+    return notes + picture + (details(f"{len(rows)} numbers", numbers) if long else numbers) + made
 
 
 def _curve(result: dict[str, Any]) -> list[tuple[float, float]]:
@@ -222,12 +193,12 @@ def _samples(facts: RunFacts) -> str:
         s = facts.sample
         origin = f"<small>{escape(s['origin'])}, {s['tokens']:,} tokens; the trained part is green</small>"
         text = f"… {escape(s['before'])}<span class=right>{escape(s['trained'])}</span>"
-        parts.append(_details("A training row", f"{origin}<pre>{text}</pre>", opened=True))
+        parts.append(details("A training row", f"{origin}<pre>{text}</pre>", opened=True))
     for evaluation in _in_order(facts.evaluations):
         for label, result in evaluation.pair:
             if result.get("samples"):
                 body = "".join(_sample(sample) for sample in result["samples"])
-                parts.append(_details(f"{_title(evaluation)}, {label}", f"<ul>{body}</ul>"))
+                parts.append(details(f"{_title(evaluation)}, {label}", f"<ul>{body}</ul>"))
     return "".join(parts)
 
 
@@ -249,7 +220,7 @@ def _sample(sample: dict[str, Any]) -> str:
 
 def _again(facts: RunFacts) -> str:
     commands = f"<pre class=copy>{escape(chr(10).join(reproduce(facts)))}</pre>"
-    return commands + _details("config.yaml", f"<pre>{escape(facts.config_text)}</pre>")
+    return commands + details("config.yaml", f"<pre>{escape(facts.config_text)}</pre>")
 
 
 def _title(evaluation: Evaluation) -> str:
@@ -260,22 +231,3 @@ def _title(evaluation: Evaluation) -> str:
 def _in_order(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
     order = list(TITLES)
     return sorted(evaluations, key=lambda e: (order.index(e.kind) if e.kind in order else len(order), e.name))
-
-
-def _facts_table(pairs: Pairs) -> str:
-    rows = "".join(f"<tr><th scope=row>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in pairs)
-    return f"<table class=facts>{rows}</table>"
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
-    """Rows of words and numbers; the first of each row names it."""
-    head = "<td></td>" + "".join(f"<th scope=col>{escape(c)}</th>" for c in columns[1:])
-    body = "".join(
-        f"<tr><th scope=row>{escape(name)}</th>" + "".join(f"<td class=num>{escape(c)}</td>" for c in cells) + "</tr>"
-        for name, *cells in rows
-    )
-    return f"<table><caption>{escape(caption)}</caption><tr>{head}</tr>{body}</table>"
-
-
-def _details(title: str, body: str, *, opened: bool = False) -> str:
-    return f"<details{' open' if opened else ''}><summary>{escape(title)}</summary>{body}</details>"

@@ -20,8 +20,8 @@ from ds_longft.command_line import bind
 from ds_longft.config.read import dump_config, load_run_config
 from ds_longft.config.run_config import RunConfig
 from ds_longft.errors import EXIT_CONFIG
+from ds_longft.tools.pages.charts import Line, line_chart, shown, thin, ticks
 from ds_longft.tools.report import run_facts
-from ds_longft.tools.report.charts import Line, line_chart, shown, thin, ticks
 from ds_longft.tools.report.markdown import markdown_page
 from ds_longft.tools.report.page import html_page
 from ds_longft.tools.report.run_facts import gather_facts
@@ -341,7 +341,7 @@ def test_two_runs_on_one_page(run: Path, tmp_path: Path, capsys: pytest.CaptureF
     other = tmp_path / "other"
     shutil.copytree(run, other)
     text = (other / "config.yaml").read_text()
-    (other / "config.yaml").write_text(text.replace("learning_rate: ", "learning_rate: 0.5 # "))
+    (other / "config.yaml").write_text(text.replace("\n  learning_rate: ", "\n  learning_rate: 0.5 # "))
     assert main(["report", str(run), str(other)]) == 0
     page = (run / "compare.html").read_text()
     differing = page[page.index("What differs</h2>") : page.index("What all share</h2>")]

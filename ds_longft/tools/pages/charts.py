@@ -6,14 +6,17 @@ open from a mail on a phone.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 640, 240
 LEFT, RIGHT, TOP, BOTTOM = 70, 14, 14, 44
 EDGE = 24  # half of a label
+COLOURS = 5  # of the page
+MOST_LABELS = 12  # below columns; of more every second, third, ... is written
 MAX_POINTS = 400  # of a line; of more, the lowest and highest of each stretch are drawn: a screen shows no others
 
 
@@ -54,11 +57,7 @@ def line_chart(
         up = (y - y0) / ((y1 - y0) or 1)
         return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
 
-    parts = []
-    for tick in y_ticks:
-        _, y = at(x0, tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{shown(tick)}</text>')
+    parts = _grid((at(x0, tick)[1], tick) for tick in y_ticks)
     for tick in ticks(x0, x1, count=6):
         if x0 <= tick <= x1:
             x, _ = at(tick, y0)
@@ -75,16 +74,88 @@ def line_chart(
         if len(places) <= 40:
             size = 2.5 if len(places) > 1 else 5  # alone it has no line that leads to it
             parts += [f'<circle class="dot c{line.style}" cx="{x:.1f}" cy="{y:.1f}" r="{size}"/>' for x, y in places]
+    facts = [
+        (line.label, [(round(at(x, y)[0], 1), float(f"{x:.6g}"), float(f"{y:.5g}")) for x, y in line.points])
+        for line in lines
+    ]
+    return _figure(parts, facts, [line.style for line in lines], name=name, x_label=x_label, y_label=y_label)
+
+
+def column_chart(
+    labels: Sequence[str],
+    series: Sequence[tuple[str, Sequence[float]]],
+    *,
+    name: str,
+    x_label: str,
+    y_label: str,
+    stacked: bool = False,
+) -> str:
+    """Columns over labels, each series in a colour of its own: beside each other, or on top of each other.
+
+    Of more than five series the fifth and later ones are one, "others". "" where there is nothing to see.
+    """
+    if len(series) > COLOURS:
+        rest = [sum(values) for values in zip(*(values for _, values in series[COLOURS - 1 :]), strict=True)]
+        series = [*series[: COLOURS - 1], ("others", rest)]
+    tops = [sum(values) if stacked else max(values) for values in zip(*(v for _, v in series), strict=True)]
+    if not any(tops):
+        return ""
+    y_ticks = ticks(0.0, max(tops))
+    room, up = (WIDTH - LEFT - RIGHT) / len(labels), (HEIGHT - TOP - BOTTOM) / y_ticks[-1]
+    parts = _grid((HEIGHT - BOTTOM - tick * up, tick) for tick in y_ticks)
+    every = -(-len(labels) // MOST_LABELS)
+    for i, label in enumerate(labels):
+        if i % every == 0:
+            x = LEFT + (i + 0.5) * room
+            parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{escape(label)}</text>')
+        below = 0.0
+        for number, (_, values) in enumerate(series):
+            wide = 0.8 * room / (1 if stacked else len(series))
+            x = LEFT + (i + 0.1) * room + (0 if stacked else number * wide)
+            top = HEIGHT - BOTTOM - (below + values[i]) * up
+            if values[i]:
+                size = f'width="{wide:.1f}" height="{values[i] * up:.1f}"'
+                parts.append(f'<rect class="column c{number}" x="{x:.1f}" y="{top:.1f}" {size}/>')
+            below += values[i] if stacked else 0
+    facts = [
+        (what, [(round(LEFT + (i + 0.5) * room, 1), labels[i], float(f"{v:.5g}")) for i, v in enumerate(values)])
+        for what, values in series
+    ]
+    return _figure(parts, facts, range(len(series)), name=name, x_label=x_label, y_label=y_label)
+
+
+def _grid(heights: Iterable[tuple[float, float]]) -> list[str]:
+    """Lines across the picture with their numbers, from (y, number)."""
+    return [
+        f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{shown(tick)}</text>'
+        for y, tick in heights
+    ]
+
+
+def _figure(
+    parts: Sequence[str],
+    facts: Sequence[tuple[str, Sequence[tuple[float, float | str, float]]]],
+    styles: Iterable[int],
+    *,
+    name: str,
+    x_label: str,
+    y_label: str,
+) -> str:
+    """`facts`: of each line its label and points (place in the picture, x, y), for the readout."""
     middle = (WIDTH + LEFT - RIGHT) / 2
-    parts.append(f'<text x="{middle:.0f}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>')
-    parts.append('<line class="cursor" y1="0" y2="0"/>')
-    legend = "".join(f'<span class="key c{line.style}">{escape(line.label)}</span>' for line in lines)
-    facts = escape(_points_as_json(lines, at), quote=True)
+    drawn = "".join(parts) + (
+        f'<text x="{middle:.0f}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>'
+        '<line class="cursor" y1="0" y2="0"/>'
+    )
+    keys = zip(styles, facts, strict=True)
+    legend = "".join(f'<span class="key c{style}">{escape(label)}</span>' for style, (label, _) in keys)
+    data = escape(json.dumps(facts, ensure_ascii=False, separators=(",", ":")), quote=True)
     return (
-        f'<figure class="chart" role="group" aria-label="{escape(name)}" tabindex="0" data-lines="{facts}" '
+        f'<figure class="chart" role="group" aria-label="{escape(name)}" tabindex="0" data-lines="{data}" '
         f'data-x="{escape(x_label)}">'
         f"<figcaption><strong>{escape(name)}</strong> <small>{escape(y_label)}</small> {legend}</figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(name)}">{"".join(parts)}</svg>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(name)}">{drawn}</svg>'
         f'<output aria-live="polite"></output></figure>'
     )
 
@@ -151,17 +222,3 @@ def shown(value: float) -> str:
     if abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4g}"
-
-
-def _points_as_json(lines: Sequence[Line], at: object) -> str:
-    import json
-
-    assert callable(at)
-    return json.dumps(
-        [
-            [line.label, [[round(at(x, y)[0], 1), float(f"{x:.6g}"), float(f"{y:.5g}")] for x, y in line.points]]
-            for line in lines
-        ],
-        ensure_ascii=False,
-        separators=(",", ":"),
-    )

@@ -1,0 +1,62 @@
+"""The shell of a page: one HTML file with everything in it, and its tables. No network, no fonts, no other file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from importlib.resources import files
+
+REFRESH_S = 30
+Pairs = Iterable[tuple[str, str]]
+"""Names and values."""
+
+
+def shell(
+    name: str, status: str, good: str, sections: Sequence[tuple[str, str]], *, error: str = "", refresh: bool = False
+) -> str:
+    """A page of sections (title, HTML), those without content left out."""
+    shown = [(f"s{i}", title, body) for i, (title, body) in enumerate(sections) if body]
+    links = "".join(f'<a href="#{key}">{escape(title)}</a>' for key, title, _ in shown)
+    bodies = "".join(f'<section><h2 id="{key}">{escape(title)}</h2>{body}</section>' for key, title, body in shown)
+    again = f'<meta http-equiv="refresh" content="{REFRESH_S}">' if refresh else ""
+    first = shown[0][0] if shown else ""
+    style, script = (
+        files("ds_longft.tools.pages").joinpath(name).read_text("utf-8") for name in ("page.css", "page.js")
+    )
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"{again}<title>{escape(name)}: {escape(status)}</title>"
+        f"<style>{style}</style></head><body>"
+        f'<a class="skip" href="#{first}">Skip to the content</a>'
+        f"<header><h1>{escape(name)}</h1>"
+        f'<p class="status {good}">{escape(status)}</p>{error}</header>'
+        f"<nav aria-label=Sections>{links}</nav><main>{bodies}</main><script>{script}</script></body></html>\n"
+    )
+
+
+def tiles(pairs: Pairs) -> str:
+    """The few numbers that are read first."""
+    shown = (f"<div class=tile><span>{escape(name)}</span><b>{escape(value)}</b></div>" for name, value in pairs)
+    return f"<div class=tiles>{''.join(shown)}</div>"
+
+
+def facts_table(pairs: Pairs) -> str:
+    """Facts that are words rather than numbers."""
+    rows = "".join(f"<tr><th scope=row>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in pairs)
+    return f"<table class=facts>{rows}</table>"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
+    """Rows of words and numbers; the first of each row names it."""
+    head = "<td></td>" + "".join(f"<th scope=col>{escape(c)}</th>" for c in columns[1:])
+    body = "".join(
+        f"<tr><th scope=row>{escape(name)}</th>" + "".join(f"<td class=num>{escape(c)}</td>" for c in cells) + "</tr>"
+        for name, *cells in rows
+    )
+    return f"<table><caption>{escape(caption)}</caption><tr>{head}</tr>{body}</table>"
+
+
+def details(title: str, body: str, *, opened: bool = False) -> str:
+    """What is folded away until it is asked for."""
+    return f"<details{' open' if opened else ''}><summary>{escape(title)}</summary>{body}</details>"
