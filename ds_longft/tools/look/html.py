@@ -8,7 +8,7 @@ import numpy as np
 
 from ds_longft.tools.look.statistics import Group, Statistics, kept_in_words
 from ds_longft.tools.pages.charts import column_chart
-from ds_longft.tools.pages.shell import facts_table, shell, table, tiles
+from ds_longft.tools.pages.shell import facts_table, shell, table, tiles, wide
 
 
 def page(stats: Statistics, *, title: str, note: str = "") -> str:
@@ -44,8 +44,14 @@ def page(stats: Statistics, *, title: str, note: str = "") -> str:
         ("Overview", f"{tiles(first)}<div class=pair>{_charts(stats)}</div>"),
         ("Sources", _groups(stats.sources, "Sources")),
         ("Languages", _groups(stats.languages, "Languages")),
-        ("Lengths", _wide(["tokens up to", *stats.by_source, "tokens"], lengths, "Rows by length and source")),
-        ("Windows", _wide(["tokens", kept_in_words(stats), "targets in them"], kept, "What a window keeps")),
+        (
+            "Lengths",
+            _wide(["tokens up to", *stats.by_source, "tokens"], lengths, "Rows by length, tokens up to, and source"),
+        ),
+        (
+            "Windows",
+            _wide(["tokens", kept_in_words(stats), "targets in them"], kept, "What a window of so many tokens keeps"),
+        ),
         ("Not used", _wide(["", "rows"], unused, "What rows hold and nothing is made of") if unused else ""),
         ("Left out", _wide(["reason", "rows", "first of them"], left_out, "Rows left out") if left_out else ""),
         ("How it was counted", facts_table(made)),
@@ -83,7 +89,7 @@ def _charts(stats: Statistics) -> str:
 
 
 def _wide(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
-    return f"<div class=wide>{table(columns, rows, caption)}</div>"
+    return wide(table(columns, rows, caption), caption)
 
 
 def _groups(groups: Sequence[Group], caption: str) -> str:

@@ -152,7 +152,7 @@ def _figure(
     legend = "".join(f'<span class="key c{style}">{escape(label)}</span>' for style, (label, _) in keys)
     data = escape(json.dumps(facts, ensure_ascii=False, separators=(",", ":")), quote=True)
     return (
-        f'<figure class="chart" role="group" aria-label="{escape(name)}" tabindex="0" data-lines="{data}" '
+        f'<figure class="chart" aria-label="{escape(name)}" tabindex="0" data-lines="{data}" '
         f'data-x="{escape(x_label)}">'
         f"<figcaption><strong>{escape(name)}</strong> <small>{escape(y_label)}</small> {legend}</figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(name)}">{drawn}</svg>'

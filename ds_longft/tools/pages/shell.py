@@ -57,6 +57,11 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -
     return f"<table><caption>{escape(caption)}</caption><tr>{head}</tr>{body}</table>"
 
 
+def wide(content: str, name: str) -> str:
+    """What may be wider than the window: it scrolls inside its own box, which the keyboard reaches too."""
+    return f'<div class=wide role=region tabindex=0 aria-label="{escape(name)}">{content}</div>'
+
+
 def details(title: str, body: str, *, opened: bool = False) -> str:
     """What is folded away until it is asked for."""
     return f"<details{' open' if opened else ''}><summary>{escape(title)}</summary>{body}</details>"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ds_longft.tools.pages.charts import Line, line_chart
-from ds_longft.tools.pages.shell import shell, table
+from ds_longft.tools.pages.shell import shell, table, wide
 from ds_longft.tools.report.run_facts import RunFacts
 from ds_longft.tools.report.tables import overview, progress
 from ds_longft.tools.report.verdict import cost, verdict
@@ -33,9 +33,9 @@ def comparison_page(runs: Sequence[RunFacts]) -> str:
         )
     )  # fmt: skip
     sections = [
-        ("Results", f"<div class=wide>{table(['', *names], [*results, *costs], 'Results')}</div>"),
+        ("Results", wide(table(["", *names], [*results, *costs], "Results"), "Results")),
         ("Losses", f"<div class=pair>{charts}</div>" if charts else ""),
-        ("What differs", f"<div class=wide>{table(['', *names], different, 'Settings that differ')}</div>"),
+        ("What differs", wide(table(["", *names], different, "Settings that differ"), "Settings that differ")),
         ("What all share", table(["", "all runs"], [row[:2] for row in settings if row not in different], "Shared")),
     ]
     return shell(" and ".join(names), f"{len(runs)} runs compared", "good", sections)

@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from ds_longft.tools.pages.charts import Line, bar_chart, heat_table, line_chart
-from ds_longft.tools.pages.shell import details, facts_table, shell, table, tiles
+from ds_longft.tools.pages.shell import details, facts_table, shell, table, tiles, wide
 from ds_longft.tools.report.run_facts import Evaluation, RunFacts
 from ds_longft.tools.report.tables import (
     data_rows,
@@ -162,12 +162,12 @@ def _evaluation(evaluation: Evaluation) -> str:
         ),
     )
     columns, rows = evaluation_rows(evaluation)
-    numbers = f"<div class=wide>{table(columns, rows, _title(evaluation))}</div>"
+    numbers = wide(table(columns, rows, _title(evaluation)), _title(evaluation))
     picture = ""
     if evaluation.kind == "needle":
         languages = dict.fromkeys(language for _, r in results for language in r["grid"])
-        grids = [grid for language in languages for grid in _heat(results, language)]
-        picture = f"<div class=heats>{''.join(f'<div class=wide>{grid}</div>' for grid in grids)}</div>"
+        grids = [wide(grid, name) for language in languages for name, grid in _heat(results, language)]
+        picture = f"<div class=heats>{''.join(grids)}</div>"
     long = len(rows) > 12 or evaluation.kind == "perplexity"  # its curves are in the first section
     return notes + picture + (details(f"{len(rows)} numbers", numbers) if long else numbers) + made
 
@@ -177,14 +177,15 @@ def _curve(result: dict[str, Any]) -> list[tuple[float, float]]:
     return [((edges[i] + edges[i + 1]) / 2, v) for i, v in enumerate(values) if v is not None]
 
 
-def _heat(results: Sequence[tuple[str, dict[str, Any]]], language: str) -> Iterable[str]:
-    """Grids of one language, before and after next to each other."""
+def _heat(results: Sequence[tuple[str, dict[str, Any]]], language: str) -> Iterable[tuple[str, str]]:
+    """(name, grid) of one language, before and after next to each other."""
     for label, result in results:
         columns = [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in result["lengths"]]
         grid = result["grid"].get(language, [])
         rows = [(f"{100 * depth:g} %", values) for depth, values in zip(result["depths"], grid, strict=False)]
         if rows:
-            yield heat_table(columns, rows, name=f"{label}, {language}: exact, %", corner="depth")
+            name = f"{label}, {language}: exact, %"
+            yield name, heat_table(columns, rows, name=name, corner="depth")
 
 
 def _samples(facts: RunFacts) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import json
 import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import yaml
 from ds_longft.errors import ConfigError
 from ds_longft.tools.look.html import page as data_page
 from ds_longft.tools.look.statistics import Group, Packs, Retention, Statistics
+from ds_longft.tools.report.compare import comparison_page
 from ds_longft.tools.report.page import html_page
 from ds_longft.tools.report.run_facts import gather_facts
 from tests.unit.tools.report.test_report import poisonings, read_once, run
@@ -131,6 +134,40 @@ def test_no_name_of_a_set_becomes_code(tmp_path: Path) -> None:
     pages = [data_page(statistics(), title="t", note="n"), data_page(poisoned, title=POISON, note=POISON)]
     assert pages[1].count("&lt;img src=x") >= 10
     assert called_by(tmp_path, pages) == []
+
+
+AXE = """<!doctype html><title>begun</title><iframe src="page.html" style="width: %s; height: 900px"></iframe><script>
+document.querySelector('iframe').onload = async event => {
+  const page = event.target.contentWindow, script = page.document.createElement('script');
+  script.textContent = %s;
+  page.document.head.append(script);
+  const found = await page.axe.run();
+  document.title = 'seen ' + found.passes.length + ' ' + JSON.stringify(found.violations.map(v => [v.id, v.nodes[0].html]));
+};
+</script>"""
+
+
+@pytest.mark.parametrize("width", ["1200px", "390px"])
+@pytest.mark.parametrize("kind", ["run", "compare", "data"])
+def test_axe_finds_nothing(run: Path, tmp_path: Path, kind: str, width: str) -> None:
+    """Names, roles, contrast, keyboard: what axe-core can tell of a page."""
+    axe = files(pytest.importorskip("axe_core_python")).joinpath("axe.min.js").read_text()
+    made = {
+        "run": lambda: html_page(gather_facts(run)),
+        "compare": lambda: comparison_page([gather_facts(run), gather_facts(run)]),
+        "data": lambda: data_page(statistics(), title="Training data", note="two sources"),
+    }
+    (tmp_path / "page.html").write_text(made[kind]())
+    (tmp_path / "axe.html").write_text(AXE % (width, json.dumps(axe).replace("</", "<\\/")))
+    command = [str(BROWSER), "--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
+    command += ["--virtual-time-budget=60000", f"--user-data-dir={tmp_path}/browser", "--dump-dom"]
+    done = subprocess.run(
+        [*command, f"file://{tmp_path / 'axe.html'}"], capture_output=True, text=True, timeout=120, check=True
+    )
+    seen = re.search(r"<title>seen (\d+) (.*?)</title>", done.stdout)
+    assert seen is not None, done.stdout[-2000:]
+    assert int(seen[1]) > 15, "it looked at something"
+    assert json.loads(html.unescape(seen[2])) == []
 
 
 def test_every_page_fits_a_phone(run: Path, tmp_path: Path) -> None:
