@@ -112,6 +112,9 @@ class HostHome:
         self.spans, self.room, self.device = list(pairwise(ends)), max(sizes), device
         first = dist.get_rank() - dist.get_rank() % local_world
         self.writes = dist.get_rank() == first
+        if local_world == 1:
+            self.memory = torch.empty(ends[-1], dtype=torch.uint8)
+            return
         file = os.memfd_create("frozen weights") if self.writes else -1
         if self.writes:
             os.ftruncate(file, ends[-1])

@@ -28,6 +28,7 @@ def trained(
 
     keys = {**keys}
     keys["model"] = {"path": folder, "base": base, **keys.pop("model", {})}
+    keys["optim"] = {"learning_rate": 0.01}
     keys["train"] = {"recompute": policy, "gradient_accumulation_steps": packs, **keys.pop("train", {})}
     os.environ["LOCAL_WORLD_SIZE"] = str(world)
     try:
