@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ds_longft.decide.decisions import Run
-from ds_longft.decide.memory import predict, stays_resident
+from ds_longft.decide.memory import STREAMED, predict, stays_resident
 from ds_longft.decide.search import TILE_TOKENS, Question, fastest_saver
 from ds_longft.decide.setting import GIB, Setting
 from ds_longft.errors import GpuMemoryError
@@ -90,7 +90,9 @@ class Adviser:
             yield "train.recompute: full", replace(x, recompute="full"), " (attention runs forward twice)"
         if x.recompute != "sqrt":
             yield "train.recompute: sqrt", replace(x, recompute="sqrt"), " (layers run forward three times)"
-        if x.world > 1 and x.stage < 3:
+        if x.lora_r is not None and x.base != "host" and not x.offload_params:
+            yield "model.base: host", replace(x, base="host", stage=min(x.stage, 2)), " (weights come from host memory)"
+        if x.world > 1 and x.stage < 3 and x.base not in STREAMED:
             away = self._split(x, offload=False)
             yield "ds_config: ds_configs/zero3_sp.json", away, " (weights split over all GPUs)"
         if not x.offload_params:

@@ -78,6 +78,7 @@ def as_json(plan: Plan, question: Question) -> dict[str, Any]:
         "recompute": x.recompute,
         **({"recompute_every": x.every} if x.recompute == "every_k" else {}),
         "offload_host_gib": x.host_gib,
+        "base": x.base,
         "mlp_tile_tokens": x.tile_tokens,
         "kv_heads_at_a_time": x.kv_heads,
         **({"passes": x.passes, "reference": x.reference} if question.objective == "dpo" else {}),
@@ -114,7 +115,8 @@ def gpu_type(device_name: str, memory_gib: float) -> Gpu | None:
     for name in shipped_gpus():
         gpu = Gpu.load(name)
         same_memory = abs(memory_gib - gpu.memory_gib) <= SAME_MEMORY * gpu.memory_gib
-        if same_memory and chip(name) in device_name.upper() and "PCIE" not in device_name.upper():
+        words = device_name.upper().replace(" ", "")
+        if same_memory and chip(name) in words and "PCIE" not in words:
             return gpu
     return None
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ds_longft.config.optimizers import KINDS
 from ds_longft.config.run_config import DOCUMENTS_PER_ROW
-from ds_longft.decide.memory import Memory, predict, stays_resident
-from ds_longft.decide.setting import Gpu, Setting
+from ds_longft.decide.memory import STREAMED, Memory, predict, stays_resident
+from ds_longft.decide.setting import GIB, Base, Gpu, Setting
 from ds_longft.decide.time import StepTime, predict_time
 from ds_longft.model.facts import ModelFacts
 from ds_longft.objectives.objective import Passes, Reference
@@ -75,7 +75,7 @@ def fastest_saver(model: ModelFacts, setting: Setting, gpu: Gpu, host_gib: float
     """
     found = fastest_of(savers(setting, model), model, gpu, host_gib)
     whole, most = replace(found, recompute="none"), replace(gpu, memory_gib=ROOMY * gpu.memory_gib)
-    if found.recompute != "auto" or not predict(model, whole, gpu).fits(most):
+    if found.recompute != "auto" or found.base in STREAMED or not predict(model, whole, gpu).fits(most):
         return found
     return fastest_of((found, whole), model, gpu, host_gib)
 
@@ -113,6 +113,8 @@ class Plan:
             words.append("heads in turns")
         if x.passes == "two":
             words.append("two passes")
+        if x.base in STREAMED:
+            words.append(f"base {x.base}")
         if x.host_gib:
             words.append(f"host {x.host_gib:.0f} GiB")
         return " + ".join([*words, self.ds_config.removeprefix("ds_configs/").removesuffix(".json")])
@@ -142,8 +144,11 @@ class Question:
         """A pair is two documents of one pack, each as long as is asked for."""
         return DOCUMENTS_PER_ROW[self.objective]
 
-    def settings(self) -> Iterator[tuple[Setting, str]]:
-        """Every way that is considered: sp, DeepSpeed JSON, recomputation, host memory. Lengths are not set yet."""
+    def settings(self, *, streamed: bool) -> Iterator[tuple[Setting, str]]:
+        """Every way that is considered: sp, DeepSpeed JSON, recomputation, host memory. Lengths are not set yet.
+
+        `streamed`: those in which frozen weights come a layer ahead, or all others.
+        """
         m, kernel = self.model, self.kernel or next(iter(self.gpu.attention_tflops))
         lora, memory_gib = self.lora_r is not None, self.gpu.memory_gib
         resident = stays_resident(2 * m.weights, lora=lora, offload_params=False, memory_gib=memory_gib)
@@ -155,6 +160,7 @@ class Question:
                 lora_r=self.lora_r,
                 lora_experts=self.lora_experts,
                 stage=2 if resident else 3,
+                base="resident" if resident else "engine",
                 resident=False,
                 kernel=kernel,
                 fused=self.fused,
@@ -166,19 +172,35 @@ class Question:
             )
             ways, kind = [(base, "ds_configs/zero3_sp.json")], KINDS[self.optimizer]
             if kind.ds_config:  # not under all stages of ZeRO
-                ways = [(replace(base, stage=max(kind.stages)), kind.ds_config)]
+                ways = [(replace(base, base="engine", stage=max(kind.stages)), kind.ds_config)]
             elif self.lora_r is not None:
                 if not resident:
                     ways.append((replace(base, stage=2), "ds_configs/zero2_sp.json"))
             elif kind.offload:
                 away = replace(base, resident=False, offload_optimizer=True, offload_params=True)
                 ways.append((away, "ds_configs/zero3_offload.json"))
+            if streamed:
+                ways = [(replace(base, base=b, stage=2), "ds_configs/zero3_sp.json") for b in self.streams(kind.stages)]
             for way, ds_config in ways:
                 for recompute, every in RECOMPUTE:
                     for settled in passes_of(replace(way, recompute=recompute, every=every)):
                         yield settled, ds_config
-                        if self.host_gib and not way.offload_params:
-                            yield replace(settled, host_gib=self.host_gib), ds_config
+                        left_gib = self.host_gib - (self.base_gib if way.base == "host" else 0)
+                        if left_gib > 0 and not way.offload_params:
+                            yield replace(settled, host_gib=left_gib), ds_config
+
+    @property
+    def base_gib(self) -> float:
+        """Frozen weights of all layers, in bf16."""
+        return 2 * self.model.layers_weights / GIB
+
+    def streams(self, stages: Sequence[int]) -> list[Base]:
+        """Where frozen weights can come from, the faster first; under ZeRO-2."""
+        if self.lora_r is None or 2 not in stages:
+            return []
+        bases: list[Base] = ["sharded"] * (self.gpus > 1)
+        bases += ["host"] * (self.host_gib > self.base_gib)
+        return bases if self.gpu.all_gather_gb_s > self.gpu.host_gb_s else bases[::-1]
 
     def at(self, setting: Setting, tokens: int) -> Setting:
         """The same for packs of `tokens`; of pairs, for `tokens` of chosen and as many of rejected documents."""
@@ -215,23 +237,37 @@ class Question:
 
 
 def longest_of_each(question: Question) -> list[Plan]:
-    """For each sp, recomputation, offload and number of passes the longest pack, with the JSON that allows most."""
-    best: dict[tuple[int, str, bool, str], Plan] = {}
-    for setting, ds_config in question.settings():
-        plan = question.longest(setting, ds_config)
-        if plan is None:
-            continue
-        key = (setting.sp, setting.recompute, setting.host_gib > 0, setting.passes)
-        seen = best.get(key)
-        if seen is None or plan.setting.tokens > seen.setting.tokens:
-            best[key] = plan
+    """For each sp, recomputation, offload and number of passes the longest pack, with the JSON that allows most; with
+    streamed weights where that is longer than all others of its sp.
+    """
+    best: dict[tuple[int, str, bool, str, str], Plan] = {}
+    for streamed in (False, True):
+        others = {sp: max(p.setting.tokens for p in best.values() if p.setting.sp == sp) for sp, *_ in best}
+        for setting, ds_config in question.settings(streamed=streamed):
+            plan = question.longest(setting, ds_config)
+            if plan is None or (streamed and plan.setting.tokens <= others.get(setting.sp, 0)):
+                continue
+            key = (setting.sp, setting.recompute, setting.host_gib > 0, setting.passes, setting.base)
+            seen = best.get(key)
+            if seen is None or plan.setting.tokens > seen.setting.tokens:
+                best[key] = plan
     return list(best.values())
 
 
 def fastest(question: Question, tokens: int) -> Plan | None:
-    """The setting that trains most tokens a second at this length; None where nothing fits."""
-    plans = (question.plan(setting, ds_config, tokens) for setting, ds_config in question.settings())
-    return max((p for p in plans if p is not None), key=lambda p: p.time.tokens_per_s, default=None)
+    """The setting that trains most tokens a second at this length; None where nothing fits. Frozen weights are streamed
+    where they gain `WORTH_SAVING`, or nothing else fits.
+    """
+
+    def best(streamed: bool) -> Plan | None:
+        settings = question.settings(streamed=streamed)
+        plans = (question.plan(setting, ds_config, tokens) for setting, ds_config in settings)
+        return max((p for p in plans if p is not None), key=lambda p: p.time.tokens_per_s, default=None)
+
+    there, away = best(False), best(True)
+    if there is None or away is None:
+        return there or away
+    return away if (1 - WORTH_SAVING) * away.time.tokens_per_s > there.time.tokens_per_s else there
 
 
 def alternatives(question: Question, plan: Plan) -> dict[str, Plan | None]:

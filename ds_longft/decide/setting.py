@@ -119,9 +119,10 @@ class Gpu:
                 that is wrong.
         """
         path, known = Path(name).expanduser(), shipped_gpus()
-        shipped = files(__package__).joinpath("gpus", f"{name.lower()}.json")
+        alone = name.lower() if name.lower() in known else f"rtx{name.lower()}"  # 4090
+        shipped = files(__package__).joinpath("gpus", f"{alone}.json")
         own = path.suffix == ".json" and path.is_file()
-        if not own and name.lower() not in known:
+        if not own and alone not in known:
             raise ConfigError(
                 f"--gpu is {name!r}; expected one of {', '.join(known)}, or the JSON file that "
                 f"`ds-longft plan --calibrate FILE` writes on your machine"

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
@@ -21,10 +20,11 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ds_longft.config.ds_json import DeepSpeedSettings
 from ds_longft.config.run_config import RunConfig
+from ds_longft.decide.base import settle_base, stage_2, with_room
 from ds_longft.decide.decisions import Decisions, Run, decide
-from ds_longft.decide.memory import spend, stays_resident
+from ds_longft.decide.memory import spend
 from ds_longft.decide.plan_json import gpu_of_run
-from ds_longft.decide.setting import GIB, Base
+from ds_longft.decide.setting import GIB
 from ds_longft.decide.tensors import Keep
 from ds_longft.errors import ModelError
 from ds_longft.layout import ParallelLayout
@@ -32,6 +32,7 @@ from ds_longft.model.facts import ModelFacts
 from ds_longft.model.load import load_config
 from ds_longft.model.supported import decoder_layers
 from ds_longft.model.wrapped import is_wrapped
+from ds_longft.ranks.node_memory import node_memory_gib
 from ds_longft.sequence.attention import ULYSSES
 from ds_longft.sequence.experts import Experts, group_experts
 from ds_longft.sequence.frozen import FrozenLayers
@@ -83,49 +84,6 @@ def liger_fits(config: RunConfig, model_type: str) -> bool:
     return model_type in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN
 
 
-def settle_base(
-    settings: DeepSpeedSettings,
-    config: RunConfig,
-    facts: ModelFacts,
-    memory_gib: float | None,
-    saved_stage: int | None = None,
-) -> tuple[Base, str]:
-    """Where frozen weights lie, and why if `model.base` leaves it open: with adapters, weights that fit stay whole on
-    each GPU, where the JSON leaves open whether ZeRO-3 releases them.
-
-    Nothing is left for ZeRO-3 to divide where they are not the engine's: it becomes stage 2. ZeRO-3 that releases
-    nothing would hold each GPU's share besides, 7.5 GiB of a Llama-8B on two GPUs, and gather all weights anew in each
-    step, also those that never change: 0.2 of 6.2 s on two H200s (8 x 16,384 tokens).
-
-    Args:
-        settings: its engine config is changed in place.
-        memory_gib: as from `own_memory_gib`, so that every rank decides alike; None on CPUs, where nothing is decided.
-        saved_stage: of the checkpoint that the run goes on from: how full a GPU is at this start must not decide it.
-    """
-    zero, asked = settings.engine["zero_optimization"], config.model.base
-    if asked != "auto":
-        if asked != "engine":
-            stage_2(zero)
-        return asked, ""
-    if memory_gib is None or not settings.resident_if_fits or zero["stage"] != 3 or saved_stage == 3:
-        return "engine", ""
-    if saved_stage != 2:
-        size = 2 if settings.engine["bf16"]["enabled"] else 4
-        lora, offloaded = config.lora is not None, "offload_param" in zero
-        if not stays_resident(size * facts.weights, lora=lora, offload_params=offloaded, memory_gib=memory_gib):
-            return "engine", ""
-    stage_2(zero)
-    return "resident", "the frozen weights fit on each GPU and stay there whole"
-
-
-def stage_2(zero: dict[str, Any]) -> None:
-    """Turn a JSON's ZeRO-3 into stage 2, in place."""
-    if zero.get("stage") == 3:
-        for key in [key for key in zero if key.startswith("stage3_")]:
-            del zero[key]
-        zero["stage"] = 2
-
-
 def known_run(
     config: RunConfig,
     settings: DeepSpeedSettings,
@@ -156,8 +114,9 @@ def known_run(
         properties = torch.cuda.get_device_properties(device)
         name, total_gib = properties.name, properties.total_memory / GIB
     gpu, has_rates = gpu_of_run(name, total_gib, memory_gib or total_gib)
+    open_to_us = settings.resident_if_fits and config.model.base == "auto" and saved_stage != 3
     base, why = settle_base(settings, config, facts, memory_gib, saved_stage)
-    return Run(
+    run = Run(
         config=config,
         engine_config=settings.engine,
         hf_config=hf_config,
@@ -172,6 +131,12 @@ def known_run(
         base=base,
         why=why,
     )
+    if not open_to_us or memory_gib is None or "offload_param" in settings.engine["zero_optimization"]:
+        return run
+    found = with_room(run, node_memory_gib())
+    if found.base != run.base:
+        stage_2(settings.engine["zero_optimization"])
+    return replace(found, engine_config=settings.engine)
 
 
 def decided(run: Run, device: torch.device) -> Decisions:

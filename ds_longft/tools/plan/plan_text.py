@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from ds_longft.config.yaml_io import dump_yaml
+from ds_longft.decide.memory import STREAMED
 from ds_longft.decide.plan_json import FREE, memory_parts
 from ds_longft.decide.setting import GIB
 from ds_longft.errors import ConfigError
@@ -103,8 +104,10 @@ def recipe(plan: Plan, question: Question, model: str) -> str:
     train: dict[str, Any] = {"recompute": x.recompute}
     if x.recompute == "every_k":
         train["recompute_every"] = x.every
-    if plan.memory.host and x.host_gib:
-        train["offload_host_gib"] = min(x.host_gib, math.ceil(plan.memory.host * x.world / GIB))
+    base_gib = question.base_gib if x.base == "host" else 0.0
+    kept_gib = plan.memory.host * x.world / GIB - base_gib
+    if kept_gib > 0 and x.host_gib:
+        train["offload_host_gib"] = min(x.host_gib, math.ceil(kept_gib))
     if x.tile_tokens:
         train["mlp_tile_tokens"] = x.tile_tokens
     if x.kv_heads:
@@ -115,6 +118,8 @@ def recipe(plan: Plan, question: Question, model: str) -> str:
     asked = {"kernel": question.kernel} if question.kernel else {}
     if not question.fused:
         asked["liger"] = "off"
+    if x.base in STREAMED:
+        asked["base"] = x.base
     experts = {"experts": True} if x.lora_experts else {}
     content: dict[str, Any] = {
         "ds_config": plan.ds_config,

@@ -57,7 +57,7 @@ def draw(rng: random.Random) -> tuple[Question, Any, str, int, Any]:
         reference=rng.choice([live, "precomputed"]) if objective == "dpo" else "none",
         fused=rng.random() < 0.8,
     )
-    ways = list(question.settings())
+    ways = [way for streamed in (False, True) for way in question.settings(streamed=streamed)]
     if rng.random() < 0.2:  # what leaves most to be decided
         ways = [way for way in ways if way[0].recompute == "auto"]
     return question, *rng.choice(ways), 1024 * rng.choice([4, 16, 64, 256, 1024]), hf_config

@@ -133,7 +133,7 @@ def test_mistakes_are_listed_together(llama: str, capsys: pytest.CaptureFixture[
 def test_lengths_hold_a_token_of_each_document() -> None:
     """Documents of no token have no rate: the search for the longest pack once divided by it."""
     question = Question(sizes(SMOLLM2), Gpu.load("rtx4090"), 1, 0.0, documents=3000)
-    setting, ds_config = next(question.settings())
+    setting, ds_config = next(question.settings(streamed=False))
     assert question.plan(setting, ds_config, 2999) is None
     found = question.plan(setting, ds_config, 3000)
     assert found is not None
