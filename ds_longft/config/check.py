@@ -21,7 +21,7 @@ from ds_longft.config.optimizers import KINDS
 from ds_longft.config.proof import proof_problem
 from ds_longft.config.run_config import RunConfig, SourceConfig, is_pattern
 from ds_longft.config.shipped import TEMPLATES, find_template
-from ds_longft.config.state_families import OTHER_LAYERS, STATE_FAMILIES, STATE_LAYERS
+from ds_longft.config.state_families import OTHER_LAYERS, STATE_FAMILIES, STATE_HEADS, STATE_LAYERS
 from ds_longft.config.window import reached_tokens, window_problem
 from ds_longft.errors import ConfigError
 
@@ -233,12 +233,14 @@ def _proof_problems(config: RunConfig, model_config: dict[str, Any]) -> list[str
 
 
 def _head_problems(text: dict[str, Any], sp: int, world: int) -> list[str]:
-    heads = text.get("num_attention_heads", text.get("n_head"))
-    if not isinstance(heads, int) or sp <= heads:
+    of_states = [(text.get(key), "heads in layers with a state") for key in STATE_HEADS]
+    counts = [(text.get("num_attention_heads", text.get("n_head")), "query heads"), *of_states]
+    heads, what = min(((n, what) for n, what in counts if isinstance(n, int)), default=(sp, ""), key=lambda of: of[0])
+    if sp <= heads:
         return []
     largest = max(d for d in _divisors(world) if d <= heads)
     works = f"is {largest}" if largest == heads else f"with {world} ranks is {largest}, with {heads} ranks {heads}"
-    return [f"sp is {sp}, but the model has {heads} query heads to share among GPUs: the largest sp that works {works}"]
+    return [f"sp is {sp}, but the model has {heads} {what} to share among GPUs: the largest sp that works {works}"]
 
 
 def _length_problems(config: RunConfig, text: dict[str, Any]) -> list[str]:

@@ -12,3 +12,5 @@ STATE_LAYERS = frozenset(("linear_attention", "conv", "mamba", "hybrid"))
 """What their configs call such layers; `hybrid` ones have softmax attention besides."""
 OTHER_LAYERS = frozenset(("moe", "mlp"))
 """Layers of theirs without any look at other tokens."""
+STATE_HEADS = ("linear_num_value_heads", "linear_num_heads", "mamba_num_heads", "mamba_n_heads")
+"""Keys of their configs that say over how many ranks such layers can be dealt."""

@@ -100,8 +100,6 @@ def decide(run: Run) -> Decisions:
     `dpo.passes: auto` one pass or two; and what waits on the host. Pure: the same run, the same answer.
     """
     model, gpu, setting = run.facts, run.gpu, run.setting
-    if model.state_products:
-        return Decisions.as_configured(run.config)
     if setting.recompute == "auto":
         host_gib = run.config.train.offload_host_gib + host_bytes(model, setting) * run.local_world / GIB
         asked, setting = setting, fastest_saver(model, setting, gpu, host_gib)

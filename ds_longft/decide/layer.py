@@ -15,7 +15,7 @@ _QK_NORMS = tuple(f"{name} norm{of}" for name in "qk" for of in ("", " x32", " n
 
 _OF_A_LAYER = (
     "norm1", "norm1 x32", "norm1 narrow", "q", "k", "v", "qkv a", "h1", "norm2", "norm2 x32", "norm2 narrow",
-    "gate", "up", "silu", "c", "gate_up a", "o a", "down a", "routes", *_QK_NORMS,
+    "gate", "up", "silu", "c", "gate_up a", "o a", "down a", "routes", "projected", "state out", *_QK_NORMS,
 )  # fmt: skip
 
 
@@ -72,6 +72,7 @@ class Layer:
         t, z, x, keep = self.t, self.z, self.z.setting, self.keep[i]
         place = keep.attention if x.recompute in ("keep_attention", "auto") else ""
         self.norm("norm1", saving)
+        self._state(i, saving, first)
         self._linears(i, "qkv", keep.qkv, {"q": z.q, "k": z.k, "v": z.k}, 3 * z.a, first)
         self._qk_norm(saving)
         if not x.fused:
@@ -221,6 +222,39 @@ class Layer:
             t.hold(f"attention {i}", size, part, at=at)
         t.drop("send", "heads", "repeated", "computed", "received", "out")
 
+    def _state(self, i: int, saving: bool, first: bool) -> None:
+        """`state/mixers.py`: projections, exchange, convolution and recurrence, exchange. The recurrence is computed
+        again: it takes less time for what it would hold than the projections before it.
+        """
+        t, f, kept = self.t, self.z.state, self.keep[i].state
+        if f is None:
+            return
+        many, at = self.z.setting.sp > 1, "a layer with a state, forward"
+        if first or not kept:
+            t.hold("projected", f.projected)
+        t.hold("send", f.exchanged if many else 0.0)
+        t.hold("heads", f.exchanged if many else 0.0)
+        t.drop("send")
+        t.hold(f"state {i}", f.saved)
+        t.hold("state out", f.out)
+        t.during(at, f.forward + (f.out if many else 0.0))
+        if not saving:
+            t.drop("projected", f"state {i}", "state out")
+        if first and kept == "device":
+            t.hold(f"kept state {i}", f.projected, LINEARS)
+        t.drop("heads")
+
+    def _state_backward(self, i: int) -> None:
+        t, f = self.t, self.z.state
+        if f is None:
+            return
+        twice = 2 if self.z.setting.sp > 1 else 1
+        t.hold("dstate out", twice * f.out)
+        t.during("a layer with a state, backward", f.backward)
+        t.drop("dstate out", "state out", f"state {i}")
+        t.hold("dprojected", twice * f.projected)
+        t.drop("projected", f"kept state {i}")
+
     def _attention_backward(self, i: int) -> None:
         """`attention.SpAttention.backward`: exchange, kernel, exchange back; all heads at once or in turns."""
         t, z, at = self.t, self.z, "attention, backward"
@@ -266,6 +300,7 @@ class Layer:
         self._weight_gradient("o_proj")
         t.drop("o a", f"kept o {i}")
         self._attention_backward(i)
+        self._state_backward(i)
         if z.turns == 1:
             t.drop(f"kept qkv {i}")
         if not x.fused:
@@ -278,7 +313,7 @@ class Layer:
             t.hold("norm1 again", z.u)
         t.hold("dnorm1", z.u)
         self._weight_gradient("q_proj")
-        t.drop("dq dk dv", "grads", "q", "k", "v", "norm1", "norm1 again", "qkv a")
+        t.drop("dq dk dv", "dprojected", "grads", "q", "k", "v", "norm1", "norm1 again", "qkv a")
         self.norm_backward("norm1")
         t.drop("dnorm1", f"x{i}", f"kept qkv {i}")
 

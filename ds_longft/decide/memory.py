@@ -12,7 +12,7 @@ from functools import lru_cache
 from ds_longft.config.optimizers import KINDS
 from ds_longft.decide.setting import GIB, Gpu, Setting
 from ds_longft.decide.simulated_step import SimulatedStep
-from ds_longft.decide.tensors import GROUPS, REFERENCE, TRAINABLE, WEIGHTS, Keep, Sizes
+from ds_longft.decide.tensors import BEFORE_STATE, GROUPS, REFERENCE, TRAINABLE, WEIGHTS, Keep, Sizes
 from ds_longft.decide.timeline import Timeline
 from ds_longft.model.facts import ModelFacts
 from ds_longft.sequence.kept import LEAVING
@@ -69,12 +69,13 @@ def predict(model: ModelFacts, setting: Setting, gpu: Gpu) -> Memory:
     keep, host = place(model, setting, room)
     timeline = step_timeline(model, setting, keep)
     if setting.recompute == "auto":
-        sizes, names = Sizes(model, setting), {"qkv": GROUPS[0], "o": GROUPS[1], "gate_up": GROUPS[2]}
+        names = {"qkv": GROUPS[0], "o": GROUPS[1], "gate_up": GROUPS[2], "state": BEFORE_STATE}
         if setting.tile_tokens:
             del names["gate_up"]  # tiles have no whole output to keep
-        costs = {group: sizes.group(group) for group in names.values()}
+        sizes = {kind: Sizes(kind, setting) for kind in model.kinds}
+        costs = [{group: sizes[kind].group(group) for group in names.values()} for kind in model.by_layer]
         allowed = host_share(setting) if not host else 0.0  # linears are worth less than what is there already
-        places, _, on_host = spend([costs] * model.layers, room - timeline.peak, allowed)
+        places, _, on_host = spend(costs, room - timeline.peak, allowed)
         if any(places):
             host += on_host
             kept = ({name: of[group] for name, group in names.items() if group in of} for of in places)
@@ -100,14 +101,16 @@ def place(model: ModelFacts, setting: Setting, room: float) -> tuple[tuple[Keep,
     away = [Keep(attention="", input="host" if i in inputs else "device") for i in range(count)]
     host = sizes.u * len(inputs)
     free = room - step_timeline(model, setting, tuple(away)).peak
-    attention = sizes.q + sizes.lse
-    transit = LEAVING * attention if keeping else 0.0
+    of_kinds = {kind: Sizes(kind, setting) for kind in model.kinds}
+    attentions = [of_kinds[kind].q + of_kinds[kind].lse for kind in model.by_layer]
+    transit = LEAVING * max(attentions) if keeping else 0.0
     for i in reversed(inputs):  # the peak holds every input that stays
         if sizes.u > free - transit:
             break
         away[i] = replace(away[i], input="device")
         free, host = free - sizes.u, host - sizes.u
     for i in reversed(range(count if keeping else 0)):
+        attention = attentions[i]
         if attention <= free - transit:
             away[i] = replace(away[i], attention="device")
             free -= attention

@@ -152,7 +152,7 @@ class Question:
         m, kernel = self.model, self.kernel or next(iter(self.gpu.attention_tflops))
         lora, memory_gib = self.lora_r is not None, self.gpu.memory_gib
         resident = stays_resident(2 * m.weights, lora=lora, offload_params=False, memory_gib=memory_gib)
-        for sp in (d for d in range(1, self.gpus + 1) if self.gpus % d == 0 and d <= m.q_heads):
+        for sp in (d for d in range(1, self.gpus + 1) if self.gpus % d == 0 and d <= m.most_ranks):
             base = Setting(
                 lengths=(LENGTH_STEP,),
                 sp=sp,

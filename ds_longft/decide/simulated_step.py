@@ -8,10 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ds_longft.decide.layer import Layer
-from ds_longft.decide.tensors import GROUPS, HEAD, TRANSIT, Keep, Sizes
+from ds_longft.decide.tensors import BEFORE_STATE, GROUPS, HEAD, TRANSIT, Keep, Sizes
 from ds_longft.decide.timeline import Timeline
 from ds_longft.sequence.kept import LEAVING
 from ds_longft.sequence.loss import CHUNK_BYTES
+
+
+def on_host(z: Sizes, keep: Keep) -> list[float]:
+    """Bytes of what waits on the host of a layer."""
+    places = (keep.qkv, keep.o, keep.gate_up, keep.state, keep.attention, keep.input)
+    sizes = (*(z.group(names) for names in (*GROUPS[:3], BEFORE_STATE)), z.q + z.lse, z.u)
+    return [size for place, size in zip(places, sizes, strict=True) if place == "host"]
 
 
 @dataclass
@@ -21,35 +28,33 @@ class SimulatedStep:
     t: Timeline
     z: Sizes
     keep: tuple[Keep, ...]
-    layer: Layer = field(init=False)
+    layers: list[Layer] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.layer = Layer(self.t, self.z, self.keep)
+        of_kinds = {kind: Layer(self.t, Sizes(kind, self.z.setting), self.keep) for kind in self.z.model.kinds}
+        self.layers = [of_kinds[kind] for kind in self.z.model.by_layer]
 
     def run(self) -> None:
         """Embedding, layers, head, and back."""
         t, z, x = self.t, self.z, self.z.setting
         layers = z.model.layers
         t.hold("cos sin", 2 * x.local_tokens * z.model.head_dim * x.element_bytes)  # arguments of every layer
-        t.hold("leaving", max(sum(sorted(self._on_host(k))[-LEAVING:]) for k in self.keep), TRANSIT)
-        self.layer.input(0)
+        t.hold("leaving", max(sum(sorted(of)[-LEAVING:]) for of in self._on_host()), TRANSIT)
+        self.layers[0].input(0)
         if x.recompute in ("every_k", "sqrt"):
             self._segments(x.every if x.recompute == "every_k" else max(1, round(layers**0.5)))
             return
         for i in range(layers):
-            self.layer.forward(i, saving=x.recompute == "none", first=True)
+            self.layers[i].forward(i, saving=x.recompute == "none", first=True)
         self._head()
         for i in reversed(range(layers)):
             if x.recompute != "none":
-                self.layer.forward(i, saving=True, first=False)
-            self.layer.backward(i)
+                self.layers[i].forward(i, saving=True, first=False)
+            self.layers[i].backward(i)
 
-    def _on_host(self, keep: Keep) -> list[float]:
-        """Bytes of what waits on the host of one layer, and of another one (`kept.HostStore`)."""
-        z = self.z
-        places = (keep.qkv, keep.o, keep.gate_up, keep.attention, keep.input)
-        sizes = (*(z.group(names) for names in GROUPS[:3]), z.q + z.lse, z.u)
-        return 2 * [size for place, size in zip(places, sizes, strict=True) if place == "host"]
+    def _on_host(self) -> list[list[float]]:
+        """Bytes of what waits on the host of each layer, and of another one (`kept.HostStore`)."""
+        return [2 * on_host(layer.z, keep) for layer, keep in zip(self.layers, self.keep, strict=True)]
 
     def _segments(self, size: int) -> None:
         """`recompute._Segment`: inputs of segments, then of one segment's layers (nested checkpoints)."""
@@ -57,7 +62,7 @@ class SimulatedStep:
         starts = list(range(0, layers, size))
         for start in starts:
             for i in range(start, min(start + size, layers)):
-                self.layer.forward(i, saving=False, first=True)
+                self.layers[i].forward(i, saving=False, first=True)
                 if i > start:
                     t.drop(f"x{i}")
         self._head()
@@ -67,16 +72,16 @@ class SimulatedStep:
             last = min(start + size, layers) - 1
             for i in range(start, last):  # the segment again; its last layer keeps its tensors at once
                 t.drop(f"x{i + 1}")
-                self.layer.forward(i, saving=False, first=True)
+                self.layers[i].forward(i, saving=False, first=True)
             for i in range(last, start - 1, -1):
-                self.layer.forward(i, saving=True, first=False)
-                self.layer.backward(i)
+                self.layers[i].forward(i, saving=True, first=False)
+                self.layers[i].backward(i)
 
     def _head(self) -> None:
         """`loss.ChunkedHead`: final norm, labelled rows, chunks of logits; leaves the gradient "g"."""
         t, z, x, m = self.t, self.z, self.z.setting, self.z.model
         rows = x.targets * z.u  # hidden states of labelled rows
-        self.layer.norm("final norm", True)
+        self.layers[0].norm("final norm", True)
         t.hold("labelled rows", rows, HEAD)
         chunk = min(CHUNK_BYTES, 4 * x.targets * x.local_tokens * m.vocab)
         logits, of_head = chunk * x.element_bytes / 4, m.head_weights * x.element_bytes
@@ -91,8 +96,8 @@ class SimulatedStep:
             t.during("logits", 4 * m.head_weights + of_chunk, HEAD)
         t.drop("labelled rows")
         t.drop("leaving")
-        t.hold("coming", max(sum(self._on_host(k)) for k in self.keep), TRANSIT)  # a layer's, and the next one's
+        t.hold("coming", max(map(sum, self._on_host())), TRANSIT)  # a layer's, and the next one's
         t.hold("g", z.u)
         t.drop("dhidden", "final norm")
-        self.layer.norm_backward("final norm")
+        self.layers[0].norm_backward("final norm")
         t.drop(f"x{m.layers}")

@@ -14,11 +14,18 @@ from ds_longft.model.facts import ModelFacts
 from ds_longft.sequence.exchange import deal_heads
 from ds_longft.sequence.experts import tile_of
 from ds_longft.sequence.linear import folds
+from ds_longft.sequence.state.recurrence import CHUNK_TOKENS, STATE_BYTES
 
 LAYER_INPUTS, ATTENTION, LINEARS = "layer inputs", "kept attention", "kept linears"
 WEIGHTS, TRAINABLE, WORK, HEAD = "weights", "gradients and optimizer", "working set", "head and loss"
 REFERENCE = "reference model"
 TRANSIT = "to and from the host"
+
+BEFORE_STATE = (
+    *("in_proj", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "in_proj_qkvz", "in_proj_ba", "qkv_proj"),
+    *("a_proj", "b_proj", "g_proj", "f_a_proj", "f_b_proj", "g_a_proj", "g_b_proj", "x_proj", "output_gate"),
+)
+"""Projections of layers with a state; of those that are named as an attention's, GROUPS says it."""
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
@@ -32,6 +39,56 @@ class Keep:
     gate_up: str = ""
     attention: str = "device"  # read by the policies that keep it
     input: str = "device"
+    state: str = ""  # projections of a layer that carries a state
+
+
+@dataclass(frozen=True)
+class StateSizes:
+    """Bytes of a layer that carries a state, of the rank with the most heads (`sequence/state`)."""
+
+    projected: float  # what the projections before the recurrence put out, this rank's tokens
+    exchanged: float  # of it, what goes to the ranks that have the heads
+    out: float  # the recurrence's output, [S, h, V]
+    saved: float  # what autograd keeps of convolution and recurrence
+    forward: float  # beside these while the recurrence runs: states of all chunks, keys and values of its matrix form
+    backward: float  # the same while it runs backward
+    moved: float  # read and written by one forward pass
+    moved_backward: float
+
+    @classmethod
+    def of(cls, m: ModelFacts, x: Setting) -> StateSizes:
+        """Of the kernels of flash-linear-attention 0.6.0, `chunk.py` in `fla/ops/gated_delta_rule` and `simple_gla`.
+
+        Chunks have 64 tokens. A delta rule keeps normalised keys and queries and a 64 x 64 matrix a chunk; Mamba-2 keys
+        and queries of every head, and states in float32, as many heads at a time as `STATE_BYTES` allows.
+        """
+        f, e, s = m.state, x.element_bytes, x.tokens
+        assert f is not None
+        named = BEFORE_STATE if m.attends else (*BEFORE_STATE, *GROUPS[0])
+        outs = sum(o for name, _, o in m.linear_io if name in named)
+        h, g = -(-f.heads // x.sp), -(-f.groups // x.sp)
+        keys, values, states = h * f.keys, h * f.values, h * f.keys * f.values / CHUNK_TOKENS
+        convolved, turn = -(-f.channels // x.sp), 2 * states
+        exchanged = x.local_tokens * e * (2 * f.groups * f.keys + f.heads * f.values)
+        if f.kind in ("delta", "kimi"):
+            wide = 2 * keys if f.kind == "kimi" else 0  # decays of each feature, in float32
+            saved = 2.0 * convolved + 2 * g * f.keys + h * CHUNK_TOKENS + wide
+            forward = keys + 2 * values + states
+            backward = forward + 2 * values + states + 3 * keys + 2 * wide
+        elif f.kind == "decay":
+            turn = min(2 * states, STATE_BYTES / (s * e))
+            saved = 2.0 * convolved + 2 * keys + 4 * values
+            forward = turn + values
+            backward = 2 * turn + 2 * keys + 2 * values
+        else:  # torch: a convolution's float32 copies; Mamba-1's states of every token
+            saved = 2.0 * convolved if f.kind == "conv" else 4.0 * h * f.keys
+            forward, backward = 3 * saved, 4 * saved
+        # transformers' gated norm: in float32 its input, the gate and silu of it, and the norm in bf16
+        saved += (12 / e + 1) * values if f.kind != "conv" else 0.0
+        later = 2 * states - turn  # states of other turns: they travel, and do not add up
+        moved = 4 * convolved + saved + 2 * (forward + later + values)
+        sizes = (values, saved, forward, backward, moved, 2 * moved + 2 * (backward + 2 * later))
+        return cls(x.local_tokens * e * outs, exchanged, *(s * e * each for each in sizes))
 
 
 @dataclass
@@ -57,6 +114,7 @@ class Sizes:
     repeated: bool = field(init=False)  # this rank's kv heads are repeated for the kernel
     rows: int = field(init=False)  # copies of tokens in one tile of the experts; 0: a dense model
     routes: float = field(init=False)  # what a router leaves for its backward pass
+    state: StateSizes | None = field(init=False)  # of a layer that carries one
 
     def __post_init__(self) -> None:
         m, x = self.model, self.setting
@@ -64,6 +122,7 @@ class Sizes:
         self.u, self.f = s * m.hidden * e, s * m.inter * e
         self.q, self.k = s * m.q_heads * m.head_dim * e, s * m.kv_heads * m.head_dim * e
         self.a = s * (x.lora_r or 0) * e
+        self.state = StateSizes.of(m, x) if m.state else None
         shares = deal_heads(m.q_heads, m.kv_heads, x.sp)
         most = max(shares, key=lambda share: (len(share.q), len(share.repeat or share.kv)))
         unit = big_s * m.head_dim * e
@@ -80,11 +139,15 @@ class Sizes:
         self.rows = m.experts_used * min(s, tile)
         # float32 probabilities of all experts, indices and weights of those used
         self.routes = s * (4.0 * m.experts + 20 * m.experts_used)
+        if not m.attends and m.state is None and "gate_proj" not in (name for name, _, _ in m.linear_io):
+            self.tile = 0.0  # an MLP of two linears is not tiled
+        if not m.attends:
+            self.q = self.k = self.qs = self.ks = self.kr = self.send = self.lse = 0.0
 
     def group(self, names: tuple[str, ...]) -> float:
         """Outputs of a group of linears and their x A': what keeping it costs (`LinearGroup.out_features`)."""
         x = self.setting
-        outs = [o for name, _, o in self.model.linear_io if name in names]
+        outs = [o for name, _, o in self.model.linear_io if name in names and (self.state or names is not BEFORE_STATE)]
         return x.local_tokens * x.element_bytes * (sum(outs) + len(outs) * (x.lora_r or 0))
 
     def beside(self, share: float = 1.0) -> float:

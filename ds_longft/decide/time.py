@@ -18,7 +18,8 @@ import numpy as np
 from ds_longft.data.deal import deal_documents
 from ds_longft.decide.memory import segment_starts
 from ds_longft.decide.setting import Gpu, Setting
-from ds_longft.decide.tensors import GROUPS, Keep, Sizes
+from ds_longft.decide.simulated_step import on_host
+from ds_longft.decide.tensors import BEFORE_STATE, GROUPS, Keep, Sizes
 from ds_longft.model.facts import ModelFacts, visible_pairs
 from ds_longft.sequence.linear import folds
 
@@ -44,6 +45,9 @@ WITHOUT_GRADIENT = "passes without gradient"
 NARROW_HEADS = 0.25
 """Narrower heads use less of the tensor cores: rates fall with this power of head size / 128. From one step with heads
 of 64 on an H200 (SmolLM2, 131,072 tokens, flash-attn-4)."""
+
+STATE_SHARE = 0.35
+"""Of the memory's bandwidth, that kernels of layers with a state reach. An estimate: not yet timed."""
 
 HALF_RATE_TOKENS = 600
 """Document length at which an attention kernel has half of its rate. An estimate."""
@@ -75,20 +79,20 @@ def predict_time(model: ModelFacts, setting: Setting, gpu: Gpu, keep: Sequence[K
     Of pairs in two passes everything but the optimizer happens twice, for one side of the pairs each.
     """
     x, times = setting.of_a_pass, 2 if setting.passes == "two" else 1
-    z, forwards = Sizes(model, x), layer_forwards(model, x)
+    forwards = layer_forwards(model, x)
     keeping = x.recompute in ("none", "keep_attention", "auto")
     again = sum(1 for k in keep if not (keeping and k.attention)) / model.layers  # layers that compute attention again
     attention_forward = 1 + again * (forwards - 1)
     attention_s = attention_forward * attention(model, x, gpu, "forward") + attention(model, x, gpu, "backward")
 
-    moved = elementwise_bytes(model, z, forwards) * model.layers
-    moved += lora_bytes(model, x, forwards) * model.layers + expert_bytes(model, x)
+    moved = moved_bytes(model, x, forwards) + expert_bytes(model, x)
     parts = {
         "attention": attention_s,
+        "layers with a state": state_seconds(model, x, gpu, forwards),
         "matrix products": _products(x, gpu, multiplied_weights(model, x, keep)),
         "experts": _products(x, gpu, expert_elements(model, x) / GROUPED),
         "elementwise and LoRA": moved / (gpu.memory_gb_s * 1e9),
-        "exchange": _exchange(model, z, gpu, attention_forward * (z.send + z.q) + z.send + 2 * z.q + z.send),
+        "exchange": _exchange(model, x, gpu, attention_forward, forwards, 1),
         "gathering weights": _gathering(model, x, gpu, min(forwards + 1, 3)),
     }
     parts = {name: times * seconds for name, seconds in parts.items()}
@@ -97,7 +101,8 @@ def predict_time(model: ModelFacts, setting: Setting, gpu: Gpu, keep: Sequence[K
         parts["optimizer"] = trained / x.world * (4 / (gpu.host_gb_s * 1e9) + 16 / 2e10)
     else:
         parts["optimizer"] = trained / (x.world if x.stage else 1) * 40 / (gpu.memory_gb_s * 1e9)
-    compute_s, kept_s, streamed_s = sum(parts.values()) / times, _kept_s(z, keep, gpu), _streamed_s(model, x, gpu)
+    compute_s, streamed_s = sum(parts.values()) / times, _streamed_s(model, x, gpu)
+    kept_s = _kept_s(model, x, keep, gpu)
     again_s = max(1.0, forwards - 1) * streamed_s  # layers come once forward, and when they run again
     if x.base == "sharded":
         parts["gathering weights"] = times * _not_hidden(streamed_s, again_s, compute_s)
@@ -115,13 +120,39 @@ def multiplied_weights(model: ModelFacts, x: Setting, keep: Sequence[Keep]) -> f
     """Weights that each local token meets in the products of one pass forward, again and back; adapters apart."""
     forwards = layer_forwards(model, x)
     passes = forwards + (1 if x.lora_r is not None else 2)
-    linears = passes * model.layer_weights * model.layers
+    linears = passes * linear_weights(model)
     if forwards > 1 and not model.norm_after_mlp:  # the last one is not computed again for its own backward pass
-        linears -= _elements(model, GROUPS[3]) * model.layers
-    if x.lora_r is not None:  # nothing before the first layer's q, k and v is trained
-        linears -= _elements(model, GROUPS[0])
-    linears -= sum(_elements(model, group) for k in keep for group in _kept_groups(k))
+        linears -= sum(_elements(kind, GROUPS[3]) * count for kind, count in model.kinds.items())
+    if x.lora_r is not None:  # nothing before the first layer's projections is trained
+        linears -= _elements(model.by_layer[0], (*GROUPS[0], *BEFORE_STATE))
+    kept = zip(model.by_layer, keep, strict=True)
+    linears -= sum(_elements(kind, group) for kind, k in kept for group in _kept_groups(k))
     return linears + model.head_weights * x.targets * (2 if x.lora_r is not None else 4)
+
+
+def linear_weights(model: ModelFacts) -> int:
+    """Elements of all layers' linears, experts apart."""
+    return sum(kind.layer_weights * count for kind, count in model.kinds.items())
+
+
+def moved_bytes(
+    model: ModelFacts, x: Setting, forwards: float, *, backward: bool = True, adapters: bool = True
+) -> float:
+    """Read and written by all layers' elementwise kernels, and by their adapters."""
+    moved = 0.0
+    for kind, count in model.kinds.items():
+        moved += count * elementwise_bytes(kind, Sizes(kind, x), forwards, backward=backward)
+        moved += count * adapters * lora_bytes(kind, x, forwards, backward=backward)
+    return moved
+
+
+def state_seconds(model: ModelFacts, x: Setting, gpu: Gpu, forwards: float, *, backward: bool = True) -> float:
+    """Convolutions and recurrences of all layers, forward and backward."""
+    moved = 0.0
+    for kind, count in model.kinds.items():
+        if (f := Sizes(kind, x).state) is not None:
+            moved += count * (forwards * f.moved + backward * f.moved_backward)
+    return moved / (gpu.memory_gb_s * 1e9 * STATE_SHARE)
 
 
 def expert_elements(model: ModelFacts, x: Setting, *, backward: bool = True) -> float:
@@ -156,22 +187,18 @@ def passes_ahead(setting: Setting) -> list[bool]:
 
 def without_gradient(model: ModelFacts, x: Setting, gpu: Gpu, *, adapters: bool) -> float:
     """Seconds of one forward pass that keeps nothing: the reference's, or the model's own ahead of two passes."""
-    z = Sizes(model, x)
-    moved = elementwise_bytes(model, z, 1, backward=False)
-    moved += expert_bytes(model, x, backward=False) / max(1, model.layers)
-    if adapters:
-        moved += lora_bytes(model, x, 1, backward=False)
-    seconds = attention(model, x, gpu, "forward")
+    moved = moved_bytes(model, x, 1, backward=False, adapters=adapters) + expert_bytes(model, x, backward=False)
+    seconds = attention(model, x, gpu, "forward") + state_seconds(model, x, gpu, 1, backward=False)
     seconds += _products(x, gpu, forward_weights(model, x))
     seconds += _products(x, gpu, expert_elements(model, x, backward=False) / GROUPED)
-    seconds += moved * model.layers / (gpu.memory_gb_s * 1e9)
-    seconds += _exchange(model, z, gpu, z.send + z.q) + _gathering(model, x, gpu, 1)
+    seconds += moved / (gpu.memory_gb_s * 1e9)
+    seconds += _exchange(model, x, gpu, 1, 1, 0) + _gathering(model, x, gpu, 1)
     return max(seconds, _host(model, x) / 4, _streamed_s(model, x, gpu))
 
 
 def forward_weights(model: ModelFacts, x: Setting) -> float:
     """Weights that each local token meets in one forward pass."""
-    return model.layer_weights * model.layers + model.head_weights * x.targets
+    return linear_weights(model) + model.head_weights * x.targets
 
 
 def layer_forwards(model: ModelFacts, setting: Setting) -> float:
@@ -238,7 +265,8 @@ def lora_bytes(model: ModelFacts, x: Setting, forwards: float, *, backward: bool
     if x.lora_r is None:
         return 0.0
     tokens, per_token = min(x.local_tokens, x.tile_tokens or x.local_tokens), 0.0
-    for group in GROUPS:
+    alone = [(name,) for name, _, _ in model.linear_io if model.state and all(name not in group for group in GROUPS)]
+    for group in (*GROUPS, *alone):
         shapes = [(i, o) for name, i, o in model.linear_io if name in group]
         if not shapes:
             continue
@@ -260,13 +288,19 @@ def _host(model: ModelFacts, x: Setting) -> float:
     return (HOST_S + HOST_S_PER_DOCUMENT * further) * model.layers
 
 
-def _exchange(model: ModelFacts, z: Sizes, gpu: Gpu, of_a_layer: float) -> float:
-    """So many bytes of each layer to and from the other ranks, read and written on both ends."""
-    sp = z.setting.sp
-    if sp == 1 or dealt_whole(model, z.setting):
+def _exchange(model: ModelFacts, x: Setting, gpu: Gpu, forwards: float, state_forwards: float, backward: int) -> float:
+    """What goes to the other ranks and comes from them, read and written on both ends: of attention q, k, v and the
+    output, back also the outputs' gradients; of layers with a state what their recurrence reads and puts out.
+    """
+    if x.sp == 1 or dealt_whole(model, x):
         return 0.0
-    exchanged, copies = of_a_layer * (sp - 1) / sp * model.layers, 2 * of_a_layer * 2 * model.layers
-    return exchanged / (gpu.all_to_all_gb_s * 1e9) + copies / (gpu.memory_gb_s * 1e9)
+    total = 0.0
+    for kind, count in model.kinds.items():
+        z = Sizes(kind, x)
+        total += count * (forwards * (z.send + z.q) + backward * (2 * z.send + 2 * z.q))
+        if z.state is not None:
+            total += count * (state_forwards + backward) * (z.state.exchanged + z.state.out)
+    return total * (x.sp - 1) / x.sp / (gpu.all_to_all_gb_s * 1e9) + 4 * total / (gpu.memory_gb_s * 1e9)
 
 
 def dealt_whole(model: ModelFacts, x: Setting) -> bool:
@@ -276,7 +310,8 @@ def dealt_whole(model: ModelFacts, x: Setting) -> bool:
 
 
 def _kept_groups(keep: Keep) -> list[tuple[str, ...]]:
-    return [g for g, kept in zip(GROUPS, (keep.qkv, keep.o, keep.gate_up), strict=False) if kept]
+    kept = (keep.qkv, keep.o, keep.gate_up, keep.state)
+    return [g for g, where in zip((*GROUPS[:3], BEFORE_STATE), kept, strict=True) if where]
 
 
 def _elements(model: ModelFacts, names: tuple[str, ...]) -> int:
@@ -300,11 +335,10 @@ def _streamed_s(model: ModelFacts, x: Setting, gpu: Gpu) -> float:
     return size / (gpu.host_gb_s * 1e9) if x.base == "host" else 0.0
 
 
-def _kept_s(z: Sizes, keep: Sequence[Keep], gpu: Gpu) -> float:
+def _kept_s(model: ModelFacts, x: Setting, keep: Sequence[Keep], gpu: Gpu) -> float:
     """Seconds in which what is kept on the host goes there, or comes back."""
-    costs = (z.group(GROUPS[0]), z.group(GROUPS[1]), z.group(GROUPS[2]), z.q + z.lse, z.u)
-    names = ("qkv", "o", "gate_up", "attention", "input")
-    size = sum(c for k in keep for c, n in zip(costs, names, strict=True) if getattr(k, n) == "host")
+    of_kinds = {kind: Sizes(kind, x) for kind in model.kinds}
+    size = sum(sum(on_host(of_kinds[kind], k)) for kind, k in zip(model.by_layer, keep, strict=True))
     return size / (gpu.host_gb_s * 1e9)
 
 

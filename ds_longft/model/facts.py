@@ -16,8 +16,10 @@ Not counted: recomputation, adapters (under 1%), norms, activations, embeddings,
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,6 +31,29 @@ from ds_longft.model.rope import positions_end
 from ds_longft.model.rope_formulas import config_head_dim, layer_configs
 from ds_longft.model.supported import ATTENTION_LAYERS, decoder_layers
 from ds_longft.model.wrapped import make, text_class
+
+
+@dataclass(frozen=True)
+class StateFacts:
+    """What a layer carries along the sequence."""
+
+    kind: str  # "delta", "kimi", "decay" (Mamba-2, lightning), "scan" (Mamba-1), "conv"
+    heads: int  # H; channels of Mamba-1 and short convolutions
+    groups: int  # of heads that share keys
+    keys: int  # K, features of a head's keys
+    values: int  # V
+    channels: int  # of its convolution
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """One layer of a model whose layers are not alike."""
+
+    linear_io: tuple[tuple[str, int, int], ...]
+    inter: int
+    qk_norm: bool
+    attends: bool
+    state: StateFacts | None
 
 
 @dataclass(frozen=True)
@@ -61,6 +86,9 @@ class ModelFacts:
     qk_norm: bool  # queries and keys are normed (Qwen 3)
     norm_after_mlp: bool  # the MLP's output is needed again in the backward pass (Gemma 2 and 3)
     max_positions: int  # documents longer than this need model.rope; 0: none is too long
+    layer_facts: tuple[LayerFacts, ...] = ()  # of each layer, where some carry a state; empty: all are alike
+    attends: bool = True  # of one layer (`by_layer`): it has softmax attention
+    state: StateFacts | None = None  # of one layer
 
     @classmethod
     def from_config(cls, hf_config: PretrainedConfig) -> ModelFacts:
@@ -85,21 +113,19 @@ class ModelFacts:
             layer = with_experts[0]
             experts, used = len(_stacks_of(layer)[0]), _number(hf_config, "num_experts_per_tok", "moe_topk") or 1
             body += sum(p.numel() for each in with_experts for p in _stacks_of(each)) * used // experts
-        linears = tuple(
-            (name.rsplit(".", 1)[-1], m.in_features, m.out_features)
-            for name, m in layer.named_modules()
-            if isinstance(m, nn.Linear)
-        )
-        down = [
-            i for name, i, o in linears if o == hf_config.hidden_size and name.startswith(("down", "fc2", "c_proj"))
-        ]
+        linears = _linears_of(layer)
+        if hf_config.model_type in STATE_FAMILIES:
+            layer_facts = tuple(_layer_facts(each, hf_config.hidden_size) for each in decoder_layers(model))
+        else:
+            layer_facts = ()
+        down = _width(linears, hf_config.hidden_size)
         heads = hf_config.num_attention_heads
         widest = max(layer_configs(hf_config), key=lambda of: sum(_head_dims(of)))  # Gemma 4: the full layers'
         query_dim, value_dim = _head_dims(widest)
         return cls(
             model_type=hf_config.model_type,
             hidden=hf_config.hidden_size,
-            inter=down[0] if down else 0 if experts else _number(hf_config, "intermediate_size"),
+            inter=down if down else 0 if experts else _number(hf_config, "intermediate_size"),
             layers=hf_config.num_hidden_layers,
             q_heads=heads,
             kv_heads=_number(widest, "num_key_value_heads") or heads,
@@ -120,10 +146,29 @@ class ModelFacts:
             experts_used=used,
             expert_layers=len(with_experts),
             expert_io=tuple((p.shape[1], p.shape[2]) for p in _stacks_of(layer)),
-            qk_norm=any(name.rpartition(".")[2] == "q_norm" for name, _ in layer.named_modules()),
+            qk_norm=_has_qk_norm(layer),
             norm_after_mlp=hasattr(layer, "post_feedforward_layernorm"),
             max_positions=positions_end(hf_config) or 0,
+            layer_facts=layer_facts,
         )
+
+    @cached_property
+    def by_layer(self) -> tuple[ModelFacts, ...]:
+        """The model as it would be if all layers were like this one, for each layer."""
+        if not self.layer_facts:
+            return (self,) * self.layers
+        of_each = {each: replace(self, **vars(each), layer_facts=()) for each in set(self.layer_facts)}
+        return tuple(of_each[each] for each in self.layer_facts)
+
+    @cached_property
+    def kinds(self) -> Counter[ModelFacts]:
+        """How many layers there are of each kind."""
+        return Counter(self.by_layer)
+
+    @property
+    def most_ranks(self) -> int:
+        """Over how many ranks a sample can be split: heads are dealt, of attention and of layers with a state."""
+        return min([self.q_heads, *(each.state.heads for each in self.layer_facts if each.state)])
 
     @property
     def layer_weights(self) -> int:
@@ -147,7 +192,8 @@ class ModelFacts:
         if lora_r is None:
             return self.weights
         of_experts = self.expert_layers * self.experts * sum(i + o for i, o in self.expert_io) if experts else 0
-        return lora_r * (self.layers * sum(i + o for _, i, o in self.linear_io) + of_experts)
+        sides = sum(count * sum(i + o for _, i, o in each.linear_io) for each, count in self.kinds.items())
+        return lora_r * (sides + of_experts)
 
     def step_flops(self, document_lengths: Sequence[int], *, lora: bool, targets: int) -> float:
         """Floating-point operations of forward and backward over these documents, on all GPUs together.
@@ -178,6 +224,47 @@ class ModelFacts:
         linear = 2 * (sum(document_lengths) * self.body_weights + targets * self.head_weights)
         state = 2 * sum(document_lengths) * self.state_products
         return linear, 4 * self.attention_width * pairs + state
+
+
+def _linears_of(layer: nn.Module) -> tuple[tuple[str, int, int], ...]:
+    """(name, features in, features out) of a layer's linears."""
+    return tuple(
+        (name.rsplit(".", 1)[-1], m.in_features, m.out_features)
+        for name, m in layer.named_modules()
+        if isinstance(m, nn.Linear)
+    )
+
+
+def _width(linears: Sequence[tuple[str, int, int]], hidden: int) -> int:
+    """I, input features of the down projection, 0 without one."""
+    return next((i for name, i, o in linears if o == hidden and name.startswith(("down", "fc2", "c_proj"))), 0)
+
+
+def _has_qk_norm(layer: nn.Module) -> bool:
+    return any(name.rpartition(".")[2] == "q_norm" for name, _ in layer.named_modules())
+
+
+def _layer_facts(layer: nn.Module, hidden: int) -> LayerFacts:
+    linears = _linears_of(layer)
+    state = next((found for found in map(_state_facts, layer.modules()) if found), None)
+    attends = any(name == "q_proj" for name, _, _ in linears) and (state is None or state.kind == "decay")
+    return LayerFacts(linears, _width(linears, hidden), _has_qk_norm(layer), attends, state)
+
+
+def _state_facts(m: Any) -> StateFacts | None:
+    """Of a module that carries a state, None of any other."""
+    conv = next((c.in_channels for c in m.children() if isinstance(c, nn.Conv1d)), 0)
+    if hasattr(m, "head_k_dim"):
+        return StateFacts("delta", m.num_v_heads, m.num_k_heads, m.head_k_dim, m.head_v_dim, conv)
+    if hasattr(m, "forget_gate"):
+        return StateFacts("kimi", m.num_heads, m.num_heads, m.head_dim, m.head_dim, conv)
+    if hasattr(m, "ssm_state_size") and hasattr(m, "n_groups"):
+        return StateFacts("decay", m.num_heads, m.n_groups, m.ssm_state_size, m.head_dim, conv)
+    if hasattr(m, "ssm_state_size"):
+        return StateFacts("scan", m.intermediate_size, m.intermediate_size, m.ssm_state_size, 1, conv)
+    if hasattr(m, "slope_rate"):
+        return StateFacts("decay", m.num_attention_heads, m.num_attention_heads, m.head_dim, m.head_dim, 0)
+    return StateFacts("conv", conv, conv, 0, 1, conv) if conv else None
 
 
 def visible_pairs(length_tokens: int, window_tokens: int | None) -> int:

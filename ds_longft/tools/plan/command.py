@@ -135,7 +135,7 @@ def _show_fastest(question: Question, tokens: int, model: str, *, png: str | Non
         "seconds of a step:",
     ]
     notes.append("  " + ", ".join(f"{name} {s:.2f}" for name, s in best.time.parts.items()))
-    notes += plan_text.instead(others) + plan_text.not_ahead(best)
+    notes += plan_text.instead(others) + plan_text.not_ahead(best) + plan_text.of_states(question.model)
     Console(stderr=True, soft_wrap=True, highlight=False).print("\n".join(notes))
 
 
@@ -219,12 +219,6 @@ def question_of(
 
 def _check_described(facts: ModelFacts, lora_r: int | None, lora_experts: bool) -> None:
     """Raises ModelError: layers whose memory is not described, or adapters on experts that there are not."""
-    if facts.state_products:
-        raise ModelError(
-            f"{facts.model_type} has layers that carry a state: plan does not describe their memory. Train it with "
-            f"train.recompute: auto, which measures instead. Attention costs as much as all else in documents of "
-            f"{facts.equal_cost_tokens(lora=lora_r is not None):,} tokens"
-        )
     if lora_experts and (lora_r is None or not facts.experts):
         seen = "--full" if lora_r is None else facts.model_type
         raise ModelError(f"--lora_experts is for adapters on the experts of a mixture, not for {seen}")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from ds_longft.decide.search import Plan, Question
     from ds_longft.decide.setting import Setting
+    from ds_longft.model.facts import ModelFacts
 
 LEARNING_RATES = {("sft", True): 1e-4, ("sft", False): 1e-5, ("dpo", True): 5e-6, ("dpo", False): 5e-7}
 """Where to begin, by objective and whether adapters are trained."""
@@ -165,6 +166,20 @@ def instead(others: Mapping[str, Plan | None]) -> list[str]:
         for key, p in others.items()
     ]
     return ["the fastest at this length with", *lines] if lines else []
+
+
+def of_states(model: ModelFacts) -> list[str]:
+    """What is special about a model with layers that carry a state."""
+    if not model.layer_facts:
+        return []
+    attend = sum(f.attends for f in model.layer_facts)
+    lines = [
+        f"{attend} of {model.layers} layers have softmax attention: there time grows with the square of the length,",
+        "and model.rope stretches no other. Layers with a state are an estimate, not yet timed",
+    ]
+    if any(f.state and f.state.kind == "scan" for f in model.layer_facts):
+        lines.append("Mamba-1 has no fast kernel here: on GPUs it takes far longer than is said above")
+    return lines
 
 
 def not_ahead(plan: Plan) -> list[str]:

@@ -123,6 +123,12 @@ def test_more_ranks_than_heads_names_the_largest_sp(folder: Path) -> None:
     assert problems_of(config_in(folder), world=18) == [expected.format(18, "is 9")]
 
 
+def test_heads_of_layers_with_a_state_limit_sp_too(folder: Path) -> None:
+    (problem,) = problems_of(config_in(folder), world=8, mamba_num_heads=6)
+    assert "the model has 6 heads in layers with a state to share among GPUs" in problem
+    assert "the largest sp that works with 8 ranks is 4, with 6 ranks 6" in problem
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

@@ -172,10 +172,14 @@ def test_without_adapters_the_order_is_forgotten_in_one_pass_only(passes: Litera
     assert bool(not_ahead(plan)) == said
 
 
-def test_layers_with_a_state_are_not_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_layers_with_a_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     AutoConfig.for_model("qwen3_5_text", num_hidden_layers=4).save_pretrained(tmp_path)
-    assert main(["plan", "--model", str(tmp_path), "--gpus", "1", "--length", "8K"]) == EXIT_CONFIG
-    assert "layers that carry a state" in capsys.readouterr().err
+    command = ["plan", "--model", str(tmp_path), "--gpus", "2", "--gpu", "h200"]
+    assert main([*command, "--length", "64K"]) == 0
+    shown = capsys.readouterr()
+    assert "layers with a state 0." in shown.err  # seconds of their kernels
+    assert "max_length_tokens: 65536" in shown.out
+    assert "1 of 4 layers have softmax attention" in shown.err
 
 
 def test_a_mixture_of_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,77 @@
+"""Layers that carry a state in the plan: which layer is what, what it costs, and how that grows with the length."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from transformers import AutoConfig
+
+from benchmarks.work import SHAPES
+from ds_longft.decide.memory import predict
+from ds_longft.decide.search import fastest_saver
+from ds_longft.decide.setting import GIB, Gpu, Setting
+from ds_longft.decide.tensors import Keep, Sizes
+from ds_longft.decide.time import multiplied_weights, predict_time
+from ds_longft.model.facts import ModelFacts, StateFacts
+
+GPU = Gpu.load("h200")
+HYBRIDS = {name: ModelFacts.from_config(AutoConfig.for_model(**SHAPES[name])) for name in ("hybrid8b", "mamba8b")}
+
+
+def test_layers_are_told_apart() -> None:
+    deltas, attention = HYBRIDS["hybrid8b"].kinds
+    assert (deltas.state, deltas.attends) == (StateFacts("delta", 32, 16, 128, 128, 8192), False)
+    assert (attention.state, attention.attends) == (None, True)
+    assert list(HYBRIDS["hybrid8b"].kinds.values()) == [24, 8]
+    mamba, mlp, softmax = HYBRIDS["mamba8b"].kinds
+    assert (mamba.state, mamba.inter) == (StateFacts("decay", 128, 8, 128, 64, 10240), 0)
+    assert (mlp.state, mlp.attends, mlp.inter) == (None, False, 21504)
+    assert (softmax.attends, softmax.inter) == (True, 0)
+
+
+@pytest.mark.parametrize("model", HYBRIDS.values(), ids=HYBRIDS)
+def test_all_linears_are_multiplied(model: ModelFacts) -> None:
+    """Full recomputation and frozen weights: forward, again without the last product, input gradients."""
+    x = Setting((65536,), recompute="full", targets=0.0)
+    downs = sum(count * i * o for of, count in model.kinds.items() for n, i, o in of.linear_io if n == "down_proj")
+    first = sum(i * o for n, i, o in model.by_layer[0].linear_io if n.startswith("in_proj"))
+    assert multiplied_weights(model, x, (Keep(),) * model.layers) == 3 * model.body_weights - downs - first
+
+
+@pytest.mark.parametrize("model", HYBRIDS.values(), ids=HYBRIDS)
+def test_states_cost_the_same_for_each_token(model: ModelFacts) -> None:
+    seconds = []
+    for tokens in (65536, 131072):
+        x = Setting((tokens,), recompute="full", tile_tokens=8192)
+        seconds.append(predict_time(model, x, GPU, (Keep(),) * model.layers).parts)
+    short, long = seconds
+    assert long["layers with a state"] == pytest.approx(2 * short["layers with a state"])
+    assert long["attention"] > 3.5 * short["attention"]
+
+
+def test_heads_of_states_are_split_over_ranks() -> None:
+    delta = HYBRIDS["hybrid8b"].by_layer[0]
+    one, two = (Sizes(delta, Setting((131072,), sp, sp)).state for sp in (1, 2))
+    assert one is not None
+    assert two is not None
+    assert two.backward == one.backward / 2
+    assert two.saved == one.saved / 2
+
+
+def test_a_long_pack_is_recomputed_until_it_fits() -> None:
+    model = HYBRIDS["mamba8b"]
+    asked = Setting((131072,), stage=2, host_gib=100.0)
+    found = fastest_saver(model, asked, GPU, 100.0)
+    assert predict(model, found, GPU).fits(GPU, 100.0)
+    assert not predict(model, replace(asked, host_gib=0.0), GPU).fits(GPU)
+
+
+def test_kept_projections_are_not_computed_again() -> None:
+    model, x = HYBRIDS["hybrid8b"], Setting((32768,))
+    kept = (Keep(state="device"),) * model.layers
+    fewer = multiplied_weights(model, x, (Keep(),) * model.layers) - multiplied_weights(model, x, kept)
+    assert fewer == 24 * 4096 * (8192 + 4096 + 32 + 32)
+    memory = predict(model, x, GPU)
+    assert memory.peak < GPU.memory_gib * GIB
+    assert any(keep.state for keep in memory.keep)
