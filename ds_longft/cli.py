@@ -102,6 +102,11 @@ COMMANDS = {
         "long texts cut into plain rows of many lengths",
         "books stretches.jsonl --context_tokens 32K",
     ),
+    "data synth negatives": Command(
+        "ds_longft.tools.make_data.synth.text_commands:negatives",
+        "a document's parts with near ones of others between them",
+        "books negatives.jsonl --context_tokens 32K",
+    ),
     "data mix": Command(
         "ds_longft.tools.make_data.commands:mix",
         "a training set of many sources, by a recipe",
@@ -130,6 +135,7 @@ COMMANDS = {
         "ds_longft.tools.evaluate.data_score:score",
         "what long context gains on each row, to choose rows by",
         "runs/mine rows.jsonl scored.jsonl --short 4K --sp 2",
+        imports_torch=True,
     ),
     "data ref_logps": Command(
         "ds_longft.tools.ref_logps:ref_logps",
@@ -177,11 +183,13 @@ COMMANDS = {
         "ds_longft.tools.evaluate.longbench.choices:v2",
         "LongBench v2 by the likeliest letter, nothing generated",
         "runs/mine data.json --sp 8",
+        imports_torch=True,
     ),
     "eval reason": Command(
         "ds_longft.tools.evaluate.reason:reason",
         "like requests told apart, walks in a graph, at any length",
         "runs/mine --lengths 4K,32K,128K",
+        imports_torch=True,
     ),
     "eval longbench score": Command(
         "ds_longft.tools.evaluate.longbench.score:score", "score anyone's LongBench predictions", "predictions/"

@@ -197,11 +197,11 @@ def agents(
     write_made(made, out, lengths, json=json)
 
 
-def context_length(given: int | str) -> int:
-    """Tokens of --context_tokens. Raises ConfigError."""
+def context_length(given: int | str, flag: str = "--context_tokens") -> int:
+    """Tokens of a flag. Raises ConfigError."""
     tokens = parse_tokens(given)
     if not isinstance(tokens, int) or tokens <= 0:
-        raise ConfigError(f"--context_tokens is {given!r}: expected a number of tokens, e.g. 4096 or 128K")
+        raise ConfigError(f"{flag} is {given!r}: expected a number of tokens, e.g. 4096 or 128K")
     return tokens
 
 

@@ -11,6 +11,8 @@ from ds_longft.errors import ConfigError
 from ds_longft.tools.look.commands import load_tokenizer
 from ds_longft.tools.make_data.lengths import Lengths
 from ds_longft.tools.make_data.synth.commands import context_length, write_made
+from ds_longft.tools.make_data.synth.negatives import negative_rows
+from ds_longft.tools.make_data.synth.refgpt8x import sentence_embedder
 from ds_longft.tools.make_data.synth.row_plan import size_parts
 from ds_longft.tools.make_data.synth.sources import read_documents
 from ds_longft.tools.make_data.synth.stretches import stretch_rows
@@ -53,6 +55,57 @@ def stretches(
     with Ledger(Path(f"{out}.ledger.jsonl")) as ledger:
         documents = read_documents(SourceConfig(path=source), ledger, taken)
         write_made(stretch_rows(documents, **shared), out, shared["lengths"], ledger, json=json)
+
+
+def negatives(
+    source: str,
+    out: str,
+    *,
+    rows: int = 1000,
+    context_tokens: int | str = "32K",
+    part_tokens: int | str = "2K",
+    separator: str = "\\n\\n",
+    where: str | None = None,
+    exclude: str | None = None,
+    tokenizer: str | None = None,
+    embedding: str | None = None,
+    seed: int = 0,
+    name: str = "negatives",
+    json: bool = False,
+) -> None:
+    """Put near neighbours of other documents between a document's parts: what belongs together lies far apart.
+
+    Each row is one document of two parts or more, in its order, up to half of the row; the rest of it are the parts of
+    other documents that are most like the part before them.
+
+    Args:
+        source: set of plain texts, or of references; a file, a folder, or a pattern in quotes.
+        out: JSONL file to write.
+        rows: how many documents; none is drawn twice.
+        context_tokens: longest row, e.g. 128K.
+        part_tokens: of a part.
+        separator: what stands between parts; \\n is a line break.
+        where: column=value, rows of the source to take.
+        exclude: column=value, rows of the source to leave out.
+        tokenizer: folder or hub id of a model, to count lengths exactly. Left out: lengths are estimated.
+        embedding: folder or hub id of a sentence-transformers model that finds neighbours. Left out: TF-IDF.
+        seed: the same seed gives the same rows.
+        name: written to each row as its source.
+        json: print one JSON object instead of a line.
+    """
+    longest, part = context_length(context_tokens), context_length(part_tokens, "--part_tokens")
+    if rows < 1 or 4 * part > longest:
+        seen = f"--rows is {rows}, --context_tokens is {context_tokens}, --part_tokens is {part_tokens}"
+        raise ConfigError(f"{seen}: expected 1 or more rows, and room for four parts in one")
+    taken = Where(parse_where("--where", where), parse_where("--exclude", exclude))
+    lengths = Lengths(load_tokenizer(tokenizer) if tokenizer else None)
+    with Ledger(Path(f"{out}.ledger.jsonl")) as ledger:
+        made = negative_rows(
+            read_documents(SourceConfig(path=source), ledger, taken), rows=rows, context_tokens=longest,
+            part_tokens=part, seed=seed, name=name, separator=separator.replace("\\n", "\n"), lengths=lengths,
+            embed=sentence_embedder(embedding) if embedding else None,
+        )  # fmt: skip
+        write_made(made, out, lengths, ledger, json=json)
 
 
 def of_running_texts(
