@@ -74,8 +74,10 @@ def test_the_same_rows_as_of_a_gpu_here(model: Path, server: tuple[str, Asked], 
     assert [(len(one["prompt"]), one["model"], one["temperature"]) for one in asked] == [(4, "tiny", 0)]
 
 
-def test_mistakes_are_refused(model: Path, server: tuple[str, Asked], capsys: pytest.CaptureFixture[str]) -> None:
-    needle = ["eval", "needle", str(model), "--lengths", "600", "--server"]
+def test_mistakes_are_refused(
+    model: Path, server: tuple[str, Asked], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needle = ["eval", "needle", str(model), "--lengths", "600", "--out", str(tmp_path / "eval"), "--server"]
     for argv, said in (
         ([*needle, "http://127.0.0.1:1/v1"], "expected an OpenAI-compatible address"),
         ([*needle, server[0].replace("/v1/", "/other")], "serves no model"),
