@@ -18,14 +18,15 @@ def case(rank: int, world: int, folder: str, sp: int, window: int) -> NDArray[np
 
     from ds_longft.layout import ParallelLayout
     from ds_longft.sequence.attention import ULYSSES, register
-    from ds_longft.tools.evaluate.position_loss import bucket_losses, read_in_windows
+    from ds_longft.tools.evaluate.position_loss import read_in_windows, token_losses
     from ds_longft.tools.evaluate.subject import find_subject, load_subject
 
     register()
     loaded = load_subject(find_subject(folder), torch.device("cpu"), attention=ULYSSES)
     ids = torch.randint(3, 128, (61,), generator=torch.Generator().manual_seed(0)).tolist()
     layout = ParallelLayout.create(sp) if sp > 1 else ParallelLayout(world, rank, 1)
-    return bucket_losses(loaded, read_in_windows(ids, window, sp), layout, "auto", 8)
+    at, losses = token_losses(loaded, read_in_windows(ids, window, sp), layout, "auto")
+    return np.stack([np.bincount(at, losses, minlength=61), np.bincount(at, minlength=61)])
 
 
 DYNAMIC = {"max_position_embeddings": 20, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 8.0}}

@@ -11,12 +11,16 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ds_longft.sequence.llama4 import take_over_temperatures
 from ds_longft.sequence.state.families import spread_state_layers
 from ds_longft.tools.evaluate import results
 from ds_longft.tools.evaluate.cached_attention import CACHED, register
 from ds_longft.tools.evaluate.flags import Flags, tokens_of
 from ds_longft.tools.evaluate.generate import Reader, end_ids, generate
+from ds_longft.tools.evaluate.position_loss import read_in_windows, token_losses
 from ds_longft.tools.evaluate.processes import Processes
 from ds_longft.tools.evaluate.served import Server
 from ds_longft.tools.evaluate.subject import Loaded, find_subject, load_subject, subject_tokenizer, subject_window
@@ -80,6 +84,17 @@ class Answering:
     def _server(self) -> Server:
         assert self.flags.server is not None
         return Server(self.flags.server)
+
+    def losses(self, ids: Sequence[int], window_tokens: int | None = None) -> NDArray[np.float64]:
+        """[tokens] the loss (nats) of each token, 0 of the first, on every rank of the sp group.
+
+        The text is read whole, or in windows (`read_in_windows`).
+        """
+        layout, whole = self.processes.layout, np.zeros(len(ids))
+        text = read_in_windows(ids, window_tokens or len(ids), layout.sp)
+        at, mine = token_losses(self.loaded, text, layout, self.flags.kernel)
+        whole[at] = mine
+        return self.processes.summed(whole)
 
     def replies(self, prompts: Sequence[Sequence[int]], asked: Question) -> list[str]:
         """Greedy answers to prompts of alike questions."""

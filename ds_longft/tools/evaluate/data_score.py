@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
@@ -73,7 +72,6 @@ def score(
 
 def _measure(answering: Answering, path: str, out: Path, window: int, length: int | None) -> Result:
     from ds_longft.data.tokenize import tokenize_sources
-    from ds_longft.tools.evaluate.position_loss import read_in_windows, token_losses
 
     processes, source = answering.processes, SourceConfig(path=path)
     longest = length or answering.window or 8192
@@ -82,23 +80,14 @@ def _measure(answering: Answering, path: str, out: Path, window: int, length: in
     rows = processes.one_first(lambda: tokenize_sources([source], answering.tokenizer, data, progress=writes))
     of_origin = {origin: i for i, origin in enumerate(rows.column("origin").tolist())}
 
-    def losses(ids: list[int], of: int) -> NDArray[np.float64]:
-        """[tokens] the loss of each, 0 of the first, on every rank of the group."""
-        at, each = token_losses(
-            answering.loaded, read_in_windows(ids, of, processes.layout.sp), processes.layout, answering.flags.kernel
-        )
-        whole = np.zeros(len(ids))
-        whole[at] = each
-        return processes.summed(whole)
-
     def scored(origin: str) -> list[dict[str, Any]]:
         row = rows.row(of_origin[origin])
         ids = row.input_ids.tolist()
         targets = np.zeros(len(ids), dtype=bool)
         for start, end in zip(row.span_start.tolist(), row.span_end.tolist(), strict=True):
             targets[max(1, start) : end] = True
-        with_all = losses(ids, len(ids))
-        with_short = losses(ids, window) if len(ids) > window else with_all
+        with_all = answering.losses(ids)
+        with_short = answering.losses(ids, window) if len(ids) > window else with_all
         far, near = float(with_all[targets].mean()), float(with_short[targets].mean())
         return [
             {"key": origin, "context_gain": round(near - far, 5), "loss_long": round(far, 5),

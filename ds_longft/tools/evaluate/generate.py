@@ -6,7 +6,7 @@ the pack and the keys and values of its tokens, and computes each new token like
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -184,15 +184,10 @@ def end_ids(loaded: Loaded, tokenizer: Any) -> set[int]:
 
 def _tile_mlps(decoder: nn.Module) -> None:
     """Gated MLPs take a long prompt in tiles; again, it changes nothing."""
-    for module in _gated_mlps(decoder):
-        if not isinstance(module.forward, partial):
-            module.forward = partial(_in_tiles, module.forward)
-
-
-def _gated_mlps(decoder: nn.Module) -> Iterator[Any]:
     for module in decoder.modules():
-        if all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj")):
-            yield module
+        is_gated = all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj"))
+        if is_gated and not isinstance(module.forward, partial):
+            module.forward = partial(_in_tiles, module.forward)
 
 
 def _in_tiles(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -93,10 +93,10 @@ def perplexity(
 def _measure(
     answering: Answering, pieces: list[list[int]], window: int | None, buckets: int, told: dict[str, Any]
 ) -> Result:
-    from ds_longft.tools.evaluate.position_loss import bucket_losses, read_in_windows
     from ds_longft.tools.evaluate.results import fingerprint
 
-    tokens, processes = len(pieces[0]), answering.processes
+    tokens = len(pieces[0])
+    bucket = np.arange(1, tokens) * buckets // tokens  # of each predicted token
     settings = {
         **told,
         "length_tokens": tokens,
@@ -107,10 +107,9 @@ def _measure(
     }
 
     def losses(key: str) -> list[dict[str, Any]]:
-        text = read_in_windows(pieces[int(key)], window or tokens, processes.layout.sp)
-        mine = bucket_losses(answering.loaded, text, processes.layout, answering.flags.kernel, buckets)
-        sums, counts = processes.summed(mine)
-        return [{"key": key, "loss_sums": sums.tolist(), "targets": counts.astype(int).tolist()}]
+        each = answering.losses(pieces[int(key)], window)[1:]
+        sums, counts = np.bincount(bucket, each, minlength=buckets), np.bincount(bucket, minlength=buckets)
+        return [{"key": key, "loss_sums": sums.tolist(), "targets": counts.tolist()}]
 
     answering.add(answering.open_rows("perplexity", settings, [str(i) for i in range(len(pieces))]), losses)
     return answering.finish("perplexity", lambda rows: summarize(rows, tokens, buckets))

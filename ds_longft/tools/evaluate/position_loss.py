@@ -1,4 +1,4 @@
-"""The loss of every token of one text that may be split over ranks, summed in stretches of positions.
+"""The loss of every token of one text that may be split over ranks.
 
 A text is read whole, or in windows: documents of one pack, isolated from each other as in training.
 """
@@ -53,18 +53,6 @@ def read_in_windows(ids: Sequence[int], window_tokens: int, multiple: int) -> Re
     pack = pack_of(documents, multiple)
     positions.append(np.zeros(pack.padding_tokens, dtype=np.int64))
     return ReadText(pack, np.concatenate(positions), len(array))
-
-
-def bucket_losses(
-    loaded: Loaded, text: ReadText, layout: ParallelLayout, kernel: str, buckets: int
-) -> NDArray[np.float64]:
-    """[2, buckets]: this rank's sums of losses (nats) and numbers of targets by position of the predicted token.
-    Collective over the sp group.
-    """
-    predicted, losses = token_losses(loaded, text, layout, kernel)
-    bucket = np.minimum(predicted * buckets // text.tokens, buckets - 1)
-    sums = np.bincount(bucket, weights=losses, minlength=buckets)
-    return np.stack([sums, np.bincount(bucket, minlength=buckets)])
 
 
 @torch.no_grad()

@@ -95,7 +95,6 @@ def _measure(answering: Answering, told: dict[str, Any], texts: int, length: int
     from ds_longft.tools.evaluate.answering import Question
     from ds_longft.tools.evaluate.haystack import MARK, chat_around
     from ds_longft.tools.evaluate.perplexity import pieces_of
-    from ds_longft.tools.evaluate.position_loss import bucket_losses, read_in_windows
     from ds_longft.tools.evaluate.results import fingerprint
 
     characters = CHARACTERS_A_TOKEN * length * texts
@@ -111,11 +110,7 @@ def _measure(answering: Answering, told: dict[str, Any], texts: int, length: int
     of_text = {f"text/{i}": piece for i, piece in enumerate(pieces)}
 
     def loss(key: str) -> list[dict[str, Any]]:
-        layout, ids = answering.processes.layout, of_text[key]
-        kernel = answering.flags.kernel
-        text = read_in_windows(ids, length, layout.sp)
-        total, targets = answering.processes.summed(bucket_losses(answering.loaded, text, layout, kernel, 1))[:, 0]
-        return [{"key": key, "loss": float(total / targets)}]
+        return [{"key": key, "loss": float(answering.losses(of_text[key])[1:].mean())}]
 
     def made(question: str, wanted: str) -> tuple[list[int], Callable[[str, float], dict[str, Any]]]:
         head, tail = chat_around(answering.tokenizer, MARK + question)
