@@ -60,34 +60,39 @@ class StateSizes:
         """Of the kernels of flash-linear-attention 0.6.0, `chunk.py` in `fla/ops/gated_delta_rule` and `simple_gla`.
 
         Chunks have 64 tokens. A delta rule keeps normalised keys and queries and a 64 x 64 matrix a chunk; Mamba-2 keys
-        and queries of every head, and states in float32, as many heads at a time as `STATE_BYTES` allows.
+        and queries of every head, and has its states in float32. Of more states than `STATE_BYTES` some heads at a
+        time, and then all that is computed again.
         """
         f, e, s = m.state, x.element_bytes, x.tokens
         assert f is not None
         named = BEFORE_STATE if m.attends else (*BEFORE_STATE, *GROUPS[0])
         outs = sum(o for name, _, o in m.linear_io if name in named)
-        h, g = -(-f.heads // x.sp), -(-f.groups // x.sp)
-        keys, values, states = h * f.keys, h * f.values, h * f.keys * f.values / CHUNK_TOKENS
-        convolved, turn = -(-f.channels // x.sp), 2 * states
+        h, g, convolved = (-(-n // x.sp) for n in (f.heads, f.groups, f.channels))
+        keys, values, states = float(h * f.keys), float(h * f.values), h * f.keys * f.values / CHUNK_TOKENS
         exchanged = x.local_tokens * e * (2 * f.groups * f.keys + f.heads * f.values)
+        share, saved = 1.0, 2.0 * convolved
         if f.kind in ("delta", "kimi"):
-            wide = 2 * keys if f.kind == "kimi" else 0  # decays of each feature, in float32
-            saved = 2.0 * convolved + 2 * g * f.keys + h * CHUNK_TOKENS + wide
+            share = min(1.0, STATE_BYTES / (4 * s * states))
+            wide = 2 * keys if f.kind == "kimi" else 0.0  # decays of each feature, in float32
+            inside = 2.0 * g * f.keys + h * CHUNK_TOKENS
+            saved += wide
             forward = keys + 2 * values + states
             backward = forward + 2 * values + states + 3 * keys + 2 * wide
         elif f.kind == "decay":
-            turn = min(2 * states, STATE_BYTES / (s * e))
-            saved = 2.0 * convolved + 2 * keys + 4 * values
-            forward = turn + values
-            backward = 2 * turn + 2 * keys + 2 * values
+            share = min(1.0, STATE_BYTES / (4 * s * states))
+            inside = 2 * keys
+            saved += 4 * values
+            forward = 2 * states
+            backward = 4 * states + 2 * keys + 2 * values
         else:  # torch: a convolution's float32 copies; Mamba-1's states of every token
-            saved = 2.0 * convolved if f.kind == "conv" else 4.0 * h * f.keys
-            forward, backward = 3 * saved, 4 * saved
+            inside = 0.0 if f.kind == "conv" else 4 * keys
+            forward, backward = 3 * (saved + inside), 4 * (saved + inside)
         # transformers' gated norm: in float32 its input, the gate and silu of it, and the norm in bf16
         saved += (12 / e + 1) * values if f.kind != "conv" else 0.0
-        later = 2 * states - turn  # states of other turns: they travel, and do not add up
-        moved = 4 * convolved + saved + 2 * (forward + later + values)
-        sizes = (values, saved, forward, backward, moved, 2 * moved + 2 * (backward + 2 * later))
+        moved = 4 * convolved + saved + inside + 2 * (forward + values)
+        moved_backward = (2 if share == 1 else 3) * moved + 2 * backward
+        kept, again = (saved + inside, 0.0) if share == 1 else (saved, inside)
+        sizes = (values, kept, share * (forward + again), share * (backward + again), moved, moved_backward)
         return cls(x.local_tokens * e * outs, exchanged, *(s * e * each for each in sizes))
 
 

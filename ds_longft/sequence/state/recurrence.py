@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 
 from ds_longft.batch import Documents
@@ -29,8 +30,9 @@ CHUNK_TOKENS = 64
 """Tokens that are worked on as one matrix."""
 
 STATE_BYTES = 4 << 30
-"""Float32 states of all chunks that a turn of `decayed_attention` makes, twice of it in the backward pass. With fewer
-heads a turn fills an H200's 132 multiprocessors less: Mamba-2 of 128 heads at 131,072 tokens takes two turns."""
+"""States of all chunks, counted in float32, of the heads that are worked on at a time; the backward pass has as many
+gradients. Where they are not all heads, what a turn keeps is computed again in its backward pass. Few heads would not
+fill a GPU: gated deltas of 32 heads (128 x 128) take one turn up to 131,072 tokens, Mamba-2's 128 (128 x 64) two."""
 
 
 def has_fla() -> bool:
@@ -112,18 +114,18 @@ def decayed_attention(q: Tensor, k: Tensor, v: Tensor, g: Tensor, documents: Doc
     o_t = sum over s <= t of exp(g_{s+1} + ... + g_t) (q_t . k_s) v_s, inside each document.
     q, k [S, G, K], v [S, H, V], g [S, H] the decays' logarithms. Returns [S, H, V] in v's dtype.
     """
-    outs = []
     if _on_fla(v):
         from fla.ops.simple_gla import chunk_simple_gla
 
-        of_a_head = -(-len(v) // CHUNK_TOKENS) * k.shape[2] * v.shape[2] * 4
-        for some in torch.arange(v.shape[1]).split(max(1, STATE_BYTES // of_a_head)):
-            heads = slice(int(some[0]), int(some[-1]) + 1)
-            qh, kh = (_of_heads(t, heads, v.shape[1]).to(v.dtype)[None] for t in (q, k))
-            outs.append(
-                chunk_simple_gla(qh, kh, v[None, :, heads], g[None, :, heads], scale=1.0, **documents.borders)[0]
-            )
-        return torch.cat(outs, 2)[0]
+        def some(q: Tensor, k: Tensor, v: Tensor, g: Tensor, heads: slice, of: int) -> Tensor:
+            q, k = (_of_heads(t, heads, of).to(v.dtype) for t in (q, k))
+            out: Tensor = chunk_simple_gla(q[None], k[None], v[None], g[None], scale=1.0, **documents.borders)[0][0]
+            return out
+
+        turns = _turns(len(v), v.shape[1], 1, k.shape[2] * v.shape[2])
+        call = _again if len(turns) > 1 else _once
+        return torch.cat([call(some, q, k, v[:, heads], g[:, heads], heads, v.shape[1]) for heads in turns], 1)
+    outs = []
     q, k = (_of_heads(t, slice(0, v.shape[1]), v.shape[1]) for t in (q, k))
     for parts in zip(*(t.split(documents.lengths) for t in (q, k, v, g)), strict=True):
         outs += _decayed(*(wide(t).transpose(0, 1) for t in parts))
@@ -164,16 +166,43 @@ def _delta(
     rule: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, documents: Documents
 ) -> Tensor:
     """A delta rule over all documents at once, or a document at a time."""
-    tensors = (q, k, v, g, beta)
     if _on_fla(q):
-        out: Tensor = rule(*(t[None] for t in tensors), use_qk_l2norm_in_kernel=True, **documents.borders)[0][0]
-        return out
+
+        def some(*tensors: Tensor) -> Tensor:
+            out: Tensor = rule(*(t[None] for t in tensors), use_qk_l2norm_in_kernel=True, **documents.borders)[0][0]
+            return out
+
+        each = v.shape[1] // k.shape[1]
+        turns = _turns(len(v), v.shape[1], each, k.shape[2] * v.shape[2])
+        call = _again if len(turns) > 1 else _once
+        outs = []
+        for heads in turns:
+            groups = slice(heads.start // each, heads.stop // each)
+            outs.append(call(some, q[:, groups], k[:, groups], *(t[:, heads] for t in (v, g, beta))))
+        return torch.cat(outs, 1)
     outs = []
     q, k = (t.repeat_interleave(v.shape[1] // t.shape[1], 1) for t in (q, k))  # transformers before 5.24 does not
     for parts in zip(*(t.split(documents.lengths) for t in (q, k, v, g, beta)), strict=True):
         qd, kd, vd, gd, bd = (t[None] for t in parts)
         outs.append(rule(qd, kd, vd, g=gd, beta=bd, use_qk_l2norm_in_kernel=True)[0][0])
     return torch.cat(outs)
+
+
+def _turns(tokens: int, heads: int, step: int, state_elements: int) -> list[slice]:
+    """Heads of each turn, a multiple of `step` at a time."""
+    of_a_head = -(-tokens // CHUNK_TOKENS) * state_elements * 4
+    at_once = max(1, STATE_BYTES // of_a_head // step) * step
+    return [slice(i, min(i + at_once, heads)) for i in range(0, heads, at_once)]
+
+
+def _once(call: Callable[..., Tensor], *args: Any) -> Tensor:
+    return call(*args)
+
+
+def _again(call: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Keeps the arguments alone, views of what is there already."""
+    out: Tensor = checkpoint(call, *args, use_reentrant=False, preserve_rng_state=False)
+    return out
 
 
 def _of_heads(t: Tensor, heads: slice, of: int) -> Tensor:

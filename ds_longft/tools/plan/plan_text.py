@@ -175,7 +175,7 @@ def of_states(model: ModelFacts) -> list[str]:
     attend = sum(f.attends for f in model.layer_facts)
     lines = [
         f"{attend} of {model.layers} layers have softmax attention: there time grows with the square of the length,",
-        "and model.rope stretches no other. Layers with a state are an estimate, not yet timed",
+        "and model.rope stretches no other. Time of layers with a state is an estimate",
     ]
     if any(f.state and f.state.kind == "scan" for f in model.layer_facts):
         lines.append("Mamba-1 has no fast kernel here: on GPUs it takes far longer than is said above")

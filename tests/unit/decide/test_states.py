@@ -42,12 +42,23 @@ def test_all_linears_are_multiplied(model: ModelFacts) -> None:
 @pytest.mark.parametrize("model", HYBRIDS.values(), ids=HYBRIDS)
 def test_states_cost_the_same_for_each_token(model: ModelFacts) -> None:
     seconds = []
-    for tokens in (65536, 131072):
+    for tokens in (32768, 65536):  # all heads at once
         x = Setting((tokens,), recompute="full", tile_tokens=8192)
         seconds.append(predict_time(model, x, GPU, (Keep(),) * model.layers).parts)
     short, long = seconds
     assert long["layers with a state"] == pytest.approx(2 * short["layers with a state"])
     assert long["attention"] > 3.5 * short["attention"]
+
+
+def test_states_of_long_packs_are_worked_on_in_turns() -> None:
+    """More states than `STATE_BYTES`: the backward pass holds as much beside them as at that length, no more."""
+    delta = HYBRIDS["hybrid8b"].by_layer[0]
+    whole, turns = (Sizes(delta, Setting((tokens,))).state for tokens in (131072, 524288))
+    assert whole is not None
+    assert turns is not None
+    assert turns.saved < 4 * whole.saved
+    assert whole.backward < turns.backward < 1.5 * whole.backward
+    assert turns.moved_backward > 4 * whole.moved_backward
 
 
 def test_heads_of_states_are_split_over_ranks() -> None:
@@ -61,7 +72,7 @@ def test_heads_of_states_are_split_over_ranks() -> None:
 
 def test_a_long_pack_is_recomputed_until_it_fits() -> None:
     model = HYBRIDS["mamba8b"]
-    asked = Setting((131072,), stage=2, host_gib=100.0)
+    asked = Setting((196608,), stage=2, host_gib=100.0)
     found = fastest_saver(model, asked, GPU, 100.0)
     assert predict(model, found, GPU).fits(GPU, 100.0)
     assert not predict(model, replace(asked, host_gib=0.0), GPU).fits(GPU)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ds_longft.batch import Documents
-from ds_longft.sequence.state import chunk_backward
+from ds_longft.sequence.state import chunk_backward, recurrence
 from ds_longft.sequence.state.recurrence import decayed_attention
 
 LENGTHS = (70, 1, 3, 64, 200)
@@ -70,3 +70,14 @@ def test_gradients_are_those_of_autograd(at_a_time: int) -> None:
     torch.testing.assert_close(dg, wanted[3])
     assert dw is not None
     torch.testing.assert_close(dw[0], -torch.einsum("thv,thkv->thk", do, states))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "step", "state", "at_once"),
+    [(131072, 32, 2, 128 * 128, 32), (131073, 32, 2, 128 * 128, 30), (131072, 128, 1, 128 * 64, 64), (1 << 30, 6, 3, 1 << 20, 3)],
+    ids=["all", "whole groups of heads", "Mamba-2's", "at least one group"],
+)  # fmt: skip
+def test_turns_have_all_heads_once(tokens: int, heads: int, step: int, state: int, at_once: int) -> None:
+    turns = recurrence._turns(tokens, heads, step, state)
+    assert turns[0] == slice(0, at_once)
+    assert [i for turn in turns for i in range(turn.start, turn.stop)] == list(range(heads))
