@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import (
 )
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.utils import cached_file
 
 from ds_longft.config.run_config import ModelConfig, RopeConfig
 from ds_longft.config.state_families import STATE_FAMILIES
@@ -97,11 +99,21 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **_source(model))
         tokenizer.add_tokens(model.add_tokens)
+        tokenizer.chat_template = tokenizer.chat_template or _processors_template(path, model.revision)
         return tokenizer
     except Exception as error:  # every tokenizer backend has its own way to fail on a missing or broken file
         alone = (Path(path) / "tokenizer.model").is_file() and not (Path(path) / "tokenizer.json").is_file()
         hint = ". It holds tokenizer.model alone: `pip install sentencepiece`" if alone else ""
         raise ModelError(f"model.path: no tokenizer can be read from {path!r}: {_first_line(error)}{hint}") from error
+
+
+def _processors_template(path: str, revision: str | None) -> str | None:
+    """The chat template beside what prepares images: older multimodal checkpoints keep it where no tokenizer looks."""
+    for name in ("chat_template.json", "processor_config.json"):
+        file = cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        if file is not None and (found := json.loads(Path(file).read_text(encoding="utf-8")).get("chat_template")):
+            return str(found)
+    return None
 
 
 def trained_rows(model: ModelConfig) -> list[int]:

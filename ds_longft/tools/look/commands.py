@@ -265,10 +265,9 @@ def _read(config: RunKeys) -> tuple[RunConfig, Any]:
     run = load_run_config(config)
     if not run.model.path:
         raise ConfigError("model.path is empty: it names the tokenizer")
-    kwargs = {"revision": run.model.revision, "trust_remote_code": run.model.trust_remote_code}
-    tokenizer = load_tokenizer(run.model.path, **kwargs)
-    tokenizer.add_tokens(run.model.add_tokens)
-    return run, tokenizer
+    from ds_longft.model import load
+
+    return run, load.load_tokenizer(run.model)
 
 
 def _tokenized(run: RunConfig, sources: Sequence[SourceConfig], tokenizer: Any) -> TokenizedSet:

@@ -22,6 +22,7 @@ from transformers import (
 from ds_longft.config.run_config import ModelConfig, RopeConfig
 from ds_longft.errors import ModelError
 from ds_longft.model.load import config_remarks, load_config, load_model, load_tokenizer, read_config
+from tests.tokenizer import tiny_tokenizer
 from tests.unit.model.tiny import FAMILIES, WINDOW, save_tiny, tiny_config
 
 CPU = torch.device("cpu")
@@ -142,6 +143,23 @@ def test_a_stretch_is_of_the_layers_with_positions_alone(tmp_path: Path) -> None
     [remark] = config_remarks(config, RopeConfig(type="yarn"), WINDOW)
     assert "softmax attention layers alone" in remark
     assert config_remarks(config, RopeConfig(), WINDOW) == []
+
+
+@pytest.mark.parametrize("name", ["chat_template.json", "processor_config.json"])
+def test_the_processors_template_where_the_tokenizer_has_none(name: str, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    own, tokenizer.chat_template = tokenizer.chat_template, None
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / name).write_text(json.dumps({"chat_template": own}))
+    assert load_tokenizer(ModelConfig(path=str(tmp_path))).chat_template == own
+    tokenizer.chat_template = "its own"
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(ModelConfig(path=str(tmp_path))).chat_template == "its own"
+    (tmp_path / name).unlink()
+    tokenizer.chat_template = None
+    (tmp_path / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(ModelConfig(path=str(tmp_path))).chat_template is None
 
 
 def test_a_folder_with_tokenizer_model_alone(tmp_path):
