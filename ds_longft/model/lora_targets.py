@@ -33,7 +33,7 @@ class Targets:
 
     modules: str | list[str]
     parameters: list[str] | None = None
-    excluded: list[str] | None = None  # modules that are called like one of `modules`
+    excluded: str | list[str] | None = None  # modules that are called like one of `modules`
 
 
 def targets_of(model: PreTrainedModel, lora: LoraConfig) -> Targets:
@@ -69,7 +69,8 @@ def targets_of(model: PreTrainedModel, lora: LoraConfig) -> Targets:
         )
     if experts:
         excluded |= {_in_layer(name) for name in linears if _leaf(name) in modules and name not in chosen}
-    parameters = {f"{_in_layer(name)}.weight" for name in chosen if _leaf(name) in taken}
+    # Towers may have layers of the same names: there each is named in full.
+    parameters = {f"{name if inside else _in_layer(name)}.weight" for name in chosen if _leaf(name) in taken}
     if lora.experts:
         parameters |= {_in_layer(name) for name in experts}
     asked: str | list[str] = sorted(modules)
@@ -77,7 +78,11 @@ def targets_of(model: PreTrainedModel, lora: LoraConfig) -> Targets:
         asked = _inside(model, modules, head)
     elif not experts:
         asked = lora.targets if lora.targets == "all-linear" else named
-    return Targets(asked, sorted(parameters) or None, sorted(excluded) or None)
+    left_out: str | list[str] | None = sorted(excluded) or None
+    if is_wrapped(model.config) and experts:  # PEFT makes plain names of the pattern where it knows a mixture's type
+        outside = rf"(?!{re.escape(inside)}|{re.escape(_name_of(model, head))}$).*"
+        left_out = "|".join([outside, *(rf"(?:.*\.)?{re.escape(name)}" for name in sorted(excluded))])
+    return Targets(asked, sorted(parameters) or None, left_out)
 
 
 def _routes(name: str, linear: nn.Linear, experts: int | None) -> bool:
@@ -89,9 +94,13 @@ def _inside(model: PreTrainedModel, names: set[str], head: nn.Module) -> str:
     """In a multimodal model a pattern of the text model's layers alone: PEFT would adapt layers of the same names in
     the towers too, where the adapter is loaded with them.
     """
-    called = next(name for name, module in model.named_modules() if module is head)
+    called = _name_of(model, head)
     pattern = rf"{re.escape(decoder_name(model))}\.(?:.*\.)?(?:{'|'.join(sorted(map(re.escape, names)))})"
     return "|".join([pattern, *([re.escape(called)] if _leaf(called) in names else [])])
+
+
+def _name_of(model: PreTrainedModel, part: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is part)
 
 
 def stacked_experts(model: nn.Module) -> dict[str, int]:

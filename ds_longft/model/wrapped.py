@@ -20,6 +20,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import cached_file
 
+from ds_longft.errors import ModelError
+
 PREPARATION_FILES = (
     "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "chat_template.json",
 )  # fmt: skip
@@ -50,11 +52,18 @@ def text_class(hf_config: PretrainedConfig) -> Any:
 
 
 def make(model_class: Any, hf_config: PretrainedConfig, **keywords: Any) -> PreTrainedModel:
-    """A model with random weights of one of these classes. It keeps the config, and changes its dtype."""
-    if model_class is AutoModelForCausalLM:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(hf_config, **keywords)
-    else:
-        model = model_class._from_config(hf_config, **keywords)
+    """A model with random weights of one of these classes. It keeps the config, and changes its dtype.
+
+    Raises:
+        ModelError: a package is missing that a multimodal model's towers are made with, though they are left out.
+    """
+    auto = model_class is AutoModelForCausalLM
+    from_config = AutoModelForCausalLM.from_config if auto else model_class._from_config
+    try:
+        model: PreTrainedModel = from_config(hf_config, **keywords)
+    except ImportError as error:
+        said = str(error).strip().splitlines()[0]
+        raise ModelError(f"transformers cannot build {hf_config.model_type} here: {said}") from error
     return model
 
 

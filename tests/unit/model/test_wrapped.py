@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from ds_longft.config.run_config import LoraConfig, ModelConfig
 from ds_longft.model.facts import ModelFacts
 from ds_longft.model.load import load_config, load_model
 from ds_longft.model.lora import add_lora, gather_adapter_state, load_adapter, save_adapter
-from ds_longft.model.wrapped import make, save_whole, whole_class
+from ds_longft.model.wrapped import make, save_whole, text_class, whole_class
 from ds_longft.tools.export import export_model
 from ds_longft.train.weights import gather_weights
 from tests.unit.sequence.zoo import tiny
@@ -71,6 +72,17 @@ def test_the_towers_are_not_in_it(tmp_path: Path, model_type: str) -> None:
         ours = head(decoder(input_ids=TOKENS).last_hidden_state)
         whole = AutoModelForImageTextToText.from_pretrained(base, attn_implementation="eager").eval()
         torch.testing.assert_close(whole(input_ids=TOKENS).logits, ours, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("model_type", ["glm4v_moe", "qwen3_omni_moe_thinker"])
+def test_adapters_of_a_mixture_leave_layers_of_the_same_names_in_towers_alone(model_type: str) -> None:
+    """Of both PEFT knows the type, and makes plain names of the pattern it is given."""
+    config, names = tiny(model_type), []
+    for model_class in (whole_class(config), text_class(config)):
+        adapted = add_lora(make(model_class, copy.deepcopy(config)), LoraConfig(r=4, alpha=8), seed=0)
+        names.append({name for name, _ in adapted.named_parameters() if "lora_" in name})
+    assert names[0] == names[1]
+    assert all(".language_model." in name for name in names[0])
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "lm_head"]])
