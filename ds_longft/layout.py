@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """Frozen coordinates of one rank; passed explicitly to whoever communicates.
+    """Frozen coordinates of one rank; passed explicitly to the code that communicates.
 
     `group` is this rank's sp group; None when sp is 1, where nothing is exchanged.
     """

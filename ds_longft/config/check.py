@@ -1,7 +1,7 @@
 """Will this run work here? Every reason why not, within milliseconds, before a model is loaded or torch is imported.
 
 What can only be known from the loaded model (its class, its live RoPE frequencies) is checked again in `model`.
-Each text names all keys it goes by: `settings` tells by them what to leave out while the value of a key is wrong.
+Each text names every key that the check reads: `read` leaves out those that name a key whose value is wrong.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ Every key may also stand in the YAML file, nested: `data: {max_length_tokens: 12
 Problems = dict[str, str | None]
 """Text of each problem -> the key whose value it leaves unknown (EVERY_KEY: of all keys, None: of no key).
 
-A problem found later that goes by such a key is not reported: it would be about the default in the key's place.
+A problem found later that reads such a key is not reported: it would be about the default in the key's place.
 """
 EVERY_KEY = ""
 

@@ -213,7 +213,7 @@ class SourceConfig(Section):
     """Branch, tag or commit of a hub set."""
 
     limit: ByContent[int | None] = Field(default=None, gt=0)
-    """Take only the first so many rows."""
+    """Take only the first N rows."""
 
 
 class DataConfig(Section):
@@ -365,7 +365,7 @@ class TrainConfig(Section):
     """Passes over the data; 0.5 is half of one, 2.25 two and a quarter."""
 
     max_steps: Applied[int | None] = Field(default=None, gt=0)
-    """Stop after so many optimizer steps, even inside an epoch."""
+    """Stop after N optimizer steps, even inside an epoch."""
 
     gradient_accumulation_steps: Refused[int] = Field(default=1, gt=0)
     """Packs of each data-parallel rank in one optimizer step."""
@@ -390,11 +390,11 @@ class TrainConfig(Section):
     Pinning takes about 0.4 s a GiB at the start."""
 
     mlp_tile_tokens: Rounding[Tokens | None] = None
-    """Compute MLPs so many of a rank's tokens at a time: less memory at the same speed, but no MLP output can be kept.
+    """Compute MLPs in tiles of N of a rank's tokens: less memory at the same speed, but no MLP output can be kept.
     Left out: whole, or with `auto` recomputation what the longest pack needs."""
 
     kv_heads_at_a_time: Rounding[int | None] = Field(default=None, gt=0)
-    """Exchange and compute attention so many of a rank's key/value heads (and their queries) at a time. Left out: all,
+    """Exchange and compute attention for N of a rank's key/value heads (and their queries) at a time. Left out: all,
     or with `auto` recomputation what the longest pack needs."""
 
     recompute_every: Rounding[int] = Field(default=2, gt=0)
@@ -405,10 +405,10 @@ class TrainConfig(Section):
     other and that no label crosses a border; stop if one of these fails. `ds-longft verify` checks more."""
 
     eval_every_steps: Free[int | None] = Field(default=None, gt=0)
-    """Evaluate before the first step, every so many steps and at the end. Left out: before the first and at the end."""
+    """Evaluate before the first step, every N steps and at the end. Left out: before the first and at the end."""
 
     save_every_steps: Free[int | None] = Field(default=None, gt=0)
-    """Checkpoint every so many steps. Left out: at the end only."""
+    """Checkpoint every N steps. Left out: at the end only."""
 
     keep_checkpoints: Free[int] = Field(default=2, ge=1)
     """Older checkpoints are deleted after a new one is complete."""
@@ -417,7 +417,7 @@ class TrainConfig(Section):
     """`auto`: newest valid checkpoint of `output_dir`, if there is one. A number: exactly that step, or an error."""
 
     max_minutes: Free[float | None] = Field(default=None, gt=0)
-    """Stop, save and exit 75 in time for so many minutes after the start. A SLURM job's end is heeded without it."""
+    """Stop, save and exit 75 before N minutes have passed since the start. A SLURM job's end is heeded without it."""
 
     on_nonfinite: Applied[Literal["stop", "skip"]] = "stop"
     """When loss or gradient is NaN or infinite, the step is not applied. `stop`: exit 70. `skip`: take the next."""
@@ -428,7 +428,7 @@ class TrainConfig(Section):
     with flash-attn-4. Kernels that are not shown to repeat are left out."""
 
     max_skipped_in_a_row: Applied[int] = Field(default=3, gt=0)
-    """With `on_nonfinite: skip`, exit 70 after more than so many skipped steps in a row."""
+    """With `on_nonfinite: skip`, exit 70 after more than N skipped steps in a row."""
 
     hang_minutes: Free[float] = Field(default=30.0, gt=0)
     """A rank that spends longer on one pack, evaluation pack or save dumps its stacks and exits 71."""
@@ -525,7 +525,7 @@ class RunConfig(Section):
 
 
 def contradictions(config: RunConfig) -> list[str]:
-    """Every broken rule across keys that needs nothing but the config; each text names all keys it goes by."""
+    """Every broken rule across keys that needs nothing but the config; each text names every key the rule reads."""
     data = config.data
     problems = []
     if data.eval and data.eval_fraction:

@@ -32,7 +32,7 @@ def stretch_factor(rope: RopeConfig, window: int, max_length_tokens: int) -> flo
 
 
 def window_problem(rope: RopeConfig, window: int, max_length_tokens: int, *, endless: bool) -> str | None:
-    """Why rows of this length do not fit the window with this stretch; `endless`: RoPE that goes by the length."""
+    """Why rows of this length do not fit the window with this stretch; `endless`: RoPE chosen by the length."""
     if rope.type == "none":
         if endless or max_length_tokens <= window:
             return None

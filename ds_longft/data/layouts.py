@@ -1,4 +1,4 @@
-"""Which columns a record may have, layout by layout: the one list that detection, reading and docs/data.md go by.
+"""Which columns a record may have, layout by layout: the one list behind detection, reading and docs/data.md.
 
 A column of a record is read by its layout, or is bookkeeping, or is counted as unused and named to the user. Nothing is
 dropped in silence.

@@ -21,7 +21,7 @@ Packing = Literal["best_fit", "sorted", "none"]
 # Length of a document at which attention takes as much work as everything linear, where the model is not known; that of
 # an 8B model under LoRA. Only the balance of ranks hangs on it.
 EQUAL_COST_TOKENS = 36_000
-LIKE_PACKS = 32  # at most so many packs of a step are chosen for their like cost
+LIKE_PACKS = 32  # most packs of a step that are chosen for their like cost
 ORDER_JITTER = 0.03  # of a row's length, when rows are laid by falling length: other rows meet each epoch
 
 

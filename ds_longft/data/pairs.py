@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,11 +16,10 @@ from numpy.typing import NDArray
 
 from ds_longft.batch import Pack, Pairs
 from ds_longft.data.encode import EncodedRow, Encoder, Overlong
-from ds_longft.data.ledger import Tally
 from ds_longft.data.pack import build_pack, documents_of, pack_of
 from ds_longft.data.preferences import PreferenceRow
 from ds_longft.data.rows import BadRow, Row
-from ds_longft.data.tokenized import SCHEMA, TokenizedRow, TokenizedSet, Weighting, row_hash
+from ds_longft.data.tokenized import SCHEMA, TokenizedRow, TokenizedSet, Weighting, record_batch, row_hash
 
 PAIR_SCHEMA = pa.schema(
     [
@@ -134,22 +132,15 @@ def pairs_to_batch(pairs: Sequence[EncodedPair]) -> pa.RecordBatch:
         "chosen_tokens": [len(p.chosen.input_ids) - n for p, n in zip(pairs, shared, strict=True)],
         "chosen_spans": [len(p.chosen.span_start) for p in pairs],
     }
-    return pa.RecordBatch.from_arrays(
-        [pa.array(columns[field.name], type=field.type) for field in PAIR_SCHEMA], schema=PAIR_SCHEMA
-    )
+    return record_batch(columns, PAIR_SCHEMA)
 
 
 class PairSet(TokenizedSet):
     """Tokenized preference pairs; a row is a pair. `length` counts both documents, as a pack does."""
 
     documents_per_row = 2
+    schema = PAIR_SCHEMA
     _reference: NDArray[np.float64] | None = None  # [rows of the file, 2]
-
-    @classmethod
-    def open(cls, files: Sequence[Path], fingerprint: str, tally: Tally) -> PairSet:
-        """Memory-map Arrow files with columns `PAIR_SCHEMA`, one behind the other."""
-        tables = [pa.ipc.open_file(pa.memory_map(str(file))).read_all() for file in files]
-        return cls(pa.concat_tables(tables or [PAIR_SCHEMA.empty_table()]), fingerprint, tally)
 
     def with_reference(self, logps: NDArray[np.float64]) -> PairSet:
         """The set with the reference's log-probabilities [rows, 2] (chosen, rejected) of the whole file's rows."""

@@ -236,7 +236,7 @@ class ChatTemplate:
         return seen
 
     def _named(self, turn: Turn, i: int) -> Turn:
-        """The turn with placeholders for what is said; nothing stays nothing, as templates go by that."""
+        """The turn with placeholders for what is said; what is empty stays empty, because templates test it."""
         calls = tuple(replace(call, name=mark(i, f"n{k}")) for k, call in enumerate(turn.calls))
         content = mark(i, "c") if turn.content.strip() or not (turn.calls or turn.thinking) else turn.content
         return replace(turn, content=content, thinking=mark(i, "t") if turn.thinking.strip() else "", calls=calls)

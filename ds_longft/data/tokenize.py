@@ -35,13 +35,13 @@ from ds_longft.data.cache import LEDGER, PartSeal, SealedSet, close_set, part_fi
 from ds_longft.data.encode import EncodedRow, Encoder, Overlong, without_trimmed_offsets
 from ds_longft.data.formats import detect_format, to_row
 from ds_longft.data.ledger import Entry, Kind, Ledger
-from ds_longft.data.pairs import PAIR_SCHEMA, EncodedPair, PairSet, encode_pairs, pairs_to_batch
+from ds_longft.data.pairs import EncodedPair, PairSet, encode_pairs, pairs_to_batch
 from ds_longft.data.preferences import PreferenceRow, check_columns, to_preference
 from ds_longft.data.progress import Progress, say_once
 from ds_longft.data.readers import Block, Source, find_source, first_record, parse_block
 from ds_longft.data.rows import BadRow, Row
 from ds_longft.data.template_source import load_template
-from ds_longft.data.tokenized import SCHEMA, TokenizedSet, to_record_batch
+from ds_longft.data.tokenized import TokenizedSet, to_record_batch
 from ds_longft.errors import DataError
 from ds_longft.stored import Unreadable
 
@@ -59,7 +59,6 @@ class RowKind:
     """The way of a record to the tokens on disk."""
 
     tokenized: type[TokenizedSet]
-    schema: pa.Schema
     to_row: Callable[..., Any]  # of a record, its format, source and origin
     encode: Callable[[Encoder, list[Any]], Sequence[Any]]
     to_batch: Callable[[list[Any]], pa.RecordBatch]
@@ -70,10 +69,8 @@ class RowKind:
         return PAIRS if name == PREFERENCE else SINGLE
 
 
-SINGLE = RowKind(TokenizedSet, SCHEMA, to_row, Encoder.encode, to_record_batch)
-PAIRS = RowKind(
-    PairSet, PAIR_SCHEMA, lambda record, _, **place: to_preference(record, **place), encode_pairs, pairs_to_batch
-)
+SINGLE = RowKind(TokenizedSet, to_row, Encoder.encode, to_record_batch)
+PAIRS = RowKind(PairSet, lambda record, _, **place: to_preference(record, **place), encode_pairs, pairs_to_batch)
 
 
 @dataclass(frozen=True)
@@ -286,7 +283,7 @@ def write_set(
             numbered = ((i // PART_BLOCKS, *task) for i, task in enumerate(tasks))
             new = (task for task in numbered if task[0] not in whole)
             for part, of_part in groupby(_results(new, found.encoder, workers, size_bytes), key=itemgetter(0)):
-                _write_part(folder, part, ((at, result) for _, at, result in of_part), bar, found.kind.schema)
+                _write_part(folder, part, ((at, result) for _, at, result in of_part), bar, found.kind.tokenized.schema)
         close_set(folder)
     except Overlong as too_long:
         shutil.rmtree(folder, ignore_errors=True)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -72,6 +72,7 @@ class TokenizedSet:
     """Rows of an Arrow file, or of a part of it. Cheap to open and to hold: the tokens stay on disk."""
 
     documents_per_row = 1
+    schema = SCHEMA
 
     def __init__(self, table: pa.Table, fingerprint: str, tally: Tally, rows: NDArray[np.int64] | None = None) -> None:
         self._table = table
@@ -80,10 +81,10 @@ class TokenizedSet:
         self.tally = tally  # of the whole file, also where this is a part of it
 
     @classmethod
-    def open(cls, files: Sequence[Path], fingerprint: str, tally: Tally) -> TokenizedSet:
-        """Memory-map Arrow files with columns `SCHEMA`, one behind the other."""
+    def open(cls, files: Sequence[Path], fingerprint: str, tally: Tally) -> Self:
+        """Memory-map Arrow files with columns `schema`, one behind the other."""
         tables = [pa.ipc.open_file(pa.memory_map(str(file))).read_all() for file in files]
-        return cls(pa.concat_tables(tables or [SCHEMA.empty_table()]), fingerprint, tally)
+        return cls(pa.concat_tables(tables or [cls.schema.empty_table()]), fingerprint, tally)
 
     def part(self, rows: NDArray[np.int64], fingerprint: str) -> TokenizedSet:
         """Some of the rows, by their numbers in this set."""
@@ -246,7 +247,12 @@ def to_record_batch(rows: Sequence[EncodedRow]) -> pa.RecordBatch:
             for r in rows
         ],
     }
-    return pa.RecordBatch.from_arrays([pa.array(columns[f.name], type=f.type) for f in SCHEMA], schema=SCHEMA)
+    return record_batch(columns, SCHEMA)
+
+
+def record_batch(columns: Mapping[str, Any], schema: pa.Schema) -> pa.RecordBatch:
+    """Columns by name as one Arrow batch."""
+    return pa.RecordBatch.from_arrays([pa.array(columns[f.name], type=f.type) for f in schema], schema=schema)
 
 
 def _digest(*parts: Any) -> str:

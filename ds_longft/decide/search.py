@@ -14,7 +14,7 @@ from ds_longft.model.facts import ModelFacts
 from ds_longft.objectives.objective import Passes, Reference
 
 LENGTH_STEP = 1024
-"""Lengths are searched in multiples of so many tokens."""
+"""Lengths are searched in multiples of this, in tokens."""
 
 LONGEST = 1 << 27
 

@@ -213,7 +213,7 @@ def save_adapter(model: peft.PeftModel, state_dict: Mapping[str, torch.Tensor], 
     save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     config = model.peft_config["default"]
     training_mode = config.inference_mode
-    config.inference_mode = True  # as PEFT writes it: whoever loads the adapter gets it frozen
+    config.inference_mode = True  # as PEFT writes it: the adapter is frozen when it is loaded
     try:
         config.save_pretrained(folder)
     finally:

@@ -1,7 +1,7 @@
 """The token that ends an answer, in everything that is served: generation_config.json, config.json, the tokenizer.
 
-A base model given a chat template ends text with another token than the template ends an answer with. Whoever serves it
-goes by these files, and would never stop.
+A base model given a chat template ends text with another token than the template ends an answer with. A server
+reads these files, and would never stop.
 """
 
 from __future__ import annotations

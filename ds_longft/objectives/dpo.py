@@ -40,7 +40,7 @@ class DpoObjective(Objective):
         self.dpo = dpo
         self.reference = reference_of(dpo, lora=isinstance(model, PeftModel))
         assert (self.reference == "model") == (reference_model is not None)
-        self.passes = "two" if dpo.passes == "two" else "one"  # auto: whoever plans the run
+        self.passes = "two" if dpo.passes == "two" else "one"  # auto: decided by the planner
         heads = kv_heads_at_a_time
         self._sharded = ShardedModel(model, kv_heads_at_a_time=heads, adapters_off=isinstance(model, PeftModel))
         self._reference = None

@@ -129,7 +129,7 @@ class StopRequest:
 
 
 def heeded() -> list[signal.Signals]:
-    """Signals to heed: those that whoever started this process did not tell it to ignore, as nohup does with HUP."""
+    """Signals to heed: all but those this process was started to ignore, as nohup does with HUP."""
     return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
 
 

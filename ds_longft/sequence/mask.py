@@ -29,8 +29,8 @@ class AskedMask:
     """What a layer gets in place of a mask."""
 
     causal: bool  # a token sees itself and tokens before it, with or without a window
-    window_tokens: int | None  # the token itself and so many less one before it
-    chunk_tokens: int | None = None  # of the tokens before it a token sees those in its own chunk of so many
+    window_tokens: int | None  # the token itself and window - 1 before it
+    chunk_tokens: int | None = None  # tokens of a chunk; a token sees those before it in its own chunk
 
     def __getitem__(self, index: Any) -> AskedMask:
         """All of it (Gemma 4 leaves out tokens before its last layers, and here none)."""
@@ -138,12 +138,12 @@ class _NoLookup(TorchFunctionMode):
             with torch._C.DisableTorchFunction():
                 return args[0][0].cpu()
         if func is Tensor.__getitem__:
-            raise IndexError("the mask goes by more than positions")
+            raise IndexError("the mask depends on more than positions")
         return func(*args, **(kwargs or {}))
 
 
 def _asked(function: MaskFunction, q: Tensor, kv: Tensor) -> Tensor | None:
-    """Whether the queries see the keys, for two heads alike; None where the function goes by more than positions."""
+    """Whether the queries see the keys, for two heads alike; None where the function depends on more than positions."""
     answers = []
     for head in (0, 1):
         try:

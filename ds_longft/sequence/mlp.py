@@ -44,7 +44,7 @@ class TiledMlp:
         self.gate_up, self.down, self.tile_tokens = gate_up, down, tile_tokens
         self.plain = mlp.forward
         self.combine = _combine(mlp)
-        self.kept: Kept | None = None  # set by whoever checkpoints the layer, for the call about to come
+        self.kept: Kept | None = None  # set by the checkpoint of the layer, before each call
         mlp.forward = self
 
     def __call__(self, x: Tensor) -> Tensor:

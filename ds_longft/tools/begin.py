@@ -51,7 +51,7 @@ def check(config: RunKeys, *, gpus: int | None = None) -> None:
 
     Args:
         config: run config.
-        gpus: for so many GPUs of one node, on a machine without any too. Left out: those of this machine.
+        gpus: for N GPUs of one node, also on a machine without any. Left out: those of this machine.
     """
     here = visible_gpus()
     print(_checked(list(_words(config)), gpus if gpus is not None else here or 1, on_gpu=bool(here or gpus)))

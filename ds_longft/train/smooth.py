@@ -9,7 +9,7 @@ FEWEST = 60  # steps; a curve of fewer shows each of them
 
 
 def steps_of_a_mean(steps: int) -> int:
-    """A twentieth of so many steps, but 10 at least, and no more than a third of them."""
+    """A twentieth of the steps, but 10 at least, and no more than a third of them."""
     return max(1, min(max(10, steps // 20), steps // 3))
 
 

@@ -250,7 +250,7 @@ def _loader(joined: Joined, part: TokenizedSet | Stream, accumulation: int, firs
 
 
 def epochs_in_steps(epochs: float, steps_of: Callable[[int], int]) -> int:
-    """Optimizer steps of so many epochs; of a part of one at least one step."""
+    """Optimizer steps of N epochs; a part of an epoch has at least one step."""
     whole = int(epochs)
     part = max(1, round((epochs - whole) * steps_of(whole))) if epochs > whole else 0
     return sum(map(steps_of, range(whole))) + part

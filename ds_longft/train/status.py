@@ -54,7 +54,7 @@ class Status:
         self.begun = time.time()
 
     def training(self, first_step: int, start_up_s: dict[str, float]) -> None:
-        """Training begins after `first_step` steps of earlier runs; the phases of the start-up took so many seconds."""
+        """Training begins after `first_step` steps of earlier runs; `start_up_s`: of each phase of the start."""
         self.first_step, self.start_up_s = first_step, start_up_s
         self.write(None)
 

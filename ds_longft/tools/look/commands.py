@@ -21,7 +21,7 @@ from ds_longft.data.stream import Stream
 from ds_longft.data.tokenize import Input, tokenize_sources
 from ds_longft.errors import ConfigError, DataError, LongftError, ModelError
 from ds_longft.tools.look.colour import coloured
-from ds_longft.tools.look.statistics import Statistics, kept_in_words, statistics
+from ds_longft.tools.look.statistics import GROUP_COLUMNS, Statistics, kept_in_words, statistics
 
 if TYPE_CHECKING:
     from ds_longft.data.tokenized import TokenizedRow, TokenizedSet, Weighting
@@ -123,15 +123,10 @@ def show(found: Statistics) -> None:
     """Tables for a terminal."""
     console = Console()
     packs = found.packs
-    table = Table("", "rows", "tokens", "median", "longest", "trained", "attention cost")
+    table = Table(*GROUP_COLUMNS)
     for groups in (found.sources, found.languages, [found.total]):
         for group in groups:
-            table.add_row(
-                Text(group.name),
-                *(f"{n:,}" for n in (group.rows, group.tokens, group.median_tokens, group.longest_tokens)),
-                f"{group.target_share:.1%}",
-                f"{group.attention_share:.1%}",
-            )
+            table.add_row(Text(group.name), *group.cells)
         table.add_section()
     console.print(table)
     most = max(sum(counts[i] for counts in found.by_source.values()) for i in range(len(found.bounds)))

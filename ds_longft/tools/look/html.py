@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ds_longft.tools.look.statistics import Group, Statistics, kept_in_words
+from ds_longft.tools.look.statistics import GROUP_COLUMNS, Group, Statistics, kept_in_words
 from ds_longft.tools.pages.charts import column_chart
 from ds_longft.tools.pages.shell import facts_table, shell, table, tiles, wide
 
@@ -93,20 +93,7 @@ def _wide(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -
 
 
 def _groups(groups: Sequence[Group], caption: str) -> str:
-    head = ["", "rows", "tokens", "median", "longest", "trained", "attention cost"]
-    rows = [
-        (
-            g.name,
-            f"{g.rows:,}",
-            f"{g.tokens:,}",
-            f"{g.median_tokens:,}",
-            f"{g.longest_tokens:,}",
-            f"{g.target_share:.1%}",
-            f"{g.attention_share:.1%}",
-        )
-        for g in groups
-    ]
-    return _wide(head, rows, caption)
+    return _wide(GROUP_COLUMNS, [(group.name, *group.cells) for group in groups], caption)
 
 
 def _short(tokens: int) -> str:

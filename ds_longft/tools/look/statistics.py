@@ -13,6 +13,7 @@ from ds_longft.data.pack_plan import EQUAL_COST_TOKENS, costs_of, plan_epoch
 from ds_longft.data.tokenized import TokenizedSet
 
 WINDOWS = tuple(1 << e for e in range(12, 21))  # 4K to 1M
+GROUP_COLUMNS = ("", "rows", "tokens", "median", "longest", "trained", "attention cost")
 MAX_KINDS = 12  # of sources or languages told apart; the smallest are counted together
 
 
@@ -32,6 +33,12 @@ class Group:
     def target_share(self) -> float:
         """Share of the tokens that are trained."""
         return self.targets / max(1, self.tokens)
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """Its row of a table behind its name, as `GROUP_COLUMNS` head it."""
+        counts = (self.rows, self.tokens, self.median_tokens, self.longest_tokens)
+        return (*(f"{n:,}" for n in counts), f"{self.target_share:.1%}", f"{self.attention_share:.1%}")
 
 
 @dataclass(frozen=True)

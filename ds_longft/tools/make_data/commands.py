@@ -46,7 +46,7 @@ def convert(
         out: JSONL file to write.
         format: row layout, where the first row's columns do not tell.
         split: split of a hub set, or the name of one of its configurations.
-        limit: take only the first so many rows.
+        limit: take only the first N rows.
         name: written to each row as its source. Left out: the name of the source.
         max_bad_fraction: fail when more than this share of the rows is unusable.
         json: print one JSON object instead of a line.

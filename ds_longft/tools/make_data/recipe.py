@@ -58,7 +58,7 @@ class MixSource(SourceConfig):
     trajectories of an agent."""
 
     rows: int | None = Field(default=None, gt=0)
-    """At most so many rows; with `synth`, how many are made. Left out there: `share` of the recipe's `total_rows`."""
+    """At most N rows; with `synth`, how many are made. Left out there: `share` of the recipe's `total_rows`."""
 
     share: float | None = Field(default=None, gt=0, le=1)
     """Share of the mix."""

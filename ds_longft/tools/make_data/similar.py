@@ -18,7 +18,7 @@ PERMUTATIONS = 128
 SCHEME = "affine32"  # of datasketch 2
 EDGE_CHARS = 200  # of a long question: the document between its ends may be asked about more than once
 WINDOW_WORDS = 32  # a long sentence: less in common is a phrase, a heading, a line of a licence
-SAMPLE = 8  # one window in so many is kept: a common passage of 64 words is found with 99%
+SAMPLE = 8  # one window in eight is kept: a common passage of 64 words is found with 99%
 _WORDS = re.compile(r"[\u3400-\u9fff\uac00-\ud7af]|[^\W\u3400-\u9fff\uac00-\ud7af]+")
 
 

@@ -1,4 +1,4 @@
-"""Which attention kernels do what a model asks for, on GPUs that are not here: by the refusals that a run goes by."""
+"""Which attention kernels do what a model asks for, on GPUs that are not here: by the same refusals as in a run."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def render(
         partition: of your cluster; left out: its default.
         account: that is charged; left out: your default.
         signal_s: seconds before the limit at which SLURM asks the ranks to save and stop.
-        max_crashes: requeue after a crash that made progress at most so often; after a planned stop always.
+        max_crashes: requeue at most N times after a crash that made progress; after a planned stop always.
         cpus_per_gpu: cores for each rank.
         device: cuda, or cpu for a rehearsal without GPUs.
         sbatch: more options of sbatch, e.g. "--qos=long --mem=0 --mail-type=END".

@@ -46,7 +46,7 @@ def verify(
 
     Args:
         config: run config, with any of its keys behind it: --sp 8, --model.random_weights true.
-        layers: verify the first so many layers only: for a model too large for one GPU in float32.
+        layers: verify the first N layers only: for a model too large for one GPU in float32.
         tokens: tokens of each pack, e.g. 16K; longer packs are cut. Left out: 8K on GPUs, 512 on CPUs.
         ranks: processes to start: sp, or a multiple of it.
         checks: numbers of the checks to run, e.g. 1,7.

@@ -14,6 +14,7 @@ from ds_longft.exactness.engine_step import Backpropagate, weights_held
 from ds_longft.exactness.finding import Finding, Gather
 from ds_longft.exactness.packs import weight_of
 from ds_longft.layout import ParallelLayout
+from ds_longft.train.checkpoint import rng_state, set_rng_state
 
 CHECK = "5 LoRA dropout"
 
@@ -25,10 +26,10 @@ def check_dropout(
     dropouts = [m for m in engine.module.modules() if isinstance(m, nn.Dropout) and m.p > 0]
     if not dropouts:
         return [Finding(CHECK, "masks", None, note="the model has no dropout (lora.dropout is 0)")]
-    start = _random_state(device)
+    start = rng_state()
     losses, masks = [], []
     for _ in range(2):
-        _set_random_state(start, device)
+        set_rng_state(start)
         seen: list[str] = []
         handle = dropouts[0].register_forward_hook(lambda _m, args, out, seen=seen: seen.append(_mask(args[0], out)))
         with weights_held(engine):
@@ -36,7 +37,7 @@ def check_dropout(
             engine.step()
         handle.remove()
         masks.append(seen)
-    _set_random_state(start, device)
+    set_rng_state(start)
     firsts = gather(masks[0][0])
     different = len(set(firsts))
     repeats = all(gather(masks[0] == masks[1] and losses[0] == losses[1]))
@@ -71,13 +72,3 @@ def check_dropout(
 def _mask(before: Tensor, after: Tensor) -> str:
     dropped = (after == 0) & (before != 0)
     return hashlib.sha256(dropped.detach().cpu().numpy().tobytes()).hexdigest()[:16]
-
-
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)

@@ -39,7 +39,7 @@ changes nothing."""
 def first_layers(config: RunConfig, layers: int | None) -> Iterator[RunConfig]:
     """The config with a model of its first `layers` decoder layers: the same files beside a config.json cut short.
 
-    Weights of the other layers stay in the files and are not read. Raises ModelError: there are not so many.
+    Weights of the other layers stay in the files and are not read. Raises ModelError: it has fewer.
     """
     if layers is None:
         yield config

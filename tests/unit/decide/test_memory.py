@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 
@@ -14,7 +15,7 @@ from ds_longft.decide.tensors import Keep, Sizes
 from ds_longft.decide.time import forward_weights, multiplied_weights, passes_ahead
 from ds_longft.decide.timeline import Timeline
 from tests.unit.decide.shapes import LLAMA_8B, LLAMA_13B, QWEN_7B, SMOLLM2, sizes
-from tests.unit.decide.tracked import tracked_step
+from tests.unit.decide.tracked import Tracked, tracked_step
 
 LONG = (131072,)
 PAIR = (65536, 65536)
@@ -61,11 +62,17 @@ CASES = {
 }  # fmt: skip
 
 
+@cache
+def tracked_case(name: str) -> Tracked:
+    shape, layers, setting, keep = CASES[name]
+    return tracked_step({**shape, "num_hidden_layers": layers}, setting, keep)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_every_tensor_and_product_of_a_step_is_counted(name: str) -> None:
     shape, layers, setting, keep = CASES[name]
     shape = {**shape, "num_hidden_layers": layers}
-    tracked, model = tracked_step(shape, setting, keep), sizes(shape)
+    tracked, model = tracked_case(name), sizes(shape)
     timeline, keeps = Timeline(), keep or (Keep(),) * layers
     SimulatedStep(timeline, Sizes(model, setting.of_a_pass), keeps).run()
     coarse = setting.recompute == "none" or any(k.o == "host" for k in keep or ())
@@ -83,8 +90,8 @@ def test_every_tensor_and_product_of_a_step_is_counted(name: str) -> None:
 
 def test_working_set_of_a_token() -> None:
     """Beside layer inputs: Llama-8B, LoRA, everything in pieces. 53 KiB a token; 60 is the promise."""
-    shape, layers, setting, _ = CASES["a million tokens"]
-    tracked = tracked_step({**shape, "num_hidden_layers": layers}, setting, None)
+    _, layers, setting, _ = CASES["a million tokens"]
+    tracked = tracked_case("a million tokens")
     inputs = layers * 8  # KiB a token
     assert tracked.peak / setting.local_tokens / 1024 - inputs < 60, tracked.at
 

@@ -95,7 +95,7 @@ def _row(
 ) -> tuple[list[dict[str, str]], list[Task]] | None:
     """Messages of a row and what was asked, or None where the documents drawn did not lend themselves to it."""
     own = rng.randrange(len(documents))
-    room = int(limit / SHORTEST ** rng.random()) - 120 * questions  # questions and answers have about so many tokens
+    room = int(limit / SHORTEST ** rng.random()) - 120 * questions  # tokens of a question and its answer, about
     paragraphs = _gather(documents, own, room, lengths, rng)
     if len(paragraphs) < SHORTEST:
         return None

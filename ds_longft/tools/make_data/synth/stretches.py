@@ -40,7 +40,7 @@ class RunningText:
         return len(self.starts)
 
     def place(self, tokens: int, rng: random.Random) -> int:
-        """The character at which a stretch of so many tokens may begin: anywhere, at a line's beginning if one is near.
+        """The character at which a stretch of `tokens` may begin: anywhere, at a line's beginning if one is near.
 
         Raises:
             DataError: the text is shorter.
@@ -56,7 +56,7 @@ class RunningText:
         return line if 0 < line <= last else at
 
     def cut(self, start: int, tokens: int) -> str:
-        """The text of about so many tokens from a character on."""
+        """The text of about `tokens` tokens from a character on."""
         end = int(np.searchsorted(self.starts, start)) + tokens
         return self.text[start : int(self.starts[end]) if end < self.tokens else None]
 
