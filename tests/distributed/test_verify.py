@@ -207,13 +207,16 @@ def test_a_planted_fault_is_found(pools, tmp_path, fault, number, message, check
 
 
 @pytest.mark.parametrize(
-    ("world", "sp", "stage", "lora"),
-    [(2, 2, 3, True), (2, 2, 2, False), (4, 2, 3, True), (2, 1, 1, True)],
-    ids=["zero3", "full", "sp2_dp2", "dp2"],
-)
-def test_what_is_right_passes(pools, tmp_path, world, sp, stage, lora):
+    ("world", "sp", "stage", "lora", "base"),
+    [
+        (2, 2, 3, True, "auto"), (2, 2, 2, False, "auto"), (4, 2, 3, True, "auto"), (2, 1, 1, True, "auto"),
+        (2, 2, 3, True, "host"),
+    ],
+    ids=["zero3", "full", "sp2_dp2", "dp2", "base_on_the_host"],
+)  # fmt: skip
+def test_what_is_right_passes(pools, tmp_path, world, sp, stage, lora, base):
     content = user_config(tmp_path, stage=stage)
-    content["sp"] = sp
+    content["sp"], content["model"]["base"] = sp, base
     content["lora"] = {"r": 4, "dropout": 0.1} if lora else None
     findings, facts, text = pools(world).run(verified, content, ALL, None)[0]
     assert [f for f in findings if f.ok is False] == []

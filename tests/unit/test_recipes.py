@@ -21,6 +21,7 @@ ALL = [*sorted((ROOT / "recipes").glob("*.yaml")), *sorted((ROOT / "examples").g
 RECIPES = [path for path in ALL if "sources" not in load_yaml(path.read_text())]  # run configs; the others are mixes
 WINDOWS = {
     "sft_lora_128k": 131072,
+    "lora_70b_128k": 131072,
     "sft_lora_moe_128k": 262144,
     "sft_full_64k": 131072,
     "sft_agents_128k": 262144,
