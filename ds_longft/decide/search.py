@@ -222,17 +222,22 @@ class Question:
             return None
         return Plan(setting, memory, predict_time(self.model, setting, self.gpu, memory.keep), ds_config)
 
-    def longest(self, setting: Setting, ds_config: str) -> Plan | None:
-        """The longest pack that fits, to `LENGTH_STEP` tokens; None where not even the shortest does."""
+    def longest(self, setting: Setting, ds_config: str, *, above: int = 0) -> Plan | None:
+        """The longest pack that fits, to `LENGTH_STEP` tokens; None where none longer than `above` tokens does."""
         step = max(LENGTH_STEP, setting.sp)
         # Kept tensors only use what is left: they decide the speed of a length, not whether it fits.
         bare = replace(setting, recompute="keep_attention") if setting.recompute == "auto" else setting
-        low, high = 0, LONGEST // step
+
+        def fits(steps: int) -> bool:
+            *_, least = savers(self.at(bare, steps * step), self.model)
+            return predict(self.model, least, self.gpu).fits(self.gpu, self.host_gib, self.gpus)
+
+        low, high = above // step, LONGEST // step
+        if low and not fits(low + 1):
+            return None
         while low < high:
-            middle = (low + high + 1) // 2
-            *_, least = savers(self.at(bare, middle * step), self.model)
-            memory = predict(self.model, least, self.gpu)
-            low, high = (middle, high) if memory.fits(self.gpu, self.host_gib, self.gpus) else (low, middle - 1)
+            middle = min((low + high + 1) // 2, 2 * low or high)  # near to what is known to fit
+            low, high = (middle, high) if fits(middle) else (low, middle - 1)
         return self.plan(setting, ds_config, low * step) if low else None
 
 
@@ -242,10 +247,10 @@ def longest_of_each(question: Question) -> list[Plan]:
     """
     best: dict[tuple[int, str, bool, str, str], Plan] = {}
     for streamed in (False, True):
-        others = {sp: max(p.setting.tokens for p in best.values() if p.setting.sp == sp) for sp, *_ in best}
+        lengths = {sp: [question.length(p.setting) for p in best.values() if p.setting.sp == sp] for sp, *_ in best}
         for setting, ds_config in question.settings(streamed=streamed):
-            plan = question.longest(setting, ds_config)
-            if plan is None or (streamed and plan.setting.tokens <= others.get(setting.sp, 0)):
+            plan = question.longest(setting, ds_config, above=max(lengths.get(setting.sp, [0])))
+            if plan is None:
                 continue
             key = (setting.sp, setting.recompute, setting.host_gib > 0, setting.passes, setting.base)
             seen = best.get(key)
@@ -264,7 +269,8 @@ def fastest(question: Question, tokens: int) -> Plan | None:
         plans = (question.plan(setting, ds_config, tokens) for setting, ds_config in settings)
         return max((p for p in plans if p is not None), key=lambda p: p.time.tokens_per_s, default=None)
 
-    there, away = best(False), best(True)
+    there = best(False)
+    away = None if there is not None and there.setting.base == "resident" else best(True)
     if there is None or away is None:
         return there or away
     return away if (1 - WORTH_SAVING) * away.time.tokens_per_s > there.time.tokens_per_s else there
