@@ -19,6 +19,7 @@ from ds_longft.config.ds_file import load_ds_config
 from ds_longft.config.ds_json import DeepSpeedSettings, Device, merge_ds_config
 from ds_longft.config.optimizers import KINDS
 from ds_longft.config.proof import proof_problem
+from ds_longft.config.quantized import format_name, full_training_problem, stored_in
 from ds_longft.config.run_config import RunConfig, SourceConfig, is_pattern
 from ds_longft.config.shipped import TEMPLATES, find_template
 from ds_longft.config.state_families import OTHER_LAYERS, STATE_FAMILIES, STATE_HEADS, STATE_LAYERS
@@ -109,6 +110,10 @@ def check_run(
     problems += _model_folder_problems(config)
     if model_config is not None:
         problems += _architecture_problems(model_config) or _proof_problems(config, model_config)
+        stored = stored_in(model_config)
+        name, problem = format_name(stored, config.model.quantize)
+        problem = problem or full_training_problem(name, lora=config.lora is not None, stored=bool(stored))
+        problems += [problem] if problem else []
         if sp:
             problems += _head_problems(_text_config(model_config), sp, world)
     problems += _length_problems(config, _text_config(model_config or {}))

@@ -132,6 +132,10 @@ class ModelConfig(Section):
     leave ZeRO-3 nothing to divide: it becomes stage 2. `auto`: the first of resident, engine, sharded and host that
     the longest pack fits beside."""
 
+    quantize: Refused[Literal["auto", "none", "nf4", "int8", "fp8"]] = "auto"
+    """The frozen base in fewer bits, quantised while it is read (docs/quantized.md). `auto`: as the checkpoint is
+    stored. `none`: dense, also where the checkpoint is quantised."""
+
     random_weights: Refused[bool] = False
     """Initialise from the config alone, without weights: rehearsals and benchmarks."""
 

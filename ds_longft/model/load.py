@@ -11,6 +11,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -25,7 +26,9 @@ from transformers.utils import cached_file
 from ds_longft.config.run_config import ModelConfig, RopeConfig
 from ds_longft.config.state_families import STATE_FAMILIES
 from ds_longft.errors import ModelError
+from ds_longft.model.load_packed import as_it_would_be, base_format, load_packed, stored_as
 from ds_longft.model.new_tokens import narrowed, widen
+from ds_longft.model.packed import Lies, Packed, fill_codes, pack_empty
 from ds_longft.model.rope import apply_rope, restore_rope, seen_tokens
 from ds_longft.model.supported import check_class_supported, check_supported
 from ds_longft.model.wrapped import is_wrapped, make, text_class
@@ -54,6 +57,7 @@ def prepare_config(
 ) -> PretrainedConfig:
     """`load_config` of a config that is read already; it is changed in place."""
     check_supported(hf_config)
+    base_format(hf_config, model)
     if model.add_tokens:
         text = hf_config.get_text_config()
         text.vocab_size = max(text.vocab_size, len(load_tokenizer(model)))
@@ -181,22 +185,21 @@ def _pretrained_model(
 ) -> PreTrainedModel:
     path = model_path(model)
     _check_safetensors(path)
-    zero3 = (ds_engine_config or {}).get("zero_optimization", {}).get("stage") == 3
+    packs = bool(base_format(hf_config, model) or stored_as(hf_config))  # each rank reads, a weight at a time
+    zero3 = not packs and (ds_engine_config or {}).get("zero_optimization", {}).get("stage") == 3
     # transformers finds this object through a weak reference and then builds the model under zero.Init
     holder = HfDeepSpeedConfig(ds_engine_config) if zero3 else None
     rows = narrowed(hf_config, read_config(model) if model.add_tokens else hf_config)
     placement = {} if zero3 or device.type == "cpu" else {"device_map": {"": device}}
     try:
-        loaded, report = text_class(hf_config).from_pretrained(
-            path,
-            config=hf_config,
-            dtype=dtype,
-            use_safetensors=True,
-            attn_implementation=hf_config._attn_implementation,
-            output_loading_info=True,
-            **placement,
-            **_source(model),
-        )
+        how = {
+            "dtype": dtype, "use_safetensors": True, "attn_implementation": hf_config._attn_implementation,
+            "output_loading_info": True, **placement, **_source(model),
+        }  # fmt: skip
+        if packs:
+            loaded, report = load_packed(text_class(hf_config), path, model, hf_config, **how)
+        else:
+            loaded, report = text_class(hf_config).from_pretrained(path, config=hf_config, **how)
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -219,28 +222,50 @@ def _random_model(
     model: ModelConfig, hf_config: PretrainedConfig, dtype: torch.dtype, device: torch.device, seed: int
 ) -> PreTrainedModel:
     """Built on the device in its final type: 8 billion weights take seconds there, minutes in float32 on the host."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
+        if base_format(hf_config, model):  # dense it might not fit
+            made = skeleton(model, hf_config, dtype)
+            fill_random(made, [*made.modules()], device)
+            made.tie_weights()
+            return made
         trust = {"trust_remote_code": True} if model.trust_remote_code else {}
         name = hf_config._attn_implementation
-        return make(text_class(hf_config), hf_config, dtype=dtype, attn_implementation=name, **trust)
+        with torch.device(device):
+            return make(text_class(hf_config), hf_config, dtype=dtype, attn_implementation=name, **trust)
 
 
-def skeleton(model: ModelConfig, hf_config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model without memory, in training mode: modules, and the shapes of their tensors."""
+def skeleton(
+    model: ModelConfig, hf_config: PretrainedConfig, dtype: torch.dtype, packed: list[Lies] | None = None
+) -> PreTrainedModel:
+    """The model without memory, in training mode: modules, and the shapes of their tensors.
+
+    `packed`: how its weights lie, where files were read; left out, as `model.quantize` says.
+    """
     unset_hf_deepspeed_config()
     trust = {"trust_remote_code": True} if model.trust_remote_code else {}
     name = hf_config._attn_implementation
     with torch.device("meta"):
         made = make(text_class(hf_config), hf_config, dtype=dtype, attn_implementation=name, **trust)
+    form = base_format(hf_config, model)
+    pack_empty(made, as_it_would_be(made, form) if packed is None and form else packed or [], dtype)
     return made.train()
 
 
 @torch.no_grad()
 def fill_random(model: PreTrainedModel, modules: Sequence[nn.Module], device: torch.device) -> None:
     """Give these modules of a `skeleton` memory and random weights; RoPE its frequencies. Draws as the seed stands."""
+    deviation = float(getattr(model.config.get_text_config(), "initializer_range", None) or 0.02)
     for module in modules:
+        if isinstance(module, ParametrizationList):
+            fill_codes(module, device, deviation)
+        if isinstance(module, ParametrizationList | Packed):
+            continue
         module.to_empty(device=device, recurse=False)
+        if is_parametrized(module):
+            for bias in module.parameters(recurse=False):
+                bias.zero_()
+            continue
         model._init_weights(module)
         if hasattr(module, "inv_freq"):
             fresh = type(module)(module.config)

@@ -20,6 +20,7 @@ from ds_longft.errors import ModelError
 from ds_longft.model.elsewhere import spell_for_older_readers
 from ds_longft.model.lora_targets import check_names, targets_of
 from ds_longft.model.new_tokens import rows_of_adapter, whole_rows, widen
+from ds_longft.model.packed import packed_weights, seen_dense
 from ds_longft.model.rope_formulas import rope_parts
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -52,6 +53,13 @@ def add_lora(
     Raises:
         ModelError: a name of `lora.targets` or `lora.modules_to_save` is no layer of the model, or PEFT refuses.
     """
+    with seen_dense(model, linears=not lora.dora):
+        return _adapted(model, lora, seed, revision, train_rows)
+
+
+def _adapted(
+    model: PreTrainedModel, lora: LoraConfig, seed: int, revision: str | None, train_rows: Sequence[int]
+) -> peft.PeftModel:
     targets = targets_of(model, lora)
     check_names("lora.modules_to_save", lora.modules_to_save, _leaf_names(model))
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
@@ -143,7 +151,8 @@ def load_adapter(base: PreTrainedModel, folder: str | Path) -> peft.PeftModel:
     """
     widen(base, rows_of_adapter(Path(folder), BASE_CONFIG_FOLDER))
     try:
-        model = peft.PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False)
+        with seen_dense(base):
+            model = peft.PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"the adapter in {folder} does not fit {base.config.name_or_path}: {error}") from error
     # beside the adapter's own: embeddings, which PEFT saves with it where they had grown
@@ -176,6 +185,7 @@ def adapters_off(model: peft.PeftModel) -> Iterator[None]:
 def trainable_parameters(model: nn.Module) -> ParameterCounts:
     """Counts over the whole model, also where ZeRO-3 holds only this rank's share."""
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    sizes += [(packed.shape.numel(), False) for _, packed in packed_weights(model)]
     return ParameterCounts(trainable=sum(n for n, on in sizes if on), total=sum(n for n, _ in sizes))
 
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from ds_longft.config.run_config import LoraConfig
 from ds_longft.errors import ModelError
+from ds_longft.model.packed import packed_weights
 from ds_longft.model.wrapped import decoder_name, is_wrapped
 
 NOT_ADAPTED = {"jamba": ["dt_proj"], "falcon_h1": ["out_proj"], "nemotron_h": ["out_proj"]}
@@ -107,6 +108,7 @@ def stacked_experts(model: nn.Module) -> dict[str, int]:
     """Weights that hold all experts of a layer: name -> number of experts. Shapes under ZeRO-3 are DeepSpeed's."""
     convolutions = {id(m.weight) for m in model.modules() if isinstance(m, nn.Conv1d)}
     shapes = {n: getattr(p, "ds_shape", p.shape) for n, p in model.named_parameters() if id(p) not in convolutions}
+    shapes |= {name: packed.shape for name, packed in packed_weights(model)}
     return {name: int(shape[0]) for name, shape in shapes.items() if len(shape) == 3}
 
 

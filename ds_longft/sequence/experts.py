@@ -26,7 +26,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from ds_longft.sequence.kept import Kept, UnusedOutput
-from ds_longft.sequence.linear import unhook
+from ds_longft.sequence.linear import Weight, dense, save, saved, unhook, weight_of
 from ds_longft.sequence.llama4 import route_inputs
 from ds_longft.sequence.reuse import ours_alone
 
@@ -66,14 +66,14 @@ class Experts:
         outer.forward = self
 
     @property
-    def tensors(self) -> list[Tensor | None]:
+    def tensors(self) -> list[Weight]:
         """W, bias, A [r E, in], B [out, r E] of gate and up, and of down, as PEFT holds them; looked up at each call
         because ZeRO-3 swaps them.
         """
-        found: list[Tensor | None] = []
+        found: list[Weight] = []
         for name in self.names:
             wrapper = self.wrappers.get(name)
-            found += [getattr(self.base, name), getattr(self.base, f"{name}_bias", None)]
+            found += [weight_of(self.base, name), getattr(self.base, f"{name}_bias", None)]
             if wrapper is None:
                 found += [None, None]
             else:
@@ -220,14 +220,14 @@ class _Grouped(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, index: Tensor, weights: Tensor, kept: Kept | None, spec: _Spec, *tensors: Tensor | None
+        ctx: Any, x: Tensor, index: Tensor, weights: Tensor, kept: Kept | None, spec: _Spec, *tensors: Weight
     ) -> Tensor:
         """x [.., D], index and weights [t, k]. `tensors`: W, bias, A, B of gate and up, and of down."""
         x2 = x.reshape(-1, x.shape[-1])  # [t, D]
-        saved = kept.take() if kept is not None else None
-        if saved is None:
+        before = kept.take() if kept is not None else None
+        if before is None:
             out = torch.empty_like(x2)
-            first, second = _stacks(spec, tensors)
+            first, second = _stacks(spec, [dense(t) for t in tensors])
             for rows in _tiles(index, spec, len(first.weight)):
                 route = _Route.of(index[rows], len(first.weight))
                 w = weights[rows].reshape(-1, 1)[route.order]  # [n, 1]
@@ -239,15 +239,15 @@ class _Grouped(torch.autograd.Function):
             if kept is not None:
                 kept.put(out, x2.new_empty(0))
         else:
-            out = saved[0]
-        ctx.save_for_backward(x2.detach(), index, weights, *tensors)  # see `ours_alone`
+            out = before[0]
+        save(ctx, (x2.detach(), index, weights), tensors)  # see `ours_alone`
         ctx.spec = spec
         return out.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         """Gradients of x, of the routing weights, and of whatever is trained, a tile at a time."""
-        x2, index, weights, *tensors = ctx.saved_tensors
+        x2, index, weights, *tensors = map(dense, saved(ctx))
         spec: _Spec = ctx.spec
         first, second = _stacks(spec, tensors)
         needed, shapes = ctx.needs_input_grad[5:], [None if t is None else t.shape for t in tensors]

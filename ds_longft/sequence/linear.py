@@ -5,6 +5,8 @@ that read the same input are one group: one product with all their A matrices, t
 added in place. Where outputs are much wider than inputs, the low-rank term is folded into the base product as extra
 columns (`folds`). The arithmetic is PEFT's; the adapters stay PEFT's modules, so saving and loading know nothing of
 this.
+A base weight may be packed in fewer bits (`model/packed.py`): a module whose call makes it. It is made where a product
+reads it and let go of behind it, in forward, recomputation and backward; never kept for the backward pass.
 What is not plain LoRA (dropout, DoRA, several or merged adapters, other layer types) keeps PEFT's own path.
 
 Letters: t tokens, I input and O output features, r rank, m members of a group.
@@ -15,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +25,38 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ds_longft.sequence.kept import Kept, UnusedOutput
 from ds_longft.sequence.recomputed_input import RecomputedInput
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of linears that Hugging Face models call one after the other with the same input."""
+
+Weight = Tensor | nn.Module | None
+"""A tensor, or the module that makes it of a packed one."""
+
+
+def dense(weight: Weight) -> Any:
+    """The tensor itself."""
+    return weight() if isinstance(weight, nn.Module) else weight
+
+
+def weight_of(module: nn.Module, name: str = "weight") -> Weight:
+    """The module's weight of that name, a packed one without making it."""
+    held: Any = getattr(module, "parametrizations", {})
+    return held[name] if name in held else getattr(module, name)
+
+
+def save(ctx: Any, first: Sequence[Tensor], weights: Sequence[Weight]) -> None:
+    """Save tensors for the backward pass, of packed weights what makes them; `saved` returns them all."""
+    ctx.packed = {i: w for i, w in enumerate(weights, len(first)) if isinstance(w, nn.Module)}
+    ctx.save_for_backward(*first, *(None if isinstance(w, nn.Module) else w for w in weights))
+
+
+def saved(ctx: Any) -> list[Any]:
+    """What `save` was given."""
+    return [ctx.packed.get(i, tensor) for i, tensor in enumerate(ctx.saved_tensors)]
 
 
 @dataclass(frozen=True)
@@ -38,14 +66,14 @@ class Member:
     base: nn.Linear
     lora: tuple[nn.Linear, nn.Linear, float] | None  # A, B, scale
 
-    def tensors(self) -> tuple[Tensor | None, ...]:
+    def tensors(self) -> tuple[Weight, ...]:
         """W [O, I], bias [O], A [r, I], B [O, r]."""
         a, b = (self.lora[0].weight, self.lora[1].weight) if self.lora else (None, None)
-        return self.base.weight, self.base.bias, a, b
+        return weight_of(self.base), self.base.bias, a, b
 
-    def plain(self, x: Tensor, tensors: Sequence[Tensor | None] | None = None) -> Tensor:
+    def plain(self, x: Tensor, tensors: Sequence[Weight] | None = None) -> Tensor:
         """The layer's output, by autograd and without calling its modules; with `tensors` in place of its own."""
-        weight, bias, a, b = self.tensors() if tensors is None else tensors
+        weight, bias, a, b = map(dense, self.tensors() if tensors is None else tensors)
         assert weight is not None
         out = F.linear(x, weight, bias)
         if self.lora is None or a is None or b is None:
@@ -55,10 +83,10 @@ class Member:
     @classmethod
     def of(cls, module: nn.Module) -> Member | None:
         """The layer as a member, or None where it is something this path would compute differently."""
-        if type(module) is nn.Linear:
+        if _is_linear(module):
             return cls(module, None)
         of_weight = type(module) is ParamWrapper and module.parameter_name == "weight"  # `model/lora_targets.py`
-        if not (type(module) is PeftLinear or of_weight) or type(module.base_layer) is not nn.Linear:
+        if not (type(module) is PeftLinear or of_weight) or not _is_linear(module.base_layer):
             return None
         layer: Any = module  # PEFT types its containers as modules
         active = layer.active_adapters
@@ -69,6 +97,10 @@ class Member:
         if not plain or layer.lora_B[name].bias is not None:
             return None
         return cls(layer.base_layer, (layer.lora_A[name], layer.lora_B[name], layer.scaling[name]))
+
+
+def _is_linear(module: Any) -> TypeGuard[nn.Linear]:
+    return parametrize.type_before_parametrizations(module) is nn.Linear
 
 
 def unhook(modules: Iterable[nn.Module]) -> None:
@@ -101,7 +133,7 @@ class LinearGroup:
         return sum(m.base.out_features for m in self.members)
 
     @property
-    def tensors(self) -> list[Tensor | None]:
+    def tensors(self) -> list[Weight]:
         """W, bias, A, B of each member, as `linears_forward` takes them."""
         return [t for m in self.members for t in m.tensors()]
 
@@ -180,17 +212,17 @@ class _Linears(torch.autograd.Function):
         kept: Kept | None,
         made: tuple[RecomputedInput, Tensor] | None,
         scales: tuple[float, ...],
-        *tensors: Tensor | None,
+        *tensors: Weight,
     ) -> tuple[Tensor, ...]:
         """x [.., I] -> m outputs [.., O_i]. `tensors`: W, bias, A, B of each member. `made`: x is made of this."""
         x2 = x.reshape(-1, x.shape[-1])  # [t, I]
-        saved = kept.take() if kept is not None else None
-        if saved is None:
-            saved = linears_forward(x2, scales, tensors)
+        before = kept.take() if kept is not None else None
+        if before is None:
+            before = linears_forward(x2, scales, tensors)
             if kept is not None:
-                kept.put(*saved)
-        *outs, xa = saved
-        ctx.save_for_backward(x2 if made is None else made[1], xa, *tensors)
+                kept.put(*before)
+        *outs, xa = before
+        save(ctx, (x2 if made is None else made[1], xa), tensors)
         ctx.scales, ctx.shape, ctx.recomputed_input = scales, x.shape, made[0] if made is not None else None
         # no views for autograd, or a model could not clip them in place (OLMo); what is kept of q, k and v is a copy
         return tuple(out.view(*x.shape[:-1], out.shape[-1]).data for out in outs)
@@ -198,7 +230,7 @@ class _Linears(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *douts: Tensor) -> tuple[Any, ...]:
         """Gradients of x, and of W and bias where they are trained, and of A and B."""
-        x2, xa, *tensors = ctx.saved_tensors
+        x2, xa, *tensors = saved(ctx)
         if ctx.recomputed_input is not None:
             x2 = ctx.recomputed_input.again(x2).reshape(-1, ctx.shape[-1])
         needed = ctx.needs_input_grad
@@ -207,11 +239,11 @@ class _Linears(torch.autograd.Function):
         return (dx.view(ctx.shape) if dx is not None else None, None, None, None, *grads)
 
 
-def linears_forward(x2: Tensor, scales: Sequence[float], tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+def linears_forward(x2: Tensor, scales: Sequence[float], tensors: Sequence[Weight]) -> tuple[Tensor, ...]:
     """x2 [t, I] -> the m outputs [t, O_i], and x A' [t, sum of r] of all adapters, one pass over x."""
     quads = _quads(tensors)
     xa = low_rank(x2, tensors)
-    adapted = sum(len(w) for w, _, a, _ in quads if a is not None)
+    adapted = sum(len(b) for *_, b in quads if b is not None)
     wide = _beside(x2, xa) if folds(len(x2), x2.shape[1], adapted) else None  # [t, I + R]
     outs, start = [], 0
     for (w, bias, a, b), scale in zip(quads, scales, strict=True):
@@ -220,9 +252,9 @@ def linears_forward(x2: Tensor, scales: Sequence[float], tensors: Sequence[Tenso
         if a is not None and wide is not None:
             columns = b.new_zeros(len(b), xa.shape[1])
             columns[:, own] = b * scale
-            outs.append(F.linear(wide, _beside(w, columns), bias))  # [t, O]
+            outs.append(F.linear(wide, _beside(dense(w), columns), bias))  # [t, O]
             continue
-        out = F.linear(x2, w, bias)  # [t, O]
+        out = F.linear(x2, dense(w), bias)  # [t, O]
         if a is not None:
             out.addmm_(xa[:, own], b.t(), alpha=scale)
         outs.append(out)
@@ -244,7 +276,7 @@ def _beside(x: Tensor, columns: Tensor) -> Tensor:
     return torch.cat([x, columns, x.new_zeros(len(x), -columns.shape[1] % 8)], dim=1)
 
 
-def low_rank(x2: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
+def low_rank(x2: Tensor, tensors: Sequence[Weight]) -> Tensor:
     """x A' [t, sum of r] of all adapters of a group, one pass over x; empty without adapters."""
     downs = [a for _, _, a, _ in _quads(tensors) if a is not None]
     return x2 @ torch.cat(downs).t() if downs else x2.new_empty(0)
@@ -255,7 +287,7 @@ def linears_backward(
     x2: Tensor,
     xa: Tensor,
     scales: Sequence[float],
-    tensors: Sequence[Tensor | None],
+    tensors: Sequence[Weight],
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Gradients of x [t, I] and of each of `tensors`, from those of the outputs [t, O_i].
@@ -285,19 +317,19 @@ def linears_backward(
 
 
 def _input_gradient(
-    dys: Sequence[Tensor], weights: Sequence[Tensor], dxa: Tensor | None, downs: Sequence[Tensor]
+    dys: Sequence[Tensor], weights: Sequence[Weight], dxa: Tensor | None, downs: Sequence[Tensor]
 ) -> Tensor:
     """dx [t, I]: the sum of dy_i W_i, and dxa [t, sum of r] times the A of all members."""
-    if dxa is not None and len(dys) == 1 and folds(len(dys[0]), *weights[0].shape):
+    if dxa is not None and len(dys) == 1 and folds(len(dys[0]), dys[0].shape[1], downs[0].shape[1]):
         rest = downs[0].new_zeros(-len(downs[0]) % 8, downs[0].shape[1])
-        return _beside(dys[0], dxa) @ torch.cat([weights[0], downs[0], rest])  # [t, O + R] [O + R, I]
-    dx = dys[0] @ weights[0]
+        return _beside(dys[0], dxa) @ torch.cat([dense(weights[0]), downs[0], rest])  # [t, O + R] [O + R, I]
+    dx = dys[0] @ dense(weights[0])
     for dy, w in zip(dys[1:], weights[1:], strict=True):
-        dx.addmm_(dy, w)
+        dx.addmm_(dy, dense(w))
     return dx if dxa is None else dx.addmm_(dxa, torch.cat(tuple(downs)))
 
 
-def _quads(tensors: Sequence[Tensor | None]) -> list[tuple[Any, Any, Any, Any]]:
+def _quads(tensors: Sequence[Weight]) -> list[tuple[Any, Any, Any, Any]]:
     """W, bias, A, B of each member."""
     return [tuple(tensors[i : i + 4]) for i in range(0, len(tensors), 4)]  # type: ignore[misc]
 
@@ -322,7 +354,7 @@ def fuse_linears(layer: nn.Module) -> list[LinearGroup]:
     return groups
 
 
-def gather_with(module: nn.Module, weights: Iterable[Tensor | None]) -> None:
+def gather_with(module: nn.Module, weights: Iterable[Weight]) -> None:
     """Under ZeRO-3: gather these weights when `module` is entered, as one collective. Else nothing.
 
     Not a ZeRO-3 leaf: that reduces gradients when the module's input has its gradient, before those of the adapters
@@ -331,7 +363,7 @@ def gather_with(module: nn.Module, weights: Iterable[Tensor | None]) -> None:
     import deepspeed
 
     for weight in weights:
-        if weight is not None:
+        if isinstance(weight, Tensor):  # a packed one lies whole on each rank
             deepspeed.zero.register_external_parameter(module, weight)
 
 

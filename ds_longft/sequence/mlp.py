@@ -21,7 +21,16 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from ds_longft.sequence.kept import Kept, UnusedOutput
-from ds_longft.sequence.linear import LinearGroup, linears_backward, linears_forward, low_rank
+from ds_longft.sequence.linear import (
+    LinearGroup,
+    Weight,
+    dense,
+    linears_backward,
+    linears_forward,
+    low_rank,
+    save,
+    saved,
+)
 from ds_longft.sequence.reuse import ours_alone
 
 Combine = Callable[[Tensor, Tensor], Tensor]
@@ -76,12 +85,13 @@ class _Tiled(torch.autograd.Function):
     """y = down(act(gate(x)) * up(x)), row by row."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kept: Kept | None, spec: _Spec, *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, kept: Kept | None, spec: _Spec, *tensors: Weight) -> Tensor:
         """x [.., D] -> [.., D]. `tensors`: W, bias, A, B of gate, up and down."""
         x2 = x.reshape(-1, x.shape[-1])  # [t, D]
-        saved = kept.take() if kept is not None else None
-        if saved is None:
-            first, second = tensors[: spec.split], tensors[spec.split :]
+        before = kept.take() if kept is not None else None
+        if before is None:
+            whole = [dense(t) for t in tensors]  # once, not in each tile
+            first, second = whole[: spec.split], whole[spec.split :]
             out = torch.empty_like(x2)
             for rows in _tiles(len(x2), spec.tile_tokens):
                 gate, up, _ = linears_forward(x2[rows], spec.scales[0], first)
@@ -89,15 +99,15 @@ class _Tiled(torch.autograd.Function):
             if kept is not None:
                 kept.put(out, x2.new_empty(0))
         else:
-            out = saved[0]
-        ctx.save_for_backward(x2.detach(), *tensors)  # see `ours_alone`
+            out = before[0]
+        save(ctx, [x2.detach()], tensors)  # see `ours_alone`
         ctx.spec = spec
         return out.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         """Gradients of x and of whatever is trained, a tile at a time."""
-        x2, *tensors = ctx.saved_tensors
+        x2, *tensors = map(dense, saved(ctx))
         spec: _Spec = ctx.spec
         first, second = tensors[: spec.split], tensors[spec.split :]
         needed = ctx.needs_input_grad[3:]

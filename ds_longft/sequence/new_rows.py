@@ -16,7 +16,7 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 
-from ds_longft.sequence.linear import Member, gather_with
+from ds_longft.sequence.linear import Member, Weight, gather_with
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,14 @@ class WithRows(Member):
         layer = head.token_adapter
         return cls(layer.base_layer, None, layer.tied_adapter or layer)
 
-    def tensors(self) -> tuple[Tensor | None, ...]:
+    def tensors(self) -> tuple[Weight, ...]:
         """Those of a plain head, and the rows [n, I]."""
         return *super().tensors(), *self.layer.trainable_tokens_delta.values()
 
-    def plain(self, x: Tensor, tensors: Sequence[Tensor | None] | None = None) -> Tensor:
+    def plain(self, x: Tensor, tensors: Sequence[Weight] | None = None) -> Tensor:
         """The logits, by autograd; with `tensors` in place of its own."""
         *own, rows = self.tensors() if tensors is None else tensors
-        assert rows is not None
+        assert isinstance(rows, Tensor)
         (tokens,) = self.layer.token_indices.values()
         index = torch.tensor(tokens, device=x.device)
         bias = None if self.base.bias is None else self.base.bias[index]

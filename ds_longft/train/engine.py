@@ -23,6 +23,7 @@ from ds_longft.layout import ParallelLayout
 from ds_longft.model.dropout import random_rates, switch_off
 from ds_longft.model.load import load_model, trained_rows
 from ds_longft.model.lora import add_lora
+from ds_longft.model.packed import leave_out_of_checkpoints
 from ds_longft.model.rope import check_rope
 from ds_longft.model.supported import decoder_layers
 from ds_longft.objectives.dpo import DpoObjective
@@ -78,6 +79,7 @@ def build(
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # it is written first
     decisions = decisions or decided(run, device)
     base, frozen = _load(run, device)
+    leave_out_of_checkpoints(base)
     model: nn.Module = base
     check_rope(base, hf_config)
     fused_kernels(base, config, device)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ds_longft.decide.decisions import Run
 from ds_longft.errors import LongftError
 from ds_longft.model.load import fill_random, load_model, skeleton
+from ds_longft.model.packed import how_packed
 from ds_longft.model.supported import decoder_layers
 from ds_longft.sequence.frozen import FrozenLayers, Home, HostHome, ShardHome, parts_of, size_of
 
@@ -40,18 +41,19 @@ def load_frozen(run: Run, dtype: torch.dtype, device: torch.device) -> tuple[Pre
     reads, error = dist.get_rank() == 0, None
     made_here = run.config.model.random_weights and device.type == "cuda"  # a layer at a time, on the GPU
     trained = run.config.lora.modules_to_save if run.config.lora is not None else ()
-    described: list[Any] = [None, None, None]
+    described: list[Any] = [None, None, None, None]
     try:
         if reads and not made_here:
             model = load_model(
                 run.config.model, run.hf_config, ds_engine_config=None, dtype=dtype, device=torch.device("cpu"),
                 seed=run.config.seed,
             )  # fmt: skip
-        else:
+        elif reads:
             model = skeleton(run.config.model, run.hf_config, dtype)
         if reads:
             layers = decoder_layers(model)
-            described = [[parts_of(layer, trained) for layer in layers], _rest(model, layers, trained), None]
+            parts = [parts_of(layer, trained) for layer in layers]
+            described = [parts, _rest(model, layers, trained), None, how_packed(model)]
     except LongftError as problem:
         described[2] = error = problem
     dist.broadcast_object_list(described, src=0)
@@ -59,6 +61,8 @@ def load_frozen(run: Run, dtype: torch.dtype, device: torch.device) -> tuple[Pre
     if error is not None:
         raise error
     parts, rest = described[:2]
+    if not reads:
+        model = skeleton(run.config.model, run.hf_config, dtype, described[3])
     layers = decoder_layers(model)
     frozen = FrozenLayers(layers, parts, _home(run, [size_of(of) for of in parts], device), device)
     torch.manual_seed(run.config.seed)

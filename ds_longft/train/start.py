@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 
 from ds_longft.config.ds_json import DeepSpeedSettings
 from ds_longft.config.proof import proof_problem
+from ds_longft.config.quantized import full_training_problem
 from ds_longft.config.run_config import RunConfig
 from ds_longft.data.loader import StepLoader
 from ds_longft.data.stream import Stream, StreamLoader
@@ -24,6 +25,7 @@ from ds_longft.errors import ModelError
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.facts import ModelFacts
 from ds_longft.model.load import config_remarks, load_tokenizer, prepare_config, read_config
+from ds_longft.model.load_packed import base_format, stored_as
 from ds_longft.objectives.objective import Needs
 from ds_longft.ranks.join import Agreement, Launch, join
 from ds_longft.ranks.lock import lock_folder
@@ -136,6 +138,9 @@ def join_processes(
     hf_config = prepare_config(hf_config, config.model, length, attn_implementation=ULYSSES)
     problem = proof_problem(hf_config.model_type, hf_config.get_text_config().model_type)
     if problem and not config.model.unproved:
+        raise ModelError(problem)
+    form, stored = base_format(hf_config, config.model), bool(stored_as(hf_config))
+    if problem := full_training_problem(form.name if form else "", lora=config.lora is not None, stored=stored):
         raise ModelError(problem)
     facts = ModelFacts.from_config(hf_config)
     kernel, kernels = check_model(

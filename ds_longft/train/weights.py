@@ -33,7 +33,8 @@ def start_fingerprint(model: nn.Module) -> str:
     on NVMe.
     """
     weights = list(model.parameters())
-    chosen = [p for p in weights if not p.requires_grad] or weights
+    chosen: list[torch.Tensor] = [*([p for p in weights if not p.requires_grad] or weights)]
+    chosen += [codes for name, codes in model.named_buffers() if name.endswith(".original")]  # `model.packed`
     shares = [getattr(p, "ds_tensor", getattr(p, "head", p)) for p in chosen]  # `sequence.frozen`
     if any(getattr(getattr(share, "status", None), "name", "") == "NOT_AVAILABLE" for share in shares):
         return ""

@@ -16,6 +16,8 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 
 from ds_longft.batch import IGNORE_INDEX, Pack
 from ds_longft.layout import ParallelLayout
+from ds_longft.model.load_packed import packable
+from ds_longft.model.packed import FORMATS, Packed, pack, quantize
 
 VOCAB = 97
 
@@ -50,6 +52,16 @@ def tiny_model(
     model.config.use_cache = False
     model.set_experts_implementation("eager")  # the faster ones of mixtures of experts do not take float64
     return model.to(dtype).train()
+
+
+def packed(model: Any, form: str) -> None:
+    """Quantise the weights that lie in memory, as `model.quantize` does with those that are read."""
+    for full, module, name in list(packable(model)):
+        weight = module.get_parameter(name).detach()
+        shape, how = tuple(weight.shape), FORMATS[form]
+        assert how.fits(shape), full
+        codes, scales = quantize(weight, how)
+        pack(module, name, Packed(how, shape, weight.dtype, scales), codes)
 
 
 def make_pack(

@@ -34,6 +34,12 @@ EXPERTS = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2
 TIED = {"tie_word_embeddings": True}
 
 
+def with_experts(lora: Any, changes: dict[str, Any]) -> Any:
+    """The adapters' settings, with more of them where `lora` is a dict."""
+    more = lora if isinstance(lora, dict) else {}
+    return lora and LORA | more | ({"experts": True} if "num_experts" in changes else {})
+
+
 def packs_of_step(accumulation: int, dp: int, multiple: int, sample: bool, only_first_half: bool) -> list[Pack]:
     """accumulation * dp packs; the last one is a filler without targets when there are more than one."""
     count = accumulation * dp
@@ -55,7 +61,7 @@ def without_targets(pack: Pack, start: int) -> Pack:
 
 
 def one_step(
-    rank: int, world: int, sp: int, stage: int, accumulation: int, lora: bool, policy: str, changes: dict[str, Any],
+    rank: int, world: int, sp: int, stage: int, accumulation: int, lora: Any, policy: str, changes: dict[str, Any],
     sample: bool, only_first_half: bool, whole: bool = False,
 ) -> Any:  # fmt: skip
     """Loss, gradient norm and every gradient of one optimizer step through the engine.
@@ -68,7 +74,7 @@ def one_step(
     register()
     model = prepared(
         tiny_model(tiny_config(**{"model_type": "llama", **changes}), attn=ULYSSES, dtype=torch.float32, std=STD),
-        lora and LORA | ({"experts": True} if "num_experts" in changes else {}),
+        with_experts(lora, changes),
     )
     layout = ParallelLayout.create(sp)
     objective = SftObjective(model, layout)
@@ -129,12 +135,13 @@ def one_step(
 
 
 def baseline_step(
-    accumulation: int, dp: int, lora: bool, changes: dict[str, Any], sample: bool, sp: int, half: bool
+    accumulation: int, dp: int, lora: Any, changes: dict[str, Any], sample: bool, sp: int, half: bool
 ) -> Any:
     """The same from one process in float64. Packs are padded alike: what the halves are depends on it."""
     model = prepared(
         tiny_model(tiny_config(**{"model_type": "llama", **changes}), attn="dense", dtype=torch.float32, std=STD),
-        lora and LORA | ({"experts": True} if "num_experts" in changes else {}),
+        with_experts(lora, changes),
+        dense=True,
     ).double()
     packs = packs_of_step(accumulation, dp, sp, sample, half)
     weight = sum(float(p.loss_weights.sum(dtype="float64")) for p in packs)

@@ -11,23 +11,41 @@ import torch.distributed as dist
 from ds_longft.config.run_config import LoraConfig
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.lora import add_lora
+from ds_longft.model.packed import unpack
 from ds_longft.objectives.sft import SftObjective
 from ds_longft.sequence.attention import ULYSSES, register
 from ds_longft.sequence.kept import HostStore
 from ds_longft.sequence.recompute import LayerKeep, apply_recompute
 from ds_longft.sequence.shard import shard
 from ds_longft.train.install import fuse_and_tile
-from tests.distributed.models import VOCAB, dealt, make_pack, reference_sum, relative_error, tiny_config, tiny_model
+from tests.distributed.models import (
+    VOCAB,
+    dealt,
+    make_pack,
+    packed,
+    reference_sum,
+    relative_error,
+    tiny_config,
+    tiny_model,
+)
 
 Lengths = tuple[list[int], ...]
 PACKS: Lengths = ([20, 1, 50, 26], [97], [3, 3, 40, 7, 9])
 
 
-def prepared(model: Any, lora: bool | dict[str, Any]) -> Any:
-    """LoRA (with more settings, where they are given) whose B is not zero, so that A has a gradient too."""
+def prepared(model: Any, lora: bool | dict[str, Any], *, dense: bool = False) -> Any:
+    """LoRA (with more settings, where they are given) whose B is not zero, so that A has a gradient too.
+
+    `base`: the format of the base's weights; `dense`: they are made dense again.
+    """
     if not lora:
         return model
-    model = add_lora(model, LoraConfig(r=4, **(lora if isinstance(lora, dict) else {})), seed=1)
+    settings = {"r": 4, **(lora if isinstance(lora, dict) else {})}
+    if form := settings.pop("base", None):
+        packed(model, form)
+        if dense:
+            unpack(model)
+    model = add_lora(model, LoraConfig(**settings), seed=1)
     torch.manual_seed(2)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -92,7 +110,7 @@ def reference(
     family: str, changes: dict[str, Any], lora: bool | dict[str, Any], sample: bool, lengths: Lengths = PACKS
 ) -> Any:
     """The same from one process with a dense attention, each document alone."""
-    model = prepared(tiny_model(tiny_config(family, **changes), attn="dense", dtype=torch.float64), lora)
+    model = prepared(tiny_model(tiny_config(family, **changes), attn="dense", dtype=torch.float64), lora, dense=True)
     packs = [make_pack(each, seed=i, sample_weighting=sample) for i, each in enumerate(lengths)]
     weight = sum(float(p.loss_weights.sum(dtype="float64")) for p in packs)
     loss = sum(reference_sum(model, p) for p in packs) / weight

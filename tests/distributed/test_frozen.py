@@ -79,6 +79,10 @@ CASES = {
     "sharded sp2 pairs in two passes": (
         "sharded", 2, 2, "full", 1, {**LORA, **PAIRS, "dpo": {"reference": "adapter_off", "passes": "two"}},
     ),
+    "host nf4 zero2": ("host", 2, 2, "auto", 1, {**LORA, "model": {"quantize": "nf4"}}),
+    "sharded int8 zero3 pairs": (
+        "sharded", 2, 3, "full", 1, {**LORA, **PAIRS, "model": {"quantize": "int8", "random_weights": True}},
+    ),
     "host trained norms and head, dropout": (
         "host", 2, 2, "full", 1,
         {"lora": {"r": 4, "dropout": 0.2, "modules_to_save": ["input_layernorm", "lm_head"]}},
@@ -89,7 +93,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_to_the_bit(pools: Any, tmp_path: Path, name: str) -> None:
     base, sp, stage, policy, packs, keys = CASES[name]
-    keys = {"model": {"random_weights": False}, **keys}
+    keys = {**keys, "model": {"random_weights": False, **keys.get("model", {})}}
     case = (sp, stage, policy, packs, keys)
     folder = saved(tmp_path)
     there = pools(2).run(trained, folder, "resident", *case)

@@ -71,7 +71,7 @@ def tiny_config(family: str, **changes: object) -> PretrainedConfig:
             return Gemma3TextConfig(sliding_window=16, layer_types=sliding, **shape)
         case "phimoe":
             return AutoConfig.for_model(family, sliding_window=16, **EXPERTS | shape)
-        case "qwen3_moe" | "mixtral" | "glm4_moe" | "gpt_oss":
+        case "qwen3_moe" | "mixtral" | "glm4_moe" | "gpt_oss" | "deepseek_v3":
             return AutoConfig.for_model(family, **EXPERTS | shape)
     raise AssertionError(family)
 
