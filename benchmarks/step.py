@@ -78,6 +78,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--deterministic", action="store_true", help="train.deterministic")
     parser.add_argument("--no_rehearsal", action="store_true", help="no dry run first; auto keeps no linears then")
     parser.add_argument("--base", default="auto", help="model.base: where frozen weights lie")
+    parser.add_argument("--quantize", default="auto", help="model.quantize; mxfp4: random weights as gpt-oss' files")
     parser.add_argument("--cap_gib", type=float, help="the GPU counts as one with so much memory, and has no more")
     parser.add_argument("--host_gib", type=float, default=0.0, help="host memory, with --base host the base's too")
     parser.add_argument("--tile", type=int, help="train.mlp_tile_tokens")
@@ -121,9 +122,11 @@ def main() -> None:
     from ds_longft.config.run_config import RunConfig
     from ds_longft.data.deal import deal_documents
     from ds_longft.decide.plan_json import foresee_run
-    from ds_longft.decide.setting import GIB, Gpu
+    from ds_longft.decide.setting import GIB, Gpu, Setting
+    from ds_longft.decide.tensors import bytes_of_layers
     from ds_longft.layout import ParallelLayout
     from ds_longft.model.facts import ModelFacts
+    from ds_longft.model.packed import FORMATS
     from ds_longft.model.peaks import peak_tflops
     from ds_longft.sequence.kernels import AttentionSpec, choose_kernel
     from ds_longft.train.device_memory import device_memory, own_memory_gib
@@ -142,8 +145,12 @@ def main() -> None:
     shape = shape_of(args.shape, args.layers)
     folder = Path(tempfile.gettempdir()) / f"shape-{args.shape}-{args.layers}-{launch.rank}"
     hf_config = AutoConfig.for_model(**shape)
+    stored = args.quantize == "mxfp4"
+    if stored:
+        hf_config.quantization_config = {"quant_method": "mxfp4"}
     hf_config.save_pretrained(folder)
-    base_gib = 2 * ModelFacts.from_config(hf_config).layers_weights / GIB
+    weighed = Setting(lengths=(1,), quantize=args.quantize if args.quantize in FORMATS else "")
+    base_gib = bytes_of_layers(ModelFacts.from_config(hf_config), weighed) / GIB
     config = RunConfig.model_validate(
         {
             "ds_config": args.ds_config,
@@ -155,6 +162,7 @@ def main() -> None:
                 "kernel": args.kernel,
                 "liger": args.liger,
                 "base": args.base,
+                "quantize": "auto" if stored else args.quantize,
             },
             "lora": None if args.full else adapter_of(shape),
             "data": {

@@ -79,6 +79,10 @@ def _takes_booleans(annotation: Any) -> bool:
     return any(map(_takes_booleans, get_args(annotation)))
 
 
+Quantize = Literal["auto", "none", "nf4", "int8", "fp8"]
+"""As `model.quantize`."""
+
+
 class RopeConfig(Section):
     """How the rotary position embedding is stretched when the model is loaded."""
 
@@ -132,7 +136,7 @@ class ModelConfig(Section):
     leave ZeRO-3 nothing to divide: it becomes stage 2. `auto`: the first of resident, engine, sharded and host that
     the longest pack fits beside."""
 
-    quantize: Refused[Literal["auto", "none", "nf4", "int8", "fp8"]] = "auto"
+    quantize: Refused[Quantize] = "auto"
     """The frozen base in fewer bits, quantised while it is read (docs/quantized.md). `auto`: as the checkpoint is
     stored. `none`: dense, also where the checkpoint is quantised."""
 

@@ -11,6 +11,7 @@ from ds_longft.config.run_config import RunConfig
 from ds_longft.decide.decisions import Run, decide
 from ds_longft.decide.memory import host_bytes, predict, stays_resident
 from ds_longft.decide.setting import GIB, Base
+from ds_longft.decide.tensors import bytes_of_layers
 from ds_longft.model.facts import ModelFacts
 
 HOST_SHARE = 0.8
@@ -23,6 +24,7 @@ def settle_base(
     facts: ModelFacts,
     memory_gib: float | None,
     saved_stage: int | None = None,
+    quantize: str = "",
 ) -> tuple[Base, str]:
     """Where frozen weights lie, and why if `model.base` leaves it open: with adapters, weights that fit stay whole on
     each GPU, where the JSON leaves open whether ZeRO-3 releases them.
@@ -35,6 +37,7 @@ def settle_base(
         settings: its engine config is changed in place.
         memory_gib: as from `own_memory_gib`, so that every rank decides alike; None on CPUs, where nothing is decided.
         saved_stage: of the checkpoint that the run goes on from: how full a GPU is at this start must not decide it.
+        quantize: format of the weights; ZeRO-3 could divide none of those.
     """
     zero, asked = settings.engine["zero_optimization"], config.model.base
     if asked != "auto":
@@ -46,7 +49,8 @@ def settle_base(
     if saved_stage != 2:
         size = 2 if settings.engine["bf16"]["enabled"] else 4
         lora, offloaded = config.lora is not None, "offload_param" in zero
-        if not stays_resident(size * facts.weights, lora=lora, offload_params=offloaded, memory_gib=memory_gib):
+        of_weights = 0 if quantize else size * facts.weights
+        if not stays_resident(of_weights, lora=lora, offload_params=offloaded, memory_gib=memory_gib):
             return "engine", ""
     stage_2(zero)
     return "resident", "the frozen weights fit on each GPU and stay there whole"
@@ -76,7 +80,7 @@ def with_room(run: Run, host_gib: float) -> Run:
         way = replace(run, base=base, engine_config=config)
         needed_gib = run.config.train.offload_host_gib + host_bytes(run.facts, way.setting) * run.local_world / GIB
         if _fits(way) and (base != "host" or needed_gib <= HOST_SHARE * host_gib):
-            gib = way.setting.element_bytes * run.facts.layers_weights / GIB
+            gib = bytes_of_layers(run.facts, way.setting) / GIB
             where = "shared by the GPUs" if base == "sharded" else "in host memory"
             why = (
                 f"a pack of {way.setting.tokens:,} tokens does not fit beside the weights; {gib:.1f} GiB of them are "

@@ -14,6 +14,7 @@ from ds_longft.decide.search import fastest_of, fastest_saver, last_resorts, pas
 from ds_longft.decide.setting import GIB, Base, Gpu, Setting
 from ds_longft.decide.tensors import Keep
 from ds_longft.model.facts import ModelFacts
+from ds_longft.model.load_packed import base_format
 from ds_longft.objectives.objective import Needs
 
 
@@ -34,6 +35,12 @@ class Run:
     fused: bool  # liger's kernels
     base: Base = "engine"  # where frozen weights lie, `auto` settled
     why: str = ""  # `auto` settled it so
+
+    @property
+    def quantize(self) -> str:
+        """Format of the base's weights; "" where they are dense."""
+        form = base_format(self.hf_config, self.config.model)
+        return form.name if form else ""
 
     @property
     def stage(self) -> int:
@@ -57,6 +64,7 @@ class Run:
             lora_experts=config.lora is not None and config.lora.experts,
             stage=self.stage,
             base=self.base,
+            quantize=self.quantize,
             resident=zero.get("stage3_param_persistence_threshold", 0) >= self.facts.weights,
             offload_optimizer="offload_optimizer" in zero,
             offload_params="offload_param" in zero,

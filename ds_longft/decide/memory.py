@@ -12,7 +12,17 @@ from functools import lru_cache
 from ds_longft.config.optimizers import KINDS
 from ds_longft.decide.setting import GIB, Gpu, Setting
 from ds_longft.decide.simulated_step import SimulatedStep
-from ds_longft.decide.tensors import BEFORE_STATE, GROUPS, REFERENCE, TRAINABLE, WEIGHTS, Keep, Sizes
+from ds_longft.decide.tensors import (
+    BEFORE_STATE,
+    GROUPS,
+    REFERENCE,
+    TRAINABLE,
+    WEIGHTS,
+    Keep,
+    Sizes,
+    bytes_of_layers,
+    made_dense,
+)
 from ds_longft.decide.timeline import Timeline
 from ds_longft.model.facts import ModelFacts
 from ds_longft.sequence.kept import LEAVING
@@ -185,7 +195,7 @@ def host_bytes(model: ModelFacts, setting: Setting) -> float:
     trained = model.trained_weights(setting.lora_r, setting.lora_experts) / setting.world
     states = (4 + of_optimizer(setting)) * trained if setting.offload_optimizer else 0.0  # and gradients in float32
     if setting.base == "host":
-        states += setting.element_bytes * model.layers_weights / (setting.local_world or setting.world)
+        states += bytes_of_layers(model, setting) / (setting.local_world or setting.world)
     return states + (2 * models(setting) * model.weights / setting.world if setting.offload_params else 0.0)
 
 
@@ -211,16 +221,18 @@ def fixed(model: ModelFacts, setting: Setting) -> dict[str, float]:
         setting.world,
         model.trained_weights(setting.lora_r, setting.lora_experts),
     )
-    whole = own = weights = float(e * model.weights)
+    shared = bytes_of_layers(model, setting)
+    whole = own = weights = float(e * (model.weights - model.layers_weights)) + shared
     if setting.stage == 3:
-        own = 0.0 if setting.offload_params else whole / world
-        gathered = whole if setting.resident else e * min(models(setting) * model.weights, MAX_LIVE_PARAMETERS)
-        weights = own + gathered
+        divided = whole - shared if setting.quantize else whole  # packed weights lie whole on each rank
+        own = 0.0 if setting.offload_params else divided / world
+        gathered = divided if setting.resident else min(models(setting) * divided, e * MAX_LIVE_PARAMETERS)
+        weights = own + gathered + whole - divided
+        own += whole - divided
     if setting.base in STREAMED:
-        shared = float(e * model.layers_weights)
-        weights = (
-            whole - shared + SLOTS * e * model.largest_layer + (shared / world if setting.base == "sharded" else 0)
-        )
+        slot = shared * model.largest_layer / model.layers_weights
+        weights = whole - shared + SLOTS * slot + (shared / world if setting.base == "sharded" else 0)
+    weights += made_dense(model, setting)
     split_states = world if setting.stage >= 1 else 1
     split_gradients = world if setting.stage >= 2 else 1
     states = 0.0 if setting.offload_optimizer else of_optimizer(setting) * trained / split_states

@@ -9,6 +9,7 @@ from ds_longft.config.optimizers import KINDS
 from ds_longft.config.run_config import DOCUMENTS_PER_ROW
 from ds_longft.decide.memory import STREAMED, Memory, predict, stays_resident
 from ds_longft.decide.setting import GIB, Base, Gpu, Setting
+from ds_longft.decide.tensors import bytes_of_layers
 from ds_longft.decide.time import StepTime, predict_time
 from ds_longft.model.facts import ModelFacts
 from ds_longft.objectives.objective import Passes, Reference
@@ -134,6 +135,7 @@ class Question:
     reference: Reference = "none"  # of pairs
     passes: Passes = "auto"  # of pairs; auto: both are considered
     optimizer: str = "adamw"  # as optim.type
+    quantize: str = ""  # format of the frozen weights, as `Setting.quantize`
     kernel: str = ""  # "": the GPU's fastest
     fused: bool = True
     targets: float = 1.0
@@ -151,7 +153,8 @@ class Question:
         """
         m, kernel = self.model, self.kernel or next(iter(self.gpu.attention_tflops))
         lora, memory_gib = self.lora_r is not None, self.gpu.memory_gib
-        resident = stays_resident(2 * m.weights, lora=lora, offload_params=False, memory_gib=memory_gib)
+        of_weights = 0 if self.quantize else 2 * m.weights  # ZeRO-3 divides no packed ones
+        resident = stays_resident(of_weights, lora=lora, offload_params=False, memory_gib=memory_gib)
         for sp in (d for d in range(1, self.gpus + 1) if self.gpus % d == 0 and d <= m.most_ranks):
             base = Setting(
                 lengths=(LENGTH_STEP,),
@@ -161,6 +164,7 @@ class Question:
                 lora_experts=self.lora_experts,
                 stage=2 if resident else 3,
                 base="resident" if resident else "engine",
+                quantize=self.quantize,
                 resident=False,
                 kernel=kernel,
                 fused=self.fused,
@@ -191,8 +195,8 @@ class Question:
 
     @property
     def base_gib(self) -> float:
-        """Frozen weights of all layers, in bf16."""
-        return 2 * self.model.layers_weights / GIB
+        """Frozen weights of all layers, as they lie."""
+        return bytes_of_layers(self.model, Setting(lengths=(1,), quantize=self.quantize)) / GIB
 
     def streams(self, stages: Sequence[int]) -> list[Base]:
         """Where frozen weights can come from, the faster first; under ZeRO-2."""

@@ -35,6 +35,7 @@ class Setting:
     lora_experts: bool = False  # as lora.experts
     stage: int = 3  # ZeRO
     base: Base = "engine"
+    quantize: str = ""  # format of the frozen weights of decoder layers, as `model.packed.FORMATS`; "": dense
     resident: bool = True  # under ZeRO-3: gathered weights are never released
     offload_optimizer: bool = False
     offload_params: bool = False

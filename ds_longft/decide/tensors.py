@@ -11,6 +11,7 @@ from itertools import pairwise
 
 from ds_longft.decide.setting import Setting
 from ds_longft.model.facts import ModelFacts
+from ds_longft.model.packed import FORMATS
 from ds_longft.sequence.exchange import deal_heads
 from ds_longft.sequence.experts import tile_of
 from ds_longft.sequence.linear import folds
@@ -28,6 +29,27 @@ BEFORE_STATE = (
 """Projections of layers with a state; of those that are named as an attention's, GROUPS says it."""
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+
+
+def bytes_of_layers(model: ModelFacts, setting: Setting) -> float:
+    """Frozen weights of all decoder layers as they lie: packed where they are quantised (mxfp4: the experts alone)."""
+    if not setting.quantize:
+        return float(setting.element_bytes * model.layers_weights)
+    experts = model.expert_layers * model.experts * model.expert_weights
+    packed = experts if setting.quantize == "mxfp4" else model.layers_weights
+    return FORMATS[setting.quantize].bytes_per_weight * packed + setting.element_bytes * (model.layers_weights - packed)
+
+
+def made_dense(model: ModelFacts, setting: Setting) -> float:
+    """Bytes of the packed weights that are dense at the same time: of one linear, and its copy beside adapters'
+    columns; in tiles of an MLP all of them; both stacks of a layer's experts.
+    """
+    if not setting.quantize:
+        return 0.0
+    of = {name: i * o for name, i, o in model.linear_io}
+    largest = 0 if setting.quantize == "mxfp4" else 2 * max(of.values(), default=0)
+    tiles = sum(of.get(name, 0) for group in GROUPS[2:] for name in group) if setting.tile_tokens and largest else 0
+    return float(setting.element_bytes * max(largest, tiles, model.experts * model.expert_weights))
 
 
 @dataclass(frozen=True)

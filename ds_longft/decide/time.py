@@ -19,7 +19,7 @@ from ds_longft.data.deal import deal_documents
 from ds_longft.decide.memory import segment_starts
 from ds_longft.decide.setting import Gpu, Setting
 from ds_longft.decide.simulated_step import on_host
-from ds_longft.decide.tensors import BEFORE_STATE, GROUPS, Keep, Sizes
+from ds_longft.decide.tensors import BEFORE_STATE, GROUPS, Keep, Sizes, bytes_of_layers
 from ds_longft.model.facts import ModelFacts, visible_pairs
 from ds_longft.sequence.linear import folds
 
@@ -95,6 +95,7 @@ def predict_time(model: ModelFacts, setting: Setting, gpu: Gpu, keep: Sequence[K
         "elementwise and LoRA": moved / (gpu.memory_gb_s * 1e9),
         "exchange": _exchange(model, x, gpu, attention_forward, forwards, 1),
         "gathering weights": _gathering(model, x, gpu, min(forwards + 1, 3)),
+        "dequantising": (forwards + 1) * _dequantising_s(model, x, gpu),
     }
     parts = {name: times * seconds for name, seconds in parts.items()}
     trained = model.trained_weights(x.lora_r, x.lora_experts)
@@ -192,7 +193,7 @@ def without_gradient(model: ModelFacts, x: Setting, gpu: Gpu, *, adapters: bool)
     seconds = attention(model, x, gpu, "forward") + state_seconds(model, x, gpu, 1, backward=False)
     seconds += _products(x, gpu, forward_weights(model, x))
     seconds += _products(x, gpu, expert_elements(model, x, backward=False) / GROUPED)
-    seconds += moved / (gpu.memory_gb_s * 1e9)
+    seconds += moved / (gpu.memory_gb_s * 1e9) + _dequantising_s(model, x, gpu)
     seconds += _exchange(model, x, gpu, 1, 1, 0) + _gathering(model, x, gpu, 1)
     return max(seconds, _host(model, x) / 4, _streamed_s(model, x, gpu))
 
@@ -323,14 +324,23 @@ def _gathering(model: ModelFacts, x: Setting, gpu: Gpu, passes: float) -> float:
     """ZeRO-3: released weights come once a pass; from the host, if they lie there. Nothing hidden is counted off."""
     if x.stage < 3 or (not x.offload_params and (x.resident or x.world == 1)):
         return 0.0
-    whole = x.element_bytes * model.weights * passes
+    weights = model.weights - (model.layers_weights if x.quantize else 0)
+    whole = x.element_bytes * weights * passes
     seconds = whole * (x.world - 1) / x.world / (gpu.all_gather_gb_s * 1e9)
     return seconds + (whole / x.world / (gpu.host_gb_s * 1e9) if x.offload_params else 0.0)
 
 
+def _dequantising_s(model: ModelFacts, x: Setting, gpu: Gpu) -> float:
+    """Seconds in which all packed weights are made dense once: codes read, weights written and read by their product's
+    copy beside adapters' columns.
+    """
+    packed = bytes_of_layers(model, x)
+    return (packed + 2 * x.element_bytes * model.layers_weights) / (gpu.memory_gb_s * 1e9) if x.quantize else 0.0
+
+
 def _streamed_s(model: ModelFacts, x: Setting, gpu: Gpu) -> float:
     """Seconds in which all layers' frozen weights come once from where they lie; 0 where they are on the GPU."""
-    size = x.element_bytes * model.layers_weights
+    size = bytes_of_layers(model, x)
     if x.base == "sharded":
         return size * (x.world - 1) / x.world / (gpu.all_gather_gb_s * 1e9)
     return size / (gpu.host_gb_s * 1e9) if x.base == "host" else 0.0

@@ -30,6 +30,7 @@ from ds_longft.errors import ModelError
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.facts import ModelFacts
 from ds_longft.model.load import load_config
+from ds_longft.model.load_packed import base_format
 from ds_longft.model.supported import decoder_layers
 from ds_longft.model.wrapped import is_wrapped
 from ds_longft.ranks.node_memory import node_memory_gib
@@ -115,7 +116,8 @@ def known_run(
         name, total_gib = properties.name, properties.total_memory / GIB
     gpu, has_rates = gpu_of_run(name, total_gib, memory_gib or total_gib)
     open_to_us = settings.resident_if_fits and config.model.base == "auto" and saved_stage != 3
-    base, why = settle_base(settings, config, facts, memory_gib, saved_stage)
+    form = base_format(hf_config, config.model)
+    base, why = settle_base(settings, config, facts, memory_gib, saved_stage, form.name if form else "")
     run = Run(
         config=config,
         engine_config=settings.engine,

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from ds_longft.config.run_config import DpoConfig, ModelConfig, OptimizerName, parse_tokens
+from ds_longft.config.quantized import full_training_problem
+from ds_longft.config.run_config import DpoConfig, ModelConfig, OptimizerName, Quantize, parse_tokens
 from ds_longft.decide.plan_json import as_json, memory_parts
 from ds_longft.decide.search import Plan, Question, alternatives, fastest, longest_of_each
 from ds_longft.decide.setting import Gpu
@@ -37,6 +38,7 @@ def plan(
     reference: Literal["auto", "adapter_off", "precomputed", "model"] = "auto",
     passes: Literal["auto", "one", "two"] = "auto",
     optimizer: OptimizerName = "adamw",
+    quantize: Quantize = "auto",
     kernel: str = "",
     documents: int = 1,
     targets: float = 1.0,
@@ -68,6 +70,7 @@ def plan(
             costs what precomputed costs.
         passes: with dpo, as dpo.passes; auto considers both.
         optimizer: as optim.type.
+        quantize: as model.quantize.
         kernel: attention kernel; default the GPU's fastest.
         documents: equal documents that share a pack and its --length; with dpo equal pairs.
         targets: share of the tokens that have a target.
@@ -85,7 +88,7 @@ def plan(
     problems += ["--png shows one length: add --length"] * (png is not None and length is None)
     question, tokens = question_of(
         model, gpus, gpu, host_gib, None if full else lora_r, lora_experts, objective, reference, passes, kernel,
-        documents, targets, liger, length, problems, optimizer,
+        documents, targets, liger, length, problems, optimizer, quantize,
     )  # fmt: skip
     if json:
         print(json_text.dumps(answer(question, tokens, model)))
@@ -156,6 +159,7 @@ def question_of(
     length: str | int | None = None,
     found: Sequence[str] = (),
     optimizer: OptimizerName = "adamw",
+    quantize: Quantize = "auto",
 ) -> tuple[Question, int | None]:
     """The arguments, checked together, and --length in tokens. Raises ConfigError with everything that is wrong, and
     with what the caller has `found`.
@@ -195,8 +199,16 @@ def question_of(
     if problems or rates is None:
         raise ConfigError(problems)
     from ds_longft.model.load import load_config
+    from ds_longft.model.load_packed import base_format, stored_as
 
-    facts = ModelFacts.from_config(load_config(ModelConfig(path=model), 1, attn_implementation="eager"))
+    asked = ModelConfig(path=model, quantize=quantize)
+    hf_config = load_config(asked, 1, attn_implementation="eager")
+    form = base_format(hf_config, asked)
+    if problem := full_training_problem(
+        form.name if form else "", lora=lora_r is not None, stored=bool(stored_as(hf_config))
+    ):
+        raise ConfigError(problem)
+    facts = ModelFacts.from_config(hf_config)
     _check_described(facts, lora_r, lora_experts)
     question = Question(
         model=facts,
@@ -209,6 +221,7 @@ def question_of(
         reference=reference_of(DpoConfig(reference=reference), lora=lora_r is not None) if pairs else "none",
         passes=passes,
         optimizer=optimizer,
+        quantize=form.name if form else "",
         kernel=kernel,
         fused=liger == "auto",
         targets=targets,

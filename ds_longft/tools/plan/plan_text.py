@@ -121,6 +121,8 @@ def recipe(plan: Plan, question: Question, model: str) -> str:
         asked["liger"] = "off"
     if x.base in STREAMED:
         asked["base"] = x.base
+    if x.quantize and x.quantize != "mxfp4":
+        asked["quantize"] = x.quantize
     experts = {"experts": True} if x.lora_experts else {}
     content: dict[str, Any] = {
         "ds_config": plan.ds_config,
