@@ -7,7 +7,7 @@ import torch
 
 from ds_longft.model.packed import FORMATS, Packed, _by_torch, quantize
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 SHAPES = {
     "nf4": [(4096, 14336), (3, 320, 192)],
     "mxfp4": [(32, 5760, 2880), (3, 50, 64)],
