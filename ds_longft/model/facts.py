@@ -152,6 +152,10 @@ class ModelFacts:
             layer_facts=layer_facts,
         )
 
+    def __hash__(self) -> int:
+        """Of a few fields: kinds of layers are looked up a million times in a plan."""
+        return hash((self.model_type, self.layers, self.inter, self.attends))
+
     @cached_property
     def by_layer(self) -> tuple[ModelFacts, ...]:
         """The model as it would be if all layers were like this one, for each layer."""
