@@ -1,0 +1,182 @@
+"""Makes docs/assets/: screenshots of every page, the README's picture of a result, a recording of a terminal.
+
+`python docs/make_pictures.py`, on Linux with Chromium; nothing is drawn by hand. The result is that of the page in
+examples/extend_smollm2, the statistics are of the quickstart's rows, the commands are run in a terminal.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from html import escape, unescape
+from importlib.resources import files
+from pathlib import Path
+
+from PIL import Image
+
+from ds_longft.tools.pages.charts import Line, heat_table, line_chart
+from ds_longft.tools.pages.shell import wide
+
+ROOT = Path(__file__).resolve().parent.parent
+ASSETS = ROOT / "docs" / "assets"
+EXAMPLE = ROOT / "examples" / "extend_smollm2" / "report.html"
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+SHADES = 64  # of a picture's palette: a page has few
+COLUMNS = 96  # of the terminal
+COMMANDS = (
+    "ds-longft config --base_model Qwen/Qwen3-8B --sequence_len 128K --sp_size 8 --lora_rank 16",
+    "ds-longft config --model.path Qwen/Qwen3-8B --data.train my.jsonl --data.max_length_tokens 128K --sp 8",
+    "ds-longft plan SmolLM2-135M-Instruct --gpus 2 --gpu h100-80 --length 8K",
+    "ds-longft check recipes/quickstart.yaml --gpus 2",
+)
+
+
+def shoot(page: str, name: str, width: int, height: int, *, dark: bool = False) -> None:
+    """One screen of a page as docs/assets/NAME.png."""
+    assert BROWSER is not None, "no Chromium is installed"
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "page.html").write_text(page, encoding="utf-8")
+        frame = f"<body style='margin:0'><iframe src=page.html style='border:0;width:{width}px;height:{height}px'>"
+        (Path(folder) / "frame.html").write_text(frame)
+        options = [
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            f"--user-data-dir={folder}/b",
+        ]
+        options += [f"--window-size={max(width, 600)},{height + 200}", f"--screenshot={folder}/shot.png"]
+        options += ["--blink-settings=preferredColorScheme=0"] if dark else []
+        subprocess.run([BROWSER, *options, f"file://{folder}/frame.html"], check=True, capture_output=True, timeout=120)
+        picture = Image.open(f"{folder}/shot.png").convert("RGB").crop((0, 0, width, height))
+    ASSETS.mkdir(exist_ok=True)
+    picture.quantize(SHADES).save(ASSETS / f"{name}.png", optimize=True)
+
+
+def result_page() -> str:
+    """Before and after of the example, out of its page: loss at every position, numbers found."""
+    text = EXAMPLE.read_text(encoding="utf-8")
+    sections = dict(re.findall(r'<section><h2 id="\w+">([^<]*)</h2>(.*?)</section>', text, re.DOTALL))
+    before, after = _grids(sections["Needles"])
+    lines = [
+        *_lines(sections["Loss by position: perplexity-whole"], {"before": "base model, whole text"}, 1),
+        *_lines(sections["Loss by position"], {"after": "after eight minutes of training"}, 0),
+    ]
+    chart = line_chart(
+        lines,
+        name="Loss by position",
+        x_label="position, tokens",
+        y_label="nats per token, held-out plays",
+        from_zero=True,
+    )
+    style = files("ds_longft.tools.pages").joinpath("page.css").read_text("utf-8")
+    grids = f"<div class=heats>{wide(before, 'before')}{wide(after, 'after')}</div>"
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><style>{style} output {{ display: none }}'
+        "body { padding: 1rem }</style><body><h1>A window of 8,192 tokens stretched to 131,072</h1>"
+        f"{chart}{grids}</body></html>"
+    )  # fmt: skip
+
+
+def _lines(section: str, names: dict[str, str], style: int) -> list[Line]:
+    found = re.search(r'data-lines="([^"]*)"', section)
+    assert found is not None
+    return [
+        Line(names[label], [(x, y) for _, x, y in points], style)
+        for label, points in json.loads(unescape(found[1]))
+        if label in names
+    ]
+
+
+def _grids(section: str) -> Iterable[str]:
+    for name, body in re.findall(r"<caption>(.*?)</caption>(.*?)</table>", section, re.DOTALL)[:2]:
+        head, *rows = (re.findall(r"<t[hd][^>]*>([^<]*)<", row) for row in body.split("<tr>")[1:])
+        label = f"numbers found, {name.partition(',')[0]}, %"
+        yield heat_table(head[1:], [(row[0], [float(v) for v in row[1:]]) for row in rows], name=label, corner="depth")
+
+
+def recorded(commands: Sequence[str], folder: Path) -> list[tuple[float, str]]:
+    """(seconds since its command began, line) of commands run in a terminal; a command's own line is at 0."""
+    lines = []
+    for command in commands:
+        lines.append((0.0, f"$ {command}"))
+        child, terminal = pty.fork()
+        if child == 0:
+            os.chdir(folder)
+            path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+            more = {"COLUMNS": str(COLUMNS), "TERM": "dumb", "NO_COLOR": "1", "PATH": path}
+            os.execvpe("bash", ["bash", "-c", command], {**os.environ, **more})
+        begun, text = time.monotonic(), b""
+        while chunk := _read(terminal):
+            text += chunk
+            *whole, text = text.split(b"\n")
+            texts = [line.decode().rstrip("\r") for line in whole]
+            pieces = [text[i : i + COLUMNS] for text in texts for i in range(0, max(1, len(text)), COLUMNS)]
+            lines += [(time.monotonic() - begun, piece) for piece in pieces]
+        os.waitpid(child, 0)
+        os.close(terminal)
+        lines.append((0.5, ""))
+    return lines
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 4096)
+    except OSError:  # the other end is closed
+        return b""
+
+
+def terminal_svg(lines: Sequence[tuple[float, str]]) -> str:
+    """The recording as an SVG that plays by itself: each line comes when it came, waits are at most two seconds."""
+    shown, at, last = [], 0.0, 0.0
+    for number, (seconds, line) in enumerate(lines):
+        at += min(2.0, max(0.05, seconds - last)) if seconds else 0.8
+        last = seconds
+        kind = ' class="p"' if line.startswith("$ ") else ""
+        y = 24 + 17 * number
+        shown.append(f'<text x="12" y="{y}"{kind} style="animation-delay:{at:.1f}s">{escape(line)}</text>')
+    height = 24 + 17 * len(lines)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {8 * COLUMNS + 24} {height}" role="img" '
+        'aria-label="ds-longft in a terminal: mistakes named, a run config, a plan, a check"><style>'
+        "svg{background:#0d1117}text{font:13px ui-monospace,monospace;fill:#e6edf3;white-space:pre;"
+        "animation:a .01s both}.p{fill:#7ee787;font-weight:600}@keyframes a{from{opacity:0}to{opacity:1}}"
+        "@media (prefers-reduced-motion){text{animation:none}}</style>"
+        f'<rect width="100%" height="100%" fill="#0d1117"/>{"".join(shown)}</svg>\n'
+    )
+
+
+def main() -> None:
+    """Everything, a line for each file."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for given in ("recipes", "ds_configs"):
+            (folder / given).symlink_to(ROOT / given)
+        (folder / "my.jsonl").write_text('{"text": "a"}\n')
+        (folder / "SmolLM2-135M-Instruct").symlink_to(
+            Path("~/.cache/ds_longft/quickstart/SmolLM2-135M-Instruct").expanduser()
+        )
+        ASSETS.mkdir(exist_ok=True)
+        (ASSETS / "terminal.svg").write_text(terminal_svg(recorded(COMMANDS, folder)), encoding="utf-8")
+        stats = [sys.executable, "-m", "ds_longft.cli", "data", "stats", "recipes/quickstart.yaml", "--html", "s.html"]
+        subprocess.run(stats, cwd=folder, check=True, capture_output=True)
+        pages = {"report": EXAMPLE.read_text("utf-8"), "stats": (folder / "s.html").read_text("utf-8")}
+    shoot(result_page(), "result", 780, 670)
+    for name, page in pages.items():
+        shoot(page, f"{name}-wide", 1100, 800)
+        shoot(page, f"{name}-dark", 1100, 800, dark=True)
+        shoot(page, f"{name}-phone", 390, 800)
+    for file in sorted(ASSETS.iterdir()):
+        print(f"{file.relative_to(ROOT)}  {file.stat().st_size / 1024:.0f} KiB")
+
+
+if __name__ == "__main__":
+    main()
