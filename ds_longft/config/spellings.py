@@ -67,6 +67,10 @@ EXPLANATIONS = {
         "weights are bf16 or fp32, see model.dtype",
     ),
     **dict.fromkeys(
+        ["special_tokens", "pad_token", "eos_token"],
+        "nothing is padded, and the chat template ends an answer; new tokens stand in model.add_tokens",
+    ),
+    **dict.fromkeys(
         ["use_lora", "adapter", "finetuning_type"], "`lora: null` trains every weight, a lora section adapters"
     ),
 }

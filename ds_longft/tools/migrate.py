@@ -111,7 +111,7 @@ def _carry(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> Non
         return
     elif key in EXPLANATIONS:
         if value is not False and str(value) != "1":
-            made.note(key, f"{value} is not carried over: {EXPLANATIONS[key]}")
+            made.note(key, f"{str(value)[:60]} is not carried over: {EXPLANATIONS[key]}")
     elif (ours := KEYS_OF_OTHER_TOOLS.get(key)) is not None or (ours := _own_name(key)) is not None:
         made.put(ours, value)
     elif value is not False:

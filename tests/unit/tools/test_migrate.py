@@ -138,6 +138,12 @@ def test_trl_trains_every_weight_where_nothing_says_lora(tmp_path: Path) -> None
     assert notes == []
 
 
+def test_tokens_that_end_or_pad_are_explained(tmp_path: Path) -> None:
+    _, notes = of(tmp_path, TRL + "eos_token: <|im_end|>\nspecial_tokens: {pad_token: <pad>}\n")
+    assert named(notes) == {"eos_token", "special_tokens"}
+    assert all("the chat template ends an answer" in note for note in notes)
+
+
 def test_swift(tmp_path: Path) -> None:
     run, notes = of(tmp_path, SWIFT)
     assert [(s.path, s.limit) for s in run.data.train] == [("org/set", 500), ("my.jsonl", None)]
