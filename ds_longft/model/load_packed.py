@@ -62,6 +62,16 @@ def packable(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, str]]:
                         yield f"{names[module]}.{name}", module, name
 
 
+@torch.no_grad()
+def round_as_packed(model: PreTrainedModel, form: Format) -> None:
+    """Give a dense model the weights that it would have packed in this format."""
+    for _, module, name in packable(model):
+        weight = module.get_parameter(name)
+        if form.fits(tuple(weight.shape)):
+            codes, scales = quantize(weight, form)
+            weight.copy_(Packed(form, tuple(weight.shape), weight.dtype, scales)(codes))
+
+
 def load_packed(cls: Any, path: str, model: ModelConfig, hf_config: PretrainedConfig, **kwargs: Any) -> Any:
     """As `cls.from_pretrained` with `output_loading_info`; packed, or (`model.quantize: none`) made dense again."""
     own, stored = base_format(hf_config, model), stored_as(hf_config)

@@ -24,10 +24,13 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
+from ds_longft.config.read import load_run_config
 from ds_longft.errors import ModelError
 from ds_longft.model.elsewhere import spell_for_older_readers
+from ds_longft.model.load_packed import round_as_packed
 from ds_longft.model.lora import BASE_CONFIG_FOLDER, WEIGHTS_NAME, load_adapter
 from ds_longft.model.new_tokens import narrowed
+from ds_longft.model.packed import FORMATS
 from ds_longft.model.rope import check_rope
 from ds_longft.model.rope_formulas import rope_parts
 from ds_longft.model.stops import serve_stop, stop_ids
@@ -112,7 +115,11 @@ def _merge(run: Path, work: Path, base: str | None) -> dict[str, Any]:
         raise ModelError(
             f"the base model {base!r} cannot be loaded: {str(error).splitlines()[0]}; give --base"
         ) from error
-    dtype = model.dtype
+    dtype, form = model.dtype, None
+    if (run / "config.yaml").is_file():
+        form = FORMATS.get(load_run_config(str(run / "config.yaml")).model.quantize)
+    if form is not None:  # the base that the adapter was trained on
+        round_as_packed(model, form)
     if {"embed_tokens", "lm_head"} & {name.rpartition(".")[2] for name in adapter.target_modules or ()}:
         _untie(model)
     adapted = load_adapter(model, run).eval()
@@ -132,6 +139,7 @@ def _merge(run: Path, work: Path, base: str | None) -> dict[str, Any]:
     _save(merged, run, work, base, source)
     report = {
         "base": base,
+        "merged_into": f"the base rounded as {form.name} has it, as it was trained" if form else "the base as it is",
         "dtype": str(dtype).removeprefix("torch."),
         "merged_logits_max_difference": difference,
         "largest_logit": float(with_adapter.abs().max()),

@@ -25,6 +25,7 @@ from ds_longft.exactness.isolation import decoder_of
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.load import load_config, load_model, trained_rows
 from ds_longft.model.lora import add_lora
+from ds_longft.model.packed import unpack
 from ds_longft.model.rope_lengths import set_rope_lengths
 from ds_longft.tools.verify.verified_run import wake_adapters
 
@@ -61,6 +62,7 @@ def baseline_model(config: RunConfig, dtype: torch.dtype, device: torch.device) 
     model: Any = load_model(
         config.model, hf_config, ds_engine_config=None, dtype=dtype, device=device, seed=config.seed
     )
+    unpack(model)
     if config.lora is not None:
         rows = trained_rows(config.model)
         model = add_lora(model, config.lora, seed=config.seed, revision=config.model.revision, train_rows=rows)
