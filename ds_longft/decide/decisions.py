@@ -23,7 +23,7 @@ class Run:
     """What is known of a run before its model is built. The same on every rank."""
 
     config: RunConfig
-    engine_config: dict[str, Any]  # the merged DeepSpeed JSON, its stage decided (`decide.base.settle_base`)
+    engine_config: dict[str, Any]  # the merged DeepSpeed JSON, its stage decided (`decide.where_base_lies.settle_base`)
     hf_config: PretrainedConfig  # what the model is built from
     facts: ModelFacts
     sp: int

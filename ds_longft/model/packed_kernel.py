@@ -5,8 +5,6 @@ torch would write and read codes as indices, values and scales in between, some 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -33,11 +31,11 @@ def dense(packed: Packed, codes: Tensor) -> Tensor:
 
 
 @triton.jit
-def _dense(
-    codes: Any, scales: Any, table: Any, out: Any, columns: Any, programs: Any, scales_of_a_row: Any,
+def _dense(  # type: ignore[no-untyped-def]  # Triton takes an annotation for a global variable and refuses it
+    codes, scales, table, out, columns, programs, scales_of_a_row,
     BITS: tl.constexpr, HIGH: tl.constexpr, POWERS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     N: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """N columns of one row. A block's columns divide N, or are a whole row."""
     program = tl.program_id(0).to(tl.int64)
     row, first = program // programs, (program % programs) * N

@@ -20,12 +20,12 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ds_longft.config.ds_json import DeepSpeedSettings
 from ds_longft.config.run_config import RunConfig
-from ds_longft.decide.base import settle_base, stage_2, with_room
 from ds_longft.decide.decisions import Decisions, Run, decide
 from ds_longft.decide.memory import spend
 from ds_longft.decide.plan_json import gpu_of_run
 from ds_longft.decide.setting import GIB
 from ds_longft.decide.tensors import Keep
+from ds_longft.decide.where_base_lies import settle_base, stage_2, with_room
 from ds_longft.errors import ModelError
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.facts import ModelFacts

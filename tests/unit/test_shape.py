@@ -29,3 +29,14 @@ def test_a_module_has_a_name_of_its_own() -> None:
     files = [path.stem for path in PACKAGE.rglob("*.py") if path.stem not in CONVENTIONS]
     folders = [path.parent.name for path in PACKAGE.rglob("__init__.py")]
     assert [name for name, count in Counter(files + folders).items() if count > 1] == []
+
+
+def test_kernels_of_triton_have_no_annotations_it_cannot_read() -> None:
+    """Triton takes any but `tl.constexpr` for a global variable: compiling ends there, on a GPU only."""
+    wrong = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(function, ast.FunctionDef) and "triton.jit" in map(ast.unparse, function.decorator_list):
+                given = [a.annotation for a in function.args.args if a.annotation is not None]
+                wrong += [f"{path.name}: {function.name}" for a in given if ast.unparse(a) != "tl.constexpr"]
+    assert not wrong

@@ -15,7 +15,7 @@ from transformers import AutoConfig, LlamaConfig
 
 from ds_longft.config.ds_json import DeepSpeedSettings, merge_ds_config
 from ds_longft.config.run_config import RunConfig
-from ds_longft.decide.base import settle_base
+from ds_longft.decide.where_base_lies import settle_base
 from ds_longft.model.facts import ModelFacts
 from ds_longft.train.install import LIGER_OPS_BY_GRADIENT, fused_kernels
 from tests.unit.decide.shapes import LLAMA_8B

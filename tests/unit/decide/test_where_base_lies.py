@@ -13,12 +13,12 @@ from transformers import AutoConfig
 
 from ds_longft.config.ds_json import merge_ds_config
 from ds_longft.config.run_config import RunConfig
-from ds_longft.decide.base import with_room
 from ds_longft.decide.decisions import Run
 from ds_longft.decide.memory import host_bytes, predict
 from ds_longft.decide.search import Question, fastest
 from ds_longft.decide.setting import GIB, Gpu, Setting
 from ds_longft.decide.time import predict_time
+from ds_longft.decide.where_base_lies import with_room
 from ds_longft.errors import ConfigError
 from ds_longft.model.facts import ModelFacts
 from tests.unit.decide.shapes import LLAMA_8B
