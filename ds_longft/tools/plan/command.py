@@ -198,17 +198,7 @@ def question_of(
         problems += error.problems
     if problems or rates is None:
         raise ConfigError(problems)
-    from ds_longft.model.load import load_config
-    from ds_longft.model.load_packed import base_format, stored_as
-
-    asked = ModelConfig(path=model, quantize=quantize)
-    hf_config = load_config(asked, 1, attn_implementation="eager")
-    form = base_format(hf_config, asked)
-    if problem := full_training_problem(
-        form.name if form else "", lora=lora_r is not None, stored=bool(stored_as(hf_config))
-    ):
-        raise ConfigError(problem)
-    facts = ModelFacts.from_config(hf_config)
+    facts, form = _described(model, quantize, lora=lora_r is not None)
     _check_described(facts, lora_r, lora_experts)
     question = Question(
         model=facts,
@@ -221,13 +211,27 @@ def question_of(
         reference=reference_of(DpoConfig(reference=reference), lora=lora_r is not None) if pairs else "none",
         passes=passes,
         optimizer=optimizer,
-        quantize=form.name if form else "",
+        quantize=form,
         kernel=kernel,
         fused=liger == "auto",
         targets=targets,
         documents=documents,
     )
     return question, tokens
+
+
+def _described(model: str, quantize: Quantize, *, lora: bool) -> tuple[ModelFacts, str]:
+    """Facts of the model, and the format of its base: "" where it is not quantised. Raises ConfigError, ModelError."""
+    from ds_longft.model.load import load_config
+    from ds_longft.model.load_packed import base_format, stored_as
+
+    asked = ModelConfig(path=model, quantize=quantize)
+    hf_config = load_config(asked, 1, attn_implementation="eager")
+    base = base_format(hf_config, asked)
+    form = base.name if base else ""
+    if problem := full_training_problem(form, lora=lora, stored=bool(stored_as(hf_config))):
+        raise ConfigError(problem)
+    return ModelFacts.from_config(hf_config), form
 
 
 def _check_described(facts: ModelFacts, lora_r: int | None, lora_experts: bool) -> None:
