@@ -79,6 +79,7 @@ def as_json(plan: Plan, question: Question) -> dict[str, Any]:
         **({"recompute_every": x.every} if x.recompute == "every_k" else {}),
         "offload_host_gib": x.host_gib,
         "base": x.base,
+        **({"quantize": x.quantize} if x.quantize else {}),
         "mlp_tile_tokens": x.tile_tokens,
         "kv_heads_at_a_time": x.kv_heads,
         **({"passes": x.passes, "reference": x.reference} if question.objective == "dpo" else {}),

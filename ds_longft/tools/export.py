@@ -25,12 +25,13 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils import logging as transformers_logging
 
 from ds_longft.config.read import load_run_config
+from ds_longft.config.run_config import ModelConfig
 from ds_longft.errors import ModelError
 from ds_longft.model.elsewhere import spell_for_older_readers
-from ds_longft.model.load_packed import round_as_packed
+from ds_longft.model.load_packed import base_format, load_packed, round_as_packed, stored_as
 from ds_longft.model.lora import BASE_CONFIG_FOLDER, WEIGHTS_NAME, load_adapter
 from ds_longft.model.new_tokens import narrowed
-from ds_longft.model.packed import FORMATS
+from ds_longft.model.packed import Format
 from ds_longft.model.rope import check_rope
 from ds_longft.model.rope_formulas import rope_parts
 from ds_longft.model.stops import serve_stop, stop_ids
@@ -107,18 +108,24 @@ def _merge(run: Path, work: Path, base: str | None) -> dict[str, Any]:
     source = {"revision": adapter.revision} if adapter.revision else {}
     try:
         hf_config = _trained_config(run, base, source)
-        narrowed(hf_config, AutoConfig.from_pretrained(base, **NO_CODE, **source))
-        model = whole_class(hf_config).from_pretrained(
-            base, config=hf_config, dtype="auto", use_safetensors=True, **NO_CODE, **source
-        )
+        of_base = AutoConfig.from_pretrained(base, **NO_CODE, **source)
+        narrowed(hf_config, of_base)
+        form = _trained_format(run, base, hf_config, of_base)
+        how = {"dtype": "auto", "use_safetensors": True, **NO_CODE, **source}
+        if stored_as(of_base):  # made dense; its own config says how it lies in the files
+            hf_config.quantization_config = stored_as(of_base)
+            model, _ = load_packed(
+                whole_class(hf_config), base, ModelConfig(path=base, quantize="none"), hf_config,
+                output_loading_info=True, **how,
+            )  # fmt: skip
+        else:
+            model = whole_class(hf_config).from_pretrained(base, config=hf_config, **how)
     except (OSError, ValueError) as error:  # ValueError: it wants to run code of its own
         raise ModelError(
             f"the base model {base!r} cannot be loaded: {str(error).splitlines()[0]}; give --base"
         ) from error
-    dtype, form = model.dtype, None
-    if (run / "config.yaml").is_file():
-        form = FORMATS.get(load_run_config(str(run / "config.yaml")).model.quantize)
-    if form is not None:  # the base that the adapter was trained on
+    dtype = model.dtype
+    if form is not None and not stored_as(of_base):  # the base that the adapter was trained on
         round_as_packed(model, form)
     if {"embed_tokens", "lm_head"} & {name.rpartition(".")[2] for name in adapter.target_modules or ()}:
         _untie(model)
@@ -147,6 +154,21 @@ def _merge(run: Path, work: Path, base: str | None) -> dict[str, Any]:
     del model, adapted, merged
     gc.collect()
     return report | _check_reload(work, after, tokens)
+
+
+def _trained_format(run: Path, base: str, trained: PretrainedConfig, of_base: PretrainedConfig) -> Format | None:
+    """How the base that the adapter was trained on was quantised.
+
+    Raises:
+        ModelError: its files were, and those of `base` are not: the adapter would go into other weights.
+    """
+    if stored_as(trained) and not stored_as(of_base):
+        raise ModelError(
+            f"the adapter was trained on a checkpoint that is quantised, but "
+            f"the files of {base!r} are not: the merged model would be another one. Give that checkpoint as --base"
+        )
+    asked = load_run_config(str(run / "config.yaml")).model if (run / "config.yaml").is_file() else ModelConfig()
+    return base_format(of_base, asked)
 
 
 def _untie(model: Model) -> None:

@@ -66,12 +66,12 @@ def copy_card(run: Path, work: Path, out: Path) -> None:
 
 def write_card(
     folder: Path, config: RunConfig, layout: ParallelLayout, history: list[dict[str, Any]], vocab_size: int = 0,
-    *, wrapped: bool = False, hybrid: bool = False,
+    *, wrapped: bool = False, hybrid: bool = False, quantized: str = "",
 ) -> None:  # fmt: skip
     """Write README.md into the output folder from the config and the recorded metrics.
 
     `vocab_size`: of the model, where tokens were added. `wrapped`: it is a multimodal model's text model.
-    `hybrid`: some of its layers carry a state.
+    `hybrid`: some of its layers carry a state. `quantized`: format of the base's weights.
     """
     base, stretched = model_path(config.model), config.model.rope.type != "none"
     on_hub = hub_id(base)
@@ -82,7 +82,7 @@ def write_card(
     steps = [r for r in history if r.get("loss") is not None]
     evals = [r for r in history if r.get("eval_loss") is not None]
     facts = {
-        "base model": named_elsewhere(base),
+        "base model": named_elsewhere(base) + (f", quantised ({quantized})" if quantized else ""),
         "training": f"LoRA r={config.lora.r}, alpha={config.lora.alpha:g}" if config.lora else "all weights",
         "data": ", ".join(s.path for s in config.data.train),
         "longest sample": f"{config.data.max_length_tokens:,} tokens",

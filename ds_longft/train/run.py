@@ -21,6 +21,7 @@ from ds_longft.data.template_source import without_marks
 from ds_longft.decide.advice import Adviser
 from ds_longft.errors import EXIT_HANG, EXIT_REQUEUE, GpuMemoryError
 from ds_longft.layout import ParallelLayout
+from ds_longft.model.load_packed import base_format
 from ds_longft.model.lora import trainable_parameters
 from ds_longft.model.lora_targets import adapted_in_words
 from ds_longft.model.peaks import peak_tflops
@@ -205,9 +206,10 @@ def _write_end(
     folder = joined.folder
     history = read_metrics(folder / "metrics.jsonl")
     if not already_finished:
+        form = base_format(joined.hf_config, joined.config.model)
         write_card(
             folder, joined.config, joined.layout, history, joined.facts.vocab, wrapped=is_wrapped(joined.hf_config),
-            hybrid=joined.facts.state_products > 0,
+            hybrid=joined.facts.state_products > 0, quantized=form.name if form else "",
         )  # fmt: skip
         if pusher is not None:
             pusher.finish(folder)

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig
 
 from ds_longft.config.read import load_run_config
-from ds_longft.config.run_config import ModelConfig, RopeConfig
+from ds_longft.config.run_config import ModelConfig, Quantize, RopeConfig
 from ds_longft.errors import ConfigError
 from ds_longft.model.load import load_config, load_model, load_tokenizer, model_path
 from ds_longft.model.lora import BASE_CONFIG_FOLDER, WEIGHTS_NAME, load_adapter
@@ -79,7 +79,7 @@ def find_subject(model: str, *, before: bool = False, base: str | None = None) -
         named = base or facts.get("base_model_name_or_path")
         if not named:
             raise ConfigError(f"{folder / 'adapter_config.json'} names no base model: give --base")
-        plain = ModelConfig(path=named, revision=facts.get("revision"))
+        plain = ModelConfig(path=named, revision=facts.get("revision"), quantize=quantized_as(folder))
         trained = folder / BASE_CONFIG_FOLDER
         config_folder = str(trained) if trained.is_dir() else model_path(plain)
         has_tokenizer = (folder / "tokenizer_config.json").is_file()
@@ -92,6 +92,12 @@ def find_subject(model: str, *, before: bool = False, base: str | None = None) -
         )
     plain = ModelConfig(path=model)
     return Subject(plain, None, model_path(plain), model_path(plain), run)
+
+
+def quantized_as(adapter: Path) -> Quantize:
+    """`model.quantize` of the run that made this adapter, at its top or in a checkpoint: the base it belongs to."""
+    config = next((f / "config.yaml" for f in (adapter, adapter.parent) if (f / "config.yaml").is_file()), None)
+    return load_run_config(str(config)).model.quantize if config else "auto"
 
 
 def subject_window(subject: Subject) -> int | None:
