@@ -15,6 +15,7 @@ import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -193,6 +194,7 @@ class Recompute:
                 f"(recompute {policy}, ZeRO stage {stage}) cannot be tiled, for their form or for adapters with "
                 f"dropout or DoRA: leave it out"
             )
+        check_packed_experts(layers, made.experts)
         if stage == 3:
             for layer in layers:
                 gather_adapted(layer, made.experts)
@@ -276,6 +278,21 @@ def fuse_and_tile(layer: nn.Module, stage: int, tile_tokens: int | None) -> Fuse
     if stage == 3:
         gather_with(layer, weights)
     return Fused(groups, tiled, experts, reach_experts(layer, experts, stage))
+
+
+def check_packed_experts(layers: Sequence[nn.Module], grouped: Sequence[Experts]) -> None:
+    """Raises ModelError: PEFT's own forward of adapters on stacked experts cannot read quantised ones."""
+    ours = {id(module) for experts in grouped for module in experts.outer.modules()}
+    for layer in layers:
+        for module in layer.modules():
+            if not isinstance(module, ParamWrapper) or module.num_experts == 1 or id(module) in ours:
+                continue
+            if is_parametrized(module.get_base_layer()):
+                raise ModelError(
+                    f"lora.experts is true and the base is quantised, but the experts of this model "
+                    f"({type(module.get_base_layer()).__name__}) cannot run as grouped products here: leave "
+                    f"lora.experts out, or set model.quantize: none"
+                )
 
 
 def gather_adapted(layer: nn.Module, grouped: Sequence[Experts] = ()) -> None:

@@ -20,6 +20,9 @@ from ds_longft.model.load import load_config, load_model
 from ds_longft.model.load_packed import packable
 from ds_longft.model.lora import add_lora, trainable_parameters
 from ds_longft.model.packed import FORMATS, Packed, leave_out_of_checkpoints, pack, packed_weights, quantize, unpack
+from ds_longft.model.supported import decoder_layers
+from ds_longft.sequence.experts import group_experts
+from ds_longft.train.install import check_packed_experts
 from tests.unit.model.tiny import WINDOW, save_tiny, tiny_config
 
 bnb = pytest.importorskip("bitsandbytes.functional")
@@ -270,6 +273,11 @@ def test_stacked_experts_are_quantised_with_names_and_adapters_of_a_dense_model(
     assert trained[0] == trained[1]
     assert ours.peft_config["default"].to_dict() == theirs.peft_config["default"].to_dict()
     assert trainable_parameters(ours) == trainable_parameters(theirs)
+    layers = decoder_layers(ours.get_base_model())
+    check_packed_experts(layers, [each for layer in layers for each in group_experts(layer, None)])
+    with pytest.raises(ModelError, match="cannot run as grouped products"):
+        check_packed_experts(layers, ())  # as in a model whose experts have a forward of their own
+    check_packed_experts(decoder_layers(theirs.get_base_model()), ())
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_oss"])
