@@ -81,6 +81,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quantize", default="auto", help="model.quantize; mxfp4: random weights as gpt-oss' files")
     parser.add_argument("--cap_gib", type=float, help="the GPU counts as one with so much memory, and has no more")
     parser.add_argument("--host_gib", type=float, default=0.0, help="host memory, with --base host the base's too")
+    parser.add_argument("--offload_disk", help="folder for what neither GPU nor host memory holds")
     parser.add_argument("--tile", type=int, help="train.mlp_tile_tokens")
     parser.add_argument("--kv_heads", type=int, help="train.kv_heads_at_a_time")
     parser.add_argument("--liger", default="auto")
@@ -104,7 +105,7 @@ def main() -> None:
     args = arguments()
     lengths = document_lengths(args)
 
-    from ds_longft.ranks.join import Launch, join
+    from ds_longft.ranks.join import Agreement, Launch, join
 
     launch = Launch.from_environment()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -130,6 +131,7 @@ def main() -> None:
     from ds_longft.model.peaks import peak_tflops
     from ds_longft.sequence.kernels import AttentionSpec, choose_kernel
     from ds_longft.train.device_memory import device_memory, own_memory_gib
+    from ds_longft.train.disk_room import check_disk, measured_gb_s
     from ds_longft.train.engine import build
     from ds_longft.train.install import decided, known_run
     from ds_longft.train.rehearse import choose_passes, rehearse, settle
@@ -175,6 +177,7 @@ def main() -> None:
             "train": {
                 "recompute": args.recompute,
                 "offload_host_gib": args.host_gib - base_gib if args.base == "host" else args.host_gib,
+                "offload_disk": args.offload_disk,
                 "mlp_tile_tokens": args.tile,
                 "kv_heads_at_a_time": args.kv_heads,
                 "deterministic": args.deterministic,
@@ -188,9 +191,15 @@ def main() -> None:
     started, start = time.time(), list[str]()
     memory, (memory_gib, _) = device_memory(device), own_memory_gib(device)
     kernel_name = "" if args.kernel == "auto" else args.kernel
-    known = known_run(config, settings, layout, device, memory_gib=memory_gib, kernel=kernel_name)
+    disk_gb_s = 0.0
+    if args.offload_disk:
+        disk_gb_s = measured_gb_s(args.offload_disk, device, launch.local_world, Agreement())
+    known = known_run(
+        config, settings, layout, device, memory_gib=memory_gib, kernel=kernel_name, disk_gb_s=disk_gb_s
+    )  # fmt: skip
     facts = known.facts
     decisions = decided(known, device)
+    disk = check_disk(known, decisions, device, Agreement())
     foreseen = foresee_run(replace(known, kernel=known.kernel or known.gpu.kernels[0]), decisions) or {}
     if launch.rank == 0:
         print(json.dumps({"foreseen": foreseen}), flush=True)
@@ -306,6 +315,7 @@ def main() -> None:
             "base": known.base,
             **({"fetched_layers": [built.frozen.fetches, built.frozen.late]} if built.frozen else {}),
             **({"cap_gib": args.cap_gib} if args.cap_gib else {}),
+            **({"disk": disk} if disk else {}),
             **({"reference": built.engine.module.reference, "passes": built.engine.module.passes, "why": passes}
                if args.objective == "dpo" else {}),
             "loss_first": round(losses[0], 5),

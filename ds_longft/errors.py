@@ -47,8 +47,16 @@ class CheckpointError(LongftError):
     """A checkpoint is missing, damaged, or belongs to another run."""
 
 
-class GpuMemoryError(LongftError):
-    """A GPU's memory does not hold a step. Seen by the rank it happened to, not by all ranks."""
+class RankError(LongftError):
+    """Seen by the rank it happened to, not by all ranks."""
+
+
+class GpuMemoryError(RankError):
+    """A GPU's memory does not hold a step."""
+
+
+class DiskError(RankError):
+    """Layer inputs could not be written to a disk or read back."""
 
 
 class PortError(LongftError):

@@ -397,6 +397,12 @@ class TrainConfig(Section):
     `keep_attention` and `auto` attention outputs, with `auto` outputs of linears. Pinned, copied beside the compute.
     Pinning takes about 0.4 s a GiB at the start."""
 
+    offload_disk: Rounding[str | None] = None
+    """Folder on a local disk (NVMe) for what neither the GPUs nor `offload_host_gib` hold: inputs of layers, and
+    attention outputs where they are kept. Read and written beside the compute, through 0.5 GiB of pinned host memory of
+    each rank. Measured at the start, and refused where the steps would wait for it. Nothing stays there, even after a
+    crash. On a CPU all of them go there."""
+
     mlp_tile_tokens: Rounding[Tokens | None] = None
     """Compute MLPs in tiles of N of a rank's tokens: less memory at the same speed, but no MLP output can be kept.
     Left out: whole, or with `auto` recomputation what the longest pack needs."""
@@ -553,6 +559,11 @@ def contradictions(config: RunConfig) -> list[str]:
         )
     problems += _base_problems(config) + _objective_problems(config) + _token_problems(config)
     problems += _stream_problems(config) + optim_problems(config)
+    if config.train.offload_disk is not None and config.train.recompute == "none":
+        problems.append(
+            "train.offload_disk is given, but train.recompute is none, which keeps everything on the GPU: leave one of "
+            "them out"
+        )
     if config.model.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", config.model.revision or ""):
         problems.append(
             f"model.trust_remote_code needs model.revision pinned to a full commit hash (40 hex digits), "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -35,6 +36,7 @@ class Run:
     fused: bool  # liger's kernels
     base: Base = "engine"  # where frozen weights lie, `auto` settled
     why: str = ""  # `auto` settled it so
+    disk_gb_s: float = 0.0  # of train.offload_disk, as `train.disk_room` measured it
 
     @property
     def quantize(self) -> str:
@@ -71,6 +73,8 @@ class Run:
             recompute=config.train.recompute,
             every=config.train.recompute_every,
             host_gib=config.train.offload_host_gib,
+            disk_gib=math.inf if config.train.offload_disk else 0.0,
+            disk_gb_s=self.disk_gb_s,
             local_world=self.local_world,
             tile_tokens=config.train.mlp_tile_tokens,
             kv_heads=config.train.kv_heads_at_a_time,
@@ -97,10 +101,13 @@ class Decisions:
     setting: Setting | None = None  # all of it as the planner describes it, where it does
 
     @classmethod
-    def as_configured(cls, config: RunConfig) -> Decisions:
+    def as_configured(cls, config: RunConfig, layers: int) -> Decisions:
         """Nothing but what the config says: on CPUs, and for models that the planner does not describe."""
         train, passes = config.train, Needs.of(config).passes
-        return cls(train.recompute, train.recompute_every, train.mlp_tile_tokens, train.kv_heads_at_a_time, passes)
+        keep = (Keep(attention="disk", input="disk"),) * layers if train.offload_disk else None
+        return cls(
+            train.recompute, train.recompute_every, train.mlp_tile_tokens, train.kv_heads_at_a_time, passes, keep
+        )
 
 
 def decide(run: Run) -> Decisions:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ds_longft.decide.tensors import ATTENTION, GROUPS, LAYER_INPUTS, LINEARS, TRAINABLE, WORK, Keep, Sizes
+from ds_longft.decide.tensors import ATTENTION, AWAY, GROUPS, LAYER_INPUTS, LINEARS, TRAINABLE, WORK, Keep, Sizes
 from ds_longft.decide.timeline import Timeline
 
 _QK_NORMS = tuple(f"{name} norm{of}" for name in "qk" for of in ("", " x32", " narrow"))
@@ -29,7 +29,7 @@ class Layer:
 
     def input(self, i: int) -> None:
         """The input of layer i; one that waits on the host is counted as in transit."""
-        away = i < len(self.keep) and self.keep[i].input == "host"
+        away = i < len(self.keep) and self.keep[i].input in AWAY
         self.t.hold(f"x{i}", 0.0 if away else self.z.u, LAYER_INPUTS)
 
     def norm(self, name: str, saving: bool, size: float | None = None) -> None:
@@ -203,7 +203,7 @@ class Layer:
         """`attention.SpAttention.forward`, all heads at once or in turns."""
         t, z, at = self.t, self.z, "attention, forward"
         part, turn = ATTENTION if place else WORK, z.turn
-        size = 0.0 if place == "host" else z.q + z.lse  # what waits on the host is in transit
+        size = 0.0 if place in AWAY else z.q + z.lse  # what waits elsewhere is in transit
         if z.turns > 1:
             t.hold(f"attention {i}", size, part)
             t.hold("out", z.q + z.lse - size)

@@ -5,13 +5,14 @@ The tensors of the step itself are in `simulated_step.py`; docs/plan.md has both
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ds_longft.config.optimizers import KINDS
 from ds_longft.decide.setting import GIB, Gpu, Setting
-from ds_longft.decide.simulated_step import SimulatedStep
+from ds_longft.decide.simulated_step import SimulatedStep, bytes_away
 from ds_longft.decide.tensors import (
     BEFORE_STATE,
     GROUPS,
@@ -54,6 +55,7 @@ class Memory:
     parts: dict[str, float]  # the same bytes by what they are
     outside: float  # bytes beside torch's: CUDA context, NCCL
     host: float  # pinned host memory of this rank, bytes
+    disk: float  # files of this rank, bytes
     keep: tuple[Keep, ...]  # per layer
 
     @property
@@ -84,7 +86,8 @@ def predict(model: ModelFacts, setting: Setting, gpu: Gpu) -> Memory:
             del names["gate_up"]  # tiles have no whole output to keep
         sizes = {kind: Sizes(kind, setting) for kind in model.kinds}
         costs = [{group: sizes[kind].group(group) for group in names.values()} for kind in model.by_layer]
-        allowed = host_share(setting) if not host else 0.0  # linears are worth less than what is there already
+        elsewhere = host or any(k.on_disk for k in keep)
+        allowed = 0.0 if elsewhere else host_share(setting)  # linears are worth less than what is there already
         places, _, on_host = spend(costs, room - timeline.peak, allowed)
         if any(places):
             host += on_host
@@ -92,19 +95,22 @@ def predict(model: ModelFacts, setting: Setting, gpu: Gpu) -> Memory:
             keep = tuple(replace(k, **more) for k, more in zip(keep, kept, strict=True))
             timeline = step_timeline(model, setting, keep)
     host += host_bytes(model, setting)
-    return Memory(timeline.peak, timeline.moment, timeline.at_peak, outside, host, keep)
+    disk = disk_bytes(model, setting, keep)
+    return Memory(timeline.peak, timeline.moment, timeline.at_peak, outside, host, disk, keep)
 
 
 def place(model: ModelFacts, setting: Setting, room: float) -> tuple[tuple[Keep, ...], float]:
-    """Layer inputs and attention outputs: on the GPU what fits into `room` bytes, then on the host, then nowhere.
+    """Layer inputs and attention outputs: on the GPU what fits into `room` bytes, then on host, on disk, nowhere.
 
-    Later layers stay on the GPU: what the first ones send away has the longest time to go and to come back. Without
-    host memory everything that the policy keeps stays on the GPU. Also the bytes on this rank's host.
+    Later layers stay on the GPU: what the first ones send away has the longest time to go and to come back. Inputs for
+    the disk are those of layers at even distances, so that its writes have the whole pass to go in. Without host memory
+    and disk everything that the policy keeps stays on the GPU. Also the bytes on this rank's host.
     """
     setting = setting.of_a_pass
     allowed, count = host_share(setting), model.layers
+    disk = setting.disk_gib * GIB / (setting.local_world or setting.world)
     plain = (Keep(),) * count
-    if not allowed or setting.recompute == "none" or step_timeline(model, setting, plain).peak <= room:
+    if not (allowed or disk) or setting.recompute == "none" or step_timeline(model, setting, plain).peak <= room:
         return plain, 0.0
     sizes, keeping = Sizes(model, setting), setting.recompute in ("keep_attention", "auto")
     inputs = segment_starts(model, setting) if setting.recompute in ("every_k", "sqrt") else range(count)
@@ -119,6 +125,12 @@ def place(model: ModelFacts, setting: Setting, room: float) -> tuple[tuple[Keep,
             break
         away[i] = replace(away[i], input="device")
         free, host = free - sizes.u, host - sizes.u
+    over = [i for i in inputs if away[i].input == "host"]
+    moved = min(len(over), math.ceil(max(0.0, host - allowed) / sizes.u), int(min(disk / sizes.u, len(over))))
+    for n in range(moved):
+        i = over[n * len(over) // moved]
+        away[i] = replace(away[i], input="disk")
+        host, disk = host - sizes.u, disk - sizes.u
     for i in reversed(range(count if keeping else 0)):
         attention = attentions[i]
         if attention <= free - transit:
@@ -127,6 +139,9 @@ def place(model: ModelFacts, setting: Setting, room: float) -> tuple[tuple[Keep,
         elif host + attention <= allowed and transit <= free:
             away[i] = replace(away[i], attention="host")
             host += attention
+        elif attention <= disk and transit <= free:
+            away[i] = replace(away[i], attention="disk")
+            disk -= attention
     return tuple(away), host
 
 
@@ -134,6 +149,12 @@ def segment_starts(model: ModelFacts, setting: Setting) -> range:
     """First layers of the segments of `every_k` and `sqrt`."""
     size = setting.every if setting.recompute == "every_k" else max(1, round(model.layers**0.5))
     return range(0, model.layers, size)
+
+
+def disk_bytes(model: ModelFacts, setting: Setting, keep: Sequence[Keep]) -> float:
+    """Of a rank's files."""
+    of_kinds = {kind: Sizes(kind, setting) for kind in model.kinds}
+    return sum(sum(bytes_away(of_kinds[kind], k, ("disk",))) for kind, k in zip(model.by_layer, keep, strict=True))
 
 
 def host_share(setting: Setting) -> float:

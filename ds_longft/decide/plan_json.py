@@ -86,6 +86,7 @@ def as_json(plan: Plan, question: Question) -> dict[str, Any]:
         "peak_gib": round(plan.memory.peak_gib, 2),
         "peak_at": plan.memory.moment,
         "host_gib_per_rank": round(plan.memory.host / GIB, 2),
+        **({"disk_gib_per_rank": round(plan.memory.disk / GIB, 2)} if x.disk_gib else {}),
         "memory_gib": {k: round(v, 2) for k, v in memory_parts(plan, question).items()},
         "step_s": round(plan.time.total_s, 3),
         "step_parts_s": {k: round(v, 3) for k, v in plan.time.parts.items()},

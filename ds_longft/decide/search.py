@@ -118,6 +118,8 @@ class Plan:
             words.append(f"base {x.base}")
         if x.host_gib:
             words.append(f"host {x.host_gib:.0f} GiB")
+        if self.memory.disk:
+            words.append(f"disk {self.memory.disk * (x.local_world or x.world) / GIB:.0f} GiB")
         return " + ".join([*words, self.ds_config.removeprefix("ds_configs/").removesuffix(".json")])
 
 
@@ -129,6 +131,8 @@ class Question:
     gpu: Gpu
     gpus: int
     host_gib: float  # of the node
+    disk_gib: float = 0.0  # of the node
+    disk_gb_s: float = 0.0  # 0: not known
     lora_r: int | None = 16
     lora_experts: bool = False
     objective: str = "sft"
@@ -190,8 +194,9 @@ class Question:
                     for settled in passes_of(replace(way, recompute=recompute, every=every)):
                         yield settled, ds_config
                         left_gib = self.host_gib - (self.base_gib if way.base == "host" else 0)
-                        if left_gib > 0 and not way.offload_params:
-                            yield replace(settled, host_gib=left_gib), ds_config
+                        if (left_gib > 0 or self.disk_gib) and not way.offload_params:
+                            away = replace(settled, host_gib=max(0.0, left_gib), disk_gib=self.disk_gib)
+                            yield replace(away, disk_gb_s=self.disk_gb_s), ds_config
 
     @property
     def base_gib(self) -> float:
@@ -256,7 +261,7 @@ def longest_of_each(question: Question) -> list[Plan]:
             plan = question.longest(setting, ds_config, above=max(lengths.get(setting.sp, [0])))
             if plan is None:
                 continue
-            key = (setting.sp, setting.recompute, setting.host_gib > 0, setting.passes, setting.base)
+            key = (setting.sp, setting.recompute, setting.host_gib + setting.disk_gib > 0, setting.passes, setting.base)
             seen = best.get(key)
             if seen is None or plan.setting.tokens > seen.setting.tokens:
                 best[key] = plan

@@ -42,6 +42,8 @@ class Setting:
     recompute: str = "auto"  # as train.recompute
     every: int = 2  # as train.recompute_every
     host_gib: float = 0.0  # host memory of a node for kept tensors
+    disk_gib: float = 0.0  # disk of a node, for what these do not hold
+    disk_gb_s: float = 0.0  # read and written by all ranks of a node at once; 0: not known, and not waited for
     tile_tokens: int | None = None  # as train.mlp_tile_tokens
     kv_heads: int | None = None  # as train.kv_heads_at_a_time
     local_world: int | None = None  # ranks of a node; None: all

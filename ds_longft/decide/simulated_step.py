@@ -8,17 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ds_longft.decide.layer import Layer
-from ds_longft.decide.tensors import BEFORE_STATE, GROUPS, HEAD, TRANSIT, Keep, Sizes
+from ds_longft.decide.tensors import AWAY, BEFORE_STATE, GROUPS, HEAD, TRANSIT, Keep, Sizes
 from ds_longft.decide.timeline import Timeline
 from ds_longft.sequence.kept import LEAVING
 from ds_longft.sequence.loss import CHUNK_BYTES
 
 
-def on_host(z: Sizes, keep: Keep) -> list[float]:
-    """Bytes of what waits on the host of a layer."""
+def bytes_away(z: Sizes, keep: Keep, where: tuple[str, ...] = AWAY) -> list[float]:
+    """Bytes of what waits on the host or the disk of a layer."""
     places = (keep.qkv, keep.o, keep.gate_up, keep.state, keep.attention, keep.input)
     sizes = (*(z.group(names) for names in (*GROUPS[:3], BEFORE_STATE)), z.q + z.lse, z.u)
-    return [size for place, size in zip(places, sizes, strict=True) if place == "host"]
+    return [size for place, size in zip(places, sizes, strict=True) if place in where]
 
 
 @dataclass
@@ -39,7 +39,7 @@ class SimulatedStep:
         t, z, x = self.t, self.z, self.z.setting
         layers = z.model.layers
         t.hold("cos sin", 2 * x.local_tokens * z.model.head_dim * x.element_bytes)  # arguments of every layer
-        t.hold("leaving", max(sum(sorted(of)[-LEAVING:]) for of in self._on_host()), TRANSIT)
+        t.hold("leaving", max(sum(sorted(of)[-LEAVING:]) for of in self._away()), TRANSIT)
         self.layers[0].input(0)
         if x.recompute in ("every_k", "sqrt"):
             self._segments(x.every if x.recompute == "every_k" else max(1, round(layers**0.5)))
@@ -52,9 +52,9 @@ class SimulatedStep:
                 self.layers[i].forward(i, saving=True, first=False)
             self.layers[i].backward(i)
 
-    def _on_host(self) -> list[list[float]]:
-        """Bytes of what waits on the host of each layer, and of another one (`kept.HostStore`)."""
-        return [2 * on_host(layer.z, keep) for layer, keep in zip(self.layers, self.keep, strict=True)]
+    def _away(self) -> list[list[float]]:
+        """Bytes of what waits elsewhere of each layer, and of another one (`kept.HostStore`)."""
+        return [2 * bytes_away(layer.z, keep) for layer, keep in zip(self.layers, self.keep, strict=True)]
 
     def _segments(self, size: int) -> None:
         """`recompute._Segment`: inputs of segments, then of one segment's layers (nested checkpoints)."""
@@ -66,7 +66,7 @@ class SimulatedStep:
                 if i > start:
                     t.drop(f"x{i}")
         self._head()
-        if self.keep[0].input == "host":  # torch holds the one before until the next segment is recomputed
+        if self.keep[0].input in AWAY:  # torch holds the one before until the next segment is recomputed
             t.hold("input of the segment before", self.z.u, TRANSIT)
         for start in reversed(starts):
             last = min(start + size, layers) - 1
@@ -96,7 +96,7 @@ class SimulatedStep:
             t.during("logits", 4 * m.head_weights + of_chunk, HEAD)
         t.drop("labelled rows")
         t.drop("leaving")
-        t.hold("coming", max(map(sum, self._on_host())), TRANSIT)  # a layer's, and the next one's
+        t.hold("coming", max(map(sum, self._away())), TRANSIT)  # a layer's, and the next one's
         t.hold("g", z.u)
         t.drop("dhidden", "final norm")
         self.layers[0].norm_backward("final norm")

@@ -54,7 +54,9 @@ def made_dense(model: ModelFacts, setting: Setting) -> float:
 
 @dataclass(frozen=True)
 class Keep:
-    """Where a layer's tensors wait for its backward pass: "device", "host", or "" for not at all."""
+    """Where a layer's tensors wait for its backward pass: "device", "host", "disk" (the last two), or ""
+    for not at all.
+    """
 
     qkv: str = ""
     o: str = ""
@@ -62,6 +64,11 @@ class Keep:
     attention: str = "device"  # read by the policies that keep it
     input: str = "device"
     state: str = ""  # projections of a layer that carries a state
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether anything of the layer lies there."""
+        return "disk" in (self.attention, self.input)
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,10 @@ class StateSizes:
         kept, again = (saved + inside, 0.0) if share == 1 else (saved, inside)
         sizes = (values, kept, share * (forward + again), share * (backward + again), moved, moved_backward)
         return cls(x.local_tokens * e * outs, exchanged, *(s * e * each for each in sizes))
+
+
+AWAY = ("host", "disk")
+"""Places beside the GPU."""
 
 
 @dataclass

@@ -16,9 +16,9 @@ from itertools import pairwise
 import numpy as np
 
 from ds_longft.data.deal import deal_documents
-from ds_longft.decide.memory import segment_starts
+from ds_longft.decide.memory import disk_bytes, segment_starts
 from ds_longft.decide.setting import Gpu, Setting
-from ds_longft.decide.simulated_step import on_host
+from ds_longft.decide.simulated_step import bytes_away
 from ds_longft.decide.tensors import BEFORE_STATE, GROUPS, Keep, Sizes, bytes_of_layers
 from ds_longft.model.facts import ModelFacts, visible_pairs
 from ds_longft.sequence.linear import folds
@@ -41,6 +41,7 @@ WIDTH_OF_A_PRODUCT = 64
 """Features that a grouped product with an adapter's rank costs at least: a tile of the tensor cores. An estimate."""
 
 WITHOUT_GRADIENT = "passes without gradient"
+DISK = "waiting for the disk"
 
 NARROW_HEADS = 0.25
 """Narrower heads use less of the tensor cores: rates fall with this power of head size / 128. From one step with heads
@@ -111,6 +112,10 @@ def predict_time(model: ModelFacts, setting: Setting, gpu: Gpu, keep: Sequence[K
         streamed_s = again_s = 0.0
     # kept tensors leave one way while weights come the other, and come back beside them
     parts["host copies"] = times * _not_hidden(max(kept_s, streamed_s), kept_s + again_s, compute_s)
+    if x.disk_gb_s:
+        of_node = disk_bytes(model, x, keep) * (x.local_world or x.world)
+        way_s = of_node / (x.disk_gb_s * 1e9)
+        parts[DISK] = times * _not_hidden(way_s, way_s, compute_s)
     host_s = times * (forwards + 2) / 4 * _host(model, x)
     parts["waiting for the host"] = max(0.0, host_s - sum(parts.values()))
     ahead = passes_ahead(setting)
@@ -349,7 +354,7 @@ def _streamed_s(model: ModelFacts, x: Setting, gpu: Gpu) -> float:
 def _kept_s(model: ModelFacts, x: Setting, keep: Sequence[Keep], gpu: Gpu) -> float:
     """Seconds in which what is kept on the host goes there, or comes back."""
     of_kinds = {kind: Sizes(kind, x) for kind in model.kinds}
-    size = sum(sum(on_host(of_kinds[kind], k)) for kind, k in zip(model.by_layer, keep, strict=True))
+    size = sum(sum(bytes_away(of_kinds[kind], k)) for kind, k in zip(model.by_layer, keep, strict=True))
     return size / (gpu.host_gb_s * 1e9)
 
 

@@ -1,4 +1,4 @@
-"""What a checkpointed layer's first call leaves for its second: on the GPU, or in pinned host memory.
+"""What a checkpointed layer's first call leaves for its second: on the GPU, in pinned host memory, or in files.
 
 Which of it is kept is decided elsewhere (`decide/memory.py`, `spend` and `place`).
 
@@ -15,10 +15,15 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Hashable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
+
+from ds_longft.sequence.disk import DiskStore
+
+Done = torch.cuda.Event | list[Future[None]] | None
+"""When a copy is over: a GPU's event, transfers of a file, or at once (on a CPU)."""
 
 LEAVING = 2
 """Calls whose device tensors may still be on their way out; compute waits for older ones."""
@@ -124,21 +129,21 @@ class UnusedOutput(Kept):
 class HostStore:
     """Pinned host memory for kept tensors of one process, its two copy streams, and the order of what is out.
 
-    Buffers are made on first use and kept: pinning costs about 0.4 s a GiB.
+    Buffers are made on first use and kept: pinning costs about 0.4 s a GiB. `disk`: for what is not to lie in them.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, disk: DiskStore | None = None) -> None:
+        self.device, self.disk = device, disk
         gpu = device.type == "cuda"
         self.out = torch.cuda.Stream(device) if gpu else None
         self.back = torch.cuda.Stream(device) if gpu else None
         self.waiting: list[HostKept] = []  # in the order they went out
-        self.leaving: list[tuple[torch.cuda.Event | None, tuple[Tensor, ...]]] = []
+        self.leaving: list[tuple[Done, tuple[Tensor, ...]]] = []
         self._buffers: dict[Hashable, Tensor] = {}
 
-    def slot(self, layer: int, name: Hashable) -> HostKept:
+    def slot(self, layer: int, name: Hashable, *, disk: bool = False) -> HostKept:
         """A place for the tensors of one call; used by one call of that layer at a time."""
-        return HostKept(self, layer, name)
+        return DiskKept(self, layer, name) if disk else HostKept(self, layer, name)
 
     def prefetch(self, layer: int) -> None:
         """Start the copies back of what `layer` is about to ask for, and of the next layer before it that has any."""
@@ -154,10 +159,16 @@ class HostStore:
     def settle(self, allowed: int) -> None:
         """Let go of device tensors that went out, but for the newest `allowed`; compute waits for their copies."""
         while len(self.leaving) > allowed:
-            done, _ = self.leaving[0]
-            if done is not None:
-                torch.cuda.current_stream(self.device).wait_event(done)
+            self.wait(self.leaving[0][0])
             del self.leaving[0]
+
+    def wait(self, done: Done) -> None:
+        """Have compute wait for a copy, and for a file the host too."""
+        if isinstance(done, list):
+            assert self.disk is not None
+            self.disk.wait(done)
+        elif done is not None:
+            torch.cuda.current_stream(self.device).wait_event(done)
 
     def buffer(self, key: Hashable, like: Tensor) -> Tensor:
         """Pinned memory shaped like `like`, reused between steps and grown where a pack is longer."""
@@ -178,7 +189,7 @@ class HostKept(Kept):
         super().__init__()
         self.store, self.layer, self.name = store, layer, name
         self._host: tuple[Tensor, ...] | None = None
-        self._done: torch.cuda.Event | None = None
+        self._done: Done = None
 
     @property
     def full(self) -> bool:
@@ -189,8 +200,7 @@ class HostKept(Kept):
         """Start the copies to the host."""
         store = self.store
         contiguous = tuple(t.detach().contiguous() for t in tensors)
-        self._host = tuple(store.buffer((self.layer, self.name, i), t) for i, t in enumerate(contiguous))
-        self._done = _copy(contiguous, self._host, store.out)
+        self._done = self._out(contiguous)
         store.leaving.append((self._done, contiguous))
         store.settle(LEAVING)
         mine = (self.layer, self.name)
@@ -202,8 +212,7 @@ class HostKept(Kept):
     def _fetched(self) -> tuple[Tensor, ...] | None:
         """The tensors on the device; compute waits for them if it has to."""
         self.fetch()
-        if self._done is not None:
-            torch.cuda.current_stream(self.store.device).wait_event(self._done)
+        self.store.wait(self._done)
         value, self._value, self._host = self._value, None, None
         self.store.waiting.remove(self)
         return value
@@ -213,10 +222,31 @@ class HostKept(Kept):
         if self._value is not None or self._host is None:
             return
         self._value = tuple(torch.empty_like(t, device=self.store.device) for t in self._host)  # the compute stream's
+        self._done = self._back(self._value)
+
+    def _out(self, tensors: tuple[Tensor, ...]) -> Done:
+        self._host = tuple(self.store.buffer((self.layer, self.name, i), t) for i, t in enumerate(tensors))
+        return _copy(tensors, self._host, self.store.out)
+
+    def _back(self, values: tuple[Tensor, ...]) -> Done:
+        assert self._host is not None
         if self.store.back is not None:
-            assert self._done is not None
+            assert isinstance(self._done, torch.cuda.Event)
             self.store.back.wait_event(self._done)  # out before back
-        self._done = _copy(self._host, self._value, self.store.back)
+        return _copy(self._host, values, self.store.back)
+
+
+class DiskKept(HostKept):
+    """Kept tensors that wait in a file."""
+
+    def _out(self, tensors: tuple[Tensor, ...]) -> Done:
+        assert self.store.disk is not None
+        self._host = tuple(torch.empty_like(t, device="meta") for t in tensors)
+        return self.store.disk.write((self.layer, self.name), tensors)
+
+    def _back(self, values: tuple[Tensor, ...]) -> Done:
+        assert self.store.disk is not None
+        return self.store.disk.read((self.layer, self.name), values)
 
 
 def _pinned(size: int) -> Tensor:

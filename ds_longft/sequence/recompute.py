@@ -37,7 +37,7 @@ from ds_longft.sequence.linear import LinearGroup
 from ds_longft.sequence.mlp import TiledMlp
 
 Forward = Callable[..., Any]
-Place = Literal["device", "host", "nowhere"]
+Place = Literal["device", "host", "disk", "nowhere"]
 Holder = LinearGroup | TiledMlp | Experts
 
 
@@ -50,7 +50,7 @@ class LayerKeep:
     on_host: list[LinearGroup] = field(default_factory=list)
     store: HostStore | None = None  # whatever goes to the host
     attention: Place = "device"
-    input_on_host: bool = False
+    input: Place = "device"
     last: Holder | None = None
     """What the layer ends with: its output is not computed again, unless something saves it."""
     waiting: list[tuple[LinearGroup, Kept]] = field(default_factory=list)
@@ -72,13 +72,13 @@ class LayerKeep:
 
     def attention_slot(self) -> Kept | None:
         """Where the attention's output waits; None: it is computed again."""
-        if self.attention == "host":
-            return self._on_host("attention")
+        if self.attention in ("host", "disk"):
+            return self._on_host("attention", disk=self.attention == "disk")
         return self._on_device() if self.attention == "device" else None
 
     def input_slot(self) -> Kept:
         """Where the layer's input waits."""
-        return self._on_host("input") if self.input_on_host else self._on_device()
+        return self._on_device() if self.input == "device" else self._on_host("input", disk=self.input == "disk")
 
     def give_linears(self) -> int:
         """Let go of the linears' outputs that wait on the device, now and in later calls; returns the bytes."""
@@ -100,7 +100,7 @@ class LayerKeep:
             slot.move_out()
         self.store = self.store or store
         self.attention = "host" if self.attention == "device" else self.attention
-        self.input_on_host = True
+        self.input = "host" if self.input == "device" else self.input
         return size
 
     def _on_device(self) -> Kept:
@@ -108,9 +108,9 @@ class LayerKeep:
         self.outputs.append(slot)
         return slot
 
-    def _on_host(self, name: str) -> HostKept:
+    def _on_host(self, name: str, *, disk: bool = False) -> HostKept:
         assert self.store is not None, f"layer {self.index}: no host memory for its {name}"
-        return self.store.slot(self.index, name)
+        return self.store.slot(self.index, name, disk=disk)
 
 
 def apply_recompute(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ds_longft.config.check import preflight
 from ds_longft.config.read import load_run_config
-from ds_longft.errors import GpuMemoryError, LongftError
+from ds_longft.errors import LongftError, RankError
 from ds_longft.ranks.console import outlive_the_console, speak_utf8
 from ds_longft.ranks.interrupt import StopRequest
 from ds_longft.ranks.join import Launch, visible_gpus
@@ -57,7 +57,7 @@ def _guarded(argv: list[str], launch: Launch, status: Status, stop: StopRequest)
         code = train(argv, launch, status, stop)
     except LongftError as e:
         code = status.failed(e, e.exit_code)
-        alone = isinstance(e, GpuMemoryError)  # other ranks wait for this one: it has to write for them
+        alone = isinstance(e, RankError)  # other ranks wait for this one: it has to write for them
     except BaseException as e:  # crashed: say where, and do not wait for peers
         if isinstance(e, SystemExit):  # --help
             raise

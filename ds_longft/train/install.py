@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
@@ -25,7 +26,7 @@ from ds_longft.decide.decisions import Decisions, Run, decide
 from ds_longft.decide.memory import spend
 from ds_longft.decide.plan_json import gpu_of_run
 from ds_longft.decide.setting import GIB
-from ds_longft.decide.tensors import Keep
+from ds_longft.decide.tensors import AWAY, Keep
 from ds_longft.decide.where_base_lies import settle_base, stage_2, with_room
 from ds_longft.errors import ModelError
 from ds_longft.layout import ParallelLayout
@@ -36,12 +37,13 @@ from ds_longft.model.supported import decoder_layers
 from ds_longft.model.wrapped import is_wrapped
 from ds_longft.ranks.node_memory import node_memory_gib
 from ds_longft.sequence.attention import ULYSSES
+from ds_longft.sequence.disk import DiskStore
 from ds_longft.sequence.experts import Experts, group_experts
 from ds_longft.sequence.frozen import FrozenLayers
 from ds_longft.sequence.kept import HostStore
 from ds_longft.sequence.linear import LinearGroup, fuse_linears, gather_with
 from ds_longft.sequence.mlp import TiledMlp, tile_mlp
-from ds_longft.sequence.recompute import Holder, LayerKeep, apply_recompute
+from ds_longft.sequence.recompute import Holder, LayerKeep, Place, apply_recompute
 from ds_longft.sequence.recomputed_input import recompute_first_input
 from ds_longft.sequence.relief import Relief
 from ds_longft.sequence.state.families import gather_state_layers
@@ -97,6 +99,7 @@ def known_run(
     memory_gib: float | None = None,
     saved_stage: int | None = None,
     kernel: str = "",
+    disk_gb_s: float = 0.0,
 ) -> Run:
     """The run as the planner is told of it, its ZeRO stage settled (`settle_base`).
 
@@ -106,6 +109,7 @@ def known_run(
         memory_gib: of each GPU, as from `own_memory_gib`; left out, all of it.
         saved_stage: see `settle_base`.
         kernel: of its attention.
+        disk_gb_s: of `train.offload_disk`, as measured.
     """
     unset_hf_deepspeed_config()  # of an earlier ZeRO-3 model of this process: the next one would be built as it was
     if hf_config is None:
@@ -130,6 +134,7 @@ def known_run(
         gpu=gpu,
         has_rates=has_rates,
         kernel=kernel,
+        disk_gb_s=disk_gb_s,
         fused=liger_fits(config, facts.model_type),
         base=base,
         why=why,
@@ -144,7 +149,7 @@ def known_run(
 
 def decided(run: Run, device: torch.device) -> Decisions:
     """How the run saves memory: as the planner decides; on a CPU as configured."""
-    return decide(run) if device.type == "cuda" else Decisions.as_configured(run.config)
+    return decide(run) if device.type == "cuda" else Decisions.as_configured(run.config, run.facts.layers)
 
 
 @dataclass
@@ -199,20 +204,19 @@ class Recompute:
             for layer in layers:
                 gather_adapted(layer, made.experts)
             gather_state_layers(base)
-        if places is not None and any("host" in (p.input, p.attention) for p in places):
-            made._place(places, device)
+        if places is not None and any(place in AWAY for p in places for place in (p.input, p.attention)):
+            made._place(places, device, config.train.offload_disk)
         if frozen is not None:
             frozen.install(layers)
         apply_recompute(layers, policy, every=decisions.every, keep=made.keep)
         return made
 
-    def _place(self, places: Sequence[Keep], device: torch.device) -> None:
+    def _place(self, places: Sequence[Keep], device: torch.device, folder: str | None) -> None:
         """Layer inputs and attention outputs where the plan wants them."""
-        store = HostStore(device)
+        store = HostStore(device, DiskStore(folder, device) if folder else None)
         for keep, place in zip(self.keep, places, strict=True):
             keep.store = store
-            keep.input_on_host = place.input == "host"
-            keep.attention = "host" if place.attention == "host" else "device" if place.attention else "nowhere"
+            keep.input, keep.attention = cast(Place, place.input), cast(Place, place.attention or "nowhere")
         self.host_bytes = 0  # linears would be worth less than what is there already
 
     def relief(self, device: torch.device) -> Relief | None:

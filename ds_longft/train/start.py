@@ -32,6 +32,7 @@ from ds_longft.ranks.lock import lock_folder
 from ds_longft.sequence.attention import ULYSSES
 from ds_longft.train.checkpoint import Checkpoints
 from ds_longft.train.device_memory import device_memory, own_memory_gib
+from ds_longft.train.disk_room import check_disk, measured_gb_s
 from ds_longft.train.engine import Built, build
 from ds_longft.train.hub import ready
 from ds_longft.train.install import decided, known_run
@@ -192,9 +193,13 @@ def build_engine(joined: Joined) -> Prepared:
     memory_gib, taken_gib = own_memory_gib(device)
     checkpoints = Checkpoints(joined.folder, joined.agreement, config.train.keep_checkpoints)
     found = checkpoints.find(config.train.resume)
+    folder, disk_gb_s = config.train.offload_disk, 0.0
+    if folder is not None:
+        disk_gb_s = measured_gb_s(folder, device, joined.launch.local_world, joined.agreement)
     known = known_run(
         config, settings, layout, device, hf_config=joined.hf_config, facts=joined.facts, memory_gib=memory_gib,
         saved_stage=found[1].decides.get(STAGE) if found else None, kernel=joined.kernel,
+        disk_gb_s=disk_gb_s,
     )  # fmt: skip
     remarks = []
     if known.why:
@@ -202,6 +207,8 @@ def build_engine(joined: Joined) -> Prepared:
     if taken_gib:
         remarks.append(f"other processes hold {taken_gib:.1f} GiB of a GPU (nvidia-smi names them): planned without it")
     joined.status.run, decisions = known, decided(known, device)
+    if line := check_disk(known, decisions, device, joined.agreement):
+        remarks.append(line)
     if joined.launch.rank == 0:  # on a CPU the memory of a whole process is what is measured: nothing is foreseen
         write_plan(joined.folder, foresee_run(known, decisions) if device.type == "cuda" else None)
     phases = joined.phases

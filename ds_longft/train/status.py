@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ds_longft.errors import EXIT_CONFIG, EXIT_REQUEUE, GpuMemoryError, LongftError
+from ds_longft.errors import EXIT_CONFIG, EXIT_REQUEUE, LongftError, RankError
 from ds_longft.ranks.join import Launch
 from ds_longft.run_files import StatusFile
 from ds_longft.stored import read_if_good
@@ -61,7 +61,7 @@ class Status:
     def failed(self, error: BaseException | str, code: int) -> int:
         """Note the error and show it once per node; returns `code`."""
         self.error = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
-        if isinstance(error, LongftError) and (self.launch.local_rank == 0 or isinstance(error, GpuMemoryError)):
+        if isinstance(error, LongftError) and (self.launch.local_rank == 0 or isinstance(error, RankError)):
             print(f"\n{redact(str(error))}\n", file=sys.stderr, flush=True)
         return code
 

@@ -99,7 +99,7 @@ def install(layers: list[Any], policy: str, saving: dict[str, Any]) -> None:
     host = saving.get("host", ())
     for keep, of_layer in zip(keeps, fused, strict=True):
         keep.last = of_layer.last
-        keep.input_on_host = "input" in host
+        keep.input = "host" if "input" in host else "device"
         keep.attention = "host" if "attention" in host else "device"
         wanted = [g for g in of_layer.groups if saving.get("linears") and "down_proj" not in g.names]
         (keep.on_host if "linears" in host else keep.on_device).extend(wanted)

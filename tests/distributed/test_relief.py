@@ -79,7 +79,7 @@ def three_steps(
         given.append(relief.take_note())
     weights = [getattr(p, "ds_tensor", p).detach().clone() for p in built.model.parameters() if p.requires_grad]
     still = sum(len(keep.on_device) for keep in built.recompute.keep)
-    host = sum(keep.input_on_host for keep in built.recompute.keep)
+    host = sum(keep.input == "host" for keep in built.recompute.keep)
     engine.destroy()
     return losses, weights, given, (kept, still, host), failing.counts, failing.failed
 

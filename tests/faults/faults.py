@@ -118,6 +118,16 @@ def _at_side(fault: dict[str, Any]) -> None:
     pairs._two_backwards = two_backwards
 
 
+def _at_disk(fault: dict[str, Any]) -> None:
+    """In a thread, at the read or write of a chunk `count`."""
+    from itertools import count
+
+    from ds_longft.sequence import disk
+
+    calls = count(1)
+    _before(disk, "_whole", lambda *_: next(calls) == fault["count"], fault)
+
+
 def _at_start(fault: dict[str, Any]) -> None:
     """After everything is loaded, before the first step."""
     from ds_longft.train.trainer import Trainer

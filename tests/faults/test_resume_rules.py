@@ -117,6 +117,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "train.gradient_accumulation_steps": ("--train.gradient_accumulation_steps", "1"),
     "train.recompute": ("--train.recompute", "full"),
     "train.offload_host_gib": ("--train.offload_host_gib", "0.1"),
+    "train.offload_disk": ("--train.offload_disk", "{nvme}"),
     "train.kv_heads_at_a_time": ("--train.recompute", "full", "--train.kv_heads_at_a_time", "1"),
     "train.recompute_every": ("--train.recompute", "every_k", "--train.recompute_every", "1"),
     "train.verify_first": ("--train.verify_first", "true"),
@@ -176,6 +177,7 @@ def written(job: Path, folder: Path, words: tuple[str, ...]) -> list[str]:
     shutil.copyfile(job.parent / "rows.jsonl", moved)
     os.utime(moved, (1, 1))
     (folder / "splits").mkdir()
+    (folder / "nvme").mkdir()
     shutil.copyfile(job.parent / "rows.jsonl", folder / "splits" / "test.jsonl")
     (folder / "splits" / "train.jsonl").write_text("{}\n")
     (folder / "template.jinja").write_text(TEMPLATE)
@@ -183,7 +185,7 @@ def written(job: Path, folder: Path, words: tuple[str, ...]) -> list[str]:
     places = {
         "{moved}": moved, "{spelled}": job.parent / "." / ".." / job.parent.name / "rows.jsonl", "{rows}": job.parent / "rows.jsonl", "{splits}": folder / "splits",
         "{pairs}": job.parent / "pairs.jsonl", "{template}": folder / "template.jinja", "{stage2}": folder / "zero2.json",
-        "{elsewhere}": folder / "cache", "{model}": shutil.copytree(job.parent / "model", folder / "model"),
+        "{elsewhere}": folder / "cache", "{nvme}": folder / "nvme", "{model}": shutil.copytree(job.parent / "model", folder / "model"),
     }  # fmt: skip
     filled = []
     for word in words:

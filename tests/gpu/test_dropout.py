@@ -29,7 +29,7 @@ def test_the_same_mask_again(policy: str, host: bool) -> None:
     device = torch.device("cuda")
     layers = [Layer().to(device) for _ in range(4)]
     store = HostStore(device)
-    keeps = [LayerKeep(i, store=store, input_on_host=host, attention="nowhere") for i in range(4)]
+    keeps = [LayerKeep(i, store=store, input="host" if host else "device", attention="nowhere") for i in range(4)]
     apply_recompute(layers, policy, every=2, keep=keeps)
     x = torch.randn(1, 64, 8, device=device, requires_grad=True)
     out = x

@@ -11,6 +11,7 @@ import torch
 
 from tests.faults.assets import write_job
 from tests.faults.ranks import CRASH, Launcher, checkpoints, status, trace
+from tests.faults.test_resume import cut, stage
 
 pytestmark = [
     pytest.mark.gpu,
@@ -106,3 +107,25 @@ def test_resumed_with_another_sp(launcher: Launcher, golden: Path, tmp_path: Pat
     finish(launcher, output, *two)
     expected = finish(launcher, tmp_path / "whole", *two)
     assert_same_curve(output, expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "zero", "keys"),
+    [
+        ("adamw_8bit", 2, ()),
+        ("adafactor", 0, ()),
+        ("schedule_free", 2, ("--optim.schedule", "constant")),
+        ("schedule_free", 0, ("--optim.schedule", "constant")),
+        ("muon", 2, ("--optim.max_grad_norm", "null")),
+        ("muon", 3, ("--optim.max_grad_norm", "null")),
+        ("muon", 0, ("--optim.max_grad_norm", "null")),
+    ],
+)
+def test_each_optimizer_goes_on_to_the_bit(
+    launcher: Launcher, tmp_path: Path, kind: str, zero: int, keys: tuple[str, ...]
+) -> None:
+    """In bf16, with its states on the GPU; `tests/distributed/test_optimizers.py` has what they compute."""
+    keys = (*keys, *stage(tmp_path, zero), "--optim.type", kind, "--train.deterministic", "true")
+    output = finish(launcher, tmp_path / "out", *keys)
+    expected = cut(output)
+    assert trace(finish(launcher, output, *keys)) == expected

@@ -29,6 +29,8 @@ def plan(
     gpus: int = 8,
     gpu: str = "h100-80",
     host_gib: float = 0.0,
+    disk_gib: float = 0.0,
+    disk_gb_s: float = 0.0,
     length: str | int | None = None,
     lora: bool = False,
     full: bool = False,
@@ -60,6 +62,8 @@ def plan(
         gpus: GPUs of one node.
         gpu: h200, h100-80, a100-80, ... (a wrong name lists them), or a file that --calibrate wrote.
         host_gib: host memory of the node that may be used; 0 for none.
+        disk_gib: disk (NVMe) of the node that may be used for what neither GPUs nor --host_gib hold.
+        disk_gb_s: GB/s it writes and reads, for all ranks together; 0 for not known: then nothing waits for it.
         length: tokens of a pack, with dpo of each document of a pair; 128K and 1M count in 1024s.
         lora: adapters of rank --lora_r on all linears (the default).
         full: train every weight.
@@ -89,6 +93,7 @@ def plan(
     question, tokens = question_of(
         model, gpus, gpu, host_gib, None if full else lora_r, lora_experts, objective, reference, passes, kernel,
         documents, targets, liger, length, problems, optimizer, quantize,
+        (disk_gib, disk_gb_s),
     )  # fmt: skip
     if json:
         print(json_text.dumps(answer(question, tokens, model)))
@@ -160,6 +165,7 @@ def question_of(
     found: Sequence[str] = (),
     optimizer: OptimizerName = "adamw",
     quantize: Quantize = "auto",
+    disk: tuple[float, float] = (0.0, 0.0),
 ) -> tuple[Question, int | None]:
     """The arguments, checked together, and --length in tokens. Raises ConfigError with everything that is wrong, and
     with what the caller has `found`.
@@ -171,8 +177,8 @@ def question_of(
         problems.append(f"--gpus is {gpus}: at least 1")
     if lora_r is not None and lora_r < 1:
         problems.append(f"--lora_r is {lora_r}: at least 1, or --full for no adapters")
-    if host_gib < 0:
-        problems.append(f"--host_gib is {host_gib}: 0 or more")
+    if min(host_gib, *disk) < 0 or (disk[1] and not disk[0]):
+        problems.append(f"--host_gib {host_gib}, --disk_gib {disk[0]}, --disk_gb_s {disk[1]}: 0 or more")
     if documents < 1 or not 0 < targets <= 1:
         problems.append(f"--documents is {documents}, --targets {targets}: expected 1 or more, and a share above 0")
     tokens = None if length is None else parse_tokens(length)
@@ -181,14 +187,7 @@ def question_of(
     elif tokens is not None and tokens < documents:
         problems.append(f"--documents is {documents:,}, --length {tokens:,} tokens: a document has at least one")
     pairs = objective == "dpo"
-    wrong = "model" if lora_r is not None else "adapter_off"
-    if reference == wrong:
-        problems.append(
-            f"--reference is {reference}, but {'adapters are' if lora_r is not None else 'every weight is'} trained: "
-            f"{'adapter_off' if wrong == 'model' else 'model'} or precomputed"
-        )
-    if not pairs and (reference, passes) != ("auto", "auto"):
-        problems.append("--reference and --passes are for preference pairs: add --objective dpo")
+    problems += _pair_problems(reference, passes, pairs=pairs, lora=lora_r is not None)
     rates = None
     try:
         rates = Gpu.load(gpu)
@@ -205,6 +204,8 @@ def question_of(
         gpu=with_fitting_kernels(rates, facts, kernel, tokens),
         gpus=gpus,
         host_gib=host_gib,
+        disk_gib=disk[0],
+        disk_gb_s=disk[1],
         lora_r=lora_r,
         lora_experts=lora_experts,
         objective=objective,
@@ -232,6 +233,17 @@ def _described(model: str, quantize: Quantize, *, lora: bool) -> tuple[ModelFact
     if problem := full_training_problem(form, lora=lora, stored=bool(stored_as(hf_config))):
         raise ConfigError(problem)
     return ModelFacts.from_config(hf_config), form
+
+
+def _pair_problems(reference: str, passes: str, *, pairs: bool, lora: bool) -> list[str]:
+    problems = []
+    wrong, right = ("model", "adapter_off") if lora else ("adapter_off", "model")
+    if reference == wrong:
+        trained = "adapters are" if lora else "every weight is"
+        problems.append(f"--reference is {reference}, but {trained} trained: {right} or precomputed")
+    if not pairs and (reference, passes) != ("auto", "auto"):
+        problems.append("--reference and --passes are for preference pairs: add --objective dpo")
+    return problems
 
 
 def _check_described(facts: ModelFacts, lora_r: int | None, lora_experts: bool) -> None:

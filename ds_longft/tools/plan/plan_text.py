@@ -109,6 +109,8 @@ def recipe(plan: Plan, question: Question, model: str) -> str:
     kept_gib = plan.memory.host * x.world / GIB - base_gib
     if kept_gib > 0 and x.host_gib:
         train["offload_host_gib"] = min(x.host_gib, math.ceil(kept_gib))
+    if plan.memory.disk:
+        train["offload_disk"] = "/path/on/nvme"
     if x.tile_tokens:
         train["mlp_tile_tokens"] = x.tile_tokens
     if x.kv_heads:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 
 import pytest
 
@@ -12,7 +13,7 @@ from ds_longft.decide.search import savers
 from ds_longft.decide.setting import GIB, Gpu, Setting
 from ds_longft.decide.simulated_step import SimulatedStep
 from ds_longft.decide.tensors import Keep, Sizes
-from ds_longft.decide.time import forward_weights, multiplied_weights, passes_ahead
+from ds_longft.decide.time import forward_weights, multiplied_weights, passes_ahead, predict_time
 from ds_longft.decide.timeline import Timeline
 from tests.unit.decide.shapes import LLAMA_8B, LLAMA_13B, QWEN_7B, SMOLLM2, sizes
 from tests.unit.decide.tracked import Tracked, tracked_step
@@ -159,6 +160,39 @@ def test_host_memory_is_shared_by_the_ranks_of_a_node() -> None:
     assert 80 < memory.host / GIB <= 90
     assert memory.fits(gpu, host_gib=180, local_world=2)
     assert not memory.fits(gpu, host_gib=100, local_world=2)
+
+
+def test_what_host_memory_does_not_hold_goes_to_the_disk() -> None:
+    """At even distances, and not more of it than the disk has; in transit it takes of the GPU what the host's does."""
+    model, gpu = sizes(LLAMA_8B), Gpu.load("h200")
+    full = Setting((524288,), recompute="full", tile_tokens=8192, kv_heads=1, host_gib=24)
+    u = Sizes(model, full).u
+    host, disk = predict(model, full, gpu), predict(model, replace(full, disk_gib=500), gpu)
+    assert host.host > 24 * GIB >= disk.host
+    assert host.host == disk.host + disk.disk
+    assert disk.disk % u == 0
+    assert disk.peak == host.peak
+    away = [i for i, keep in enumerate(disk.keep) if keep.input != "device"]
+    placed = [i for i, keep in enumerate(disk.keep) if keep.input == "disk"]
+    gaps = {away.index(b) - away.index(a) for a, b in pairwise(placed)}
+    assert max(gaps) - min(gaps) <= 1
+    assert not predict(model, replace(full, disk_gib=8), gpu).fits(gpu, host_gib=24)
+    kept = predict(model, replace(full, recompute="keep_attention", disk_gib=500), gpu)
+    assert {keep.attention for keep in kept.keep} >= {"disk"}
+
+
+def test_seconds_that_wait_for_the_disk() -> None:
+    model, gpu = sizes(LLAMA_8B), Gpu.load("h200")
+    full = Setting((524288,), recompute="full", tile_tokens=8192, kv_heads=1, host_gib=24, disk_gib=500)
+    memory = predict(model, full, gpu)
+
+    def waiting(gb_s: float) -> float:
+        time = predict_time(model, replace(full, disk_gb_s=gb_s), gpu, memory.keep)
+        return time.parts.get("waiting for the disk", 0.0)
+
+    assert waiting(0.0) == waiting(20.0) == 0.0
+    one_way = memory.disk / 1e6  # at 0.001 GB/s nothing is hidden but the compute itself
+    assert waiting(0.001) == pytest.approx(2 * one_way, rel=0.01)
 
 
 def test_a_frozen_reference_takes_the_weights_once_more() -> None:

@@ -245,7 +245,7 @@ def _step(shape: dict[str, Any], setting: Setting, keep: Sequence[Keep] | None) 
             if where:
                 (kept.on_device if where == "device" else kept.on_host).append(group)
         kept.attention = wanted.attention or "nowhere"  # type: ignore[assignment]
-        kept.input_on_host = wanted.input == "host"
+        kept.input = wanted.input
         kept.last = of_layer.last
         if setting.fused and of_layer.tiled is not None:
             of_layer.tiled.combine = SiluMul.apply
