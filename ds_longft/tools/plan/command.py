@@ -92,8 +92,7 @@ def plan(
     problems += ["--png shows one length: add --length"] * (png is not None and length is None)
     question, tokens = question_of(
         model, gpus, gpu, host_gib, None if full else lora_r, lora_experts, objective, reference, passes, kernel,
-        documents, targets, liger, length, problems, optimizer, quantize,
-        (disk_gib, disk_gb_s),
+        documents, targets, liger, length, problems, optimizer, quantize, (disk_gib, disk_gb_s),
     )  # fmt: skip
     if json:
         print(json_text.dumps(answer(question, tokens, model)))
