@@ -134,6 +134,7 @@ def main() -> None:
     from ds_longft.train.disk_room import check_disk, measured_gb_s
     from ds_longft.train.engine import build
     from ds_longft.train.install import decided, known_run
+    from ds_longft.train.make_optimizer import set_learning_rate
     from ds_longft.train.rehearse import choose_passes, rehearse, settle
     from ds_longft.train.step import backpropagate_pack
 
@@ -248,6 +249,7 @@ def main() -> None:
         dist.all_reduce(total)
         if args.grads and not losses:
             save_gradients(built.model, args.grads, launch.rank)
+        set_learning_rate(built.engine, config.optim.learning_rate)
         built.engine.step()
         return float(total) / total_weight
 

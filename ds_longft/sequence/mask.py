@@ -67,7 +67,7 @@ def asked_mask(
     for window in (local_size, None):
         if _is_causal(mask_function, window):
             return AskedMask(True, window)
-    if local_size is not None and _is_causal(mask_function, None, local_size):
+    if local_size and _is_causal(mask_function, None, local_size):
         return AskedMask(False, None, local_size)
     window = _window(mask_function)
     return AskedMask(_is_causal(mask_function, window), window)

@@ -22,6 +22,7 @@ def trained(
     """(losses, gradient norms, adapters, what the base is told by, layers brought, layers that came late)."""
     import os
 
+    from ds_longft.train.make_optimizer import set_learning_rate
     from ds_longft.train.step import backpropagate, evaluate_pack
     from ds_longft.train.weights import start_fingerprint
     from tests.distributed.dpo_cases import pair_pack
@@ -47,6 +48,7 @@ def trained(
     for step in range(3):
         mine = [pack(i, 100 * step + 10 * i + layout.dp_rank) for i in range(packs)]
         losses.append(float(backpropagate(built.engine, mine, 90.0, layout, CPU)))
+        set_learning_rate(built.engine, 0.01)
         built.engine.step()
         norms.append(built.engine.get_global_grad_norm() if stage else 0.0)
         losses.append(float(evaluate_pack(built.engine, mine[0], layout, CPU)[0][0]))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from ds_longft.train.make_optimizer import set_learning_rate
 from tests.distributed.models import built_engine, make_pack, tiny_config
 
 CPU = torch.device("cpu")
@@ -35,6 +36,7 @@ def error_of_the_sum(rank: int, world: int, folder: str, ds: dict[str, Any], key
     before = {n: safe_get_full_fp32_param(p).double() for n, p in trained.items()}
     packs = [make_pack([40], seed=100 * rank + i) for i in range(keys["train"]["gradient_accumulation_steps"])]
     backpropagate(engine, packs, 1.0 * world, layout, CPU)
+    set_learning_rate(engine, 1.0)
     engine.step()
     error = size = 0.0
     for name, p in trained.items():

@@ -69,6 +69,8 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "model.kernel": ("--model.kernel", "math"),
     "model.liger": ("--model.liger", "off"),
     "model.random_weights": ("--model.random_weights", "true"),
+    "model.base": ("--model.base", "host"),
+    "model.quantize": ("--model.quantize", "int8"),
     "model.unproved": ("--model.unproved", "true"),
     "model.add_tokens": ("--ds_config", OTHER_STAGE, "--model.add_tokens", "<a>,<b>"),
     "model.train_added": ("--ds_config", OTHER_STAGE, "--model.add_tokens", "<a>", "--model.train_added", "false"),
