@@ -86,7 +86,7 @@ MEASURED = (
     ("one sample of 131,072 tokens, 1 GPU, 88 GiB of host memory", "step 131072 sp1 lora fa4, 88 GiB of host memory"),
     (
         "one sample of 262,144 tokens, 1 GPU held to 24 GiB, base and activations in 96 GiB of host memory",
-        "step 262144 sp1 lora fa4, base host, as on a GPU of 24 GiB, 96 GiB of host memory",
+        "step 262144 sp1 lora fa4 zero3, base host, as on a GPU of 24 GiB, 96 GiB of host memory",
     ),
     ("one sample of 65,536 tokens, 1 GPU", "step 65536 sp1 lora fa4"),
     ("one sample of 65,536 tokens, 1 GPU, 88 GiB of host memory", "step 65536 sp1 lora fa4, 88 GiB of host memory"),

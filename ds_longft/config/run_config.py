@@ -133,8 +133,8 @@ class ModelConfig(Section):
     """Where the frozen weights of decoder layers lie while adapters are trained; losses are the same to the bit
     (docs/plan.md). `engine`: as the DeepSpeed JSON says. `resident`: whole on each GPU. `sharded`: a share on each
     GPU, gathered a layer ahead. `host`: in pinned host memory, one copy a node, streamed a layer ahead. The last three
-    leave ZeRO-3 nothing to divide: it becomes stage 2. `auto`: the first of resident, engine, sharded and host that
-    the longest pack fits beside."""
+    leave ZeRO-3 nothing to divide: it becomes stage 2, and a run begun under ZeRO-3 keeps `engine`. `auto`: the first
+    of resident, engine, sharded and host that the longest pack fits beside."""
 
     quantize: Refused[Quantize] = "auto"
     """The frozen base in fewer bits, quantised while it is read (docs/quantized.md). `auto`: as the checkpoint is

@@ -69,7 +69,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "model.kernel": ("--model.kernel", "math"),
     "model.liger": ("--model.liger", "off"),
     "model.random_weights": ("--model.random_weights", "true"),
-    "model.base": ("--model.base", "host"),
+    "model.base": ("--model.base", "engine"),  # others turn ZeRO-3 into stage 2, which a run cannot change: test_base.py
     "model.quantize": ("--model.quantize", "int8"),
     "model.unproved": ("--model.unproved", "true"),
     "model.add_tokens": ("--ds_config", OTHER_STAGE, "--model.add_tokens", "<a>,<b>"),
