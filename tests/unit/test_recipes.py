@@ -22,6 +22,7 @@ RECIPES = [path for path in ALL if "sources" not in load_yaml(path.read_text())]
 WINDOWS = {
     "sft_lora_128k": 131072,
     "lora_70b_128k": 131072,
+    "qlora_8b_256k_24gb": 131072,
     "sft_lora_moe_128k": 262144,
     "sft_full_64k": 131072,
     "sft_agents_128k": 262144,
