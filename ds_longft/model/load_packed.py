@@ -83,7 +83,7 @@ def load_packed(cls: Any, path: str, model: ModelConfig, hf_config: PretrainedCo
     if own is None:
         unpack(loaded)
     elif stored:
-        loaded.config.quantization_config = stored  # adapters are saved with it: whoever reads the base needs it
+        loaded.config.quantization_config = stored  # it is saved with adapters: readers of the base need it
     return loaded, report
 
 

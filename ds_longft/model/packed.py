@@ -257,7 +257,7 @@ def leave_out_of_checkpoints(model: nn.Module) -> None:
 
 @contextmanager
 def seen_dense(model: nn.Module, *, linears: bool = True) -> Iterator[None]:
-    """Inside, stands for every packed weight a parameter of its shape without content: PEFT goes by parameters, and
+    """Inside, stands for every packed weight a parameter of its shape without content: PEFT looks at parameters, and
     nests and names adapters of packed stacks otherwise. `linears`: also of linear layers, whose content DoRA reads.
     """
     hidden = []

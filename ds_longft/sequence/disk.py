@@ -206,7 +206,7 @@ def _chunks(tensors: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
 
 
 def _whole(call: Callable[[int, memoryview, int], int], fd: int, view: memoryview, size: int, at: int) -> None:
-    """Read or write so many bytes, rounded up to blocks; the kernel may do a part at a time."""
+    """Read or write a number of bytes, rounded up to blocks; the kernel may do a part at a time."""
     done, size = 0, -(-size // ALIGNED) * ALIGNED
     while done < size:
         count = call(fd, view[done:size], at + done)

@@ -28,10 +28,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 ALIGNED_BYTES = 256
-"""A tensor begins at a multiple of so many bytes: what fast kernels want, and any element type."""
+"""Each tensor begins at a multiple of this: fast kernels want it, and any element type can be read there."""
 
 HEAD_ELEMENTS = 4
-"""First elements of each weight that stay readable: a base is told by them (`train.weights.start_fingerprint`)."""
+"""How many first elements of each weight stay readable: the fingerprint of a base is made of them
+(`train.weights.start_fingerprint`)."""
 
 POISON = 0xFF
 """On CPUs a slot is filled with it before another layer comes: NaN in every float type."""

@@ -41,7 +41,7 @@ class Flags(Ranks):
     """How a model is asked, and where its results go.
 
     Args:
-        batch_tokens: prompts of one length are read together up to so many tokens.
+        batch_tokens: prompts of one length are read together, at most this many tokens at once.
         server: address of an OpenAI-compatible server of this model, e.g. http://localhost:8000/v1 of `vllm serve
             runs/mine-merged`, which is asked instead of a GPU here. MODEL is then the served folder.
         before: evaluate the model that the run MODEL started from.

@@ -1,7 +1,7 @@
 """`ds-longft eval reason`: questions that one place of a text does not answer, made here at any length.
 
 `coreference`: a long conversation in which the same is asked for several times, and the second of these answers is
-wanted back (after OpenAI's MRCR). `walks`: a graph as a list of edges, and the nodes that are so many steps away (after
+wanted back (after OpenAI's MRCR). `walks`: a graph as a list of edges, and the nodes at a given number of steps (after
 its GraphWalks). Scores as published: the likeness of two texts, and F1 of two sets of nodes.
 """
 
@@ -124,7 +124,7 @@ def fitted(make: Callable[[int], Made], tokens: int) -> Made:
 
 
 def coreference(tokenizer: Any, seed: str, units: int) -> Made:
-    """A conversation of so many requests, `ASKED_TIMES` of them for the same."""
+    """A conversation with this many requests, `ASKED_TIMES` of them for the same."""
     rng = random.Random(f"coreference {seed}")
     kinds = list(product(FORMS, TOPICS))
     rng.shuffle(kinds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,18 @@ def quantised(model: Any, form: str) -> dict[str, tuple[torch.Tensor, torch.Tens
     return {full: quantize(getattr(module, name).detach(), FORMATS[form]) for full, module, name in packable(model)}
 
 
+def save_fp8(path: Path, inside: Collection[str]) -> None:
+    """Rewrite a folder's files with these tensors in blocks of fp8."""
+
+    def change(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        if name not in inside:
+            return {name: tensor}
+        codes, scales = quantize(tensor, FORMATS["fp8"])
+        return {name: codes.view(torch.float8_e4m3fn).view(tensor.shape), f"{name}_scale_inv": scales}
+
+    save_quantised(path, {"quant_method": "fp8", "weight_block_size": [128, 128]}, change)
+
+
 def save_quantised(path: Path, how: dict[str, Any], change: Any) -> None:
     """Rewrite a folder's files: `change(name, tensor)` gives the tensors in place of one."""
     written: dict[str, torch.Tensor] = {}
@@ -228,13 +241,7 @@ def test_block_fp8_files_are_trained_as_they_are(family: str, tmp_path: Path) ->
     names = {full for full, _, _ in packable(plain)}
     inside = {name for name in load_file(path / "model.safetensors") if ".mlp.experts." in name} | names
 
-    def change(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-        if name not in inside:
-            return {name: tensor}
-        codes, scales = quantize(tensor, FORMATS["fp8"])
-        return {name: codes.view(torch.float8_e4m3fn).view(tensor.shape), f"{name}_scale_inv": scales}
-
-    save_quantised(path, {"quant_method": "fp8", "weight_block_size": [128, 128]}, change)
+    save_fp8(path, inside)
     packed = load(path)
     assert dict(packed_weights(packed)).keys() == names
     for full, module, name in packable(plain):

@@ -9,15 +9,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ds_longft.config.read import dump_config
-from ds_longft.config.run_config import LoraConfig, ModelConfig, RunConfig
+from ds_longft.config.run_config import LoraConfig, RunConfig
 from ds_longft.errors import ModelError
 from ds_longft.model.load import load_config, load_model
 from ds_longft.model.load_packed import packable
 from ds_longft.model.lora import add_lora, gather_adapter_state, save_adapter
-from ds_longft.model.packed import FORMATS, quantize
 from ds_longft.tools.evaluate.subject import find_subject, load_subject
 from ds_longft.tools.export import export_model
-from tests.unit.model.test_packed import save_quantised
+from tests.unit.model.test_packed import load, save_fp8
 from tests.unit.model.tiny import WINDOW, save_tiny
 
 CPU = torch.device("cpu")
@@ -49,17 +48,7 @@ def dense(tmp_path: Path) -> Path:
 def stored_fp8(folder: Path) -> Path:
     """The same weights in a folder whose files are quantised."""
     path = save_tiny(folder, "qwen3", hidden_size=128, intermediate_size=256, head_dim=32)
-    config = load_config(ModelConfig(path=str(path)), WINDOW, attn_implementation="eager")
-    plain = load_model(ModelConfig(path=str(path)), config, ds_engine_config=None, dtype=torch.float32, device=CPU)
-    inside = {full for full, _, _ in packable(plain)}
-
-    def change(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-        if name not in inside:
-            return {name: tensor}
-        codes, scales = quantize(tensor, FORMATS["fp8"])
-        return {name: codes.view(torch.float8_e4m3fn).view(tensor.shape), f"{name}_scale_inv": scales}
-
-    save_quantised(path, {"quant_method": "fp8", "weight_block_size": [128, 128]}, change)
+    save_fp8(path, {full for full, _, _ in packable(load(path))})
     return path
 
 

@@ -60,7 +60,7 @@ def v2(
         model: output folder of a run, adapter, model folder or hub id.
         data: your copy of its rows: data.json, JSONL or parquet.
         max_length: tokens of a text with its question; the middle of longer ones is cut. Left out: the window less 128.
-        limit: only the first so many rows.
+        limit: only this many rows, from the first.
     """
     arguments = dict(locals())
     if limit is not None and limit < 1:
