@@ -40,6 +40,8 @@ def main() -> None:
     parser.add_argument("--low", default="64K")
     parser.add_argument("--high", default="256K")
     parser.add_argument("--step", default="16K", help="lengths are multiples of this")
+    parser.add_argument("--ours_from", help="ours begins here, say at the plan's longest; left out, at 1.2 times the peer's")
+    parser.add_argument("--ours_below", help="ours ends below; left out, twice --high")
     parser.add_argument("--timeout_s", type=int, default=300, help="of one length; longer counts as not fitting")
     parser.add_argument("--append", help="append the result to this file")
     args = parser.parse_args()
@@ -55,10 +57,12 @@ def main() -> None:
         return "error" not in found
 
     peer = longest(lambda tokens: fits("peer", tokens), low, high, step)
-    ours = longest(lambda tokens: fits("ours", tokens), max(low, -(-int(AIM * peer) // step) * step), 2 * high, step)
+    begin = int(parse_tokens(args.ours_from)) if args.ours_from else max(low, -(-int(AIM * peer) // step) * step)
+    end = int(parse_tokens(args.ours_below)) if args.ours_below else 2 * high
+    ours = longest(lambda tokens: fits("ours", tokens), begin, end, step)
     del held
     if not ours:
-        raise SystemExit(f"ours fits no length from {AIM} times the peer's {peer:,} on")
+        raise SystemExit(f"ours does not fit {begin:,} tokens; the peer's longest is {peer:,}")
     best = tried["ours"][ours]
     kind = "lora" if args.lora else "full"
     layers = f" {args.layers} layers" if args.layers else ""
