@@ -24,22 +24,23 @@ def decode(
     layout: ParallelLayout,
     kernel: str,
     kv_heads_at_a_time: int | None = None,
-    cache: Any = None,
+    **keeping: Any,
 ) -> Tensor:
     """The hidden states [s, D] of this rank's tokens. Collective over the sp group: attention exchanges heads.
 
-    `cache`: transformers' Cache, which gets the keys and values of this rank's tokens.
+    `keeping`: more for the decoder and its layers, to keep keys, values and states.
     """
     set_rope_lengths(decoder, batch.documents.lengths, batch.document_tokens)
     hidden: Tensor = decoder(
         input_ids=batch.input_ids,
         attention_mask=no_padding(batch.input_ids.shape[1], batch.input_ids.device),
         position_ids=batch.position_ids,
-        **({"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}),
+        use_cache=False,  # it would make a cache of its own where it is given none
         documents=batch.documents,
         layout=layout,
         kernel=kernel,
         kv_heads_at_a_time=kv_heads_at_a_time,
+        **keeping,
     ).last_hidden_state[0]
     return hidden
 

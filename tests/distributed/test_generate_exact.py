@@ -1,4 +1,6 @@
-"""Answers of prompts that are split over ranks are those of one process, token by token."""
+"""Answers of prompts that are split over ranks are those of one process, token by token; of layers with a state, those
+of plain transformers, which reads the whole text anew for each token.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,11 @@ from typing import Any
 import pytest
 
 from tests.distributed.pool import WorkerPool
+from tests.distributed.test_state_exact import FAMILIES
+
+PROMPTS = [41, 6, 30]
+FEW = [2, 1, 5, 1]  # fewer tokens than a convolution looks back, ranks without any of a text's
+NEW = 6
 
 Made = tuple[list[list[int]], list[list[float]]]
 
@@ -68,3 +75,71 @@ def test_ranks_answer_what_one_answers(
     for rank_tokens, rank_logits in together:
         assert rank_tokens == tokens
         torch.testing.assert_close(torch.tensor(rank_logits), torch.tensor(logits), rtol=1e-5, atol=1e-5)
+
+
+def hybrid_case(
+    rank: int, world: int, family: str, changes: dict[str, Any], lengths: list[int]
+) -> tuple[Made, list[list[int]] | None]:
+    """Answers of all ranks, tokens and the last logits, and on the first the tokens of transformers alone."""
+    import torch
+
+    from ds_longft.layout import ParallelLayout
+    from ds_longft.tools.evaluate.cached_attention import CACHED, register
+    from ds_longft.tools.evaluate.generate import ALONE, Reader, generate
+    from ds_longft.tools.evaluate.subject import Loaded
+    from tests.distributed.models import VOCAB, tiny_config, tiny_model
+
+    register()
+    model: Any = tiny_model(tiny_config(family, **changes), attn=CACHED, dtype=torch.float32).eval()
+    loaded = Loaded(model, model, torch.device("cpu"))
+    rng = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, VOCAB, (n,), generator=rng).tolist() for n in lengths]
+    layout = ParallelLayout.create(world) if world > 1 else ALONE
+    tokens = generate(loaded, prompts, max_new_tokens=NEW, stop_ids=set(), layout=layout)
+    reader = Reader(loaded, layout)
+    reader.read(prompts, 2)
+    for i in range(2):
+        logits = reader.add([reply[i] for reply in tokens])
+    if rank:
+        return (tokens, logits.tolist()), None
+    plain = tiny_model(tiny_config(family, **changes), attn="eager", dtype=torch.float32).eval()
+    texts = [list(prompt) for prompt in prompts]
+    with torch.no_grad():
+        for text in texts:
+            for _ in range(NEW):
+                text.append(int(plain(input_ids=torch.tensor([text]), use_cache=False).logits[0, -1].argmax()))
+        # what follows two tokens more
+        whole = [plain(input_ids=torch.tensor([t[: n + 2]])).logits[0, -1] for t, n in zip(texts, lengths, strict=True)]
+    torch.testing.assert_close(logits, torch.stack(whole), rtol=1e-4, atol=1e-4)
+    return (tokens, logits.tolist()), [text[n:] for text, n in zip(texts, lengths, strict=True)]
+
+
+HYBRIDS = [(name, world, lengths) for name in FAMILIES for world in (1, 2, 3) for lengths in (PROMPTS, FEW)]
+QUICK_HYBRIDS = [
+    ("Qwen3.5, 9 value and 3 key heads", 3, PROMPTS),
+    ("Kimi-Linear", 2, FEW),
+    ("Nemotron-H", 3, FEW),
+    ("Falcon-H1 without norm", 2, PROMPTS),
+    ("Jamba", 2, PROMPTS),
+    ("LFM2", 3, FEW),
+    ("MiniMax", 2, PROMPTS),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "world", "lengths"),
+    [case if case in QUICK_HYBRIDS else pytest.param(*case, marks=pytest.mark.slow) for case in HYBRIDS],
+)
+def test_layers_with_a_state_answer_as_transformers_does(
+    pools: Callable[[int], WorkerPool], name: str, world: int, lengths: list[int]
+) -> None:
+    import torch
+
+    family, changes = FAMILIES[name]
+    made = pools(world).run(hybrid_case, family, changes, lengths)
+    (tokens, logits), wanted = made[0]
+    assert tokens == wanted
+    assert len({token for reply in tokens for token in reply}) > 2, "answers that show a fault"
+    for (other, other_logits), _ in made[1:]:
+        assert other == tokens
+        torch.testing.assert_close(torch.tensor(other_logits), torch.tensor(logits), rtol=0, atol=0)

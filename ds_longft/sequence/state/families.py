@@ -17,7 +17,8 @@ from ds_longft.errors import ModelError
 from ds_longft.layout import ParallelLayout
 from ds_longft.sequence.linear import gather_with
 from ds_longft.sequence.state import mixers
-from ds_longft.sequence.state.spread import Spread
+from ds_longft.sequence.state.carried import States
+from ds_longft.sequence.state.spread import NextTokens, Spread
 
 Mixer = Callable[[Any, Tensor, Spread], Any]
 
@@ -45,6 +46,7 @@ class _Noted:
 
     documents: Documents | None = None
     layout: ParallelLayout | None = None
+    states: States | None = None
 
 
 def state_layers(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
@@ -56,10 +58,7 @@ def state_layers(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
 
 
 def spread_state_layers(model: nn.Module) -> int:
-    """Replace the forward of a model's layers with a state; returns how many. Again, it changes nothing.
-
-    Their own forward still runs where it is called with a cache and without documents, to generate.
-    """
+    """Replace the forward of a model's layers with a state; returns how many. Again, it changes nothing."""
     count = 0
     for layer, mixer in state_layers(model):
         count += 1
@@ -67,7 +66,7 @@ def spread_state_layers(model: nn.Module) -> int:
             continue
         noted = _Noted()
         layer.forward = partial(_noting, layer.forward, noted)
-        mixer.forward = partial(_spread_forward, mixer, mixer.forward, MIXERS[type(mixer).__name__], noted)
+        mixer.forward = partial(_spread_forward, mixer, MIXERS[type(mixer).__name__], noted)
     return count
 
 
@@ -84,34 +83,28 @@ def gather_state_layers(model: nn.Module) -> None:
 
 def _noting(forward: Callable[..., Any], noted: _Noted, *args: Any, **kwargs: Any) -> Any:
     """A decoder layer's forward. Inside of a checkpoint, so that the recomputation gets the same documents."""
-    noted.documents, noted.layout = kwargs.get("documents"), kwargs.get("layout")
+    noted.documents, noted.layout, noted.states = (kwargs.get(name) for name in ("documents", "layout", "states"))
     try:
         return forward(*args, **kwargs)
     finally:
-        noted.documents = noted.layout = None
+        noted.documents = noted.layout = noted.states = None
 
 
-def _spread_forward(
-    mixer: nn.Module,
-    own: Callable[..., Any],
-    spread: Mixer,
-    noted: _Noted,
-    hidden_states: Tensor,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    """The mixer's forward: hidden_states [1, s, D].
+def _spread_forward(mixer: nn.Module, spread: Mixer, noted: _Noted, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+    """The mixer's forward: hidden_states [1, s, D], or [1, B, D] of the next token of each of B texts.
 
     Raises:
-        ModelError: no documents, and no cache to generate with: each rank's state would start anew.
+        ModelError: no documents, and no states of texts to go on from: each rank's state would start anew.
     """
-    if noted.documents is None or noted.layout is None:
-        if kwargs.get("cache") is not None or kwargs.get("past_key_values") is not None or args:
-            return own(hidden_states, *args, **kwargs)
+    if hidden_states.shape[0] != 1:
+        raise ModelError(f"{type(mixer).__name__} got a batch of several rows: lay them into one pack")
+    states = noted.states
+    carried = None if states is None else states.of(mixer)
+    if noted.documents is not None and noted.layout is not None:
+        return spread(mixer, hidden_states, Spread.of(noted.documents, noted.layout, carried))
+    if states is None:
         raise ModelError(
             f"{type(mixer).__name__} was called without `documents` and `layout`: its state would run on from one "
             "document into the next"
         )
-    if hidden_states.shape[0] != 1:
-        raise ModelError(f"{type(mixer).__name__} got a batch of several rows: lay them into one pack")
-    return spread(mixer, hidden_states, Spread.of(noted.documents, noted.layout))
+    return spread(mixer, hidden_states, NextTokens.of(states.documents, states.layout, carried))

@@ -26,7 +26,7 @@ from ds_longft.sequence.state.recurrence import (
     selective_scan,
     wide,
 )
-from ds_longft.sequence.state.spread import Spread
+from ds_longft.sequence.state.spread import NextTokens, Spread
 
 
 def gated_delta_net(layer: Any, x: Tensor, spread: Spread) -> Tensor:
@@ -42,7 +42,7 @@ def gated_delta_net(layer: Any, x: Tensor, spread: Spread) -> Tensor:
     g = -wide(layer.A_log[heads]).exp() * F.softplus(wide(a) + layer.dt_bias[heads])  # [S, h]
     beta = b.sigmoid() * (2.0 if getattr(layer, "allow_neg_eigval", False) else 1.0)
     q, k = (_as_read(t.unflatten(1, (-1, dk)), mine) for t in (q, k))  # [S, g, dk]
-    out = gated_delta(layer, q, k, v.unflatten(1, (-1, dv)), g, beta, spread.documents)  # [S, h, dv]
+    out = gated_delta(layer, q, k, v.unflatten(1, (-1, dv)), g, beta, spread.documents, spread.carried)  # [S, h, dv]
     out = spread.to_tokens(out.flatten(1), [_by(r.q, dv) for r in shares])  # [s, H dv]
     norm, project = (layer.norm, layer.out_proj) if hasattr(layer, "out_proj") else (layer.o_norm, layer.o_proj)
     out = norm(out.reshape(-1, dv), z.reshape(-1, dv)).view(1, len(z), -1)
@@ -77,7 +77,7 @@ def kimi_delta_attention(layer: Any, x: Tensor, spread: Spread) -> Tensor:
     q, k, v, raw = (t.unflatten(1, (-1, d)) for t in (q, k, v, wide(raw) + forget.dt_bias[own.start : own.stop]))
     rate = wide(forget.A_log.flatten()[mine.q.start : mine.q.stop]).exp()[:, None]
     g = -rate * F.softplus(raw)  # [S, h, d]
-    out = kimi_delta(layer, q, k, v, g, b.sigmoid(), spread.documents)
+    out = kimi_delta(layer, q, k, v, g, b.sigmoid(), spread.documents, spread.carried)
     out = spread.to_tokens(out.flatten(1), [_by(r.q, d) for r in shares])  # [s, H d]
     gate = layer.g_b_proj(layer.g_a_proj(x2))
     out = layer.o_norm(out.unflatten(1, (-1, d)), gate.unflatten(1, (-1, d)))
@@ -104,7 +104,8 @@ def mamba2(layer: Any, x: Tensor, spread: Spread) -> Tensor:
     xs = xs.unflatten(1, (-1, p))  # [S, h, p]
     b, c = (_as_read(t.unflatten(1, (-1, n)), mine) for t in (b, c))  # [S, g, n]
     values = (wide(xs) * dt[..., None]).to(xs.dtype)
-    out = decayed_attention(c, b, values, -wide(layer.A_log[heads]).exp() * dt, spread.documents)
+    g = -wide(layer.A_log[heads]).exp() * dt  # [S, h]
+    out = decayed_attention(c, b, values, g, spread.documents, spread.carried)  # [S, h, p]
     out = out + (xs * layer.D[heads, None]).to(out.dtype)
     out = spread.to_tokens(out.flatten(1), [_by(r.q, p) for r in shares])[None]  # [1, s, H p]
     out = layer.norm(out, z[None]) if getattr(layer, "mamba_rms_norm", True) else out * F.silu(z)[None]
@@ -126,7 +127,7 @@ def mamba1(layer: Any, x: Tensor, spread: Spread) -> Tensor:
     xs, dt, b, c = spread.to_heads((xs, dt, b, c), [(r.q, r.q, every, every) for r in shares])  # [S, c], [S, N]
     dt = F.softplus(wide(dt) + layer.dt_proj.bias[channels])
     a = -wide(layer.A_log[channels]).exp()
-    out = selective_scan(wide(xs), dt, a, wide(b), wide(c), spread.positions())
+    out = selective_scan(wide(xs), dt, a, wide(b), wide(c), spread.documents, spread.carried)
     out = (out + xs * layer.D[channels]).to(x.dtype)
     out = spread.to_tokens(out, [r.q for r in shares]) * F.silu(z)
     projected: Tensor = layer.out_proj(out[None])
@@ -149,7 +150,7 @@ def lightning_attention(layer: Any, x: Tensor, spread: Spread) -> tuple[Tensor, 
     (qkv,) = spread.to_heads((qkv,), [(_by(r.q, 3 * d),) for r in shares])
     q, k, v = qkv.unflatten(1, (-1, 3 * d)).split(d, -1)  # [S, h, d]
     slope = wide(layer.slope_rate.flatten()[mine.q.start : mine.q.stop])
-    out = decayed_attention(q, k, v, (-slope).expand(len(q), -1), spread.documents)
+    out = decayed_attention(q, k, v, (-slope).expand(len(q), -1), spread.documents, spread.carried)
     out = layer.norm(spread.to_tokens(out.flatten(1), [_by(r.q, d) for r in shares])[None])
     return layer.out_proj(torch.sigmoid(layer.output_gate(x)) * out), None
 
@@ -171,18 +172,37 @@ def _convolved(
     layer: Any, tensors: Sequence[Tensor], offsets: Sequence[int], channels: Sequence[range], spread: Spread
 ) -> list[Tensor]:
     """[S, c] each, convolved with their channels of the layer's convolution, where parts begin at `offsets`."""
-    weight, bias, positions = layer.conv1d.weight[:, 0], layer.conv1d.bias, spread.positions()
-    outs = []
-    for t, offset, mine in zip(tensors, offsets, channels, strict=True):
+    weight, bias, outs = layer.conv1d.weight[:, 0], layer.conv1d.bias, []
+    for i, (t, offset, mine) in enumerate(zip(tensors, offsets, channels, strict=True)):
         own = slice(offset + mine.start, offset + mine.stop)
-        part = None if bias is None else bias[own]
-        outs.append(causal_conv(t, weight[own], part, layer.activation, positions, spread.documents))
+        given = weight[own], None if bias is None else bias[own], layer.activation
+        if isinstance(spread, NextTokens):
+            outs.append(_next_of_convolution(t, given, spread, i))
+            continue
+        if spread.carried is not None:
+            spread.carried.keep_tail(t, spread.documents, weight.shape[1] - 1, 0, None)
+        outs.append(causal_conv(t, *given, spread.positions(), spread.documents))
     return outs
 
 
 def _convolved_with_halo(x: Tensor, conv: Any, activation: str | None, spread: Spread) -> Tensor:
     """x [s, C] -> [s, C], all channels."""
     weight = conv.weight[:, 0]  # [C, k]
-    wider, positions = spread.with_halo(x, weight.shape[1] - 1)
+    given, before = (weight, conv.bias, activation), weight.shape[1] - 1
+    if isinstance(spread, NextTokens):
+        return _next_of_convolution(x, given, spread, 0)
+    if spread.carried is not None:
+        spread.carried.keep_tail(x, spread.documents, before, spread.rank * len(x), spread.group)
+    wider, positions = spread.with_halo(x, before)
     whole = spread.documents if spread.group is None else None
-    return causal_conv(wider, weight, conv.bias, activation, positions, whole)[len(wider) - len(x) :]
+    return causal_conv(wider, *given, positions, whole)[len(wider) - len(x) :]
+
+
+def _next_of_convolution(
+    x: Tensor, given: tuple[Tensor, Tensor | None, str | None], spread: NextTokens, which: int
+) -> Tensor:
+    """x [B, c] -> [B, c]: the last of k tokens of each text, none of which is the first of a document."""
+    assert spread.carried is not None
+    seen = spread.carried.with_tail(which, x)  # [B, k, c]
+    inside = torch.full((seen.shape[0] * seen.shape[1],), seen.shape[1], device=x.device)
+    return causal_conv(seen.flatten(0, 1), *given, inside, None).unflatten(0, seen.shape[:2])[:, -1]

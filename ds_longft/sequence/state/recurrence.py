@@ -4,6 +4,9 @@ On GPUs flash-linear-attention's kernels where they are installed (`pip install 
 documents. Elsewhere torch: of delta rules transformers' own forms, a document at a time. States start at zero in each
 document. Everything a state adds up is in float32 at least.
 
+Where answers are made, `carried` gets the state behind each document; where it has one, the tokens are the next ones of
+each text, one of each.
+
 Letters: S tokens of the pack, H heads of this rank, G groups of heads that share keys, K and V features of a head's
 keys and values, C channels.
 """
@@ -13,7 +16,8 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -24,6 +28,7 @@ from transformers.activations import ACT2FN
 
 from ds_longft.batch import Documents
 from ds_longft.errors import ModelError
+from ds_longft.sequence.state.carried import Carried
 from ds_longft.sequence.state.chunk_backward import fla_refuses, register_where_needed
 
 CHUNK_TOKENS = 64
@@ -84,8 +89,9 @@ def causal_conv(
 
 
 def gated_delta(
-    layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, documents: Documents
-) -> Tensor:
+    layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, documents: Documents,
+    carried: Carried | None = None,
+) -> Tensor:  # fmt: skip
     """Gated delta rule with a decay for each head, arXiv 2412.06464.
 
     q, k [S, G, K], not yet normalised, v [S, H, V], g [S, H] the decays' logarithms, beta [S, H]. Returns [S, H, V].
@@ -94,46 +100,58 @@ def gated_delta(
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule as rule
     else:
         rule = _torch_form(layer, "torch_chunk_gated_delta_rule")
-    return _delta(rule, q, k, v, g, beta, documents)
+    return _delta(rule, q, k, v, g, beta, documents, carried)
 
 
 def kimi_delta(
-    layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, documents: Documents
-) -> Tensor:
+    layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, documents: Documents,
+    carried: Carried | None = None,
+) -> Tensor:  # fmt: skip
     """The same with a decay for each feature of a key, g [S, H, K], arXiv 2510.26692."""
     if _on_fla(q):
         from fla.ops.kda import chunk_kda as rule
     else:
         rule = _torch_form(layer, "chunk_kimi_delta_attention")
-    return _delta(rule, q, k, v, g, beta, documents)
+    return _delta(rule, q, k, v, g, beta, documents, carried)
 
 
-def decayed_attention(q: Tensor, k: Tensor, v: Tensor, g: Tensor, documents: Documents) -> Tensor:
+def decayed_attention(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, documents: Documents, carried: Carried | None = None
+) -> Tensor:
     """Linear attention whose state decays: Mamba-2 (q is C, k is B, v is x dt) and lightning attention.
 
     o_t = sum over s <= t of exp(g_{s+1} + ... + g_t) (q_t . k_s) v_s, inside each document.
     q, k [S, G, K], v [S, H, V], g [S, H] the decays' logarithms. Returns [S, H, V] in v's dtype.
     """
+    if carried is not None and carried.state is not None:
+        return carried.decayed(q, k, v, g)
     if _on_fla(v):
         from fla.ops.simple_gla import chunk_simple_gla
 
-        def some(q: Tensor, k: Tensor, v: Tensor, g: Tensor, heads: slice, of: int) -> Tensor:
+        def some(q: Tensor, k: Tensor, v: Tensor, g: Tensor, heads: slice, of: int) -> tuple[Tensor, Tensor | None]:
             q, k = (_of_heads(t, heads, of).to(v.dtype) for t in (q, k))
-            out: Tensor = chunk_simple_gla(q[None], k[None], v[None], g[None], scale=1.0, **documents.borders)[0][0]
-            return out
+            out, state = chunk_simple_gla(
+                q[None], k[None], v[None], g[None], scale=1.0, output_final_state=carried is not None,
+                **documents.borders,
+            )  # fmt: skip
+            return out[0], state
 
         turns = _turns(len(v), v.shape[1], 1, k.shape[2] * v.shape[2])
         call = _again if len(turns) > 1 else _once
-        return torch.cat([call(some, q, k, v[:, heads], g[:, heads], heads, v.shape[1]) for heads in turns], 1)
-    outs = []
+        return _of_turns([call(some, q, k, v[:, heads], g[:, heads], heads, v.shape[1]) for heads in turns], carried)
+    outs, states = [], []
     q, k = (_of_heads(t, slice(0, v.shape[1]), v.shape[1]) for t in (q, k))
     for parts in zip(*(t.split(documents.lengths) for t in (q, k, v, g)), strict=True):
-        outs += _decayed(*(wide(t).transpose(0, 1) for t in parts))
+        made, state = _decayed(*(wide(t).transpose(0, 1) for t in parts))
+        outs += made
+        states.append(state)
+    if carried is not None:
+        carried.keep(states)
     return torch.cat(outs, 1).transpose(0, 1).to(v.dtype)
 
 
-def _decayed(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> list[Tensor]:
-    """One document in chunks: q, k [H, n, K], v [H, n, V], g [H, n] -> parts [H, c, V]."""
+def _decayed(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[list[Tensor], Tensor]:
+    """One document in chunks: q, k [H, n, K], v [H, n, V], g [H, n] -> parts [H, c, V], the state [H, K, V]."""
     state, outs = torch.zeros((), dtype=v.dtype, device=v.device), []
     for qc, kc, vc, gc in zip(*(t.split(CHUNK_TOKENS, 1) for t in (q, k, v, g)), strict=True):
         total = gc.cumsum(1)  # [H, c]
@@ -144,33 +162,46 @@ def _decayed(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> list[Tensor]:
         left = (total[:, -1:] - total).exp()[..., None]  # what is left of each token at the chunk's end
         state = state * total[:, -1].exp()[:, None, None] + (kc * left).transpose(1, 2) @ vc  # [H, K, V]
         outs.append(out)
-    return outs
+    return outs, state
 
 
-def selective_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, positions: Tensor) -> Tensor:
+def selective_scan(
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, documents: Documents, carried: Carried | None = None
+) -> Tensor:
     """Mamba-1, arXiv 2312.00752, a token at a time: correct anywhere, far too slow for long samples.
 
-    x and dt [S, C], a [C, N] negative, b and c [S, N]; positions [S]. Returns [S, C], in float32 at least.
+    x and dt [S, C], a [C, N] negative, b and c [S, N]. Returns [S, C], in float32 at least.
     """
+    if carried is not None and carried.state is not None:
+        return carried.scan(x, dt, a, b, c)
     # A state that is multiplied by zero at a document's first token has forgotten the one before.
-    decay = torch.exp(dt[..., None] * a) * (positions > 0)[:, None, None]  # [S, C, N]
+    decay = torch.exp(dt[..., None] * a) * (documents.positions > 0)[:, None, None]  # [S, C, N]
     added = (dt * x)[..., None] * b[:, None]
-    state, outs = torch.zeros_like(added[0]), []
-    for one_decay, one_added, one_c in zip(decay.unbind(), added.unbind(), c.unbind(), strict=True):
+    state, outs, states = torch.zeros_like(added[0]), [], []
+    last = set() if carried is None else {end - 1 for end in accumulate(documents.lengths)}
+    for i, (one_decay, one_added, one_c) in enumerate(zip(decay.unbind(), added.unbind(), c.unbind(), strict=True)):
         state = one_decay * state + one_added
         outs.append(state @ one_c)
+        if i in last:
+            states.append(state)
+    if carried is not None:
+        carried.keep(states)
     return torch.stack(outs)
 
 
 def _delta(
-    rule: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, documents: Documents
-) -> Tensor:
+    rule: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, documents: Documents,
+    carried: Carried | None,
+) -> Tensor:  # fmt: skip
     """A delta rule over all documents at once, or a document at a time."""
+    if carried is not None and carried.state is not None:
+        return carried.delta(q, k, v, g, beta)
+    how: dict[str, Any] = {"use_qk_l2norm_in_kernel": True, "output_final_state": carried is not None}
     if _on_fla(q):
 
-        def some(*tensors: Tensor) -> Tensor:
-            out: Tensor = rule(*(t[None] for t in tensors), use_qk_l2norm_in_kernel=True, **documents.borders)[0][0]
-            return out
+        def some(*tensors: Tensor) -> tuple[Tensor, Tensor | None]:
+            out, state = rule(*(t[None] for t in tensors), **how, **documents.borders)
+            return out[0], state
 
         each = v.shape[1] // k.shape[1]
         turns = _turns(len(v), v.shape[1], each, k.shape[2] * v.shape[2])
@@ -179,13 +210,25 @@ def _delta(
         for heads in turns:
             groups = slice(heads.start // each, heads.stop // each)
             outs.append(call(some, q[:, groups], k[:, groups], *(t[:, heads] for t in (v, g, beta))))
-        return torch.cat(outs, 1)
-    outs = []
+        return _of_turns(outs, carried)
+    outs, states = [], []
     q, k = (t.repeat_interleave(v.shape[1] // t.shape[1], 1) for t in (q, k))  # transformers before 5.24 does not
     for parts in zip(*(t.split(documents.lengths) for t in (q, k, v, g, beta)), strict=True):
         qd, kd, vd, gd, bd = (t[None] for t in parts)
-        outs.append(rule(qd, kd, vd, g=gd, beta=bd, use_qk_l2norm_in_kernel=True)[0][0])
+        out, state = rule(qd, kd, vd, g=gd, beta=bd, **how)
+        outs.append(out[0])
+        states.append(state)
+    if carried is not None:
+        carried.keep(torch.cat(states))
     return torch.cat(outs)
+
+
+def _of_turns(made: Sequence[tuple[Tensor, Tensor | None]], carried: Carried | None) -> Tensor:
+    """Outputs [S, h, V] and states [N, h, K, V] of some heads each -> [S, H, V]."""
+    outs, states = zip(*made, strict=True)
+    if carried is not None:
+        carried.keep(torch.cat(states, 1))
+    return torch.cat(outs, 1)
 
 
 def _turns(tokens: int, heads: int, step: int, state_elements: int) -> list[slice]:
@@ -195,14 +238,13 @@ def _turns(tokens: int, heads: int, step: int, state_elements: int) -> list[slic
     return [slice(i, min(i + at_once, heads)) for i in range(0, heads, at_once)]
 
 
-def _once(call: Callable[..., Tensor], *args: Any) -> Tensor:
+def _once(call: Callable[..., Any], *args: Any) -> Any:
     return call(*args)
 
 
-def _again(call: Callable[..., Tensor], *args: Any) -> Tensor:
+def _again(call: Callable[..., Any], *args: Any) -> Any:
     """Keeps the arguments alone, views of what is there already."""
-    out: Tensor = checkpoint(call, *args, use_reentrant=False, preserve_rng_state=False)
-    return out
+    return checkpoint(call, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def _of_heads(t: Tensor, heads: slice, of: int) -> Tensor:

@@ -22,6 +22,7 @@ from ds_longft.batch import Documents
 from ds_longft.errors import ModelError
 from ds_longft.layout import ParallelLayout
 from ds_longft.sequence.exchange import HeadShare, deal_heads, heads_to_tokens, tokens_to_heads
+from ds_longft.sequence.state.carried import Carried
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,15 @@ class Spread:
     sp: int
     rank: int  # in the sp group
     group: ProcessGroup | None
+    carried: Carried | None = None  # where answers are made
 
     @classmethod
-    def of(cls, documents: Documents, layout: ParallelLayout) -> Spread:
+    def of(cls, documents: Documents, layout: ParallelLayout, carried: Carried | None = None) -> Spread:
         """The whole pack over the sp group; where each rank holds whole documents, these on this rank alone."""
         if documents.own is not None:
+            assert carried is None, "answers are made of texts that lie on all ranks"
             return cls(documents.own, 1, 0, None)
-        return cls(documents, layout.sp, layout.sp_rank, layout.group)
+        return cls(documents, layout.sp, layout.sp_rank, layout.group, carried)
 
     def deal(self, heads: int, groups: int, layer: str) -> tuple[HeadShare, ...]:
         """The heads of each rank, and the groups (of keys, or of B and C) that they read.
@@ -79,6 +82,23 @@ class Spread:
         start = self.rank * len(x)
         halo: Tensor = _Halo.apply(x, tokens, self)
         return torch.cat([halo, x]), positions[start - len(halo) : start + len(x)]
+
+
+class NextTokens(Spread):
+    """One more token of each text, the same on every rank; `documents` are those that were read."""
+
+    def to_heads(self, tensors: Sequence[Tensor], ranges: Sequence[Sequence[range]]) -> tuple[Tensor, ...]:
+        """[B, C] each -> [B, c] each."""
+        return tuple(t[:, r.start : r.stop] for t, r in zip(tensors, ranges[self.rank], strict=True))
+
+    def to_tokens(self, tensor: Tensor, ranges: Sequence[range]) -> Tensor:
+        """[B, c] -> [B, C]."""
+        if self.group is None:
+            return tensor
+        whole = tensor.new_zeros(len(tensor), ranges[-1].stop)
+        whole[:, ranges[self.rank].start : ranges[self.rank].stop] = tensor
+        dist.all_reduce(whole, group=self.group)
+        return whole
 
 
 class _ToHeads(torch.autograd.Function):

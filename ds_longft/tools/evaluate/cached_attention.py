@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from transformers import AttentionInterface, Cache
@@ -106,8 +105,7 @@ def cached_attention(
 
     A prompt, which comes with `documents` and `layout`, is read by `ulysses_attention`. A step comes with
     `on_this_rank`: query [1, Hq, B, d] over key [1, Hkv, s + B n, d] and value [1, Hkv, s + B n, e] of a `PromptCache`,
-    step by step behind the prompts -> [1, B, Hq, e]. With neither, as layers with a state generate, the queries are the
-    whole text or the last token of it.
+    step by step behind the prompts -> [1, B, Hq, e].
 
     attention_mask: the `AskedMask` of the layer's kind, or None where the model makes none.
 
@@ -115,7 +113,7 @@ def cached_attention(
         ModelError: the layer is not causal, or its mask is another than a sliding window.
     """
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    if "documents" in kwargs:
+    if on_this_rank is None:
         asked: dict[str, Any] = {"scaling": scale, "sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
         return ulysses_attention(module, query, key, value, attention_mask, **asked, **kwargs)
     if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
@@ -123,14 +121,7 @@ def cached_attention(
     if hasattr(module, "query_temperature"):
         raise ModelError("Llama 4 scales queries by position and sees chunks, which is not done for answers here")
     window = window_of(type(module).__name__, attention_mask, sliding_window)
-    if on_this_rank is not None:
-        return _step(query, key, value, on_this_rank, scale, window, softcap, s_aux), None
-    if window is not None or softcap is not None or s_aux is not None:
-        raise ModelError(f"{type(module).__name__} has a window, a cap or sinks beside layers with a state")
-    n = query.shape[2]
-    assert n in (1, key.shape[2])
-    out = F.scaled_dot_product_attention(query, key, value, is_causal=n > 1, scale=scale, enable_gqa=True)
-    return out.transpose(1, 2), None
+    return _step(query, key, value, on_this_rank, scale, window, softcap, s_aux), None
 
 
 def _step(

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from ds_longft.batch import IGNORE_INDEX
-from ds_longft.config.state_families import STATE_FAMILIES
 from ds_longft.data.pack import pack_of
 from ds_longft.errors import ModelError
 from ds_longft.layout import ParallelLayout
@@ -26,6 +25,8 @@ from ds_longft.model.stops import stop_ids
 from ds_longft.objectives.forward import decode
 from ds_longft.sequence.mask import no_padding
 from ds_longft.sequence.shard import shard
+from ds_longft.sequence.state.carried import States
+from ds_longft.sequence.state.families import spread_state_layers
 from ds_longft.tools.evaluate.cached_attention import OnThisRank, PromptCache
 from ds_longft.tools.evaluate.subject import Loaded
 
@@ -40,14 +41,17 @@ class Reader:
     def __init__(self, loaded: Loaded, layout: ParallelLayout = ALONE, kernel: str = "auto") -> None:
         self.loaded, self.layout, self.kernel = loaded, layout, kernel
         self.decoder = loaded.plain.get_decoder()
+        spread_state_layers(loaded.plain)
+        # transformers renames it: 5.24 takes both names, with a warning, and 5.40 the new one alone
+        self.cache_is = "cache" if "cache" in signature(self.decoder.forward).parameters else "past_key_values"
         _tile_mlps(self.decoder)
 
     @torch.no_grad()
     def read(self, texts: Sequence[Sequence[int]], room_tokens: int | None = None) -> Tensor:
         """Float32 logits [B, V] of what follows each text, the same on every rank.
 
-        `room_tokens`: how many may be added to each; None for none, with which layers that carry a state are read too.
-        Memory, with room: a rank's share of the texts' tokens, and the room, x layers x kv heads x head size x 2.
+        `room_tokens`: how many may be added to each; None for none. Memory, with room: a rank's share of the texts'
+        tokens, and the room, x layers with keys x kv heads x head size x 2; states of this rank's heads of each text.
         """
         nothing = (np.full(len(ids), IGNORE_INDEX, dtype=np.int64) for ids in texts)
         documents = [
@@ -68,9 +72,12 @@ class Reader:
             group=self.layout.group,
         )
         self.lengths = [len(ids) for ids in texts]
-        self.cache = None if room_tokens is None else PromptCache(len(texts) * room_tokens)
-        hidden = decode(self.decoder, batch, self.layout, self.kernel, cache=self.cache)  # [s, D]
-        if self.cache is not None and not self.cache.layers_seen:
+        self.kept: dict[str, Any] = {}
+        if room_tokens is not None:
+            cache = PromptCache(len(texts) * room_tokens)
+            self.kept = {self.cache_is: cache, "states": States(batch.documents, self.layout, len(texts))}
+        hidden = decode(self.decoder, batch, self.layout, self.kernel, **self.kept)  # [s, D]
+        if room_tokens is not None and not cache.layers_seen:
             raise ModelError(f"{type(self.decoder).__name__} keeps no keys where it is asked to: it cannot answer here")
         ends = [end - 1 for _, end in spans]
         return self._logits(hidden, [end - mine.start if mine.start <= end < mine.stop else None for end in ends])
@@ -85,9 +92,9 @@ class Reader:
             input_ids=torch.tensor([list(tokens)], device=device),  # [1, B]
             attention_mask=no_padding(len(tokens), device),
             position_ids=torch.tensor([self.lengths], device=device) - 1,
-            past_key_values=self.cache,
-            use_cache=True,
+            use_cache=False,
             on_this_rank=self.here,
+            **self.kept,
         ).last_hidden_state[0]
         rows = range(len(tokens))
         return self._logits(hidden, rows if self.layout.sp_rank == 0 else [None for _ in rows])
@@ -118,63 +125,23 @@ def generate(
     """The likeliest next tokens of each prompt, without the stop token that ended them. The model's attention must be
     `CACHED`. Collective over the sp group.
     """
-    if loaded.plain.config.get_text_config().model_type in STATE_FAMILIES:
-        if layout.sp > 1:
-            raise ModelError("a model with layers that carry a state answers on one GPU: give --gpus instead of --sp")
-        reader: Any = _OneByOne(loaded)
-        parts = [[prompt] for prompt in prompts]
-    else:
-        parts, reader = [list(prompts)], Reader(loaded, layout, kernel)
-    stops = sorted(stop_ids)
-    replies: list[list[int]] = []
-    for texts in parts:
-        replies += _greedy(loaded, reader, texts, max_new_tokens, stops, min_new_tokens)
-    return replies
-
-
-def _greedy(
-    loaded: Loaded, reader: Any, prompts: Sequence[Sequence[int]], most: int, stops: list[int], least: int
-) -> list[list[int]]:
+    reader, stops = Reader(loaded, layout, kernel), sorted(stop_ids)
     texts = [list(prompt) for prompt in prompts]
     ends: list[int | None] = [None] * len(texts)  # how long each is without its stop token
-    logits = reader.read(texts, most)
-    for i in range(most):
-        if i < least:
+    logits = reader.read(texts, max_new_tokens)
+    for i in range(max_new_tokens):
+        if i < min_new_tokens:
             logits[:, stops] = -torch.inf
         tokens = logits.argmax(-1).tolist()
         for b, token in enumerate(tokens):
             if token in stops and ends[b] is None:
                 ends[b] = len(texts[b])
             texts[b].append(token)
-        if None not in ends or i + 1 == most:
+        if None not in ends or i + 1 == max_new_tokens:
             break
         outdated = any(cache_outdated(loaded.plain.config, len(text) - 1, len(text)) for text in texts)
-        logits = reader.read(texts, most - i) if outdated else reader.add(tokens)
+        logits = reader.read(texts, max_new_tokens - i) if outdated else reader.add(tokens)
     return [text[len(prompt) : end] for text, prompt, end in zip(texts, prompts, ends, strict=True)]
-
-
-class _OneByOne:
-    """A reader of one text, for models with layers that carry a state: their own forward and transformers' cache."""
-
-    def __init__(self, loaded: Loaded) -> None:
-        text = loaded.plain.config.get_text_config()
-        if text.model_type == "minimax":
-            raise ModelError("minimax keeps its states in a cache of its own: answers of it are not made here")
-        self.loaded, self.text = loaded, text
-
-    def read(self, texts: Sequence[Sequence[int]], room_tokens: int) -> Tensor:
-        self.cache, self.tokens = DynamicCache(config=self.text), 0
-        return self.add(texts[0])
-
-    @torch.no_grad()
-    def add(self, tokens: Sequence[int]) -> Tensor:
-        ids = torch.tensor([list(tokens)], device=self.loaded.device)
-        where = torch.arange(self.tokens, self.tokens + len(tokens), device=ids.device)[None]
-        self.tokens += len(tokens)
-        decoder = self.loaded.plain.get_decoder()
-        set_rope_lengths(decoder, [self.tokens])
-        out = decoder(input_ids=ids, position_ids=where, past_key_values=self.cache, use_cache=True)
-        return self.loaded.plain.get_output_embeddings()(out.last_hidden_state[:, -1]).float()
 
 
 def end_ids(loaded: Loaded, tokenizer: Any) -> set[int]:
