@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ds_longft.batch import Documents
 from ds_longft.sequence.state import recurrence
+from ds_longft.sequence.state.carried import Carried
 
 pytestmark = [
     pytest.mark.gpu,
@@ -109,3 +110,38 @@ def test_kimi_delta() -> None:
     q, k, v = (random(3, 64, dtype=dtype) for _ in range(3))
     g, beta = -F.softplus(random(3, 64, dtype=torch.float32)) * 0.2, random(3, dtype=dtype).sigmoid()
     compared(lambda *t: recurrence.kimi_delta(layer, *t, documents()), [q, k, v, g, beta], dtype)
+
+
+@pytest.mark.parametrize("kind", ["gated delta", "kimi", "decayed, in turns"])
+def test_states_behind_documents(kind: str) -> None:
+    """What answers go on from, and the outputs beside it: of the first five of the pack's documents."""
+    torch.manual_seed(0)
+    dtype, heads, d = torch.bfloat16, 4, 64
+    q, k, v = (random(heads, d, dtype=dtype) for _ in range(3))
+    of_feature = (d,) if kind == "kimi" else ()
+    g, beta = -F.softplus(random(heads, *of_feature, dtype=torch.float32)) * 0.2, random(heads, dtype=dtype).sigmoid()
+    gated, kimi = (
+        layer_of("qwen3_next", "Qwen3NextGatedDeltaNet"),
+        layer_of("kimi_linear", "KimiLinearDeltaAttention"),
+    )
+    found = []
+    for kernels in (True, False):
+        carried = Carried(5)
+        given = [t if kernels else t.float() for t in (q, k, v, g, beta)]
+        a_third = -(-sum(LENGTHS) // recurrence.CHUNK_TOKENS) * heads * d * d * 4 // 3
+        with (
+            torch.no_grad(),
+            patch.object(recurrence, "has_fla", lambda on=kernels: on),
+            patch.object(recurrence, "STATE_BYTES", a_third),
+        ):
+            if kind == "decayed, in turns":
+                out = recurrence.decayed_attention(*given[:4], documents(), carried)
+            elif kind == "kimi":
+                out = recurrence.kimi_delta(kimi, *given, documents(), carried)
+            else:
+                out = recurrence.gated_delta(gated, *given, documents(), carried)
+        assert carried.state is not None
+        assert carried.state.shape == (5, heads, d, d)
+        found.append((carried.state, out.float()))
+    for ours, wanted in zip(*found, strict=True):
+        assert float((ours - wanted).norm() / wanted.norm()) <= ALLOWED[dtype]
