@@ -17,7 +17,7 @@ from tests.distributed.user_files import user_config
 
 
 def state_not_reset(stack: ExitStack) -> None:
-    def faulty(layer: Any, q: Any, k: Any, v: Any, g: Any, beta: Any, documents: Any) -> Any:
+    def faulty(layer: Any, q: Any, k: Any, v: Any, g: Any, beta: Any, documents: Any, *_: Any) -> Any:
         return plain(layer, q, k, v, g, beta, type(documents)(documents.cu_seqlens, (sum(documents.lengths),)))
 
     plain = mixers.gated_delta
