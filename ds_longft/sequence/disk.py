@@ -71,6 +71,11 @@ class DiskStore:
         ]
         return self._newest[key]
 
+    def call_off(self, key: Hashable) -> list[Future[None]]:
+        """Write no more of it, and let nobody read it; what is under way."""
+        self._newest[key] = [transfer for transfer in self._newest[key] if not transfer.cancel()]
+        return self._newest[key]
+
     def wait(self, transfers: Sequence[Future[None]]) -> None:
         """Until they are over, on the host: only then device tensors may be freed or read."""
         for transfer in transfers:

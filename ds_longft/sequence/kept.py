@@ -138,7 +138,7 @@ class HostStore:
         self.out = torch.cuda.Stream(device) if gpu else None
         self.back = torch.cuda.Stream(device) if gpu else None
         self.waiting: list[HostKept] = []  # in the order they went out
-        self.leaving: list[tuple[Done, tuple[Tensor, ...]]] = []
+        self.leaving: list[tuple[HostKept, tuple[Tensor, ...]]] = []
         self._buffers: dict[Hashable, Tensor] = {}
 
     def slot(self, layer: int, name: Hashable, *, disk: bool = False) -> HostKept:
@@ -146,20 +146,23 @@ class HostStore:
         return DiskKept(self, layer, name) if disk else HostKept(self, layer, name)
 
     def prefetch(self, layer: int) -> None:
-        """Start the copies back of what `layer` is about to ask for, and of the next layer before it that has any."""
-        self.settle(0)
-        for slot in self.waiting:
-            if slot.layer == layer:
-                slot.fetch()
+        """Start the copies back of what `layer` is about to ask for, and of the next layer before it that has any.
+
+        What is still on its way out stays where it is: the last layers' outputs are asked for as soon as they left.
+        """
         earlier = max((slot.layer for slot in self.waiting if slot.layer < layer), default=None)
-        for slot in self.waiting:
-            if slot.layer == earlier:
-                slot.fetch()
+        wanted = [slot for of in (layer, earlier) for slot in self.waiting if slot.layer == of]
+        for slot, tensors in self.leaving:
+            if slot in wanted:
+                slot.stay(tensors)
+        self.settle(0)
+        for slot in wanted:
+            slot.fetch()
 
     def settle(self, allowed: int) -> None:
         """Let go of device tensors that went out, but for the newest `allowed`; compute waits for their copies."""
         while len(self.leaving) > allowed:
-            self.wait(self.leaving[0][0])
+            self.wait(self.leaving[0][0].done)
             del self.leaving[0]
 
     def wait(self, done: Done) -> None:
@@ -189,7 +192,7 @@ class HostKept(Kept):
         super().__init__()
         self.store, self.layer, self.name = store, layer, name
         self._host: tuple[Tensor, ...] | None = None
-        self._done: Done = None
+        self.done: Done = None
 
     @property
     def full(self) -> bool:
@@ -200,8 +203,8 @@ class HostKept(Kept):
         """Start the copies to the host."""
         store = self.store
         contiguous = tuple(t.detach().contiguous() for t in tensors)
-        self._done = self._out(contiguous)
-        store.leaving.append((self._done, contiguous))
+        self.done = self._out(contiguous)
+        store.leaving.append((self, contiguous))
         store.settle(LEAVING)
         mine = (self.layer, self.name)
         same = next((i for i, other in enumerate(store.waiting) if (other.layer, other.name) == mine), None)
@@ -212,17 +215,21 @@ class HostKept(Kept):
     def _fetched(self) -> tuple[Tensor, ...] | None:
         """The tensors on the device; compute waits for them if it has to."""
         self.fetch()
-        self.store.wait(self._done)
+        self.store.wait(self.done)
         value, self._value, self._host = self._value, None, None
         self.store.waiting.remove(self)
         return value
+
+    def stay(self, tensors: tuple[Tensor, ...]) -> None:
+        """Take `tensors`, which are on their way out, for those that would come back."""
+        self._value = tensors
 
     def fetch(self) -> None:
         """Start the copies back, if they have not been started."""
         if self._value is not None or self._host is None:
             return
         self._value = tuple(torch.empty_like(t, device=self.store.device) for t in self._host)  # the compute stream's
-        self._done = self._back(self._value)
+        self.done = self._back(self._value)
 
     def _out(self, tensors: tuple[Tensor, ...]) -> Done:
         self._host = tuple(self.store.buffer((self.layer, self.name, i), t) for i, t in enumerate(tensors))
@@ -231,13 +238,19 @@ class HostKept(Kept):
     def _back(self, values: tuple[Tensor, ...]) -> Done:
         assert self._host is not None
         if self.store.back is not None:
-            assert isinstance(self._done, torch.cuda.Event)
-            self.store.back.wait_event(self._done)  # out before back
+            assert isinstance(self.done, torch.cuda.Event)
+            self.store.back.wait_event(self.done)  # out before back
         return _copy(self._host, values, self.store.back)
 
 
 class DiskKept(HostKept):
     """Kept tensors that wait in a file."""
+
+    def stay(self, tensors: tuple[Tensor, ...]) -> None:
+        """And write no more of them."""
+        assert self.store.disk is not None
+        super().stay(tensors)
+        self.done = self.store.disk.call_off((self.layer, self.name))
 
     def _out(self, tensors: tuple[Tensor, ...]) -> Done:
         assert self.store.disk is not None

@@ -126,3 +126,16 @@ def test_gradients_are_bit_equal_wherever_inputs_wait(tmp_path: Path, policy: st
     expected, *others = (gradients(places, policy, tmp_path, CPU) for places in PLACES)
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(expected, other, strict=True))
+
+
+def test_what_is_asked_for_while_it_leaves_is_not_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, read_from = list[Any](), DiskStore.read
+
+    def noted(store: DiskStore, key: Any, tensors: Any) -> Any:
+        read.append(key)
+        return read_from(store, key, tensors)
+
+    monkeypatch.setattr(DiskStore, "read", noted)
+    of_device, of_disk = (gradients([place] * 6, "full", tmp_path, CPU) for place in ("device", "disk"))
+    assert read == [(layer, "input") for layer in (3, 2, 1, 0)] * 2
+    assert all(torch.equal(a, b) for a, b in zip(of_device, of_disk, strict=True))
