@@ -10,7 +10,7 @@ help:
 	@echo "make setup       .venv with everything in it (once; repeated calls cost nothing)"
 	@echo "make quickstart  train a small real model on long code samples: 2 CPU ranks, or one rank a GPU"
 	@echo "make check       ruff, mypy, import contracts"
-	@echo "make test        the tests that need no GPU"
+	@echo "make test        the tests that need no GPU; TESTS=tests/unit for some of them, WORKERS=8 on more cores"
 	@echo "make test-all    these, and the ones that take minutes to hours"
 	@echo "make test-gpu    what needs GPUs, on one or two of them: kernels, whole runs, time and memory beside the plan"
 	@echo "make format      let ruff format and mend what it can"
@@ -44,13 +44,18 @@ docs: setup
 	$(BIN)/python docs/make_reference.py
 	$(BIN)/mkdocs build --quiet
 
-# One thread a rank: the distributed tests start up to four of them.
+# Two test processes on two cores, a file at a time each, and one report. One thread a rank: tests start up to four of them.
+# The files with ranks come first; `python -m pytest FILE` runs one in a single process.
+WORKERS ?= 2
+PYTEST = PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
+	-n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 20
+
 test: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow"
+	$(PYTEST) -m "not gpu and not slow" $(TESTS)
 
 # Also the long ones: the soak of kills, a real SLURM, hosts that lose each other.
 test-all: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"
+	$(PYTEST) -m "not gpu" $(TESTS)
 
 # PART=kernels, runs or steps for one of its parts; each takes less than ten minutes on two GPUs.
 test-gpu: setup

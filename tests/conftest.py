@@ -1,7 +1,8 @@
-"""Hypothesis for all tests: the same examples every time, however fast the machine is. Worker pools of the session."""
+"""Hypothesis for all tests: the same examples every time, however fast the machine is. Worker pools of the session. Ctrl-C."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,12 @@ if TYPE_CHECKING:
 # In a fresh clone the first text it draws takes a second: it builds its tables of characters.
 settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Test processes of `make test` ignore Ctrl-C, and what they start would inherit that: end on it, as pytest alone does."""
+    if hasattr(config, "workerinput"):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
