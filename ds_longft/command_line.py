@@ -15,7 +15,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Callable
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from itertools import chain
 from pathlib import Path
 from types import NoneType
@@ -105,7 +105,7 @@ def bind(function: Callable[..., Any], name: str, argv: list[str]) -> inspect.Bo
     for p in inspect.signature(function, eval_str=True).parameters.values():
         if is_dataclass(p.annotation):
             given = {field.name: values[field.name] for field in fields(p.annotation) if field.name in values}
-            bound.arguments[p.name] = p.annotation(**given)  # type: ignore[operator]
+            bound.arguments[p.name] = replace(p.default, **given)
         elif p.name in values:
             bound.arguments[p.name] = values[p.name]
     return bound
@@ -214,11 +214,8 @@ def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
             found[p.name] = p
             continue
         kinds = get_type_hints(p.annotation)
-        for field in fields(p.annotation):
-            default = p.empty if field.default is MISSING else field.default
-            found[field.name] = inspect.Parameter(
-                field.name, p.KEYWORD_ONLY, default=default, annotation=kinds[field.name]
-            )
+        for name, default in vars(p.default).items():
+            found[name] = inspect.Parameter(name, p.KEYWORD_ONLY, default=default, annotation=kinds[name])
     return found
 
 

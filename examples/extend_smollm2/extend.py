@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,11 @@ import fire
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.work import commit
-from ds_longft.config.run_config import SourceConfig
-from ds_longft.data.ledger import Ledger
 from ds_longft.errors import ConfigError, LongftError
 from ds_longft.tools.evaluate.texts import chinese, english
-from ds_longft.tools.make_data.synth.commands import write_made
-from ds_longft.tools.make_data.synth.sources import read_documents
-from ds_longft.tools.make_data.synth.text_commands import of_running_texts
-from ds_longft.tools.make_data.where import Where, parse_where
+from ds_longft.tools.make_data.synth.commands import write_of_texts
+from ds_longft.tools.make_data.synth.flags import MadeOfTexts
+from ds_longft.tools.make_data.synth.text_commands import parts_and_shares
 from examples.extend_smollm2 import hidden_numbers as hidden
 
 CHARACTERS_A_TOKEN = {"en": 6, "zh": 2}  # more than SmolLM2's tokenizer takes
@@ -97,16 +95,13 @@ def numbers(
         name: written to each row as its source.
         json: print one JSON object instead of a line.
     """
-    shared = of_running_texts(rows, context_tokens, sizes, languages, seed, name, tokenizer)
     at_once = min(hidden.AT_ONCE, questions) if at_once is None else at_once
     if not 1 <= at_once <= questions <= hidden.MAX_QUESTIONS:
         seen = f"--questions is {questions}, --at_once is {at_once}"
         raise ConfigError(f"{seen}: expected 1 to {hidden.MAX_QUESTIONS}, and no more at once than there are")
-    taken = Where(parse_where("--where", where), parse_where("--exclude", exclude))
-    with Ledger(Path(f"{out}.ledger.jsonl")) as ledger:
-        documents = read_documents(SourceConfig(path=source), ledger, taken)
-        made = hidden.number_rows(documents, questions=questions, at_once=at_once, **shared)
-        write_made(made, out, shared["lengths"], ledger, json=json)
+    flags = MadeOfTexts(name, seed, json, rows, context_tokens, tokenizer, where, exclude)
+    shared = {"questions": questions, "at_once": at_once, **parts_and_shares(sizes, languages)}
+    write_of_texts(source, out, flags, partial(hidden.number_rows, **shared))
 
 
 def results(run: str, command: str) -> None:

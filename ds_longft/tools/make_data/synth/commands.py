@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import json as json_text
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ds_longft.config.run_config import SourceConfig, parse_tokens
+from ds_longft.config.run_config import SourceConfig
 from ds_longft.data.formats import to_row
 from ds_longft.data.ledger import Ledger
 from ds_longft.errors import ConfigError
-from ds_longft.tools.look.commands import load_tokenizer
+from ds_longft.tools.evaluate.flags import tokens_of
 from ds_longft.tools.make_data.commands import reasons
 from ds_longft.tools.make_data.convert import written_whole
 from ds_longft.tools.make_data.lengths import Lengths
 from ds_longft.tools.make_data.synth.agents import agent_rows
 from ds_longft.tools.make_data.synth.code import CHARS_PER_TOKEN, Part, code_rows
+from ds_longft.tools.make_data.synth.flags import Made, MadeOfTexts, Named
 from ds_longft.tools.make_data.synth.needle_rows import needle_rows
 from ds_longft.tools.make_data.synth.needle_tasks import TASKS, Task
 from ds_longft.tools.make_data.synth.refgpt8x import MEAN_REFERENCES, hide_references, sentence_embedder
 from ds_longft.tools.make_data.synth.sources import read_dialogues, read_documents
-from ds_longft.tools.make_data.where import Where, parse_where
 
 MEASURED_TOGETHER = 16  # rows; the tokenizer works on them in parallel
+
+REFGPT8X = Named("refgpt8x")
+NEEDLE = MadeOfTexts("needle")
+CODE = Made("code", rows=200, context_tokens="4K")
+AGENTS = Made("agents", rows=200, context_tokens="128K")
 
 
 def refgpt8x(
@@ -36,9 +42,7 @@ def refgpt8x(
     rows: int | None = None,
     mean_references: float = MEAN_REFERENCES,
     embedding: str | None = None,
-    seed: int = 0,
-    name: str = "refgpt8x",
-    json: bool = False,
+    flags: Named = REFGPT8X,
 ) -> None:
     """Grow dialogues about a reference: it is hidden among its nearest neighbours, K ~ Poisson(8) texts in all.
 
@@ -48,161 +52,90 @@ def refgpt8x(
         rows: how many dialogues to take. Left out: as many as keep the amount of text, dialogues / mean.
         mean_references: mean of the Poisson distribution.
         embedding: sentence-transformers model to find neighbours by. Left out: TF-IDF.
-        seed: the same seed gives the same rows.
-        name: written to each row as its source.
-        json: print one JSON object instead of a line.
     """
     if mean_references <= 0 or (rows is not None and rows < 1):
         raise ConfigError(f"--rows is {rows}, --mean_references is {mean_references}: expected numbers above 0")
     with Ledger(Path(f"{out}.ledger.jsonl")) as ledger:
         dialogues = read_dialogues(SourceConfig(path=source), ledger)
-        count = rows or max(1, round(len(dialogues) / mean_references))
         made = hide_references(
             dialogues,
-            rows=count,
-            seed=seed,
-            name=name,
+            rows=rows or max(1, round(len(dialogues) / mean_references)),
+            seed=flags.seed,
+            name=flags.name,
             mean_references=mean_references,
             embed=sentence_embedder(embedding) if embedding else None,
         )
-        write_made(made, out, Lengths(), ledger, json=json)
+        write_made(made, out, Lengths(), ledger, json=flags.json)
 
 
 def needle(
-    source: str,
-    out: str,
-    *,
-    rows: int = 1000,
-    context_tokens: int | str = "32K",
-    questions: int = 3,
-    tasks: str = ",".join(TASKS),
-    where: str | None = None,
-    exclude: str | None = None,
-    tokenizer: str | None = None,
-    seed: int = 0,
-    name: str = "needle",
-    json: bool = False,
+    source: str, out: str, *, questions: int = 3, tasks: str = ",".join(TASKS), flags: MadeOfTexts = NEEDLE
 ) -> None:
     """Ask about real long documents, English or Chinese, what a program can check.
 
     recall: copy a sentence. location: which paragraph. count: how often. chain: follow 2 to 4 notes hidden in the
     text. absent: not in the text. Each answer is found a second time from the finished text, or the row is not written.
+    Lengths are drawn between --context_tokens and a quarter of it.
 
     Args:
         source: set of plain texts, or of references.
         out: JSONL file to write.
-        rows: how many.
-        context_tokens: longest row, e.g. 128K; lengths are drawn between it and a quarter of it.
         questions: asked of one context, one after the other.
         tasks: which of them, comma separated.
-        where: column=value, rows of the source to take.
-        exclude: column=value, rows of the source to leave out.
-        tokenizer: folder or hub id of a model, to count lengths exactly. Left out: lengths are estimated.
-        seed: the same seed gives the same rows.
-        name: written to each row as its source.
-        json: print one JSON object instead of a line.
     """
-    chosen: list[Task] = [task for task in TASKS if task in tasks.replace(" ", "").split(",")]
-    unknown = sorted(set(tasks.replace(" ", "").split(",")) - set(TASKS))
-    if unknown or rows < 1 or questions < 1:
-        seen = f"--tasks is {tasks}, --rows is {rows}, --questions is {questions}"
-        raise ConfigError(f"{seen}: expected tasks among {', '.join(TASKS)}, and numbers of 1 or more")
-    longest = context_length(context_tokens)
-    lengths = Lengths(load_tokenizer(tokenizer) if tokenizer else None)
-    taken = Where(parse_where("--where", where), parse_where("--exclude", exclude))
-    with Ledger(Path(f"{out}.ledger.jsonl")) as ledger:
-        made = needle_rows(
-            read_documents(SourceConfig(path=source), ledger, taken),
-            rows=rows,
-            context_tokens=longest,
-            seed=seed,
-            name=name,
-            questions=questions,
-            tasks=chosen,
-            lengths=lengths,
-        )
-        write_made(made, out, lengths, ledger, json=json)
+    asked = tasks.replace(" ", "").split(",")
+    if set(asked) - set(TASKS) or questions < 1:
+        seen = f"--tasks is {tasks}, --questions is {questions}"
+        raise ConfigError(f"{seen}: expected tasks among {', '.join(TASKS)}, and 1 or more questions")
+    chosen: list[Task] = [task for task in TASKS if task in asked]
+    write_of_texts(source, out, flags, partial(needle_rows, questions=questions, tasks=chosen))
 
 
-def code(
-    out: str,
-    *,
-    rows: int = 200,
-    context_tokens: int | str = "4K",
-    questions: int = 1,
-    seed: int = 0,
-    part: Part = "train",
-    tokenizer: str | None = None,
-    name: str = "code",
-    json: bool = False,
-) -> None:
+def code(out: str, *, questions: int = 1, part: Part = "train", flags: Made = CODE) -> None:
     """Write a long-code set made of the Python standard library's source on this machine.
+
+    The same seed gives the same rows on the same Python.
 
     Args:
         out: JSONL file to write, in `messages` form.
-        rows: how many.
-        context_tokens: longest row, e.g. 4096 or 128K.
         questions: how many are asked of one context, one after the other.
-        seed: the same seed gives the same rows on the same Python.
         part: train or eval; the two never share a module.
-        tokenizer: folder or hub id of a model, to fill the length exactly. Left out: lengths are estimated.
-        name: written to each row as its source.
-        json: print one JSON object instead of a line.
     """
-    tokens = context_length(context_tokens)
-    if rows < 1 or questions < 1:
-        raise ConfigError(f"--rows is {rows}, --questions is {questions}: expected 1 or more")
+    if questions < 1:
+        raise ConfigError(f"--questions is {questions}: expected 1 or more")
     if part not in ("train", "eval"):
         raise ConfigError(f"--part is {part!r}: expected train or eval")
-    lengths = Lengths(load_tokenizer(tokenizer) if tokenizer else None, CHARS_PER_TOKEN)
-    made = code_rows(
-        rows=rows, context_tokens=tokens, questions=questions, seed=seed, part=part, lengths=lengths, name=name
-    )
-    write_made(made, out, lengths, json=json)
+    shared, lengths = flags.shared(), flags.lengths(CHARS_PER_TOKEN)
+    write_made(code_rows(questions=questions, part=part, lengths=lengths, **shared), out, lengths, json=flags.json)
 
 
-def agents(
-    out: str,
-    *,
-    rows: int = 200,
-    shortest_tokens: int | str = "20K",
-    context_tokens: int | str = "128K",
-    tokenizer: str | None = None,
-    seed: int = 0,
-    name: str = "agents",
-    json: bool = False,
-) -> None:
+def agents(out: str, *, shortest_tokens: int | str = "20K", flags: Made = AGENTS) -> None:
     """Trajectories of an agent that finds a number in a small file system: tools, thinking, calls and their results.
+
+    Lengths are met about: the last file that is read may go beyond the longest by a few thousand tokens. A tokenizer
+    that counts them needs a chat template that writes tools.
 
     Args:
         out: JSONL file to write.
-        rows: how many.
         shortest_tokens: of the shortest row, about.
-        context_tokens: of the longest row, about: the last file that is read may go beyond it by a few thousand.
-        tokenizer: folder or hub id of a model whose template writes tools, to count lengths. Left out: estimates.
-        seed: the same seed gives the same rows.
-        name: written to each row as its source.
-        json: print one JSON object instead of a line.
     """
-    longest, shortest = context_length(context_tokens), context_length(shortest_tokens)
-    if rows < 1 or shortest > longest:
+    shared, shortest = flags.shared(), tokens_of("--shortest_tokens", shortest_tokens)
+    longest = shared.pop("context_tokens")
+    if shortest > longest:
         raise ConfigError(
-            f"--rows is {rows}, --shortest_tokens {shortest}, --context_tokens {longest}: expected at least one row, "
-            "and the second at most the third"
+            f"--shortest_tokens is {shortest}, --context_tokens {longest}: expected the first at most the second"
         )
-    lengths = Lengths(load_tokenizer(tokenizer) if tokenizer else None)
-    made = agent_rows(
-        rows=rows, shortest_tokens=shortest, longest_tokens=longest, seed=seed, lengths=lengths, name=name
-    )
-    write_made(made, out, lengths, json=json)
+    lengths = flags.lengths()
+    made = agent_rows(shortest_tokens=shortest, longest_tokens=longest, lengths=lengths, **shared)
+    write_made(made, out, lengths, json=flags.json)
 
 
-def context_length(given: int | str, flag: str = "--context_tokens") -> int:
-    """Tokens of a flag. Raises ConfigError."""
-    tokens = parse_tokens(given)
-    if not isinstance(tokens, int) or tokens <= 0:
-        raise ConfigError(f"{flag} is {given!r}: expected a number of tokens, e.g. 4096 or 128K")
-    return tokens
+def write_of_texts(source: str, out: str, flags: MadeOfTexts, make: Callable[..., Iterator[dict[str, Any]]]) -> None:
+    """Write the rows that `make` makes of the documents of a source and of what every maker takes."""
+    shared, taken, lengths = flags.shared(), flags.taken, flags.lengths()
+    with Ledger(Path(f"{out}.ledger.jsonl")) as ledger:
+        documents = read_documents(SourceConfig(path=source), ledger, taken)
+        write_made(make(documents, lengths=lengths, **shared), out, lengths, ledger, json=flags.json)
 
 
 def write_made(

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,7 +124,8 @@ def test_convert_synth_and_their_mistakes(tmp_path, write_jsonl, capsys):
     assert "3 text rows (3 en)" in shown
     assert "1 of 4 rows left out\n  - 1 x empty text, first" in shown
     assert "rows.jsonl:4" in shown
-    synth.needle(out, str(tmp_path / "needle.jsonl"), rows=3, context_tokens="1K", json=True)
+    few = replace(synth.NEEDLE, rows=3, context_tokens="1K", json=True)
+    synth.needle(out, str(tmp_path / "needle.jsonl"), flags=few)
     assert json.loads(capsys.readouterr().out)["rows"] == 3
     reading = [{"context": t["text"], "qas": [{"question": "q?", "answer": "a"}], "lang": "en"} for t in texts]
     synth.refgpt8x(write_jsonl(reading, "reading.jsonl"), out, rows=2)
@@ -132,7 +134,7 @@ def test_convert_synth_and_their_mistakes(tmp_path, write_jsonl, capsys):
         lambda: recipe_commands.convert(out, out, format="xml"),
         lambda: recipe_commands.convert(out, out, limit=0),
         lambda: synth.needle(out, out, tasks="recall,guess"),
-        lambda: synth.needle(out, out, context_tokens="long"),
+        lambda: synth.needle(out, out, flags=replace(synth.NEEDLE, context_tokens="long")),
         lambda: synth.refgpt8x(out, out, mean_references=0),
         lambda: recipe_commands.mix("recipes/faro.yaml", str(tmp_path), root=str(tmp_path / "no")),
     ):
@@ -141,17 +143,17 @@ def test_convert_synth_and_their_mistakes(tmp_path, write_jsonl, capsys):
 
 
 def test_synth_code_takes_lengths_like_the_config(tmp_path, capsys):
-    synth.code(str(tmp_path / "a.jsonl"), rows=1, context_tokens="2K", json=True)
+    synth.code(str(tmp_path / "a.jsonl"), flags=replace(synth.CODE, rows=1, context_tokens="2K", json=True))
     assert 1500 < json.loads(capsys.readouterr().out)["longest_tokens"] <= 2048
     with pytest.raises(ConfigError, match="context_tokens"):
-        synth.code(str(tmp_path / "a.jsonl"), context_tokens="much")
+        synth.code(str(tmp_path / "a.jsonl"), flags=replace(synth.CODE, context_tokens="much"))
     with pytest.raises(ConfigError, match="part"):
         synth.code(str(tmp_path / "a.jsonl"), part="test")
 
 
 def test_a_model_without_tokenizer_is_named(tmp_path):
     with pytest.raises(ModelError, match="no tokenizer can be read"):
-        synth.code(str(tmp_path / "a.jsonl"), tokenizer=str(tmp_path))
+        synth.code(str(tmp_path / "a.jsonl"), flags=replace(synth.CODE, tokenizer=str(tmp_path)))
 
 
 def test_a_tokenizer_below_the_home_folder(tmp_path, monkeypatch, tokenizer):
