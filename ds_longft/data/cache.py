@@ -10,8 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -107,25 +105,7 @@ def close_set(folder: Path) -> None:
         for file in sorted(folder.glob("ledger-*.jsonl")):
             with file.open("rb") as part:
                 shutil.copyfileobj(part, ledger)
-    SealedSet(_sum([s.tally for s in sets]), [part for s in sets for part in s.parts]).write(folder / TALLY)
+    SealedSet(sum((s.tally for s in sets), Tally()), [part for s in sets for part in s.parts]).write(folder / TALLY)
     for name in ("tally-*.json", "ledger-*.jsonl"):  # in this order: a part with a tally has a ledger
         for file in folder.glob(name):
             file.unlink()
-
-
-def _sum(tallies: Sequence[Tally]) -> Tally:
-    bad: Counter[str] = Counter()
-    first: dict[str, str] = {}
-    for tally in tallies:
-        bad.update(tally.bad)
-        first = tally.first | first
-    return Tally(
-        read=sum(t.read for t in tallies),
-        usable=sum(t.usable for t in tallies),
-        truncated=sum(t.truncated for t in tallies),
-        bad=dict(bad),
-        overlong=sum(t.overlong for t in tallies),
-        first=first,
-        unused=dict(sum((Counter(t.unused) for t in tallies), Counter())),
-        too_long=[lengths for t in tallies for lengths in t.too_long],
-    )

@@ -22,6 +22,7 @@ TRUNCATE_ROUNDS = 8  # cutting changes a few merges at the cut: the first round 
 class Overlong(BadRow):
     """A row longer than the limit that was not to be cut, or could not be cut without touching an answer."""
 
+    kind = "overlong"
     tokens = 0  # of the row, where they are known
     targets = 0
 

@@ -6,25 +6,29 @@ import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
+from ds_longft.data.rows import BadRow, Kind
 from ds_longft.errors import DataError
 
-Kind = Literal["bad", "repeated", "overlong", "set_aside"]
 KEYS: dict[Kind, str] = {"repeated": "repeated id", "overlong": "too long"}  # one reason each, in counts
 SHOWN_CHARS = 200  # of what was seen in the first row of a reason
+DETAIL_CHARS = 1000
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One row that was left out. `bad` and `repeated` ones are faults of the data: `overlong` and `set_aside` rows were
-    dropped because the config says so.
-    """
+    """One row that was left out."""
 
     origin: str
     reason: str
     detail: str = ""
     kind: Kind = "bad"
+
+    @classmethod
+    def of(cls, origin: str, bad: BadRow) -> Entry:
+        """A row that cannot be used; of what was seen in it a long text is cut."""
+        return cls(origin, bad.reason, bad.detail[:DETAIL_CHARS], bad.kind)
 
 
 @dataclass
@@ -41,6 +45,14 @@ class Tally:
     first: dict[str, str] = field(default_factory=dict)  # reason of `left_out` -> the first such row, what was seen
     unused: dict[str, int] = field(default_factory=dict)  # what usable rows hold and nothing was made of -> rows
     too_long: list[tuple[int, int]] = field(default_factory=list)  # (tokens, targets) of rows above the limit
+
+    def __add__(self, other: Tally) -> Tally:
+        """Of both, `other` behind this one."""
+        both: dict[str, Any] = {"first": other.first | self.first}
+        for name, mine in vars(self).items():
+            theirs = getattr(other, name)
+            both.setdefault(name, dict(Counter(mine) + Counter(theirs)) if isinstance(mine, dict) else mine + theirs)
+        return Tally(**both)
 
     @property
     def bad_rows(self) -> int:

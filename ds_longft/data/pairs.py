@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +18,7 @@ from ds_longft.data.encode import EncodedRow, Encoder, Overlong
 from ds_longft.data.pack import build_pack, documents_of, pack_of
 from ds_longft.data.preferences import PreferenceRow
 from ds_longft.data.rows import BadRow, Row
-from ds_longft.data.tokenized import SCHEMA, TokenizedRow, TokenizedSet, Weighting, record_batch, row_hash
+from ds_longft.data.tokenized import SCHEMA, TokenizedRow, TokenizedSet, Weighting, columns_of, record_batch
 
 PAIR_SCHEMA = pa.schema(
     [
@@ -95,39 +94,8 @@ def _truncated(encoder: Encoder, pair: PreferenceRow) -> EncodedPair | BadRow:
 def pairs_to_batch(pairs: Sequence[EncodedPair]) -> pa.RecordBatch:
     """Pairs as `PAIR_SCHEMA`."""
     shared = [pair.shared_tokens for pair in pairs]
-
-    def lists(arrays: list[NDArray[Any]], kind: type) -> pa.ListArray:
-        offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
-        return pa.ListArray.from_arrays(offsets, np.concatenate(arrays) if arrays else np.zeros(0, dtype=kind))
-
-    def spans(name: str, kind: type) -> pa.ListArray:
-        both = [np.concatenate([getattr(pair.chosen, name), getattr(pair.rejected, name)]) for pair in pairs]
-        return lists(both, kind)
-
     ids = [np.concatenate([p.chosen.input_ids, p.rejected.input_ids[n:]]) for p, n in zip(pairs, shared, strict=True)]
-    rows = [pair.chosen.row for pair in pairs]
-    columns = {
-        "input_ids": lists(ids, np.int32),
-        "span_start": spans("span_start", np.int32),
-        "span_end": spans("span_end", np.int32),
-        "span_weight": spans("span_weight", np.float32),
-        "row_weight": [row.weight for row in rows],
-        "length": [len(p.chosen.input_ids) + len(p.rejected.input_ids) for p in pairs],
-        "targets": [p.chosen.targets + p.rejected.targets for p in pairs],
-        "source": [row.source for row in rows],
-        "origin": [row.origin for row in rows],
-        "language": [row.language for row in rows],
-        "row_hash": [
-            row_hash(
-                [
-                    array
-                    for d in (p.chosen, p.rejected)
-                    for array in (d.input_ids, d.span_start, d.span_end, d.span_weight)
-                ],
-                float(np.float32(p.chosen.row.weight)),
-            )
-            for p in pairs
-        ],
+    columns = columns_of([(pair.chosen, pair.rejected) for pair in pairs], ids) | {
         "shared_tokens": shared,
         "chosen_tokens": [len(p.chosen.input_ids) - n for p, n in zip(pairs, shared, strict=True)],
         "chosen_spans": [len(p.chosen.span_start) for p in pairs],

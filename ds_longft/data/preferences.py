@@ -17,6 +17,9 @@ from ds_longft.data.rows import BadRow, Row, Turn
 from ds_longft.data.turns import text_of, turns_of, weight_of
 from ds_longft.errors import DataError
 
+PREFERENCE = "preference"
+"""The layout of pairs, beside those of `formats.FORMATS`."""
+
 
 @dataclass(frozen=True)
 class PreferenceRow:

@@ -6,10 +6,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 Role = Literal["system", "user", "assistant", "tool", "text"]
+Kind = Literal["bad", "repeated", "overlong", "set_aside"]
+"""Why a row is left out: `bad` and `repeated` are faults of the data, the others are what the config asks for."""
 
 
 class BadRow(Exception):
     """A row that cannot be used, and why. Ends in the ledger, never with the user."""
+
+    kind: Kind = "bad"
 
     def __init__(self, reason: str, detail: str = "") -> None:
         """`reason` is counted (keep it the same for the same fault); `detail` says what was seen in this row."""

@@ -34,9 +34,9 @@ from ds_longft.config.run_config import DataConfig, SourceConfig
 from ds_longft.data.cache import LEDGER, PartSeal, SealedSet, close_set, part_file, sealed_set, whole_parts
 from ds_longft.data.encode import EncodedRow, Encoder, Overlong, without_trimmed_offsets
 from ds_longft.data.formats import detect_format, to_row
-from ds_longft.data.ledger import Entry, Kind, Ledger
+from ds_longft.data.ledger import Entry, Ledger, Tally
 from ds_longft.data.pairs import EncodedPair, PairSet, encode_pairs, pairs_to_batch
-from ds_longft.data.preferences import PreferenceRow, check_columns, to_preference
+from ds_longft.data.preferences import PREFERENCE, PreferenceRow, check_columns, to_preference
 from ds_longft.data.progress import Progress, say_once
 from ds_longft.data.readers import Block, Source, find_source, first_record, parse_block
 from ds_longft.data.rows import BadRow, Row
@@ -51,7 +51,6 @@ LAYOUT_VERSION = 5  # raise it when the same input gives other tokens, spans or 
 INLINE_BYTES = 4 << 20  # below this, starting processes takes longer than the work
 BLOCKS_UNDER_WAY = 3  # for each worker
 PART_BLOCKS = 64  # of about 1 MB each: what a killed process may have to do again
-PREFERENCE = "preference"
 
 
 @dataclass(frozen=True)
@@ -88,10 +87,7 @@ class Result:
 
     batch: pa.RecordBatch
     left_out: list[Entry]
-    read: int
-    truncated: int
-    unused: dict[str, int]  # what rows hold and nothing was made of -> rows
-    too_long: list[tuple[int, int]]  # (tokens, targets) of each row left out for its length
+    tally: Tally  # without these
 
 
 @dataclass(frozen=True)
@@ -315,19 +311,14 @@ def _write_part(
         pa.ipc.new_file(sink, schema) as writer,
         Ledger(folder / f"ledger-{part:05d}.jsonl") as ledger,
     ):
-        tally = ledger.tally
         for position_bytes, result in results:
-            tally.read += result.read
-            tally.usable += result.batch.num_rows
-            tally.truncated += result.truncated
-            tally.unused = dict(Counter(tally.unused) + Counter(result.unused))
-            tally.too_long += result.too_long
+            ledger.tally += result.tally
             for entry in result.left_out:
                 ledger.add(entry)
             if result.batch.num_rows:
                 writer.write_batch(result.batch)
-            bar.update(position_bytes, f"{tally.usable:,} rows of part {part + 1}")
-    SealedSet(tally, [PartSeal.of(rows, tally.usable)]).write(folder / f"tally-{part:05d}.json")
+            bar.update(position_bytes, f"{ledger.tally.usable:,} rows of part {part + 1}")
+    SealedSet(ledger.tally, [PartSeal.of(rows, ledger.tally.usable)]).write(folder / f"tally-{part:05d}.json")
 
 
 def _results(
@@ -387,30 +378,27 @@ def encode_block(task: Task, encoder: Encoder) -> Result:
     kind_of_row = RowKind.of(task.format)
     rows: list[Row | PreferenceRow] = []
     left_out: list[Entry] = []
-    unused: Counter[str] = Counter()
-    too_long: list[tuple[int, int]] = []
-    read = 0
+    tally = Tally()
     for origin, record in parse_block(task.block):
-        read += 1
+        tally.read += 1
         try:
             if isinstance(record, BadRow):
                 raise record
             rows.append(kind_of_row.to_row(record, task.format, source=task.source, origin=origin))
         except BadRow as bad:
-            left_out.append(Entry(origin, bad.reason, bad.detail))
+            left_out.append(Entry.of(origin, bad))
     encoded: list[EncodedRow | EncodedPair] = []
+    unused: Counter[str] = Counter()
     for row, result in zip(rows, kind_of_row.encode(encoder, rows), strict=True):
         if not isinstance(result, BadRow):
             encoded.append(result)
             unused.update(result.row.unused)
             continue
-        origin = row.origin
-        if isinstance(result, Overlong) and encoder.overlong == "error":
-            raise Overlong(f"{origin}: {result.reason}", result.detail)
-        kind: Kind = "bad"
         if isinstance(result, Overlong):
-            kind = "overlong"
-            too_long.append((result.tokens, result.targets))
-        left_out.append(Entry(origin, result.reason, result.detail, kind))
-    truncated = sum(row.truncated for row in encoded)
-    return Result(kind_of_row.to_batch(encoded), left_out, read, truncated, dict(unused), too_long)
+            if encoder.overlong == "error":
+                raise Overlong(f"{row.origin}: {result.reason}", result.detail)
+            tally.too_long.append((result.tokens, result.targets))
+        left_out.append(Entry.of(row.origin, result))
+    tally.usable, tally.truncated = len(encoded), sum(row.truncated for row in encoded)
+    tally.unused = dict(unused)
+    return Result(kind_of_row.to_batch(encoded), left_out, tally)

@@ -225,29 +225,34 @@ def row_hash(arrays: Sequence[NDArray[Any]], *numbers: float) -> bytes:
 
 def to_record_batch(rows: Sequence[EncodedRow]) -> pa.RecordBatch:
     """Encoded rows as one Arrow batch with columns `SCHEMA`."""
+    return record_batch(columns_of([(row,) for row in rows], [row.input_ids for row in rows]), SCHEMA)
 
-    def lists(name: str, kind: Any) -> pa.ListArray:
-        arrays = [getattr(row, name) for row in rows]
+
+def columns_of(rows: Sequence[Sequence[EncodedRow]], input_ids: Sequence[NDArray[np.int32]]) -> dict[str, Any]:
+    """The columns `SCHEMA` of rows of one or several documents; `input_ids`: what is kept of each row's tokens."""
+
+    def lists(arrays: Sequence[NDArray[Any]], kind: Any = np.int32) -> pa.ListArray:
         offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
         return pa.ListArray.from_arrays(offsets, np.concatenate(arrays) if arrays else np.zeros(0, dtype=kind))
 
-    columns = {
-        "input_ids": lists("input_ids", np.int32),
-        "span_start": lists("span_start", np.int32),
-        "span_end": lists("span_end", np.int32),
-        "span_weight": lists("span_weight", np.float32),
-        "row_weight": [encoded.row.weight for encoded in rows],
-        "length": [len(encoded.input_ids) for encoded in rows],
-        "targets": [encoded.targets for encoded in rows],
-        "source": [encoded.row.source for encoded in rows],
-        "origin": [encoded.row.origin for encoded in rows],
-        "language": [encoded.row.language for encoded in rows],
-        "row_hash": [
-            row_hash([r.input_ids, r.span_start, r.span_end, r.span_weight], float(np.float32(r.row.weight)))
-            for r in rows
-        ],
+    def spans(name: str) -> list[NDArray[Any]]:
+        return [np.concatenate([getattr(document, name) for document in row]) for row in rows]
+
+    first = [row[0].row for row in rows]
+    trained = [[a for d in row for a in (d.input_ids, d.span_start, d.span_end, d.span_weight)] for row in rows]
+    return {
+        "input_ids": lists(input_ids),
+        "span_start": lists(spans("span_start")),
+        "span_end": lists(spans("span_end")),
+        "span_weight": lists(spans("span_weight"), np.float32),
+        "row_weight": [row.weight for row in first],
+        "length": [sum(len(document.input_ids) for document in row) for row in rows],
+        "targets": [sum(document.targets for document in row) for row in rows],
+        "source": [row.source for row in first],
+        "origin": [row.origin for row in first],
+        "language": [row.language for row in first],
+        "row_hash": [row_hash(of, float(np.float32(row.weight))) for of, row in zip(trained, first, strict=True)],
     }
-    return record_batch(columns, SCHEMA)
 
 
 def record_batch(columns: Mapping[str, Any], schema: pa.Schema) -> pa.RecordBatch:

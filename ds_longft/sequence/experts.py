@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ds_longft.sequence.kept import Kept, UnusedOutput
 from ds_longft.sequence.linear import Weight, dense, save, saved, unhook, weight_of
 from ds_longft.sequence.llama4 import route_inputs
+from ds_longft.sequence.mlp import add_tile, rounded, tiles_of
 from ds_longft.sequence.reuse import ours_alone
 
 ROWS_OF_AN_EXPERT = 1024
@@ -274,7 +275,7 @@ class _Grouped(torch.autograd.Function):
             grads = second.gradients(
                 spec, spec.scales[1], scaled, dy, (ca, dca), w, route, needed[4:], shapes[4:]
             )  # fmt: skip
-            _add(sums, grads, 4)
+            add_tile(sums, grads, 4)
             del scaled, c, dy
             (dleaf,) = torch.autograd.grad(product, leaf, (dscaled * w).to(dscaled.dtype))
             dleaf = dleaf.contiguous()
@@ -283,15 +284,12 @@ class _Grouped(torch.autograd.Function):
             grads = first.gradients(
                 spec, spec.scales[0], xs, dleaf, (xa, dxa), None, route, needed[:4], shapes[:4]
             )  # fmt: skip
-            _add(sums, grads, 0)
+            add_tile(sums, grads, 0)
             del dleaf, xs, grads
             if dx is not None:
                 dx[rows] = route.summed(dxs, t)
             del dxs
-        of_tensors = [
-            s.to(t.dtype) if s is not None and t is not None else None for s, t in zip(sums, tensors, strict=True)
-        ]
-        return (dx.view(dout.shape) if dx is not None else None, None, dweights, None, None, *of_tensors)
+        return dx.view(dout.shape) if dx is not None else None, None, dweights, None, None, *rounded(sums, tensors)
 
 
 def grouped(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
@@ -340,14 +338,4 @@ def _stacks(spec: _Spec, tensors: Sequence[Tensor | None]) -> tuple[_Stack, _Sta
 
 def _tiles(index: Tensor, spec: _Spec, experts: int) -> list[slice]:
     tokens, used = index.shape
-    tile = tile_of(experts, used, spec.tile_tokens)
-    return [slice(start, min(start + tile, tokens)) for start in range(0, tokens, tile)]
-
-
-def _add(sums: list[Tensor | None], grads: Sequence[Tensor | None], start: int) -> None:
-    """Add a tile's gradients, in at least float32."""
-    for i, grad in enumerate(grads, start):
-        if grad is not None:
-            wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
-            total = sums[i]
-            sums[i] = wide if total is None else total.add_(wide)
+    return tiles_of(tokens, tile_of(experts, used, spec.tile_tokens))

@@ -76,7 +76,7 @@ class TiledMlp:
             return self.plain(x)
         x2 = x.reshape(-1, x.shape[-1])  # [t, D]
         out = torch.empty_like(x2)
-        for rows in _tiles(len(x2), self.tile_tokens):
+        for rows in tiles_of(len(x2), self.tile_tokens):
             out[rows] = self.plain(x2[rows])
         return out.view(x.shape)
 
@@ -93,7 +93,7 @@ class _Tiled(torch.autograd.Function):
             whole = [dense(t) for t in tensors]  # once, not in each tile
             first, second = whole[: spec.split], whole[spec.split :]
             out = torch.empty_like(x2)
-            for rows in _tiles(len(x2), spec.tile_tokens):
+            for rows in tiles_of(len(x2), spec.tile_tokens):
                 gate, up, _ = linears_forward(x2[rows], spec.scales[0], first)
                 out[rows] = linears_forward(spec.combine(gate, up), spec.scales[1], second)[0]
             if kept is not None:
@@ -115,7 +115,7 @@ class _Tiled(torch.autograd.Function):
         # Over the input, where a norm made it for this MLP alone; a shared expert's is read by the router too.
         dx = (x2 if ours_alone(x2) else torch.empty_like(x2)) if ctx.needs_input_grad[0] else None
         sums: list[Tensor | None] = [None] * len(tensors)
-        for rows in _tiles(len(x2), spec.tile_tokens):
+        for rows in tiles_of(len(x2), spec.tile_tokens):
             gate, up, xa = linears_forward(x2[rows], spec.scales[0], first)
             leaves = [gate.requires_grad_(), up.requires_grad_()]
             with torch.enable_grad():
@@ -124,21 +124,18 @@ class _Tiled(torch.autograd.Function):
             dc, grads = linears_backward(
                 [dy[rows]], c, low_rank(c, second), spec.scales[1], second, (True, *needed[spec.split :])
             )
-            _add(sums, grads, spec.split)
+            add_tile(sums, grads, spec.split)
             del c
             dleaves = torch.autograd.grad(product, leaves, dc)
             del product, dc, gate, up, leaves
             dpart, grads = linears_backward(
                 dleaves, x2[rows], xa, spec.scales[0], first, (dx is not None, *needed[: spec.split])
             )
-            _add(sums, grads, 0)
+            add_tile(sums, grads, 0)
             if dx is not None and dpart is not None:
                 dx[rows] = dpart
             del dleaves, dpart, grads
-        weights = [
-            s.to(t.dtype) if s is not None and t is not None else None for s, t in zip(sums, tensors, strict=True)
-        ]
-        return (dx.view(dout.shape) if dx is not None else None, None, None, *weights)
+        return (dx.view(dout.shape) if dx is not None else None, None, None, *rounded(sums, tensors))
 
 
 def tile_mlp(layer: nn.Module, groups: Sequence[LinearGroup], tile_tokens: int) -> TiledMlp | None:
@@ -196,15 +193,21 @@ def _combine(mlp: nn.Module) -> Combine:
     return lambda gate, up: act(gate) * up
 
 
-def _tiles(tokens: int, tile_tokens: int) -> list[slice]:
+def tiles_of(tokens: int, tile_tokens: int) -> list[slice]:
+    """`tile_tokens` rows each, the last one the rest."""
     return [slice(a, min(a + tile_tokens, tokens)) for a in range(0, tokens, tile_tokens)]
 
 
-def _add(sums: list[Tensor | None], grads: Sequence[Tensor | None], start: int) -> None:
+def add_tile(sums: list[Tensor | None], grads: Sequence[Tensor | None], start: int) -> None:
     """Add a tile's gradients, in at least float32."""
     for i, grad in enumerate(grads, start):
-        if grad is None:
-            continue
-        wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
-        total = sums[i]
-        sums[i] = wide if total is None else total.add_(wide)
+        if grad is not None:
+            wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+            total = sums[i]
+            sums[i] = wide if total is None else total.add_(wide)
+
+
+def rounded(sums: Sequence[Tensor | None], tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The sums over all tiles in the weights' types."""
+    pairs = zip(sums, tensors, strict=True)
+    return [None if total is None or t is None else total.to(t.dtype) for total, t in pairs]

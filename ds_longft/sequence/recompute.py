@@ -35,6 +35,7 @@ from ds_longft.sequence.experts import Experts
 from ds_longft.sequence.kept import HostKept, HostStore, Kept, UnusedOutput
 from ds_longft.sequence.linear import LinearGroup
 from ds_longft.sequence.mlp import TiledMlp
+from ds_longft.sequence.recomputed_input import same_memory
 
 Forward = Callable[..., Any]
 Place = Literal["device", "host", "disk", "nowhere"]
@@ -243,10 +244,6 @@ def _adds(made_by: Any, node: Any, readers: Mapping[Any, int]) -> bool:
     return any(readers.get(term) == 1 and _adds(term, node, readers) for term, _ in terms)
 
 
-def _same_memory(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata and a.shape == b.shape and a.stride() == b.stride()
-
-
 _NOTHING_KEPT = ("PreBackwardFunction", "PostBackwardFunction", "ViewBackward", "UnsafeViewBackward")
 """DeepSpeed's ZeRO-3 wraps the outputs and inputs of modules in the first two; none of them keeps a tensor."""
 
@@ -278,7 +275,7 @@ class _Segment:
     def _check(self, hidden: Tensor) -> None:
         """See that the model hands on what it got; ZeRO-3 makes other tensors of the same memory of it."""
         noted, self.noted = self.noted, None
-        if noted is None or (_same_memory(noted[0], hidden) and hidden._version == noted[1]):
+        if noted is None or (same_memory(noted[0], hidden) and hidden._version == noted[1]):
             return
         self.calls = []
         raise ModelError(

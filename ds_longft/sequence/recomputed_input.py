@@ -40,14 +40,18 @@ class RecomputedInput:
         if self._last is None:
             return None
         (source, made, version), self._last = self._last, None
-        same = made.untyped_storage()._cdata == out.untyped_storage()._cdata and made.shape == out.shape
-        return source if same and made.stride() == out.stride() and out._version == version else None
+        return source if same_memory(made, out) and out._version == version else None
 
     def again(self, source: Tensor) -> Tensor:
         """What the norm made of `source`, without a graph."""
         with torch.no_grad():
             made: Tensor = self._forward(source)
         return made
+
+
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are one but for their graphs."""
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata and a.shape == b.shape and a.stride() == b.stride()
 
 
 def recompute_first_input(layer: nn.Module) -> RecomputedInput | None:

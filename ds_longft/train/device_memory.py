@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -12,56 +11,37 @@ from ds_longft.decide.memory import SPARE_SHARE
 from ds_longft.decide.setting import GIB, Gpu
 
 
-class DeviceMemory(Protocol):
-    """What the rehearsal asks of a device; all sizes in bytes."""
-
-    def reset_peak(self) -> None:
-        """Forget the highest peak so far."""
-
-    def now(self) -> int:
-        """Allocated at this moment."""
-
-    def peak(self) -> int:
-        """The most that was allocated at once since the last reset."""
-
-    def free(self) -> int:
-        """What that peak left unused, less a reserve; never negative."""
-
-    def release(self) -> None:
-        """Hand cached blocks back."""
-
-
 @dataclass(frozen=True)
-class CudaMemory:
-    """A GPU, as torch's allocator and the driver see it."""
+class DeviceMemory:
+    """A GPU, as torch's allocator and the driver see it; all sizes in bytes."""
 
     device: torch.device
 
     def reset_peak(self) -> None:
-        """See `DeviceMemory.reset_peak`."""
+        """Forget the highest peak so far."""
         torch.cuda.reset_peak_memory_stats(self.device)
 
     def now(self) -> int:
-        """See `DeviceMemory.now`."""
+        """Allocated at this moment."""
         return torch.cuda.memory_allocated(self.device)
 
     def peak(self) -> int:
-        """See `DeviceMemory.peak`."""
+        """The most that was allocated at once since the last reset."""
         return torch.cuda.max_memory_allocated(self.device)
 
     def free(self) -> int:
-        """See `DeviceMemory.free`."""
+        """What that peak left unused, less a reserve; never negative."""
         total, outside = total_and_outside_torch(self.device)
         return max(0, int(total * (1 - SPARE_SHARE)) - outside - self.peak())
 
     def release(self) -> None:
-        """See `DeviceMemory.release`."""
+        """Hand cached blocks back."""
         torch.cuda.empty_cache()
 
 
 def device_memory(device: torch.device) -> DeviceMemory | None:
     """The device's memory; None on a CPU, where nothing is rehearsed."""
-    return CudaMemory(device) if device.type == "cuda" else None
+    return DeviceMemory(device) if device.type == "cuda" else None
 
 
 def total_and_outside_torch(device: torch.device) -> tuple[int, int]:

@@ -15,11 +15,12 @@ from ds_longft.config.run_config import DataConfig, ModelConfig, SourceConfig
 from ds_longft.config.yaml_io import dump_yaml
 from ds_longft.data.formats import FORMATS
 from ds_longft.data.ledger import Tally
+from ds_longft.data.preferences import PREFERENCE
 from ds_longft.data.tokenize import tokenize_sources
 from ds_longft.errors import ConfigError, LongftError
 from ds_longft.tools.look.commands import equal_cost_tokens, load_tokenizer, show, write_page
 from ds_longft.tools.look.statistics import statistics
-from ds_longft.tools.make_data.convert import PREFERENCE, convert_set
+from ds_longft.tools.make_data.convert import convert_set
 from ds_longft.tools.make_data.mix import Mixed, mix_sources
 from ds_longft.tools.make_data.recipe import read_recipe
 

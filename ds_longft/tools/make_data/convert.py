@@ -18,22 +18,21 @@ from typing import IO, Any
 
 from ds_longft.config.run_config import SourceConfig
 from ds_longft.data.formats import detect_format, to_row
-from ds_longft.data.ledger import Entry, Kind, Ledger, Tally
-from ds_longft.data.preferences import PreferenceRow, is_preference, to_preference
+from ds_longft.data.ledger import Entry, Ledger, Tally
+from ds_longft.data.preferences import PREFERENCE, PreferenceRow, is_preference, to_preference
 from ds_longft.data.progress import Progress, say_once
 from ds_longft.data.readers import Source, find_source, first_record, parse_block
 from ds_longft.data.rows import BadRow, Row, Turn
 from ds_longft.tools.make_data.language import detect_language
 from ds_longft.tools.make_data.where import EVERY_ROW, Where
 
-PREFERENCE = "preference"  # the layout of pairs, beside those of `formats.FORMATS`
-
-
 GAIN = "context_gain"  # what `ds-longft data score` says of a row; `choose` of a recipe goes by it
 
 
 class Repeated(BadRow):
     """A row with the id of an earlier row."""
+
+    kind = "repeated"
 
 
 @dataclass(frozen=True)
@@ -104,8 +103,7 @@ def usable_records(
                     for what in unused:
                         tally.unused[what] = tally.unused.get(what, 0) + 1
                 except BadRow as bad:
-                    kind: Kind = "repeated" if isinstance(bad, Repeated) else "bad"
-                    ledger.add(Entry(origin, bad.reason, bad.detail[:1000], kind))
+                    ledger.add(Entry.of(origin, bad))
             bar.update(block.position_bytes, f"{tally.usable:,} rows")
 
 

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from ds_longft.config.run_config import SourceConfig, is_pattern
 from ds_longft.data.formats import to_row
 from ds_longft.data.ledger import Entry, Ledger
+from ds_longft.data.preferences import PREFERENCE
 from ds_longft.data.readers import find_source
 from ds_longft.data.rows import BadRow, Row
 from ds_longft.errors import DataError
-from ds_longft.tools.make_data.convert import GAIN, PREFERENCE, layout_of, usable_records
+from ds_longft.tools.make_data.convert import GAIN, layout_of, usable_records
 from ds_longft.tools.make_data.lengths import Lengths
 from ds_longft.tools.make_data.recipe import MixSource, Recipe
 from ds_longft.tools.make_data.similar import anchors, signature
@@ -215,7 +216,7 @@ def _add(
     for (row, record, part), tokens in zip(rows, _measured([row for row, *_ in rows], lengths), strict=True):
         origin = f"{source.name}:{record.get('id', len(pool) + 1)}"
         if isinstance(tokens, BadRow):
-            ledger.add(Entry(origin, tokens.reason, tokens.detail[:1000]))
+            ledger.add(Entry.of(origin, tokens))
             continue
         if tokens > recipe.max_length_tokens:
             detail = f"{tokens} tokens, the limit is {recipe.max_length_tokens}"

@@ -15,7 +15,7 @@ from transformers import Adafactor
 from ds_longft.layout import ParallelLayout
 from ds_longft.objectives.dpo import DpoObjective
 from ds_longft.train import rehearse
-from ds_longft.train.device_memory import CudaMemory
+from ds_longft.train.device_memory import DeviceMemory
 from ds_longft.train.make_optimizer import forget_steps
 
 
@@ -43,7 +43,7 @@ def test_what_is_settled_is_not_measured(
 
     monkeypatch.setattr(rehearse, "backpropagate_pack", measured)
     engine, pack = SimpleNamespace(module=objective(planned)), SimpleNamespace(tokens=8)
-    memory = CudaMemory(torch.device(device)) if device == "cuda" else None
+    memory = DeviceMemory(torch.device(device)) if device == "cuda" else None
     line = rehearse.choose_passes(engine, wanted, pack, ParallelLayout(1, 0, 1), torch.device(device), memory)  # type: ignore[arg-type]
     assert line is None if says is None else (line or "").startswith(says)
     assert engine.module.passes == planned

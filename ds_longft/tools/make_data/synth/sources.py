@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from ds_longft.config.run_config import SourceConfig
-from ds_longft.data.formats import detect_format, grounded, language_of, to_row
+from ds_longft.data.formats import grounded, language_of, to_row
 from ds_longft.data.ledger import Entry, Ledger
-from ds_longft.data.readers import find_source, first_record, parse_block
+from ds_longft.data.readers import find_source, parse_block
 from ds_longft.data.rows import BadRow, Turn
 from ds_longft.errors import DataError
+from ds_longft.tools.make_data.convert import layout_of
 from ds_longft.tools.make_data.language import detect_language
 from ds_longft.tools.make_data.where import EVERY_ROW, Where
 
@@ -43,7 +44,7 @@ def read_documents(config: SourceConfig, ledger: Ledger | None = None, where: Wh
     Raises:
         DataError: the set holds neither, or no row that `where` takes.
     """
-    layout = _layout(config)
+    layout = layout_of(find_source(config))
     if layout not in ("text", "grounded"):
         raise DataError(f"{config.path} holds {layout} rows, expected plain text (column text) or dialogues about one")
 
@@ -66,7 +67,7 @@ def read_dialogues(config: SourceConfig, ledger: Ledger | None = None, where: Wh
     Raises:
         DataError: the set has no references, or no row that `where` takes.
     """
-    if _layout(config) != "grounded":
+    if layout_of(find_source(config)) != "grounded":
         raise DataError(
             f"{config.path} has no references: expected columns reference and dialogue (RefGPT), reference and "
             "messages, context and qas, or document, question and answer"
@@ -81,12 +82,6 @@ def read_dialogues(config: SourceConfig, ledger: Ledger | None = None, where: Wh
     dialogues = list(_read(config, dialogue, ledger, where))
     where.refuse_nothing(len(dialogues), config.path)
     return dialogues
-
-
-def _layout(config: SourceConfig) -> str:
-    if config.format != "auto":
-        return config.format
-    return detect_format(first_record(find_source(config)), config.path)
 
 
 def _read(
@@ -104,7 +99,7 @@ def _read(
                 yield made_of(record, origin)
             except BadRow as bad:
                 if ledger is not None:
-                    ledger.add(Entry(origin, bad.reason, bad.detail[:1000]))
+                    ledger.add(Entry.of(origin, bad))
 
 
 def _language(record: dict[str, object], turns: Sequence[Turn]) -> str:
