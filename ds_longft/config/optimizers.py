@@ -7,10 +7,6 @@ looks at a matrix or at a whole parameter does not, and is refused where nothing
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from ds_longft.config.run_config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -46,57 +42,6 @@ KINDS = {
         package="schedulefree",
     ),
 }
-
-
-def optim_problems(config: RunConfig) -> list[str]:
-    """Keys of `optim` that contradict each other, or would do nothing."""
-    optim, kind = config.optim, config.optim.type
-    default = type(optim)()
-    problems = []
-    if kind == "adafactor":
-        problems += [
-            f"optim.{key} is given, but optim.type is adafactor, which has none: leave it out"
-            for key in ("betas", "eps")
-            if getattr(optim, key) != getattr(default, key)
-        ]
-    if kind == "schedule_free":
-        if optim.schedule != "constant":
-            problems.append(
-                f"optim.schedule is {optim.schedule}, but optim.type is schedule_free, which averages weights instead: "
-                "set it to constant (the warmup stays)"
-            )
-        if optim.betas[0] == 0:
-            problems.append("optim.betas begins with 0, but optim.type schedule_free divides by it: 0.9 is usual")
-    problems += _muon_problems(config)
-    return problems
-
-
-def _muon_problems(config: RunConfig) -> list[str]:
-    optim, lora = config.optim, config.lora
-    if optim.type != "muon":
-        return (
-            ["optim.adam_learning_rate is given, but optim.type is not muon: optim.learning_rate is for all weights"]
-            if optim.adam_learning_rate is not None
-            else []
-        )
-    problems = []
-    if optim.max_grad_norm is not None:
-        problems.append(
-            f"optim.max_grad_norm is {optim.max_grad_norm:g}, but optim.type is muon, whose updates have one length "
-            "whatever the gradient's is, and which DeepSpeed would clip in its place: set it to null"
-        )
-    beside = lora is None or lora.modules_to_save or config.model.add_tokens
-    if beside and optim.adam_learning_rate is None:
-        problems.append(
-            "optim.adam_learning_rate is missing: optim.type muon trains embeddings, output head and norms with AdamW, "
-            "for which Muon's optim.learning_rate is far too high"
-        )
-    if config.train.verify_first:
-        problems.append(
-            "train.verify_first reads gradients, which DeepSpeed has replaced by Muon's updates by then: leave it out "
-            "with optim.type muon; `ds-longft verify` checks the same"
-        )
-    return problems
 
 
 def engine_problems(kind: str, stage: int, *, offloaded: bool, named: bool) -> list[str]:
