@@ -21,7 +21,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from ds_longft.errors import LongftError
+from ds_longft.errors import ConfigError, LongftError
 
 RunKeys = str | tuple[str, ...]
 """A run config: a YAML file, or the words of a command line, `("mine.yaml", "--data.max_length_tokens", "32K")`."""
@@ -121,6 +121,18 @@ def as_words(arguments: dict[str, Any]) -> list[str]:
         if value is not None and value is not False and not isinstance(value, tuple)
     ]
     return [*chain(*keys), *flags]
+
+
+def tokens_of(flag: str, value: int | str) -> int:
+    """`128K` -> 131072. Raises ConfigError for what is no positive count."""
+    from ds_longft.config.run_config import parse_tokens  # brings pydantic, which a help should not wait for
+
+    tokens = parse_tokens(value)
+    if isinstance(tokens, str) and tokens.strip().isdigit():
+        tokens = int(tokens)
+    if not isinstance(tokens, int) or tokens < 1:
+        raise ConfigError(f"{flag} is {value!r}: expected a number of tokens, e.g. 4096 or 128K")
+    return tokens
 
 
 def described(target: str) -> Callable[..., Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ds_longft.command_line import tokens_of
 from ds_longft.errors import ConfigError
 
 
@@ -69,18 +70,6 @@ class Flags(Ranks):
 
 RANKS = Ranks()
 FLAGS = Flags()
-
-
-def tokens_of(flag: str, value: int | str) -> int:
-    """`128K` -> 131072. Raises ConfigError for what is no positive count."""
-    from ds_longft.config.run_config import parse_tokens  # brings pydantic, which a help should not wait for
-
-    tokens = parse_tokens(value)
-    if isinstance(tokens, str) and tokens.strip().isdigit():
-        tokens = int(tokens)
-    if not isinstance(tokens, int) or tokens < 1:
-        raise ConfigError(f"{flag} is {value!r}: expected a number of tokens, e.g. 4096 or 128K")
-    return tokens
 
 
 def token_list(flag: str, value: str) -> list[int]:

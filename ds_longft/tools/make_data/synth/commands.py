@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from ds_longft.command_line import tokens_of
 from ds_longft.config.run_config import SourceConfig
 from ds_longft.data.formats import to_row
 from ds_longft.data.ledger import Ledger
 from ds_longft.errors import ConfigError
-from ds_longft.tools.evaluate.flags import tokens_of
 from ds_longft.tools.make_data.commands import reasons
 from ds_longft.tools.make_data.convert import written_whole
 from ds_longft.tools.make_data.lengths import Lengths

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ds_longft.command_line import tokens_of
 from ds_longft.errors import ConfigError
-from ds_longft.tools.evaluate.flags import tokens_of
 
 if TYPE_CHECKING:  # a help should not wait for these
     from ds_longft.tools.make_data.lengths import Lengths

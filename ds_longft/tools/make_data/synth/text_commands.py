@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from ds_longft.command_line import tokens_of
 from ds_longft.errors import ConfigError
-from ds_longft.tools.evaluate.flags import tokens_of
 from ds_longft.tools.make_data.synth.commands import write_of_texts
 from ds_longft.tools.make_data.synth.flags import MadeOfTexts
 from ds_longft.tools.make_data.synth.negatives import negative_rows
