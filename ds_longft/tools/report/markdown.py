@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from ds_longft.tools.report.page import TITLES
 from ds_longft.tools.report.run_facts import RunFacts
 from ds_longft.tools.report.tables import (
     Pairs,
@@ -28,11 +27,14 @@ def markdown_page(facts: RunFacts) -> str:
     for name, statistics in facts.data.items():
         parts.append(f"### Data: {_plain(name)}\n\n" + _pairs(data_rows(statistics)))
     for evaluation in facts.evaluations:
-        title = TITLES.get(evaluation.kind, evaluation.kind)
-        name = title if evaluation.name == evaluation.kind else f"{title}: {evaluation.name}"
         columns, rows = evaluation_rows(evaluation)
         made = [_plain(f"- {label}: {result['model']}; {settings_line(result)}") for label, result in evaluation.pair]
-        parts += [f"### {_plain(name)}", _plain(differences_line(evaluation)), _table(columns, rows), "\n".join(made)]
+        parts += [
+            f"### {_plain(evaluation.title)}",
+            _plain(differences_line(evaluation)),
+            _table(columns, rows),
+            "\n".join(made),
+        ]
     parts.append("### Again\n\n```\n" + "\n".join(reproduce(facts)) + "\n```")
     return "\n\n".join(part for part in parts if part) + "\n"
 

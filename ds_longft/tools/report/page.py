@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Sequence
+from functools import partial
 from html import escape
 from typing import Any
 
 from ds_longft.tools.pages.charts import Line, bar_chart, heat_table, line_chart
 from ds_longft.tools.pages.shell import details, facts_table, shell, table, tiles, wide
-from ds_longft.tools.report.run_facts import Evaluation, RunFacts
+from ds_longft.tools.report.run_facts import TITLES, Evaluation, RunFacts
 from ds_longft.tools.report.tables import (
     data_rows,
     differences_line,
@@ -22,18 +23,6 @@ from ds_longft.tools.report.tables import (
 from ds_longft.tools.report.verdict import cost, verdict
 from ds_longft.train.smooth import FEWEST, running_mean, steps_of_a_mean
 
-TITLES = {
-    "suite": "Before and after",
-    "perplexity": "Loss by position",
-    "needle": "Needles",
-    "needle-multi": "Several needles at once",
-    "needle-hop": "Needles in a chain",
-    "ruler": "RULER",
-    "short": "Short questions and texts",
-    "longbench": "LongBench",
-    "longbench-e": "LongBench-E",
-}
-
 
 def html_page(facts: RunFacts) -> str:
     """The whole page of a run, finished or not."""
@@ -42,7 +31,7 @@ def html_page(facts: RunFacts) -> str:
         ("Run", _run(facts)),
         ("Training", _training(facts)),
         ("Data", _data(facts)),
-        *((_title(e), _evaluation(e)) for e in _in_order(facts.evaluations)),
+        *((e.title, _evaluation(e)) for e in _in_order(facts.evaluations)),
         ("Samples", _samples(facts)),
         ("Reproduce", _again(facts)),
     ]
@@ -91,49 +80,27 @@ def _training(facts: RunFacts) -> str:
     held_out = Line("held out", _held_out(facts, "eval_loss"), 1)
     planned = facts.plan and facts.plan.get("peak_gib")
     level = (f"planned {planned:.1f}", float(planned)) if isinstance(planned, int | float) else None
-    step = "optimizer step"
     losses = [line("loss", "training")]
     points = losses[0].points
     if len(points) >= FEWEST:
         count = steps_of_a_mean(len(points))
         losses = [Line("each step", points, 4), Line(f"mean of {count}", running_mean(points, count))]
+    chart = partial(line_chart, x_label="optimizer step", from_zero=True)
+    padding = [line("padding_percent", "padding", 0), line("data_wait_percent", "waiting for data", 1)]
     charts = [
-        line_chart([*losses, held_out], name="Loss", x_label=step, y_label="per target token or pair"),
-        line_chart(
-            [line("learning_rate", "learning rate")], name="Learning rate", x_label=step, y_label="", from_zero=True
-        ),
-        line_chart(
-            [line("grad_norm", "norm")], name="Gradient norm", x_label=step, y_label="before clipping", from_zero=True
-        ),
-        line_chart(
-            [line("tokens_per_s_per_gpu", "tokens/s")],
-            name="Speed",
-            x_label=step,
-            y_label="tokens/s per rank",
-            from_zero=True,
-        ),
-        line_chart(
-            [line("peak_gib", "peak so far, fullest rank")],
-            name="Memory",
-            x_label=step,
-            y_label="GiB per rank",
-            level=level,
-            from_zero=True,
-        ),
-        line_chart(
-            [line("padding_percent", "padding", 0), line("data_wait_percent", "waiting for data", 1)],
-            name="Padding and balance",
-            x_label=step,
-            y_label="percent of tokens, percent of time",
-            from_zero=True,
-        ),
+        chart([*losses, held_out], name="Loss", y_label="per target token or pair", from_zero=False),
+        chart([line("learning_rate", "learning rate")], name="Learning rate", y_label=""),
+        chart([line("grad_norm", "norm")], name="Gradient norm", y_label="before clipping"),
+        chart([line("tokens_per_s_per_gpu", "tokens/s")], name="Speed", y_label="tokens/s per rank"),
+        chart([line("peak_gib", "peak so far, fullest rank")], name="Memory", y_label="GiB per rank", level=level),
+        chart(padding, name="Padding and balance", y_label="percent of tokens, percent of time"),
     ]
     if any("rewards/accuracies" in r for r in facts.steps):  # preference pairs
         pairs = [
             line("rewards/accuracies", "training"),
             Line("held out", _held_out(facts, "eval_rewards/accuracies"), 1),
         ]
-        charts.insert(1, line_chart(pairs, name="Accuracy", x_label=step, y_label="share of pairs", from_zero=True))
+        charts.insert(1, chart(pairs, name="Accuracy", y_label="share of pairs"))
     return f"<div class=pair>{''.join(charts)}</div>" if any(charts) else ""
 
 
@@ -162,7 +129,7 @@ def _evaluation(evaluation: Evaluation) -> str:
         ),
     )
     columns, rows = evaluation_rows(evaluation)
-    numbers = wide(table(columns, rows, _title(evaluation)), _title(evaluation))
+    numbers = wide(table(columns, rows, evaluation.title), evaluation.title)
     picture = ""
     if evaluation.kind == "needle":
         languages = dict.fromkeys(language for _, r in results for language in r["grid"])
@@ -199,7 +166,7 @@ def _samples(facts: RunFacts) -> str:
         for label, result in evaluation.pair:
             if result.get("samples"):
                 body = "".join(_sample(sample) for sample in result["samples"])
-                parts.append(details(f"{_title(evaluation)}, {label}", f"<ul>{body}</ul>"))
+                parts.append(details(f"{evaluation.title}, {label}", f"<ul>{body}</ul>"))
     return "".join(parts)
 
 
@@ -222,11 +189,6 @@ def _sample(sample: dict[str, Any]) -> str:
 def _again(facts: RunFacts) -> str:
     commands = f"<pre class=copy>{escape(chr(10).join(reproduce(facts)))}</pre>"
     return commands + details("config.yaml", f"<pre>{escape(facts.config_text)}</pre>")
-
-
-def _title(evaluation: Evaluation) -> str:
-    title = TITLES.get(evaluation.kind, evaluation.kind)
-    return title if evaluation.name == evaluation.kind else f"{title}: {evaluation.name}"
 
 
 def _in_order(evaluations: Sequence[Evaluation]) -> list[Evaluation]:

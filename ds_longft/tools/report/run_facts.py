@@ -26,6 +26,17 @@ from ds_longft.run_files import (
 from ds_longft.stored import Unreadable, read_file, read_lines
 
 BEFORE = "-before"
+TITLES = {
+    "suite": "Before and after",
+    "perplexity": "Loss by position",
+    "needle": "Needles",
+    "needle-multi": "Several needles at once",
+    "needle-hop": "Needles in a chain",
+    "ruler": "RULER",
+    "short": "Short questions and texts",
+    "longbench": "LongBench",
+    "longbench-e": "LongBench-E",
+}
 SILENT_S = 600  # a run without an exit code whose newest record is older is called silent, not running
 
 
@@ -41,6 +52,12 @@ class Evaluation:
     def kind(self) -> str:
         """perplexity, needle, needle-multi, needle-hop, ruler, short, longbench, longbench-e."""
         return str((self.after or self.before or {}).get("kind", self.name))
+
+    @property
+    def title(self) -> str:
+        """Of its section: the kind, with the name where it was given another."""
+        title = TITLES.get(self.kind, self.kind)
+        return title if self.name == self.kind else f"{title}: {self.name}"
 
     @property
     def pair(self) -> list[tuple[str, dict[str, Any]]]:

@@ -162,16 +162,10 @@ def _figures(result: dict[str, Any]) -> dict[str, float | None]:
         figures = {f"loss {edges[i]:,} – {edges[i + 1]:,}": value for i, value in enumerate(eighths)}
         return figures | {"loss, all positions": result["loss"]}
     if kind.startswith("needle"):
-        exact = {
-            f"{language} {int(size):,}: exact %": value
-            for language, sizes in result["exact_percent"].items()
-            for size, value in sizes.items()
-        }
-        if kind == "needle":
-            return exact
-        return exact | {
-            f"{language} {int(size):,}: found %": value
-            for language, sizes in result["found_percent"].items()
+        return {
+            f"{language} {int(size):,}: {what} %": value
+            for what in (("exact",) if kind == "needle" else ("exact", "found"))
+            for language, sizes in result[f"{what}_percent"].items()
             for size, value in sizes.items()
         }
     if kind == "short":
