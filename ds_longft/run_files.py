@@ -249,7 +249,11 @@ class EvaluationFile(StoredFile):
             ]
             missing += [f"lengths as numbers ({size})" for size in sizes if not size.isdecimal()]
         if self.kind == "ruler":
-            sizes = [*(self.averages or {}), *self.intervals, *(size for of in self.by_length.values() for size in of)]
+            sizes = [
+                *(self.averages or {}),
+                *self.intervals,
+                *(size for sizes in self.by_length.values() for size in sizes),
+            ]
             missing += [f"lengths as numbers ({size})" for size in sizes or ["none"] if not size.isdecimal()]
         if self.edges_tokens is not None and len(self.edges_tokens) != len(self.loss_by_bucket or []) + 1:
             missing.append("as many edges_tokens as buckets, and one more")

@@ -276,7 +276,7 @@ class DataConfig(Section):
     """Stop when more than this share of the rows is unusable (each is listed in the ledger)."""
 
     stream_window_mib: Refused[int | None] = Field(default=None, gt=0)
-    """Read the training set as a stream: tokenise so many MiB of its rows at a time, the next ones while these are
+    """Read the training set as a stream: tokenise N MiB of its rows at a time, the next ones while these are
     trained, and keep no more on disk. Rows share packs and steps inside such a window only, and windows follow each
     other in the order of the files; behind the end the set begins again, up to `train.max_steps`. Left out: all of it
     is tokenised before step 1."""

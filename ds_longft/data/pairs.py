@@ -131,8 +131,8 @@ class PairSet(TokenizedSet):
         )
         cut = shared + chosen
 
-        def document(ids: NDArray[np.int32], of: slice) -> TokenizedRow:
-            start, end = row.span_start[of], row.span_end[of]
+        def document(ids: NDArray[np.int32], own: slice) -> TokenizedRow:
+            start, end = row.span_start[own], row.span_end[own]
             targets = int(np.sum(end - np.maximum(start, 1)))
             ones = np.ones(len(start), dtype=np.float32)
             return replace(row, input_ids=ids, span_start=start, span_end=end, span_weight=ones, targets=targets)

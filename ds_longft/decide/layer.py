@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ds_longft.decide.tensors import ATTENTION, AWAY, GROUPS, LAYER_INPUTS, LINEARS, TRAINABLE, WORK, Keep, Sizes
 from ds_longft.decide.timeline import Timeline
 
-_QK_NORMS = tuple(f"{name} norm{of}" for name in "qk" for of in ("", " x32", " narrow"))
+_QK_NORMS = tuple(f"{name} norm{copy}" for name in "qk" for copy in ("", " x32", " narrow"))
 
 _OF_A_LAYER = (
     "norm1", "norm1 x32", "norm1 narrow", "q", "k", "v", "qkv a", "h1", "norm2", "norm2 x32", "norm2 narrow",

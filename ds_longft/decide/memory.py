@@ -40,10 +40,10 @@ STREAMED = ("sharded", "host")
 SLOTS = 2
 
 MAX_LIVE_PARAMETERS = 1e9
-"""ZeRO-3 keeps gathered weights up to so many elements (DeepSpeed's stage3_max_live_parameters, its default)."""
+"""Elements of gathered weights that ZeRO-3 keeps (DeepSpeed's stage3_max_live_parameters, its default)."""
 
 SUB_GROUP_ELEMENTS = 1e9
-"""ZeRO-3 steps the optimizer on so many elements at a time (DeepSpeed's sub_group_size, its default)."""
+"""Elements that ZeRO-3 steps the optimizer on at a time (DeepSpeed's sub_group_size, its default)."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def predict(model: ModelFacts, setting: Setting, gpu: Gpu) -> Memory:
         places, _, on_host = spend(costs, room - timeline.peak, allowed)
         if any(places):
             host += on_host
-            kept = ({name: of[group] for name, group in names.items() if group in of} for of in places)
+            kept = ({name: chosen[group] for name, group in names.items() if group in chosen} for chosen in places)
             keep = tuple(replace(k, **more) for k, more in zip(keep, kept, strict=True))
             timeline = step_timeline(model, setting, keep)
     host += host_bytes(model, setting)
@@ -186,7 +186,7 @@ def spend(
     groups.sort(key=lambda x: ("q_proj" not in x[1], -x[0], x[2]))
     movable = sum(cost for _, names, cost in groups if "q_proj" not in names)
     if host_free:
-        free -= LEAVING * max((sum(c for n, c in of.items() if "q_proj" not in n) for of in costs), default=0.0)
+        free -= LEAVING * max((sum(c for n, c in layer.items() if "q_proj" not in n) for layer in costs), default=0.0)
     if free <= 0:
         return places, 0.0, 0.0
     still = max(0.0, free - sum(cost for _, names, cost in groups if "q_proj" in names))  # of the device, for the rest

@@ -39,7 +39,7 @@ class SimulatedStep:
         t, z, x = self.t, self.z, self.z.setting
         layers = z.model.layers
         t.hold("cos sin", 2 * x.local_tokens * z.model.head_dim * x.element_bytes)  # arguments of every layer
-        t.hold("leaving", max(sum(sorted(of)[-LEAVING:]) for of in self._away()), TRANSIT)
+        t.hold("leaving", max(sum(sorted(sizes)[-LEAVING:]) for sizes in self._away()), TRANSIT)
         self.layers[0].input(0)
         if x.recompute in ("every_k", "sqrt"):
             self._segments(x.every if x.recompute == "every_k" else max(1, round(layers**0.5)))

@@ -46,9 +46,10 @@ def made_dense(model: ModelFacts, setting: Setting) -> float:
     """
     if not setting.quantize:
         return 0.0
-    of = {name: i * o for name, i, o in model.linear_io}
-    largest = 0 if setting.quantize == "mxfp4" else 2 * max(of.values(), default=0)
-    tiles = sum(of.get(name, 0) for group in GROUPS[2:] for name in group) if setting.tile_tokens and largest else 0
+    weights = {name: i * o for name, i, o in model.linear_io}
+    largest = 0 if setting.quantize == "mxfp4" else 2 * max(weights.values(), default=0)
+    mlp = sum(weights.get(name, 0) for group in GROUPS[2:] for name in group)
+    tiles = mlp if setting.tile_tokens and largest else 0
     return float(setting.element_bytes * max(largest, tiles, model.experts * model.expert_weights))
 
 

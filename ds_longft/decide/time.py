@@ -285,7 +285,7 @@ def lora_bytes(model: ModelFacts, x: Setting, forwards: float, *, backward: bool
 
 
 def _products(x: Setting, gpu: Gpu, weights: float) -> float:
-    """Matrix products of a rank's tokens with so many weights."""
+    """Seconds of the matrix products of a rank's tokens with N weights."""
     return 2 * x.local_tokens * weights / (gpu.gemm_tflops * 1e12 * gpu.sustained.get("gemm", 1.0))
 
 

@@ -289,8 +289,8 @@ def layer_windows(hf_config: PretrainedConfig) -> tuple[int | None, ...]:
         return (window,) * hf_config.num_hidden_layers
     if hf_config.model_type in STATE_FAMILIES:
         types = [layer for layer in types if layer in (*ATTENTION_LAYERS, "attention", "hybrid")]
-    of = {"sliding_attention": window, "chunked_attention": getattr(hf_config, "attention_chunk_size", None)}
-    return tuple(map(of.get, types))
+    by_type = {"sliding_attention": window, "chunked_attention": getattr(hf_config, "attention_chunk_size", None)}
+    return tuple(map(by_type.get, types))
 
 
 def _state_products(module: Any) -> int:

@@ -101,7 +101,7 @@ def _yarn(plain: torch.Tensor, theta: float, dim: int, parameters: dict, window:
     factor = parameters["factor"] or window / original
 
     def turns_to_dim(turns: float) -> float:
-        """The (fractional) dimension pair that makes so many turns over the original window."""
+        """The (fractional) dimension pair that makes N turns over the original window."""
         return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low = turns_to_dim(parameters.get("beta_fast") or 32)

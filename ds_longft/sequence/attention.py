@@ -198,8 +198,8 @@ def _backward_in_turns(
             grads = dqg, mine.summed(dkg), mine.summed(dvg)
             del dqg, dkg, dvg
             if dsinks is not None and sinks is not None:
-                of = slice(mine.q.start, mine.q.stop)
-                dsinks[of] = _sinks_gradient(dog, og, part, sinks[of]).to(sinks.dtype)
+                heads_here = slice(mine.q.start, mine.q.stop)
+                dsinks[heads_here] = _sinks_gradient(dog, og, part, sinks[heads_here]).to(sinks.dtype)
         back = [(x.q, x.kv, x.kv) for x in shares]
         heads_into([dq, dk, dv], grads, back, call.group, buffers, (False, wide, wide))
         del qg, kg, vg, og, dog, grads  # gone before the next turn's are made

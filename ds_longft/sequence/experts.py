@@ -63,7 +63,7 @@ class Experts:
         combine: Any = base._apply_gate if base.has_gate else base.act_fn
         scales = tuple(w.scaling[w.active_adapters[0]] if w else 1.0 for w in map(wrappers.get, self.names))
         self.spec = _Spec(combine, bool(base.is_transposed), (scales[0], scales[1]), tile_tokens)
-        self.kept: Kept | None = None  # set by whoever checkpoints the layer, for the call about to come
+        self.kept: Kept | None = None  # set by the checkpoint of the layer, for the next call
         outer.forward = self
 
     @property

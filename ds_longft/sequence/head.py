@@ -128,12 +128,12 @@ def _rule_of(logits: Tensor, out: Tensor, hidden_scale: float) -> HeadRule | Non
     return rule if _close(rule.logits(logits), out) else None
 
 
-def _factor(x: Tensor, of: Tensor) -> float | None:
-    """The constant that makes x of the other, None if there is none."""
-    if x.shape != of.shape:
+def _factor(x: Tensor, base: Tensor) -> float | None:
+    """The constant with which x is `base` times it, None if there is none."""
+    if x.shape != base.shape:
         return None
-    factor = _near_one(float((x.double() * of).sum() / (of * of).sum()))
-    return factor if _close(of * factor, x) else None
+    factor = _near_one(float((x.double() * base).sum() / (base * base).sum()))
+    return factor if _close(base * factor, x) else None
 
 
 def _near_one(factor: float) -> float:

@@ -120,7 +120,7 @@ class LinearGroup:
 
     def __init__(self, names: Sequence[str], modules: Sequence[nn.Module], members: Sequence[Member]) -> None:
         self.names, self.modules, self.members = tuple(names), list(modules), list(members)
-        self.kept: Kept | None = None  # set by whoever checkpoints the layer, for the call about to come
+        self.kept: Kept | None = None  # set by the checkpoint of the layer, for the next call
         self.recomputed_input: RecomputedInput | None = None  # where the input can be made again in the backward pass
         self._input: tuple[Tensor, int] | None = None  # and its version: nobody may have written into it since
         self._waiting: dict[int, Tensor] = {}

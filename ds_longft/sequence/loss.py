@@ -134,21 +134,21 @@ class _FrozenHeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Member, of: _Rows) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Member, labelled: _Rows) -> Tensor:
         """hidden [t, D] -> scalar, or [N] with documents."""
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        total = of.zero(hidden)
-        for rows in of.chunks():
+        total = labelled.zero(hidden)
+        for rows in labelled.chunks():
             logits = head.plain(hidden[rows])  # [rows, V]
             if grad is None:
-                total += of.sum(of.losses(logits, rows), rows)
+                total += labelled.sum(labelled.losses(logits, rows), rows)
             else:
-                losses, dlogits = of.losses_and_gradient(logits, rows)
-                total += of.sum(losses, rows)
+                losses, dlogits = labelled.losses_and_gradient(logits, rows)
+                total += labelled.sum(losses, rows)
                 torch.mm(dlogits, head.base.weight, out=grad[rows])
                 del dlogits
             del logits  # gone before the next chunk's are made
-        ctx.grad, ctx.of = grad, of
+        ctx.grad, ctx.labelled = grad, labelled
         return total
 
     @staticmethod
@@ -156,7 +156,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         """[t, D], each row scaled by what its sum is multiplied with."""
         grad, ctx.grad = ctx.grad, None  # the loss outlives the backward pass: it must not hold a hidden state
         # Keep the scale 2-D: a 0-dim tensor would be cast to bf16 before the product (0.4 % off).
-        return grad.mul_(ctx.of.scale_of_rows(dtotal)[:, None]), None, None
+        return grad.mul_(ctx.labelled.scale_of_rows(dtotal)[:, None]), None, None
 
 
 class _TrainedHeadLoss(torch.autograd.Function):
@@ -168,20 +168,20 @@ class _TrainedHeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Member, of: _Rows, *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Member, labelled: _Rows, *tensors: Tensor | None) -> Tensor:
         """hidden [t, D] -> scalar, or [N] with documents. `tensors`: of the head, as `Member.tensors` names them."""
         ctx.save_for_backward(hidden)
-        ctx.head, ctx.of = head, of
-        total = of.zero(hidden)
-        for rows in of.chunks():
-            total += of.sum(of.losses(head.plain(hidden[rows]), rows), rows)
+        ctx.head, ctx.labelled = head, labelled
+        total = labelled.zero(hidden)
+        for rows in labelled.chunks():
+            total += labelled.sum(labelled.losses(head.plain(hidden[rows]), rows), rows)
         return total
 
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
         """[t, D], and of each tensor that is trained."""
         (hidden,) = ctx.saved_tensors
-        head, of, scale = ctx.head, ctx.of, ctx.of.scale_of_rows(dtotal)
+        head, labelled, scale = ctx.head, ctx.labelled, ctx.labelled.scale_of_rows(dtotal)
         # Not the parameters themselves: they have hooks, for the gradient that leaves here.
         needed = ctx.needs_input_grad[3:]
         leaves = [
@@ -191,11 +191,11 @@ class _TrainedHeadLoss(torch.autograd.Function):
         trained = [t for t in leaves if t is not None and t.requires_grad]
         sums = [torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in trained]
         dhidden = torch.empty_like(hidden)
-        for rows in of.chunks():
+        for rows in labelled.chunks():
             h = hidden[rows].detach().requires_grad_()
             with torch.enable_grad():
                 logits = head.plain(h, leaves)
-            _, dlogits = of.losses_and_gradient(logits, rows, scale)
+            _, dlogits = labelled.losses_and_gradient(logits, rows, scale)
             dhidden[rows], *grads = torch.autograd.grad(logits, [h, *trained], dlogits)
             for total in sums:
                 total.add_(grads.pop(0))
@@ -218,10 +218,10 @@ def token_loss_sum(
     hidden [t, D], targets [t], weights [t]. Each chunk's logits [rows, V] live only while it is computed.
     With `documents`: the sum of each document, [N] float64.
     """
-    of, tensors = _Rows(targets, weights, loss, chunk_rows, documents), head.tensors()
+    labelled, tensors = _Rows(targets, weights, loss, chunk_rows, documents), head.tensors()
     if any(t.requires_grad for t in tensors if t is not None):
-        return _TrainedHeadLoss.apply(hidden, head, of, *tensors)
-    return _FrozenHeadLoss.apply(hidden, head, of)
+        return _TrainedHeadLoss.apply(hidden, head, labelled, *tensors)
+    return _FrozenHeadLoss.apply(hidden, head, labelled)
 
 
 class ChunkedHead:

@@ -58,7 +58,7 @@ def as_readable_as_the_folder(folder: Path) -> None:
 def insist(
     work: Callable[[], object], what: str, say: Callable[[str], None], *, patience_s: float = PATIENCE_S
 ) -> OSError | None:
-    """Do work that writes a file, again and again for so long; returns the last error where it never worked."""
+    """Do work that writes a file, again until it succeeds or `patience_s` is over; then the last error is returned."""
     until = time.monotonic() + patience_s
     said = False
     while True:

@@ -163,7 +163,7 @@ class Background:
         self._put(record)
 
     def finish(self, patience_s: float = PATIENCE_S) -> None:
-        """Let it hand in what is left, for so long; then leave it behind."""
+        """Give it `patience_s` to hand in what is left; then leave it behind."""
         until = time.monotonic() + patience_s
         self._put(None)
         self._thread.join(max(0.0, until - time.monotonic()))

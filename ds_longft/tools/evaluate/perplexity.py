@@ -55,7 +55,7 @@ def perplexity(
         text: text file, JSONL or folder. Left out: the Python documentation of this machine.
         length: tokens of each text, e.g. 32K or 128K. Left out: the model's window.
         texts: how many texts of that length, spread evenly over what is there.
-        window: read each text in overlapping windows of so many tokens, each token with a quarter of one to a whole one
+        window: read each text in overlapping windows of N tokens, each token with a quarter of one to a whole one
             before it. With --before and the window of the model before: what that model can do on the same text. Left
             out: each text whole.
         buckets: stretches of positions that the loss is averaged in.

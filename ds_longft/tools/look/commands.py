@@ -139,7 +139,7 @@ def show(found: Statistics) -> None:
     facts = Table("packs", packs.packing)
     left_out = found.left_out.items()
     for name, value in (
-        ("packs of up to so many tokens", f"{packs.packs:,} of {packs.budget_tokens:,}"),
+        ("packs, tokens of each at most", f"{packs.packs:,} of {packs.budget_tokens:,}"),
         ("filled", f"{packs.filled:.1%}"),
         ("documents in a pack", f"{packs.documents_per_pack:.1f}"),
         ("steps per epoch", f"{packs.steps:,}"),

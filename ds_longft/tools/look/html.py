@@ -50,7 +50,7 @@ def page(stats: Statistics, *, title: str, note: str = "") -> str:
         ),
         (
             "Windows",
-            _wide(["tokens", kept_in_words(stats), "targets in them"], kept, "What a window of so many tokens keeps"),
+            _wide(["tokens", kept_in_words(stats), "targets in them"], kept, "What a window of N tokens keeps"),
         ),
         ("Not used", _wide(["", "rows"], unused, "What rows hold and nothing is made of") if unused else ""),
         ("Left out", _wide(["reason", "rows", "first of them"], left_out, "Rows left out") if left_out else ""),
@@ -65,8 +65,8 @@ def _charts(stats: Statistics) -> str:
     rows = np.sum(list(stats.by_source.values()), axis=0)
     cost = rows * np.divide(stats.tokens_by_length, np.maximum(rows, 1)) ** 2
     shares = [
-        (what, (100 * np.asarray(of) / max(1, np.sum(of))).tolist())
-        for what, of in (("rows", rows), ("tokens", stats.tokens_by_length), ("attention cost", cost))
+        (what, (100 * np.asarray(amounts) / max(1, np.sum(amounts))).tolist())
+        for what, amounts in (("rows", rows), ("tokens", stats.tokens_by_length), ("attention cost", cost))
     ]
     packs = stats.packs
     fill = np.minimum(100, 100 * np.asarray(stats.pack_tokens) / packs.budget_tokens)  # long rows fill theirs

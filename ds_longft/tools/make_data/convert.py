@@ -26,7 +26,7 @@ from ds_longft.data.rows import BadRow, Row, Turn
 from ds_longft.tools.make_data.language import detect_language
 from ds_longft.tools.make_data.where import EVERY_ROW, Where
 
-GAIN = "context_gain"  # what `ds-longft data score` says of a row; `choose` of a recipe goes by it
+GAIN = "context_gain"  # column that `ds-longft data score` writes and `choose` of a recipe reads
 
 
 class Repeated(BadRow):

@@ -182,7 +182,7 @@ class Recipe(Section):
         return self
 
     def up_to(self, longest_tokens: int) -> dict[str, Any]:
-        """Its keys for rows of at most so many tokens: the last band ends there, and no longer sample is made."""
+        """Its keys for rows of at most `longest_tokens`: the last band ends there, and no longer sample is made."""
         content = self.model_dump(exclude_unset=True) | {"max_length_tokens": longest_tokens}
         below = sum(band.up_to_tokens < longest_tokens for band in self.lengths[:-1])
         content["lengths"] = [dict(band) for band in self.lengths[: below + 1]]

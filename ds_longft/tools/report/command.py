@@ -31,7 +31,7 @@ def report(
         run: output folder of a training run.
         more: others to compare it with.
         out: another place for the page, e.g. page.html; the markdown goes beside it.
-        watch: make it again every so many seconds, until the run has ended.
+        watch: make it again every N seconds, until the run has ended.
         card: put the markdown at the end of the run's model card (RUN/README.md) as well.
         json: print one JSON object with the paths and the status.
     """

@@ -106,8 +106,8 @@ def data_rows(statistics: dict[str, Any]) -> Pairs:
     return [*pairs, ("fingerprint", statistics.get("fingerprint", ""))]
 
 
-def _counts(of: dict[str, int]) -> str:
-    return "; ".join(f"{name}: {count:,}" for name, count in of.items())
+def _counts(sources: dict[str, int]) -> str:
+    return "; ".join(f"{name}: {count:,}" for name, count in sources.items())
 
 
 def evaluation_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:

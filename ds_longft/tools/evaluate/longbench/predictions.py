@@ -45,7 +45,7 @@ def run(
         tasks: names separated by commas, en, zh, code, or all.
         e: LongBench-E: 13 tasks, scores by length as well.
         max_length: prompt tokens; the middle of longer ones is cut. Left out: the window less 500.
-        limit: only the first so many rows of each task.
+        limit: only the first N rows of each task.
     """
     arguments = dict(locals())
     chosen = choose_tasks(tasks, e=e)

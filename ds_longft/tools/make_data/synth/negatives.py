@@ -80,7 +80,7 @@ def negative_rows(
 
 
 def _parts(text: str, tokens: int, lengths: Lengths) -> list[str]:
-    """Parts of about so many tokens, up to the end of a line where there is one in the last quarter; no short rest."""
+    """Parts of about N tokens, up to the end of a line where there is one in the last quarter; no short rest."""
     starts, parts, begin = lengths.starts(text), list[str](), 0
     for at in range(tokens, len(starts), tokens):
         end = int(starts[at])
