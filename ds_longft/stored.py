@@ -1,7 +1,7 @@
 """The files a run leaves, read back: one reader, with the shapes of `run_files`, for whatever may stand there by now.
 
 A power cut leaves NULs, a full disk half a line, a newer version other keys, a user anything. What does not fit its
-schema is `Unreadable`, in words; who reads decides what to do without it. Nobody else parses these files.
+schema is `Unreadable`, in words; the reader decides how to go on without it. Nobody else parses these files.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def read_file(path: Path, schema: type[T]) -> T:
 
 
 def read_if_good(path: Path, schema: type[T]) -> T | None:
-    """The content of a JSON file, None where it is missing or garbage: for who can do without."""
+    """The content of a JSON file, None where it is missing or garbage: for readers that can do without it."""
     try:
         return read_file(path, schema)
     except Unreadable:

@@ -1,8 +1,8 @@
 """The DeepSpeed JSON, made whole: every "auto" filled from the run config, every contradiction listed.
 
 The engine is told nothing of sequence parallelism: given an mpu or `sequence_parallel_size`, DeepSpeed averages
-gradients over all ranks at stage 3 and over the data-parallel ones below it. Told nothing, every stage averages over
-all ranks, and one loss scale is right for all. So `sequence_parallel_size` is taken out here and honoured by us.
+gradients over all ranks at stage 3, but over the data-parallel ranks below it. Told nothing, every stage averages over
+all ranks, and one loss scale is right for all stages. So `sequence_parallel_size` is taken out here and honoured by us.
 """
 
 from __future__ import annotations

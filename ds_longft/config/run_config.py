@@ -50,10 +50,10 @@ Rounding = Annotated[T, OnResume.ROUNDING]
 Free = Annotated[T, OnResume.FREE]
 
 DOCUMENTS_PER_ROW = {"sft": 1, "dpo": 2}
-"""Of each objective: a preference pair is two documents."""
+"""Documents in one row of each objective: a preference pair is two."""
 
 EACH_KEY_ALONE = "each key alone"
-"""Validation context that leaves out the rules across keys, for who asks `contradictions` for them."""
+"""Validation context that leaves out the rules across keys; `read` asks `contradictions` for them itself."""
 
 
 class Section(BaseModel):

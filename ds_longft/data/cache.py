@@ -1,7 +1,7 @@
 """A tokenized set on disk: parts of rows, each sealed with its number of rows, size and hash, and one tally.
 
-Scratch file systems are purged file by file, copies stop half way, disks lose bits. A set is what its seals say or it
-is made again: nobody trains on what is left of it.
+Scratch file systems are purged file by file, copies stop half way, disks lose bits. A set is
+whole by its seals or it is made again: nobody trains on what is left of it.
 """
 
 from __future__ import annotations

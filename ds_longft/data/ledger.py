@@ -47,7 +47,7 @@ class Tally:
     too_long: list[tuple[int, int]] = field(default_factory=list)  # (tokens, targets) of rows above the limit
 
     def __add__(self, other: Tally) -> Tally:
-        """Of both, `other` behind this one."""
+        """Both counted together; the rows of `other` come second."""
         both: dict[str, Any] = {"first": other.first | self.first}
         for name, mine in vars(self).items():
             theirs = getattr(other, name)

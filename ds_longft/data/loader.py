@@ -41,7 +41,7 @@ class StepLoader:
         pad_id: int = 0,
         equal_cost_tokens: int = EQUAL_COST_TOKENS,
     ) -> None:
-        """Of `data`, budget, packing and weighting are read. `sp` decides the padding, and the order in a pack.
+        """Reads budget, packing and weighting of `data`. `sp` decides the padding, and the order in a pack.
 
         `equal_cost_tokens`: length at which attention costs the model as much as its linears (`plan.costs_of`).
         """

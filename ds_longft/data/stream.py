@@ -1,7 +1,7 @@
 """A training set read as a stream of windows: each a small tokenized set, made while the one before is trained.
 
 Only what is being trained lies on disk in tokens, whatever the size of the set. A window is decided by the order of the
-files and their content alone, so that every rank, and a run that goes on, has the same one without a word between them;
+files and their content alone, so that every rank, and a run that goes on, has the same one without communication;
 where each begins is noted, so that going on does not read the set from its beginning.
 """
 
@@ -188,7 +188,7 @@ class StreamLoader(StepLoader):
         return self._tokenized
 
     def rows_name(self, epoch: int) -> str:
-        """Of the stream and of the window that is being trained."""
+        """Names the stream and the window that is being trained."""
         return f"{self._content} {self.rows(epoch).content}"
 
     def steps(self, epoch: int, start: int = 0) -> Generator[Step]:

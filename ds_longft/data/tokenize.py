@@ -64,7 +64,7 @@ class RowKind:
 
     @classmethod
     def of(cls, name: str) -> RowKind:
-        """Of rows in the format of that name."""
+        """The kind of rows in the format of that name."""
         return PAIRS if name == PREFERENCE else SINGLE
 
 
@@ -130,12 +130,12 @@ class Input:
 
     @property
     def kind(self) -> RowKind:
-        """Of all rows."""
+        """The kind of all rows."""
         return RowKind.of(self.formats[0])
 
     @property
     def size_bytes(self) -> int:
-        """Of the files; 0 where they lie elsewhere."""
+        """Size of the files; 0 where they lie elsewhere."""
         return sum(source.size_bytes for source in self.sources)
 
     @property

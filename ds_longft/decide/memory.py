@@ -29,7 +29,7 @@ from ds_longft.model.facts import ModelFacts
 from ds_longft.sequence.kept import LEAVING
 
 SPARE_SHARE = 0.06
-"""Of GPU memory, never planned with nor spent: the allocator's fragments, NCCL, kernels' workspaces."""
+"""Share of GPU memory that is never planned with nor spent: the allocator's fragments, NCCL, workspaces."""
 
 RESIDENT_SHARE = 0.35
 """Frozen weights stay whole on each GPU when they take no more of it than this."""
@@ -152,7 +152,7 @@ def segment_starts(model: ModelFacts, setting: Setting) -> range:
 
 
 def disk_bytes(model: ModelFacts, setting: Setting, keep: Sequence[Keep]) -> float:
-    """Of a rank's files."""
+    """Bytes of a rank's files."""
     of_kinds = {kind: Sizes(kind, setting) for kind in model.kinds}
     return sum(sum(bytes_away(of_kinds[kind], k, ("disk",))) for kind, k in zip(model.by_layer, keep, strict=True))
 

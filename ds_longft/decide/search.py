@@ -20,7 +20,7 @@ LENGTH_STEP = 1024
 LONGEST = 1 << 27
 
 WORTH_SAVING = 0.02
-"""Of a step: tiles and turns are taken for less only where nothing else fits. Below it predictions say nothing."""
+"""Share of a step that tiles and turns must save, unless nothing else fits. Predictions say nothing about less."""
 
 ROOMY = 0.8
 """Of a GPU: where a step that keeps everything is predicted to need no more, `auto` computes nothing again. Predicted

@@ -48,7 +48,7 @@ NARROW_HEADS = 0.25
 of 64 on an H200 (SmolLM2, 131,072 tokens, flash-attn-4)."""
 
 STATE_SHARE = 0.35
-"""Of the memory's bandwidth, that kernels of layers with a state reach. An estimate: one step of 9.74 s was predicted
+"""Share of the memory's bandwidth that kernels of layers with a state reach. An estimate: a step of 9.74 s was predicted
 as 9.2 s."""
 
 HALF_RATE_TOKENS = 600
@@ -187,7 +187,7 @@ def expert_bytes(model: ModelFacts, x: Setting, *, backward: bool = True) -> flo
 
 
 def passes_ahead(setting: Setting) -> list[bool]:
-    """Of each forward pass without gradient that pairs need first: whether adapters are on."""
+    """Whether adapters are on, for each forward pass without gradient that pairs need first."""
     live = setting.reference in ("adapter_off", "model")
     return [False] * live + [True] * (setting.passes == "two")
 

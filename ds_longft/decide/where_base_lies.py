@@ -15,7 +15,7 @@ from ds_longft.decide.tensors import bytes_of_layers
 from ds_longft.model.facts import ModelFacts
 
 HOST_SHARE = 0.8
-"""Of a node's memory, for a base and what is kept there."""
+"""Share of a node's memory that a base and what is kept there may take."""
 
 
 def settle_base(

@@ -29,7 +29,7 @@ class Gradients:
 
     @property
     def norm(self) -> float:
-        """Of all gradients together, 0.0 on ranks other than 0."""
+        """Norm of all gradients together; 0.0 on ranks other than 0."""
         return sum(float(g.double().square().sum()) for g in self.grads.values()) ** 0.5
 
 

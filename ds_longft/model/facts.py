@@ -153,7 +153,7 @@ class ModelFacts:
         )
 
     def __hash__(self) -> int:
-        """Of a few fields: kinds of layers are looked up a million times in a plan."""
+        """Hashes a few fields only: kinds of layers are looked up a million times in a plan."""
         return hash((self.model_type, self.layers, self.inter, self.attends))
 
     @cached_property
@@ -256,7 +256,7 @@ def _layer_facts(layer: nn.Module, hidden: int) -> LayerFacts:
 
 
 def _state_facts(m: Any) -> StateFacts | None:
-    """Of a module that carries a state, None of any other."""
+    """The facts of a module that carries a state; None for any other module."""
     conv = next((c.in_channels for c in m.children() if isinstance(c, nn.Conv1d)), 0)
     if hasattr(m, "head_k_dim"):
         return StateFacts("delta", m.num_v_heads, m.num_k_heads, m.head_k_dim, m.head_v_dim, conv)

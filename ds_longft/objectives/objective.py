@@ -28,7 +28,7 @@ class Needs:
 
     @classmethod
     def of(cls, config: RunConfig) -> Needs:
-        """Of the objective that a run is configured with."""
+        """What the objective of a run config needs."""
         if config.objective == "sft":
             return cls()
         reference = reference_of(config.dpo, lora=config.lora is not None)

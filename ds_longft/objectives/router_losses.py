@@ -88,7 +88,7 @@ class RouterLosses:
         return torch.stack([aux, seen[:, 2].sum() / tokens])
 
     def gradient(self, i: int, logits: Tensor, real: int, world: int) -> Tensor:
-        """Of both losses by router i's logits [s, E], times `world`: the engine averages over ranks."""
+        """Gradient of both losses by router i's logits [s, E], times `world`: the engine averages over ranks."""
         assert self.load is not None, "a router's backward pass before the loads are known"
         wide = logits[:real].float()
         p = wide.softmax(-1)

@@ -2,7 +2,7 @@
 ranks agree, save and leave.
 
 Nothing is saved inside a signal handler: the flag is looked at between packs, where every rank is at the same place. A
-thread reads the signals, so that one is noted, and a second Ctrl-C obeyed, while a rank waits in a collective, too.
+thread reads the signals: they are noted, and a second Ctrl-C is obeyed, also while a rank waits in a collective.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def _end(processes: list[subprocess.Popen[bytes]]) -> None:
 
 
 def telling_code(codes: Sequence[int]) -> int:
-    """Of the ranks' exit codes the one that says most: a code of ours, then a signal (128 + number), then any other."""
+    """The exit code that says most of why ranks ended: one of ours, then a signal (128 + number), then any other."""
     ours = [code for code in codes if code in (EXIT_CONFIG, EXIT_PORT, EXIT_NON_FINITE, EXIT_HANG, EXIT_REQUEUE)]
     # A rank that was ended because another had failed says nothing.
     signals = [128 - code for code in sorted(codes) if code < 0 and code != -signal.SIGTERM]

@@ -174,7 +174,7 @@ class _Stack:
         self, spec: _Spec, scale: float, x: Tensor, dy: Tensor, low: tuple[Tensor | None, Tensor | None],
         weights: Tensor | None, route: _Route, needed: Sequence[bool], shapes: Sequence[torch.Size | None],
     ) -> list[Tensor | None]:  # fmt: skip
-        """Of W, bias, A and B as the model and PEFT hold them. `low`: x A' and its gradient."""
+        """Gradients of W, bias, A and B, shaped as the model and PEFT hold them. `low`: x A' and its gradient."""
         grads: list[Tensor | None] = [None] * 4
         if needed[0]:
             pair = (x, dy) if spec.transposed else (dy, x)

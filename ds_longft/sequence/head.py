@@ -43,11 +43,11 @@ class HeadRule:
         return self.cap is None and self.logit_scale == 1
 
     def inputs(self, hidden: Tensor) -> Tensor:
-        """What goes into the head."""
+        """What the model hands to its head."""
         return hidden if self.hidden_scale == 1 else hidden * self.hidden_scale
 
     def logits(self, logits: Tensor) -> Tensor:
-        """What becomes of that which comes out of it."""
+        """What the model makes of the head's output."""
         if self.cap is not None:
             return torch.tanh(logits * (self.logit_scale / self.cap)) * self.cap
         return logits if self.logit_scale == 1 else logits * self.logit_scale

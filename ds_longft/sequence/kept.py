@@ -94,9 +94,9 @@ class Kept:
 class UnusedOutput(Kept):
     """For the last linears of a layer, whose outputs only feed the residual add: a recomputation needs no product.
 
-    Keeps x A' (a few bytes a token) and gives outputs without content. `allowed` is set after the first pass, by
-    whoever has seen that nothing saves the outputs (`recompute._ends_with`): those of the last call. Where there was
-    more than one, all are computed again.
+    Keeps x A' (a few bytes a token) and gives outputs without content. `allowed` is set after the first pass,
+    where nothing was seen to save the outputs of the last call (`recompute._ends_with`). Where there was more than one
+    call, all are computed again.
     """
 
     def __init__(self) -> None:
@@ -108,7 +108,7 @@ class UnusedOutput(Kept):
         self._shapes: list[torch.Size] = []
 
     def put(self, *tensors: Tensor) -> None:
-        """Of (outputs, x A') only the last is kept."""
+        """Keep only the last of (outputs, x A')."""
         self.calls += self.first_pass
         super().put(*tensors)
 

@@ -55,7 +55,7 @@ class WithRows(Member):
 
     @classmethod
     def of(cls, head: Any) -> WithRows:
-        """Of PEFT's wrapper around the head."""
+        """From PEFT's wrapper around the head."""
         layer = head.token_adapter
         return cls(layer.base_layer, None, layer.tied_adapter or layer)
 

@@ -145,7 +145,7 @@ class Checkpoints:
         return None
 
     def set_aside_after(self, step: int) -> list[str]:
-        """Rename checkpoints of later steps: they belong to a course that this run has left. Returns their new names.
+        """Rename checkpoints of later steps, which this run is about to make again. Returns their new names.
 
         Left in place they would be taken for the newest ones: the next resume would jump to them, and retention would
         keep them instead of this run's own.

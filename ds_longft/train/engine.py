@@ -1,8 +1,8 @@
 """Model, adapters, recomputation and optimizer put together, and handed to DeepSpeed.
 
 The order matters and is the same for every run: load (ZeRO-3 partitions at load) -> RoPE check -> LoRA -> output head
--> recomputation (innermost forward first) -> optimizer -> engine. The engine gets no mpu: every ZeRO stage then
-averages gradients over all ranks alike, and one loss scale is right for all of them.
+-> recomputation (innermost forward first) -> optimizer -> engine. The engine gets no mpu: then every ZeRO stage
+averages gradients over all ranks, and one loss scale is right for all stages.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A model whose decoder layers' frozen weights lie in a home (`sequence/frozen.py`) from the start: no GPU and no host
-ever holds it more often than its home does.
+ever holds more copies of it than its home does.
 
 Rank 0 reads it, into host memory that the file system shares with its cache. The others build it without memory. Then
-layer by layer its bytes go to every rank, which keep what their home has of them; all else goes to every rank whole.
+each layer is sent to every rank, which keeps its home's part of it; all other weights go to every rank whole.
 """
 
 from __future__ import annotations

@@ -56,8 +56,8 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def last_word(self) -> None:
-        """The main thread fails. Where this watchdog is already ending the process, it does so (exit 71): the error is
-        the lost connection to a peer that left a moment earlier for the same reason, and not why the run ended.
+        """Called when the main thread fails. If this watchdog is already ending the process, wait for it (exit 71): the
+        error is only the lost connection to a peer that left a moment earlier for the same reason.
         """
         if self._ending.is_set():
             self._thread.join()

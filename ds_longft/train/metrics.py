@@ -56,7 +56,7 @@ def spike_of(loss: float, before: Sequence[float]) -> float | None:
 
 
 NOTABLE_PERCENT = 5.0
-"""Of a step: less padding or waiting for data is not worth a word on the console."""
+"""Share of a step: less padding, or less waiting for data, is not worth a word on the console."""
 
 
 def step_line(record: Record, total_steps: int) -> str:

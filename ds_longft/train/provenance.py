@@ -33,7 +33,7 @@ DECIDING_ENV = ("DS_ACCELERATOR", "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBL
 
 
 def what_ranks_share(config: RunConfig, engine_config: dict[str, Any]) -> dict[str, str]:
-    """What decides the outcome and may differ between nodes: config, JSON, code, versions, environment."""
+    """What decides the outcome and could differ between nodes: config, JSON, code, versions, environment."""
 
     def digest(text: str) -> str:
         return hashlib.sha256(text.encode()).hexdigest()[:16]

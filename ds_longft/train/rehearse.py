@@ -28,7 +28,7 @@ from ds_longft.train.make_optimizer import forget_steps, inner
 from ds_longft.train.step import apply_step, backpropagate_pack
 
 SHORT_TOKENS = 8
-"""Of each rank in the packs that only make what lasts."""
+"""Tokens of each rank in the packs that only make what lasts beyond a step."""
 
 
 def settle(engine: Any, layout: ParallelLayout, device: torch.device) -> None:

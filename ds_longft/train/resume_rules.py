@@ -23,7 +23,7 @@ from ds_longft.run_files import StateOfAnyVersion
 from ds_longft.stored import Unreadable, read_file, read_if_good
 
 STATE_FORMAT = 2
-"""Raised when a state of before says too little to be continued exactly. 1 named the data by files and their times, and
+"""Raised when older states say too little to be continued exactly. Format 1 named the data by files and their times,
 not by the rows: whether the rows are still the same cannot be told from it.
 """
 SOFTWARE = "transformers_version"
@@ -168,8 +168,8 @@ def in_words(changes: Iterable[dict[str, Any]]) -> str:
 def _others(
     before: dict[str, Any], now: dict[str, Any], defaults: dict[str, Any] | None = None
 ) -> list[tuple[str, Any, Any]]:
-    """(key, before, now) of keys that differ. A key of one side only is one that the other's version does not have: it
-    did what the default does. Keys of a section that one side has not are told by the section.
+    """(key, before, now) of keys that differ. A key that one side lacks is one its version did not have: it acted as the
+    default does. Keys of a section that one side lacks are reported by the section.
     """
     others = [(key, value, now[key]) for key, value in before.items() if key in now and now[key] != value]
     if defaults is None:

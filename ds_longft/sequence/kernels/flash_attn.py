@@ -26,7 +26,7 @@ from ds_longft.sequence.kernels.base import (
 )
 
 REPEATABLE_QUERIES = 32768
-"""Of a document at a time: their dq in float32 takes 16 MiB a head."""
+"""Queries of a document at a time: their dq in float32 takes 16 MiB a head."""
 
 
 class FlashAttention4:

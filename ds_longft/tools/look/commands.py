@@ -285,7 +285,7 @@ def load_tokenizer(path: str, **kwargs: Any) -> Any:
 
 
 def equal_cost_tokens(model: ModelConfig, *, lora: bool) -> int:
-    """Of this model; of an 8B one where its config cannot be read, as where a folder holds a tokenizer alone."""
+    """As `ModelFacts.equal_cost_tokens`; of an 8B model where the config cannot be read (a folder with a tokenizer)."""
     from ds_longft.model.facts import ModelFacts
     from ds_longft.model.load import read_config
 

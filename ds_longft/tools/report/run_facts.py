@@ -55,7 +55,7 @@ class Evaluation:
 
     @property
     def title(self) -> str:
-        """Of its section: the kind, with the name where it was given another."""
+        """Title of its section: the kind, and the name where it was given another."""
         title = TITLES.get(self.kind, self.kind)
         return title if self.name == self.kind else f"{title}: {self.name}"
 
