@@ -48,8 +48,8 @@ NARROW_HEADS = 0.25
 of 64 on an H200 (SmolLM2, 131,072 tokens, flash-attn-4)."""
 
 STATE_SHARE = 0.35
-"""Share of the memory's bandwidth that kernels of layers with a state reach. An estimate: a step of 9.74 s was predicted
-as 9.2 s."""
+"""Share of the memory's bandwidth that kernels of layers with a state reach. An estimate: 9.2 s were predicted for a
+step of 9.74 s."""
 
 HALF_RATE_TOKENS = 600
 """Document length at which an attention kernel has half of its rate. An estimate."""
