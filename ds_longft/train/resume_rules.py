@@ -168,8 +168,10 @@ def in_words(changes: Iterable[dict[str, Any]]) -> str:
 def _others(
     before: dict[str, Any], now: dict[str, Any], defaults: dict[str, Any] | None = None
 ) -> list[tuple[str, Any, Any]]:
-    """(key, before, now) of keys that differ. A key that one side lacks was not there in its version, which did what the
-    default does. Keys of a section that one side lacks are reported by the section.
+    """(key, before, now) of keys that differ.
+
+    A key that one side lacks was not there in its version, which did what the default does. Keys of a section that one
+    side lacks are reported by the section.
     """
     others = [(key, value, now[key]) for key, value in before.items() if key in now and now[key] != value]
     if defaults is None:
