@@ -48,10 +48,13 @@ class Tally:
 
     def __add__(self, other: Tally) -> Tally:
         """Both counted together; the rows of `other` come second."""
-        both: dict[str, Any] = {"first": other.first | self.first}
+        both: dict[str, Any] = {}
         for name, mine in vars(self).items():
             theirs = getattr(other, name)
-            both.setdefault(name, dict(Counter(mine) + Counter(theirs)) if isinstance(mine, dict) else mine + theirs)
+            if name == "first":
+                both[name] = theirs | mine
+            else:
+                both[name] = dict(Counter(mine) + Counter(theirs)) if isinstance(mine, dict) else mine + theirs
         return Tally(**both)
 
     @property
