@@ -43,7 +43,7 @@ class Progress:
             self._bar.stop()
 
     def update(self, done_bytes: int, text: str) -> None:
-        """So much of the input is done; `text` says what came of it."""
+        """`done_bytes` of the input are done; `text` says what came of them."""
         if self._bar:
             self._bar.update(self._task, completed=done_bytes, description=f"{self.title} {text}")
         elif self.show and time.monotonic() > self._next_line_s:

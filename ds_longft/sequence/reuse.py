@@ -3,8 +3,8 @@
 That spares as much memory as the tensor takes, where memory is shortest. It is right only if nobody else will read the
 tensor: another attention of the layer, a later layer, a router beside the MLP. Autograd's own guard, the version of a
 tensor, does not help: inside a checkpoint it is not looked at, and the other reader gets gradients for its values.
-So the references to the memory are counted. Whoever can still read it holds one: a saved tensor, a checkpoint's copy of
-its handle, a cache of keys and values.
+So the references to the memory are counted. All that can still read it holds one: a saved tensor, a checkpoint's copy
+of its handle, a cache of keys and values.
 """
 
 from __future__ import annotations

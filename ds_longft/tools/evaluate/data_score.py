@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from ds_longft.config.run_config import DataConfig, SourceConfig
 from ds_longft.errors import ConfigError
-from ds_longft.tools.evaluate.flags import RANKS, Flags, Ranks, tokens_of
+from ds_longft.tools.evaluate.flags import RANKS, Flags, Ranks, print_tables, tokens_of
 from ds_longft.tools.evaluate.processes import start_ranks
 
 if TYPE_CHECKING:
@@ -142,10 +141,8 @@ def _show(result: dict[str, Any], path: Path) -> None:
     for percent in ("95", "75", "50", "25", "5"):
         gain = result["gain_percentiles"][percent]
         table.add_row(f"best {100 - int(percent)} %", f"{gain:.4f} or more (x {math.exp(gain):.2f})")
-    console = Console()
-    console.print(table)
-    console.print(
+    print_tables(
         f"{result['out']}: {result['rows']:,} rows, {settings['length_tokens']:,} tokens against "
         f"{settings['short_tokens']:,}; {result['left_out']:,} left out (unusable or longer); {path}",
-        soft_wrap=True, highlight=False,
-    )  # fmt: skip
+        table,
+    )

@@ -1,8 +1,11 @@
-"""What every evaluation of a model takes on the command line, declared once."""
+"""What every evaluation of a model takes and shows on the command line, declared once."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
 
 from ds_longft.command_line import tokens_of
 from ds_longft.errors import ConfigError
@@ -80,3 +83,11 @@ def token_list(flag: str, value: str) -> list[int]:
 def listed(value: str) -> list[str]:
     """`a,b` -> ["a", "b"]."""
     return [part.strip() for part in value.strip("()[]").split(",") if part.strip()]
+
+
+def print_tables(line: object, *tables: Table) -> None:
+    """Tables, and a line below them that stays in one piece: where the result lies."""
+    console = Console()
+    for table in tables:
+        console.print(table)
+    console.print(str(line), soft_wrap=True, highlight=False)

@@ -1,4 +1,4 @@
-"""A prompt of exactly so many tokens: chat template, a stretch of text with sentences hidden in it, a question."""
+"""A prompt with an exact number of tokens: chat template, a stretch of text with sentences hidden in it, a question."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Haystack:
         return cls(ids, ends)
 
     def stretch(self, start: int, tokens: int) -> Haystack:
-        """So many tokens from `start` on."""
+        """This number of tokens from `start` on."""
         at = [(start + i) % len(self.ids) for i in range(tokens)]
         return Haystack([self.ids[i] for i in at], [self.ends[i] for i in at])
 

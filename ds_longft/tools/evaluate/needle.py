@@ -12,11 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from rich.console import Console
 from rich.table import Table
 
 from ds_longft.errors import ConfigError
-from ds_longft.tools.evaluate.flags import FLAGS, Flags, listed, token_list
+from ds_longft.tools.evaluate.flags import FLAGS, Flags, listed, print_tables, token_list
 from ds_longft.tools.evaluate.grid import (
     ANSWER_TOKENS,
     Ask,
@@ -29,7 +28,7 @@ from ds_longft.tools.evaluate.grid import (
 )
 from ds_longft.tools.evaluate.haystack import Haystack, Prompt, build_prompt
 from ds_longft.tools.evaluate.needle_facts import Form, Needle, make_needle
-from ds_longft.tools.evaluate.processes import start_ranks
+from ds_longft.tools.evaluate.processes import evaluate_on_ranks
 from ds_longft.tools.evaluate.texts import CHARACTERS_A_TOKEN, Language, read_texts
 
 if TYPE_CHECKING:
@@ -80,12 +79,9 @@ def needle(
     if not 2 <= facts <= MAX_FACTS:
         raise ConfigError(f"--facts is {facts}: expected 2 to {MAX_FACTS}")
     sizes = None if lengths is None else token_list("--lengths", lengths)
-    if start_ranks("eval needle", flags, arguments):
-        return
-    from ds_longft.tools.evaluate.answering import evaluate  # brings torch: not in a process that only starts others
 
     grid = Grid(form, facts, sizes, fractions, trials, spoken, {"en": haystack_en, "zh": haystack_zh}, where, seed)
-    evaluate(model, flags, lambda answering: _measure(answering, grid), _show)
+    evaluate_on_ranks("eval needle", arguments, lambda answering: _measure(answering, grid), _show)
 
 
 def _measure(answering: Answering, grid: Grid) -> Result:
@@ -154,8 +150,7 @@ def _languages(value: str) -> list[Language]:
 
 
 def _show(result: dict[str, Any], path: Path) -> None:
-    console = Console()
-    several = result["form"] != "single"
+    several, tables = result["form"] != "single", []
     for language, values in result["exact_percent"].items():
         table = Table("exact %", *(f"{int(size):,}" for size in values), title=f"{result['kind']} {language}")
         if not several:
@@ -165,6 +160,6 @@ def _show(result: dict[str, Any], path: Path) -> None:
         table.add_row("all", *(f"{v:.1f}" for v in values.values()), style="bold")
         if several:
             table.add_row("share found", *(f"{v:.1f}" for v in result["found_percent"][language].values()))
-        console.print(table)
+        tables.append(table)
     heatmap = "" if several else f", {path.with_suffix('.png').name}"
-    console.print(f"{path}{heatmap}", soft_wrap=True, highlight=False)
+    print_tables(f"{path}{heatmap}", *tables)

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from ds_longft.errors import ConfigError, DataError
-from ds_longft.tools.evaluate.flags import FLAGS, Flags, tokens_of
-from ds_longft.tools.evaluate.processes import start_ranks
+from ds_longft.tools.evaluate.flags import FLAGS, Flags, print_tables, tokens_of
+from ds_longft.tools.evaluate.processes import evaluate_on_ranks
 from ds_longft.tools.evaluate.texts import (
     CHARACTERS_A_TOKEN,
     Language,
@@ -74,9 +73,6 @@ def perplexity(
         raise ConfigError(f"--length is {length}: a text of one token has none to predict, give 2 or more")
     if window is not None and tokens_of("--window", window) < 8:
         raise ConfigError(f"--window is {window}: expected 8 or more tokens, e.g. 8K")
-    if start_ranks("eval perplexity", flags, arguments):
-        return
-    from ds_longft.tools.evaluate.answering import evaluate  # brings torch: not in a process that only starts others
 
     told = {"text": text or f"built in, {language}", "where": where, "join": join}
     counts = [None if given is None else tokens_of("", given) for given in (length, window)]
@@ -87,7 +83,7 @@ def perplexity(
         pieces = pieces_of(answering.tokenizer, source, tokens, texts, join=join or text is None)
         return _measure(answering, pieces, counts[1], buckets, told)
 
-    evaluate(model, flags, measure, _show)
+    evaluate_on_ranks("eval perplexity", arguments, measure, _show)
 
 
 def _measure(
@@ -176,5 +172,4 @@ def _show(result: dict[str, Any], path: Path) -> None:
             table.add_row(f"{first:,} - {last:,}", f"{value:.4f}", f"{math.exp(value):.2f}")
     table.add_section()
     table.add_row("all", f"{result['loss']:.4f}", f"{result['perplexity']:.2f}", style="bold")
-    Console().print(table)
-    print(path)
+    print_tables(path, table)

@@ -1,7 +1,7 @@
 """The processes of one evaluation, one a GPU: started here where no launcher has, and the same code for one alone.
 
 Every process prepares the same work and does its share of it; rank 0 writes. A rank that cannot go on ends with its
-exit code, and whoever started the ranks ends the others.
+exit code, and the process that started the ranks ends the others.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +21,14 @@ from ds_longft.command_line import as_words
 from ds_longft.errors import ConfigError, LongftError
 from ds_longft.layout import ParallelLayout
 from ds_longft.ranks.join import Agreement, Launch, visible_gpus
-from ds_longft.tools.evaluate.flags import Ranks
+from ds_longft.tools.evaluate.flags import Flags, Ranks
+
+if TYPE_CHECKING:
+    from ds_longft.tools.evaluate.answering import Answering, Result
 
 OWN_ERROR_S = 10.0
-"""What went wrong on every rank is said by rank 0, and its end is the others' within this time. Whoever is still there
-has an error of its own."""
+"""What went wrong on every rank is said by rank 0, and its end is the others' within this time. A rank that is still
+there has an error of its own."""
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -52,6 +56,25 @@ def start_ranks(command: str, flags: Ranks, arguments: dict[str, Any]) -> bool:
     if code:
         raise SystemExit(code)
     return True
+
+
+def evaluate_on_ranks(
+    command: str,
+    arguments: dict[str, Any],
+    measure: Callable[[Answering], Result],
+    show: Callable[[dict[str, Any], Path], None],
+) -> None:
+    """Run `ds-longft COMMAND` with these arguments, `model` and `flags` among them, on the ranks of the flags.
+
+    Raises:
+        ConfigError, SystemExit: as `start_ranks`.
+    """
+    flags: Flags = arguments["flags"]
+    if start_ranks(command, flags, arguments):
+        return
+    from ds_longft.tools.evaluate.answering import evaluate  # brings torch: not in a process that only starts others
+
+    evaluate(arguments["model"], flags, measure, show)
 
 
 @contextmanager
@@ -97,7 +120,7 @@ class Processes:
             if processes._agreement is not None:
                 import torch.distributed as dist
 
-                processes._agreement.gather(None)  # whoever leaves first could end the others
+                processes._agreement.gather(None)  # a rank that left early could end the others
                 dist.destroy_process_group()
 
     def first(self, work: Callable[[], Made]) -> Made:

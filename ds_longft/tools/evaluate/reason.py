@@ -17,14 +17,13 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
 from ds_longft.errors import ConfigError
-from ds_longft.tools.evaluate.flags import FLAGS, Flags, listed, token_list
+from ds_longft.tools.evaluate.flags import FLAGS, Flags, listed, print_tables, token_list
 from ds_longft.tools.evaluate.grid import default_lengths
 from ds_longft.tools.evaluate.haystack import encode_prompt
-from ds_longft.tools.evaluate.processes import start_ranks
+from ds_longft.tools.evaluate.processes import evaluate_on_ranks
 
 if TYPE_CHECKING:
     from ds_longft.tools.evaluate.answering import Answering, Result
@@ -74,11 +73,8 @@ def reason(
     if rows < 1 or not chosen or not set(chosen) <= set(TASKS):
         raise ConfigError(f"--tasks is {tasks!r}, --rows is {rows}: expected {', '.join(TASKS)}, and 1 or more")
     sizes = None if lengths is None else token_list("--lengths", lengths)
-    if start_ranks("eval reason", flags, arguments):
-        return
-    from ds_longft.tools.evaluate.answering import evaluate  # brings torch: not in a process that only starts others
 
-    evaluate(model, flags, lambda answering: _measure(answering, chosen, sizes, rows, seed), _show)
+    evaluate_on_ranks("eval reason", arguments, lambda answering: _measure(answering, chosen, sizes, rows, seed), _show)
 
 
 def _measure(answering: Answering, tasks: list[str], lengths: list[int] | None, rows: int, seed: int) -> Result:
@@ -162,7 +158,7 @@ def likeness(reply: str, wanted: str, code: str) -> float:
 
 
 def walks(tokenizer: Any, seed: str, units: int) -> Made:
-    """A graph of so many edges, each node with `DEGREE` of them, and the nodes `STEPS` away from one."""
+    """A graph with this number of edges, each node with `DEGREE` of them, and the nodes `STEPS` away from one."""
     rng = random.Random(f"walks {seed}")
     count = max(2 * DEGREE, units // DEGREE)
     nodes = [f"{number:06x}" for number in rng.sample(range(16**5, 16**6), count)]
@@ -212,6 +208,4 @@ def _show(result: dict[str, Any], path: Path) -> None:
     table = Table("score, %", *(f"{size:,}" for size in sizes))
     for task, of_size in result["by_length"].items():
         table.add_row(task, *(f"{mean:.1f} ({low:.1f} to {high:.1f})" for mean, low, high in of_size.values()))
-    console = Console()
-    console.print(table)
-    console.print(str(path), soft_wrap=True, highlight=False)
+    print_tables(path, table)

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server of the model: the same prompts, token by token, answered by whoever serves it."""
+"""An OpenAI-compatible server of the model: the same prompts, token by token, answered by the engine that serves it."""
 
 from __future__ import annotations
 

@@ -19,14 +19,14 @@ from rich.table import Table
 
 from ds_longft.errors import ConfigError
 from ds_longft.tools.evaluate.flags import FLAGS, Flags
-from ds_longft.tools.evaluate.processes import start_ranks
+from ds_longft.tools.evaluate.processes import evaluate_on_ranks
 from ds_longft.tools.evaluate.texts import CHARACTERS_A_TOKEN, Language, read_texts
 
 if TYPE_CHECKING:
     from ds_longft.tools.evaluate.answering import Answering, Result
 
 ANSWER_TOKENS = 32
-QUESTION_TOKENS = 2048  # more than a question and a chat template have; so many are asked together
+QUESTION_TOKENS = 2048  # more than a question and a chat template have; questions of so many tokens are one batch
 CAPITALS = {
     "France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Egypt": "Cairo", "Spain": "Madrid", "Germany": "Berlin",
     "Russia": "Moscow", "China": "Beijing", "Greece": "Athens", "Portugal": "Lisbon", "Austria": "Vienna",
@@ -83,12 +83,9 @@ def short(
     arguments = dict(locals())
     if texts < 1 or length < 2:
         raise ConfigError(f"--texts is {texts}, --length is {length}: expected 1 or more, and 2 or more")
-    if start_ranks("eval short", flags, arguments):
-        return
-    from ds_longft.tools.evaluate.answering import evaluate  # brings torch: not in a process that only starts others
 
     told = {"text": text, "where": where, "language": language}
-    evaluate(model, flags, lambda answering: _measure(answering, told, texts, length), _show)
+    evaluate_on_ranks("eval short", arguments, lambda answering: _measure(answering, told, texts, length), _show)
 
 
 def _measure(answering: Answering, told: dict[str, Any], texts: int, length: int) -> Result:

@@ -26,7 +26,6 @@ Language = Literal["en", "zh"]
 
 PLAIN = (".txt", ".md", ".rst")
 COLUMNS = ("text", "content", "context", "article", "document")
-BUILT_IN = "built in"
 CHARACTERS_A_TOKEN = 6  # more than any tokenizer takes, for the length of the built-in text
 
 PEOPLE_ZH = ("老师", "木匠", "船长", "邻居", "画家", "医生", "农夫", "学生", "司机", "裁缝", "厨师", "守夜人")
@@ -97,7 +96,7 @@ def _row_text(origin: str, row: dict[str, Any]) -> str:
 
 
 def english(characters: int) -> str:
-    """The Python language reference, then docstrings of the standard library, until there are so many characters."""
+    """The Python language reference, then docstrings of the standard library, until there are enough `characters`."""
     parts: list[str] = []
     try:
         from pydoc_data.topics import topics

@@ -9,16 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
 from ds_longft.config.run_config import SourceConfig
 from ds_longft.data.readers import read_rows
 from ds_longft.data.rows import BadRow
 from ds_longft.errors import ConfigError, DataError
-from ds_longft.tools.evaluate.flags import FLAGS, Flags, tokens_of
+from ds_longft.tools.evaluate.flags import FLAGS, Flags, print_tables, tokens_of
 from ds_longft.tools.evaluate.haystack import encode_prompt
-from ds_longft.tools.evaluate.processes import start_ranks
+from ds_longft.tools.evaluate.processes import evaluate_on_ranks
 
 if TYPE_CHECKING:
     from ds_longft.tools.evaluate.answering import Answering, Result
@@ -68,11 +67,8 @@ def v2(
     if flags.server is not None:
         raise ConfigError("--server gives answers, not the likelihood of letters: leave it out")
     most = None if max_length is None else tokens_of("--max_length", max_length)
-    if start_ranks("eval longbench v2", flags, arguments):
-        return
-    from ds_longft.tools.evaluate.answering import evaluate  # brings torch: not in a process that only starts others
 
-    evaluate(model, flags, lambda answering: _measure(answering, data, most, limit), _show)
+    evaluate_on_ranks("eval longbench v2", arguments, lambda answering: _measure(answering, data, most, limit), _show)
 
 
 def read_choices(data: str, limit: int | None) -> list[dict[str, Any]]:
@@ -133,6 +129,4 @@ def _show(result: dict[str, Any], path: Path) -> None:
     table = Table("LongBench v2", "right, %", "95 %", "rows")
     for name, (mean, low, high, rows) in result["right_percent"].items():
         table.add_row(name, f"{mean:.1f}", f"{low:.1f} to {high:.1f}", str(rows))
-    console = Console()
-    console.print(table)
-    console.print(str(path), soft_wrap=True, highlight=False)
+    print_tables(path, table)

@@ -14,7 +14,7 @@ from ds_longft.tools.evaluate.longbench.score import print_scores, scores_by_len
 from ds_longft.tools.evaluate.longbench.task_metrics import check_packages
 from ds_longft.tools.evaluate.longbench.task_rows import find_copy, read_prompts, read_task
 from ds_longft.tools.evaluate.longbench.tasks import TASKS, Task, averages
-from ds_longft.tools.evaluate.processes import start_ranks
+from ds_longft.tools.evaluate.processes import evaluate_on_ranks
 
 if TYPE_CHECKING:
     from ds_longft.tools.evaluate.answering import Answering, Result
@@ -53,12 +53,11 @@ def run(
         raise ConfigError(f"--limit is {limit}: expected 1 or more")
     check_packages()
     longest = tokens_of("--max_length", max_length) if max_length else None
-    if start_ranks("eval longbench run", flags, arguments):
-        return
-    from ds_longft.tools.evaluate.answering import evaluate  # brings torch: not in a process that only starts others
 
     told = {"tasks": [t.name for t in chosen], "e": e, "limit": limit, "data": data, "prompts": prompts}
-    evaluate(model, flags, lambda answering: _measure(answering, chosen, told, longest), _show)
+    evaluate_on_ranks(
+        "eval longbench run", arguments, lambda answering: _measure(answering, chosen, told, longest), _show
+    )
 
 
 def _show(result: dict[str, Any], path: Path) -> None:

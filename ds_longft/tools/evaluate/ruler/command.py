@@ -6,15 +6,15 @@ from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
 from ds_longft.errors import ConfigError
-from ds_longft.tools.evaluate.flags import FLAGS, Flags, token_list
+from ds_longft.tools.evaluate.flags import FLAGS, Flags, print_tables, token_list
 from ds_longft.tools.evaluate.grid import default_lengths
-from ds_longft.tools.evaluate.processes import start_ranks
+from ds_longft.tools.evaluate.processes import evaluate_on_ranks
 from ds_longft.tools.evaluate.ruler.ruler_rows import answer_tokens, choose, made_row, read_material, score
 from ds_longft.tools.evaluate.texts import CHARACTERS_A_TOKEN, read_texts
 
@@ -58,12 +58,9 @@ def ruler(
         raise ConfigError(f"--rows is {rows}: expected 1 or more")
     chosen = choose(tasks, {"qa_1": squad, "qa_2": hotpotqa})
     sizes = None if lengths is None else token_list("--lengths", lengths)
-    if start_ranks("eval ruler", flags, arguments):
-        return
-    from ds_longft.tools.evaluate.answering import evaluate  # brings torch: not in a process that only starts others
 
     told = {"tasks": chosen, "rows": rows, "essays": essays, "squad": squad, "hotpotqa": hotpotqa, "seed": seed}
-    evaluate(model, flags, lambda answering: _measure(answering, told, sizes), _show)
+    evaluate_on_ranks("eval ruler", arguments, lambda answering: _measure(answering, told, sizes), _show)
 
 
 def _measure(answering: Answering, told: dict[str, Any], lengths: list[int] | None) -> Result:
@@ -103,18 +100,16 @@ def _summary(rows: list[dict[str, Any]], tasks: list[str], sizes: list[int]) -> 
     """Scores in percent by task and length, their mean by length with its interval, and some rows to read."""
     from ds_longft.tools.evaluate.bootstrap import mean_with_interval
 
-    of: dict[tuple[str, int], list[float]] = {}
+    scores: dict[tuple[str, int], list[float]] = {}
     for row in rows:
-        of.setdefault((row["task"], row["length_tokens"]), []).append(100 * row["score"])
-    whole = {str(size): mean_with_interval([of[task, size] for task in tasks]) for size in sizes}
+        scores.setdefault((row["task"], row["length_tokens"]), []).append(100 * row["score"])
+    whole = {str(size): mean_with_interval([scores[task, size] for task in tasks]) for size in sizes}
     shown = ("question", "answers", "reply")
     wrong = sorted(rows, key=lambda row: (row["score"], -row["length_tokens"]))[:6]
     return {
         "averages": {size: mean for size, (mean, _, _) in whole.items()},
         "intervals": {size: ends for size, (_, *ends) in whole.items()},
-        "by_length": {
-            task: {str(size): round(sum(of[task, size]) / len(of[task, size]), 2) for size in sizes} for task in tasks
-        },
+        "by_length": {task: {str(size): round(fmean(scores[task, size]), 2) for size in sizes} for task in tasks},
         "samples": [{key: row[key] for key in shown} | {"right": row["score"] == 1} for row in wrong],
     }
 
@@ -126,6 +121,4 @@ def _show(result: dict[str, Any], path: Path) -> None:
     table.add_section()
     table.add_row("mean", *(f"{value:.1f}" for value in result["averages"].values()), style="bold")
     table.add_row("95 %", *(f"{low:.1f} to {high:.1f}" for low, high in result["intervals"].values()))
-    console = Console()
-    console.print(table)
-    console.print(str(path), soft_wrap=True, highlight=False)
+    print_tables(path, table)

@@ -53,7 +53,7 @@ class Material:
     example: Text | None = None  # of variable tracking
 
     def text(self, task: str, units: int, length_tokens: int, row: int, rng: random.Random) -> Text:
-        """The row of a task with so many units: words, sentences or documents."""
+        """The row of a task with this number of units: words, sentences or documents."""
         if task in NIAH:
             return NIAH[task].text(units, self.essay, rng)
         if task == "vt":
