@@ -24,7 +24,7 @@ from benchmarks.work import commit
 from ds_longft.errors import ConfigError, LongftError
 from ds_longft.tools.evaluate.texts import chinese, english
 from ds_longft.tools.make_data.synth.commands import write_of_texts
-from ds_longft.tools.make_data.synth.flags import MadeOfTexts
+from ds_longft.tools.make_data.synth.flags_of_synth import MadeOfTexts
 from ds_longft.tools.make_data.synth.text_commands import parts_and_shares
 from examples.extend_smollm2 import hidden_numbers as hidden
 

@@ -21,7 +21,7 @@ from ds_longft.tools.make_data.convert import written_whole
 from ds_longft.tools.make_data.lengths import Lengths
 from ds_longft.tools.make_data.synth.agents import agent_rows
 from ds_longft.tools.make_data.synth.code import CHARS_PER_TOKEN, Part, code_rows
-from ds_longft.tools.make_data.synth.flags import Made, MadeOfTexts, Named
+from ds_longft.tools.make_data.synth.flags_of_synth import Made, MadeOfTexts, Named
 from ds_longft.tools.make_data.synth.needle_rows import needle_rows
 from ds_longft.tools.make_data.synth.needle_tasks import TASKS, Task
 from ds_longft.tools.make_data.synth.refgpt8x import MEAN_REFERENCES, hide_references, sentence_embedder

@@ -8,7 +8,7 @@ from typing import Any
 from ds_longft.command_line import tokens_of
 from ds_longft.errors import ConfigError
 from ds_longft.tools.make_data.synth.commands import write_of_texts
-from ds_longft.tools.make_data.synth.flags import MadeOfTexts
+from ds_longft.tools.make_data.synth.flags_of_synth import MadeOfTexts
 from ds_longft.tools.make_data.synth.negatives import negative_rows
 from ds_longft.tools.make_data.synth.refgpt8x import sentence_embedder
 from ds_longft.tools.make_data.synth.row_plan import size_parts
