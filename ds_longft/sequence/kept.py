@@ -176,6 +176,8 @@ class HostStore:
     def buffer(self, key: Hashable, like: Tensor) -> Tensor:
         """Pinned memory shaped like `like`, reused between steps and grown where a pack is longer."""
         size = like.numel() * like.element_size()
+        if not size:  # x A' of weights without an adapter; CUDA refuses to pin nothing
+            return torch.empty_like(like, device="cpu")
         memory = self._buffers.get(key)
         if memory is None or memory.numel() < size:
             gpu = self.device.type == "cuda"

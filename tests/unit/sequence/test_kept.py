@@ -119,18 +119,38 @@ def test_the_down_projection_is_computed_again_only_where_its_output_is_read() -
     assert down_rows(4, after=True) == 20
 
 
-@pytest.mark.parametrize("size", [1, 5000, 1 << 20])
-def test_pinned_memory_is_registered_whole(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    registered = []
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
+    """Pinned memory of a CUDA runtime that is not there: start -> bytes."""
+    pinned: dict[int, int] = {}
 
     class Runtime:
         @staticmethod
         def cudaHostRegister(start: int, size: int, flags: int) -> int:
-            registered.append((start, size))
+            assert size > 0, "cudaErrorInvalidValue"
+            pinned[start] = size
+            return 0
+
+        @staticmethod
+        def cudaHostUnregister(start: int) -> int:
+            del pinned[start]
             return 0
 
     monkeypatch.setattr(torch.cuda, "cudart", Runtime)
     monkeypatch.setattr(torch.cuda, "check_error", lambda code: None)  # there is none in a build for CPUs
+    return pinned
+
+
+@pytest.mark.parametrize("size", [1, 5000, 1 << 20])
+def test_pinned_memory_is_registered_whole(registered: dict[int, int], size: int) -> None:
     memory = _pinned(size)
     assert memory.numel() == size
-    assert registered == [(memory.data_ptr(), size)]
+    assert registered == {memory.data_ptr(): size}
+
+
+def test_nothing_is_not_pinned_and_what_grows_is_pinned_again(registered: dict[int, int]) -> None:
+    store = HostStore(CPU)
+    store.device = torch.device("cuda")
+    for rows in (0, 3, 0, 5):  # x A' of a linear without an adapter has no columns
+        assert store.buffer("xa", torch.ones(rows, 4)).shape == (rows, 4)
+    assert list(registered.values()) == [5 * 4 * 4]
