@@ -111,18 +111,18 @@ def safe_full(parameter: Any) -> torch.Tensor:
 
 CASES = [
     # world, sp, stage, accumulation, LoRA, policy, dpo, config changes, rehearsed
-    (2, 2, 0, 1, True, "fused", {"passes": "one"}, {}, False),
+    pytest.param(2, 2, 0, 1, True, "fused", {"passes": "one"}, {}, False, marks=pytest.mark.slow),
     (2, 2, 0, 3, True, "fused", {"passes": "two"}, {}, False),
     (2, 2, 1, 3, True, "keep_attention", {"passes": "two"}, {}, True),
     (2, 1, 2, 1, True, "fused", {"passes": "one"}, HEADS_9_3, True),
-    (4, 2, 2, 3, True, "fused", {"passes": "two", "loss": "ipo"}, {}, False),
+    pytest.param(4, 2, 2, 3, True, "fused", {"passes": "two", "loss": "ipo"}, {}, False, marks=pytest.mark.slow),
     (2, 2, 3, 1, True, "fused", {"passes": "one"}, {}, False),
     (2, 2, 3, 3, True, "fused", {"passes": "two", "rpo_alpha": 0.5}, {}, True),
-    (4, 2, 3, 1, True, "fused", {"passes": "one", "label_smoothing": 0.1}, HEADS_9_3, False),
+    pytest.param(4, 2, 3, 1, True, "fused", {"passes": "one", "label_smoothing": 0.1}, HEADS_9_3, False, marks=pytest.mark.slow),
     (4, 4, 3, 1, HEADS, "keep_attention", {"passes": "two"}, {}, False),
     (2, 2, 3, 1, False, "keep_attention", {"passes": "one", "reference": "model"}, {}, False),
     (4, 2, 3, 3, False, "full", {"passes": "two", "reference": "model"}, {}, False),
-    (2, 2, 2, 1, False, "keep_attention", {"passes": "one", "reference": "model"}, {}, False),
+    pytest.param(2, 2, 2, 1, False, "keep_attention", {"passes": "one", "reference": "model"}, {}, False, marks=pytest.mark.slow),
     (2, 2, 3, 3, True, "fused", {"passes": "one", "reference": "precomputed"}, {}, False),
     (2, 1, 1, 1, True, "full", {"passes": "two", "reference": "precomputed"}, {}, False),
     (2, 2, 3, 1, False, "sqrt", {"passes": "one", "loss": "simpo", "beta": 2.0}, {}, False),

@@ -35,7 +35,11 @@ def pair_config(folder: Path, *, stage: int = 3, lora: bool = True, **dpo: Any) 
 
 @pytest.mark.parametrize(
     ("world", "stage", "lora", "dpo"),
-    [(2, 3, True, {"passes": "two"}), (4, 2, True, {"loss": "ipo", "rpo_alpha": 0.5}), (2, 3, False, {"beta": 0.5})],
+    [
+        (2, 3, True, {"passes": "two"}),
+        pytest.param(4, 2, True, {"loss": "ipo", "rpo_alpha": 0.5}, marks=pytest.mark.slow),
+        (2, 3, False, {"beta": 0.5}),
+    ],
 )
 def test_a_right_run_passes(pools, tmp_path, world, stage, lora, dpo):
     found, facts, text = pools(world).run(verified, pair_config(tmp_path, stage=stage, lora=lora, **dpo), ALL, None)[0]

@@ -135,16 +135,16 @@ CASES = [
     # kind, world, ZeRO stage, sp, LoRA, rehearsed
     ("adamw", 2, 3, 2, True, True),
     ("adafactor", 2, 0, 2, True, True),
-    ("adafactor", 2, 0, 2, False, False),
-    ("schedule_free", 2, 0, 2, True, False),
+    pytest.param("adafactor", 2, 0, 2, False, False, marks=pytest.mark.slow),
+    pytest.param("schedule_free", 2, 0, 2, True, False, marks=pytest.mark.slow),
     ("schedule_free", 2, 1, 2, False, False),
     ("schedule_free", 2, 2, 2, True, True),
-    ("schedule_free", 2, 2, 1, False, False),
-    ("muon", 2, 0, 2, True, True),
+    pytest.param("schedule_free", 2, 2, 1, False, False, marks=pytest.mark.slow),
+    pytest.param("muon", 2, 0, 2, True, True, marks=pytest.mark.slow),
     ("muon", 2, 1, 2, False, False),
-    ("muon", 2, 2, 2, True, True),
+    pytest.param("muon", 2, 2, 2, True, True, marks=pytest.mark.slow),
     ("muon", 2, 2, 1, False, True),
-    ("muon", 2, 3, 2, True, True),
+    pytest.param("muon", 2, 3, 2, True, True, marks=pytest.mark.slow),
     ("muon", 2, 3, 2, False, False),
     ("adamw_8bit", 2, 0, 2, False, True),  # whole parameters on every rank: the same blocks
 ]
@@ -162,7 +162,7 @@ def test_weights_are_those_of_one_process(
     assert differ == (kind == "schedule_free"), "what is evaluated is what is trained, or its average"
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
 def test_moments_of_a_byte_under_zero_are_those_of_adamw_to_their_rounding(
     pools: Any, folder: str, alone: Any, stage: int
 ) -> None:
@@ -174,14 +174,14 @@ def test_moments_of_a_byte_under_zero_are_those_of_adamw_to_their_rounding(
 @pytest.mark.parametrize(
     ("kind", "stage", "lora"),
     [
-        ("adamw_8bit", 0, False),
-        ("adamw_8bit", 2, False),
+        pytest.param("adamw_8bit", 0, False, marks=pytest.mark.slow),
+        pytest.param("adamw_8bit", 2, False, marks=pytest.mark.slow),
         ("adamw_8bit", 3, False),
         ("adafactor", 0, True),
-        ("schedule_free", 0, True),
+        pytest.param("schedule_free", 0, True, marks=pytest.mark.slow),
         ("schedule_free", 2, False),
-        ("muon", 0, True),
-        ("muon", 2, False),
+        pytest.param("muon", 0, True, marks=pytest.mark.slow),
+        pytest.param("muon", 2, False, marks=pytest.mark.slow),
         ("muon", 3, False),
     ],
 )

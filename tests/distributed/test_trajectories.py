@@ -89,7 +89,7 @@ def test_same_curve(job, base, tmp_path, world, sp, accumulation, stage, keys):
 
 def test_packing_does_not_change_the_curve(job, tmp_path):
     """Steps that hold the whole data set: packed or not, the same rows."""
-    rows = ("--data.eval_fraction", "0", "--train.eval_every_steps", "null", "--train.max_steps", "8")
+    rows = ("--data.eval_fraction", "0", "--train.eval_every_steps", "null", "--train.max_steps", "4")
     packed = curve(job, tmp_path / "packed", 1, 1, 30, 0, *rows)
     single = curve(job, tmp_path / "single", 2, 2, 30, 1, *rows, "--data.packing", "none")
     assert_same(single, packed)

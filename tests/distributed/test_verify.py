@@ -209,7 +209,7 @@ def test_a_planted_fault_is_found(pools, tmp_path, fault, number, message, check
 @pytest.mark.parametrize(
     ("world", "sp", "stage", "lora", "base"),
     [
-        (2, 2, 3, True, "auto"), (2, 2, 2, False, "auto"), (4, 2, 3, True, "auto"), (2, 1, 1, True, "auto"),
+        (2, 2, 3, True, "auto"), (2, 2, 2, False, "auto"), pytest.param(4, 2, 3, True, "auto", marks=pytest.mark.slow), (2, 1, 1, True, "auto"),
         (2, 2, 3, True, "host"),
     ],
     ids=["zero3", "full", "sp2_dp2", "dp2", "base_on_the_host"],
@@ -292,8 +292,8 @@ def first_step(rank: int, world: int, content: dict[str, Any], fault: str | None
     ("fault", "message"),
     [
         ("gradient_scaled_by_sp", r"scaled by sp"),
-        ("mask_dropped", "attention does not stop at the borders"),
-        ("label_over_the_border", "labels leak over a document border"),
+        pytest.param("mask_dropped", "attention does not stop at the borders", marks=pytest.mark.slow),
+        pytest.param("label_over_the_border", "labels leak over a document border", marks=pytest.mark.slow),
     ],
 )
 def test_verify_first_stops_a_wrong_run(pools, tmp_path, fault, message):

@@ -79,7 +79,11 @@ def write_job(folder: Path) -> Path:
         "output_dir": str(folder / "out"),
         "sp": 2,
         "model": {"path": str(folder / "model")},
-        "lora": {"r": 4, "dropout": 0.1},
+        "lora": {
+            "r": 4,
+            "dropout": 0.1,
+            "targets": ["q_proj", "down_proj"],
+        },  # all seven: 3.8 s a rank instead of 2.1
         "data": {
             "train": [str(folder / "rows.jsonl")],
             "eval_fraction": 0.2,

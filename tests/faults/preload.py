@@ -14,9 +14,13 @@ import deepspeed  # noqa: F401
 import matplotlib.pyplot  # noqa: F401
 import peft  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import ds_longft.train.engine
 import ds_longft.train.run  # noqa: F401
+
+# Made with the first model that is loaded, a thousand regular expressions: by each rank, were it not for this.
+get_checkpoint_conversion_mapping("llama")
 
 # DeepSpeed collects garbage with each engine, which would walk through all that is imported here: a second each time.
 gc.collect()

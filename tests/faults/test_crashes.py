@@ -20,7 +20,7 @@ POINTS = [
     ("save_shard", 4, 1, 2),  # F2, as the other three
     pytest.param("save_seal", 4, 0, 2, marks=pytest.mark.slow),
     pytest.param("save_rename", 4, 0, 2, marks=pytest.mark.slow),
-    ("save_done", 4, 0, 4),
+    pytest.param("save_done", 4, 0, 4, marks=pytest.mark.slow),
 ]
 
 

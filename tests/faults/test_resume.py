@@ -34,7 +34,7 @@ def cut(output: Path) -> list:
 WORLDS = [
     # stage, then (ranks, sp, accumulation) before and after: two packs a step each time
     (3, (2, 2, 2), (2, 1, 1)),  # F17
-    (3, (2, 1, 1), (2, 2, 2)),
+    pytest.param(3, (2, 1, 1), (2, 2, 2), marks=pytest.mark.slow),
     (3, (2, 2, 2), (1, 1, 2)),  # F18
     (2, (1, 1, 2), (2, 2, 2)),
     pytest.param(3, (1, 1, 2), (2, 1, 1), marks=pytest.mark.slow),
@@ -89,7 +89,7 @@ def test_in_bf16(launcher: Launcher, tmp_path: Path, zero: int, lora: str) -> No
 OPTIMIZERS = [
     # type, ZeRO stage, other keys
     ("schedule_free", 2, ("--optim.schedule", "constant")),
-    ("muon", 3, ("--optim.max_grad_norm", "null")),
+    pytest.param("muon", 3, ("--optim.max_grad_norm", "null"), marks=pytest.mark.slow),
     pytest.param("adamw_8bit", 2, (), marks=pytest.mark.slow),
     pytest.param("adafactor", 0, (), marks=pytest.mark.slow),
 ]

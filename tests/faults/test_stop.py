@@ -16,7 +16,9 @@ CASES = [
     pytest.param({"point": "step", "step": 5, "do": "SIGUSR2"}, [0, 1], 4, marks=pytest.mark.slow),
     ({"point": "update", "step": 5, "do": "SIGTERM"}, [0], 5),  # too late for step 5's sums: seen before the next pack
     pytest.param({"point": "save_shard", "step": 4, "do": "SIGTERM"}, [0], 4, marks=pytest.mark.slow),
-    ({"point": "eval", "step": 4, "do": "SIGUSR2"}, [1], 4),  # the evaluation is made up for
+    pytest.param(
+        {"point": "eval", "step": 4, "do": "SIGUSR2"}, [1], 4, marks=pytest.mark.slow
+    ),  # the evaluation is made up for
 ]
 
 
