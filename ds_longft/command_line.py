@@ -250,7 +250,7 @@ def _usage(parameters: Any) -> str:
     words = []
     for p in parameters.values():
         if p.annotation == RunKeys:
-            words.append(f"{p.name.upper()} [--key value ...]")
+            words.append(f"{p.name.upper() if p.default is p.empty else f'[{p.name.upper()}]'} [--key value ...]")
         elif p.kind is p.VAR_POSITIONAL:
             words.append(f"[{p.name.upper()} ...]")
         elif _is_word(p, parameters):

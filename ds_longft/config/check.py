@@ -17,6 +17,7 @@ from typing import Any
 
 from ds_longft.config.ds_file import load_ds_config
 from ds_longft.config.ds_json import DeepSpeedSettings, Device, merge_ds_config
+from ds_longft.config.endings import SUFFIXES, UNREAD, not_read, suffix_of
 from ds_longft.config.optimizers import KINDS
 from ds_longft.config.proof import proof_problem
 from ds_longft.config.quantized import format_name, full_training_problem, stored_in
@@ -27,10 +28,6 @@ from ds_longft.config.window import reached_tokens, window_problem
 from ds_longft.errors import ConfigError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-DATA_SUFFIXES = (
-    *(".json", ".jsonl", ".jsonlines", ".ndjson", ".parquet", ".arrow", ".feather", ".txt", ".tar", ".tgz"),
-    *(".gz", ".bz2", ".lz4", ".zst"),
-)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 SPLITTABLE_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
@@ -182,6 +179,8 @@ def _model_folder_problems(config: RunConfig) -> list[str]:
         ]
     if not folder.is_dir():
         return [f"model.path: {given} is a file, expected the folder around it"]
+    if config.model.revision is not None and not config.model.trust_remote_code:
+        return [f"model.revision is {config.model.revision}, but model.path is a folder, which has none: leave it out"]
     if not (folder / "config.json").is_file():
         is_adapter = (folder / "adapter_config.json").exists()
         hint = (
@@ -294,6 +293,11 @@ def _data_problems(config: RunConfig) -> list[str]:
         for key, source in sources
         if _is_missing(source)
     ]
+    problems += [
+        f"{key}: {source.path} has an unknown ending: {why}"
+        for key, source in sources
+        if Path(source.path).expanduser().is_file() and (why := not_read(Path(source.path)))
+    ]
     template = config.data.chat_template
     if template is not None and not find_template(template).is_file():
         names = ", ".join(sorted(file.name for file in TEMPLATES.glob("*.jinja")))
@@ -308,8 +312,8 @@ def _is_missing(source: SourceConfig) -> bool:
         return False
     if is_pattern(source.path):
         return not path.exists() and not glob(str(path))
-    is_hub_id = HUB_ID.fullmatch(source.path) and not source.path.endswith(DATA_SUFFIXES)
-    return not is_hub_id and not path.exists()
+    is_file = suffix_of(path) in {*SUFFIXES, *UNREAD} or ("." in source.path and "/" not in source.path)
+    return not path.exists() and (bool(is_file) or not HUB_ID.fullmatch(source.path))
 
 
 def _is_installed(library: str) -> bool:

@@ -84,6 +84,14 @@ def load_run_config(
     return _validate(_deep_merge(from_file, given), problems, preflight)
 
 
+def config_of_run(folder: Path) -> RunConfig:
+    """What a run wrote about itself. It ran: rules across keys that came later do not count. Raises ConfigError."""
+    try:
+        return RunConfig.model_validate(read_config_file(folder / "config.yaml"), context=EACH_KEY_ALONE)
+    except ValidationError:
+        return load_run_config(str(folder / "config.yaml"))  # which says what is wrong
+
+
 def read_config_file(path: Path) -> dict[str, Any]:
     """The YAML file as nested dicts, not yet validated. Raises ConfigError: missing, bad YAML, repeated keys.
 

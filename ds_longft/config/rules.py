@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from ds_longft.config.unused import unused
+
 if TYPE_CHECKING:
     from ds_longft.config.run_config import RunConfig
 
@@ -16,7 +18,7 @@ Rules = dict[str, bool]
 
 def contradictions(config: RunConfig) -> list[str]:
     """The text of every broken rule."""
-    parts = (_parts_of_run, _base, _objective, _tokens, _stream, _optimizer, _muon, _memory_and_code)
+    parts = (_parts_of_run, _base, _objective, _tokens, _stream, _optimizer, _muon, _memory_and_code, unused)
     return [text for part in parts for text, broken in part(config).items() if broken]
 
 

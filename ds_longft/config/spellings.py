@@ -42,12 +42,14 @@ KEYS_OF_OTHER_TOOLS = {
     **dict.fromkeys(["preprocessing_num_workers", "dataset_num_proc", "num_proc"], "data.workers"),
     **dict.fromkeys(["attn_implementation", "flash_attention", "flash_attn"], "model.kernel"),
     **dict.fromkeys(["bf16", "torch_dtype", "precision"], "model.dtype"),
+    **dict.fromkeys(["load_in_4bit", "load_in_8bit", "quantization_bit", "quant_bits"], "model.quantize"),
     **dict.fromkeys(["rope_scaling", "rope_type"], "model.rope.type"),
     **dict.fromkeys(["rope_theta"], "model.rope.theta"),
     **dict.fromkeys(["wandb_project"], "log.project"),
     **dict.fromkeys(["wandb_name", "run_name", "wandb_run_id"], "log.name"),
     **dict.fromkeys(["report_to", "log_with", "tracker"], "log.trackers"),
     **dict.fromkeys(["use_wandb"], "log.wandb"),
+    **dict.fromkeys(["hub_model_id", "push_to_hub_model_id"], "hub.repo"),
     **dict.fromkeys(["deepspeed", "deepspeed_config"], "ds_config"),
     **dict.fromkeys(["rl", "stage", "rlhf_type", "trainer_type"], "objective"),
     **dict.fromkeys(["pref_beta", "dpo_beta", "rl_beta"], "dpo.beta"),
@@ -62,10 +64,7 @@ EXPLANATIONS = {
         "a micro batch is always one pack; set its size with data.pack_tokens and the packs per optimizer step with "
         "train.gradient_accumulation_steps",
     ),
-    **dict.fromkeys(
-        ["fp16", "load_in_8bit", "load_in_4bit"],
-        "weights are bf16 or fp32, see model.dtype",
-    ),
+    "fp16": "weights are bf16 or fp32, see model.dtype; in fewer bits see model.quantize",
     **dict.fromkeys(
         ["special_tokens", "pad_token", "eos_token"],
         "nothing is padded, and the chat template ends an answer; new tokens stand in model.add_tokens",

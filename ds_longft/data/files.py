@@ -9,15 +9,10 @@ from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
 
+from ds_longft.config.endings import EXPECTED, LINES, SUFFIXES, UNREAD, not_read, suffix_of
 from ds_longft.config.run_config import SourceConfig, is_pattern
 from ds_longft.errors import DataError
 
-LINES = (".json", ".jsonl", ".jsonlines", ".ndjson")
-TABLES = (".parquet", ".arrow", ".feather")
-SUFFIXES = (*LINES, *TABLES, ".txt", ".tar", ".tgz")
-PACKED = (".gz", ".bz2", ".lz4", ".zst")
-EXPECTED = f"{', '.join(SUFFIXES)} ({', '.join(PACKED)} too)"
-UNREAD = {".xz", ".zip", ".7z", ".rar", ".csv", ".tsv", ".xlsx", ".pkl"}  # data too, in a form not read here
 # Written beside data by `datasets`, its hub and LLaMA-Factory, and texts about it.
 NO_DATA = re.compile(
     r"(dataset_infos?|dataset_dict|state|dataset_card)\.json|(readme|licen[cs]e|notice|changelog|citation|requirements)\..*",
@@ -40,14 +35,6 @@ class Files:
     remark: str = ""
 
 
-def suffix_of(path: Path) -> str:
-    """The ending that says what a file holds, without the one that says how it is packed."""
-    suffixes = [s.lower() for s in path.suffixes]
-    if suffixes[-1:] and suffixes[-1] in PACKED:
-        return suffixes[-2] if len(suffixes) > 1 else ""
-    return suffixes[-1] if suffixes else ""
-
-
 def is_remote(path: str) -> bool:
     """Whether a path names a place on another machine: s3://, gs://, hf://, https://."""
     return "://" in path
@@ -66,8 +53,8 @@ def local_files(config: SourceConfig) -> Files | None:
         return _of_folder(path, config)
     if path.is_file():
         _refuse_hub_keys(config, "a file", split=True)
-        if suffix_of(path) not in SUFFIXES:
-            raise DataError(f"{path} has an unknown ending: expected {EXPECTED}")
+        if why := not_read(path):
+            raise DataError(f"{path} has an unknown ending: {why}")
         return Files((path,), _unread_members([path]))
     return None
 

@@ -110,7 +110,7 @@ def _asked_and_answered(columns: Columns, layout: Layout, unused: set[str]) -> l
 def grounded(record: Mapping[str, Any]) -> tuple[str, list[Turn]]:
     """(reference text, dialogue about it) of a row that carries both; the reference is not yet in the dialogue.
 
-    Layouts: RefGPT-Fact (`reference`, `dialogue` in one string), anti-haystack (`document`, `question`, `answer`),
+    Layouts: RefGPT-Fact (`reference`, `dialogue` in one string, or a list of turns), anti-haystack (`document`, `question`, `answer`),
     reading comprehension (`context`, `qas`: each pair becomes two turns), `reference` beside `messages`. Raises
     `BadRow`.
     """
@@ -126,7 +126,9 @@ def _reference_and_turns(columns: Columns, layout: Layout, unused: set[str]) -> 
         reference = "\n".join(text_of(part, about) for part in reference)
     reference = text_of(reference, about)
     if talk == ["dialogue"]:
-        return reference, _refgpt_turns(text_of(columns.get("dialogue"), "dialogue"))
+        said = columns.get("dialogue")
+        turns = turns_of(said, unused) if isinstance(said, list) else _refgpt_turns(text_of(said, "dialogue"))
+        return reference, turns
     if talk == ["messages"]:
         return reference, _messages(columns, layout, unused)
     if talk == ["question", "answer"]:

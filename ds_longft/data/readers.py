@@ -23,8 +23,9 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ds_longft.config.endings import LINES, SUFFIXES, TABLES, suffix_of
 from ds_longft.config.run_config import SourceConfig
-from ds_longft.data.files import LINES, SUFFIXES, TABLES, is_member, is_remote, local_files, suffix_of
+from ds_longft.data.files import is_member, is_remote, local_files
 from ds_longft.data.records import (
     MAX_EXPANSION,
     MAX_RECORD_BYTES,
@@ -165,7 +166,9 @@ def _load_hub(config: SourceConfig, streaming: bool) -> Any:
         asked = f"split {config.split!r}, subset {config.subset!r}"
         raise DataError(
             f"{config.path!r} is no local file or folder, and as a hub id ({asked}) it cannot be loaded: "
-            f"{_first_lines(error)}. data.train[].subset chooses a configuration, split a split"
+            f"{_first_lines(error)}. data.train[].subset chooses a configuration, split a split. Without a network: "
+            f"`hf download {config.path} --repo-type dataset --local-dir FOLDER` where there is one, and give the folder; "
+            "HF_HUB_OFFLINE=1 ends the retries. A gated set wants `hf auth login`"
         ) from error
 
 

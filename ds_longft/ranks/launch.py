@@ -45,6 +45,8 @@ def launch_ranks(module: str, argv: list[str], *, ranks: int, gpus: int, hand_on
     def end_with_parent() -> None:
         prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
+    many = f"{ranks} processes; each imports" if ranks > 1 else "a process; it imports"
+    print(f"starting {many} torch ...", file=sys.stderr, flush=True)
     processes: list[subprocess.Popen[bytes]] = []
 
     def tell_ranks(number: int, frame: FrameType | None) -> None:

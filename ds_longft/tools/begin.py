@@ -43,6 +43,7 @@ def train(config: RunKeys, *, gpus: int | None = None) -> None:
     ]  # fmt: skip
     if not here:
         os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    print(f"starting {ranks} process{'es' * (ranks > 1)} by deepspeed's launcher, which imports torch ...", flush=True)
     os.execv(sys.executable, [*command, "--module", "ds_longft.train", *words])
 
 

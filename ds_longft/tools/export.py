@@ -24,7 +24,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
-from ds_longft.config.read import load_run_config
+from ds_longft.config.read import config_of_run
 from ds_longft.config.run_config import ModelConfig
 from ds_longft.errors import ModelError
 from ds_longft.model.elsewhere import spell_for_older_readers
@@ -167,7 +167,7 @@ def _trained_format(run: Path, base: str, trained: PretrainedConfig, of_base: Pr
             f"the adapter was trained on a checkpoint that is quantised, but "
             f"the files of {base!r} are not: the merged model would be another one. Give that checkpoint as --base"
         )
-    asked = load_run_config(str(run / "config.yaml")).model if (run / "config.yaml").is_file() else ModelConfig()
+    asked = config_of_run(run).model if (run / "config.yaml").is_file() else ModelConfig()
     return base_format(of_base, asked)
 
 

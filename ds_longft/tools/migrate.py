@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
 from ds_longft.config.messages import all_keys, validation_problems
 from ds_longft.config.optimizers import KINDS
 from ds_longft.config.read import read_config_file
-from ds_longft.config.run_config import RunConfig
+from ds_longft.config.run_config import EACH_KEY_ALONE, RunConfig, TrackerName
+from ds_longft.config.rules import contradictions
 from ds_longft.config.spellings import EXPLANATIONS, HOLDS_ANYWAY, KEYS_OF_OTHER_TOOLS
+from ds_longft.config.unused import unused
 from ds_longft.config.yaml_io import dump_yaml
 from ds_longft.errors import ConfigError
 
@@ -81,7 +83,12 @@ def migrated(file: Path) -> tuple[str, list[str]]:
         made.keys.setdefault("lora.alpha", 2 * made.keys["lora.r"])  # LLaMA-Factory's default
     tree = _nested(made.keys)
     try:
-        RunConfig.model_validate(tree)
+        run = RunConfig.model_validate(tree, context=EACH_KEY_ALONE)
+        made.notes += contradictions(run)
+        for text, is_so in unused(run).items():  # what would do nothing is left out
+            if is_so:
+                made.keys.pop(text.partition(" ")[0])
+        tree = _nested(made.keys)
     except ValidationError as error:  # what is wrong is named, not written: the config can be used as it is
         for key, problem in validation_problems(error, tree).items():
             made.notes.append(problem)
@@ -239,14 +246,28 @@ def _wandb(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> Non
     names = value if isinstance(value, list) else [value]
     if "wandb" in names:
         made.put("log.wandb", "online")
-    others = [str(name) for name in names if name not in ("wandb", "none", "all")]
+    known = [name for name in names if name in get_args(TrackerName) and name != "wandb"]
+    if known:
+        made.put("log.trackers", known)
+    others = [str(name) for name in names if name not in (*known, "wandb", "none", "all")]
     if others:
-        made.note(key, f"{', '.join(others)}: metrics.jsonl and wandb are what is written")
+        made.note(key, f"{', '.join(others)}: log.trackers takes {', '.join(get_args(TrackerName))}")
 
 
-def _lora_alone(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
-    if str(value).lower() not in ("lora", "full", "none"):
-        made.note(key, f"{value}: the base is not quantised here, LoRA on bf16 weights in its place")
+def _tuner(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
+    if str(value).lower() == "qlora":
+        made.keys.setdefault("model.quantize", "nf4")
+    elif str(value).lower() not in ("lora", "full", "none"):
+        made.note(key, f"{value} is not there: LoRA in its place")
+
+
+def _bits(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
+    """`load_in_4bit: true`, `quantization_bit: 4`: QLoRA's nf4, or eight bits."""
+    bits = (4 if "4" in key else 8) if value is True else value
+    if bits in (4, 8):
+        made.put("model.quantize", "nf4" if bits == 4 else "int8")
+    elif value:
+        made.note(key, f"{value} is not there: see model.quantize")
 
 
 def _average(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
@@ -316,7 +337,8 @@ SPECIAL: dict[str, Callable[[str, Any, dict[str, Any], Migration], None]] = {
     **dict.fromkeys(["stage", "rl", "rlhf_type"], _objective),
     **dict.fromkeys(["val_set_size", "val_size", "split_dataset_ratio"], _share),
     **dict.fromkeys(["report_to"], _wandb),
-    **dict.fromkeys(["adapter", "finetuning_type", "train_type", "tuner_type"], _lora_alone),
+    **dict.fromkeys(["adapter", "finetuning_type", "train_type", "tuner_type"], _tuner),
+    **dict.fromkeys(["load_in_4bit", "load_in_8bit", "quantization_bit", "quant_bits"], _bits),
     **dict.fromkeys(["saves_per_epoch", "evals_per_epoch"], _average),
     **dict.fromkeys(["rope_scaling"], _rope),
     **dict.fromkeys(["adam_beta1", "adam_beta2"], _betas),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import shutil
+import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -214,9 +217,10 @@ def _write_end(
         if pusher is not None:
             pusher.finish(folder)
     records.console.print(summary_table(history, folder, (time.monotonic() - started) / 60))
-    export = shlex.join(["ds-longft", "export", str(folder), f"{folder}-merged"])
+    program = "ds-longft" if shutil.which("ds-longft") else os.path.relpath(Path(sys.executable).with_name("ds-longft"))
+    export = shlex.join([program, "export", str(folder), f"{folder}-merged"])
     records.console.print(f"Next: {export}   (an ordinary Hugging Face folder)")
-    records.console.print(f"      {shlex.join(['ds-longft', 'chat', str(folder)])}   (talk to it)")
+    records.console.print(f"      {shlex.join([program, 'chat', str(folder)])}   (talk to it)")
 
 
 def _hung(status: Status, message: str, lowest: bool) -> None:

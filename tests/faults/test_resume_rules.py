@@ -63,7 +63,6 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "seed": ("--seed", "1"),
     "objective": ("--objective", "dpo", "--data.train", "{pairs}", "--lora.dropout", "0"),
     "model.path": ("--model.path", "{model}"),
-    "model.revision": ("--model.revision", "main"),
     "model.trust_remote_code": ("--model.trust_remote_code", "true", "--model.revision", "0" * 40),
     "model.dtype": ("--model.dtype", "bf16"),
     "model.kernel": ("--model.kernel", "math"),
@@ -93,7 +92,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "data.train[].limit": ("--data.train", '[{"path": "{rows}", "limit": 9}]'),
     "data.eval_fraction": ("--data.eval_fraction", "0.3"),
     "data.max_length_tokens": ("--data.max_length_tokens", "200"),
-    "data.pack_tokens": ("--data.pack_tokens", "300"),
+    "data.pack_tokens": ("--data.packing", "best_fit", "--data.pack_tokens", "300"),
     "data.packing": ("--data.packing", "best_fit"),
     "data.overlong": ("--data.overlong", "truncate"),
     "data.thinking": ("--data.thinking", "last"),
@@ -130,12 +129,12 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "train.deterministic": ("--train.deterministic", "true"),
     "train.max_minutes": ("--train.max_minutes", "600"),
     "train.on_nonfinite": ("--train.on_nonfinite", "skip"),
-    "train.max_skipped_in_a_row": ("--train.max_skipped_in_a_row", "5"),
+    "train.max_skipped_in_a_row": ("--train.on_nonfinite", "skip", "--train.max_skipped_in_a_row", "5"),
     "train.hang_minutes": ("--train.hang_minutes", "20"),
     "log.trackers": ("--log.trackers", "wandb", "--log.wandb", "offline"),
     "log.wandb": ("--log.wandb", "offline"),
-    "log.project": ("--log.project", "other"),
-    "log.name": ("--log.name", "other"),
+    "log.project": ("--log.wandb", "offline", "--log.project", "other"),
+    "log.name": ("--log.wandb", "offline", "--log.name", "other"),
 }  # fmt: skip
 CHANGED_ROWS = {"data.train[].limit"}  # leads to other rows; other keys known by content lead to the same
 NOT_SEEN = {"train.on_nonfinite", "train.max_skipped_in_a_row"}  # in the losses of a run that stays finite
@@ -145,6 +144,7 @@ ELSEWHERE = (
     {key for key in CLASSES if key.startswith("dpo.")}
     | {
         "data.eval",
+        "model.revision",
         "lora.init_from",
         "train.mlp_tile_tokens",
         "optim.adam_learning_rate",
@@ -157,7 +157,7 @@ ELSEWHERE = (
 )
 """`dpo.*`, `lora.init_from`, mixtures: below, without a run. `train.mlp_tile_tokens`: below, with a run without dropout. `optim.adam_learning_rate` is
 Muon's. `data.eval` excludes
-`data.eval_fraction`, which decides the training rows. What names a hub set's version is refused for files. `hub.*`: `tests/e2e/test_hub.py`."""
+`data.eval_fraction`, which decides the training rows. What names a version on the hub is refused for files and folders. `hub.*`: `tests/e2e/test_hub.py`."""
 
 QUICK = {
     "lora.alpha", "lora.dropout", "model.rope.type", "optim.weight_decay", "data.train", "data.train[].limit", "train.recompute",

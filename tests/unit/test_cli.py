@@ -200,7 +200,7 @@ def test_help_shows_choices_numbers_and_defaults(
     monkeypatch.setenv("COLUMNS", "100")
     assert main(["plan", "-h"]) == 0
     text = capsys.readouterr().out
-    assert "usage: ds-longft plan [MODEL] [options]" in text
+    assert "usage: ds-longft plan [MODEL] [--key value ...] [options]" in text
     assert "--objective {sft,dpo}" in text
     assert "--gpus N " in text
     assert "GPUs of one node (default 8)" in text
@@ -325,8 +325,9 @@ def test_help_takes_no_time(name: str) -> None:
 
 
 SILENT = """
-import sys
+import os, subprocess, sys
 sys.modules["torch"] = sys.modules["transformers"] = None  # an import of them ends the command
+os.execv = subprocess.Popen = None  # and so does the start of a process
 from ds_longft.cli import main
 for words in {words!r}:
     print("begun", *words, file=sys.stderr, flush=True)
@@ -344,6 +345,7 @@ def test_no_command_imports_torch_in_silence(tmp_path: Path) -> None:
     config = "recipes/quickstart.yaml --model.path run --data.train rows.jsonl"
     words = (
         "export run out", "chat run", f"data stats {config}", "plan run", "eval needle run", f"check {config}", "docs install",
+        f"train {config}", f"verify {config} --sp 2", f"plan {config}", "eval perplexity run --sp 2", "data inspect " + config,
         f"config {config}", "migrate rows.jsonl", "models", "eval longbench score run", "report run", f"slurm render {config}",
     )  # fmt: skip
     asked = [line.split() for line in words]

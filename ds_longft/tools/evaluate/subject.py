@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from ds_longft.config.read import load_run_config
+from ds_longft.config.read import config_of_run
 from ds_longft.config.run_config import ModelConfig, Quantize, RopeConfig
 from ds_longft.errors import ConfigError
 from ds_longft.model.load import load_config, load_model, load_tokenizer, model_path
@@ -68,7 +68,7 @@ def find_subject(model: str, *, before: bool = False, base: str | None = None) -
     if before:
         if run is None:
             raise ConfigError(f"--before: {model} is no output folder of a run (no config.yaml): give the base itself")
-        started_from = load_run_config(str(folder / "config.yaml")).model
+        started_from = config_of_run(folder).model
         unstretched = {"path": base or started_from.path, "random_weights": False, "rope": RopeConfig()}
         plain = started_from.model_copy(update=unstretched)
         return Subject(plain, None, model_path(plain), model_path(plain), run)
@@ -96,8 +96,8 @@ def find_subject(model: str, *, before: bool = False, base: str | None = None) -
 
 def quantized_as(adapter: Path) -> Quantize:
     """`model.quantize` of the run that made this adapter, at its top or in a checkpoint: the base it belongs to."""
-    config = next((f / "config.yaml" for f in (adapter, adapter.parent) if (f / "config.yaml").is_file()), None)
-    return load_run_config(str(config)).model.quantize if config else "auto"
+    run = next((folder for folder in (adapter, adapter.parent) if (folder / "config.yaml").is_file()), None)
+    return config_of_run(run).model.quantize if run else "auto"
 
 
 def subject_window(subject: Subject) -> int | None:

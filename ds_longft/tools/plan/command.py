@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from ds_longft.command_line import RunKeys
 from ds_longft.config.quantized import full_training_problem
 from ds_longft.config.run_config import DpoConfig, ModelConfig, OptimizerName, Quantize, parse_tokens
 from ds_longft.decide.plan_json import as_json, memory_parts
@@ -20,12 +21,26 @@ from ds_longft.objectives.objective import reference_of
 from ds_longft.tools.plan import plan_text
 from ds_longft.tools.plan.fitting_kernels import with_fitting_kernels
 
+AS_KEYS = {
+    "length": "data.max_length_tokens",
+    "lora_r": "lora.r",
+    "lora_experts": "lora.experts",
+    "objective": "objective",
+    "reference": "dpo.reference",
+    "passes": "dpo.passes",
+    "optimizer": "optim.type",
+    "quantize": "model.quantize",
+    "kernel": "model.kernel",
+    "liger": "model.liger",
+}
+"""Flag -> the key of a run config that says the same."""
+
 FILE_WIDTH = 200
 """Width where the output is no terminal: rows stay on one line, as `grep` and `sort` want them."""
 
 
 def plan(
-    model: str = "",
+    model: RunKeys = "",
     gpus: int = 8,
     gpu: str = "h100-80",
     host_gib: float = 0.0,
@@ -34,31 +49,34 @@ def plan(
     length: str | int | None = None,
     lora: bool = False,
     full: bool = False,
-    lora_r: int = 16,
+    lora_r: int | None = None,
     lora_experts: bool = False,
-    objective: Literal["sft", "dpo"] = "sft",
-    reference: Literal["auto", "adapter_off", "precomputed", "model"] = "auto",
-    passes: Literal["auto", "one", "two"] = "auto",
-    optimizer: OptimizerName = "adamw",
-    quantize: Quantize = "auto",
-    kernel: str = "",
+    objective: Literal["sft", "dpo"] | None = None,
+    reference: Literal["auto", "adapter_off", "precomputed", "model"] | None = None,
+    passes: Literal["auto", "one", "two"] | None = None,
+    optimizer: OptimizerName | None = None,
+    quantize: Quantize | None = None,
+    kernel: str | None = None,
     documents: int = 1,
     targets: float = 1.0,
-    liger: Literal["auto", "off"] = "auto",
+    liger: Literal["auto", "off"] | None = None,
     json: bool = False,
     png: str | None = None,
     calibrate: str | None = None,
 ) -> None:
     """Predict memory and time before a GPU is touched, from the model's config alone.
 
-    Without --length: the longest pack of each sp, recomputation and offload. With it: the fastest setting that fits, as
-    a run config on stdout, and where the memory goes. Formulas and their sources: docs/plan.md.
+    Of a model, without --length: the longest pack of each sp, recomputation and offload. With it: the fastest setting
+    that fits, as a run config on stdout, and where the memory goes. Formulas and their sources: docs/plan.md.
+
+    Of a run config (mine.yaml, with any of its keys behind it): whether it fits as it is configured, where the memory
+    goes and how long a step takes.
 
     With --objective dpo a pack holds a pair: two documents, prompt and chosen, prompt and rejected answer. Each of them
     has --length tokens (data.max_length_tokens), so the pack has twice as many.
 
     Args:
-        model: folder with a config.json, or a hub id (its config is fetched, no weights).
+        model: folder with a config.json, or a hub id (its config is fetched, no weights); or a run config.
         gpus: GPUs of one node.
         gpu: h200, h100-80, a100-80, ... (a wrong name lists them), or a file that --calibrate wrote.
         host_gib: host memory of the node that may be used; 0 for none.
@@ -67,9 +85,9 @@ def plan(
         length: tokens of a pack, with dpo of each document of a pair; 128K and 1M count in 1024s.
         lora: adapters of rank --lora_r on all linears (the default).
         full: train every weight.
-        lora_r: rank.
+        lora_r: rank; left out: 16.
         lora_experts: adapters on the experts of a mixture too.
-        objective: sft, or dpo (preference pairs, see above).
+        objective: sft (the default), or dpo (preference pairs, see above).
         reference: with dpo, as dpo.reference; auto is adapter_off, and model with --full. A loss without one (simpo)
             costs what precomputed costs.
         passes: with dpo, as dpo.passes; auto considers both.
@@ -88,22 +106,50 @@ def plan(
 
         measure(calibrate)
         return
-    problems = ["--lora and --full are both given: one of them"] * (lora and full)
+    words = [model] * bool(model) if isinstance(model, str) else list(model)
+    asked = {
+        "length": length, "lora_r": lora_r, "lora_experts": lora_experts or None, "objective": objective,
+        "reference": reference, "passes": passes, "optimizer": optimizer, "quantize": quantize, "kernel": kernel,
+        "liger": liger,
+    }  # fmt: skip
+    asked = {flag: value for flag, value in asked.items() if value is not None}
+    if words and words[0].endswith((".yaml", ".yml")):
+        if lora or (documents, targets, disk_gib, disk_gb_s) != (1, 1.0, 0.0, 0.0):
+            raise ConfigError("--lora, --documents, --targets and --disk_gib are for a model alone: leave them out")
+        words += [word for flag, value in asked.items() for word in (f"--{AS_KEYS[flag]}", str(value))]
+        _show_run([*words, *["--lora", "null"] * full], gpus, gpu, host_gib, json=json, png=png)
+        return
+    problems = [
+        f"{w}: a model takes the flags of `ds-longft plan --help`, and a run config its keys" for w in words[1:2]
+    ]
+    problems += ["--lora and --full are both given: one of them"] * (lora and full)
     problems += ["--png shows one length: add --length"] * (png is not None and length is None)
+    rank = asked.pop("lora_r", 16)
+    name = words[0] if words else ""
     question, tokens = question_of(
-        model, gpus, gpu, host_gib, None if full else lora_r, lora_experts, objective, reference, passes, kernel,
-        documents, targets, liger, length, problems, optimizer, quantize, (disk_gib, disk_gb_s),
+        name, gpus, gpu, host_gib, None if full else rank, documents=documents, targets=targets, found=problems,
+        disk=(disk_gib, disk_gb_s), **asked,
     )  # fmt: skip
     if json:
-        print(json_text.dumps(answer(question, tokens, model)))
+        print(json_text.dumps(answer(question, tokens, name)))
         return
     console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else FILE_WIDTH)
     if tokens is not None:
-        _show_fastest(question, tokens, model, png=png)
+        _show_fastest(question, tokens, name, png=png)
     elif plans := longest_of_each(question):
         console.print(plan_text.length_table(plans, question))
     else:
-        raise ConfigError(_nothing_fits(question, model))
+        raise ConfigError(_nothing_fits(question, name))
+
+
+def _show_run(words: Sequence[str], gpus: int, gpu: str, host_gib: float, *, json: bool, png: str | None) -> None:
+    """A run config as it is. Raises ConfigError where it does not fit."""
+    from ds_longft.tools.plan.run_plan import in_words, plan_of_run
+
+    found, question = plan_of_run(words, gpus, gpu, host_gib)
+    if png:
+        plan_text.write_png(found, question, png)
+    print(json_text.dumps(as_json(found, question)) if json else in_words(words, found, question))
 
 
 def answer(question: Question, tokens: int | None, model: str) -> dict[str, Any]:

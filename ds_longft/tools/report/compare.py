@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from ds_longft.tools.pages.charts import Line, line_chart
@@ -35,16 +36,24 @@ def comparison_page(runs: Sequence[RunFacts]) -> str:
     sections = [
         ("Results", wide(table(["", *names], [*results, *costs], "Results"), "Results")),
         ("Losses", f"<div class=pair>{charts}</div>" if charts else ""),
-        ("What differs", wide(table(["", *names], different, "Settings that differ"), "Settings that differ")),
+        (
+            "What differs",
+            wide(table(["", *names], different, "Settings that differ"), "Settings that differ")
+            if different
+            else "<p>No setting differs.</p>",
+        ),
         ("What all share", table(["", "all runs"], [row[:2] for row in settings if row not in different], "Shared")),
     ]
     return shell(" and ".join(names), f"{len(runs)} runs compared", "good", sections)
 
 
 def _names(runs: Sequence[RunFacts]) -> list[str]:
-    """Folder names; with the folder above where two are alike."""
-    short = [run.folder.name for run in runs]
-    return short if len(set(short)) == len(short) else [str(run.folder) for run in runs]
+    """Folder names; where two are alike their paths below the folder that holds all of them."""
+    short, paths = [run.folder.name for run in runs], [run.folder.absolute() for run in runs]
+    if len(set(short)) == len(short) or len(set(paths)) < len(paths):
+        return short
+    above = os.path.commonpath(paths)
+    return [str(path.relative_to(above)) for path in paths]
 
 
 def _rows(of_runs: Sequence[dict[str, str]]) -> list[list[str]]:

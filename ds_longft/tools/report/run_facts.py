@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ds_longft.config.read import load_run_config
+from ds_longft.config.read import config_of_run
 from ds_longft.config.run_config import RunConfig
 from ds_longft.errors import ConfigError
 from ds_longft.run_files import (
@@ -135,7 +135,7 @@ def gather_facts(folder: Path) -> RunFacts:
         unreadable.append(f"not shown: {len(bad_lines)} lines of metrics.jsonl ({bad_lines[0]})")
     facts, data, plan = read("versions.json", VersionsFile), read("data.json", DataFile), read("plan.json", PlanFile)
     status, error = _status(folder, read("run_status.json", StatusFile), records)
-    config = load_run_config(str(config_file))
+    config = config_of_run(folder)
     return RunFacts(
         folder=folder,
         config=config,

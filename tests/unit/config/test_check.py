@@ -135,6 +135,8 @@ def test_heads_of_layers_with_a_state_limit_sp_too(folder: Path) -> None:
         ({"data": {"train": []}}, "data.train is empty"),
         ({"data": {"train": ["/no/where.jsonl"]}}, "data.train: there is no /no/where.jsonl"),
         ({"data": {"train": ["missing.parquet"]}}, "data.train: there is no missing.parquet"),
+        ({"data": {"train": ["missing.csv"]}}, "data.train: there is no missing.csv"),
+        ({"data": {"train": ["notes.docx"]}}, "data.train: there is no notes.docx"),
         ({"data": {"eval": ["./missing"]}}, "data.eval: there is no ./missing"),
         ({"data": {"train": ["/no/where_*.jsonl"]}}, "data.train: there is no /no/where_*.jsonl"),
         ({"data": {"chat_template": "missing.jinja"}}, "data.chat_template: there is no file missing.jinja"),
@@ -373,3 +375,16 @@ def test_yarn_as_model_cards_write_it_is_a_window_of_factor_times_the_original(k
     assert "the model's window is 32768 tokens" in problems_of(too_long, **scaling)[0]
     fits = config_in(folder, data={"max_length_tokens": 32768})
     check_run(fits, world=2, local_world=2, ds=settings(), model_config=read_model_config(fits))
+
+
+def test_a_file_that_cannot_be_read_is_named(folder: Path) -> None:
+    """Before a process starts; and how a table becomes rows."""
+    (folder / "rows.csv").write_text("question,answer\n1,2\n")
+    (problem,) = problems_of(config_in(folder, data={"train": [str(folder / "rows.csv")]}))
+    assert "rows.csv has an unknown ending" in problem
+    assert "Dataset.from_csv" in problem
+
+
+def test_a_revision_of_a_folder_is_refused(folder: Path) -> None:
+    (problem,) = problems_of(config_in(folder, model={"revision": "main"}))
+    assert "model.revision is main, but model.path is a folder" in problem

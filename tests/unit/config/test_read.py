@@ -94,7 +94,7 @@ def test_values_of_the_command_line(argv: list[str], key: str, value: Any) -> No
     [
         ("lora: null", "lora", None),
         ("lora:", "lora", None),
-        ("log: {name: 2026-11-23}", "log.name", "2026-11-23"),
+        ("log: {name: 2026-11-23, wandb: online}", "log.name", "2026-11-23"),
         ("log: {wandb: off}", "log.wandb", "off"),  # YAML 1.1 would read false
         ("optim: {learning_rate: 1e-5}", "optim.learning_rate", 1e-5),  # YAML 1.1 would read text
         ("data: {max_length_tokens: 64K}", "data.max_length_tokens", 65536),
@@ -342,7 +342,10 @@ def test_suggested_keys_exist() -> None:
         data=st.fixed_dictionaries({"train": st.lists(st.just({"path": "off", "limit": 3}), max_size=2)}),
         optim=st.fixed_dictionaries({"learning_rate": st.floats(1e-12, 1e6)}),
         log=st.fixed_dictionaries(
-            {"name": st.sampled_from([None, "null", "1e-4", "yes", "a: b", "0123", "2026-11-23"])}
+            {
+                "wandb": st.just("offline"),
+                "name": st.sampled_from([None, "null", "1e-4", "yes", "a: b", "0123", "2026-11-23"]),
+            }
         ),
     )
 )
@@ -352,7 +355,7 @@ def test_dumped_config_reads_back_equal(config: RunConfig) -> None:
 
 @pytest.mark.parametrize("word", ["010", "09", "1:30", "0x10", "1_000", "true", "yes", "2026-11-23", "1e5", "<<", "~"])
 def test_words_that_look_like_something_else_stay_words(word: str) -> None:
-    config = RunConfig(log=LogConfig(name=word))
+    config = RunConfig(log=LogConfig(name=word, wandb="offline"))
     assert load_yaml(dump_config(config))["log"]["name"] == word
 
 

@@ -57,6 +57,13 @@ def message(role, content, **more):
             },
             [("system", "s", 1.0), ("user", "ref\n\nq", 1.0), QA[1]],
         ),
+        *(
+            ({"reference": "ref", "dialogue": dialogue}, [("user", "ref\n\nq", 1.0), QA[1]])
+            for dialogue in (
+                "<start_chat><Human 1>: q<Assistant 1>: a<end_chat>",
+                [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
+            )
+        ),
         (
             {"length": 9, "messages": [message("user", "q"), message("assistant", "\u200bمی\u200cخواهم\ufeff")]},
             [QA[0], ("assistant", "می\u200cخواهم", 1.0)],

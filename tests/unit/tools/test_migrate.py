@@ -114,9 +114,10 @@ def test_axolotl(tmp_path: Path) -> None:
         "online",
         "x",
     )
+    assert run.model.quantize == "nf4"
     assert (run.ds_config, run.optim.type, run.optim.warmup_ratio) == ("ds_configs/zero2_sp.json", "adamw", 0.05)
     assert named(notes) == {
-        "chat_template", "datasets[].field_messages", "adapter", "load_in_4bit", "micro_batch_size", "saves_per_epoch", "deepspeed",
+        "chat_template", "datasets[].field_messages", "micro_batch_size", "saves_per_epoch", "deepspeed",
     }  # fmt: skip
 
 
@@ -127,6 +128,30 @@ def test_llama_factory(tmp_path: Path) -> None:
     assert [s.path for s in run.data.train] == ["one", "two"]
     assert (run.train.save_every_steps, run.log.wandb, run.optim.schedule) == (500, "off", "cosine")
     assert named(notes) == {"dataset", "template", "lr_scheduler_type", "dpo.loss"}
+
+
+def test_what_would_do_nothing_is_left_out_and_said(tmp_path: Path) -> None:
+    """TRL ignores these; here a config that holds them is refused."""
+    run, notes = of(tmp_path, TRL + "eval_steps: 50\nrun_name: mine\nreport_to: none\n")
+    assert (run.train.eval_every_steps, run.log.name) == (None, None)
+    assert named(notes) == {"train.eval_every_steps", "log.name"}
+    run, notes = of(
+        tmp_path, TRL + "eval_steps: 50\neval_dataset: b.jsonl\nrun_name: mine\nreport_to: [tensorboard, clearml]\n"
+    )
+    assert (run.train.eval_every_steps, run.log.name, run.log.trackers) == (50, "mine", ["tensorboard"])
+    assert named(notes) == {"report_to"}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("load_in_4bit: true", "nf4"), ("quantization_bit: 4", "nf4"), ("quant_bits: 8", "int8"), ("load_in_8bit: true", "int8"),
+        ("load_in_8bit: false", "auto"), ("adapter: qlora", "nf4"),
+    ],
+)  # fmt: skip
+def test_bases_in_fewer_bits(tmp_path: Path, theirs: str, ours: str) -> None:
+    run, notes = of(tmp_path, f"model_name_or_path: a/b\nlora_r: 8\n{theirs}\n")
+    assert (run.model.quantize, notes) == (ours, [])
 
 
 def test_trl_trains_every_weight_where_nothing_says_lora(tmp_path: Path) -> None:

@@ -53,6 +53,50 @@ def test_a_recipe_that_the_run_config_reads(llama: str, tmp_path: Path, capsys: 
     assert png.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("asked", [[], ["--objective", "dpo", "--full"], ["--host_gib", "200"]])
+def test_a_planned_config_is_planned_as_it_was(
+    llama: str, tmp_path: Path, asked: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the search found for a length, written as a run config, is judged by the run's own rules: the same numbers."""
+    machine = ["--gpus", "8", "--gpu", "h200"]
+    assert main(["plan", llama, *machine, "--length", "64K", *asked]) == 0
+    path = tmp_path / "mine.yaml"
+    path.write_text(capsys.readouterr().out)
+    assert main(["plan", llama, *machine, "--length", "64K", "--json", *asked]) == 0
+    searched = json.loads(capsys.readouterr().out)
+    assert main(["plan", str(path), *machine, "--json"]) == 0
+    own = json.loads(capsys.readouterr().out)
+    same = ("tokens", "sp", "dp", "ds_config", "recompute", "base", "offload_host_gib")
+    assert {key: own[key] for key in same} == {key: searched[key] for key in same}
+    assert own["peak_gib"] == pytest.approx(searched["peak_gib"], rel=0.02)
+    assert own["step_s"] == pytest.approx(searched["step_s"], rel=0.02)
+    assert main(["plan", str(path), *machine]) == 0
+    shown = capsys.readouterr().out
+    assert f"{path} fits on 8 x" in shown
+    assert f"peak {own['peak_gib']:.1f} of" in shown
+
+
+def test_a_config_that_does_not_fit(llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"model: {{path: {llama}}}\ndata: {{train: not here.jsonl, max_length_tokens: 128K}}\n")
+    machine = [str(path), "--gpus", "1", "--gpu", "h100-80"]
+    assert main(["plan", *machine, "--train.recompute", "none"]) == EXIT_CONFIG
+    said = capsys.readouterr().err
+    assert "does not fit on 1 x" in said
+    assert "train.recompute: full" in said
+    assert main(["plan", *machine, "--length", "4K", "--train.recompute", "none"]) == 0
+    assert "4,096 tokens" in capsys.readouterr().out
+    for more, text in (
+        (["--documents", "2"], "are for a model alone"),
+        (["--train.recomput", "none"], "train.recompute"),
+        (["--sp", "64", "--gpus", "64"], "the model has heads for 32 GPUs"),
+    ):
+        assert main(["plan", *machine, *more]) == EXIT_CONFIG
+        assert text in capsys.readouterr().err
+    assert main(["plan", llama, "--lora.r", "8"]) == EXIT_CONFIG
+    assert "--lora.r: a model takes the flags" in capsys.readouterr().err
+
+
 def test_a_recipe_beyond_the_window_stretches_it(
     llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
