@@ -110,9 +110,9 @@ def _asked_and_answered(columns: Columns, layout: Layout, unused: set[str]) -> l
 def grounded(record: Mapping[str, Any]) -> tuple[str, list[Turn]]:
     """(reference text, dialogue about it) of a row that carries both; the reference is not yet in the dialogue.
 
-    Layouts: RefGPT-Fact (`reference`, `dialogue` in one string, or a list of turns), anti-haystack (`document`, `question`, `answer`),
-    reading comprehension (`context`, `qas`: each pair becomes two turns), `reference` beside `messages`. Raises
-    `BadRow`.
+    Layouts: RefGPT-Fact (`reference`, `dialogue` in one string, or a list of turns), anti-haystack (`document`,
+    `question`, `answer`), reading comprehension (`context`, `qas`: each pair becomes two turns), `reference` beside
+    `messages`. Raises `BadRow`.
     """
     columns = Columns(record)
     reference, turns = _reference_and_turns(columns, layout_of(record, "grounded"), set())

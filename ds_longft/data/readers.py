@@ -167,8 +167,8 @@ def _load_hub(config: SourceConfig, streaming: bool) -> Any:
         raise DataError(
             f"{config.path!r} is no local file or folder, and as a hub id ({asked}) it cannot be loaded: "
             f"{_first_lines(error)}. data.train[].subset chooses a configuration, split a split. Without a network: "
-            f"`hf download {config.path} --repo-type dataset --local-dir FOLDER` where there is one, and give the folder; "
-            "HF_HUB_OFFLINE=1 ends the retries. A gated set wants `hf auth login`"
+            f"`hf download {config.path} --repo-type dataset --local-dir FOLDER` where there is one, and give the "
+            "folder; HF_HUB_OFFLINE=1 ends the retries. A gated set wants `hf auth login`"
         ) from error
 
 

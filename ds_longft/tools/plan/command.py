@@ -107,7 +107,7 @@ def plan(
         measure(calibrate)
         return
     words = [model] * bool(model) if isinstance(model, str) else list(model)
-    asked = {
+    asked: dict[str, Any] = {
         "length": length, "lora_r": lora_r, "lora_experts": lora_experts or None, "objective": objective,
         "reference": reference, "passes": passes, "optimizer": optimizer, "quantize": quantize, "kernel": kernel,
         "liger": liger,
