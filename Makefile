@@ -24,9 +24,9 @@ setup: .venv/.installed
 
 quickstart: setup
 ifeq ($(GPUS),0)
-	PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 deepspeed --log_level warning --num_gpus 2 launch/train.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 deepspeed --log_level error --num_gpus 2 launch/train.py
 else
-	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --log_level warning launch/train.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --log_level error launch/train.py
 endif
 	@echo "To have ds-longft at hand: source $(BIN)/activate"
 

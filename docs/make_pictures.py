@@ -2,6 +2,7 @@
 
 `python docs/make_pictures.py`, on Linux with Chromium; nothing is drawn by hand. The result is that of the page in
 examples/extend_smollm2, the statistics are of the quickstart's rows, the commands are run in a terminal.
+`python docs/make_pictures.py quickstart` records the README's first command in a fresh clone, with a home of its own.
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ COMMANDS = (
     "ds-longft plan SmolLM2-135M-Instruct --gpus 2 --gpu h100-80 --length 8K",
     "ds-longft check recipes/quickstart.yaml --gpus 2",
 )
+
+
+TERMINAL = "ds-longft in a terminal: mistakes named, a run config, a plan, a check"
+QUICKSTART = "make quickstart in a terminal: installed, trained for 12 steps, the held-out loss before and after"
+BARS = "━━"
 
 
 def shoot(page: str, name: str, width: int, height: int, *, dark: bool = False) -> None:
@@ -103,7 +109,7 @@ def _grids(section: str) -> Iterable[str]:
         yield heat_table(head[1:], [(row[0], [float(v) for v in row[1:]]) for row in rows], name=label, corner="depth")
 
 
-def recorded(commands: Sequence[str], folder: Path) -> list[tuple[float, str]]:
+def recorded(commands: Sequence[str], folder: Path, **environment: str) -> list[tuple[float, str]]:
     """(seconds since its command began, line) of commands run in a terminal; a command's own line is at 0."""
     lines = []
     for command in commands:
@@ -112,19 +118,38 @@ def recorded(commands: Sequence[str], folder: Path) -> list[tuple[float, str]]:
         if child == 0:
             os.chdir(folder)
             path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-            more = {"COLUMNS": str(COLUMNS), "TERM": "dumb", "NO_COLOR": "1", "PATH": path}
+            more = {"COLUMNS": str(COLUMNS), "TERM": "dumb", "NO_COLOR": "1", "PATH": path, **environment}
             os.execvpe("bash", ["bash", "-c", command], {**os.environ, **more})
-        begun, text = time.monotonic(), b""
+        begun, chunks = time.monotonic(), []
         while chunk := _read(terminal):
-            text += chunk
-            *whole, text = text.split(b"\n")
-            texts = [line.decode().rstrip("\r") for line in whole]
-            pieces = [text[i : i + COLUMNS] for text in texts for i in range(0, max(1, len(text)), COLUMNS)]
-            lines += [(time.monotonic() - begun, piece) for piece in pieces]
+            chunks.append((time.monotonic() - begun, chunk.decode(errors="replace")))
         os.waitpid(child, 0)
         os.close(terminal)
-        lines.append((0.5, ""))
+        lines += [*as_lines(chunks, environment.get("HOME", str(Path.home()))), (0.5, "")]
     return lines
+
+
+def as_lines(chunks: Iterable[tuple[float, str]], home: str) -> list[tuple[float, str]]:
+    """What stays on a screen of `COLUMNS`: colours and bars, which are drawn over, do not. `home` is shown as ~."""
+    lines, text = [], ""
+    for seconds, chunk in chunks:
+        *whole, text = (text + chunk).split("\n")
+        for line in whole:
+            drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line).replace(home, "~").split("\r")
+            kept = [part.rstrip() for part in drawn if part.strip() and BARS not in part] or [""]
+            kept = kept if any(kept) or (lines and lines[-1][1]) else []  # one blank line is enough
+            lines += [(seconds, part[i : i + COLUMNS]) for part in kept for i in range(0, max(1, len(part)), COLUMNS)]
+    return lines
+
+
+def quickstart() -> None:
+    """The README's first command, from a clone to the end; paths are shown as a user would have them."""
+    with tempfile.TemporaryDirectory() as name:
+        home = Path(name) / "home"
+        clone = home / "ds_longft"
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+        lines = recorded(["make quickstart"], clone, HOME=str(home), PATH="/usr/local/bin:/usr/bin:/bin")
+    (ASSETS / "quickstart.svg").write_text(terminal_svg(lines, QUICKSTART), encoding="utf-8")
 
 
 def _read(terminal: int) -> bytes:
@@ -134,7 +159,7 @@ def _read(terminal: int) -> bytes:
         return b""
 
 
-def terminal_svg(lines: Sequence[tuple[float, str]]) -> str:
+def terminal_svg(lines: Sequence[tuple[float, str]], name: str) -> str:
     """The recording as an SVG that plays by itself: each line comes when it came, waits are at most two seconds."""
     shown, at, last = [], 0.0, 0.0
     for number, (seconds, line) in enumerate(lines):
@@ -146,7 +171,7 @@ def terminal_svg(lines: Sequence[tuple[float, str]]) -> str:
     height = 24 + 17 * len(lines)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {8 * COLUMNS + 24} {height}" role="img" '
-        'aria-label="ds-longft in a terminal: mistakes named, a run config, a plan, a check"><style>'
+        f'aria-label="{escape(name)}"><style>'
         "svg{background:#0d1117}text{font:13px ui-monospace,monospace;fill:#e6edf3;white-space:pre;"
         "animation:a .01s both}.p{fill:#7ee787;font-weight:600}@keyframes a{from{opacity:0}to{opacity:1}}"
         "@media (prefers-reduced-motion){text{animation:none}}</style>"
@@ -165,7 +190,8 @@ def main() -> None:
             Path("~/.cache/ds_longft/quickstart/SmolLM2-135M-Instruct").expanduser()
         )
         ASSETS.mkdir(exist_ok=True)
-        (ASSETS / "terminal.svg").write_text(terminal_svg(recorded(COMMANDS, folder)), encoding="utf-8")
+        shown = terminal_svg(recorded(COMMANDS, folder), TERMINAL)
+        (ASSETS / "terminal.svg").write_text(shown, encoding="utf-8")
         stats = [sys.executable, "-m", "ds_longft.cli", "data", "stats", "recipes/quickstart.yaml", "--html", "s.html"]
         subprocess.run(stats, cwd=folder, check=True, capture_output=True)
         pages = {"report": EXAMPLE.read_text("utf-8"), "stats": (folder / "s.html").read_text("utf-8")}
@@ -179,4 +205,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    quickstart() if sys.argv[1:] == ["quickstart"] else main()

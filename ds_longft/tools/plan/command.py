@@ -119,9 +119,8 @@ def plan(
         words += [word for flag, value in asked.items() for word in (f"--{AS_KEYS[flag]}", str(value))]
         _show_run([*words, *["--lora", "null"] * full], gpus, gpu, host_gib, json=json, png=png)
         return
-    problems = [
-        f"{w}: a model takes the flags of `ds-longft plan --help`, and a run config its keys" for w in words[1:2]
-    ]
+    more = [word for word in words if word.startswith("-")] or words[1:]
+    problems = [f"{w}: a model takes the flags of `ds-longft plan --help`, a run config its keys" for w in more[:1]]
     problems += ["--lora and --full are both given: one of them"] * (lora and full)
     problems += ["--png shows one length: add --length"] * (png is not None and length is None)
     rank = asked.pop("lora_r", 16)

@@ -202,7 +202,7 @@ def _row(
             messages = chat("".join(pieces))
             if ruler.chat(messages) <= limit:
                 kinds = ", ".join(kind for _, kind in asked)
-                return messages, {"file": module.name, "function": ", ".join(asked_names), "question": kinds}
+                return messages, {"file": module.name, "topics": ", ".join(asked_names), "kind": kinds}
     raise DataError(f"rows of {limit} tokens are too short for a function and its question: give 1K or more")
 
 

@@ -26,13 +26,13 @@ def test_rows_fit_exactly_and_answers_stand_in_the_context(tokenizer):
     for row in make(12, 6000, seed=3, tokenizer=tokenizer):
         question, answer = (message["content"] for message in row["messages"])
         assert answer in question
-        assert row["function"] in question.splitlines()[-1]
-        assert question.count(f"def {row['function']}(") == 1
+        assert row["topics"] in question.splitlines()[-1]
+        assert question.count(f"def {row['topics']}(") == 1
         assert answer.count("\n") < 30
         assert len(answer) > 20
         turns = [Turn("user", question), Turn("assistant", answer)]
         lengths += Lengths(tokenizer).rows([turns])
-        questions.add(row["question"])
+        questions.add(row["kind"])
     assert max(lengths) <= 6000
     assert min(lengths) > 0.97 * 6000
     assert len(questions) > 1
@@ -45,7 +45,7 @@ def test_several_questions_of_one_context(tokenizer):
         context = turns[0].content
         for answer in turns[1::2]:
             assert answer.content in context
-        for name in row["function"].split(", "):
+        for name in row["topics"].split(", "):
             assert context.count(f"def {name}(") == 1
         counts.append(len(turns) // 2)
         lengths += Lengths(tokenizer).rows([turns])
