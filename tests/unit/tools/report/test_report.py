@@ -17,7 +17,7 @@ import pytest
 
 from ds_longft.cli import COMMANDS, main
 from ds_longft.command_line import bind
-from ds_longft.config.read import dump_config, load_run_config
+from ds_longft.config.read import config_of_run, dump_config, load_run_config
 from ds_longft.config.run_config import RunConfig
 from ds_longft.errors import EXIT_CONFIG
 from ds_longft.tools.pages.charts import Line, line_chart, shown, thin, ticks
@@ -404,13 +404,13 @@ def read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A config.yaml is read again only where it is another one: it takes most of the time of a page."""
     known: dict[bytes, RunConfig] = {}
 
-    def read(path: str) -> RunConfig:
-        text = Path(path).read_bytes()
+    def read(folder: Path) -> RunConfig:
+        text = (folder / "config.yaml").read_bytes()
         if text not in known:
-            known[text] = load_run_config(path)
+            known[text] = config_of_run(folder)
         return known[text]
 
-    monkeypatch.setattr(run_facts, "load_run_config", read)
+    monkeypatch.setattr(run_facts, "config_of_run", read)
 
 
 @pytest.mark.usefixtures("read_once")
