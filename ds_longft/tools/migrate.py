@@ -15,8 +15,8 @@ from pydantic import ValidationError
 from ds_longft.config.messages import all_keys, validation_problems
 from ds_longft.config.optimizers import KINDS
 from ds_longft.config.read import read_config_file
-from ds_longft.config.run_config import EACH_KEY_ALONE, RunConfig, TrackerName
 from ds_longft.config.rules import contradictions
+from ds_longft.config.run_config import EACH_KEY_ALONE, RunConfig, TrackerName
 from ds_longft.config.spellings import EXPLANATIONS, HOLDS_ANYWAY, KEYS_OF_OTHER_TOOLS
 from ds_longft.config.unused import unused
 from ds_longft.config.yaml_io import dump_yaml
