@@ -40,7 +40,9 @@ def main() -> None:
     parser.add_argument("--low", default="64K")
     parser.add_argument("--high", default="256K")
     parser.add_argument("--step", default="16K", help="lengths are multiples of this")
-    parser.add_argument("--ours_from", help="ours begins here, say at the plan's longest; left out, at 1.2 times the peer's")
+    parser.add_argument(
+        "--ours_from", help="ours begins here, say at the plan's longest; left out, at 1.2 times the peer's"
+    )
     parser.add_argument("--ours_below", help="ours ends below; left out, twice --high")
     parser.add_argument("--timeout_s", type=int, default=300, help="of one length; longer counts as not fitting")
     parser.add_argument("--append", help="append the result to this file")

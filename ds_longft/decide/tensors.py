@@ -15,7 +15,7 @@ from ds_longft.model.packed import FORMATS
 from ds_longft.sequence.exchange import deal_heads
 from ds_longft.sequence.experts import tile_of
 from ds_longft.sequence.linear import folds
-from ds_longft.sequence.state.recurrence import CHUNK_TOKENS, STATE_BYTES
+from ds_longft.sequence.state.spread import CHUNK_TOKENS, STATE_BYTES
 
 LAYER_INPUTS, ATTENTION, LINEARS = "layer inputs", "kept attention", "kept linears"
 WEIGHTS, TRAINABLE, WORK, HEAD = "weights", "gradients and optimizer", "working set", "head and loss"

@@ -64,7 +64,7 @@ def deal_heads(q_heads: int, kv_heads: int, sp: int) -> tuple[HeadShare, ...]:
     assert q_heads % kv_heads == 0, (q_heads, kv_heads)
     assert 1 <= sp <= q_heads, (q_heads, sp)
     group = q_heads // kv_heads
-    return tuple(_share(range(i * q_heads // sp, (i + 1) * q_heads // sp), group) for i in range(sp))
+    return tuple(share_of(range(i * q_heads // sp, (i + 1) * q_heads // sp), group) for i in range(sp))
 
 
 @lru_cache(maxsize=64)
@@ -81,12 +81,12 @@ def deal_in_turns(q_heads: int, kv_heads: int, sp: int, kv_at_a_time: int) -> tu
     def part(share: HeadShare, turn: int) -> HeadShare:
         kv = share.kv[turn * kv_at_a_time : (turn + 1) * kv_at_a_time]
         q = range(max(share.q.start, kv.start * group), min(share.q.stop, kv.stop * group))
-        return _share(q, group) if kv and q else HeadShare(range(0), range(0), None)
+        return share_of(q, group) if kv and q else HeadShare(range(0), range(0), None)
 
     return tuple(tuple(part(share, turn) for share in shares) for turn in range(turns))
 
 
-def _share(q: range, group: int) -> HeadShare:
+def share_of(q: range, group: int) -> HeadShare:
     """The share of a rank with these query heads, `group` of which read one kv head."""
     kv = range(q.start // group, (q.stop - 1) // group + 1)
     # How many of this rank's query heads read each received kv head.

@@ -37,7 +37,7 @@ TIED = {"tie_word_embeddings": True}
 def with_experts(lora: Any, changes: dict[str, Any]) -> Any:
     """The adapters' settings, with more of them where `lora` is a dict."""
     more = lora if isinstance(lora, dict) else {}
-    return lora and LORA | more | ({"experts": True} if "num_experts" in changes else {})
+    return lora and LORA | more | ({"experts": True} if changes.get("num_experts", 0) > 1 else {})
 
 
 def packs_of_step(accumulation: int, dp: int, multiple: int, sample: bool, only_first_half: bool) -> list[Pack]:

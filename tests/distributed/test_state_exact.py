@@ -16,13 +16,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ds_longft.sequence.state import spread, work_in_pieces
 from tests.distributed import test_engine
 from tests.distributed.models import reference_sum
 from tests.distributed.test_engine import baseline_step, one_step
 from tests.distributed.test_exact import PACKS, assert_equal, gradients, reference
 
 MOE = {
-    "num_experts": 4,
     "num_local_experts": 4,
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
@@ -143,6 +143,48 @@ def test_splits_and_ways_to_save_memory(pools, name):
     family, changes = FAMILIES[of]
     ours = pools(world).run(wide_gradients, family, changes, lora, policy, False, sp, packs, saving)[0]
     assert_equal(ours, wide_reference(family, changes, lora, False, packs))
+
+
+def gradients_in_pieces(rank: int, world: int, state_bytes: int, *args: Any) -> Any:
+    """`wide_gradients` with heads in turns of so many bytes of states, and norms on seven tokens at a time."""
+    with patch.object(spread, "STATE_BYTES", state_bytes), patch.object(work_in_pieces, "TILE_TOKENS", 7):
+        seen = []
+        whole = spread.turns_of
+        with patch.object(spread, "turns_of", lambda *a: seen.append(whole(*a)) or seen[-1]):
+            found = wide_gradients(rank, world, *args)
+    assert not seen or max(seen) > 1, seen
+    return found
+
+
+PIECES: dict[str, tuple[str, bool, str, int, int, dict[str, Any]]] = {
+    # name: family, LoRA, recompute policy, sp, bytes of states, ways to save memory
+    "delta": ("Qwen3.5, 9 value and 3 key heads", False, "none", 1, 700, {}),
+    "delta, keys on two ranks": ("Qwen3.5, 9 value and 3 key heads", True, "full", 2, 700, {}),
+    "delta, a head at a time": ("Qwen3-Next", False, "full", 2, 1, {}),
+    "delta, whole documents": ("Qwen3-Next", True, "keep_attention", 2, 400, WHOLE),
+    "delta, tiles and inputs on the host": ("Qwen3.5", True, "full", 2, 400, {"tile": 7, "host": ("input",)}),
+    "delta, keys of their own": ("OLMo-Hybrid", False, "full", 2, 700, {}),
+    "kimi": ("Kimi-Linear", False, "sqrt", 2, 700, {}),
+    "mamba-2": ("Nemotron-H", False, "full", 2, 300, {}),
+    "mamba-2, one group on a rank": ("Granite-4-H", True, "keep_attention", 2, 1, {}),
+    "mamba-2 beside attention": ("Falcon-H1", False, "none", 1, 300, {}),
+    "mamba-2 without norm": ("Falcon-H1 without norm", False, "full", 2, 300, {}),
+    "mamba-1": ("Jamba", False, "full", 2, 30000, {}),
+    "convolution": ("LFM2", False, "full", 2, 1, {}),
+    "lightning": ("MiniMax", False, "full", 2, 700, {}),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in ("delta, keys on two ranks", "mamba-2") else pytest.param(n, marks=pytest.mark.slow) for n in PIECES],
+)
+def test_heads_in_turns_and_norms_in_tiles(pools, name):
+    of, lora, policy, sp, state_bytes, saving = PIECES[name]
+    family, changes = FAMILIES[of]
+    args = (family, changes, lora, policy, False, sp, PACKS, saving)
+    ours = pools(sp).run(gradients_in_pieces, state_bytes, *args)[0]
+    assert_equal(ours, wide_reference(family, changes, lora, False, PACKS))
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from ds_longft.layout import ParallelLayout
 from ds_longft.sequence.linear import gather_with
 from ds_longft.sequence.state import mixers
 from ds_longft.sequence.state.carried import States
-from ds_longft.sequence.state.spread import NextTokens, Spread
+from ds_longft.sequence.state.spread import NextTokens, Spread, weights_of
 
 Mixer = Callable[[Any, Tensor, Spread], Any]
 
@@ -73,12 +73,10 @@ def spread_state_layers(model: nn.Module) -> int:
 def gather_state_layers(model: nn.Module) -> None:
     """Under ZeRO-3: gather what a mixer's forward reads of modules that it does not call, with the mixer."""
     for _, mixer in state_layers(model):
-        for child in mixer.children():
-            if isinstance(child, nn.Conv1d):
-                gather_with(mixer, child.parameters())
-        for name in ("forget_gate", "dt_proj"):
-            if hasattr(mixer, name):
-                gather_with(mixer, getattr(mixer, name).parameters())
+        norms = [getattr(mixer, name) for name in ("norm", "o_norm") if hasattr(mixer, name)]
+        read = [*weights_of(mixer), *(weight for norm in norms for weight in norm.parameters())]
+        own = {id(weight) for weight in mixer.parameters(recurse=False)}
+        gather_with(mixer, [weight for weight in read if id(weight) not in own])
 
 
 def _noting(forward: Callable[..., Any], noted: _Noted, *args: Any, **kwargs: Any) -> Any:

@@ -11,6 +11,7 @@ Letters: s tokens of this rank, S of the pack, D hidden, H heads, G groups of he
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,62 +27,72 @@ from ds_longft.sequence.state.recurrence import (
     selective_scan,
     wide,
 )
-from ds_longft.sequence.state.spread import NextTokens, Spread
+from ds_longft.sequence.state.spread import CHUNK_TOKENS, Heads, NextTokens, Spread, by_width
+from ds_longft.sequence.state.work_in_pieces import by_tiles
 
 
 def gated_delta_net(layer: Any, x: Tensor, spread: Spread) -> Tensor:
     """Qwen3-Next, Qwen3.5, OLMo-Hybrid: x [1, s, D] -> [1, s, D]."""
-    q, k, v, b, a, z = _delta_projections(layer, x[0])
-    shares = spread.deal(layer.num_v_heads, layer.num_k_heads, type(layer).__name__)
-    mine, dk, dv = shares[spread.rank], layer.head_k_dim, layer.head_v_dim
-    ranges = [(_by(r.kv, dk), _by(r.kv, dk), _by(r.q, dv), r.q, r.q) for r in shares]
-    q, k, v, b, a = spread.to_heads((q, k, v, b, a), ranges)  # [S, c]
-    offsets = (0, layer.key_dim, 2 * layer.key_dim)
-    q, k, v = _convolved(layer, (q, k, v), offsets, ranges[spread.rank][:3], spread)
-    heads = slice(mine.q.start, mine.q.stop)
-    g = -wide(layer.A_log[heads]).exp() * F.softplus(wide(a) + layer.dt_bias[heads])  # [S, h]
-    beta = b.sigmoid() * (2.0 if getattr(layer, "allow_neg_eigval", False) else 1.0)
-    q, k = (_as_read(t.unflatten(1, (-1, dk)), mine) for t in (q, k))  # [S, g, dk]
-    out = gated_delta(layer, q, k, v.unflatten(1, (-1, dv)), g, beta, spread.documents, spread.carried)  # [S, h, dv]
-    out = spread.to_tokens(out.flatten(1), [_by(r.q, dv) for r in shares])  # [s, H dv]
+    tensors, widths, z = _delta_projections(layer, x[0])
+    dk, dv = layer.head_k_dim, layer.head_v_dim
+    heads = Heads(layer.num_v_heads, layer.num_k_heads, partial(_delta_channels, dk, dv), dv, dk * dv)
+
+    def work(mine: HeadShare, q: Tensor, k: Tensor, v: Tensor, b: Tensor, a: Tensor) -> Tensor:
+        offsets = (0, layer.key_dim, 2 * layer.key_dim)
+        q, k, v = _convolved(layer, (q, k, v), offsets, heads.reads(mine)[:3], spread)
+        own = slice(mine.q.start, mine.q.stop)
+        g = -wide(layer.A_log[own]).exp() * F.softplus(wide(a) + layer.dt_bias[own])  # [S, h]
+        beta = b.sigmoid() * (2.0 if getattr(layer, "allow_neg_eigval", False) else 1.0)
+        q, k = (_as_read(t.unflatten(1, (-1, dk)), mine) for t in (q, k))  # [S, g, dk]
+        out = gated_delta(
+            layer, q, k, v.unflatten(1, (-1, dv)), g, beta, spread.documents, spread.carried
+        )  # [S, h, dv]
+        return out.flatten(1)
+
+    out = spread.by_heads(layer, heads, work, tensors, widths)  # [s, H dv]
     norm, project = (layer.norm, layer.out_proj) if hasattr(layer, "out_proj") else (layer.o_norm, layer.o_proj)
-    out = norm(out.reshape(-1, dv), z.reshape(-1, dv)).view(1, len(z), -1)
-    projected: Tensor = project(out)
+    projected: Tensor = project(_gated_norm(norm, dv, out, z)[None])
     return projected
 
 
-def _delta_projections(layer: Any, x: Tensor) -> tuple[Tensor, ...]:
-    """x [s, D] -> q, k, v, b, a, z [s, C], as each family has them."""
+def _delta_channels(dk: int, dv: int, share: HeadShare) -> tuple[range, ...]:
+    """What a share of the heads reads of q, k, v, b and a."""
+    return by_width(share.kv, dk), by_width(share.kv, dk), by_width(share.q, dv), share.q, share.q
+
+
+def _delta_projections(layer: Any, x: Tensor) -> tuple[Sequence[Tensor], Sequence[tuple[int, ...]], Tensor]:
+    """x [s, D] -> tensors that hold q, k, v, b, a side by side [s, C], their widths, and z, as each family has them."""
+    keys, values, heads = (layer.key_dim,), (layer.value_dim,), (layer.num_v_heads,)
+    apart = [keys, keys, values, heads, heads]
     if hasattr(layer, "in_proj_qkvz"):
         parts = layer.fix_query_key_value_ordering(layer.in_proj_qkvz(x[None]), layer.in_proj_ba(x[None]))
         q, k, v, z, b, a = (t[0].flatten(1) for t in parts)
-        return q, k, v, b, a, z
+        return (q, k, v, b, a), apart, z
     if hasattr(layer, "in_proj_qkv"):
-        q, k, v = layer.in_proj_qkv(x).split([layer.key_dim, layer.key_dim, layer.value_dim], -1)
-        return q, k, v, layer.in_proj_b(x), layer.in_proj_a(x), layer.in_proj_z(x)
+        tensors = layer.in_proj_qkv(x), layer.in_proj_b(x), layer.in_proj_a(x)
+        return tensors, [keys + keys + values, heads, heads], layer.in_proj_z(x)
     q, k, v = layer.q_proj(x), layer.k_proj(x), layer.v_proj(x)
-    return q, k, v, layer.b_proj(x), layer.a_proj(x), layer.g_proj(x)
+    return (q, k, v, layer.b_proj(x), layer.a_proj(x)), apart, layer.g_proj(x)
 
 
 def kimi_delta_attention(layer: Any, x: Tensor, spread: Spread) -> Tensor:
     """Kimi-Linear: a decay for each feature of a head."""
-    x2, d, forget = x[0], layer.head_dim, layer.forget_gate
+    x2, d, forget, count = x[0], layer.head_dim, layer.forget_gate, layer.num_heads
     q, k, v = layer.q_proj(x2), layer.k_proj(x2), layer.v_proj(x2)  # [s, H d]
     raw, b = forget.f_b_proj(forget.f_a_proj(x2)), layer.b_proj(x2)
-    shares = spread.deal(layer.num_heads, layer.num_heads, type(layer).__name__)
-    mine = shares[spread.rank]
-    own = _by(mine.q, d)
-    ranges = [(*[_by(r.q, d)] * 4, r.q) for r in shares]
-    q, k, v, raw, b = spread.to_heads((q, k, v, raw, b), ranges)  # [S, c]
-    q, k, v = _convolved(layer, (q, k, v), (0, layer.qkv_dim, 2 * layer.qkv_dim), [own] * 3, spread)
-    q, k, v, raw = (t.unflatten(1, (-1, d)) for t in (q, k, v, wide(raw) + forget.dt_bias[own.start : own.stop]))
-    rate = wide(forget.A_log.flatten()[mine.q.start : mine.q.stop]).exp()[:, None]
-    g = -rate * F.softplus(raw)  # [S, h, d]
-    out = kimi_delta(layer, q, k, v, g, b.sigmoid(), spread.documents, spread.carried)
-    out = spread.to_tokens(out.flatten(1), [_by(r.q, d) for r in shares])  # [s, H d]
-    gate = layer.g_b_proj(layer.g_a_proj(x2))
-    out = layer.o_norm(out.unflatten(1, (-1, d)), gate.unflatten(1, (-1, d)))
-    projected: Tensor = layer.o_proj(out.reshape(1, len(x2), -1))
+    heads = Heads(count, count, lambda r: (*[by_width(r.q, d)] * 4, r.q), d, d * d)
+
+    def work(mine: HeadShare, q: Tensor, k: Tensor, v: Tensor, raw: Tensor, b: Tensor) -> Tensor:
+        own = by_width(mine.q, d)
+        q, k, v = _convolved(layer, (q, k, v), (0, layer.qkv_dim, 2 * layer.qkv_dim), [own] * 3, spread)
+        q, k, v, raw = (t.unflatten(1, (-1, d)) for t in (q, k, v, wide(raw) + forget.dt_bias[own.start : own.stop]))
+        rate = wide(forget.A_log.flatten()[mine.q.start : mine.q.stop]).exp()[:, None]
+        g = -rate * F.softplus(raw)  # [S, h, d]
+        out = kimi_delta(layer, q, k, v, g, b.sigmoid(), spread.documents, spread.carried)
+        return out.flatten(1)
+
+    out = spread.by_heads(layer, heads, work, (q, k, v, raw, b))  # [s, H d]
+    projected: Tensor = layer.o_proj(_gated_norm(layer.o_norm, d, out, layer.g_b_proj(layer.g_a_proj(x2)))[None])
     return projected
 
 
@@ -93,23 +104,34 @@ def mamba2(layer: Any, x: Tensor, spread: Spread) -> Tensor:
         projected = projected * layer.mup_vector.flatten()
     inner, p, n = layer.intermediate_size, layer.head_dim, layer.ssm_state_size
     state = layer.n_groups * n
-    z, xs, b, c, dt = projected.split([inner, inner, state, state, layer.num_heads], -1)  # [s, C]
-    shares = spread.deal(layer.num_heads, layer.n_groups, type(layer).__name__)
-    mine = shares[spread.rank]
-    ranges = [(_by(r.q, p), _by(r.kv, n), _by(r.kv, n), r.q) for r in shares]
-    xs, b, c, dt = spread.to_heads((xs, b, c, dt), ranges)  # [S, c]
-    xs, b, c = _convolved(layer, (xs, b, c), (0, inner, inner + state), ranges[spread.rank][:3], spread)
-    heads = slice(mine.q.start, mine.q.stop)
-    dt = F.softplus(wide(dt) + layer.dt_bias[heads]).clamp(*layer.time_step_limit)  # [S, h]
-    xs = xs.unflatten(1, (-1, p))  # [S, h, p]
-    b, c = (_as_read(t.unflatten(1, (-1, n)), mine) for t in (b, c))  # [S, g, n]
-    values = (wide(xs) * dt[..., None]).to(xs.dtype)
-    g = -wide(layer.A_log[heads]).exp() * dt  # [S, h]
-    out = decayed_attention(c, b, values, g, spread.documents, spread.carried)  # [S, h, p]
-    out = out + (xs * layer.D[heads, None]).to(out.dtype)
-    out = spread.to_tokens(out.flatten(1), [_by(r.q, p) for r in shares])[None]  # [1, s, H p]
-    out = layer.norm(out, z[None]) if getattr(layer, "mamba_rms_norm", True) else out * F.silu(z)[None]
-    projected = layer.out_proj(out.to(x.dtype))
+    widths = (inner, state, state, layer.num_heads)
+    z, rest = projected.split([inner, sum(widths)], -1)  # [s, C]
+    heads = Heads(
+        layer.num_heads,
+        layer.n_groups,
+        lambda r: (by_width(r.q, p), by_width(r.kv, n), by_width(r.kv, n), r.q),
+        p,
+        n * p,
+    )
+
+    def work(mine: HeadShare, xs: Tensor, b: Tensor, c: Tensor, dt: Tensor) -> Tensor:
+        xs, b, c = _convolved(layer, (xs, b, c), (0, inner, inner + state), heads.reads(mine)[:3], spread)
+        own = slice(mine.q.start, mine.q.stop)
+        dt = F.softplus(wide(dt) + layer.dt_bias[own]).clamp(*layer.time_step_limit)  # [S, h]
+        xs = xs.unflatten(1, (-1, p))  # [S, h, p]
+        b, c = (_as_read(t.unflatten(1, (-1, n)), mine) for t in (b, c))  # [S, g, n]
+        values = (wide(xs) * dt[..., None]).to(xs.dtype)
+        g = -wide(layer.A_log[own]).exp() * dt  # [S, h]
+        out = decayed_attention(c, b, values, g, spread.documents, spread.carried)  # [S, h, p]
+        return (out + (xs * layer.D[own, None]).to(out.dtype)).flatten(1)
+
+    out = spread.by_heads(layer, heads, work, (rest,), (widths,))  # [s, H p]
+    if getattr(layer, "mamba_rms_norm", True):
+        norm = layer.norm
+        out = by_tiles(lambda out, z: norm.forward(out[None], z[None])[0], list(norm.parameters()), out, z)
+    else:
+        out = by_tiles(lambda out, z: out * F.silu(z), [], out, z)
+    projected = layer.out_proj(out[None].to(x.dtype))
     return projected
 
 
@@ -121,15 +143,17 @@ def mamba1(layer: Any, x: Tensor, spread: Spread) -> Tensor:
     dt, b, c = layer.x_proj(xs).split([rank, n, n], -1)
     dt, b, c = layer.dt_layernorm(dt), layer.b_layernorm(b), layer.c_layernorm(c)
     dt = F.linear(dt, layer.dt_proj.weight)  # as in the layer's own forward: its bias is added in float32
-    shares = spread.deal(layer.intermediate_size, layer.intermediate_size, type(layer).__name__)
-    channels = slice(shares[spread.rank].q.start, shares[spread.rank].q.stop)
-    every = range(n)
-    xs, dt, b, c = spread.to_heads((xs, dt, b, c), [(r.q, r.q, every, every) for r in shares])  # [S, c], [S, N]
-    dt = F.softplus(wide(dt) + layer.dt_proj.bias[channels])
-    a = -wide(layer.A_log[channels]).exp()
-    out = selective_scan(wide(xs), dt, a, wide(b), wide(c), spread.documents, spread.carried)
-    out = (out + xs * layer.D[channels]).to(x.dtype)
-    out = spread.to_tokens(out, [r.q for r in shares]) * F.silu(z)
+    channels, every = layer.intermediate_size, range(n)
+    heads = Heads(channels, channels, lambda r: (r.q, r.q, every, every), 1, n * CHUNK_TOKENS)  # a state each token
+
+    def work(mine: HeadShare, xs: Tensor, dt: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        own = slice(mine.q.start, mine.q.stop)
+        dt = F.softplus(wide(dt) + layer.dt_proj.bias[own])  # [S, c]
+        a = -wide(layer.A_log[own]).exp()
+        out = selective_scan(wide(xs), dt, a, wide(b), wide(c), spread.documents, spread.carried)
+        return (out + xs * layer.D[own]).to(xs.dtype)
+
+    out = spread.by_heads(layer, heads, work, (xs, dt, b, c)) * F.silu(z)
     projected: Tensor = layer.out_proj(out[None])
     return projected
 
@@ -144,20 +168,31 @@ def short_convolution(layer: Any, x: Tensor, spread: Spread) -> Tensor:
 def lightning_attention(layer: Any, x: Tensor, spread: Spread) -> tuple[Tensor, None]:
     """MiniMax: a fixed decay for each head. Returns what its attention does: output and weights."""
     qkv = layer.act_fn(layer.qkv_proj(x))[0]  # [s, H 3 d]
-    heads, d = layer.num_attention_heads, layer.head_dim
-    shares = spread.deal(heads, heads, type(layer).__name__)
-    mine = shares[spread.rank]
-    (qkv,) = spread.to_heads((qkv,), [(_by(r.q, 3 * d),) for r in shares])
-    q, k, v = qkv.unflatten(1, (-1, 3 * d)).split(d, -1)  # [S, h, d]
-    slope = wide(layer.slope_rate.flatten()[mine.q.start : mine.q.stop])
-    out = decayed_attention(q, k, v, (-slope).expand(len(q), -1), spread.documents, spread.carried)
-    out = layer.norm(spread.to_tokens(out.flatten(1), [_by(r.q, d) for r in shares])[None])
-    return layer.out_proj(torch.sigmoid(layer.output_gate(x)) * out), None
+    count, d = layer.num_attention_heads, layer.head_dim
+    heads = Heads(count, count, lambda r: (by_width(r.q, 3 * d),), d, d * d)
+
+    def work(mine: HeadShare, qkv: Tensor) -> Tensor:
+        q, k, v = qkv.unflatten(1, (-1, 3 * d)).split(d, -1)  # [S, h, d]
+        slope = wide(layer.slope_rate.flatten()[mine.q.start : mine.q.stop])
+        out = decayed_attention(q, k, v, (-slope).expand(len(q), -1), spread.documents, spread.carried)
+        return out.flatten(1)
+
+    out, norm = spread.by_heads(layer, heads, work, (qkv,)), layer.norm
+    gate = layer.output_gate(x)[0]
+    gated = by_tiles(lambda out, g: torch.sigmoid(g) * norm.forward(out), list(norm.parameters()), out, gate)
+    return layer.out_proj(gated[None]), None
 
 
-def _by(heads: range, width: int) -> range:
-    """The channels of these heads."""
-    return range(heads.start * width, heads.stop * width)
+def _gated_norm(norm: Any, width: int, out: Tensor, z: Tensor) -> Tensor:
+    """[s, H V] -> [s, H V]: each head by itself. Not by the module's call: of tiles there are more on a longer pack,
+    and ZeRO-3 counts calls.
+    """
+
+    def each(out: Tensor, z: Tensor) -> Tensor:
+        normed: Tensor = norm.forward(out.reshape(-1, width), z.reshape(-1, width))
+        return normed.view(len(out), -1)
+
+    return by_tiles(each, list(norm.parameters()), out, z)
 
 
 def _as_read(t: Tensor, share: HeadShare) -> Tensor:

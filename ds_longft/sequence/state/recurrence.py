@@ -16,28 +16,20 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 
 from ds_longft.batch import Documents
 from ds_longft.errors import ModelError
 from ds_longft.sequence.state.carried import Carried
 from ds_longft.sequence.state.chunk_backward import fla_refuses, register_where_needed
-
-CHUNK_TOKENS = 64
-"""Tokens that are worked on as one matrix."""
-
-STATE_BYTES = 4 << 30
-"""States of all chunks, counted in float32, of the heads that are worked on at a time; the backward pass has as many
-gradients. Where they are not all heads, what a turn keeps is computed again in its backward pass. Few heads would not
-fill a GPU: gated deltas of 32 heads (128 x 128) take one turn up to 131,072 tokens, Mamba-2's 128 (128 x 64) two."""
+from ds_longft.sequence.state.spread import CHUNK_TOKENS
 
 
 def has_fla() -> bool:
@@ -125,22 +117,17 @@ def decayed_attention(
     """
     if carried is not None and carried.state is not None:
         return carried.decayed(q, k, v, g)
+    q, k = (t.to(v.dtype).repeat_interleave(v.shape[1] // t.shape[1], 1) for t in (q, k))
     if _on_fla(v):
         from fla.ops.simple_gla import chunk_simple_gla
 
-        def some(q: Tensor, k: Tensor, v: Tensor, g: Tensor, heads: slice, of: int) -> tuple[Tensor, Tensor | None]:
-            q, k = (_of_heads(t, heads, of).to(v.dtype) for t in (q, k))
-            out, state = chunk_simple_gla(
-                q[None], k[None], v[None], g[None], scale=1.0, output_final_state=carried is not None,
-                **documents.borders,
-            )  # fmt: skip
-            return out[0], state
-
-        turns = _turns(len(v), v.shape[1], 1, k.shape[2] * v.shape[2])
-        call = _again if len(turns) > 1 else _once
-        return _of_turns([call(some, q, k, v[:, heads], g[:, heads], heads, v.shape[1]) for heads in turns], carried)
+        out, state = chunk_simple_gla(
+            q[None], k[None], v[None], g[None], scale=1.0, output_final_state=carried is not None, **documents.borders
+        )
+        if carried is not None:
+            carried.keep(state)
+        return out[0]
     outs, states = [], []
-    q, k = (_of_heads(t, slice(0, v.shape[1]), v.shape[1]) for t in (q, k))
     for parts in zip(*(t.split(documents.lengths) for t in (q, k, v, g)), strict=True):
         made, state = _decayed(*(wide(t).transpose(0, 1) for t in parts))
         outs += made
@@ -198,19 +185,10 @@ def _delta(
         return carried.delta(q, k, v, g, beta)
     how: dict[str, Any] = {"use_qk_l2norm_in_kernel": True, "output_final_state": carried is not None}
     if _on_fla(q):
-
-        def some(*tensors: Tensor) -> tuple[Tensor, Tensor | None]:
-            out, state = rule(*(t[None] for t in tensors), **how, **documents.borders)
-            return out[0], state
-
-        each = v.shape[1] // k.shape[1]
-        turns = _turns(len(v), v.shape[1], each, k.shape[2] * v.shape[2])
-        call = _again if len(turns) > 1 else _once
-        outs = []
-        for heads in turns:
-            groups = slice(heads.start // each, heads.stop // each)
-            outs.append(call(some, q[:, groups], k[:, groups], *(t[:, heads] for t in (v, g, beta))))
-        return _of_turns(outs, carried)
+        out, state = rule(*(t[None] for t in (q, k, v, g, beta)), **how, **documents.borders)
+        if carried is not None:
+            carried.keep(state)
+        return out[0]
     outs, states = [], []
     q, k = (t.repeat_interleave(v.shape[1] // t.shape[1], 1) for t in (q, k))  # transformers before 5.24 does not
     for parts in zip(*(t.split(documents.lengths) for t in (q, k, v, g, beta)), strict=True):
@@ -221,38 +199,6 @@ def _delta(
     if carried is not None:
         carried.keep(torch.cat(states))
     return torch.cat(outs)
-
-
-def _of_turns(made: Sequence[tuple[Tensor, Tensor | None]], carried: Carried | None) -> Tensor:
-    """Outputs [S, h, V] and states [N, h, K, V] of some heads each -> [S, H, V]."""
-    outs, states = zip(*made, strict=True)
-    if carried is not None:
-        carried.keep(torch.cat(states, 1))
-    return torch.cat(outs, 1)
-
-
-def _turns(tokens: int, heads: int, step: int, state_elements: int) -> list[slice]:
-    """Heads of each turn, a multiple of `step` at a time."""
-    of_a_head = -(-tokens // CHUNK_TOKENS) * state_elements * 4
-    at_once = max(1, STATE_BYTES // of_a_head // step) * step
-    return [slice(i, min(i + at_once, heads)) for i in range(0, heads, at_once)]
-
-
-def _once(call: Callable[..., Any], *args: Any) -> Any:
-    return call(*args)
-
-
-def _again(call: Callable[..., Any], *args: Any) -> Any:
-    """Keeps the arguments alone, views of what is there already."""
-    return checkpoint(call, *args, use_reentrant=False, preserve_rng_state=False)
-
-
-def _of_heads(t: Tensor, heads: slice, of: int) -> Tensor:
-    """[S, G, d] -> [S, h, d]: what each of these heads reads, out of `of` heads."""
-    each = of // t.shape[1]
-    first = heads.start // each
-    read = t[:, first : -(-heads.stop // each)].repeat_interleave(each, 1)
-    return read[:, heads.start - first * each : heads.stop - first * each]
 
 
 def _on_fla(t: Tensor) -> bool:

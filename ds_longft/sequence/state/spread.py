@@ -9,20 +9,74 @@ Letters: s tokens of this rank, S of the pack, C channels of the model, c of thi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from ds_longft.batch import Documents
 from ds_longft.errors import ModelError
 from ds_longft.layout import ParallelLayout
-from ds_longft.sequence.exchange import HeadShare, deal_heads, heads_to_tokens, tokens_to_heads
+from ds_longft.sequence.exchange import HeadShare, deal_heads, heads_to_tokens, share_of, tokens_to_heads
 from ds_longft.sequence.state.carried import Carried
+from ds_longft.sequence.state.work_in_pieces import Columns, Piece, in_pieces, split
+
+STATE_BYTES = 4 << 30
+"""States of all chunks, counted in float32, of the heads that are worked on at a time; the backward pass has as many
+gradients. Few heads would not fill a GPU: gated deltas of 32 heads (128 x 128) take one turn up to 131,072 tokens,
+Mamba-2's 128 (128 x 64) two."""
+
+CHUNK_TOKENS = 64
+"""Tokens that are worked on as one matrix, with a state before them."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How channels belong to a layer's heads."""
+
+    count: int
+    groups: int  # of heads that read the same keys, or B and C
+    reads: Callable[[HeadShare], tuple[range, ...]]  # the channels of each part that a share of the heads reads
+    out: int  # channels of one head's output
+    state: int  # elements of one head's state
+
+
+def turns_of(tokens: int, heads: int, sp: int, state_elements: int) -> int:
+    """In how many turns each rank works on its heads: such that the states of one take `STATE_BYTES`."""
+    states = 4 * state_elements * -(-tokens // CHUNK_TOKENS) * -(-heads // sp)
+    return min(heads // sp, -(-states // STATE_BYTES))
+
+
+def _turn(share: HeadShare, i: int, count: int, group: int) -> HeadShare:
+    """Part i of `count` of a rank's heads; whole groups where there are as many."""
+    whole = not share.q.start % group and not len(share.q) % group and len(share.q) >= count * group
+    unit = group if whole else 1
+    of = len(share.q) // unit
+    first, last = (share.q.start + unit * (n * of // count) for n in (i, i + 1))
+    return share_of(range(first, last), group)
+
+
+def _overlap(ranges: Sequence[range]) -> bool:
+    """Whether some channel is in two of them."""
+    return sum(map(len, ranges)) > max(r.stop for r in ranges) - min(r.start for r in ranges)
+
+
+def by_width(heads: range, width: int) -> range:
+    """The channels of these heads."""
+    return range(heads.start * width, heads.stop * width)
+
+
+def weights_of(layer: nn.Module) -> list[nn.Parameter]:
+    """What a mixer's forward reads of itself, and of modules that it does not call."""
+    inner = [child for child in layer.children() if isinstance(child, nn.Conv1d)]
+    inner += [getattr(layer, name) for name in ("forget_gate", "dt_proj") if hasattr(layer, name)]
+    return [weight for module in (layer, *inner) for weight in module.parameters(recurse=False)]
 
 
 @dataclass(frozen=True)
@@ -43,15 +97,57 @@ class Spread:
             return cls(documents.own, 1, 0, None)
         return cls(documents, layout.sp, layout.sp_rank, layout.group, carried)
 
-    def deal(self, heads: int, groups: int, layer: str) -> tuple[HeadShare, ...]:
-        """The heads of each rank, and the groups (of keys, or of B and C) that they read.
+    def by_heads(
+        self,
+        layer: nn.Module,
+        heads: Heads,
+        work: Callable[..., Tensor],
+        tensors: Sequence[Tensor],
+        widths: Sequence[Sequence[int]] | None = None,
+    ) -> Tensor:
+        """`work(share, *parts)` on whole documents with the heads of this rank: [S, c] of each part -> [S, h V].
+
+        All of them at once, or some at a time (`turns_of`): then nothing of the work is kept.
+
+        Args:
+            layer: its parameters are what the work reads beside the parts.
+            heads: what of the parts belongs to which head.
+            work: is handed the share of the heads that it works on.
+            tensors: [s, C] each.
+            widths: the parts side by side in each tensor; left out, each is one part.
+
+        Returns [s, H V].
 
         Raises:
             ModelError: more ranks than heads.
         """
-        if self.sp > heads:
-            raise ModelError(f"sp is {self.sp}, but {layer} has {heads} heads: sp can be at most that")
-        return deal_heads(heads, groups, self.sp)
+        if self.sp > heads.count:
+            raise ModelError(
+                f"sp is {self.sp}, but {type(layer).__name__} has {heads.count} heads: sp can be at most that"
+            )
+        widths = widths or [(t.shape[1],) for t in tensors]
+        shares = deal_heads(heads.count, heads.groups, self.sp)
+        count = turns_of(sum(self.documents.lengths), heads.count, self.sp, heads.state)
+        if self.carried is not None:  # it keeps the states of all heads at once
+            count = 1
+        if count == 1:
+            out = work(shares[self.rank], *self.to_heads(split(tensors, widths), [heads.reads(r) for r in shares]))
+            return self.to_tokens(out, [by_width(r.q, heads.out) for r in shares])
+        turns = [[_turn(r, i, count, heads.count // heads.groups) for r in shares] for i in range(count)]
+        reads = [[heads.reads(r) for r in turn] for turn in turns]
+        shared = [_overlap(of) for of in zip(*(ranges for turn in reads for ranges in turn), strict=True)]
+        channels = heads.count * heads.out
+        pieces = [
+            Piece(
+                partial(work, turn[self.rank]),
+                Columns(widths, ranges, self.group, shared),
+                Columns([[channels]], [[by_width(r.q, heads.out)] for r in turn], self.group, [False]),
+            )
+            for turn, ranges in zip(turns, reads, strict=True)
+        ]
+        of_parts = iter(shared)
+        flags = [any(list(islice(of_parts, len(of)))) for of in widths]
+        return in_pieces(pieces, channels, weights_of(layer), tensors, flags)
 
     def to_heads(self, tensors: Sequence[Tensor], ranges: Sequence[Sequence[range]]) -> tuple[Tensor, ...]:
         """[s, C] each -> [S, c] each; `ranges`: the channels of each tensor that each rank works on."""

@@ -202,7 +202,8 @@ def tracked_step(shape: dict[str, Any], setting: Setting, keep: Sequence[Keep] |
         with ExitStack() as stack:
             without_values(stack)
             if setting.fused:
-                module = f"transformers.models.{shape['model_type']}.modeling_{shape['model_type']}"
+                family = shape["model_type"].removesuffix("_text")
+                module = f"transformers.models.{family}.modeling_{family}"
                 stack.enter_context(patch(f"{module}.apply_rotary_pos_emb", lambda q, k, *a, **b: Rope.apply(q, k)))
             return _step(shape, setting, keep)
     finally:
