@@ -7,7 +7,7 @@ float64 while they run, in the reference as in ours.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -146,14 +146,9 @@ def test_splits_and_ways_to_save_memory(pools, name):
 
 
 def gradients_in_pieces(rank: int, world: int, state_bytes: int, *args: Any) -> Any:
-    """`wide_gradients` with heads in turns of so many bytes of states, and norms on seven tokens at a time."""
-    with patch.object(spread, "STATE_BYTES", state_bytes), patch.object(work_in_pieces, "TILE_TOKENS", 7):
-        seen = []
-        whole = spread.turns_of
-        with patch.object(spread, "turns_of", lambda *a: seen.append(whole(*a)) or seen[-1]):
-            found = wide_gradients(rank, world, *args)
-    assert not seen or max(seen) > 1, seen
-    return found
+    """`wide_gradients`, in pieces."""
+    with pieces(state_bytes):
+        return wide_gradients(rank, world, *args)
 
 
 PIECES: dict[str, tuple[str, bool, str, int, int, dict[str, Any]]] = {
@@ -208,7 +203,7 @@ def test_any_lengths(pools, world):
     check()
 
 
-ENGINE = [
+ENGINE: list[Any] = [
     # family, sp, dp, ZeRO stage, accumulation, LoRA, recompute policy, whole documents
     ("Qwen3-Next", 2, 1, 3, 1, False, "keep_attention", False),
     ("Qwen3.5, 9 value and 3 key heads", 4, 1, 0, 3, False, "full", False),
@@ -228,25 +223,55 @@ ENGINE = [
 QUICK_ENGINE = (0, 6)
 
 
+IN_PIECES = [
+    # the same, and bytes of the states that a turn may have
+    ("Qwen3.5, 9 value and 3 key heads", 2, 1, 3, 1, False, "full", False, 700),
+    ("OLMo-Hybrid", 2, 1, 0, 1, False, "none", False, 700),
+    ("Kimi-Linear", 2, 1, 3, 1, True, "full", False, 700),
+    ("Nemotron-H", 2, 2, 3, 1, False, "full", False, 300),
+    ("Granite-4-H", 2, 1, 2, 3, False, "sqrt", False, 1),
+    ("Jamba", 2, 1, 3, 1, False, "full", False, 30000),
+    ("MiniMax", 2, 1, 3, 1, False, "full", False, 700),
+]
+
+
+@contextmanager
+def pieces(state_bytes: int) -> Iterator[None]:
+    """Inside, heads are worked on in turns of so many bytes of states, and norms on seven tokens at a time."""
+    counts: list[int] = []
+    plain = spread.turns_of
+    with (
+        patch.object(spread, "STATE_BYTES", state_bytes),
+        patch.object(work_in_pieces, "TILE_TOKENS", 7),
+        patch.object(spread, "turns_of", lambda *args: counts.append(plain(*args)) or counts[-1]),
+    ):
+        yield
+    assert not counts or max(counts) > 1, counts
+
+
 def engine_step(
     rank: int, world: int, family: str, changes: dict[str, Any], sp: int, stage: int, accumulation: int, lora: bool,
-    policy: str, whole: bool,
+    policy: str, whole: bool, state_bytes: int | None = None,
 ) -> Any:  # fmt: skip
     """`one_step` in float32, of another family."""
-    return one_step(
-        rank, world, sp, stage, accumulation, lora, policy, {**changes, "model_type": family}, False, False, whole
-    )
+    with nullcontext() if state_bytes is None else pieces(state_bytes):
+        return one_step(
+            rank, world, sp, stage, accumulation, lora, policy, {**changes, "model_type": family}, False, False, whole
+        )
 
 
 @pytest.mark.parametrize(
     "row",
-    [row if i in QUICK_ENGINE else pytest.param(row, marks=pytest.mark.slow) for i, row in enumerate(ENGINE)],
+    [
+        row if i in QUICK_ENGINE else pytest.param(row, marks=pytest.mark.slow)
+        for i, row in enumerate(ENGINE + IN_PIECES)
+    ],
     ids=lambda row: "-".join(map(str, row)),
 )
 def test_step_through_the_engine(pools, row):
-    of, sp, dp, stage, accumulation, lora, policy, whole = row
+    of, sp, dp, stage, accumulation, lora, policy, *more = row
     family, changes = FAMILIES[of]
-    loss, _, grads = pools(sp * dp).run(engine_step, family, changes, sp, stage, accumulation, lora, policy, whole)[0]
+    loss, _, grads = pools(sp * dp).run(engine_step, family, changes, sp, stage, accumulation, lora, policy, *more)[0]
     changed = {**changes, "model_type": family}
     with patch.object(test_engine, "reference_sum", in_float64()(reference_sum)):  # not around what draws the weights
         ref_loss, ref = baseline_step(accumulation, dp, lora, changed, False, sp, False)
