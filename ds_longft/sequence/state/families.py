@@ -47,6 +47,7 @@ class _Noted:
     documents: Documents | None = None
     layout: ParallelLayout | None = None
     states: States | None = None
+    few: bool = False  # heads at a time
 
 
 def state_layers(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
@@ -82,6 +83,7 @@ def gather_state_layers(model: nn.Module) -> None:
 def _noting(forward: Callable[..., Any], noted: _Noted, *args: Any, **kwargs: Any) -> Any:
     """A decoder layer's forward. Inside of a checkpoint, so that the recomputation gets the same documents."""
     noted.documents, noted.layout, noted.states = (kwargs.get(name) for name in ("documents", "layout", "states"))
+    noted.few = kwargs.get("kv_heads_at_a_time") is not None
     try:
         return forward(*args, **kwargs)
     finally:
@@ -99,7 +101,7 @@ def _spread_forward(mixer: nn.Module, spread: Mixer, noted: _Noted, hidden_state
     states = noted.states
     carried = None if states is None else states.of(mixer)
     if noted.documents is not None and noted.layout is not None:
-        return spread(mixer, hidden_states, Spread.of(noted.documents, noted.layout, carried))
+        return spread(mixer, hidden_states, Spread.of(noted.documents, noted.layout, carried, noted.few))
     if states is None:
         raise ModelError(
             f"{type(mixer).__name__} was called without `documents` and `layout`: its state would run on from one "

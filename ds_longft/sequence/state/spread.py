@@ -32,6 +32,9 @@ STATE_BYTES = 4 << 30
 gradients. Few heads would not fill a GPU: gated deltas of 32 heads (128 x 128) take one turn up to 131,072 tokens,
 Mamba-2's 128 (128 x 64) two."""
 
+FEW_STATE_BYTES = 1 << 30
+"""The same where attention has its heads in turns too: memory is short (`train.attention_kv_heads_at_a_time`)."""
+
 CHUNK_TOKENS = 64
 """Tokens that are worked on as one matrix, with a state before them."""
 
@@ -47,10 +50,10 @@ class Heads:
     state: int  # elements of one head's state
 
 
-def turns_of(tokens: int, heads: int, sp: int, state_elements: int) -> int:
-    """In how many turns each rank works on its heads: such that the states of one take `STATE_BYTES`."""
+def turns_of(tokens: int, heads: int, sp: int, state_elements: int, few: bool) -> int:
+    """In how many turns each rank works on its heads: such that the states of one take `STATE_BYTES`, of `few` less."""
     states = 4 * state_elements * -(-tokens // CHUNK_TOKENS) * -(-heads // sp)
-    return min(heads // sp, -(-states // STATE_BYTES))
+    return min(heads // sp, -(-states // (FEW_STATE_BYTES if few else STATE_BYTES)))
 
 
 def _turn(share: HeadShare, i: int, count: int, group: int) -> HeadShare:
@@ -88,14 +91,17 @@ class Spread:
     rank: int  # in the sp group
     group: ProcessGroup | None
     carried: Carried | None = None  # where answers are made
+    few: bool = False  # heads at a time, to save memory
 
     @classmethod
-    def of(cls, documents: Documents, layout: ParallelLayout, carried: Carried | None = None) -> Spread:
+    def of(
+        cls, documents: Documents, layout: ParallelLayout, carried: Carried | None = None, few: bool = False
+    ) -> Spread:
         """The whole pack over the sp group; where each rank holds whole documents, these on this rank alone."""
         if documents.own is not None:
             assert carried is None, "answers are made of texts that lie on all ranks"
-            return cls(documents.own, 1, 0, None)
-        return cls(documents, layout.sp, layout.sp_rank, layout.group, carried)
+            return cls(documents.own, 1, 0, None, few=few)
+        return cls(documents, layout.sp, layout.sp_rank, layout.group, carried, few)
 
     def by_heads(
         self,
@@ -127,7 +133,7 @@ class Spread:
             )
         widths = widths or [(t.shape[1],) for t in tensors]
         shares = deal_heads(heads.count, heads.groups, self.sp)
-        count = turns_of(sum(self.documents.lengths), heads.count, self.sp, heads.state)
+        count = turns_of(sum(self.documents.lengths), heads.count, self.sp, heads.state, self.few)
         if self.carried is not None:  # it keeps the states of all heads at once
             count = 1
         if count == 1:
