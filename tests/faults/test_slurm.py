@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from ds_longft.errors import ConfigError
-from ds_longft.tools.slurm.render import fill, limit_s
+from ds_longft.tools.slurm.render import Job, fill, limit_s
 from ds_longft.tools.slurm.requeue import decide
 from tests.faults import slurm_cluster
 from tests.faults.assets import write_job
@@ -39,7 +39,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_one_node(config: Path) -> None:
-    script = fill(str(config), **{**ONE, "device": "cuda", "partition": "long"})
+    script = fill(str(config), Job(**{**ONE, "device": "cuda", "partition": "long"}))
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
     assert "@" not in script.replace("USR2@60", "").replace('"$@"', "")
     for line in (
@@ -53,7 +53,7 @@ def test_one_node(config: Path) -> None:
 def test_options_of_a_cluster_and_lines_before_the_start(config: Path, tmp_path: Path) -> None:
     before = tmp_path / "my env.sh"
     before.write_text('echo "$UNSET"; export SEEN=yes\n')
-    script = fill(str(config), **{**ONE, "sbatch": "--qos=long --mem=0 --exclusive", "before": str(before)})
+    script = fill(str(config), Job(**{**ONE, "sbatch": "--qos=long --mem=0 --exclusive", "before": str(before)}))
     head, _, body = script.partition("set -uo pipefail")
     assert "#SBATCH --qos=long\n#SBATCH --mem=0\n#SBATCH --exclusive\n" in head
     (line,) = [line for line in body.splitlines() if "my env.sh" in line]
@@ -63,7 +63,7 @@ def test_options_of_a_cluster_and_lines_before_the_start(config: Path, tmp_path:
 
 
 def test_several_nodes(config: Path) -> None:
-    script = fill(str(config), **{**ONE, "nodes": 2})
+    script = fill(str(config), Job(**{**ONE, "nodes": 2}))
     assert "scontrol show hostnames" in script
     assert "--distribution=block" in script
 
@@ -87,7 +87,7 @@ def test_several_nodes(config: Path) -> None:
 )
 def test_what_cannot_run_is_refused(config: Path, change: dict, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        fill(str(config), **{**ONE, **change})
+        fill(str(config), Job(**{**ONE, **change}))
 
 
 def changed(config: Path, folder: Path, old: str, new: str) -> Path:
@@ -103,14 +103,14 @@ def changed(config: Path, folder: Path, old: str, new: str) -> Path:
 def test_a_job_that_would_do_the_same_steps_again_is_refused(config: Path, tmp_path: Path, resume: str) -> None:
     again = changed(config, tmp_path, "\ntrain:\n", f"\ntrain:\n  resume: {resume}\n")
     with pytest.raises(ConfigError, match=f"train.resume is {resume}: every start of the job would do the same steps"):
-        fill(str(again), **ONE)
+        fill(str(again), Job(**ONE))
 
 
 @pytest.mark.parametrize("name", ["x\ntouch${IFS}PWNED\nexit", "a\tb", "a\x7fb"])
 def test_control_characters_in_a_folder_are_refused(config: Path, tmp_path: Path, name: str) -> None:
     line = next(line for line in config.read_text().splitlines() if line.startswith("output_dir"))
     with pytest.raises(ConfigError, match="give a name without control characters"):
-        fill(str(changed(config, tmp_path, line, f"output_dir: {json.dumps(str(tmp_path / name))}")), **ONE)
+        fill(str(changed(config, tmp_path, line, f"output_dir: {json.dumps(str(tmp_path / name))}")), Job(**ONE))
 
 
 SRUN = """#!/bin/bash
@@ -129,7 +129,7 @@ def test_the_script_as_printed(config: Path, tmp_path: Path, name: str) -> None:
         (bins / program).write_text(text)
         (bins / program).chmod(0o755)
     line = next(line for line in config.read_text().splitlines() if line.startswith("output_dir"))
-    script = fill(str(changed(config, tmp_path, line, f"output_dir: {json.dumps(str(output))}")), **ONE)
+    script = fill(str(changed(config, tmp_path, line, f"output_dir: {json.dumps(str(output))}")), Job(**ONE))
     assert all(not line.startswith("#SBATCH --output") or line.endswith("=/dev/null") for line in script.splitlines())
     env = {
         **os.environ, "PATH": f"{bins}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "CALLS": str(tmp_path / "calls"),
@@ -240,7 +240,7 @@ def job_of(config: Path, folder: Path, *, into: Path | None = None, **changes: A
     written["train"] |= {"epochs": 10, "save_every_steps": 5} | changes
     (folder / "run.yaml").write_text(yaml.safe_dump(written))
     script = folder / "job.sbatch"
-    script.write_text(fill(str(folder / "run.yaml"), **ONE))
+    script.write_text(fill(str(folder / "run.yaml"), Job(**ONE)))
     return into or folder / "out", script
 
 
@@ -449,7 +449,7 @@ def restart(slurm: slurm_cluster.Cluster, number: str) -> None:
 
 
 def test_no_time_limit_leaves_room_for_the_signal(config: Path) -> None:
-    assert "--time=0" in fill(str(config), **{**ONE, "time": "0"})
+    assert "--time=0" in fill(str(config), Job(**{**ONE, "time": "0"}))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from string import Template
@@ -29,30 +30,11 @@ OWN_OPTIONS = (
 )  # fmt: skip
 
 
-def render(
-    config: RunKeys,
-    *,
-    nodes: int = 1,
-    gpus_per_node: int = 8,
-    time: str = "24:00:00",
-    partition: str | None = None,
-    account: str | None = None,
-    signal_s: int = 300,
-    max_crashes: int = 3,
-    cpus_per_gpu: int = 8,
-    device: Literal["cuda", "cpu"] = "cuda",
-    sbatch: str | None = None,
-    before: str | None = None,
-    out: str | None = None,
-    submit: bool = False,
-) -> None:
-    """Print (or write to --out, or --submit) the sbatch script that trains this run config, one srun task for each GPU.
-
-    What can be checked without the nodes is checked: the config, the DeepSpeed JSON, the model's heads against sp,
-    and that sp groups stay inside a node where they fit.
+@dataclass(frozen=True)
+class Job:
+    """What a job asks SLURM for, and how it goes on.
 
     Args:
-        config: run config; keys behind the file become keys of the job.
         nodes: machines.
         gpus_per_node: GPUs, and ranks, on each.
         time: limit of one start, as sbatch takes it. The run goes on in the next one.
@@ -64,14 +46,36 @@ def render(
         device: cuda, or cpu for a rehearsal without GPUs.
         sbatch: more options of sbatch, e.g. "--qos=long --mem=0 --mail-type=END".
         before: file with lines of shell that come before the start: module load, export NCCL_..., HF_HUB_OFFLINE=1.
+    """
+
+    nodes: int = 1
+    gpus_per_node: int = 8
+    time: str = "24:00:00"
+    partition: str | None = None
+    account: str | None = None
+    signal_s: int = 300
+    max_crashes: int = 3
+    cpus_per_gpu: int = 8
+    device: Literal["cuda", "cpu"] = "cuda"
+    sbatch: str | None = None
+    before: str | None = None
+
+
+JOB = Job()
+
+
+def render(config: RunKeys, *, job: Job = JOB, out: str | None = None, submit: bool = False) -> None:
+    """Print (or write to --out, or --submit) the sbatch script that trains this run config, one srun task for each GPU.
+
+    What can be checked without the nodes is checked: the config, the DeepSpeed JSON, the model's heads against sp,
+    and that sp groups stay inside a node where they fit.
+
+    Args:
+        config: run config; keys behind the file become keys of the job.
         out: file to write.
         submit: keep the script in the output folder as job.sbatch, and hand it to sbatch (`ds-longft slurm submit`).
     """
-    script = fill(
-        config, nodes=nodes, gpus_per_node=gpus_per_node, time=time, partition=partition, account=account,
-        signal_s=signal_s, max_crashes=max_crashes, cpus_per_gpu=cpus_per_gpu, device=device, sbatch=sbatch,
-        before=before,
-    )  # fmt: skip
+    script = fill(config, job)
     if submit and out is not None:
         raise ConfigError(f"--out is {out}: with --submit the script lies in the output folder")
     if submit:
@@ -107,42 +111,19 @@ def limit_s(time: str) -> int:
     return 86_400 * int(days or 0) + sum(n * unit for n, unit in zip(parts, units, strict=False))
 
 
-def fill(
-    config: RunKeys,
-    *,
-    nodes: int,
-    gpus_per_node: int,
-    time: str,
-    partition: str | None,
-    account: str | None,
-    signal_s: int,
-    max_crashes: int,
-    cpus_per_gpu: int,
-    device: Literal["cuda", "cpu"],
-    sbatch: str | None = None,
-    before: str | None = None,
-) -> str:
+def fill(config: RunKeys, job: Job) -> str:
     """The script's text. Raises ConfigError with everything that keeps the run from working on that many GPUs."""
     words = (config,) if isinstance(config, str) else config
-    problems = _wrong_flags(
-        {"nodes": nodes, "gpus_per_node": gpus_per_node, "signal_s": signal_s, "cpus_per_gpu": cpus_per_gpu},
-        {"partition": partition, "account": account}, str(time), max_crashes,
-    )  # fmt: skip
-    options, wrong = _options(sbatch or "")
-    problems += wrong
-    if before is not None and not Path(before).expanduser().is_file():
-        problems.append(f"--before is {before}: there is no such file")
+    options, problems = _options(job.sbatch or "")
+    problems = _wrong_flags(job) + problems
+    if job.before is not None and not Path(job.before).expanduser().is_file():
+        problems.append(f"--before is {job.before}: there is no such file")
     if problems:
         raise ConfigError(problems)
-    check = partial(
-        preflight,
-        world=nodes * gpus_per_node,
-        local_world=gpus_per_node,
-        device=device,
-    )
+    check = partial(preflight, world=job.nodes * job.gpus_per_node, local_world=job.gpus_per_node, device=job.device)
     run = load_run_config(config, check)
     _, sp = check(run)
-    _check_groups(run, sp, nodes, gpus_per_node)
+    _check_groups(run, sp, job)
     if run.train.resume != "auto":
         raise ConfigError(
             f"train.resume is {run.train.resume}: every start of the job would do the same steps again. Set it to "
@@ -152,47 +133,48 @@ def fill(
         print(
             "note: train.save_every_steps is not set, so a crash costs everything since the last stop", file=sys.stderr
         )
-    template = "slurm.sbatch" if nodes == 1 else "slurm_multinode.sbatch"
+    template = "slurm.sbatch" if job.nodes == 1 else "slurm_multinode.sbatch"
     folder = Path(run.output_dir).expanduser().absolute()
-    named = [f"{key}={value}" for key, value in (("--partition", partition), ("--account", account)) if value]
+    named = [f"{key}={value}" for key, value in (("--partition", job.partition), ("--account", job.account)) if value]
     return _Script(find_file(f"launch/{template}").read_text()).substitute(
         JOB=re.sub(r"[^\w.-]", "_", folder.name),
-        NODES=nodes,
-        TASKS=gpus_per_node,
-        CPUS=cpus_per_gpu,
-        GPUS=f"#SBATCH --gpus-per-node={gpus_per_node}"
-        if device == "cuda"
+        NODES=job.nodes,
+        TASKS=job.gpus_per_node,
+        CPUS=job.cpus_per_gpu,
+        GPUS=f"#SBATCH --gpus-per-node={job.gpus_per_node}"
+        if job.device == "cuda"
         else "# no GPUs asked for: a rehearsal on CPUs",
-        TIME=time,
-        SIGNAL=signal_s,
+        TIME=job.time,
+        SIGNAL=job.signal_s,
         OPTIONS="\n".join(f"#SBATCH {option}" for option in [*named, *options])
         or "# partition and account: your defaults",
-        BEFORE=_before(before),
+        BEFORE=_before(job.before),
         FOLDER=shlex.quote(str(folder)),
         WHERE=shlex.quote(os.getcwd()),
         PYTHON=shlex.quote(sys.executable),
         CONFIG=shlex.join([str(Path(w).absolute()) if Path(w).is_file() else w for w in words]),
-        CRASHES=max_crashes,
-        DEVICE="unset DS_ACCELERATOR" if device == "cuda" else "export DS_ACCELERATOR=cpu",
+        CRASHES=job.max_crashes,
+        DEVICE="unset DS_ACCELERATOR" if job.device == "cuda" else "export DS_ACCELERATOR=cpu",
     )
 
 
-def _wrong_flags(counts: dict[str, int], names: dict[str, str | None], time: str, max_crashes: int) -> list[str]:
-    problems = [f"--{key} is {value}: give 1 or more" for key, value in counts.items() if value < 1]
-    if not TIME.fullmatch(time):
-        problems.append(f"--time is {time!r}: give minutes, hours:minutes:seconds or days-hours:minutes:seconds")
-    elif 0 < limit_s(time) <= counts["signal_s"]:  # 0 is no limit
+def _wrong_flags(job: Job) -> list[str]:
+    counts = ("nodes", "gpus_per_node", "signal_s", "cpus_per_gpu")
+    problems = [f"--{key} is {getattr(job, key)}: give 1 or more" for key in counts if getattr(job, key) < 1]
+    if not TIME.fullmatch(job.time):
+        problems.append(f"--time is {job.time!r}: give minutes, hours:minutes:seconds or days-hours:minutes:seconds")
+    elif 0 < limit_s(job.time) <= job.signal_s:  # 0 is no limit
         problems.append(
-            f"--signal_s is {counts['signal_s']}, not less than --time ({time}): every start would be told to stop "
-            "at once"
+            f"--signal_s is {job.signal_s}, not less than --time ({job.time}): every start would be told to stop at "
+            "once"
         )
     problems += [
         f"--{key} is {name!r}: give letters, digits, '_', '-', '.' and ','"
-        for key, name in names.items()
+        for key, name in (("partition", job.partition), ("account", job.account))
         if name and not NAME.fullmatch(name)
     ]
-    if max_crashes < 0:
-        problems.append(f"--max_crashes is {max_crashes}: give 0 or more")
+    if job.max_crashes < 0:
+        problems.append(f"--max_crashes is {job.max_crashes}: give 0 or more")
     return problems
 
 
@@ -224,8 +206,9 @@ class _Script(Template):
     delimiter = "@"
 
 
-def _check_groups(run: RunConfig, sp: int, nodes: int, gpus_per_node: int) -> None:
+def _check_groups(run: RunConfig, sp: int, job: Job) -> None:
     """Ranks that share a sample talk in every layer: inside a node whenever they fit there."""
+    nodes, gpus_per_node = job.nodes, job.gpus_per_node
     if sp <= gpus_per_node and gpus_per_node % sp:
         fitting = [d for d in range(1, gpus_per_node + 1) if gpus_per_node % d == 0]
         raise ConfigError(
