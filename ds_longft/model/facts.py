@@ -25,12 +25,15 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PretrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from ds_longft.config.state_families import STATE_FAMILIES
 from ds_longft.model.rope import positions_end
 from ds_longft.model.rope_formulas import config_head_dim, layer_configs
 from ds_longft.model.supported import ATTENTION_LAYERS, decoder_layers
 from ds_longft.model.wrapped import make, text_class
+
+LINEARS = (nn.Linear, Conv1D)  # GPT-2's are called convolutions, and have their weight the other way round
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ class ModelFacts:
             model = make(text_class(hf_config), copy.deepcopy(hf_config), attn_implementation="eager")
         hf_config = hf_config.get_text_config()
         head, layer = model.get_output_embeddings(), decoder_layers(model)[0]
-        body = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
+        body = sum(m.weight.numel() for m in model.modules() if isinstance(m, LINEARS) and m is not head)
         # a mixture has one 3-D weight for all experts of a layer, of which each token uses a few
         of_layers = [sum(p.numel() for p in each.parameters()) for each in decoder_layers(model)]
         with_experts = [each for each in decoder_layers(model) if _stacks_of(each)]
@@ -233,9 +236,9 @@ class ModelFacts:
 def _linears_of(layer: nn.Module) -> tuple[tuple[str, int, int], ...]:
     """(name, features in, features out) of a layer's linears."""
     return tuple(
-        (name.rsplit(".", 1)[-1], m.in_features, m.out_features)
+        (name.rsplit(".", 1)[-1], *(m.weight.shape if isinstance(m, Conv1D) else reversed(m.weight.shape)))
         for name, m in layer.named_modules()
-        if isinstance(m, nn.Linear)
+        if isinstance(m, LINEARS)
     )
 
 

@@ -155,7 +155,8 @@ def load_model(
         loaded = _random_model(model, hf_config, dtype, device, seed)
     else:
         loaded = _pretrained_model(model, hf_config, ds_engine_config, dtype, device)
-    check_class_supported(type(loaded.get_decoder() if is_wrapped(hf_config) else loaded), hf_config.model_type)
+    of_text = type(loaded.get_decoder() if is_wrapped(hf_config) else loaded)
+    check_class_supported(of_text, hf_config.get_text_config().model_type)
     restore_rope(loaded, hf_config)
     return loaded.train()
 

@@ -18,6 +18,7 @@ from ds_longft.errors import ModelError
 from ds_longft.model.wrapped import is_wrapped
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+TOWERS_INSIDE = {"chameleon", "phi4_multimodal"}
 # Config keys of recurrent layers, for the models that do not list their layers by type.
 RECURRENT_KEYS = ("mamba_", "ssm_", "rwkv", "linear_num_", "linear_attn", "rnn_", "lru_", "conv_L_cache", "state_size")
 
@@ -31,7 +32,14 @@ def check_supported(hf_config: PretrainedConfig) -> None:
     """
     name = hf_config.model_type
     if hf_config.is_encoder_decoder:
-        raise ModelError(f"{name} is an encoder-decoder model; only text-only causal language models can be trained")
+        raise ModelError(
+            f"{name} is an encoder-decoder model; only causal language models, a decoder alone, can be trained"
+        )
+    if name in TOWERS_INSIDE:
+        raise ModelError(
+            f"{name} keeps what images and sound go through inside its decoder, where it cannot be left out, and "
+            "weight decay would change it: a text-only checkpoint of the same family can be trained"
+        )
     text = hf_config.get_text_config()
     state = text.model_type in STATE_FAMILIES
     layers = set(getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ())
@@ -40,10 +48,17 @@ def check_supported(hf_config: PretrainedConfig) -> None:
     recurrent = [] if state else sorted(k for k in text.to_dict() if k.startswith(RECURRENT_KEYS))
     if other or recurrent:
         seen = ", ".join(other) or "recurrent layers (config keys " + ", ".join(recurrent[:3]) + ")"
-        raise ModelError(
-            f"{name} has layers of type {seen}: these carry state along the sequence or mask it differently and cannot "
-            f"be split over ranks exactly. Supported layers: {', '.join(sorted(ATTENTION_LAYERS))}"
-        )
+        if any("indexed" in layer or "sparse" in layer for layer in other):
+            why = (
+                "which tokens they see is chosen by scores over the whole sequence, and no kernel here does that; a "
+                "checkpoint of the family whose layers see all tokens can be trained"
+            )
+        else:
+            why = (
+                "they carry a state along the sequence, or mask it, in a way that is not spread over ranks here; those "
+                "of docs/hybrid.md are"
+            )
+        raise ModelError(f"{name} has layers of type {seen}: {why}")
     if is_wrapped(hf_config):
         if type(hf_config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
             raise ModelError(
@@ -66,11 +81,12 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     Raises:
         ModelError: they are not where transformers' newer models have them (GPT-2 and its age), or there are none.
     """
-    layers = getattr(model.get_decoder(), "layers", None)
+    decoder = model.get_decoder()
+    layers = getattr(decoder, "layers", None) or getattr(decoder, "h", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         raise ModelError(
-            f"{model.config.model_type} ({type(model).__name__}) has no list of decoder layers named `layers`: models "
-            f"laid out like Llama, Qwen, Mistral, Gemma or Phi can be trained"
+            f"{model.config.model_type} ({type(model).__name__}) has no list of decoder layers named `layers` or `h`: "
+            "models laid out like Llama, Qwen, Mistral, Gemma or Phi can be trained"
         )
     return list(layers)
 
@@ -85,10 +101,11 @@ def check_class_supported(model_class: type, name: str) -> None:
         return  # most of them say neither that they keep a state nor that they use the interface: tests do
     if getattr(model_class, "_is_stateful", False):
         raise ModelError(
-            f"{name} ({model_class.__name__}) keeps a recurrent state: it cannot be split along the sequence exactly"
+            f"{name} ({model_class.__name__}) keeps a recurrent state that is not spread over ranks here; those of "
+            "docs/hybrid.md are"
         )
     if not getattr(model_class, "_supports_attention_backend", False):
         raise ModelError(
             f"{name} ({model_class.__name__}) does not use transformers' attention interface, so its attention cannot "
-            f"be replaced by the sequence-parallel one"
+            "be replaced by the sequence-parallel one; it can once transformers has rewritten it so"
         )

@@ -34,6 +34,7 @@ def is_wrapped(hf_config: PretrainedConfig) -> bool:
 
 def whole_class(hf_config: PretrainedConfig) -> Any:
     """The class whose `from_pretrained` loads all of a checkpoint, towers included."""
+    _mend(hf_config)
     other = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(hf_config), None)
     if is_wrapped(hf_config):
         return other
@@ -43,10 +44,6 @@ def whole_class(hf_config: PretrainedConfig) -> Any:
 
 def text_class(hf_config: PretrainedConfig) -> Any:
     """The class whose `from_pretrained` loads what is trained: of a wrapper, its decoder, embeddings and head."""
-    if hf_config.get_text_config().model_type == "llama4_text":  # transformers 5.24's returns the model itself
-        from transformers import Llama4ForCausalLM
-
-        Llama4ForCausalLM.get_decoder = lambda self: self.model
     whole = whole_class(hf_config)
     return _part_of(whole, text=True) if is_wrapped(hf_config) else whole
 
@@ -111,11 +108,31 @@ def copy_preparation(base: str, folder: Path, **source: Any) -> None:
             shutil.copy2(file, folder / name)
 
 
+def _mend(hf_config: PretrainedConfig) -> None:
+    """What is wrong in transformers 5.24: what two models say of their decoder and head, and the forward of Llama 4's
+    wrapper, which fails on any input, for it reads `image_outputs` of its text model's output, which has none.
+    """
+    if hf_config.get_text_config().model_type == "llama4_text":
+        from transformers.models.llama4 import modeling_llama4 as llama4
+
+        llama4.Llama4ForCausalLM.get_decoder = lambda self: self.model
+        if not hasattr(llama4.MoeCausalLMOutputWithPast, "image_outputs"):
+            of_text = llama4.MoeCausalLMOutputWithPast
+            llama4.MoeCausalLMOutputWithPast = type(of_text.__name__, (of_text,), {"image_outputs": None})
+    if hf_config.model_type == "nemotron_h_omni":
+        omni = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(hf_config)]
+        omni.get_decoder = lambda self: self.language_model.get_decoder()
+        omni.get_output_embeddings = lambda self: self.language_model.get_output_embeddings()
+
+
 @cache
 def _part_of(whole: type[PreTrainedModel], *, text: bool) -> type[PreTrainedModel]:
     """A wrapper's class that builds its text model alone, or all but that; for transformers it is the same class."""
 
     def __init__(self: Any, config: PretrainedConfig, *args: Any, **keywords: Any) -> None:
+        for part in (getattr(config, name) for name in config.sub_configs):
+            if isinstance(part, PretrainedConfig) and part is not config.get_text_config():
+                part._attn_implementation = "eager"  # some towers know transformers' own names alone
         whole.__init__(self, config, *args, **keywords)
         kept = [self.get_decoder(), self.get_output_embeddings()]
         outside = list(_outside(self, kept))

@@ -5,24 +5,30 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from ds_longft.config.proof import proof_problem, proofs
+from ds_longft.config.proof import proof_problem, proofs, why_not_proved
 
 GPUS = {"Hopper": (9, 0), "Ampere": (8, 0)}
 
 
 def models(model: str | None = None, *, revision: str | None = None) -> None:
-    """List the model types that were compared with transformers' own step, or say what is known of one checkpoint.
+    """List the model types that were compared with transformers' own step, or say what is known of one.
 
-    Of a checkpoint: proved or not, into how many parts a sample can be split, windows, attention kernels that fit, and
-    what LoRA would reach. Only its config is read.
+    Of a type: proved or not, and why. Of a checkpoint: proved or not, into how many parts a sample can be split,
+    windows, attention kernels that fit, and what LoRA would reach. Only its config is read.
 
     Args:
-        model: folder or hub id of a checkpoint.
+        model: folder or hub id of a checkpoint, or a `model_type` of transformers.
         revision: of a hub id.
     """
-    print(page() if model is None else "\n".join(f"{name:<16}{text}" for name, text in about(model, revision)))
+    if model is None:
+        print(page())
+        return
+    of_type = model in proofs()["types"] and not Path(model).exists()
+    lines = about_type(model) if of_type else about(model, revision)
+    print("\n".join(f"{name:<16}{text}" for name, text in lines))
 
 
 def page() -> str:
@@ -63,9 +69,13 @@ def page() -> str:
         "| type | why |",
         "|---|---|",
     ]
-    for name, entry in types.items():
+    for name in types:
         if name not in proved:
-            lines.append(f"| {name} | {_why_not(name, entry)} |")
+            lines.append(f"| {name} | {str(why_not_proved(name)).removeprefix(f'{name} ').replace('|', ' ')} |")
+    against = {name: entry["against"] for name, entry in proved.items() if "against" in entry}
+    if against:
+        lines += ["", "## Proved, but not beside transformers' own step as it is", "", "| type | why |", "|---|---|"]
+        lines += [f"| {name} | {why} |" for name, why in against.items()]
     without_lora = {name: entry["lora"] for name, entry in proved.items() if "lora" in entry}
     if without_lora:
         lines += ["", "## Proved, but for LoRA on all linear layers", "", "| type | why |", "|---|---|"]
@@ -73,16 +83,22 @@ def page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _why_not(name: str, entry: dict[str, Any]) -> str:
-    if "unknown" in entry:
-        why = "not compared, no small model of it: " + entry["unknown"]
-    else:
-        why = entry.get("refused") or "does not run here: " + entry["wrong"]
-    return str(why).removeprefix(f"{name} ").replace("|", " ")
-
-
 def _flowing(names: Iterator[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
+
+
+def about_type(model_type: str) -> Iterator[tuple[str, str]]:
+    """What the walk found of a model type, line by line."""
+    found = proofs()
+    entry = found["types"][model_type]
+    held = f", as the text model of type {entry['text']}" if "text" in entry else ""
+    yield "type", model_type
+    yield "proved", why_not_proved(model_type) or f"{_when(found)}, to {entry['proved']:.0e}{held}"
+    yield from ((name, entry[key]) for name, key in (("compared with", "against"), ("LoRA", "lora")) if key in entry)
+
+
+def _when(found: dict[str, Any]) -> str:
+    return f"{found['written']}, transformers {found['versions']['transformers']}"
 
 
 def about(model: str, revision: str | None) -> Iterator[tuple[str, str]]:
@@ -100,7 +116,7 @@ def about(model: str, revision: str | None) -> Iterator[tuple[str, str]]:
     text_type, found = hf_config.get_text_config().model_type, proofs()
     yield "type", hf_config.model_type + (f", text model {text_type}" if is_wrapped(hf_config) else "")
     problem = proof_problem(hf_config.model_type, text_type)
-    yield "proved", problem or f"{found['written']}, transformers {found['versions']['transformers']}"
+    yield "proved", problem or _when(found)
     facts = ModelFacts.from_config(hf_config)
     experts = f", {facts.experts} experts a layer" if facts.experts else ""
     yield "size", f"{facts.weights / 1e9:.2f}B weights, {facts.layers} layers{experts}"

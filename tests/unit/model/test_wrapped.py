@@ -23,7 +23,7 @@ from ds_longft.train.weights import gather_weights
 from tests.unit.sequence.zoo import tiny
 from tests.unit.tools.test_export import save_tokenizer
 
-OTHERS = ("mistral3", "qwen3_vl", "internvl", "llava", "smolvlm")
+OTHERS = ("llama4", "mistral3", "qwen3_vl", "internvl", "llava", "smolvlm")
 WRAPPERS = ["gemma3", "gemma4", "qwen2_5_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
 TOKENS = torch.arange(1, 20)[None]
 

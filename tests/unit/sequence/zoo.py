@@ -75,6 +75,11 @@ FOUR: dict[str, Any] = {
 }  # fmt: skip
 """Gemma 4: two sizes of heads, the last layers read keys and values of those before."""
 
+BY_LAYER: dict[str, Any] = {
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "rope_parameters": {name: {"rope_type": "default", "rope_theta": 10000.0} for name in ("full_attention", "sliding_attention")},
+}  # fmt: skip
+
 CHANGES: dict[str, dict[str, Any]] = {
     **{model_type: {"num_hidden_layers": 2, **changes} for model_type, changes in reversed(STATE_FAMILIES.values())},
     "gemma3n_text": {
@@ -92,6 +97,24 @@ CHANGES: dict[str, dict[str, Any]] = {
         "no_rope_layers": [1, 0, 1], "layer_types": ["chunked_attention", "full_attention", "chunked_attention"],
         "attention_chunk_size": 8, "floor_scale": 4, "intermediate_size_mlp": 96, "moe_layers": [1, 2],
     },
+    "cohere_compass_text": BY_LAYER, "cohere_compass": {"text_config": BY_LAYER}, "zaya": {"num_experts_per_tok": 1},
+    "deepseek_ocr2": {
+        "text_config": {"mlp_layer_types": ["dense", "sparse", "sparse"], "n_group": None, "topk_group": None},
+        "vision_config": {"sam_config": TOWER | {"global_attn_indexes": [0]}, "encoder_config": TOWER},
+    },
+    "apertus1p5": {
+        "audio_config": {"codebook_dim": 32, "codebook_size": 8}, "vision_config": {"codebook_size": 8, "base_channels": 32}, "image_token_offset": 100,
+        "audio_token_offset": 108,
+    },
+    "molmo2": {"vision_config": {"image_size": [32, 32]}, "adapter_config": {"vision_feature_layer": [0]}},
+    "granite4_vision": {"deepstack_layer_map": [[0, 0]], "vision_config": TOWER | {"hidden_size": 64}, "downsample_rate": "1/1"},
+    "emu3": {"vocabulary_map": {"<image>": 3, "<|extra_200|>": 4}, "vq_config": {"base_channels": 32}},
+    "muse_spark": {"projector_hidden_size": 64, "out_hidden_size": 64, "audio_config": {"patch_sizes": [4], "hidden_sizes": [32], "depths": [1]}},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
+    "hunyuan_vl": {"text_config": SECTIONS}, "perception_lm": {"vision_config": {"model_args": {"embed_dim": 32}}},
+    "phi4_multimodal": {"audio_config": TOWER | {"num_blocks": 1}, "vision_config": TOWER},
+    "janus": {"vq_config": {"base_channels": 32, "num_embeddings": 16, "projection_dim": 32, "image_token_embed_dim": 32}},
+    "chameleon": {"vocabulary_map": {"<image>": 3}},
     "granite": {"logits_scaling": 3.0}, "granitemoe": {"logits_scaling": 3.0}, "hyperclovax": {"logits_scaling": 3.0},
 }  # fmt: skip
 
@@ -139,7 +162,11 @@ def tiny(model_type: str) -> PretrainedConfig:
             for key, part in parts.items()
             if part is not None
         }
-        return AutoConfig.for_model(model_type, **parts, **_small(default, SMALL), **CHANGES.get(model_type, {}))
+        changes = {
+            key: {**parts.get(key, {}), **change} if isinstance(change, dict) else change
+            for key, change in CHANGES.get(model_type, {}).items()
+        }
+        return AutoConfig.for_model(model_type, **{**parts, **_small(default, SMALL), **changes})
     return AutoConfig.for_model(model_type, **_small_text(default))
 
 
@@ -206,8 +233,10 @@ class Step:
 def _model(config: PretrainedConfig, attention: str, *, whole: bool, lora: bool) -> Any:
     """`whole`: with the towers of a wrapper, as transformers builds it. `lora`: with adapters that do something."""
     torch.manual_seed(0)
-    model: Any = make(whole_class(config), copy.deepcopy(config), attn_implementation=attention)
-    if is_wrapped(config) and not whole:
+    part = is_wrapped(config) and not whole
+    of_whole = "eager" if part else attention
+    model: Any = make(whole_class(config), copy.deepcopy(config), attn_implementation=of_whole)
+    if part:
         towers, model = model, make(text_class(config), copy.deepcopy(config), attn_implementation=attention)
         model.load_state_dict({k: v for k, v in towers.state_dict().items() if k in model.state_dict()})
     model = model.double()
