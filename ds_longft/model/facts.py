@@ -244,7 +244,8 @@ def _linears_of(layer: nn.Module) -> tuple[tuple[str, int, int], ...]:
 
 def _width(linears: Sequence[tuple[str, int, int]], hidden: int) -> int:
     """I, input features of the down projection, 0 without one."""
-    return next((i for name, i, o in linears if o == hidden and name.startswith(("down", "fc2", "c_proj"))), 0)
+    down = ("down", "fc2", "c_proj")  # the last also that of GPT-2's attention, which is narrower
+    return max((i for name, i, o in linears if o == hidden and name.startswith(down)), default=0)
 
 
 def _has_qk_norm(layer: nn.Module) -> bool:

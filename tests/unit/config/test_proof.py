@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ds_longft.config.check import check_run
-from ds_longft.config.proof import proof_problem, proofs
+from ds_longft.config.proof import proof_problem, proofs, why_not_proved
 from ds_longft.config.run_config import RunConfig
 from ds_longft.errors import ConfigError
 
@@ -27,10 +27,19 @@ def test_what_is_proved(model_type: str, text_type: str, proved: bool) -> None:
     assert (proof_problem(model_type, text_type) is None) == proved
 
 
-def test_each_type_is_one_of_three_things() -> None:
+def test_each_type_is_one_of_four_things_and_says_why() -> None:
     for name, entry in proofs()["types"].items():
         assert len({"proved", "refused", "unknown", "wrong"} & set(entry)) == 1, name
+        why = why_not_proved(name)
+        assert (why is None) == ("proved" in entry)
+        assert why is None or (20 < len(why) < 400 and "\n" not in why), name
     assert sum("proved" in entry for entry in proofs()["types"].values()) >= 100
+
+
+def test_what_is_refused_says_why_at_once() -> None:
+    said = str(proof_problem("bloom", "bloom"))
+    assert "does not use transformers' attention interface" in said
+    assert "unproved" not in said  # it would not help
 
 
 @pytest.mark.parametrize("unproved", [False, True])

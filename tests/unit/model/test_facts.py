@@ -118,6 +118,13 @@ def test_latent_attention_has_one_head_size_for_queries_and_keys_and_one_for_val
     assert facts.attention_width == 4 * (16 + 12) // 2
 
 
+def test_layers_that_gpt_2_calls_convolutions_are_linear() -> None:
+    facts = ModelFacts.from_config(tiny("gpt2"))
+    assert facts.linear_io == (("c_attn", 64, 192), ("c_proj", 64, 64), ("c_fc", 64, 256), ("c_proj", 256, 64))
+    assert facts.body_weights == 3 * facts.layer_weights == 3 * 12 * 64 * 64
+    assert facts.inter == 256
+
+
 OTHER_EXPERTS = {"beam", "doge"}  # a layer of linears each, or rows of an embedding: no stack of weights
 HEADS_BY_KIND = {"mimo_v2_flash"}  # sliding layers have heads of their own: the facts are those of full layers
 
@@ -130,7 +137,8 @@ def test_facts_are_those_of_the_model(model_type: str) -> None:
     """
     try:
         config = tiny(model_type)
-        AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager")
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager")
     except Exception as error:
         pytest.skip(f"{type(error).__name__}: {str(error).splitlines()[0]}")
     try:

@@ -17,7 +17,9 @@ from ds_longft.config.run_config import LoraConfig, ModelConfig
 from ds_longft.model.facts import ModelFacts
 from ds_longft.model.load import load_config, load_model
 from ds_longft.model.lora import add_lora, gather_adapter_state, load_adapter, save_adapter
+from ds_longft.model.supported import decoder_layers
 from ds_longft.model.wrapped import make, save_whole, text_class, whole_class
+from ds_longft.sequence.attention import ULYSSES, register
 from ds_longft.tools.export import export_model
 from ds_longft.train.weights import gather_weights
 from tests.unit.sequence.zoo import tiny
@@ -72,6 +74,23 @@ def test_the_towers_are_not_in_it(tmp_path: Path, model_type: str) -> None:
         ours = head(decoder(input_ids=TOKENS).last_hidden_state)
         whole = AutoModelForImageTextToText.from_pretrained(base, attn_implementation="eager").eval()
         torch.testing.assert_close(whole(input_ids=TOKENS).logits, ours, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_vl_hybrid", "nemotron_h_omni"])
+def test_towers_attend_as_they_know_and_the_decoder_is_found(model_type: str) -> None:
+    register()
+    config = tiny(model_type)
+    with torch.device("meta"):
+        model = make(text_class(config), config, attn_implementation=ULYSSES)
+    assert len(decoder_layers(model)) == config.get_text_config().num_hidden_layers
+    assert model.get_decoder().config._attn_implementation == ULYSSES
+    assert model.get_output_embeddings().out_features == config.get_text_config().vocab_size
+
+
+def test_the_forward_of_llama_4s_wrapper_is_mended() -> None:
+    model = make(whole_class(tiny("llama4")), tiny("llama4")).eval()
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=TOKENS).logits, model.language_model(input_ids=TOKENS).logits)
 
 
 @pytest.mark.parametrize("model_type", ["glm4v_moe", "qwen3_omni_moe_thinker"])

@@ -16,6 +16,24 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "| bloom | (BloomForCausalLM) does not use" in text
 
 
+@pytest.mark.parametrize(
+    ("model_type", "line"),
+    [
+        ("llama4", "compared with   its own forward fails on any input"),
+        ("gemma3", "as the text model of type gemma3_text"),
+        ("deepseek_v32", "has layers of type indexed_attention: which tokens they see is chosen by scores"),
+        ("stablelm", "does not use transformers' attention interface"),
+        ("phi4_multimodal", "inside its decoder"),
+        ("dbrx", "with model.unproved: true `ds-longft verify` compares yours"),
+    ],
+)
+def test_one_type(model_type: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", model_type]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"type            {model_type}\nproved ")
+    assert line in text
+
+
 def test_one_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny("gemma3").save_pretrained(tmp_path)
     assert main(["models", str(tmp_path)]) == 0
