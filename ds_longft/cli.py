@@ -185,6 +185,12 @@ COMMANDS = {
         "runs/mine data.json --sp 8",
         imports_torch=True,
     ),
+    "eval longproc": Command(
+        "ds_longft.tools.evaluate.longproc.command:longproc",
+        "LongProc: long answers that follow a procedure",
+        "runs/mine LongProc/data --gpus 8",
+        imports_torch=True,
+    ),
     "eval reason": Command(
         "ds_longft.tools.evaluate.reason:reason",
         "like requests told apart, walks in a graph, at any length",

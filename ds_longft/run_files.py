@@ -202,6 +202,7 @@ OF_A_KIND = {
     "suite": ("measures",),
     "longbench": ("averages", "scores"),
     "longbench-e": ("averages", "scores"),
+    "longproc": ("averages", "scores"),
 }
 OF_NEEDLES = ("lengths", "trials", "languages", "seed", "form", "haystacks")
 

@@ -50,7 +50,7 @@ fi
 if [[ ,$extras, == *,dev,* ]] && [ ! -d $venv/peers/axolotl ]; then
   $venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $venv/peers axolotl==0.19.0
 fi
-# Likewise, left packed: of lm-eval only the files of RULER are read.
+# Likewise, left packed: of lm-eval only the files of RULER and LongProc are read.
 if [[ ,$extras, == *,dev,* ]] && ! compgen -G "$venv/peers/lm_eval-*.whl" >/dev/null; then
   $venv/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $venv/peers lm-eval==0.4.13
 fi

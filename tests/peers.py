@@ -69,15 +69,9 @@ def lm_eval_ruler(name: str) -> ModuleType:
     For nltk our end of a sentence stands in (its own is a download), for wonderwords a hundred nouns and adjectives of
     it where needles' keys are made: lm-eval would make six million pairs of all.
     """
-    folder = Path(os.environ.get("DS_LONGFT_TEST_PEERS", Path(sys.prefix) / "peers"))
-    wheels = sorted(folder.glob("lm_eval-*.whl"))
-    if not wheels:
-        pytest.skip("no lm-eval: pip download --no-deps --dest .venv/peers lm-eval==0.4.13")
+    _open_lm_eval("ruler")
     wanted = f"lm_eval.tasks.ruler.{name}"
     if wanted not in sys.modules:
-        for package in ("lm_eval", "lm_eval.tasks", "lm_eval.tasks.ruler"):
-            sys.modules[package] = ModuleType(package)
-            sys.modules[package].__path__ = [str(wheels[-1] / package.replace(".", "/"))]
         with pytest.MonkeyPatch.context() as patch:
             whole = RandomWord()._categories
             few = {kind: words[:100] if kind.endswith("s") else words for kind, words in whole.items()}
@@ -90,3 +84,21 @@ def lm_eval_ruler(name: str) -> ModuleType:
             patch.setattr(importlib.metadata, "version", lambda _: "3.9.1")
             importlib.import_module(wanted)
     return sys.modules[wanted]
+
+
+def lm_eval_longproc() -> ModuleType:
+    """lm-eval's scorers of LongProc."""
+    _open_lm_eval("longproc")
+    return importlib.import_module("lm_eval.tasks.longproc.metrics")
+
+
+def _open_lm_eval(tasks: str) -> None:
+    """A package of lm-eval's tasks can be imported out of its wheel, without what lm-eval needs to run."""
+    folder = Path(os.environ.get("DS_LONGFT_TEST_PEERS", Path(sys.prefix) / "peers"))
+    wheels = sorted(folder.glob("lm_eval-*.whl"))
+    if not wheels:
+        pytest.skip("no lm-eval: pip download --no-deps --dest .venv/peers lm-eval==0.4.13")
+    for package in ("lm_eval", "lm_eval.tasks", f"lm_eval.tasks.{tasks}"):
+        if package not in sys.modules:
+            sys.modules[package] = ModuleType(package)
+            sys.modules[package].__path__ = [str(wheels[-1] / package.replace(".", "/"))]

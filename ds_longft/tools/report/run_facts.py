@@ -36,6 +36,7 @@ TITLES = {
     "short": "Short questions and texts",
     "longbench": "LongBench",
     "longbench-e": "LongBench-E",
+    "longproc": "LongProc",
 }
 SILENT_S = 600  # a run without an exit code whose newest record is older is called silent, not running
 

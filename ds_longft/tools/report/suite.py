@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from ds_longft.run_files import EvaluationRow, Preset
 from ds_longft.stored import read_lines
 from ds_longft.tools.evaluate.bootstrap import mean_with_interval
 from ds_longft.tools.evaluate.flags import Flags, token_list
+from ds_longft.tools.evaluate.longproc.command import choose, longproc
+from ds_longft.tools.evaluate.longproc.task_rows import read_problems
 from ds_longft.tools.evaluate.needle import needle
 from ds_longft.tools.evaluate.ruler.command import ruler
 from ds_longft.tools.evaluate.short import short
@@ -35,9 +37,13 @@ class Size:
 
     rows: int  # of each RULER task and length
     trials: int  # of each needle cell
+    answers: str  # lengths of LongProc
 
 
-SIZES: Mapping[Preset, Size] = {"quick": Size(rows=4, trials=1), "paper": Size(rows=50, trials=4)}
+SIZES: Mapping[Preset, Size] = {
+    "quick": Size(rows=4, trials=1, answers="0.5k"),
+    "paper": Size(rows=50, trials=4, answers="0.5k,2k"),
+}
 
 
 def suite(
@@ -49,12 +55,13 @@ def suite(
     essays: str | None = None,
     squad: str | None = None,
     hotpotqa: str | None = None,
+    longproc_data: str | None = None,
     gpus: int | None = None,
     sp: int = 1,
     base: str | None = None,
     json: bool = False,
 ) -> None:
-    """RULER, needles and short questions of a run and of the model it started from, on the same prompts.
+    """RULER, needles, short questions and LongProc of a run and of the model it started from, on the same prompts.
 
     One table: each figure before and after with a 95 % interval (bootstrap over rows), and the difference with its own,
     row by row. It goes to RUN/eval/suite.json, RUN/report.html and, with the figures as `model-index`, RUN/README.md.
@@ -69,6 +76,8 @@ def suite(
         essays: what RULER's needles are hidden in; see `eval ruler`.
         squad: SQuAD's dev-v2.0.json.
         hotpotqa: hotpot_dev_distractor_v1.json.
+        longproc_data: your copy of LongProc's data folder, which is asked too: as many rows of each task, with answers
+            of 0.5k, with the preset paper of 2k as well.
         gpus: how many GPUs of this machine share the work; on a CPU, processes. Left out: as many as --sp.
         sp: how many of them share one text.
         base: the base model of an adapter, where it has moved.
@@ -76,14 +85,17 @@ def suite(
     """
     if rows is not None and rows < 1:
         raise ConfigError(f"--rows is {rows}: expected 1 or more")
-    given = None if lengths is None else token_list("--lengths", lengths)
+    given, size = None if lengths is None else token_list("--lengths", lengths), SIZES[preset]
+    for task, answers in choose("all", size.answers, run_code=False) if longproc_data else ():
+        read_problems(str(longproc_data), task, answers, 1)  # a mistake comes before hours of RULER
     from ds_longft.tools.evaluate import results  # brings torch
     from ds_longft.tools.evaluate.subject import find_subject, subject_window
 
     find_subject(run, before=True, base=base)
     after = find_subject(run, base=base)
     sizes = given or _lengths(preset, subject_window(after) or 8192)
-    size, folder = SIZES[preset], results.result_folder(after, None)
+    folder = results.result_folder(after, None)
+    kinds = ("ruler", "needle", "short", *(("longproc",) if longproc_data else ()))
     asked = ",".join(map(str, sizes))
     texts: dict[str, Any] = {"essays": essays, "squad": squad, "hotpotqa": hotpotqa}
     with contextlib.redirect_stdout(sys.stderr):
@@ -92,12 +104,14 @@ def suite(
             ruler(run, lengths=asked, rows=rows or size.rows, **texts, flags=flags)
             needle(run, lengths=asked, trials=size.trials, flags=flags)
             short(run, flags=flags)
+            if longproc_data:
+                longproc(run, longproc_data, lengths=size.answers, limit=rows or size.rows, flags=flags)
     result = {
         "kind": "suite",
         "model": after.shown,
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "settings": {"preset": preset, "lengths": sizes, "rows": rows, **texts},
-        "measures": compared(_scored(folder, results.BEFORE), _scored(folder, "")),
+        "settings": {"preset": preset, "lengths": sizes, "rows": rows, "longproc_data": longproc_data, **texts},
+        "measures": compared(_scored(folder, kinds, results.BEFORE), _scored(folder, kinds, "")),
     }
     path = folder / "suite.json"
     results.write_result(path, result)
@@ -111,11 +125,12 @@ def _lengths(preset: Preset, window: int) -> list[int]:
     return [4096 << i for i in range((window // 4096).bit_length())] or [window]
 
 
-def _scored(folder: Path, ending: str) -> Scored:
-    """The values of every row of the three evaluations."""
+def _scored(folder: Path, kinds: Sequence[str], ending: str) -> Scored:
+    """The values of every row of the evaluations."""
     readers: dict[str, Callable[[dict[str, Any]], tuple[str, str, float]]] = {
         "ruler": lambda row: (f"RULER {row['length_tokens']:,}, %", row["task"], 100 * row["score"]),
         "needle": lambda row: (f"needles {row['length_tokens']:,}, %", str(row["depth"]), 100.0 * row["exact"]),
+        "longproc": lambda row: (f"LongProc {row['answer_length']}, %", row["task"], 100 * row["score"]),
         "short": lambda row: (
             ("loss of short texts", "", row["loss"])
             if "loss" in row
@@ -123,9 +138,9 @@ def _scored(folder: Path, ending: str) -> Scored:
         ),
     }
     scored: Scored = {}
-    for name, read in readers.items():
+    for name in kinds:
         for row in read_lines(folder / f"{name}{ending}.rows.jsonl", EvaluationRow)[0][1:]:
-            measure, part, value = read(row)
+            measure, part, value = readers[name](row)
             scored.setdefault(measure, {}).setdefault(part, {})[row["key"]] = value
     return scored
 

@@ -150,7 +150,7 @@ def _interval(ends: Sequence[float], digits: int) -> str:
 def _digits(evaluation: Evaluation) -> int:
     if evaluation.kind == "ruler" or evaluation.kind.startswith("needle"):
         return 1
-    return 2 if evaluation.kind.startswith("longbench") else 3
+    return 2 if evaluation.kind.startswith(("longbench", "longproc")) else 3
 
 
 def _figures(result: dict[str, Any]) -> dict[str, float | None]:
@@ -178,7 +178,7 @@ def _figures(result: dict[str, Any]) -> dict[str, float | None]:
             for task, sizes in result["by_length"].items()
             for size, value in sizes.items()
         }
-    if kind.startswith("longbench"):
+    if kind.startswith(("longbench", "longproc")):
         lengths = {
             f"{task} {bucket}": value
             for task, buckets in result.get("by_length", {}).items()
@@ -244,11 +244,11 @@ def _needle_words(settings: dict[str, Any]) -> list[str]:
 def _text_words(settings: dict[str, Any]) -> list[str]:
     same = (
         "text", "texts", "buckets", "where", "data", "prompts", "tasks", "limit", "lengths", "rows", "essays", "squad",
-        "hotpotqa", "seed", "preset",
+        "hotpotqa", "seed", "preset", "longproc_data",
     )  # fmt: skip
     flags = {"length_tokens": "length", "window_tokens": "window", "max_length_tokens": "max_length"}
     flags |= dict(zip(same, same, strict=True))
-    words = [f"--{flag}" for flag in ("join", "e") if settings.get(flag)]
+    words = [f"--{flag}" for flag in ("join", "e", "run_code") if settings.get(flag)]
     for key, flag in flags.items():
         value = settings.get(key)
         if str(value).startswith("built in"):

@@ -41,7 +41,7 @@ def _asked(evaluation: Evaluation) -> list[tuple[str, Any]]:
     if kind == "ruler":
         length = max(map(int, result["averages"]))
         return [(f"RULER at {length:,} tokens, mean of the tasks, %", str(length))]
-    if kind.startswith("longbench"):
+    if kind.startswith(("longbench", "longproc")):
         return [(f"{evaluation.name}, {name}", name) for name in result["averages"]]
     return []
 

@@ -17,6 +17,7 @@ from ds_longft.config.read import dump_config, load_run_config
 from ds_longft.tools.evaluate import short as short_module
 from ds_longft.tools.report import suite as suite_module
 from ds_longft.tools.report.suite import _lengths, compared
+from tests.unit.tools.evaluate.test_longproc import copy  # noqa: F401 - a fixture
 from tests.unit.tools.evaluate.test_needle import tiny_model
 
 
@@ -53,17 +54,23 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_one_table_in_page_and_card(
-    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: Path,
+    copy: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(suite_module, "ruler", functools.partial(suite_module.ruler, tasks="fwe,own_qa_1"))
     monkeypatch.setattr(suite_module, "short", functools.partial(suite_module.short, texts=2, length=32))
     monkeypatch.setattr(short_module, "questions", lambda: [("Which one?", "this")])
-    argv = ["eval", "suite", str(run), "--lengths", "1500", "--rows", "1", "--json"]
+    monkeypatch.setattr(suite_module, "longproc", functools.partial(suite_module.longproc, tasks="path_traversal"))
+    monkeypatch.setattr("ds_longft.tools.evaluate.longproc.command.SIZES", {"0.5k": 8})
+    argv = ["eval", "suite", str(run), "--lengths", "1500", "--rows", "1", "--longproc_data", str(copy), "--json"]
     assert main(argv) == 0
     result = json.loads(capsys.readouterr().out)
     names = ["RULER 1,500, %", "needles 1,500, %", "loss of short texts", "short questions, %"]
+    names.append("LongProc 0.5k, %")
     assert [measure["name"] for measure in result["measures"]] == names
-    assert [measure["rows"] for measure in result["measures"]] == [2, 5, 2, 1]
+    assert [measure["rows"] for measure in result["measures"]] == [2, 5, 2, 1, 1]
     loss = result["measures"][2]
     assert loss["before"] != loss["after"]
     asked_before, asked_after = (
@@ -90,6 +97,7 @@ def test_one_table_in_page_and_card(
     [
         (["--preset", "long"], "--preset: seen 'long'"),
         (["--rows", "0"], "--rows is 0"),
+        (["--longproc_data", "nowhere"], "expected LongProc's data folder"),
         ([], "no output folder of a run"),
     ],
 )

@@ -1,0 +1,1 @@
+"""LongProc: long procedures written out step by step, from the user's copy of its data."""
