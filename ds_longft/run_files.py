@@ -219,6 +219,8 @@ class EvaluationFile(StoredFile):
     loss: float | None = None
     right_percent: float | None = None
     loss_by_eighth: list[float | None] | None = None
+    longppl: float | None = None
+    key_tokens: int | None = None
     edges_tokens: list[int] | None = None
     loss_by_bucket: list[float | None] | None = None
     exact_percent: Percent | None = None

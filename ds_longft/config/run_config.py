@@ -259,8 +259,10 @@ class DataConfig(Section):
     train_turns: ByContent[Literal["all", "last"]] = "all"
     """Which answers of a row are trained."""
 
-    weighting: Refused[Literal["token", "sample"]] = "token"
-    """`token`: each target counts 1. `sample`: each of a row's N targets counts 1/N (LongAlign)."""
+    weighting: Refused[Literal["token", "sample", "gain"]] = "token"
+    """`token`: each target counts 1. `sample`: each of a row's N targets counts 1/N (LongAlign). `gain`: a target on
+    which far context gains g nats counts e^g, up to 5 (LongCE, with weights fixed beforehand): column `token_gains`,
+    which `ds-longft data score --tokens` writes. Targets of `eval` sets count 1."""
 
     chat_template: ByContent[str | None] = None
     """Path of a Jinja chat template, or a shipped one's name (docs/data.md). Left out: the tokenizer's own. It is saved

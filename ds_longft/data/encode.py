@@ -16,6 +16,7 @@ from ds_longft.data.rows import BadRow, Row
 from ds_longft.data.template import ChatTemplate, Rendered
 from ds_longft.data.thinking import Kept, TrainTurns, chosen_turns
 
+GAIN_MOST = 5.0  # of one target, as LongCE weighs it (arXiv 2410.23771)
 TRUNCATE_ROUNDS = 8  # cutting changes a few merges at the cut: the first round is exact or off by a handful of tokens
 
 
@@ -55,6 +56,7 @@ class Encoder:
     overlong: Literal["drop", "truncate", "cut_turns", "error"]
     thinking: Kept = "all"
     train_turns: TrainTurns = "all"
+    by_gain: bool = False  # `data.weighting: gain`
 
     def encode(self, rows: Sequence[Row]) -> list[EncodedRow | BadRow]:
         """One result a row, in order: its tokens, or why it was left out (`Overlong` or another `BadRow`)."""
@@ -72,7 +74,8 @@ class Encoder:
             encode = self.tokenizer.encode_batch_fast if plain else self.tokenizer.encode_batch
             encodings = encode([rendered.text for _, rendered in batch], add_special_tokens=plain)
             for (i, rendered), encoding in zip(batch, encodings, strict=True):
-                results[i] = self._finish(rows[i], rendered, encoding)
+                found = self._finish(rows[i], rendered, encoding)
+                results[i] = weighted_by_gain(found) if self.by_gain and isinstance(found, EncodedRow) else found
         assert all(result is not None for result in results)
         return results  # type: ignore[return-value]
 
@@ -165,6 +168,24 @@ class Encoder:
         if best is None or best.targets == 0:
             raise Overlong("too long, and no beginning of it that ends with a trained answer fits", seen)
         return replace(best, truncated=True)
+
+
+def weighted_by_gain(encoded: EncodedRow) -> EncodedRow | BadRow:
+    """Each target times min(e^gain, `GAIN_MOST`): spans are cut where the weight changes."""
+    gains, targets = encoded.row.gains, encoded.targets
+    if gains is None:
+        return BadRow("no token_gains", "data.weighting is gain: `ds-longft data score --tokens` writes them")
+    if len(gains) < targets or (len(gains) > targets and not encoded.truncated):
+        seen = f"{len(gains)} gains, {targets} targets: scored with another tokenizer, template or choice of turns?"
+        return BadRow("token_gains are of other targets", seen)
+    starts = np.maximum(encoded.span_start, 1)  # nothing predicts the first token
+    places = np.concatenate([np.arange(a, b) for a, b in zip(starts, encoded.span_end, strict=True)])  # [targets]
+    weights = np.repeat(encoded.span_weight, encoded.span_end - starts)
+    weights = np.float32(weights * np.minimum(np.exp(gains[:targets]), GAIN_MOST))
+    new = np.flatnonzero((np.diff(places, prepend=-1) != 1) | (np.diff(weights, prepend=-1) != 0))
+    ends = np.append(places[new[1:] - 1], places[-1]) + 1
+    spans = {"span_start": np.int32(places[new]), "span_end": np.int32(ends), "span_weight": weights[new]}
+    return replace(encoded, **spans)
 
 
 def without_trimmed_offsets(tokenizer: Tokenizer) -> Tokenizer:

@@ -14,12 +14,13 @@ from typing import Any
 
 from ds_longft.data.layouts import ASKED_MORE, Columns, Layout, detect_format, layout_of
 from ds_longft.data.rows import BadRow, Row, Turn
-from ds_longft.data.turns import list_of, text_of, tools_of, turns_of, weight_of
+from ds_longft.data.turns import gains_of, list_of, text_of, tools_of, turns_of, weight_of
 
 __all__ = ["FORMATS", "asked", "detect_format", "grounded", "language_of", "system_of", "to_row", "tools_in"]
 
 LANGUAGES = {"chinese": "zh", "english": "en", "cn": "zh", "中文": "zh", "英文": "en"}  # as published sets write them
 ZERO_WIDTH = dict.fromkeys(map(ord, "\u200b\ufeff"))  # the two joiners (200c, 200d) are part of Persian words and emoji
+TOKEN_GAINS = "token_gains"
 AFTER_ALL = "messages behind the last answer"
 
 
@@ -51,6 +52,7 @@ def to_row(record: Mapping[str, Any], format: str, *, source: str, origin: str) 
         language=language,
         weight=weight_of(weight, "weight of the row"),
         tools=tools,
+        gains=gains_of(columns.get(TOKEN_GAINS)),
         unused=tuple(sorted(unused | set(columns.unused))),
     )
 

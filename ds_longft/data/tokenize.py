@@ -155,6 +155,7 @@ class Input:
             "max_length_tokens": encoder.max_length_tokens,
             "overlong": encoder.overlong,
             "turns": [encoder.thinking, encoder.train_turns],
+            **({"weighting": "gain"} if encoder.by_gain else {}),
         }
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:24]
 
@@ -243,6 +244,7 @@ def _encoder(tokenizer: Any, data: DataConfig, *, chats: bool) -> Encoder:
         overlong=data.overlong,
         thinking=data.thinking,
         train_turns=data.train_turns,
+        by_gain=data.weighting == "gain",
     )
 
 

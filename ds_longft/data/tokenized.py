@@ -20,7 +20,7 @@ from ds_longft.data.ledger import Tally
 from ds_longft.data.pack import build_pack
 from ds_longft.errors import DataError
 
-Weighting = Literal["token", "sample"]
+Weighting = Literal["token", "sample", "gain"]
 
 ROW_HASH_BYTES = 16
 
@@ -62,6 +62,7 @@ class TokenizedRow:
 def label_weights(span_weight: Any, row_weight: Any, targets: Any, weighting: Weighting) -> NDArray[np.float32]:
     """Loss weight of one label: span weight * row weight, divided by the row's targets with `sample` weighting.
 
+    With `gain`, spans have been cut by weight (`encode.weighted_by_gain`).
     The one place where this is computed: float32, so that the sum on the host is the sum of what is trained.
     """
     weights = np.multiply(span_weight, row_weight, dtype=np.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -54,6 +55,15 @@ def weight_of(value: Any, what: str) -> float:
     if not isinstance(value, (int, float)) or not (value == 0 or WEIGHTS[0] <= value <= WEIGHTS[1]):
         raise BadRow(f"{what} is not 0 or a number from {WEIGHTS[0]:g} to {WEIGHTS[1]:g}", f"seen {str(value)[:40]}")
     return float(value)
+
+
+def gains_of(value: Any) -> tuple[float, ...] | None:
+    """A list of numbers; None where none is given. Raises `BadRow`."""
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(isinstance(gain, int | float) and math.isfinite(gain) for gain in value):
+        raise BadRow("token_gains is no list of numbers", f"seen {str(value)[:40]}")
+    return tuple(value)
 
 
 def turns_of(messages: list[Any], unused: set[str] | None = None) -> list[Turn]:

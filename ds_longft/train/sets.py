@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ds_longft.config.run_config import RunConfig, SourceConfig
+from ds_longft.config.run_config import DataConfig, RunConfig, SourceConfig
 from ds_longft.data.pairs import PairSet
 from ds_longft.data.stream import Stream
 from ds_longft.data.tokenize import Input, tokenize_sources
@@ -28,21 +28,22 @@ def tokenized(
     """
     needs = Needs.of(config)
 
-    def make(sources: list[SourceConfig]) -> TokenizedSet:
+    def make(sources: list[SourceConfig], data: DataConfig = config.data) -> TokenizedSet:
         pairs = needs.documents_per_row > 1
-        made = tokenize_sources(sources, tokenizer, config.data, progress=progress, pairs=pairs, every_byte=every_byte)
+        made = tokenize_sources(sources, tokenizer, data, progress=progress, pairs=pairs, every_byte=every_byte)
         made.check_ids(vocab)
         if needs.reference != "precomputed":
             return made
         assert isinstance(made, PairSet)
         return made.with_reference(load_reference(config, made))
 
+    plain = config.data.model_copy(update={"weighting": "token"})  # held-out rows need no gains
     if config.data.stream_window_mib is not None:
         found = Input.of(config.data.train, tokenizer, config.data, progress=progress, streaming=True)
-        return Stream(found, config.data, vocab), make(config.data.eval) if config.data.eval else None
+        return Stream(found, config.data, vocab), make(config.data.eval, plain) if config.data.eval else None
     train_set = make(config.data.train)
     if config.data.eval:
-        return train_set, make(config.data.eval)
+        return train_set, make(config.data.eval, plain)
     if config.data.eval_fraction:
         return train_set.split(config.data.eval_fraction, config.seed)
     return train_set, None

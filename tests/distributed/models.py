@@ -78,7 +78,9 @@ def make_pack(
         ids.append(doc)
         positions.append(np.arange(n))
         labels.append(label)
-        weights.append((label != IGNORE_INDEX) * (1.0 / max(1, count) if sample_weighting else 1.0))
+        # with `sample`, each token's own besides, as `gain` gives
+        weight = np.minimum(np.exp(rng.normal(size=n)), 5.0) / max(1, count) if sample_weighting else 1.0
+        weights.append((label != IGNORE_INDEX) * weight)
     borders = list(lengths)
     padding = -sum(lengths) % multiple
     if padding:

@@ -85,13 +85,15 @@ class Answering:
         assert self.flags.server is not None
         return Server(self.flags.server)
 
-    def losses(self, ids: Sequence[int], window_tokens: int | None = None) -> NDArray[np.float64]:
+    def losses(
+        self, ids: Sequence[int], window_tokens: int | None = None, overlap_tokens: int | None = None
+    ) -> NDArray[np.float64]:
         """[tokens] the loss (nats) of each token, 0 of the first, on every rank of the sp group.
 
         The text is read whole, or in windows (`read_in_windows`).
         """
         layout, whole = self.processes.layout, np.zeros(len(ids))
-        text = read_in_windows(ids, window_tokens or len(ids), layout.sp)
+        text = read_in_windows(ids, window_tokens or len(ids), layout.sp, overlap_tokens)
         at, mine = token_losses(self.loaded, text, layout, self.flags.kernel)
         whole[at] = mine
         return self.processes.summed(whole)

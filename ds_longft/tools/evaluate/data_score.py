@@ -18,6 +18,7 @@ import numpy as np
 from rich.table import Table
 
 from ds_longft.config.run_config import DataConfig, SourceConfig
+from ds_longft.data.formats import TOKEN_GAINS
 from ds_longft.errors import ConfigError
 from ds_longft.tools.evaluate.flags import RANKS, Flags, Ranks, print_tables, tokens_of
 from ds_longft.tools.evaluate.processes import start_ranks
@@ -36,6 +37,7 @@ def score(
     *,
     short: int | str = "4K",
     length: int | str | None = None,
+    tokens: bool = False,
     base: str | None = None,
     json: bool = False,
     flags: Ranks = RANKS,
@@ -53,6 +55,7 @@ def score(
         out: JSONL file to write.
         short: tokens of the short window.
         length: longest row; longer ones are left out. Left out: the model's window.
+        tokens: also write `token_gains`, the gain on each target in tenths of a nat, for `data.weighting: gain`.
         base: the base model of an adapter, where it has moved.
         json: print one JSON object instead of a table.
     """
@@ -66,10 +69,10 @@ def score(
     from ds_longft.tools.evaluate.answering import evaluate  # brings torch: not in a process that only starts others
 
     asked = Flags(**asdict(flags), base=base, out=f"{out}.scores", json=json)
-    evaluate(model, asked, lambda answering: _measure(answering, rows, Path(out), window, longest), _show)
+    evaluate(model, asked, lambda answering: _measure(answering, rows, Path(out), window, longest, tokens), _show)
 
 
-def _measure(answering: Answering, path: str, out: Path, window: int, length: int | None) -> Result:
+def _measure(answering: Answering, path: str, out: Path, window: int, length: int | None, tokens: bool) -> Result:
     from ds_longft.data.tokenize import tokenize_sources
 
     processes, source = answering.processes, SourceConfig(path=path)
@@ -88,12 +91,13 @@ def _measure(answering: Answering, path: str, out: Path, window: int, length: in
         with_all = answering.losses(ids)
         with_short = answering.losses(ids, window) if len(ids) > window else with_all
         far, near = float(with_all[targets].mean()), float(with_short[targets].mean())
+        each = {"token_gains": (np.round((with_short - with_all)[targets], 1) + 0.0).tolist()} if tokens else {}
         return [
             {"key": origin, "context_gain": round(near - far, 5), "loss_long": round(far, 5),
-             "loss_short": round(near, 5), "tokens": len(ids)}
+             "loss_short": round(near, 5), "tokens": len(ids), **each}
         ]  # fmt: skip
 
-    settings = {"rows": rows.content, "short_tokens": window, "length_tokens": longest}
+    settings = {"rows": rows.content, "short_tokens": window, "length_tokens": longest, "each_token": tokens}
     todo = answering.open_rows("score", settings, list(of_origin))
     # Rows of one length at a time: the GPUs of a round wait for its longest.
     answering.add(sorted(todo, key=lambda origin: int(rows.lengths[of_origin[origin]])), scored)
@@ -125,7 +129,7 @@ def _write(out: Path, source: SourceConfig, scores: dict[str, dict[str, Any]]) -
                 left_out += 1
                 continue
             places[origin] = file.tell()
-            whole = record | {name: scores[origin][name] for name in SCORES}
+            whole = record | {name: scores[origin][name] for name in (*SCORES, TOKEN_GAINS) if name in scores[origin]}
             file.write(json_text.dumps(whole, ensure_ascii=False, default=str).encode() + b"\n")
     with written_whole(out) as sorted_file, spool.open("rb") as file:
         for origin in scores:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from ds_longft.errors import ConfigError, DataError
 from ds_longft.tools.evaluate.flags import FLAGS, Flags, print_tables, tokens_of
+from ds_longft.tools.evaluate.longppl import STEP, key_places, longppl, read_key_tokens
 from ds_longft.tools.evaluate.processes import evaluate_on_ranks
 from ds_longft.tools.evaluate.texts import (
     CHARACTERS_A_TOKEN,
@@ -38,6 +39,8 @@ def perplexity(
     length: int | str | None = None,
     texts: int = 8,
     window: int | str | None = None,
+    short: int | str | None = None,
+    key_tokens: str | None = None,
     buckets: int = 64,
     where: str | None = None,
     join: bool = False,
@@ -57,6 +60,9 @@ def perplexity(
         window: read each text in overlapping windows of N tokens, each token with a quarter of one to a whole one
             before it. With --before and the window of the model before: what that model can do on the same text. Left
             out: each text whole.
+        short: measure LongPPL too, with key tokens that this model finds: each token read with so many tokens before it
+            (published: 4K) to a quarter more.
+        key_tokens: measure LongPPL on the key tokens of another model: the rows of its --short on these texts.
         buckets: stretches of positions that the loss is averaged in.
         where: column=value, rows to take.
         join: lay all texts together as one ring, and begin at evenly spaced places of it: where --texts of them cover
@@ -73,21 +79,29 @@ def perplexity(
         raise ConfigError(f"--length is {length}: a text of one token has none to predict, give 2 or more")
     if window is not None and tokens_of("--window", window) < 8:
         raise ConfigError(f"--window is {window}: expected 8 or more tokens, e.g. 8K")
+    if short is not None and (key_tokens is not None or tokens_of("--short", short) < STEP):
+        raise ConfigError(f"--short is {short}: expected {STEP} or more tokens, e.g. 4K, and no --key_tokens beside it")
 
     told = {"text": text or f"built in, {language}", "where": where, "join": join}
-    counts = [None if given is None else tokens_of("", given) for given in (length, window)]
+    counts = [None if given is None else tokens_of("", given) for given in (length, window, short)]
 
     def measure(answering: Answering) -> Result:
         tokens = counts[0] or answering.window or 8192
         source = read_texts(text, language, where=where, characters=CHARACTERS_A_TOKEN * tokens * texts)
         pieces = pieces_of(answering.tokenizer, source, tokens, texts, join=join or text is None)
-        return _measure(answering, pieces, counts[1], buckets, told)
+        return _measure(answering, pieces, counts[1], buckets, told, counts[2], key_tokens)
 
     evaluate_on_ranks("eval perplexity", arguments, measure, _show)
 
 
 def _measure(
-    answering: Answering, pieces: list[list[int]], window: int | None, buckets: int, told: dict[str, Any]
+    answering: Answering,
+    pieces: list[list[int]],
+    window: int | None,
+    buckets: int,
+    told: dict[str, Any],
+    short: int | None,
+    keys_of: str | None,
 ) -> Result:
     from ds_longft.tools.evaluate.results import fingerprint
 
@@ -101,14 +115,27 @@ def _measure(
         "texts_fingerprint": fingerprint(pieces),
         "buckets": buckets,
     }
+    keys = read_key_tokens(keys_of, settings["texts_fingerprint"], len(pieces)) if keys_of else {}
+    if short or keys_of:
+        settings |= {"short_tokens": short, "key_tokens": keys_of, "key_tokens_fingerprint": fingerprint([keys])}
 
     def losses(key: str) -> list[dict[str, Any]]:
-        each = answering.losses(pieces[int(key)], window)[1:]
+        piece, of_keys = pieces[int(key)], dict[str, Any]()
+        whole = answering.losses(piece, window)
+        if short or keys_of:
+            near = answering.losses(piece, short + short // STEP, short) if short else whole
+            places = key_places(whole, near) if short else keys[key]
+            of_keys = {"key_tokens": places, "key_loss_sum": float(whole[places].sum())}
+        each = whole[1:]
         sums, counts = np.bincount(bucket, each, minlength=buckets), np.bincount(bucket, minlength=buckets)
-        return [{"key": key, "loss_sums": sums.tolist(), "targets": counts.tolist()}]
+        return [{"key": key, "loss_sums": sums.tolist(), "targets": counts.tolist(), **of_keys}]
 
     answering.add(answering.open_rows("perplexity", settings, [str(i) for i in range(len(pieces))]), losses)
-    return answering.finish("perplexity", lambda rows: summarize(rows, tokens, buckets))
+
+    def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return summarize(rows, tokens, buckets) | (longppl(rows) if short or keys_of else {})
+
+    return answering.finish("perplexity", summary)
 
 
 def pieces_of(tokenizer: Any, texts: list[str], tokens: int, count: int, *, join: bool) -> list[list[int]]:
@@ -172,4 +199,6 @@ def _show(result: dict[str, Any], path: Path) -> None:
             table.add_row(f"{first:,} - {last:,}", f"{value:.4f}", f"{math.exp(value):.2f}")
     table.add_section()
     table.add_row("all", f"{result['loss']:.4f}", f"{result['perplexity']:.2f}", style="bold")
+    if result.get("longppl"):
+        table.add_row(f"LongPPL, {result['key_tokens']:,} key tokens", "", f"{result['longppl']:.2f}", style="bold")
     print_tables(path, table)

@@ -34,14 +34,17 @@ class ReadText:
     tokens: int  # of the text
 
 
-def read_in_windows(ids: Sequence[int], window_tokens: int, multiple: int) -> ReadText:
+def read_in_windows(
+    ids: Sequence[int], window_tokens: int, multiple: int, overlap_tokens: int | None = None
+) -> ReadText:
     """Each token with a quarter of a window to a whole one before it; those of the first window with all there is.
 
     What a model of that window can do on this very text: windows overlap by a quarter, where only the earlier one
     counts. A window as long as the text reads it whole. `multiple`: the pack is padded to one of this.
+    `overlap_tokens`: instead of the quarter.
     """
     array = np.asarray(ids, dtype=np.int64)
-    overlap = window_tokens // KEPT_SHARE
+    overlap = window_tokens // KEPT_SHARE if overlap_tokens is None else overlap_tokens
     documents, positions = [], []
     for start in range(0, max(1, len(array) - overlap), window_tokens - overlap):
         part = array[start : start + window_tokens]

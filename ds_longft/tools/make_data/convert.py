@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ds_longft.config.run_config import SourceConfig
-from ds_longft.data.formats import detect_format, to_row
+from ds_longft.data.formats import TOKEN_GAINS, detect_format, to_row
 from ds_longft.data.ledger import Entry, Ledger, Tally
 from ds_longft.data.preferences import PREFERENCE, PreferenceRow, is_preference, to_preference
 from ds_longft.data.progress import Progress, say_once
@@ -138,7 +138,7 @@ def _on_disk(record: dict[str, Any], layout: str, name: str, origin: str) -> tup
     weight = {"weight": row.weight} if row.weight != 1 else {}
     language = row.language or detect_language(turns)
     tools = {"tools": json.loads(row.tools)} if row.tools else {}
-    gain = {GAIN: record[GAIN]} if GAIN in record else {}
+    gain = {name: record[name] for name in (GAIN, TOKEN_GAINS) if name in record}
     unused = tuple(what for what in row.unused if what not in gain)
     return {**content, **tools, "source": name, **part, "language": language, **weight, **gain}, unused
 

@@ -160,7 +160,8 @@ def _figures(result: dict[str, Any]) -> dict[str, float | None]:
         tokens, eighths = result["length_tokens"], result["loss_by_eighth"]
         edges = [i * tokens // len(eighths) for i in range(len(eighths) + 1)]
         figures = {f"loss {edges[i]:,} – {edges[i + 1]:,}": value for i, value in enumerate(eighths)}
-        return figures | {"loss, all positions": result["loss"]}
+        longppl = {f"LongPPL, {result['key_tokens']:,} key tokens": result["longppl"]} if result.get("longppl") else {}
+        return figures | {"loss, all positions": result["loss"], **longppl}
     if kind.startswith("needle"):
         return {
             f"{language} {int(size):,}: {what} %": value
@@ -244,9 +245,9 @@ def _needle_words(settings: dict[str, Any]) -> list[str]:
 def _text_words(settings: dict[str, Any]) -> list[str]:
     same = (
         "text", "texts", "buckets", "where", "data", "prompts", "tasks", "limit", "lengths", "rows", "essays", "squad",
-        "hotpotqa", "seed", "preset", "longproc_data",
+        "hotpotqa", "seed", "preset", "longproc_data", "key_tokens",
     )  # fmt: skip
-    flags = {"length_tokens": "length", "window_tokens": "window", "max_length_tokens": "max_length"}
+    flags = {f"{flag}_tokens": flag for flag in ("length", "window", "short")} | {"max_length_tokens": "max_length"}
     flags |= dict(zip(same, same, strict=True))
     words = [f"--{flag}" for flag in ("join", "e", "run_code") if settings.get(flag)]
     for key, flag in flags.items():

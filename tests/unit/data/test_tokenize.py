@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ds_longft.batch import IGNORE_INDEX
 from ds_longft.config.run_config import DataConfig, SourceConfig
 from ds_longft.data import tokenize as module
+from ds_longft.data.pack import build_pack
 from ds_longft.data.readers import find_source
 from ds_longft.data.tokenize import tokenize_sources
 from ds_longft.errors import ConfigError, DataError
@@ -48,6 +50,43 @@ def test_columns_agree_with_each_other(run, write_jsonl):
     assert tokenized.weight_sums("token")[1] == pytest.approx(0.25 * lengths[0] + lengths[1])
     assert tokenized.weight_sums("sample")[1] == pytest.approx((0.25 * lengths[0] + lengths[1]) / lengths.sum())
     assert tokenized.weight_sums("sample").tolist()[::2] == pytest.approx([1.0, 3.0])
+
+
+def test_targets_weighed_by_what_context_gains(run, write_jsonl, tmp_path):
+    """Each target times min(e^gain, 5), also behind a message's and a row's own weight, on any number of ranks."""
+    rows = [chat("q", "one two three", "r", "four"), {"text": "some plain words"}, chat("q", "a")]
+    rows[0]["messages"][1]["weight"], rows[0]["weight"] = 0.5, 2
+    plain = [run(write_jsonl([row])).row(0) for row in rows]
+    for row, encoded in zip(rows, plain, strict=True):
+        row["token_gains"] = [0.1 * i - 0.2 for i in range(encoded.targets)]
+    rows[2]["token_gains"][:2] = [9, 0.5]
+    for i, (row, before) in enumerate(zip(rows, plain, strict=True)):
+        found = run(write_jsonl([row]), weighting="gain")
+        once, weighed = (
+            build_pack([r], pad_to_multiple=6, pad_id=0, weighting=name)
+            for r, name in ((before, "token"), (found.row(0), "gain"))
+        )
+        assert (once.labels == weighed.labels).all()
+        at = once.labels != IGNORE_INDEX
+        expected = np.minimum(np.exp(row["token_gains"]), 5) * once.loss_weights[at]
+        np.testing.assert_allclose(weighed.loss_weights[at], expected, rtol=1e-6)
+        assert not weighed.loss_weights[~at].any()
+        assert found.targets[0] == before.targets
+        assert found.weight_sums("gain")[0] == pytest.approx(weighed.loss_weights.sum(dtype=np.float64), rel=1e-12)
+        for sp in (2, 3):
+            parts = [weighed.loss_weights[weighed.part(sp, rank)].sum(dtype=np.float64) for rank in range(sp)]
+            assert sum(parts) == pytest.approx(expected.sum(), rel=1e-6)
+        if i == 2:
+            assert weighed.loss_weights.max() == 5
+    even = rows[1] | {"token_gains": [0.0] * plain[1].targets}
+    assert len(run(write_jsonl([even]), weighting="gain").row(0).span_start) == 1, "spans are cut where weights change"
+    for wrong, said in (
+        ([0.1], "token_gains are of other targets"),
+        (None, "no token_gains"),
+        ("a", "no list of numbers"),
+    ):
+        with pytest.raises(DataError, match=said):
+            run(write_jsonl([rows[1] | {"token_gains": wrong}]), weighting="gain")
 
 
 def test_plain_text_is_trained_whole_and_ends(run, write_jsonl, tokenizer):

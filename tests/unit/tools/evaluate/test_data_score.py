@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ds_longft.cli import main
+from ds_longft.config.run_config import DataConfig, SourceConfig
+from ds_longft.data.tokenize import tokenize_sources
 from ds_longft.tools.evaluate.data_score import SCORES
 from ds_longft.tools.make_data.mix import mix_sources
 from ds_longft.tools.make_data.recipe import Recipe
@@ -89,6 +92,21 @@ def test_losses_by_definition(model: Path, rows: Path, tmp_path: Path, capsys: p
         for name in SCORES:
             assert here.pop(name) == pytest.approx(there.pop(name), abs=1e-4)
         assert here == there
+
+
+def test_gains_of_each_target_are_what_a_run_weighs_by(model: Path, rows: Path, tmp_path: Path) -> None:
+    """Their mean is the row's gain, and the tokenized set of a run takes them."""
+    out = tmp_path / "scored.jsonl"
+    assert main(["data", "score", str(model), str(rows), str(out), "--short", str(SHORT), "--tokens"]) == 0
+    scored = [json.loads(line) for line in out.read_text().splitlines()]
+    for row in scored:
+        assert sum(row["token_gains"]) / len(row["token_gains"]) == pytest.approx(row["context_gain"], abs=0.05)
+    data = DataConfig(weighting="gain", cache_dir=str(tmp_path / "cache"), workers=1)
+    made = tokenize_sources([SourceConfig(path=str(out))], AutoTokenizer.from_pretrained(model), data)
+    assert made.targets.tolist() == [len(row["token_gains"]) for row in scored]
+    wanted = [np.minimum(np.exp(row["token_gains"]), 5).sum() for row in scored]
+    np.testing.assert_allclose(made.weight_sums("gain"), wanted, rtol=1e-5)
+    assert any(set(row["token_gains"]) - {0.0} for row in scored)
 
 
 def test_a_mix_takes_what_gained_most(tmp_path: Path) -> None:

@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Do half of the tokens, chosen by what context gains on them, train as well as all of them? Three runs of the recipe: all
+# rows, the half that `ds-longft data score` puts first (read by the model that all rows made), and half of them drawn; RULER
+# and short questions of each and of the base. One GPU; run again, it goes on where it stopped.
+#
+#   TEXTS=/path/to/longdocs examples/extend_smollm2/half.sh
+#   LENGTH=1024 ROWS=24 STEPS=1 RULER="--lengths 2K --tasks fwe --rows 1" SHORT=2 examples/extend_smollm2/half.sh   # rehearsal on a CPU
+#
+# OUT: where all of it goes. LENGTH, ROWS, STEPS, TEXTS as in run.sh.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+export PYTHON=${PYTHON:-python} LENGTH=${LENGTH:-65536} ROWS=${ROWS:-1000} SP=1
+OUT=${OUT:-runs/half_of_smollm2}
+RULER=${RULER:---lengths 4K,16K,64K --rows 4 --batch_tokens 512K}
+SHORT=${SHORT:-64}
+longft() { "$PYTHON" -m ds_longft.cli "$@"; }
+train() { ONLY=train RUN="$OUT/$1" DATA="$OUT/data-$1" examples/extend_smollm2/run.sh; }
+
+ONLY=data DATA="$OUT/data-all" examples/extend_smollm2/run.sh
+train all
+longft data score "$OUT/all" "$OUT/data-all/train.jsonl" "$OUT/scored.jsonl" --short $((LENGTH / 16)) --length "$LENGTH"
+$PYTHON - "$OUT" <<'PY'
+import json, random, sys
+from pathlib import Path
+
+out = Path(sys.argv[1])
+scored = (out / "scored.jsonl").read_text().splitlines()
+for name, lines in (("scored", scored), ("drawn", random.Random(0).sample(scored, len(scored)))):
+    tokens, kept, half = 0, [], sum(json.loads(line)["tokens"] for line in scored) / 2
+    for line in lines:
+        if tokens < half:
+            kept.append(line)
+            tokens += json.loads(line)["tokens"]
+    (out / f"data-{name}").mkdir(exist_ok=True)
+    (out / f"data-{name}" / "train.jsonl").write_text("\n".join(random.Random(1).sample(kept, len(kept))) + "\n")
+    print(f"{name}: {len(kept)} of {len(scored)} rows, {tokens:,} of {2 * half:,.0f} tokens")
+PY
+train scored
+train drawn
+for which in "all --before" all scored drawn; do
+  read -r run before <<<"$which"
+  longft eval ruler "$OUT/$run" $RULER $before
+  longft eval short "$OUT/$run" --texts "$SHORT" $before
+done
+$PYTHON - "$OUT" <<'PY'
+import json, sys
+from pathlib import Path
+
+for run, before in (("all", "-before"), ("all", ""), ("scored", ""), ("drawn", "")):
+    ruler, short = (json.loads((Path(sys.argv[1]) / run / "eval" / f"{name}{before}.json").read_text()) for name in ("ruler", "short"))
+    means = ", ".join(f"{n}: {mean:.1f} {ruler['intervals'][n]}" for n, mean in ruler["averages"].items())
+    print(f"{run + before}: RULER {means}; short questions {short['right_percent']} %, loss {short['loss']}")
+PY
