@@ -181,11 +181,15 @@ def weighted_by_gain(encoded: EncodedRow) -> EncodedRow | BadRow:
     starts = np.maximum(encoded.span_start, 1)  # nothing predicts the first token
     places = np.concatenate([np.arange(a, b) for a, b in zip(starts, encoded.span_end, strict=True)])  # [targets]
     weights = np.repeat(encoded.span_weight, encoded.span_end - starts)
-    weights = np.float32(weights * np.minimum(np.exp(gains[:targets]), GAIN_MOST))
+    weights = (weights * np.minimum(np.exp(gains[:targets]), GAIN_MOST)).astype(np.float32)
     new = np.flatnonzero((np.diff(places, prepend=-1) != 1) | (np.diff(weights, prepend=-1) != 0))
     ends = np.append(places[new[1:] - 1], places[-1]) + 1
-    spans = {"span_start": np.int32(places[new]), "span_end": np.int32(ends), "span_weight": weights[new]}
-    return replace(encoded, **spans)
+    return replace(
+        encoded,
+        span_start=places[new].astype(np.int32),
+        span_end=ends.astype(np.int32),
+        span_weight=weights[new],
+    )
 
 
 def without_trimmed_offsets(tokenizer: Tokenizer) -> Tokenizer:

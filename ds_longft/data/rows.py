@@ -68,8 +68,8 @@ class Row:
     language: str | None = None
     weight: float = 1.0
     tools: str = ""  # JSON of a list of tool schemas, or nothing
-    gains: tuple[float, ...] | None = None  # nats that far context gains on each target (`data score --tokens`)
     unused: tuple[str, ...] = ()  # what the record holds beside all this: columns, keys of messages
+    gains: tuple[float, ...] | None = None  # nats that far context gains on each target (`data score --tokens`)
 
     @property
     def is_text(self) -> bool:
