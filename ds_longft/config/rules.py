@@ -113,8 +113,8 @@ def _objective(config: RunConfig) -> Rules:
         "data.overlong is cut_turns, but the two answers of a pair end its prompt: set drop or truncate": (
             config.data.overlong == "cut_turns"
         ),
-        "data.weighting is sample, but with objective dpo each pair counts once: leave it out": (
-            config.data.weighting == "sample"
+        f"data.weighting is {config.data.weighting}, but with objective dpo each pair counts once: leave it out": (
+            config.data.weighting != "token"
         ),
         f"lora.dropout is {dropout:g}, but objective dpo compares log-probabilities of the model with those of its "
         "reference, which dropout would blur: set it to 0": dropout > 0,
