@@ -19,7 +19,7 @@ from ds_longft.stored import read_lines
 from ds_longft.tools.evaluate.bootstrap import mean_with_interval
 from ds_longft.tools.evaluate.flags import Flags, token_list
 from ds_longft.tools.evaluate.longproc.command import choose, longproc
-from ds_longft.tools.evaluate.longproc.task_rows import read_problems
+from ds_longft.tools.evaluate.longproc.problems import read_problems
 from ds_longft.tools.evaluate.needle import needle
 from ds_longft.tools.evaluate.ruler.command import ruler
 from ds_longft.tools.evaluate.short import short

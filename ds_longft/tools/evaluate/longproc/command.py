@@ -12,8 +12,8 @@ from rich.table import Table
 from ds_longft.errors import ConfigError
 from ds_longft.tools.evaluate.flags import FLAGS, Flags, listed, print_tables
 from ds_longft.tools.evaluate.haystack import encode_prompt
+from ds_longft.tools.evaluate.longproc.problems import LENGTHS, SIZES, Problem, read_problems
 from ds_longft.tools.evaluate.longproc.scores import SCORES, check_compiler
-from ds_longft.tools.evaluate.longproc.task_rows import LENGTHS, SIZES, Problem, read_problems
 from ds_longft.tools.evaluate.processes import evaluate_on_ranks
 
 if TYPE_CHECKING:

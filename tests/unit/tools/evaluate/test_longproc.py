@@ -15,9 +15,9 @@ from ds_longft.cli import main
 from ds_longft.errors import ConfigError, DataError
 from ds_longft.tools.evaluate.longproc import scores
 from ds_longft.tools.evaluate.longproc.command import choose
+from ds_longft.tools.evaluate.longproc.problems import LENGTHS, Problem, read_problems
 from ds_longft.tools.evaluate.longproc.procedures import countdown, travel
 from ds_longft.tools.evaluate.longproc.scores import SCORES, between
-from ds_longft.tools.evaluate.longproc.task_rows import LENGTHS, Problem, read_problems
 from tests.peers import lm_eval_longproc
 from tests.unit.tools.evaluate.test_needle import tiny_model
 
