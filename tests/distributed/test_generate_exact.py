@@ -20,7 +20,9 @@ NEW = 6
 Made = tuple[list[list[int]], list[list[float]]]
 
 
-def case(rank: int, world: int, folder: str, sp: int, lengths: list[int], new: int) -> Made:
+def case(
+    rank: int, world: int, folder: str, sp: int, lengths: list[int], new: int, weights: Any = "resident", quantize: Any = "auto"
+) -> Made:  # fmt: skip
     """Tokens, and the logits before the third of them."""
     import torch
 
@@ -30,9 +32,10 @@ def case(rank: int, world: int, folder: str, sp: int, lengths: list[int], new: i
     from ds_longft.tools.evaluate.subject import find_subject, load_subject
 
     register()
-    loaded = load_subject(find_subject(folder), torch.device("cpu"), attention=CACHED)
+    subject = find_subject(folder, quantize=quantize)
+    loaded = load_subject(subject, torch.device("cpu"), attention=CACHED, weights=weights, local_world=world)
     rng = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(3, 128, (n,), generator=rng).tolist() for n in lengths]
+    prompts = [torch.randint(3, 97, (n,), generator=rng).tolist() for n in lengths]
     layout = ParallelLayout.create(sp) if sp > 1 else ALONE
     tokens = generate(loaded, prompts, max_new_tokens=new, stop_ids=set(), layout=layout)
     reader = Reader(loaded, layout)
@@ -143,3 +146,66 @@ def test_layers_with_a_state_answer_as_transformers_does(
     for (other, other_logits), _ in made[1:]:
         assert other == tokens
         torch.testing.assert_close(torch.tensor(other_logits), torch.tensor(logits), rtol=0, atol=0)
+
+
+def with_adapter(base: Path, folder: Path, quantize: str) -> str:
+    """A run's output: an adapter on that base, with norms trained beside it."""
+    import torch
+
+    from ds_longft.config.read import dump_config
+    from ds_longft.config.run_config import LoraConfig, RunConfig
+    from ds_longft.model.load import load_config, load_model
+    from ds_longft.model.lora import add_lora, gather_adapter_state, save_adapter
+
+    config = RunConfig.model_validate({"model": {"path": str(base), "quantize": quantize}, "lora": {"r": 4}})
+    hf_config = load_config(config.model, 64, attn_implementation="eager")
+    made = load_model(config.model, hf_config, ds_engine_config=None, dtype=torch.float32, device=torch.device("cpu"))
+    model = add_lora(made, LoraConfig(r=4, modules_to_save=["input_layernorm"]), seed=0)
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.1)
+    save_adapter(model, gather_adapter_state(model), folder)
+    (folder / "config.yaml").write_text(dump_config(config))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("weights", "quantize", "adapter", "family"),
+    [
+        ("host", "auto", True, "llama"),
+        ("sharded", "nf4", True, "llama"),
+        ("host", "int8", False, "llama"),
+        ("sharded", "auto", False, "qwen3_next"),
+    ],
+)
+def test_weights_that_come_a_layer_ahead(
+    pools: Callable[[int], WorkerPool], tmp_path: Path, weights: str, quantize: str, adapter: bool, family: str
+) -> None:
+    """To the bit those of weights that lie on each rank: of one layer the bytes are the same wherever they wait."""
+    from tests.unit.model.tiny import save_tiny
+
+    if family == "llama":
+        sizes = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32, "num_hidden_layers": 3}
+        folder = str(save_tiny(tmp_path / "model", family, **sizes))
+    else:
+        folder = str(saved_hybrid(tmp_path / "model"))
+    if adapter:
+        folder = with_adapter(Path(folder), tmp_path / "run", quantize)
+        quantize = "auto"  # as the run has it
+    there = pools(2).run(case, folder, 2, [41, 6, 30], 6, "resident", quantize)
+    away = pools(2).run(case, folder, 2, [41, 6, 30], 6, weights, quantize)
+    assert away == there
+
+
+def saved_hybrid(folder: Path) -> Path:
+    """A model of three layers, two of them with a state."""
+    import torch
+
+    from tests.distributed.models import tiny_config, tiny_model
+
+    family, changes = FAMILIES["Qwen3-Next"]
+    model: Any = tiny_model(tiny_config(family, **changes), attn="eager", dtype=torch.float32)
+    model.save_pretrained(folder)
+    return folder

@@ -14,6 +14,12 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ds_longft.decide.memory import STREAMED
+from ds_longft.decide.setting import GIB
+from ds_longft.errors import ConfigError
+from ds_longft.model.facts import ModelFacts
+from ds_longft.model.load_packed import base_format
+from ds_longft.ranks.node_memory import node_memory_gib
 from ds_longft.sequence.llama4 import take_over_temperatures
 from ds_longft.sequence.state.families import spread_state_layers
 from ds_longft.tools.evaluate import results
@@ -22,8 +28,17 @@ from ds_longft.tools.evaluate.flags import Flags, tokens_of
 from ds_longft.tools.evaluate.generate import Reader, end_ids, generate
 from ds_longft.tools.evaluate.position_loss import read_in_windows, token_losses
 from ds_longft.tools.evaluate.processes import Processes
+from ds_longft.tools.evaluate.room import Asked, Place, Room
 from ds_longft.tools.evaluate.served import Server
-from ds_longft.tools.evaluate.subject import Loaded, find_subject, load_subject, subject_tokenizer, subject_window
+from ds_longft.tools.evaluate.subject import (
+    Loaded,
+    find_subject,
+    load_subject,
+    subject_config,
+    subject_tokenizer,
+    subject_window,
+)
+from ds_longft.train.device_memory import total_and_outside_torch
 
 Item = TypeVar("Item")
 Row = dict[str, Any]
@@ -53,7 +68,8 @@ class Answering:
 
     def __init__(self, processes: Processes, model: str, flags: Flags) -> None:
         self.processes, self.flags = processes, flags
-        self.subject = find_subject(model, before=flags.before, base=flags.base)
+        self.subject = find_subject(model, before=flags.before, base=flags.base, quantize=flags.quantize)
+        self.most = Asked(1)  # that will be asked at a time, as far as it is known
         self._rows: results.Rows | None = None  # on the process that writes
 
     @cached_property
@@ -70,10 +86,42 @@ class Answering:
     def loaded(self) -> Loaded:
         """The model on this process."""
         register()
-        loaded = load_subject(self.subject, self.processes.device, attention=CACHED)
+        place = self._place()
+        if place in STREAMED:
+            self.processes.join()
+        launch = self.processes.launch
+        loaded = load_subject(
+            self.subject, self.processes.device, attention=CACHED, weights=place, local_world=launch.local_world
+        )
         spread_state_layers(loaded.plain)
         take_over_temperatures(loaded.plain)
         return loaded
+
+    def _place(self) -> Place:
+        """Where weights lie. On a CPU where they are told to, else whole."""
+        where, device, layout = self.flags.weights, self.processes.device, self.processes.layout
+        if where == "sharded" and layout.dp > 1:
+            raise ConfigError(f"--weights sharded, and {layout.dp} texts at a time: give --sp {layout.world}")
+        if device.type != "cuda":
+            return "resident" if where == "auto" else where
+        hf_config = subject_config(self.subject, CACHED)
+        form = base_format(hf_config, self.subject.base)
+        total, outside = total_and_outside_torch(device)
+        room = Room(
+            facts=ModelFacts.from_config(hf_config),
+            config=hf_config.get_text_config(),
+            sp=layout.sp,
+            world=layout.world,
+            quantize=form.name if form else "",
+            memory_gib=self.processes.least((total - outside) / GIB),
+            host_gib=node_memory_gib(),
+        )
+        return room.place(self.most, where)
+
+    def expect(self, tokens: int, texts: int = 1, answer_tokens: int = 0) -> None:
+        """Say what will be asked at a time, at most, before the model is loaded for it."""
+        more = Asked(tokens, texts, answer_tokens)
+        self.most = max(self.most, more, key=lambda asked: asked.tokens + asked.texts * asked.answer_tokens)
 
     @cached_property
     def reader(self) -> Reader:
@@ -92,6 +140,7 @@ class Answering:
 
         The text is read whole, or in windows (`read_in_windows`).
         """
+        self.expect(len(ids))
         layout, whole = self.processes.layout, np.zeros(len(ids))
         text = read_in_windows(ids, window_tokens or len(ids), layout.sp, overlap_tokens)
         at, mine = token_losses(self.loaded, text, layout, self.flags.kernel)
@@ -155,6 +204,8 @@ class Answering:
             # as many as leave some for every process
             count = max(1, min(most // questions[keys[0]].tokens, -(-len(keys) // self.processes.layout.dp)))
             groups += [keys[i : i + count] for i in range(0, len(keys), count)]
+            first = questions[keys[0]]
+            self.expect(count * first.tokens, count, first.answer_tokens)
 
         def answer(keys: list[str]) -> list[Row]:
             prompts, rows = zip(*(questions[key].make() for key in keys), strict=True)

@@ -99,6 +99,7 @@ def _measure(answering: Answering, path: str, out: Path, window: int, length: in
 
     settings = {"rows": rows.content, "short_tokens": window, "length_tokens": longest, "each_token": tokens}
     todo = answering.open_rows("score", settings, list(of_origin))
+    answering.expect(max((int(rows.lengths[of_origin[origin]]) for origin in todo), default=1))
     # Rows of one length at a time: the GPUs of a round wait for its longest.
     answering.add(sorted(todo, key=lambda origin: int(rows.lengths[of_origin[origin]])), scored)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -20,11 +21,18 @@ class Ranks:
         sp: how many of them share one text; each holds the model. A launcher's ranks take the place of --gpus
             (`deepspeed --no_local_rank --module ds_longft.cli eval needle ... --sp 8`).
         kernel: attention kernel by name, or auto.
+        weights: where the weights of decoder layers lie, as `model.base` of a run: resident (whole on each GPU),
+            sharded (a share on each GPU of --sp, gathered a layer ahead), host (in host memory, streamed a layer
+            ahead). auto: the first of them that what is asked fits beside.
+        quantize: the weights in fewer bits, as `model.quantize` of a run: nf4, int8, fp8; none makes them dense. auto:
+            as the run trained on them, or as the files hold them.
     """
 
     gpus: int | None = None
     sp: int = 1
     kernel: str = "auto"
+    weights: Literal["auto", "resident", "sharded", "host"] = "auto"
+    quantize: Literal["auto", "none", "nf4", "int8", "fp8"] = "auto"
 
     @property
     def ranks(self) -> int:
@@ -32,12 +40,17 @@ class Ranks:
         return self.sp if self.gpus is None else self.gpus
 
     def check(self) -> None:
-        """Raises ConfigError: counts that are not positive, GPUs that sp does not divide."""
+        """Raises ConfigError: counts that are not positive, GPUs that sp does not divide or that share no weights."""
         for flag, count in (("sp", self.sp), ("gpus", self.ranks)):
             if count < 1:
                 raise ConfigError(f"--{flag} is {count}: expected 1 or more")
         if self.ranks % self.sp:
             raise ConfigError(f"--sp is {self.sp}, which does not divide --gpus {self.ranks}")
+        if self.weights == "sharded" and not self.ranks == self.sp > 1:
+            raise ConfigError(
+                f"--weights sharded, --sp {self.sp}, {self.ranks} GPUs: shares of a layer are gathered by GPUs that "
+                "work on one text. Give --sp alone, 2 or more, or take --weights host"
+            )
 
 
 @dataclass(frozen=True)
@@ -64,11 +77,13 @@ class Flags(Ranks):
     json: bool = False
 
     def check(self) -> None:
-        """Raises ConfigError also: a batch without tokens, GPUs beside a server."""
+        """Raises ConfigError also: a batch without tokens, GPUs or weights beside a server."""
         super().check()
         tokens_of("--batch_tokens", self.batch_tokens)
         if self.server is not None and self.ranks > 1:
             raise ConfigError("--server answers by itself: leave out --gpus and --sp")
+        if self.server is not None and (self.weights != "auto" or self.quantize != "auto"):
+            raise ConfigError("--server has the weights that it was started with: leave out --weights and --quantize")
 
 
 RANKS = Ranks()

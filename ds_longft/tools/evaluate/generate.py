@@ -28,11 +28,10 @@ from ds_longft.sequence.shard import shard
 from ds_longft.sequence.state.carried import States
 from ds_longft.sequence.state.families import spread_state_layers
 from ds_longft.tools.evaluate.cached_attention import OnThisRank, PromptCache
+from ds_longft.tools.evaluate.room import MLP_TILE_TOKENS
 from ds_longft.tools.evaluate.subject import Loaded
 
 ALONE = ParallelLayout(1, 0, 1)
-TILE_TOKENS = 8192
-"""Of a prompt at a time in an MLP: its features, 14,336 in a Llama-8B, are the widest thing a GPU holds."""
 
 
 class Reader:
@@ -159,9 +158,9 @@ def _tile_mlps(decoder: nn.Module) -> None:
 
 def _in_tiles(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """x [1, s, D] -> [1, s, D]."""
-    if x.dim() != 3 or x.shape[1] <= TILE_TOKENS:
+    if x.dim() != 3 or x.shape[1] <= MLP_TILE_TOKENS:
         return forward(x)
     out = torch.empty_like(x)
-    for into, part in zip(out.split(TILE_TOKENS, 1), x.split(TILE_TOKENS, 1), strict=True):
+    for into, part in zip(out.split(MLP_TILE_TOKENS, 1), x.split(MLP_TILE_TOKENS, 1), strict=True):
         into.copy_(forward(part))
     return out

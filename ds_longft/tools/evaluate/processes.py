@@ -99,16 +99,22 @@ class Processes:
         self.layout = ParallelLayout(1, 0, 1)
         if self.launch.world % sp:
             raise ConfigError(f"--sp is {sp}, which does not divide the {self.launch.world} ranks of this launch")
-        if self.launch.world == 1:
-            from ds_longft.tools.evaluate.subject import one_device
+        if self.launch.world > 1:
+            self.join()
+            self.layout = ParallelLayout.create(sp)
+            return
+        from ds_longft.tools.evaluate.subject import one_device
 
-            self.device = one_device()
+        self.device = one_device()
+
+    def join(self) -> None:
+        """Join the others; one alone does so too where its weights are streamed. Again, it does nothing."""
+        if self._agreement is not None:
             return
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.launch.local_world)))
         from ds_longft.ranks.join import join
 
         self.device, self._agreement = join(self.launch)
-        self.layout = ParallelLayout.create(sp)
 
     @classmethod
     @contextmanager
@@ -130,6 +136,10 @@ class Processes:
     def one_first(self, work: Callable[[], Made]) -> Made:
         """What `work` gives on each rank; rank 0 does it before the others, who find what it wrote."""
         return work() if self._agreement is None else self._agreement.rank0_first(work)
+
+    def least(self, value: float) -> float:
+        """The smallest of all ranks' values, on every rank."""
+        return value if self._agreement is None else min(self._agreement.gather(value))
 
     def share_out(self, items: Sequence[Item], work: Callable[[Item], Made]) -> Iterator[Made]:
         """`work` of every item, in order, on rank 0; each sp group does every dp-th. Nothing on the others.

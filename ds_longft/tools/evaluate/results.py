@@ -71,7 +71,8 @@ def weights_identity(subject: Subject) -> list[Any]:
     folder = subject.adapter or Path(subject.base.path).expanduser()
     files = sorted(f for pattern in MODEL_FILES for f in folder.glob(pattern)) if folder.is_dir() else []
     stats = [(str(f.relative_to(folder)), f.stat()) for f in files]
-    return [subject.shown, [[name, stat.st_size, int(stat.st_mtime)] for name, stat in stats]]
+    in_fewer_bits = [] if subject.base.quantize == "auto" else [subject.base.quantize]
+    return [subject.shown, *in_fewer_bits, [[name, stat.st_size, int(stat.st_mtime)] for name, stat in stats]]
 
 
 def fingerprint(parts: Iterable[Any]) -> str:

@@ -9,20 +9,27 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+import torch.distributed as dist
+from transformers import AutoConfig, PretrainedConfig
 
 from ds_longft.config.read import config_of_run
-from ds_longft.config.run_config import ModelConfig, Quantize, RopeConfig
+from ds_longft.config.run_config import LoraConfig, ModelConfig, Quantize, RopeConfig, RunConfig
+from ds_longft.decide.decisions import Run
+from ds_longft.decide.memory import STREAMED
+from ds_longft.decide.setting import Base, Gpu
 from ds_longft.errors import ConfigError
+from ds_longft.model.facts import ModelFacts
 from ds_longft.model.load import load_config, load_model, load_tokenizer, model_path
 from ds_longft.model.lora import BASE_CONFIG_FOLDER, WEIGHTS_NAME, load_adapter
 from ds_longft.model.rope import check_rope, window_tokens
 from ds_longft.model.rope_formulas import rope_parts
+from ds_longft.model.supported import decoder_layers
+from ds_longft.train.frozen_base import load_frozen
 
 
 @dataclass(frozen=True)
@@ -57,12 +64,19 @@ class Loaded:
         return window_tokens(self.plain.config)
 
 
-def find_subject(model: str, *, before: bool = False, base: str | None = None) -> Subject:
-    """Tell what `model` is.
+def find_subject(model: str, *, before: bool = False, base: str | None = None, quantize: Quantize = "auto") -> Subject:
+    """Tell what `model` is. `quantize`: another format of its weights than the run's.
 
     Raises:
         ConfigError: `before` without a run, or a run that has no result yet.
     """
+    found = _found(model, before, base)
+    if quantize == "auto":
+        return found
+    return replace(found, base=found.base.model_copy(update={"quantize": quantize}))
+
+
+def _found(model: str, before: bool, base: str | None) -> Subject:
     folder = Path(model).expanduser()
     run = folder if (folder / "config.yaml").is_file() else None
     if before:
@@ -105,8 +119,22 @@ def subject_window(subject: Subject) -> int | None:
     return window_tokens(AutoConfig.from_pretrained(subject.config_folder))
 
 
-def load_subject(subject: Subject, device: torch.device, *, attention: str) -> Loaded:
+def subject_config(subject: Subject, attention: str) -> PretrainedConfig:
+    """The config that its model is built from, with the attention of that name."""
+    hf_config = load_config(subject.base, 1, attn_implementation=attention)
+    if subject.config_folder != model_path(subject.base):
+        hf_config = AutoConfig.from_pretrained(subject.config_folder)
+        hf_config.use_cache = hf_config.get_text_config().use_cache = False
+        hf_config._attn_implementation = attention
+    return hf_config
+
+
+def load_subject(
+    subject: Subject, device: torch.device, *, attention: str, weights: Base = "resident", local_world: int = 1
+) -> Loaded:
     """The model in bf16 on a GPU, in float32 on a CPU, with the attention of that name; its RoPE is checked.
+
+    `weights`: where those of decoder layers lie. Collective where they are sharded or on the host.
 
     Raises:
         ModelError: it cannot be loaded, or is of a kind that cannot be evaluated exactly.
@@ -116,12 +144,12 @@ def load_subject(subject: Subject, device: torch.device, *, attention: str) -> L
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    hf_config = load_config(subject.base, 1, attn_implementation=attention)
-    if subject.config_folder != model_path(subject.base):
-        hf_config = AutoConfig.from_pretrained(subject.config_folder)
-        hf_config.use_cache = hf_config.get_text_config().use_cache = False
-        hf_config._attn_implementation = attention
-    model: Any = load_model(subject.base, hf_config, ds_engine_config=None, dtype=dtype, device=device)
+    hf_config, frozen = subject_config(subject, attention), None
+    model: Any
+    if weights in STREAMED:
+        model, frozen = load_frozen(_as_a_run(subject, hf_config, weights, local_world), dtype, device)
+    else:
+        model = load_model(subject.base, hf_config, ds_engine_config=None, dtype=dtype, device=device)
     plain = model
     if subject.adapter is not None:
         model = load_adapter(model, subject.adapter)
@@ -130,7 +158,28 @@ def load_subject(subject: Subject, device: torch.device, *, attention: str) -> L
     if rope_parts(plain.config):
         check_rope(plain, plain.config)
     model.eval().requires_grad_(False)
+    if frozen is not None:
+        frozen.install(decoder_layers(plain))
     return Loaded(model, plain, device)
+
+
+def _as_a_run(subject: Subject, hf_config: PretrainedConfig, weights: Base, local_world: int) -> Run:
+    """As a run with this adapter would have its weights.
+
+    Raises:
+        ConfigError: an adapter that reads the weights when it is put in.
+    """
+    file = subject.adapter and subject.adapter / "adapter_config.json"
+    adapter = json.loads(file.read_text(encoding="utf-8")) if file else {}
+    if adapter.get("use_dora"):
+        raise ConfigError(f"--weights {weights}, but DoRA reads the weights when adapters are put in: leave it out")
+    lora = LoraConfig(modules_to_save=adapter.get("modules_to_save") or [])
+    model = subject.base.model_copy(update={"base": weights})
+    world, facts = dist.get_world_size(), ModelFacts.from_config(hf_config)
+    return Run(
+        RunConfig(model=model, lora=lora), {}, hf_config, facts, world, world, local_world, Gpu.load("h200"), False, "",
+        False, weights,
+    )  # fmt: skip
 
 
 def subject_tokenizer(subject: Subject) -> Any:

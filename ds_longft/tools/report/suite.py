@@ -6,7 +6,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ds_longft.errors import ConfigError
 from ds_longft.run_files import EvaluationRow, Preset
 from ds_longft.stored import read_lines
 from ds_longft.tools.evaluate.bootstrap import mean_with_interval
-from ds_longft.tools.evaluate.flags import Flags, token_list
+from ds_longft.tools.evaluate.flags import RANKS, Flags, Ranks, token_list
 from ds_longft.tools.evaluate.longproc.command import choose, longproc
 from ds_longft.tools.evaluate.longproc.problems import read_problems
 from ds_longft.tools.evaluate.needle import needle
@@ -56,10 +56,9 @@ def suite(
     squad: str | None = None,
     hotpotqa: str | None = None,
     longproc_data: str | None = None,
-    gpus: int | None = None,
-    sp: int = 1,
     base: str | None = None,
     json: bool = False,
+    flags: Ranks = RANKS,
 ) -> None:
     """RULER, needles, short questions and LongProc of a run and of the model it started from, on the same prompts.
 
@@ -78,8 +77,6 @@ def suite(
         hotpotqa: hotpot_dev_distractor_v1.json.
         longproc_data: your copy of LongProc's data folder, which is asked too: as many rows of each task, with answers
             of 0.5k, with the preset paper of 2k as well.
-        gpus: how many GPUs of this machine share the work; on a CPU, processes. Left out: as many as --sp.
-        sp: how many of them share one text.
         base: the base model of an adapter, where it has moved.
         json: print one JSON object instead of a table.
     """
@@ -100,12 +97,12 @@ def suite(
     texts: dict[str, Any] = {"essays": essays, "squad": squad, "hotpotqa": hotpotqa}
     with contextlib.redirect_stdout(sys.stderr):
         for before in (True, False):
-            flags = Flags(gpus=gpus, sp=sp, base=base, before=before)
-            ruler(run, lengths=asked, rows=rows or size.rows, **texts, flags=flags)
-            needle(run, lengths=asked, trials=size.trials, flags=flags)
-            short(run, flags=flags)
+            given_to_all = Flags(**asdict(flags), base=base, before=before)
+            ruler(run, lengths=asked, rows=rows or size.rows, **texts, flags=given_to_all)
+            needle(run, lengths=asked, trials=size.trials, flags=given_to_all)
+            short(run, flags=given_to_all)
             if longproc_data:
-                longproc(run, longproc_data, lengths=size.answers, limit=rows or size.rows, flags=flags)
+                longproc(run, longproc_data, lengths=size.answers, limit=rows or size.rows, flags=given_to_all)
     result = {
         "kind": "suite",
         "model": after.shown,

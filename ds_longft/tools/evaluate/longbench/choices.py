@@ -104,6 +104,7 @@ def _measure(answering: Answering, data: str, most: int | None, limit: int | Non
 
     rows = {str(row["_id"]): row for row in read_choices(data, limit)}
     longest = most or (answering.window or 8192) - RESERVED_TOKENS
+    answering.expect(longest)
 
     def answer(key: str) -> list[dict[str, Any]]:
         prompt, letters = lettered(answering.tokenizer, rows[key], longest)
