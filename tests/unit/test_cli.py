@@ -383,5 +383,15 @@ def test_help_describes_the_function_itself(name: str) -> None:
 
 def test_words_of_a_started_process_hold_zero_and_leave_out_what_is_not_given() -> None:
     words = as_words({"model": "runs/m", "seed": 0, "flags": Flags(gpus=2, before=True)})
-    given = ["--model=runs/m", "--seed=0", "--gpus=2", "--sp=1", "--kernel=auto", "--batch_tokens=128K", "--before"]
+    given = [
+        "--model=runs/m",
+        "--seed=0",
+        "--gpus=2",
+        "--sp=1",
+        "--kernel=auto",
+        "--weights=auto",
+        "--quantize=auto",
+        "--batch_tokens=128K",
+        "--before",
+    ]
     assert words == given

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,9 +26,8 @@ from ds_longft.tools.evaluate.flags import Flags, Ranks
 if TYPE_CHECKING:
     from ds_longft.tools.evaluate.answering import Answering, Result
 
-OWN_ERROR_S = 10.0
-"""What went wrong on every rank is said by rank 0, and its end is the others' within this time. A rank that is still
-there has an error of its own."""
+SAID_WITHIN_S = 60.0
+"""Longest that a rank waits for another to have said what went wrong."""
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -77,16 +76,32 @@ def evaluate_on_ranks(
     evaluate(arguments["model"], flags, measure, show)
 
 
-@contextmanager
-def said_once(rank: int) -> Iterator[None]:
-    """An error ends the process: rank 0 by raising it, which the command line shows, others without a word of it."""
-    try:
-        yield
-    except LongftError as error:
-        if rank == 0:
-            raise
-        time.sleep(OWN_ERROR_S)
-        print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
+class SaidOnce:
+    """An error ends a rank, and then whoever started the ranks ends all. Often every rank has the same one at almost
+    the same time: the first of them says it, and the others stay until it is said. Collective.
+    """
+
+    def __init__(self, rank: int, broadcast: Callable[[Any], Any]) -> None:
+        """`broadcast`: gives rank 0's value on every rank."""
+        import torch.distributed as dist
+
+        host, self.rank = os.environ["MASTER_ADDR"], rank
+        served = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if rank == 0 else None
+        port = broadcast(served.port if served is not None else None)
+        self.store = served or dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
+
+    def end(self, error: LongftError) -> NoReturn:
+        """End this process. On rank 0 the error is raised, which the command line shows and ends with."""
+        try:
+            if self.store.add("failed", 1) == 1:
+                if self.rank == 0:
+                    raise error
+                print(f"rank {self.rank}: {error}", file=sys.stderr, flush=True)
+                self.store.set("said", "")
+            else:
+                self.store.wait(["said"], timedelta(seconds=SAID_WITHIN_S))
+        except RuntimeError:  # rank 0, which keeps the store, has said it and is gone
+            pass
         os._exit(error.exit_code)
 
 
@@ -96,6 +111,7 @@ class Processes:
     def __init__(self, sp: int = 1) -> None:
         self.launch = Launch.from_environment()
         self._agreement: Agreement | None = None
+        self._said: SaidOnce | None = None
         self.layout = ParallelLayout(1, 0, 1)
         if self.launch.world % sp:
             raise ConfigError(f"--sp is {sp}, which does not divide the {self.launch.world} ranks of this launch")
@@ -115,19 +131,25 @@ class Processes:
         from ds_longft.ranks.join import join
 
         self.device, self._agreement = join(self.launch)
+        if self.launch.world > 1:
+            self._said = SaidOnce(self.launch.rank, self._agreement.broadcast)
 
     @classmethod
     @contextmanager
     def of_launch(cls, sp: int = 1) -> Iterator[Processes]:
         """Joined as long as the evaluation lasts; an error is shown once."""
         processes = cls(sp)
-        with said_once(processes.launch.rank):
+        try:
             yield processes
             if processes._agreement is not None:
                 import torch.distributed as dist
 
                 processes._agreement.gather(None)  # a rank that left early could end the others
                 dist.destroy_process_group()
+        except LongftError as error:
+            if processes._said is None:
+                raise
+            processes._said.end(error)
 
     def first(self, work: Callable[[], Made]) -> Made:
         """What `work` gives on rank 0, on every rank."""
