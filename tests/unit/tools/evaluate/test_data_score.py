@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,13 @@ def mean_loss(model: torch.nn.Module, ids: list[int], targets: range, window: in
     return total / len(targets)
 
 
-def test_losses_by_definition(model: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_losses_by_definition(
+    model: Path,
+    rows: Path,
+    tmp_path: Path,
+    on_two_ranks: Callable[[list[str]], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """The long one is that of a forward pass over the row; the short one of a pass over each window of it."""
     out = tmp_path / "scored.jsonl"
     argv = ["data", "score", str(model), str(rows), str(out), "--short", str(SHORT), "--json"]
@@ -84,7 +91,7 @@ def test_losses_by_definition(model: Path, rows: Path, tmp_path: Path, capsys: p
     first = out.read_text()
     saved = tmp_path / "scored.jsonl.scores" / "score.rows.jsonl"
     saved.write_text("\n".join(saved.read_text().splitlines()[:2]) + "\n")  # stopped after the first row
-    assert main([*argv, "--sp", "2"]) == 0
+    on_two_ranks([*argv, "--sp", "2"])
     assert main(argv) == 0
     assert json.loads(capsys.readouterr().out)["rows_made_now"] == 0, "two ranks have made the rest"
     for again, before in zip(out.read_text().splitlines(), first.splitlines(), strict=True):

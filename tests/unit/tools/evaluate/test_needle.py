@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -144,13 +145,14 @@ def tiny_model(folder: Path) -> Path:
 
 
 def test_the_grid_is_resumed_and_drawn(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, out = tiny_model(tmp_path / "model"), tmp_path / "eval"
+    tiny_folder: Path, tmp_path: Path, on_two_ranks: Callable[[list[str]], None], capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    out = tmp_path / "eval"
     argv = [
         "eval",
         "needle",
-        str(model),
+        str(tiny_folder),
         "--lengths",
         "600,1K",
         "--depths",
@@ -175,8 +177,7 @@ def test_the_grid_is_resumed_and_drawn(
     assert main([*argv, "--json", "--seed", "1"]) == 0  # other settings begin anew
     assert json.loads(capsys.readouterr().out)["rows_made_now"] == 8
     # several processes ask the same questions, and leave the same rows in the same order
-    assert main([*argv, "--gpus", "2", "--out", str(tmp_path / "two")]) == 0
-    assert "needle en" not in capsys.readouterr().out, "it was not this process that did it"
+    on_two_ranks([*argv, "--gpus", "2", "--out", str(tmp_path / "two")])
     shared = [json.loads(line) for line in (tmp_path / "two" / "needle.rows.jsonl").read_text().splitlines()]
     alone = [json.loads(line) for line in lines]
     for row in shared + alone:
@@ -208,8 +209,19 @@ def test_mistakes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert said in capsys.readouterr().err
 
 
-def test_the_code_of_a_rank_that_fails(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_ranks_that_are_started_and_one_that_fails(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Real processes; who says what, in which order: `test_processes.py`."""
     with pytest.raises(SystemExit) as ended:
         main(["eval", "needle", str(tmp_path), "--gpus", "2"])
     assert ended.value.code == 64
-    assert capfd.readouterr().err.count("model.path: no tokenizer can be read from") == 1, "said once, by rank 0"
+    assert capfd.readouterr().err.count("model.path: no tokenizer can be read from") == 1, "said once"
+
+
+@pytest.mark.slow
+def test_ranks_that_are_started_and_answer(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["eval", "needle", str(tiny_folder), "--lengths", "600", "--depths", "50", "--trials", "2", "--gpus", "2"]
+    assert main([*argv, "--out", str(tmp_path)]) == 0
+    assert "needle en" not in capsys.readouterr().out, "it was not this process that did it"
+    assert len((tmp_path / "needle.rows.jsonl").read_text().splitlines()) == 3

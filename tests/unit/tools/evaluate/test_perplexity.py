@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +25,9 @@ from tests.unit.tools.evaluate.test_needle import tiny_model
 
 
 @pytest.mark.parametrize(("window", "starts"), [(90, [0]), (40, [0, 30, 60]), (48, [0, 36, 72])])
-def test_losses_by_position_are_those_of_transformers(window: int, starts: list[int], tmp_path: Path) -> None:
+def test_losses_by_position_are_those_of_transformers(window: int, starts: list[int], tiny_folder: Path) -> None:
     """Whole and in windows: those of each window alone, without the quarter that the window before has counted."""
-    folder = tiny_model(tmp_path / "model")
+    folder = tiny_folder
     ids = torch.randint(3, 600, (90,), generator=torch.Generator().manual_seed(0)).tolist()
     register()
     loaded = load_subject(find_subject(str(folder)), torch.device("cpu"), attention=ULYSSES)
@@ -110,8 +111,10 @@ def test_a_length_that_holds_no_target_is_refused_before_anything_starts(
     assert "--length is" in capsys.readouterr().err
 
 
-def test_commands_on_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model, out = tiny_model(tmp_path / "model"), str(tmp_path / "eval")
+def test_commands_on_a_tiny_model(
+    tiny_folder: Path, tmp_path: Path, on_two_ranks: Callable[[list[str]], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, out = tiny_folder, str(tmp_path / "eval")
     copy = tmp_path / "longbench"
     copy.mkdir()
     (copy / "dataset2prompt.json").write_text(json.dumps({"lcc": "{context}next:", "samsum": "{context}\n{input}"}))
@@ -126,7 +129,7 @@ def test_commands_on_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[
     rows = Path(out, "longbench.rows.jsonl")
     assert main(["eval", "longbench", "score", str(rows), "--json"]) == 0  # the rows alone give the same scores
     assert json.loads(capsys.readouterr().out)["scores"] == result["scores"]
-    assert main([*argv, "--out", str(tmp_path / "two"), "--gpus", "2"]) == 0
+    on_two_ranks([*argv, "--out", str(tmp_path / "two"), "--gpus", "2"])
     assert (tmp_path / "two" / "longbench.rows.jsonl").read_text() == rows.read_text()
     assert main(["eval", "short", str(model), "--texts", "2", "--length", "64", "--out", out, "--json"]) == 0
     short = json.loads(capsys.readouterr().out)
@@ -148,14 +151,26 @@ def test_commands_on_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[
     argv[argv.index("--tasks") + 1] = "hotpotqa"
     assert main([*argv, "--out", out]) == 64
     assert "has no prompt for hotpotqa" in capsys.readouterr().err
-    assert main(["eval", "longbench", "run", str(model), "--data", str(tmp_path / "model"), "--tasks", "lcc"]) == 64
+    assert main(["eval", "longbench", "run", str(model), "--data", str(model), "--tasks", "lcc"]) == 64
     assert "dataset2prompt.json" in capsys.readouterr().err
 
 
-def test_a_model_in_its_own_window_beside_the_stretched_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model, out = tiny_model(tmp_path / "model"), tmp_path / "eval"
+def test_a_model_in_its_own_window_beside_the_stretched_one(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "eval"
     (tmp_path / "book.txt").write_text("one and two and three. " * 200)
-    argv = ["eval", "perplexity", str(model), "--text", str(tmp_path / "book.txt"), "--length", "128", "--texts", "2"]
+    argv = [
+        "eval",
+        "perplexity",
+        str(tiny_folder),
+        "--text",
+        str(tmp_path / "book.txt"),
+        "--length",
+        "128",
+        "--texts",
+        "2",
+    ]
     argv += ["--out", str(out), "--json"]
     found = []
     for flags in (["--window", "32"], [], ["--window", "128"]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,6 @@ from ds_longft.tools.evaluate.longbench.choices import COLUMNS, LETTERS, lettere
 from ds_longft.tools.evaluate.needle_facts import UNLIKE, make_needle
 from ds_longft.tools.evaluate.reason import coreference, f1, fitted, likeness, walks
 from tests.tokenizer import tiny_tokenizer
-from tests.unit.tools.evaluate.test_needle import tiny_model
 
 
 def test_the_second_of_like_answers_is_wanted() -> None:
@@ -83,8 +83,10 @@ ROW = {
 }  # fmt: skip
 
 
-def test_letters_by_their_likelihood(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model, data = tiny_model(tmp_path / "model"), tmp_path / "data.json"
+def test_letters_by_their_likelihood(
+    tiny_folder: Path, tmp_path: Path, on_two_ranks: Callable[[list[str]], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data.json"
     data.write_text(json.dumps([ROW, {**ROW, "_id": "a2", "difficulty": "hard", "context": "short"}]))
     tokenizer = tiny_tokenizer()
     prompts = [lettered(tokenizer, row, 300) for row in json.loads(data.read_text())]
@@ -92,12 +94,13 @@ def test_letters_by_their_likelihood(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert tokenizer.decode(ids).endswith("The correct answer is (")
         assert [tokenizer.decode([letter]) for letter in letters] == list(LETTERS)
         assert len(ids) < 400
-    plain = AutoModelForCausalLM.from_pretrained(model).eval()
+    plain = AutoModelForCausalLM.from_pretrained(tiny_folder).eval()
     with torch.no_grad():
         wanted = [plain(torch.tensor([ids])).logits[0, -1, letters].softmax(-1) for ids, letters in prompts]
-    argv = ["eval", "longbench", "v2", str(model), str(data), "--max_length", "300", "--json"]
-    for name, flags in (("one", []), ("two", ["--sp", "2"])):
-        assert main([*argv, "--out", str(tmp_path / name), *flags]) == 0
+    argv = ["eval", "longbench", "v2", str(tiny_folder), str(data), "--max_length", "300", "--json"]
+    assert main([*argv, "--out", str(tmp_path / "one")]) == 0
+    on_two_ranks([*argv, "--out", str(tmp_path / "two"), "--sp", "2"])
+    for name in ("one", "two"):
         rows = [json.loads(line) for line in (tmp_path / name / "longbench-v2.rows.jsonl").read_text().splitlines()[1:]]
         for row, shares in zip(rows, wanted, strict=True):
             torch.testing.assert_close(torch.tensor(row["letters"]), shares, atol=2e-4, rtol=0)
@@ -115,8 +118,8 @@ def test_letters_by_their_likelihood(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert f"has no {', '.join(COLUMNS[1:])}" in capsys.readouterr().err
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["eval", "reason", str(tiny_model(tmp_path / "model")), "--lengths", "4K", "--rows", "2"]
+def test_the_command(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["eval", "reason", str(tiny_folder), "--lengths", "4K", "--rows", "2"]
     assert main([*argv, "--out", str(tmp_path / "eval"), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["by_length"] == {task: {"4096": [0.0, 0.0, 0.0]} for task in ("coreference", "walks")}

@@ -38,7 +38,6 @@ from ds_longft.tools.evaluate.ruler.texts_of_tasks import (
 from ds_longft.tools.evaluate.texts import english
 from tests.peers import lm_eval_ruler
 from tests.tokenizer import tiny_tokenizer
-from tests.unit.tools.evaluate.test_needle import tiny_model
 
 ROWS = 50
 ESSAY = english(0)[:60_000].split()
@@ -218,8 +217,10 @@ def test_intervals_cover_what_they_should() -> None:
     assert mean_with_interval([[1.0, 1.0]]) == [1.0, 1.0, 1.0]
 
 
-def test_the_command_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model, out = tiny_model(tmp_path / "model"), tmp_path / "eval"
+def test_the_command_goes_on_where_it_was(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, out = tiny_folder, tmp_path / "eval"
     argv = [
         "eval",
         "ruler",

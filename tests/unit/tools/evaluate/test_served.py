@@ -16,21 +16,15 @@ from ds_longft.cli import main
 from ds_longft.tools.evaluate.cached_attention import CACHED, register
 from ds_longft.tools.evaluate.generate import end_ids, generate
 from ds_longft.tools.evaluate.subject import find_subject, load_subject, subject_tokenizer
-from tests.unit.tools.evaluate.test_needle import tiny_model
 
 Asked = list[dict[str, Any]]
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return tiny_model(tmp_path / "model")
-
-
-@pytest.fixture
-def server(model: Path) -> Iterator[tuple[str, Asked]]:
+@pytest.fixture(scope="module")
+def server(tiny_folder: Path) -> Iterator[tuple[str, Asked]]:
     """Answers of the model, last prompt first; and what it was asked."""
     register()
-    subject = find_subject(str(model))
+    subject = find_subject(str(tiny_folder))
     tokenizer, loaded = subject_tokenizer(subject), load_subject(subject, torch.device("cpu"), attention=CACHED)
     asked: Asked = []
 
@@ -42,7 +36,10 @@ def server(model: Path) -> Iterator[tuple[str, Asked]]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             asked.append(body)
             stops = end_ids(loaded, tokenizer) | set(body.get("stop_token_ids", ()))
-            made = generate(loaded, body["prompt"], max_new_tokens=body["max_tokens"], stop_ids=stops)
+            least = body.get("min_tokens", 0)
+            made = generate(
+                loaded, body["prompt"], max_new_tokens=body["max_tokens"], stop_ids=stops, min_new_tokens=least
+            )
             texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in made]
             self.reply({"choices": [{"index": i, "text": text} for i, text in enumerate(texts)][::-1]})
 
@@ -61,28 +58,61 @@ def server(model: Path) -> Iterator[tuple[str, Asked]]:
     httpd.server_close()
 
 
-def test_the_same_rows_as_of_a_gpu_here(model: Path, server: tuple[str, Asked], tmp_path: Path) -> None:
+def longbench(folder: Path) -> list[str]:
+    """A task whose answer ends with its line, after one token at least."""
+    (folder / "dataset2prompt.json").write_text(json.dumps({"samsum": "{context}\n{input}"}))
+    row = {"input": "who?", "context": "x = 1\n" * 300, "answers": ["x = 1"], "length": 100, "all_classes": None}
+    (folder / "samsum.jsonl").write_text((json.dumps(row) + "\n") * 2)
+    return ["--data", str(folder), "--tasks", "samsum", "--max_length", "200"]
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "prompts"),
+    [
+        ("needle", ["--lengths", "600", "--depths", "0,100", "--trials", "2"], [4]),
+        ("ruler", ["--lengths", "2K", "--tasks", "vt,fwe", "--rows", "1"], [1, 1]),
+        ("longbench run", [], [2]),
+    ],
+)
+def test_the_same_rows_and_scores_as_of_a_gpu_here(
+    command: str, flags: list[str], prompts: list[int], tiny_folder: Path, server: tuple[str, Asked], tmp_path: Path
+) -> None:
     address, asked = server
-    argv = ["eval", "needle", str(model), "--lengths", "600", "--depths", "0,100", "--trials", "2", "--json"]
+    asked.clear()
+    argv = ["eval", *command.split(), str(tiny_folder), *flags, "--json"]
+    if command == "longbench run":
+        argv += longbench(tmp_path)
     found = []
-    for name, flags in (("here", []), ("there", ["--server", address])):
-        assert main([*argv, "--out", str(tmp_path / name), *flags]) == 0
-        rows = [json.loads(line) for line in (tmp_path / name / "needle.rows.jsonl").read_text().splitlines()[1:]]
-        found.append([{key: value for key, value in row.items() if key != "seconds"} for row in rows])
+    kind = command.split(maxsplit=1)[0]
+    for name, asking in (("here", []), ("there", ["--server", address])):
+        assert main([*argv, "--out", str(tmp_path / name), *asking]) == 0
+        rows = [json.loads(line) for line in (tmp_path / name / f"{kind}.rows.jsonl").read_text().splitlines()[1:]]
+        result = json.loads((tmp_path / name / f"{kind}.json").read_text())
+        scores = {
+            key: result[key] for key in result if key in ("exact_percent", "grid", "by_length", "averages", "scores")
+        }
+        assert scores
+        found.append(([{key: value for key, value in row.items() if key != "seconds"} for row in rows], scores))
     assert found[0] == found[1]
-    assert any(row["reply"] for row in found[0])
-    assert [(len(one["prompt"]), one["model"], one["temperature"]) for one in asked] == [(4, "tiny", 0)]
+    replies = [text for row in found[0][0] for text in (row.get("reply"), row.get("pred")) if text is not None]
+    assert len(replies) == sum(prompts)
+    assert any(replies)
+    assert [(len(one["prompt"]), one["model"], one["temperature"]) for one in asked] == [
+        (n, "tiny", 0) for n in prompts
+    ]
+    if command == "longbench run":
+        assert all(one["stop_token_ids"] and one["min_tokens"] == 1 for one in asked)
 
 
 def test_mistakes_are_refused(
-    model: Path, server: tuple[str, Asked], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_folder: Path, server: tuple[str, Asked], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    needle = ["eval", "needle", str(model), "--lengths", "600", "--out", str(tmp_path / "eval"), "--server"]
+    needle = ["eval", "needle", str(tiny_folder), "--lengths", "600", "--out", str(tmp_path / "eval"), "--server"]
     for argv, said in (
         ([*needle, "http://127.0.0.1:1/v1"], "expected an OpenAI-compatible address"),
         ([*needle, server[0].replace("/v1/", "/other")], "serves no model"),
         ([*needle, server[0], "--sp", "2"], "--server answers by itself"),
-        (["eval", "perplexity", str(model), "--server", server[0]], "not the loss of texts"),
+        (["eval", "perplexity", str(tiny_folder), "--server", server[0]], "not the loss of texts"),
     ):
         assert main(argv) == 64
         assert said in capsys.readouterr().err

@@ -8,7 +8,6 @@ import torch
 
 from ds_longft.config.read import dump_config
 from ds_longft.config.run_config import RunConfig
-from ds_longft.tools.evaluate.cached_attention import CACHED, register
 from ds_longft.tools.evaluate.subject import find_subject, load_subject
 from tests.e2e.job import write_model
 
@@ -21,9 +20,8 @@ def test_before_is_the_model_with_its_own_rope(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").write_text(dump_config(config))
-    register()
     of_run, alone = (
-        load_subject(find_subject(str(path), before=before), torch.device("cpu"), attention=CACHED).plain
+        load_subject(find_subject(str(path), before=before), torch.device("cpu"), attention="sdpa").plain
         for path, before in ((run, True), (base, False))
     )
     assert of_run.config.rope_parameters == alone.config.rope_parameters
