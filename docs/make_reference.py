@@ -213,39 +213,62 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 OF_ALL_SHAPES = {"vocab_size": 128256, "num_attention_heads": 32, "num_key_value_heads": 8}
 LENGTH = 131072
+SMALL_CARDS = [  # model, model.quantize, GPU, GPUs, host memory of the node in GiB
+    *(("Llama-3.1-8B", form, "rtx4090", 1, host) for host in (0, 96) for form in ("", "nf4")),
+    *(("Llama-3.1-8B", form, "rtx4090", 2, 96) for form in ("", "nf4")),
+    ("Llama-3.1-8B", "nf4", "rtx5090", 1, 96),
+    ("Llama-3.1-8B", "nf4", "rtxa6000", 1, 96),
+    ("Llama-3.1-70B", "nf4", "rtxpro6000", 1, 120),
+    ("Llama-3.1-70B", "nf4", "h100-80", 1, 120),
+    ("Llama-3.1-70B", "nf4", "h200", 1, 120),
+    ("Llama-3.1-70B", "", "h100-80", 2, 320),
+]
 
 
 def gpus_page() -> str:
     """The whole text of docs/gpus.md: what `ds-longft plan` says of common models and machines."""
-    from transformers import LlamaConfig
+    rows = [
+        f"| {model} | {_machine(name, count)} | {_planned(model, name, count)} |\n"
+        for model in SHAPES
+        for name, count in GPUS
+    ]
+    return _with_plan("docs/gpus.md", "| model, LoRA | GPUs of one node | longest sample | 128K samples |", rows)
 
-    from ds_longft.model.facts import ModelFacts
 
-    rows = []
-    for model, shape in SHAPES.items():
-        facts = ModelFacts.from_config(LlamaConfig(**{**OF_ALL_SHAPES, **shape}, attn_implementation="eager"))
-        rows += [f"| {model} | {_machine(name, count)} | {_planned(facts, name, count)} |\n" for name, count in GPUS]
-    page = (ROOT / "docs/gpus.md").read_text(encoding="utf-8")
-    head = "\n| model, LoRA | GPUs of one node | longest sample | 128K samples |\n|---|---|---|---|\n"
-    before, rest = page.split(PLANNED_BEGIN)
-    return before + PLANNED_BEGIN + head + "".join(rows) + PLANNED_END + rest.split(PLANNED_END)[1]
+def small_cards_page() -> str:
+    """The whole text of docs/small_cards.md: the same of quantised bases and host memory."""
+    rows = [
+        f"| {model} | {form or 'bf16'} | {_machine(name, count)} | {f'{host} GiB' if host else 'none'} "
+        f"| {_planned(model, name, count, host, form)} |\n"
+        for model, form, name, count, host in SMALL_CARDS
+    ]
+    head = "| model, LoRA | its base | GPUs | host memory for it | longest sample | 128K samples |"
+    return _with_plan("docs/small_cards.md", head, rows)
+
+
+def _with_plan(page: str, head: str, rows: list[str]) -> str:
+    before, rest = (ROOT / page).read_text(encoding="utf-8").split(PLANNED_BEGIN)
+    table = f"\n{head}\n{'|---' * (head.count('|') - 1)}|\n{''.join(rows)}"
+    return before + PLANNED_BEGIN + table + PLANNED_END + rest.split(PLANNED_END)[1]
 
 
 def _machine(name: str, count: int) -> str:
-    return f"{count} x {name.upper().replace('-', ' ')}{' GB' if '-' in name else ''}"
+    card = name.upper().replace("-", " ").replace("RTX", "RTX ").replace("PRO", "PRO ")
+    return f"{count} x {card}{' GB' if '-' in name else ''}"
 
 
-def _planned(facts: Any, name: str, count: int) -> str:
+def _planned(model: str, name: str, count: int, host_gib: int = 0, quantize: str = "") -> str:
     """Longest sample, and how fast the node trains samples of `LENGTH` tokens."""
+    from transformers import LlamaConfig
+
     from ds_longft.decide.search import Question, fastest, longest_of_each
     from ds_longft.decide.setting import Gpu
+    from ds_longft.model.facts import ModelFacts
     from ds_longft.tools.plan.fitting_kernels import with_fitting_kernels
 
+    facts = ModelFacts.from_config(LlamaConfig(**{**OF_ALL_SHAPES, **SHAPES[model]}, attn_implementation="eager"))
     gpu = with_fitting_kernels(Gpu.load(name), facts, "", None)
-    question = Question(
-        model=facts, gpu=gpu, gpus=count, host_gib=0.0, lora_r=16, objective="sft", reference="none", passes="auto",
-        kernel="", fused=True, targets=1.0, documents=1,
-    )  # fmt: skip
+    question = Question(facts, gpu, count, float(host_gib), quantize=quantize)
     longest = max((question.length(p.setting) for p in longest_of_each(question)), default=0)
     best = fastest(question, LENGTH) if longest >= LENGTH else None
     time = f"{best.time.tokens_per_s:,.0f} tokens/s, sp {best.setting.sp}" if best else "does not fit"
@@ -277,3 +300,4 @@ if __name__ == "__main__":
     (ROOT / "README.md").write_text(readme_page())
     (ROOT / "docs/migrating.md").write_text(migrating_page())
     (ROOT / "docs/gpus.md").write_text(gpus_page())
+    (ROOT / "docs/small_cards.md").write_text(small_cards_page())

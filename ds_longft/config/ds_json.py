@@ -24,6 +24,7 @@ Device = Literal["cuda", "cpu"]
 TYPICAL_HIDDEN_SIZE = 4096  # bucket sizes of a hub model, whose config is not at hand yet
 LORA_BUCKET_ELEMENTS = 5_000_000  # adapter gradients are a few MB; DeepSpeed's default of 5e8 would cost GBs of buffers
 ALLGATHER_BUCKET_ELEMENTS = 50_000_000
+STAGE_3_ALONE = ("stage3_", "zero_hpz_partition_size")
 NEVER_PRINT = 1_000_000_000  # DeepSpeed's own line every 10 steps tells nothing that ours does not
 
 
@@ -35,6 +36,7 @@ class DeepSpeedSettings:
     sp: int | None  # the JSON's sequence_parallel_size, which the engine must not see
     stage: int  # ZeRO stage
     resident_if_fits: bool = False  # the JSON leaves it to us whether gathered weights stay on each GPU
+    of_stage_3: tuple[str, ...] = ()  # what the JSON itself sets and ZeRO-3 alone reads
 
 
 def merge_ds_config(
@@ -80,6 +82,9 @@ def merge_ds_config(
             f"ds_config: zero_optimization.offload_param is set, and model.base is {config.model.base}: both say where "
             "frozen weights lie. Leave one of them out"
         )
+    of_stage_3 = tuple(
+        f"{key} {json.dumps(value)}" for key, value in zero.items() if key.startswith(STAGE_3_ALONE) and value != "auto"
+    )
     resident_if_fits = zero.get("stage3_param_persistence_threshold") == "auto"
     _fill_sizes(zero, stage, lora=config.lora is not None, hidden=hidden_size or TYPICAL_HIDDEN_SIZE)
     problems += _sum_type_problems(engine)
@@ -88,7 +93,9 @@ def merge_ds_config(
     problems += [f'ds_config: {key} is "auto", which nothing here can fill: give a value' for key in _autos(engine)]
     if problems:
         raise ConfigError(problems)
-    return DeepSpeedSettings(engine=engine, sp=sp, stage=stage, resident_if_fits=resident_if_fits)
+    return DeepSpeedSettings(
+        engine=engine, sp=sp, stage=stage, resident_if_fits=resident_if_fits, of_stage_3=of_stage_3
+    )
 
 
 def _checked(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

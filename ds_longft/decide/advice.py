@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ds_longft.decide.decisions import Run
-from ds_longft.decide.memory import STREAMED, predict, stays_resident
+from ds_longft.decide.memory import STREAMED, Memory, host_bytes, predict, stays_resident
 from ds_longft.decide.search import TILE_TOKENS, Question, fastest_saver
 from ds_longft.decide.setting import GIB, Setting
 from ds_longft.errors import GpuMemoryError
+from ds_longft.model.load_packed import stored_as
 from ds_longft.objectives.objective import Reference
 
 WORTH_GIB = 0.5
 """What saves less is not mentioned."""
 
-MOST = 5  # lines of advice
+MOST = 8  # lines of advice
 
 
 @dataclass(frozen=True)
@@ -52,13 +54,22 @@ class Adviser:
         ran = self.setting
         if fastest_saver(self.run.facts, ran, self.run.gpu).recompute == "none":  # what became of `auto`
             ran = replace(ran, recompute="none")
-        now = self._peak(ran)
-        found = [(key, (now - self._peak(other)) / GIB, note) for key, other, note in self._others(ran)]
-        return sorted((f for f in found if f[1] >= WORTH_GIB), key=lambda f: -f[1])[:MOST]
+        now, found = self._memory(ran), []
+        for key, other, note in self._others(ran):
+            then = self._memory(other)
+            enough = self._fits(other, then) and not self._fits(ran, now)
+            found.append((enough, (now.peak - then.peak) / GIB, key, note + ": then it fits" * enough))
+        most = sorted((f for f in found if f[0] or f[1] >= WORTH_GIB), key=lambda f: f[:2], reverse=True)[:MOST]
+        return [(key, saved, note) for _, saved, key, note in sorted(most, key=lambda f: -f[1])]
 
-    def _peak(self, setting: Setting) -> float:
+    def _memory(self, setting: Setting) -> Memory:
         bare = replace(setting, recompute="keep_attention") if setting.recompute == "auto" else setting
-        return predict(self.run.facts, bare, self.run.gpu).peak
+        return predict(self.run.facts, bare, self.run.gpu)
+
+    def _fits(self, x: Setting, memory: Memory) -> bool:
+        nodes_ranks = x.local_world or x.world
+        host_gib = x.host_gib + host_bytes(self.run.facts, x) * nodes_ranks / GIB
+        return memory.fits(self.run.gpu, host_gib, nodes_ranks)
 
     def _split(self, x: Setting, *, offload: bool) -> Setting:
         """The same under ZeRO-3, with the shipped JSONs."""
@@ -92,6 +103,14 @@ class Adviser:
             yield "train.recompute: sqrt", replace(x, recompute="sqrt"), " (layers run forward three times)"
         if x.lora_r is not None and x.base != "host" and not x.offload_params:
             yield "model.base: host", replace(x, base="host", stage=min(x.stage, 2)), " (weights come from host memory)"
+        if x.lora_r is not None and x.quantize != "nf4" and not stored_as(self.run.hf_config):
+            yield "model.quantize: nf4", replace(x, quantize="nf4"), " (the base in 4 bits, a slightly other model)"
+        if not x.host_gib and not x.offload_params:
+            away = replace(x, host_gib=math.inf)
+            gib = math.ceil(self._memory(away).host * (x.local_world or x.world) / GIB)
+            yield f"train.offload_host_gib: {gib}", away, " (of each node, for what layers keep)"
+        elif not x.disk_gib and not x.offload_params:
+            yield "train.offload_disk: FOLDER", replace(x, disk_gib=math.inf), " (on an NVMe disk, behind host memory)"
         if x.world > 1 and x.stage < 3 and x.base not in STREAMED:
             away = self._split(x, offload=False)
             yield "ds_config: ds_configs/zero3_sp.json", away, " (weights split over all GPUs)"

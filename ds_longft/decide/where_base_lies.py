@@ -64,6 +64,17 @@ def stage_2(zero: dict[str, Any]) -> None:
         zero["stage"] = 2
 
 
+def what_is_lost(run: Run, settings: DeepSpeedSettings) -> str:
+    """A line on keys of the JSON that are ZeRO-3's where the run has another stage; "" where there are none."""
+    if run.stage == 3 or not settings.of_stage_3:
+        return ""
+    why = f", as model.base {run.base} leaves it nothing to divide" if settings.stage == 3 else ""
+    return (
+        f"ds_config: ZeRO-3 alone reads zero_optimization.{', '.join(settings.of_stage_3)}, and the run is of stage "
+        f"{run.stage}{why}: without effect"
+    )
+
+
 def with_room(run: Run, host_gib: float) -> Run:
     """The run as it is if its longest pack fits, or if it fits in no way; else with its frozen weights sharded over the
     GPUs, or on the host, whichever is faster and fits. `host_gib`: memory of a node.

@@ -2,7 +2,8 @@
 
 A tensor goes through pinned buffers of `CHUNK_BYTES`: copied by the device, written by a thread; read by a thread,
 copied back. Threads work on several chunks at a time, beside the compute. Reads and writes are direct: the page cache
-would take the host memory that is not there.
+would take the host memory that is not there. On file systems that have none (some of networks) each chunk is flushed
+and dropped from the cache at once.
 
 Files have no name (O_TMPFILE, or unlinked as soon as they are open): the kernel frees them when the process ends,
 however it ends.
@@ -41,7 +42,7 @@ ALIGNED = 4096  # direct reads and writes are of whole blocks
 class DiskStore:
     """Files of one process in a folder, one for each name, reused between steps.
 
-    Raises DiskError: from `wait`, where a read or write failed; at once, where the folder cannot do direct I/O.
+    Raises DiskError: from `wait`, where a read or write failed; at once, where no file can be made in the folder.
     """
 
     def __init__(self, folder: str, device: torch.device) -> None:
@@ -52,6 +53,7 @@ class DiskStore:
         self._newest: dict[Hashable, list[Future[None]]] = {}  # of each name, what must be over before the next
         self._buffers: queue.SimpleQueue[_Buffer] = queue.SimpleQueue()
         self._threads: ThreadPoolExecutor | None = None
+        self._direct = True
 
     def write(self, key: Hashable, tensors: Sequence[Tensor]) -> list[Future[None]]:
         """Start writing contiguous tensors; they must live until `wait`."""
@@ -112,7 +114,7 @@ class DiskStore:
     def _file(self, key: Hashable) -> Any:
         if key not in self._files:
             try:
-                self._files[key] = _open(self.folder)
+                self._files[key], self._direct = _open(self.folder)
             except OSError as error:
                 raise DiskError(disk_words(self.folder, error)) from error
         return self._files[key]
@@ -126,6 +128,7 @@ class DiskStore:
         try:
             self._copy(part, buffer.memory[: part.numel()], ready, 0)
             _whole(os.pwrite, file.fileno(), buffer.view, part.numel(), at)
+            self._drop(file, at, part)
         finally:
             self._buffers.put(buffer)
 
@@ -134,9 +137,16 @@ class DiskStore:
         buffer = self._buffers.get()
         try:
             _whole(lambda fd, view, at: os.preadv(fd, [view], at), file.fileno(), buffer.view, part.numel(), at)
+            self._drop(file, at, part)
             self._copy(buffer.memory[: part.numel()], part, ready, 1)
         finally:
             self._buffers.put(buffer)
+
+    def _drop(self, file: Any, at: int, part: Tensor) -> None:
+        """Take a chunk out of the page cache, where it went through it."""
+        if not self._direct:
+            os.fdatasync(file.fileno())  # pages that are not written yet would stay
+            os.posix_fadvise(file.fileno(), at, part.numel(), os.POSIX_FADV_DONTNEED)
 
     def _copy(self, source: Tensor, target: Tensor, ready: Any, way: int) -> None:
         if self._streams is None:
@@ -182,22 +192,46 @@ def disk_words(folder: str, error: OSError) -> str:
         )
     if error.errno == errno.EINVAL:
         return (
-            f"train.offload_disk: {folder} cannot be read and written directly, and its page cache would fill the "
-            "host's memory: give a folder on a local disk (NVMe)"
+            f"train.offload_disk: {folder} lets files be opened for direct reads and writes, and refuses them: give a "
+            "folder on a local disk (NVMe)"
         )
     return f"train.offload_disk: {folder}: {error.strerror or error}"
 
 
-def _open(folder: str) -> Any:
-    """A file without a name, for direct reads and writes; closed with its last reference."""
-    flags = os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC
-    try:
-        fd = os.open(folder, flags | os.O_TMPFILE, 0o600)
-    except OSError:  # network and stacked file systems know no such files
-        path = tempfile.mktemp(prefix=".ds_longft-", dir=folder)  # O_EXCL below: nobody else's
-        fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
-        Path(path).unlink()
-    return os.fdopen(fd, "r+b", buffering=0)
+def is_direct(folder: str) -> bool:
+    """Whether files there are read and written past the page cache."""
+    file, direct = _open(folder)
+    file.close()
+    return direct
+
+
+def is_memory(folder: str) -> bool:
+    """Whether the file system lies in the host's memory."""
+    mounts = (line.split() for line in Path("/proc/self/mounts").read_text().splitlines())
+    kinds, place = {"/": "", **{mount[1]: mount[2] for mount in mounts}}, os.path.realpath(folder)
+    while place not in kinds:
+        place = os.path.dirname(place)
+    return kinds[place] in ("tmpfs", "ramfs")
+
+
+def _open(folder: str) -> tuple[Any, bool]:
+    """A file without a name, closed with its last reference; whether it is read and written directly."""
+    for direct in (os.O_DIRECT, 0):
+        flags = os.O_RDWR | os.O_CLOEXEC | direct
+        try:
+            fd = os.open(folder, flags | os.O_TMPFILE, 0o600)
+        except OSError:  # network and stacked file systems know no such files
+            path = tempfile.mktemp(prefix=".ds_longft-", dir=folder)  # O_EXCL below: nobody else's
+            try:
+                fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not direct:
+                    raise
+                continue
+            finally:  # also where it was made and then refused
+                Path(path).unlink(missing_ok=True)
+        return os.fdopen(fd, "r+b", buffering=0), bool(direct)
+    raise AssertionError
 
 
 def _chunks(tensors: Sequence[Tensor]) -> list[tuple[int, Tensor]]:

@@ -14,7 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -48,20 +48,26 @@ PREDICTION_HEADS = "mtp."
 """What names of multi-token-prediction heads begin with (Qwen3-Next, Qwen3.5, OLMo-Hybrid)."""
 
 
-def export(run: str, out: str, base: str | None = None, json: bool = False) -> None:
+Into = Literal["trained", "original"]
+
+
+def export(run: str, out: str, base: str | None = None, json: bool = False, into: Into = "trained") -> None:
     """Turn a run's output folder into a model folder that any Hugging Face tool loads.
 
     Beside a merged adapter, the base's multi-token-prediction heads stay as they are.
+    The adapter of a quantised base is merged into that base, made dense.
 
     Args:
         run: The run's output folder: an adapter at its top (merged into its base), or a full model (copied).
         out: Folder to make. Must not exist.
         base: The base model, where it has moved since the run.
         json: Print one JSON object instead of lines.
+        into: `original` merges it into the unquantised base (of a checkpoint that is quantised in its files: give it
+            as --base): another model than the one trained, `ds-longft eval` says how good.
     """
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
-    report = export_model(Path(run).expanduser(), Path(out).expanduser(), base)
+    report = export_model(Path(run).expanduser(), Path(out).expanduser(), base, into)
     if json:
         print(json_format.dumps(report))
         return
@@ -69,7 +75,7 @@ def export(run: str, out: str, base: str | None = None, json: bool = False) -> N
         print(f"{name.replace('_', ' '):<34} {f'{value:.3g}' if isinstance(value, float) else value}")
 
 
-def export_model(run: Path, out: Path, base: str | None = None) -> dict[str, Any]:
+def export_model(run: Path, out: Path, base: str | None = None, into: Into = "trained") -> dict[str, Any]:
     """Export and check; returns what was measured.
 
     Raises:
@@ -83,6 +89,8 @@ def export_model(run: Path, out: Path, base: str | None = None) -> dict[str, Any
             f"RUN {str(run)!r} holds no result: expected adapter_config.json and {WEIGHTS_NAME}, or config.json and "
             f"*.safetensors, at its top. Is it the output_dir of a finished run?"
         )
+    if into == "original" and not merges:
+        raise ModelError(f"--into original is for an adapter, and RUN {str(run)!r} is a full model: leave it out")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as name:
         work = Path(name) / "model"
@@ -91,14 +99,14 @@ def export_model(run: Path, out: Path, base: str | None = None) -> dict[str, Any
             "out": str(out),
             "kind": "merged adapter" if merges else "full model",
         }
-        report |= _merge(run, work, base) if merges else _copy(run, work)
+        report |= _merge(run, work, base, into) if merges else _copy(run, work)
         copy_card(run, work, out)
         as_readable_as_the_folder(work)
         work.rename(out)
     return report
 
 
-def _merge(run: Path, work: Path, base: str | None) -> dict[str, Any]:
+def _merge(run: Path, work: Path, base: str | None, into: Into) -> dict[str, Any]:
     import peft
 
     adapter = peft.PeftConfig.from_pretrained(run)
@@ -110,7 +118,7 @@ def _merge(run: Path, work: Path, base: str | None) -> dict[str, Any]:
         hf_config = _trained_config(run, base, source)
         of_base = AutoConfig.from_pretrained(base, **NO_CODE, **source)
         narrowed(hf_config, of_base)
-        form = _trained_format(run, base, hf_config, of_base)
+        form, merged_into = _merged_into(run, base, hf_config, of_base, into)
         how = {"dtype": "auto", "use_safetensors": True, **NO_CODE, **source}
         if stored_as(of_base):  # made dense; its own config says how it lies in the files
             hf_config.quantization_config = stored_as(of_base)
@@ -146,7 +154,7 @@ def _merge(run: Path, work: Path, base: str | None) -> dict[str, Any]:
     _save(merged, run, work, base, source)
     report = {
         "base": base,
-        "merged_into": f"the base rounded as {form.name} has it, as it was trained" if form else "the base as it is",
+        "merged_into": merged_into,
         "dtype": str(dtype).removeprefix("torch."),
         "merged_logits_max_difference": difference,
         "largest_logit": float(with_adapter.abs().max()),
@@ -156,19 +164,32 @@ def _merge(run: Path, work: Path, base: str | None) -> dict[str, Any]:
     return report | _check_reload(work, after, tokens)
 
 
-def _trained_format(run: Path, base: str, trained: PretrainedConfig, of_base: PretrainedConfig) -> Format | None:
-    """How the base that the adapter was trained on was quantised.
+def _merged_into(
+    run: Path, base: str, trained: PretrainedConfig, of_base: PretrainedConfig, into: Into
+) -> tuple[Format | None, str]:
+    """How the base is to be rounded before the adapter is merged, and that in words. `trained` may be changed.
 
     Raises:
-        ModelError: its files were, and those of `base` are not: the adapter would go into other weights.
+        ModelError: the base that the adapter was trained on is quantised in its files, and those of `base` are not: the
+            adapter would go into other weights; or `into` asks for what there is not.
     """
-    if stored_as(trained) and not stored_as(of_base):
-        raise ModelError(
-            f"the adapter was trained on a checkpoint that is quantised, but "
-            f"the files of {base!r} are not: the merged model would be another one. Give that checkpoint as --base"
-        )
     asked = config_of_run(run).model if (run / "config.yaml").is_file() else ModelConfig()
-    return base_format(of_base, asked)
+    stored = bool(stored_as(trained))
+    form = base_format(trained if stored else of_base, asked)
+    if into == "original":
+        if stored_as(of_base):
+            raise ModelError(f"--into original: {base!r} is quantised: give the unquantised checkpoint as --base")
+        if form is None:
+            raise ModelError("--into original: the adapter was trained on the unquantised base: leave it out")
+        if stored:
+            del trained.quantization_config
+        return None, f"the unquantised base: another model than the one trained, which was on {form.name}"
+    if stored and not stored_as(of_base):
+        raise ModelError(
+            f"the adapter was trained on a checkpoint that is quantised, but the files of {base!r} are not: the merged "
+            "model would be another one. Give that checkpoint as --base, or --into original if that is what you want"
+        )
+    return form, f"the base rounded as {form.name} has it, as it was trained" if form else "the base as it is"
 
 
 def _untie(model: Model) -> None:

@@ -16,7 +16,7 @@ from ds_longft.decide.setting import GIB, Setting
 from ds_longft.decide.time import DISK, predict_time
 from ds_longft.errors import ConfigError, LongftError
 from ds_longft.ranks.join import Agreement
-from ds_longft.sequence.disk import CHUNK_BYTES, DiskStore, free_bytes
+from ds_longft.sequence.disk import CHUNK_BYTES, DiskStore, free_bytes, is_direct, is_memory
 
 T = TypeVar("T")
 
@@ -33,13 +33,18 @@ SPARE_ROOM = 1.02
 def measured_gb_s(folder: str, device: torch.device, local_world: int, agreement: Agreement) -> float:
     """GB/s that the slowest node's ranks write, or read, all at once. Collective.
 
-    Raises ConfigError: no folder, no direct reads and writes there, or no room.
+    Raises ConfigError: no folder, one in memory, no files to be made there, or no room.
     """
     share = max(CHUNK_BYTES, PROBE_BYTES // local_world) if device.type == "cuda" else CHUNK_BYTES  # nobody plans there
 
     def probe() -> float:
         if not Path(folder).is_dir():
             raise ConfigError(f"train.offload_disk: {folder} is no folder: make it, on a local disk (NVMe)")
+        if device.type == "cuda" and is_memory(folder):
+            raise ConfigError(
+                f"train.offload_disk: {folder} is memory (tmpfs), no disk: give a folder on a local disk (NVMe), or "
+                "that memory as train.offload_host_gib"
+            )
         with closing(DiskStore(folder, device)) as store:
             return min(store.rates(share))
 
@@ -73,6 +78,7 @@ def check_disk(run: Run, decisions: Decisions, device: torch.device, agreement: 
     return (
         f"{size / GIB:.1f} GiB of a step lie in files without a name in {folder}, which the ranks of a node write and "
         f"read at {run.disk_gb_s:.2f} GB/s"
+        + ("" if is_direct(folder) else ", through the page cache: this file system does no direct reads and writes")
     )
 
 

@@ -21,6 +21,7 @@ from ds_longft.data.loader import StepLoader
 from ds_longft.data.stream import Stream, StreamLoader
 from ds_longft.data.tokenized import TokenizedSet
 from ds_longft.decide.plan_json import foresee_run, write_plan
+from ds_longft.decide.where_base_lies import what_is_lost
 from ds_longft.errors import ModelError
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.facts import ModelFacts
@@ -204,6 +205,8 @@ def build_engine(joined: Joined) -> Prepared:
     remarks = []
     if known.why:
         remarks.append(f"model.base: {known.base} (ZeRO-3 divides nothing then, it is stage 2): {known.why}")
+    if lost := what_is_lost(known, settings):
+        remarks.append(lost)
     if taken_gib:
         remarks.append(f"other processes hold {taken_gib:.1f} GiB of a GPU (nvidia-smi names them): planned without it")
     joined.status.run, decisions = known, decided(known, device)

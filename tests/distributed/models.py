@@ -55,13 +55,23 @@ def tiny_model(
 
 
 def packed(model: Any, form: str) -> None:
-    """Quantise the weights that lie in memory, as `model.quantize` does with those that are read."""
+    """Quantise the weights that lie in memory, as `model.quantize` does with those that are read; of mxfp4, which is
+    only read, draw the experts.
+    """
+    how, draw = FORMATS[form], torch.Generator().manual_seed(3)
     for full, module, name in list(packable(model)):
         weight = module.get_parameter(name).detach()
-        shape, how = tuple(weight.shape), FORMATS[form]
+        shape = tuple(weight.shape)
+        if form == "mxfp4":
+            if len(shape) < 3:
+                continue
+            shape = (shape[0], shape[2], shape[1])
+            codes = torch.randint(256, (weight.numel() // 2,), dtype=torch.uint8, generator=draw)
+            scales = torch.randint(121, 125, (how.scales_of(shape),), dtype=torch.uint8, generator=draw)
+        else:
+            codes, scales = quantize(weight, how)
         assert how.fits(shape), full
-        codes, scales = quantize(weight, how)
-        pack(module, name, Packed(how, shape, weight.dtype, scales), codes)
+        pack(module, name, Packed(how, shape, weight.dtype, scales, turned=form == "mxfp4"), codes)
 
 
 def make_pack(

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from ds_longft.config.run_config import DpoConfig
 from ds_longft.layout import ParallelLayout
+from ds_longft.model.packed import unpack
 from ds_longft.objectives.dpo import DpoObjective
 from ds_longft.objectives.pair_loss import METRICS
 from ds_longft.objectives.passes import backpropagate_pairs, evaluate_pairs, reference_logps
@@ -21,7 +22,7 @@ from ds_longft.sequence.attention import ULYSSES, register
 from ds_longft.sequence.recompute import apply_recompute
 from ds_longft.train.install import fuse_and_tile
 from tests.distributed.dpo_cases import PairLengths, baseline_step, pair_pack
-from tests.distributed.models import tiny_config, tiny_model
+from tests.distributed.models import packed, tiny_config, tiny_model
 from tests.distributed.test_exact import DYNAMIC, assert_equal, install, prepared
 
 PACKS: tuple[PairLengths, ...] = ([(20, 5, 9), (3, 30, 1)], [(1, 1, 40)], [(17, 8, 8), (2, 3, 4), (30, 1, 2)])
@@ -111,8 +112,11 @@ def truth(dpo: dict[str, Any], lora: Any, changes: dict[str, Any], packs: tuple[
     plain = copy.deepcopy(base)
     if not lora and dpo.get("reference") != "precomputed":
         plain = shaken(plain)
+    if isinstance(lora, dict) and "base" in lora:  # of a quantised base too the reference is what adapters are on
+        packed(plain, lora["base"])
+        unpack(plain)
     made = [pair_pack(each, seed=i, weights=WEIGHTS[i]) for i, each in enumerate(packs)]
-    return baseline_step(prepared(base, lora), plain, made, DpoConfig(**dpo))
+    return baseline_step(prepared(base, lora, dense=True), plain, made, DpoConfig(**dpo))
 
 
 HEADS_9_3 = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 36}
@@ -138,6 +142,9 @@ CASES = [
     pytest.param({"passes": "two"}, False, {}, "tiles", 2, 2, marks=pytest.mark.slow),
     ({"passes": "one"}, True, {}, "host", 2, 2),
     pytest.param({"passes": "two"}, True, {}, "host", 2, 1, marks=pytest.mark.slow),
+    ({"passes": "one"}, {"base": "nf4"}, {}, "fused", 2, 2),
+    ({"passes": "two"}, {"base": "int8"}, {}, "host", 2, 1),
+    pytest.param({"passes": "two", "reference": "precomputed"}, {"base": "fp8"}, {}, "tiles", 2, 2, marks=pytest.mark.slow),
     ({"passes": "one", "reference": "precomputed"}, True, {}, "fused", 2, 2),
     ({"passes": "two", "reference": "precomputed"}, False, {}, "keep_attention", 4, 2),
     ({"passes": "two", "reference": "precomputed"}, WHOLE_HEAD, {}, "fused", 3, 3),

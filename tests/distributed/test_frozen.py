@@ -67,6 +67,11 @@ def saved(folder: Path, model_type: str = "llama", **changes: Any) -> str:
     return str(folder)
 
 
+MXFP4 = {
+    "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 6, "num_local_experts": 4,
+    "num_experts_per_tok": 2, "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"],
+    "sliding_window": 9, "quantization_config": {"quant_method": "mxfp4"},
+}  # fmt: skip
 LORA = {"lora": {"r": 4, "alpha": 4}}
 MADE = {"model": {"random_weights": True}}
 """Not read from a file: there tensors lie at any address, and MKL rounds by it (1e-10 of an adapter, tiles of 16)."""
@@ -85,6 +90,8 @@ CASES = {
     "sharded int8 zero3 pairs": (
         "sharded", 2, 3, "full", 1, {**LORA, **PAIRS, "model": {"quantize": "int8", "random_weights": True}},
     ),
+    "sharded fp8 dp2 zero1": ("sharded", 1, 1, "auto", 1, {**LORA, "model": {"quantize": "fp8"}}),
+    "host mxfp4 sp2 zero1": ("host", 2, 1, "full", 1, {**LORA, "model": {"quantize": "mxfp4", **MADE["model"]}}),
     "host trained norms and head, dropout": (
         "host", 2, 2, "full", 1,
         {"lora": {"r": 4, "dropout": 0.2, "modules_to_save": ["input_layernorm", "lm_head"]}},
@@ -92,12 +99,25 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
+MORE = {
+    "sharded mxfp4 zero2": ("sharded", 2, 2, "full", 1, {**LORA, "model": {"quantize": "mxfp4", **MADE["model"]}}),
+    "host int8 dp2 zero0": ("host", 1, 0, "auto", 1, {**LORA, "model": {"quantize": "int8"}}),
+    "host fp8 zero3 sqrt": ("host", 2, 3, "sqrt", 1, {**LORA, "model": {"quantize": "fp8"}}),
+    "sharded nf4 zero1": ("sharded", 2, 1, "full", 1, {**LORA, "model": {"quantize": "nf4"}}),
+    "host int8 zero1 pairs": ("host", 2, 1, "full", 1, {**LORA, **PAIRS, "model": {"quantize": "int8"}}),
+}
+"""The rest of each pair of store, format, sp and stage (`test_quantized_exact`), beside `make test`."""
+
+
+@pytest.mark.parametrize("name", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
 def test_the_same_to_the_bit(pools: Any, tmp_path: Path, name: str) -> None:
-    base, sp, stage, policy, packs, keys = CASES[name]
+    base, sp, stage, policy, packs, keys = {**CASES, **MORE}[name]
     keys = {**keys, "model": {"random_weights": False, **keys.get("model", {})}}
+    stored = keys["model"].get("quantize") == "mxfp4"  # of files alone
+    if stored:
+        del keys["model"]["quantize"]
     case = (sp, stage, policy, packs, keys)
-    folder = saved(tmp_path)
+    folder = saved(tmp_path, "gpt_oss", **MXFP4) if stored else saved(tmp_path)
     there = pools(2).run(trained, folder, "resident", *case)
     away = pools(2).run(trained, folder, base, *case)
     for ours, theirs in zip(away, there, strict=True):

@@ -27,7 +27,7 @@ from ds_longft.train.step import loss_scale
 from tests.distributed.test_exact import LONGROPE
 from tests.distributed.user_files import user_config
 
-ALL = frozenset(range(1, 8))
+ALL = frozenset(range(1, 9))
 
 
 @functools.cache
@@ -220,9 +220,21 @@ def test_what_is_right_passes(pools, tmp_path, world, sp, stage, lora, base):
     content["lora"] = {"r": 4, "dropout": 0.1} if lora else None
     findings, facts, text = pools(world).run(verified, content, ALL, None)[0]
     assert [f for f in findings if f.ok is False] == []
-    assert {f.check[0] for f in findings} == set("1234567")
+    assert {f.check[0] for f in findings} == set("12345678")
     assert facts["kernel"] == "cpu"
     assert "<|im_end|>" in text
+
+
+@pytest.mark.parametrize(("form", "base"), [("nf4", "auto"), pytest.param("int8", "host", marks=pytest.mark.slow)])
+def test_a_quantised_base_passes_and_says_how_far_it_is(pools, tmp_path, form, base):
+    """Its yardstick is the dequantised base."""
+    content = user_config(tmp_path)
+    content["sp"], content["model"] = 2, content["model"] | {"quantize": form, "base": base}
+    findings, _, _ = pools(2).run(verified, content, frozenset({1, 6, 8}), None)[0]
+    assert [f for f in findings if f.ok is False] == []
+    assert {f.check[0] for f in findings} == set("168")
+    assert findings[-1].what == "logits, relative distance"
+    assert findings[-1].value > 1e-3
 
 
 @pytest.mark.parametrize(("rope_type", "stage"), [("dynamic", 2), ("longrope", 3)])
@@ -319,4 +331,4 @@ def test_command_line_end_to_end(tmp_path, capfd):
     assert printed["ok"] is True
     assert printed["sp"] == printed["ranks"] == 2
     assert printed["model"].startswith("the first 1 layers of")
-    assert {f["check"][0] for f in printed["findings"]} == set("1234567")
+    assert {f["check"][0] for f in printed["findings"]} == set("12345678")

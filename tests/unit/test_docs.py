@@ -119,6 +119,7 @@ def test_the_tree_of_the_documentation_is_the_tree() -> None:
         ("readme_page", "README.md"),
         ("migrating_page", "docs/migrating.md"),
         pytest.param("gpus_page", "docs/gpus.md", marks=pytest.mark.slow),  # a minute of plans
+        pytest.param("small_cards_page", "docs/small_cards.md", marks=pytest.mark.slow),
     ],
 )
 def test_references_are_up_to_date(function: str, page: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,12 @@ from ds_longft.config.ds_json import merge_ds_config
 from ds_longft.config.read import dump_config, load_run_config
 from ds_longft.config.run_config import RunConfig
 from ds_longft.config.yaml_io import load_yaml
+from ds_longft.decide.search import Plan, Question
+from ds_longft.decide.setting import Gpu
 from ds_longft.errors import ConfigError
 from ds_longft.tools import quickstart
 from ds_longft.tools.make_data.recipe import read_recipe
+from tests.unit.decide.shapes import LLAMA_8B, LLAMA_70B, sizes
 
 ROOT = Path(__file__).parents[2]
 ALL = [*sorted((ROOT / "recipes").glob("*.yaml")), *sorted((ROOT / "examples").glob("*/*.yaml"))]
@@ -64,6 +69,42 @@ def test_fits_its_json_and_its_model(path: Path, world: int, tmp_path: Path) -> 
     if path.stem.startswith("quickstart") or path.parent.name == "extend_smollm2":
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": "some/model"})})
     check_run(config, world=world, local_world=world, ds=ds, model_config=model)
+
+
+GPUS = {
+    "RTX 4090": "rtx4090", "RTX PRO 6000 (96)": "rtxpro6000", "H200": "h200", "H100 80 GB": "h100-80"
+}  # fmt: skip
+ROW = re.compile(r"#   (?:(\d) x )?([HR].+?) {2,}(?:(\d+) GiB +)?(\d+) s +([\d.]+).*? GiB(?: {2,}(.*))?")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qlora_8b_256k_24gb", "lora_70b_128k"])
+def test_the_table_of_its_head_is_the_plan_of_today(name: str) -> None:
+    """Of a sample as long as the recipe's, its base in host memory; the last column with the base on the GPUs."""
+    path = ROOT / "recipes" / f"{name}.yaml"
+    config = read(path)
+    facts = sizes(LLAMA_8B if "8b" in name else LLAMA_70B)
+    form = config.model.quantize.replace("auto", "")
+    rows = [row for line in path.read_text().splitlines() if (row := ROW.match(line))]
+    assert len(rows) == (1 if "8b" in name else 5)
+    for row in rows:
+        count, gpu, host_gib, step_s, peak_gib, there = row.groups()
+        question = Question(facts, Gpu.load(GPUS[gpu]), int(count or 1), float(host_gib or 0), quantize=form)
+        if host_gib is None:
+            question = replace(question, host_gib=config.train.offload_host_gib + question.base_gib)
+
+        def best(base: str, question: Question = question) -> Plan | None:
+            ways = [way for way in question.settings(streamed=base == "host") if way[0].base == base]
+            plans = [question.plan(*way, config.data.max_length_tokens) for way in ways]
+            return min(filter(None, plans), key=lambda found: found.time.total_s, default=None)
+
+        away = best("host")
+        assert away is not None
+        digits = len(peak_gib.partition(".")[2])
+        assert (f"{away.time.total_s:.0f}", f"{away.memory.peak_gib:.{digits}f}") == (step_s, peak_gib), row[0]
+        if host_gib is not None:
+            plan = best("engine")
+            assert there == (f"{plan.time.total_s:.0f} s" if plan else "does not fit"), row[0]
 
 
 def test_the_128k_recipe_needs_its_window(tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ loading of the weights and the placing of adapters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -131,20 +131,37 @@ def baseline_step(
     )
 
 
-def document_losses(model: nn.Module, pack: Pack, device: torch.device) -> Any:
-    """For each document with targets: (start, end, w * ce of its tokens [n] float32)."""
-    borders = pack.cu_seqlens.tolist()
-    for a, b in pairwise(borders):
+class DocumentLogits(NamedTuple):
+    """Of a document's targets."""
+
+    start: int  # of the document in its pack
+    stop: int
+    rows: torch.Tensor  # [t] places of the targets in the document
+    logits: torch.Tensor  # [t, V] float32
+    labels: torch.Tensor  # [t]
+    weights: torch.Tensor  # [t]
+
+    @property
+    def losses(self) -> torch.Tensor:
+        """[t] w * ce."""
+        return cross_entropy(self.logits, self.labels, reduction="none") * self.weights
+
+
+def document_logits(model: nn.Module, pack: Pack, device: torch.device) -> Iterator[DocumentLogits]:
+    """Each document with targets, run alone."""
+    for a, b in pairwise(pack.cu_seqlens.tolist()):
         weights = torch.from_numpy(pack.loss_weights[a:b]).to(device)
         rows = weights.nonzero()[:, 0]
         if not len(rows):
             continue
         set_rope_lengths(decoder_of(model), [b - a])  # transformers' own choice remembers earlier documents
         ids, labels = (torch.from_numpy(x[a:b]).to(device) for x in (pack.input_ids, pack.labels))
-        logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=rows).logits[0]  # [t, V]
-        losses = torch.zeros(b - a, device=device)
-        yield (
-            a,
-            b,
-            losses.index_add(0, rows, cross_entropy(logits.float(), labels[rows], reduction="none") * weights[rows]),
-        )
+        logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=rows).logits[0]
+        yield DocumentLogits(a, b, rows, logits.float(), labels[rows], weights[rows])
+
+
+def document_losses(model: nn.Module, pack: Pack, device: torch.device) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """For each document with targets: (start, end, w * ce of its tokens [n] float32)."""
+    for of in document_logits(model, pack, device):
+        losses = torch.zeros(of.stop - of.start, device=device)
+        yield of.start, of.stop, losses.index_add(0, of.rows, of.losses)

@@ -6,6 +6,8 @@ import gc
 import os
 import platform
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from ds_longft.tools.verify.engine_checks import check_engine
 from ds_longft.tools.verify.findings_table import print_report, trained_text
 from ds_longft.tools.verify.kernel_error import check_kernels
 from ds_longft.tools.verify.pair_scales import pair_scales
+from ds_longft.tools.verify.quantized_distance import check_distance
 from ds_longft.tools.verify.saving import check_saved
 from ds_longft.tools.verify.verified_run import VerifiedRun, first_layers
 
@@ -38,7 +41,7 @@ def run_checks(config: RunConfig, options: Options, launch: Launch, device: Devi
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // launch.local_world)))
     quickstart.prepare(config)
-    with first_layers(config, options.layers) as shortened:
+    with first_layers(config, options.layers) as shortened, _original(config, options) as original:
         settings, sp = preflight(shortened, world=launch.world, local_world=launch.local_world, device=device)
         torch_device, agreement = join(launch)
         from transformers.utils import logging
@@ -46,7 +49,7 @@ def run_checks(config: RunConfig, options: Options, launch: Launch, device: Devi
         logging.set_verbosity_error()  # it would list the weights of the layers left out
         try:
             made = VerifiedRun.make(shortened, settings, sp, torch_device, agreement, tokens=options.tokens)
-            findings, facts, sample = verify_model(made, options.checks)
+            findings, facts, sample = verify_model(made, options.checks, original)
         except torch.OutOfMemoryError as error:
             raise ModelError(
                 f"out of GPU memory: the reference needs the whole model in float32 on one GPU. Give --layers to "
@@ -61,7 +64,20 @@ def run_checks(config: RunConfig, options: Options, launch: Launch, device: Devi
     return 1 if any(f.ok is False for f in findings) else 0
 
 
-def verify_model(subject: VerifiedRun, checks: frozenset[int]) -> tuple[list[Finding], dict[str, Any], Text]:
+@contextmanager
+def _original(config: RunConfig, options: Options) -> Iterator[str | None]:
+    """The folder of the unquantised model, as many layers of it as are verified."""
+    if options.original is None:
+        yield None
+        return
+    model = config.model.model_copy(update={"path": options.original, "revision": None})
+    with first_layers(config.model_copy(update={"model": model}), options.layers) as shortened:
+        yield shortened.model.path
+
+
+def verify_model(
+    subject: VerifiedRun, checks: frozenset[int], original: str | None = None
+) -> tuple[list[Finding], dict[str, Any], Text]:
     """The findings of the checks asked for, facts about the run, and a sample of trained text. Collective."""
     layout, device, packs = subject.layout, subject.device, subject.packs
     reference = None
@@ -84,6 +100,10 @@ def verify_model(subject: VerifiedRun, checks: frozenset[int]) -> tuple[list[Fin
             found[6] = subject.agreement.broadcast(here)
     if 7 in checks:
         found[7] = check_kernels(asked, model_facts, packs[0], layout, device, subject.agreement.gather)
+    if 8 in checks:
+        distance = partial(check_distance, subject.config, original, packs, subject.dtype, device)
+        found[8] = subject.agreement.on_rank0(distance)
+        _free()
     facts = {
         "model": subject.config.model.path,
         "ranks": layout.world,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ds_longft.command_line import RunKeys, as_words
 from ds_longft.config.read import load_run_config
@@ -22,6 +22,7 @@ class Options:
     ranks: int | None
     checks: frozenset[int]
     json: bool
+    original: str | None = None
 
 
 def verify(
@@ -30,8 +31,9 @@ def verify(
     layers: int | None = None,
     tokens: int | str | None = None,
     ranks: int | None = None,
-    checks: str = "1,2,3,4,5,6,7",
+    checks: str = "1,2,3,4,5,6,7,8",
     json: bool = False,
+    original: str | None = None,
 ) -> int:
     """Prove on your own model, data and config that sp ranks train what one process would.
 
@@ -41,6 +43,7 @@ def verify(
     checks:
       1 loss and gradients against one process   2 documents do not see each other   3 label borders   4 RoPE
       5 LoRA dropout   6 save, load, merge   7 attention kernels
+      8 a quantised base: how far it lies from the unquantised model
 
     Exit code: 0 all passed, 1 a check failed, 64 a mistake in the config or the data.
 
@@ -51,9 +54,10 @@ def verify(
         ranks: processes to start: sp, or a multiple of it.
         checks: numbers of the checks to run, e.g. 1,7.
         json: print one JSON object instead of a table.
+        original: for check 8, the unquantised model of a checkpoint that is quantised in its files.
     """
     arguments = dict(locals())
-    options = _options(layers, tokens, ranks, checks, json)
+    options = replace(_options(layers, tokens, ranks, checks, json), original=original)
     run, gpus = load_run_config(config), visible_gpus()
     if "RANK" not in os.environ and "SLURM_STEP_ID" not in os.environ:
         started = _ranks(options, run, gpus)
@@ -69,8 +73,8 @@ def _options(layers: int | None, tokens: int | str | None, ranks: int | None, ch
         count = None if tokens is None else int(parse_tokens(tokens))
     except ValueError as error:
         raise ConfigError(f"ds-longft verify: --checks takes numbers such as 1,7, --tokens a count: {error}") from None
-    if not numbers <= set(range(1, 8)):
-        raise ConfigError(f"ds-longft verify: --checks is {checks}, there are checks 1 to 7")
+    if not numbers <= set(range(1, 9)):
+        raise ConfigError(f"ds-longft verify: --checks is {checks}, there are checks 1 to 8")
     for flag, value in (("--layers", layers), ("--tokens", count), ("--ranks", ranks)):
         if value is not None and value < 1:
             raise ConfigError(f"ds-longft verify: {flag} is {value}, expected 1 or more")

@@ -16,6 +16,7 @@ from ds_longft.config.run_config import RunConfig
 from ds_longft.exactness.finding import Finding
 from ds_longft.model.load import load_config, load_model
 from ds_longft.model.lora import WEIGHTS_NAME
+from ds_longft.model.packed import unpack
 from ds_longft.model.wrapped import text_class
 from ds_longft.tools.verify.baseline import attention_name, document_losses, in_float32
 
@@ -49,6 +50,7 @@ def check_saved(
         ]
     findings = [_not_empty(folder / WEIGHTS_NAME)]
     base = load_model(config.model, hf_config, ds_engine_config=None, dtype=dtype, device=device, seed=config.seed)
+    unpack(base)  # what is merged into a packed weight is lost
     model = peft.PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False)
     in_float32(model)
     loss = _loss(model, pack, device)

@@ -56,6 +56,14 @@ LLAMA_13B = shape(
     num_attention_heads=40,
     num_key_value_heads=40,
 )
+LLAMA_70B = shape(
+    vocab_size=128256,
+    hidden_size=8192,
+    intermediate_size=28672,
+    num_hidden_layers=80,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+)
 
 MIXTRAL = shape(
     "mixtral",

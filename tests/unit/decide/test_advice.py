@@ -56,6 +56,29 @@ def test_savings_name_keys_and_are_ordered() -> None:
     assert "lora: {r: 16}" in [key for key, _, _ in adviser(stage=3, lora=None).savings()]
 
 
+@pytest.mark.parametrize(
+    ("length", "host_gib", "key", "change", "fits"),
+    [
+        ("16K", 0, "model.quantize: nf4", {"model": {"quantize": "nf4"}}, True),
+        ("24K", 0, "model.quantize: nf4", {"model": {"quantize": "nf4"}}, False),
+        ("16K", 0, "train.offload_host_gib: 6", {"train": {"offload_host_gib": 6}}, True),
+        ("24K", 1, "train.offload_disk: FOLDER", {"train": {"offload_host_gib": 1, "offload_disk": "/nvme"}}, True),
+    ],
+)
+def test_a_run_is_asked_about_again_with_the_key_that_is_named(
+    length: str, host_gib: int, key: str, change: dict[str, Any], fits: bool
+) -> None:
+    """Llama-8B on a card of 24 GB: its bf16 weights take 15 GiB of it."""
+    keys: Any = {"world": 1, "sp": 1, "memory_gib": 23.5, "data": {"max_length_tokens": length}}
+    asked, other = adviser(**keys, train={"offload_host_gib": host_gib}), adviser(**keys, **change)
+    now, then = asked._memory(asked.setting), other._memory(other.setting)
+    assert (asked._fits(asked.setting, now), other._fits(other.setting, then)) == (False, fits)
+    saved, note = {name: rest for name, *rest in asked.savings()}[key]
+    assert saved == pytest.approx((now.peak - then.peak) / 2**30, abs=0.01)
+    assert ("then it fits" in note) == fits
+    assert key not in [name for name, _, _ in other.savings()]
+
+
 def test_zero3_is_advised_only_where_it_releases_weights() -> None:
     """With LoRA the shipped JSONs leave open what is released: weights that fit stay, beside a shard of them."""
     split = "ds_config: ds_configs/zero3_sp.json"
@@ -83,7 +106,7 @@ def test_a_mixture_of_experts() -> None:
     """Adapters on its experts count: they are most of what is trained."""
     without, experts = adviser(MIXTRAL, lora={"r": 64}), adviser(MIXTRAL, lora={"r": 64, "experts": True})
     assert {key: saved for key, saved, _ in experts.savings()}["sp: 4"] > 1
-    assert experts._peak(experts.setting) - without._peak(without.setting) > 2 * 2**30
+    assert experts._memory(experts.setting).peak - without._memory(without.setting).peak > 2 * 2**30
 
 
 def test_a_run_that_computed_nothing_again_can_do_so() -> None:

@@ -213,5 +213,6 @@ def test_two_passes_hold_the_longer_side() -> None:
     assert pair.of_a_pass.lengths == (30000, 5000)
     assert pair.of_a_pass.of_a_pass == pair.of_a_pass
     assert replace(pair, passes="auto").of_a_pass.tokens == 56000  # counted as one until it is settled
-    settled = [(s.passes, bool(s.tile_tokens), bool(s.kv_heads)) for s in savers(replace(pair, passes="auto"), model)]
-    assert settled == [(p, t, k) for p in ("one", "two") for t, k in ((False, False), (True, False), (True, True))]
+    settled = [(s.passes, s.tile_tokens, s.kv_heads) for s in savers(replace(pair, passes="auto"), model)]
+    ways = ((None, None), (8192, None), (8192, 1), (4096, 1))
+    assert settled == [(p, *way) for p in ("one", "two") for way in ways]

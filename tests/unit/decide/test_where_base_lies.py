@@ -8,20 +8,26 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 from transformers import AutoConfig
 
 from ds_longft.config.ds_json import merge_ds_config
-from ds_longft.config.run_config import RunConfig
+from ds_longft.config.run_config import ModelConfig, RunConfig
 from ds_longft.decide.decisions import Run
 from ds_longft.decide.memory import host_bytes, predict
 from ds_longft.decide.search import Question, fastest
 from ds_longft.decide.setting import GIB, Gpu, Setting
+from ds_longft.decide.tensors import bytes_of_layers
 from ds_longft.decide.time import predict_time
-from ds_longft.decide.where_base_lies import with_room
+from ds_longft.decide.where_base_lies import settle_base, what_is_lost, with_room
 from ds_longft.errors import ConfigError
 from ds_longft.model.facts import ModelFacts
-from tests.unit.decide.shapes import LLAMA_8B
+from ds_longft.model.load import skeleton
+from ds_longft.model.load_packed import base_format
+from ds_longft.model.supported import decoder_layers
+from ds_longft.sequence.frozen import parts_of, size_of
+from tests.unit.decide.shapes import LLAMA_8B, QWEN_7B, QWEN_30B, shape
 
 HF = AutoConfig.for_model(**LLAMA_8B)
 FACTS = ModelFacts.from_config(HF)
@@ -53,6 +59,23 @@ def test_the_json_and_the_key_do_not_both_say_where_weights_lie() -> None:
     config = RunConfig.model_validate({"model": {"base": "host"}})
     with pytest.raises(ConfigError, match=r"offload_param is set, and model\.base is host"):
         merge_ds_config(zero, config, world=1, device="cuda", hidden_size=64)
+
+
+@pytest.mark.parametrize(
+    ("stage", "base", "lost"),
+    [(3, "host", True), (3, "engine", False), (3, "auto", True), (2, "auto", True)],
+)
+def test_keys_of_the_json_that_nothing_reads_are_said(stage: int, base: str, lost: bool) -> None:
+    zero = {"stage": stage, "stage3_max_live_parameters": 5, "zero_hpz_partition_size": 1}
+    zero |= {"stage3_param_persistence_threshold": "auto"} if stage == 3 else {}
+    config = RunConfig.model_validate({"model": {"base": base}, "data": {"max_length_tokens": 4096}})
+    settings = merge_ds_config({"zero_optimization": zero}, config, world=1, device="cuda", hidden_size=4096)
+    chosen, why = settle_base(settings, config, FACTS, memory_gib=139.8)
+    asked = replace(run("h200", 4096, 1, 139.8), engine_config=settings.engine, base=chosen, why=why)
+    said = what_is_lost(asked, settings)
+    named = "stage3_max_live_parameters 5, zero_hpz_partition_size 1"
+    assert (named in said, "persistence" in said) == (lost, False)
+    assert (f"model.base {chosen}" in said) == (lost and stage == 3)
 
 
 def run(gpu: str, tokens: int, world: int, memory_gib: float, **train: Any) -> Run:
@@ -99,6 +122,29 @@ def test_bytes_lie_where_they_are_said_to() -> None:
     assert host_bytes(FACTS, replace(x, base="sharded")) == 0
 
 
+GPT_OSS = {**shape("gpt_oss"), "quantization_config": {"quant_method": "mxfp4"}}
+PACKED = {
+    "nf4": (LLAMA_8B, "nf4"),
+    "int8": (LLAMA_8B, "int8"),
+    "fp8, biases": (QWEN_7B, "fp8"),
+    "nf4, experts": (QWEN_30B, "nf4"),
+    "mxfp4, experts alone": (GPT_OSS, "auto"),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_bytes_of_a_quantised_base_are_those_of_its_packed_tensors(name: str) -> None:
+    of, asked = PACKED[name]
+    hf_config = AutoConfig.for_model(**{**of, "num_hidden_layers": 2})
+    hf_config._attn_implementation = "eager"
+    model = ModelConfig.model_validate({"quantize": asked, "random_weights": True})
+    form = base_format(hf_config, model)
+    assert form is not None
+    lies = sum(size_of(parts_of(layer)) for layer in decoder_layers(skeleton(model, hf_config, torch.bfloat16)))
+    counted = bytes_of_layers(ModelFacts.from_config(hf_config), Setting((1,), quantize=form.name))
+    assert counted == pytest.approx(lies, rel=0.002)
+
+
 def test_streams_cost_nothing_behind_long_samples_and_something_behind_short_ones() -> None:
     gpu = Gpu.load("rtx4090")
 
@@ -109,6 +155,15 @@ def test_streams_cost_nothing_behind_long_samples_and_something_behind_short_one
     assert step_s(32768, "host") == step_s(32768, "engine")
     once_s = LAYERS_GIB * GIB / (gpu.host_gb_s * 1e9)
     assert 0.5 * once_s < step_s(512, "host") - step_s(512, "engine") < 2 * once_s
+
+
+def test_smaller_tiles_are_taken_where_nothing_else_fits() -> None:
+    """A Llama-8B in nf4 on a card of 24 GB with 96 GiB of host memory: 294,912 tokens."""
+    question = Question(FACTS, Gpu.load("4090"), 1, 96.0, quantize="nf4")
+    shorter, longer = fastest(question, 262144), fastest(question, 294912)
+    assert shorter is not None
+    assert longer is not None
+    assert (shorter.setting.tile_tokens, longer.setting.tile_tokens) == (8192, 4096)
 
 
 def test_a_plan_streams_where_nothing_else_fits() -> None:

@@ -77,13 +77,50 @@ def test_a_write_that_fails_is_seen_before_its_tensor_is_let_go(
         host.slot(LEAVING, "input", disk=True).put(torch.zeros(9))
 
 
-def test_a_folder_without_direct_io_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_without_direct_io_goes_through_the_page_cache_and_leaves_nothing_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, advise, done = os.open, os.posix_fadvise, []
+
+    def refuse(path: str, flags: int, *args: Any) -> int:
+        fd = opened(path, flags & ~os.O_DIRECT, *args)  # made before it is refused, as Linux does
+        if flags & os.O_DIRECT:
+            os.close(fd)
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return fd
+
+    def advised(fd: int, at: int, size: int, what: int) -> None:
+        done.append((at, size, what))
+        advise(fd, at, size, what)
+
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(os, "posix_fadvise", advised)
+    assert not disk.is_direct(str(tmp_path))
+    store, sent = DiskStore(str(tmp_path), CPU), [torch.randn(50_000)]
+    found = [torch.empty_like(sent[0])]
+    store.write("x", sent)
+    store.wait(store.read("x", found))
+    assert torch.equal(found[0], sent[0])
+    assert list(tmp_path.iterdir()) == []
+    chunks = [(at, part.numel(), os.POSIX_FADV_DONTNEED) for at, part in disk._chunks(sent)]
+    assert sorted(done) == sorted(chunks * 2)
+
+
+def test_direct_writes_that_are_refused_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> int:
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
-    monkeypatch.setattr(os, "open", fail)
-    with pytest.raises(DiskError, match="cannot be read and written directly"):
+    assert disk.is_direct(str(tmp_path))
+    monkeypatch.setattr(os, "pwrite", fail)
+    with pytest.raises(DiskError, match="direct reads and writes, and refuses them"):
         DiskStore(str(tmp_path), CPU).rates(1 << 16)
+
+
+@pytest.mark.parametrize(("kind", "memory"), [("tmpfs", True), ("ramfs", True), ("ext4", False), ("overlay", False)])
+def test_a_folder_in_memory_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, memory: bool) -> None:
+    mounts = f"x / ext4 rw 0 0\nx {tmp_path.parent} {kind} rw 0 0\nx {tmp_path}/deeper tmpfs rw 0 0\n"
+    monkeypatch.setattr(Path, "read_text", lambda _: mounts)
+    assert disk.is_memory(str(tmp_path)) == memory
 
 
 def test_rates_leave_nothing_behind(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from ds_longft.config.read import dump_config
@@ -68,6 +69,31 @@ def test_it_is_not_merged_into_the_base_as_it_was_before(dense: Path, tmp_path: 
     run, _ = make_run(tmp_path / "run", stored_fp8(tmp_path / "stored"), "auto")
     with pytest.raises(ModelError, match="trained on a checkpoint that is quantised"):
         export_model(run, tmp_path / "out", base=str(dense))
+
+
+@pytest.mark.parametrize("form", ["nf4", "stored fp8"])
+def test_it_is_merged_into_the_unquantised_base_where_that_is_asked_for(form: str, dense: Path, tmp_path: Path) -> None:
+    stored = form == "stored fp8"
+    run, trained = make_run(
+        tmp_path / "run", stored_fp8(tmp_path / "stored") if stored else dense, "auto" if stored else form
+    )
+    report = export_model(run, tmp_path / "out", base=str(dense) if stored else None, into="original")
+    assert f"another model than the one trained, which was on {form.rsplit(maxsplit=1)[-1]}" in report["merged_into"]
+    original = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(dense), str(run)).eval()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        merged = model(TOKENS).logits
+        torch.testing.assert_close(merged, original(TOKENS).logits, rtol=1e-4, atol=1e-4)
+        assert (merged - trained).abs().max() > 1e-2
+
+
+def test_there_has_to_be_an_unquantised_base_to_merge_into(dense: Path, tmp_path: Path) -> None:
+    run, _ = make_run(tmp_path / "stored_run", stored_fp8(tmp_path / "stored"), "auto")
+    with pytest.raises(ModelError, match="give the unquantised checkpoint as --base"):
+        export_model(run, tmp_path / "out", into="original")
+    run, _ = make_run(tmp_path / "dense_run", dense, "auto")
+    with pytest.raises(ModelError, match="was trained on the unquantised base"):
+        export_model(run, tmp_path / "out", into="original")
 
 
 @pytest.mark.parametrize("form", ["nf4", "stored fp8"])

@@ -54,6 +54,20 @@ def test_too_slow_or_too_small(
         check_disk(run, decide(run), CUDA, ALONE)
 
 
+def test_memory_is_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk_room, "is_memory", lambda _: True)
+    with pytest.raises(ConfigError, match=r"is memory \(tmpfs\), no disk"):
+        measured_gb_s(str(tmp_path), CUDA, 1, ALONE)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_the_page_cache_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool) -> None:
+    run = run_with(tmp_path, 5.0)
+    monkeypatch.setattr(disk_room, "free_bytes", lambda _: 1e13)
+    monkeypatch.setattr(disk_room, "is_direct", lambda _: direct)
+    assert ("page cache" in (check_disk(run, decide(run), CUDA, ALONE) or "")) != direct
+
+
 def test_nothing_goes_there_that_fits_elsewhere(tmp_path: Path) -> None:
     run = run_with(tmp_path, 0.001, length="16K")
     assert "nothing has to go" in (check_disk(run, decide(run), CUDA, ALONE) or "")

@@ -54,6 +54,7 @@ def draw(rng: random.Random) -> tuple[Question, Any, str, int, Any]:
         host_gib=rng.choice([0.0, 20.0, 200.0]),
         lora_r=lora_r,
         objective=objective,
+        quantize=rng.choice(["", "nf4", "int8", "fp8"]) if lora_r is not None else "",
         reference=rng.choice([live, "precomputed"]) if objective == "dpo" else "none",
         fused=rng.random() < 0.8,
     )
