@@ -155,3 +155,19 @@ def test_yaml_of_the_documentation_is_a_run_config() -> None:
     for page in PAGES:
         for block in re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL):
             assert isinstance(load_yaml(block), dict)
+
+
+OF_OTHERS = ("system error", "CUDA out of memory", "return code", "ModuleNotFoundError", "is_gradient_checkpointing")
+
+
+def test_messages_one_looks_up_are_those_that_are_said() -> None:
+    """Of each message that the page quotes as ours, the words between numbers and names stand in the code."""
+    code = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "ds_longft").rglob("*.py")))
+    code = re.sub(r'"\s*\n\s*f?"', "", code)  # texts over several lines
+    rows = [line for line in (ROOT / "docs/troubleshooting.md").read_text().splitlines() if line.startswith("| ")]
+    quoted = [text for row in rows[1:] for text in re.findall("`([^`]+)`", row.split(" | ")[0])]
+    ours = [text for text in quoted if not any(words in text for words in OF_OTHERS)]
+    assert len(ours) > 12
+    for text in ours:
+        for words in re.split(r"\d+|'[^']*'|\.\.\.|^N problems", text):
+            assert words.strip(" ,:") in code, text

@@ -8,7 +8,7 @@ from functools import partial
 from html import escape
 from typing import Any
 
-from ds_longft.tools.pages.charts import Line, bar_chart, heat_table, line_chart
+from ds_longft.tools.pages.charts import MAX_POINTS, Line, bar_chart, heat_table, line_chart
 from ds_longft.tools.pages.shell import details, facts_table, shell, table, tiles, wide
 from ds_longft.tools.report.run_facts import TITLES, Evaluation, RunFacts
 from ds_longft.tools.report.tables import (
@@ -84,7 +84,8 @@ def _training(facts: RunFacts) -> str:
     points = losses[0].points
     if len(points) >= FEWEST:
         count = steps_of_a_mean(len(points))
-        losses = [Line("each step", points, 4), Line(f"mean of {count}", running_mean(points, count))]
+        drawn = "each step" if len(points) <= MAX_POINTS else "lowest and highest steps"
+        losses = [Line(drawn, points, 4), Line(f"mean of {count}", running_mean(points, count))]
     chart = partial(line_chart, x_label="optimizer step", from_zero=True)
     padding = [line("padding_percent", "padding", 0), line("data_wait_percent", "waiting for data", 1)]
     charts = [
