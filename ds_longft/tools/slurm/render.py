@@ -84,7 +84,7 @@ def render(config: RunKeys, *, job: Job = JOB, out: str | None = None, submit: b
         print(script, end="")
     else:
         Path(out).write_text(script)
-        print(f"written: {out}. Hand it in with: sbatch {shlex.quote(out)}")
+        print(f"written: {out}. Submit it with: sbatch {shlex.quote(out)}")
 
 
 def _submit(script: str, config: RunKeys) -> None:
