@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +36,7 @@ WINDOWS = {
     "sft_hybrid_256k": 262144,
     "sft_gemma3_text": 131072,
     "dpo_lora_64k": 131072,
+    "stages_short_long_short": 131072,  # its second stage stretches
 }  # of the models they name
 
 
@@ -113,6 +115,23 @@ def test_the_128k_recipe_needs_its_window(tmp_path: Path) -> None:
     model = {"model_type": "llama", "num_attention_heads": 32, "max_position_embeddings": 65536}
     with pytest.raises(ConfigError, match="window is 65536"):
         check_run(config, world=8, local_world=8, ds=None, model_config=model)
+
+
+def test_each_stage_begins_where_the_one_before_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands in the head of the recipe, as they stand there: short, long beyond the window, short."""
+    monkeypatch.chdir(ROOT)
+    head = Path("recipes/stages_short_long_short.yaml").read_text().splitlines()
+    stages = [load_run_config(shlex.split(line)[3:]) for line in head if line.startswith("#   ds-longft train ")]
+    assert [stage.data.max_length_tokens for stage in stages] == [32768, 131072, 32768]
+    assert [stage.model.rope.type for stage in stages] == ["none", "abf", "none"], "a run's model keeps its RoPE"
+    assert [stage.model.path for stage in stages[1:]] == [stage.output_dir for stage in stages[:-1]]
+    window = {"model_type": "qwen3", "num_attention_heads": 16, "max_position_embeddings": 32768}
+    for stage in stages:
+        (tmp_path / "my.jsonl").write_text("{}\n")
+        argv = ["--data.train", str(tmp_path / "my.jsonl"), "--model.path", "some/model"]
+        (tmp_path / "stage.yaml").write_text(dump_config(stage))
+        check_run(read(tmp_path / "stage.yaml", *argv), world=4, local_world=4, ds=None, model_config=window)
+        window["max_position_embeddings"] = max(window["max_position_embeddings"], stage.data.max_length_tokens)
 
 
 @pytest.mark.parametrize("has_gpu", [False, True])

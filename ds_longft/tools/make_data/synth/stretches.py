@@ -22,7 +22,7 @@ from ds_longft.tools.make_data.synth.sources import Document
 
 T = TypeVar("T")
 
-BETWEEN = "\n\n"  # two documents
+BETWEEN = "\n\n"  # two documents; attention reaches over it
 LINE_CHARS = 400  # a stretch begins with a line where one begins so near
 FIT_ROUNDS = 8  # cutting changes a few tokens at the cut: the first round is exact or off by a handful
 
@@ -61,11 +61,11 @@ class RunningText:
         return self.text[start : int(self.starts[end]) if end < self.tokens else None]
 
 
-def running_texts(documents: Sequence[Document], lengths: Lengths) -> dict[str, RunningText]:
+def running_texts(documents: Sequence[Document], lengths: Lengths, separator: str = BETWEEN) -> dict[str, RunningText]:
     """Language -> its documents, in their order, one behind the other. Memory: 8 bytes a token beside the text."""
     texts: dict[str, list[str]] = {}
     for document in documents:
-        texts.setdefault(document.language, []).append(document.text + BETWEEN)
+        texts.setdefault(document.language, []).append(document.text + separator)
     running = {}
     for language, parts in sorted(texts.items()):
         before = np.cumsum([0, *map(len, parts)])
@@ -83,6 +83,7 @@ def stretch_rows(
     name: str,
     languages: Mapping[str, float] | None = None,
     sizes: Mapping[str, float] | None = None,
+    separator: str = BETWEEN,
     lengths: Lengths | None = None,
 ) -> Iterator[dict[str, Any]]:
     """`rows` rows in `text` form; the same seed gives the same rows. Two stretches may overlap.
@@ -92,13 +93,14 @@ def stretch_rows(
         context_tokens: longest row.
         languages: shares of the rows, by language code; left out, as there is text.
         sizes: part of the longest row -> share of the rows, e.g. {"1/4": 3, "1": 1}; left out, `row_plan.SIZES`.
+        separator: between two documents.
         lengths: how tokens are counted; estimated when left out.
 
     Raises:
         DataError: there is less text in a language than its longest row has tokens.
     """
     lengths = lengths or Lengths()
-    running = running_texts(documents, lengths)
+    running = running_texts(documents, lengths, separator)
     rng = random.Random(f"stretches {seed}")
     amounts = {language: text.tokens for language, text in running.items()}
     planned = plan_rows(rows, amounts, context_tokens, rng, languages=languages, sizes=sizes)

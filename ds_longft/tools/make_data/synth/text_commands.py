@@ -19,7 +19,13 @@ NEGATIVES = MadeOfTexts("negatives")
 
 
 def stretches(
-    source: str, out: str, *, sizes: str | None = None, languages: str | None = None, flags: MadeOfTexts = STRETCHES
+    source: str,
+    out: str,
+    *,
+    sizes: str | None = None,
+    languages: str | None = None,
+    separator: str = "\\n\\n",
+    flags: MadeOfTexts = STRETCHES,
 ) -> None:
     """Cut long texts into plain-text rows of many lengths; texts of one language are laid one behind the other.
 
@@ -30,8 +36,11 @@ def stretches(
         out: JSONL file to write.
         sizes: part of the longest row and its share, e.g. 1/4:3,1/2:2,1:2. Left out: halves of halves down to 1/32.
         languages: shares of the rows, e.g. zh:0.15; others as there is text.
+        separator: what stands between two documents of a row, which attention reaches over; \\n is a line break. The
+            tokenizer's own end of text, e.g. <|endoftext|>, tells the model that another begins.
     """
-    write_of_texts(source, out, flags, partial(stretch_rows, **parts_and_shares(sizes, languages)))
+    made, between = parts_and_shares(sizes, languages), separator.replace("\\n", "\n")
+    write_of_texts(source, out, flags, partial(stretch_rows, separator=between, **made))
 
 
 def negatives(

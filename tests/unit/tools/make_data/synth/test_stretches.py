@@ -3,6 +3,7 @@
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -92,6 +93,17 @@ def test_a_stretch_goes_on_in_the_next_document_of_its_language(documents, token
     starts = [text.place(1000, rng) for _ in range(50)]
     assert all(start <= text.starts[-1000] for start in starts)
     assert text.place(text.tokens, rng) == 0
+
+
+def test_an_end_of_text_stands_between_documents_of_a_row(documents, tokenizer):
+    settings = {"rows": 4, "context_tokens": 2048, "sizes": {"1": 1}, "seed": 0, "name": "s"}
+    short = [replace(document, text=document.text[:1500]) for document in documents]
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for separator, least in (("<|im_end|>", 1), ("\n\n", 0)):
+        made = stretch_rows(short, separator=separator, lengths=Lengths(tokenizer), **settings)
+        counts = [tokenizer(row["text"])["input_ids"].count(end) for row in made]
+        assert sum(counts) >= least * len(counts)
+        assert least or not any(counts)
 
 
 def test_the_command(documents, tmp_path, capsys, tokenizer):
