@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Do half of the tokens, chosen by what context gains on them, train as well as all of them? Three runs of the recipe: all
-# rows, the half that `ds-longft data score` puts first (read by the model that all rows made), and half of them drawn; RULER
-# and short questions of each and of the base. One GPU; run again, it goes on where it stopped.
+# rows, of each source the half that `ds-longft data score` puts first (read by the model that all rows made), and a half that
+# is drawn; RULER and short questions of each and of the base. One GPU; run again, it goes on where it stopped.
 #
 #   TEXTS=/path/to/longdocs examples/extend_smollm2/half.sh
-#   LENGTH=1024 ROWS=24 STEPS=1 RULER="--lengths 2K --tasks fwe --rows 1" SHORT=2 examples/extend_smollm2/half.sh   # rehearsal on a CPU
+#   LENGTH=2048 ROWS=60 STEPS=1 RULER="--lengths 2K --tasks fwe --rows 1" SHORT=2 examples/extend_smollm2/half.sh   # rehearsal on a CPU
 #
 # OUT: where all of it goes. LENGTH, ROWS, STEPS, TEXTS as in run.sh.
 set -euo pipefail
@@ -24,16 +24,19 @@ import json, random, sys
 from pathlib import Path
 
 out = Path(sys.argv[1])
-scored = (out / "scored.jsonl").read_text().splitlines()
-for name, lines in (("scored", scored), ("drawn", random.Random(0).sample(scored, len(scored)))):
-    tokens, kept, half = 0, [], sum(json.loads(line)["tokens"] for line in scored) / 2
-    for line in lines:
-        if tokens < half:
-            kept.append(line)
-            tokens += json.loads(line)["tokens"]
+scored = [json.loads(line) for line in (out / "scored.jsonl").read_text().splitlines()]
+for name, rows in (("scored", scored), ("drawn", random.Random(0).sample(scored, len(scored)))):
+    kept = []
+    for source in {row["source"]: None for row in scored}:  # half of each, as `data mix` with choose: context_gain
+        of_it = [row for row in rows if row["source"] == source]
+        half, tokens = sum(row["tokens"] for row in of_it) / 2, 0
+        while tokens < half:
+            kept.append(of_it.pop(0))
+            tokens += kept[-1]["tokens"]
     (out / f"data-{name}").mkdir(exist_ok=True)
-    (out / f"data-{name}" / "train.jsonl").write_text("\n".join(random.Random(1).sample(kept, len(kept))) + "\n")
-    print(f"{name}: {len(kept)} of {len(scored)} rows, {tokens:,} of {2 * half:,.0f} tokens")
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in random.Random(1).sample(kept, len(kept))]
+    (out / f"data-{name}" / "train.jsonl").write_text("".join(lines))
+    print(f"{name}: {len(kept)} of {len(scored)} rows, {sum(row['tokens'] for row in kept):,} tokens")
 PY
 train scored
 train drawn
