@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
@@ -95,6 +96,34 @@ MEASURED = (
     ("one sample of 65,536 tokens, all weights of 8 layers, 1 GPU", "step 65536 sp1 full, 8 layers"),
 )
 
+MEASURED_SMALL = (
+    (
+        "Llama-8B, 262,144 tokens, bf16 base on the host, 1 GPU held to 24 GiB, 96 GiB of host memory",
+        "step 262144 sp1 lora fa4 zero3, base host, as on a GPU of 24 GiB, 96 GiB of host memory",
+    ),
+    (
+        "the same, base and attention outputs on the whole GPU",
+        "step 262144 sp1 lora fa4 zero3, base resident, 96 GiB of host memory",
+    ),
+    ("Llama-70B, 131,072 tokens, nf4, 1 GPU, 100 GiB of host memory", "step 131072 sp1 llama70b nf4 lora fa4 zero3"),
+    (
+        "Llama-70B, 131,072 tokens, bf16 base shared out, 2 GPUs, 100 GiB of host memory",
+        "step 131072 sp2 llama70b lora fa4 zero3, base sharded",
+    ),
+    (
+        "gpt-oss-20B, 524,288 tokens, MXFP4, LoRA on experts too, 1 GPU held to 79 GiB, 100 GiB of host memory",
+        "step 524288 sp1 gpt-oss-20b mxfp4 lora on linears and experts fa4, as on a GPU of 79 GiB",
+    ),
+    (
+        "4 layers of Llama-8B, 1,048,576 tokens, 1 GPU, 88 GiB of host memory",
+        "step 1048576 sp1 lora fa4, 4 layers, kept tensors in host memory",
+    ),
+    (
+        "the same, 8 GiB of host memory and a disk of 1.7 GB/s",
+        "step 1048576 sp1 lora fa4, 4 layers, kept tensors on disk",
+    ),
+)
+
 
 def readme_page() -> str:
     """README.md with its table of measured steps made anew; no figure of it is typed by hand."""
@@ -102,7 +131,7 @@ def readme_page() -> str:
     assert TABLE.search(readme), "README.md has lost the marks around its table"
     assert MODELS.search(readme), "README.md has lost the marks around its sentence of models"
     readme = MODELS.sub(lambda marks: marks[1] + models_sentence() + marks[2], readme)
-    return TABLE.sub(lambda marks: marks[1] + measured_table() + marks[2], readme)
+    return TABLE.sub(lambda marks: marks[1] + measured_table(MEASURED) + marks[2], readme)
 
 
 def models_sentence() -> str:
@@ -116,12 +145,12 @@ def models_sentence() -> str:
     )
 
 
-def measured_table() -> str:
-    """The steps of `MEASURED` with the peer beside them."""
+def measured_table(steps: Sequence[tuple[str, str]]) -> str:
+    """Steps of the result file with the peer beside them."""
     text = (ROOT / "benchmarks" / "results.jsonl").read_text(encoding="utf-8")
     lines = {line["what"]: line for line in map(json.loads, text.splitlines())}
     rows = ["| one optimizer step | time | tokens/s per GPU | peak memory | peer | code |", "|---|---|---|---|---|---|"]
-    for name, what in MEASURED:
+    for name, what in steps:
         line = lines[what]
         peer = "not run"
         if line.get("peer_value"):
@@ -243,7 +272,8 @@ def small_cards_page() -> str:
         for model, form, name, count, host in SMALL_CARDS
     ]
     head = "| model, LoRA | its base | GPUs | host memory for it | longest sample | 128K samples |"
-    return _with_plan("docs/small_cards.md", head, rows)
+    page = _with_plan("docs/small_cards.md", head, rows)
+    return TABLE.sub(lambda marks: marks[1] + measured_table(MEASURED_SMALL) + marks[2], page)
 
 
 def _with_plan(page: str, head: str, rows: list[str]) -> str:
