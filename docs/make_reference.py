@@ -112,7 +112,7 @@ MEASURED_SMALL = (
     ),
     (
         "gpt-oss-20B, 524,288 tokens, MXFP4, LoRA on experts too, 1 GPU held to 79 GiB, 100 GiB of host memory",
-        "step 524288 sp1 gpt-oss-20b mxfp4 lora on linears and experts fa4, as on a GPU of 79 GiB",
+        "step 524288 sp1 gpt-oss-20b mxfp4 lora on linears and experts fa4 zero3, as on a GPU of 79 GiB",
     ),
     (
         "4 layers of Llama-8B, 1,048,576 tokens, 1 GPU, 88 GiB of host memory",
