@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
-
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING, Literal
 
 from ds_longft.command_line import tokens_of
 from ds_longft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,8 @@ def listed(value: str) -> list[str]:
 
 def print_tables(line: object, *tables: Table) -> None:
     """Tables, and a line below them that stays in one piece: where the result lies."""
+    from rich.console import Console  # a help does not wait for it
+
     console = Console()
     for table in tables:
         console.print(table)
