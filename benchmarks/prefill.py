@@ -2,6 +2,7 @@
 
     torchrun --nproc_per_node 2 benchmarks/prefill.py --tokens 131072
     torchrun --nproc_per_node 2 benchmarks/prefill.py --tokens 1048576 --layers 4 --new 8
+    torchrun --nproc_per_node 1 benchmarks/prefill.py --shape llama70b --quantize nf4 --new 8
 
 Beside it the training forward of the same tokens: no gradients, no cache. One JSON line.
 """
@@ -19,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.work import SEED, SHAPES, append, peak_gib, provenance, sample, shape_of
+from benchmarks.work import SHAPES, append, peak_gib, provenance, sample, shape_of
 
 
 def main() -> None:
@@ -30,6 +31,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=131072)
     parser.add_argument("--new", type=int, default=32, help="tokens of the answer")
     parser.add_argument("--kernel", default="auto")
+    parser.add_argument("--quantize", default="auto", choices=["auto", "nf4", "int8", "fp8"])
+    parser.add_argument("--weights", default="auto", choices=["auto", "resident", "sharded", "host"])
     parser.add_argument("--append", help="append the result to this file")
     args = parser.parse_args()
 
@@ -38,14 +41,15 @@ def main() -> None:
     from transformers import AutoConfig
 
     from ds_longft.config.run_config import ModelConfig
-    from ds_longft.model.load import load_config, load_model
     from ds_longft.objectives.forward import decode
     from ds_longft.ranks.join import Launch
     from ds_longft.sequence.shard import shard
+    from ds_longft.sequence.state.families import spread_state_layers
     from ds_longft.tools.evaluate.cached_attention import CACHED, register
     from ds_longft.tools.evaluate.generate import Reader
     from ds_longft.tools.evaluate.processes import Processes
-    from ds_longft.tools.evaluate.subject import Loaded
+    from ds_longft.tools.evaluate.room import Asked, Room
+    from ds_longft.tools.evaluate.subject import Subject, load_subject
 
     world = Launch.from_environment().world
     processes = Processes(world)
@@ -53,13 +57,20 @@ def main() -> None:
     shape = shape_of(args.shape, args.layers)
     folder = Path(tempfile.gettempdir()) / f"prefill-{args.shape}-{args.layers}-{layout.rank}"
     AutoConfig.for_model(**shape).save_pretrained(folder)
-    config = ModelConfig(path=str(folder), random_weights=True)
+    config = ModelConfig(path=str(folder), random_weights=True, quantize=args.quantize)
+    subject = Subject(config, None, str(folder), str(folder), None)
     register()
-    hf_config = load_config(config, 1, attn_implementation=CACHED)
-    torch.manual_seed(SEED)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model: Any = load_model(config, hf_config, ds_engine_config=None, dtype=dtype, device=device)
-    model.eval().requires_grad_(False)
+    needed: dict[str, float] = {}
+    place = "resident" if args.weights == "auto" else args.weights
+    if device.type == "cuda":
+        room, asked = Room.of(subject, processes), Asked(args.tokens, 1, args.new)
+        place = room.place(asked, args.weights)
+        needed = room.needed_gib(asked, place)
+    processes.join()
+    local_world = processes.launch.local_world
+    loaded = load_subject(subject, device, attention=CACHED, weights=place, local_world=local_world)
+    model = loaded.plain
+    spread_state_layers(model)
     pack = sample([args.tokens], shape["vocab_size"], dp_rank=0)
     ids = pack.input_ids.tolist()
 
@@ -83,15 +94,17 @@ def main() -> None:
     forward_s = seconds(forward, 3)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    reader = Reader(Loaded(model, model, device), layout, args.kernel)
+    reader = Reader(loaded, layout, args.kernel)
     prefill_s = seconds(lambda: reader.read([ids], args.new), 3)
     reader.add([1])  # warming up
     decode_s = seconds(lambda: [reader.add([1]) for _ in range(args.new - 1)], 1) / (args.new - 1)
-    peak = peak_gib(device) if world > 1 else None
+    peak = peak_gib(device)
     if layout.rank == 0:
         result = {
             **provenance(world, torch, transformers),
-            "what": f"prefill {args.shape} {args.tokens} tokens, {shape['num_hidden_layers']} layers, sp {world}",
+            "what": f"prefill {args.shape} {args.tokens} tokens, {shape['num_hidden_layers']} layers, sp {world}"
+            + (f", {args.quantize}" if args.quantize != "auto" else "")
+            + (f", weights {place}" if place != "resident" else ""),
             "value": round(args.tokens / prefill_s / world, 1),
             "unit": "tokens/s a GPU",
             "training_forward": round(args.tokens / forward_s / world, 1),
@@ -99,12 +112,12 @@ def main() -> None:
             "prefill_s": round(prefill_s, 3),
             "ms_a_decoded_token": round(1000 * decode_s, 2),
             "peak_gib": peak,
+            "predicted_gib": {name: round(gib, 1) for name, gib in needed.items()},
         }
         print(json.dumps(result), flush=True)
         if args.append:
             append(args.append, result)
-    if world > 1:
-        torch.distributed.destroy_process_group()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

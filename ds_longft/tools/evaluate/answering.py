@@ -15,11 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ds_longft.decide.memory import STREAMED
-from ds_longft.decide.setting import GIB
 from ds_longft.errors import ConfigError
-from ds_longft.model.facts import ModelFacts
-from ds_longft.model.load_packed import base_format
-from ds_longft.ranks.node_memory import node_memory_gib
 from ds_longft.sequence.llama4 import take_over_temperatures
 from ds_longft.sequence.state.families import spread_state_layers
 from ds_longft.tools.evaluate import results
@@ -34,11 +30,9 @@ from ds_longft.tools.evaluate.subject import (
     Loaded,
     find_subject,
     load_subject,
-    subject_config,
     subject_tokenizer,
     subject_window,
 )
-from ds_longft.train.device_memory import total_and_outside_torch
 
 Item = TypeVar("Item")
 Row = dict[str, Any]
@@ -104,19 +98,7 @@ class Answering:
             raise ConfigError(f"--weights sharded, and {layout.dp} texts at a time: give --sp {layout.world}")
         if device.type != "cuda":
             return "resident" if where == "auto" else where
-        hf_config = subject_config(self.subject, CACHED)
-        form = base_format(hf_config, self.subject.base)
-        total, outside = total_and_outside_torch(device)
-        room = Room(
-            facts=ModelFacts.from_config(hf_config),
-            config=hf_config.get_text_config(),
-            sp=layout.sp,
-            world=layout.world,
-            quantize=form.name if form else "",
-            memory_gib=self.processes.least((total - outside) / GIB),
-            host_gib=node_memory_gib(),
-        )
-        return room.place(self.most, where)
+        return Room.of(self.subject, self.processes).place(self.most, where)
 
     def expect(self, tokens: int, texts: int = 1, answer_tokens: int = 0) -> None:
         """Say what will be asked at a time, at most, before the model is loaded for it."""

@@ -17,6 +17,11 @@ from ds_longft.decide.tensors import Sizes, bytes_of_layers, made_dense
 from ds_longft.decide.where_base_lies import HOST_SHARE
 from ds_longft.errors import ConfigError
 from ds_longft.model.facts import ModelFacts
+from ds_longft.model.load_packed import base_format
+from ds_longft.ranks.node_memory import node_memory_gib
+from ds_longft.tools.evaluate.processes import Processes
+from ds_longft.tools.evaluate.subject import Subject, subject_config
+from ds_longft.train.device_memory import total_and_outside_torch
 
 Place = Literal["resident", "sharded", "host"]
 """As `model.base` has them."""
@@ -46,6 +51,16 @@ class Room:
     memory_gib: float  # of each GPU
     host_gib: float  # of the node
     element_bytes: int = 2
+
+    @classmethod
+    def of(cls, subject: Subject, processes: Processes) -> Room:
+        """On GPUs. Collective: that of the fullest."""
+        hf_config, layout = subject_config(subject, "eager"), processes.layout
+        form = base_format(hf_config, subject.base)
+        total, outside = total_and_outside_torch(processes.device)
+        memory_gib = processes.least((total - outside) / GIB)
+        facts, text = ModelFacts.from_config(hf_config), hf_config.get_text_config()
+        return cls(facts, text, layout.sp, layout.world, form.name if form else "", memory_gib, node_memory_gib())
 
     def place(self, asked: Asked, where: Place | Literal["auto"]) -> Place:
         """Where the weights are to lie; `auto`: at the first place beside which all that is asked fits.
