@@ -127,8 +127,8 @@ TIED = {"tie_word_embeddings": True}
 CASES = [
     # dpo, LoRA, config changes, recompute policy, world, sp
     ({"passes": "one"}, True, {}, "keep_attention", 2, 1),
-    pytest.param({"passes": "one"}, True, {}, "fused", 2, 2, marks=pytest.mark.slow),
-    pytest.param({"passes": "two"}, True, {}, "fused", 2, 2, marks=pytest.mark.slow),
+    ({"passes": "one"}, True, {}, "fused", 2, 2),
+    ({"passes": "two"}, True, {}, "fused", 2, 2),
     ({"passes": "one", "label_smoothing": 0.2, "rpo_alpha": 0.7}, True, HEADS_9_3, "fused", 4, 4),
     ({"passes": "two", "label_smoothing": 0.2, "rpo_alpha": 0.7}, True, HEADS_9_3, "keep_attention", 4, 2),
     ({"passes": "one", "loss": "ipo", "beta": 0.3}, HEAD, {}, "none", 2, 2),
@@ -136,12 +136,12 @@ CASES = [
     ({"passes": "one"}, WHOLE_HEAD, TIED, "fused", 2, 2),
     ({"passes": "one", "loss": "simpo", "beta": 2.0, "simpo_gamma": 1.1}, True, {}, "fused", 2, 2),
     ({"passes": "two", "loss": "simpo", "beta": 2.0, "label_smoothing": 0.1}, False, {}, "sqrt", 4, 2),
-    pytest.param({"passes": "one"}, False, TIED, "keep_attention", 4, 4, marks=pytest.mark.slow),
+    ({"passes": "one"}, False, TIED, "keep_attention", 4, 4),
     ({"passes": "two"}, False, {}, "full", 2, 1),
     ({"passes": "one"}, True, {}, "tiles", 2, 2),
-    pytest.param({"passes": "two"}, False, {}, "tiles", 2, 2, marks=pytest.mark.slow),
+    ({"passes": "two"}, False, {}, "tiles", 2, 2),
     ({"passes": "one"}, True, {}, "host", 2, 2),
-    pytest.param({"passes": "two"}, True, {}, "host", 2, 1, marks=pytest.mark.slow),
+    ({"passes": "two"}, True, {}, "host", 2, 1),
     ({"passes": "one"}, {"base": "nf4"}, {}, "fused", 2, 2),
     ({"passes": "two"}, {"base": "int8"}, {}, "host", 2, 1),
     pytest.param({"passes": "two", "reference": "precomputed"}, {"base": "fp8"}, {}, "tiles", 2, 2, marks=pytest.mark.slow),
@@ -149,7 +149,7 @@ CASES = [
     ({"passes": "two", "reference": "precomputed"}, False, {}, "keep_attention", 4, 2),
     ({"passes": "two", "reference": "precomputed"}, WHOLE_HEAD, {}, "fused", 3, 3),
     ({"passes": "one"}, True, DYNAMIC, "fused", 2, 2),
-    pytest.param({"passes": "two"}, False, DYNAMIC, "keep_attention", 4, 2, marks=pytest.mark.slow),
+    ({"passes": "two"}, False, DYNAMIC, "keep_attention", 4, 2),
     ({"passes": "one", "reference": "precomputed"}, True, DYNAMIC, "fused", 2, 2),
 ]  # fmt: skip
 

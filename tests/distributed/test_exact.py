@@ -28,7 +28,6 @@ from tests.distributed.models import (
     tiny_config,
     tiny_model,
 )
-from tests.slow import some_slow
 
 Lengths = tuple[list[int], ...]
 PACKS: Lengths = ([20, 1, 50, 26], [97], [3, 3, 40, 7, 9])
@@ -160,22 +159,22 @@ CASES = [
     ("llama", {"num_hidden_layers": 5}, True, "sqrt", True, 4, 2),
     ("llama", {"num_hidden_layers": 5}, False, "every_k", False, 2, 2),
     ("llama", {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 36}, True, "keep_attention", False, 2, 2),
-    pytest.param("llama", {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 36}, False, "none", False, 4, 4, marks=pytest.mark.slow),
+    ("llama", {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 36}, False, "none", False, 4, 4),
     ("llama", {"num_attention_heads": 4, "num_key_value_heads": 1, "tie_word_embeddings": True}, False, "keep_attention", False, 4, 4),
-    pytest.param("qwen2", {}, True, "keep_attention", False, 2, 2, marks=pytest.mark.slow),
+    ("qwen2", {}, True, "keep_attention", False, 2, 2),
     ("qwen3", {}, False, "keep_attention", False, 4, 2),
     ("mistral", {"sliding_window": 11}, False, "keep_attention", False, 4, 4),
-    pytest.param("mistral", {"sliding_window": 300}, True, "full", False, 2, 2, marks=pytest.mark.slow),
+    ("mistral", {"sliding_window": 300}, True, "full", False, 2, 2),
     ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}}, True, "keep_attention", False, 2, 2),
-    pytest.param("gemma", {}, False, "keep_attention", False, 2, 2, marks=pytest.mark.slow),
+    ("gemma", {}, False, "keep_attention", False, 2, 2),
     ("gemma2", {"query_pre_attn_scalar": 8, "sliding_window": 13}, True, "keep_attention", False, 4, 4),
     ("gemma3_text", {"query_pre_attn_scalar": 8, "sliding_window": 13}, False, "sqrt", False, 2, 2),
     ("mixtral", MOE, False, "keep_attention", False, 2, 2),
     ("qwen3_moe", {**MOE, "num_experts": 4, "moe_intermediate_size": 24}, True, "full", True, 4, 2),
     ("gpt_oss", SINKS, False, "keep_attention", False, 4, 4),
-    pytest.param("gpt_oss", SINKS, True, "none", False, 2, 2, marks=pytest.mark.slow),
+    ("gpt_oss", SINKS, True, "none", False, 2, 2),
     ("diffllama", {}, True, "keep_attention", False, 2, 2),  # two attentions in a layer
-    pytest.param("diffllama", {}, True, "auto", True, 4, 2, marks=pytest.mark.slow),
+    ("diffllama", {}, True, "auto", True, 4, 2),
     ("deepseek_v3", LATENT, False, "keep_attention", False, 2, 2),  # value heads narrower than query heads
 ]  # fmt: skip
 
@@ -240,12 +239,7 @@ SAVING = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", some_slow(
-    SAVING,
-    "tiles, every weight", "tiles, without recomputation", "heads in turns, one rank",
-    "heads in turns, 9 on 4 ranks", "inputs of segments on the host", "whole documents, every weight",
-    "whole documents, 9 heads on 4 ranks", "whole documents, dynamic RoPE",
-))  # fmt: skip
+@pytest.mark.parametrize("name", SAVING)
 def test_saving_memory_changes_nothing(pools, name):
     family, changes, lora, policy, world, sp, saving = SAVING[name]
     ours = pools(world).run(gradients, family, changes, lora, policy, False, sp, PACKS, saving)[0]
@@ -279,11 +273,7 @@ CRAFTED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", some_slow(
-    CRAFTED,
-    "a document as long as the budget", "window larger than a shard", "whole lm_head beside LoRA",
-    "dynamic RoPE, lengths mixed", "longrope, lengths mixed, sp 3", "sp smaller than the world",
-))  # fmt: skip
+@pytest.mark.parametrize("name", CRAFTED)
 def test_crafted_packs(pools, name):
     family, changes, lora, world, sp, lengths = CRAFTED[name]
     ours = pools(world).run(gradients, family, changes, lora, "keep_attention", False, sp, lengths)[0]

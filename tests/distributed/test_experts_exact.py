@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from tests.distributed.test_exact import LATENT, PACKS, SINKS, assert_equal, gradients, reference
-from tests.slow import some_slow
 
 LORA = {"experts": True}
 EXPERTS: dict[str, Any] = {
@@ -40,10 +39,7 @@ FLOAT32 = {"deepseek_v3", "glm4_moe", "ernie4_5_moe", "granitemoe", "qwen3_moe",
 """Their routers compute in float32 whatever the model's type is."""
 
 
-@pytest.mark.parametrize("name", some_slow(
-    CASES,
-    "OLMoE", "sparse mixer", "residuals scaled", "a dense layer first", "Mixtral",
-))  # fmt: skip
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("lora", [False, LORA], ids=["full", "lora"])
 def test_gradients_equal_one_process(pools: Any, name: str, lora: Any) -> None:
     family, changes, saving, policy = CASES[name]

@@ -50,7 +50,7 @@ def rates_of_pairs(rank: int, world: int, folder: str) -> Any:
 
 
 @pytest.mark.parametrize("name", RANDOM)
-@pytest.mark.parametrize("recompute", ["full", "keep_attention", pytest.param("sqrt", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("recompute", ["full", "keep_attention", "sqrt"])
 def test_recomputation_draws_the_same_masks(pools: Any, tmp_path: Path, name: str, recompute: str) -> None:
     """Without the random state, gradients were off by 6 to 66 %, while the loss was right."""
     family, changes = RANDOM[name]

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from tests.distributed.models import built_engine, make_pack, tiny_config
-from tests.slow import some_slow
 
 CPU = torch.device("cpu")
 
@@ -61,7 +60,15 @@ KEYS = {
 }
 
 
-@pytest.mark.parametrize("name", some_slow(KEYS, "lora in tiles", "all weights"))
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lora",
+        pytest.param("lora in tiles", marks=pytest.mark.slow),
+        pytest.param("all weights", marks=pytest.mark.slow),
+        "all weights in tiles",
+    ],
+)
 def test_zero3_costs_no_more_than_zero2(pools: Any, tmp_path: Path, name: str) -> None:
     """DeepSpeed's hooks hand modules new tensors: linears of one input once took them for several, and ran twice."""
     shape = {"hidden_size": 64, "intermediate_size": 224, "num_hidden_layers": 6, "max_position_embeddings": 4096}
@@ -82,7 +89,15 @@ UNEQUAL = {
 }
 
 
-@pytest.mark.parametrize("name", some_slow(UNEQUAL, "all weights", "pairs, adapter off"))
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lora",
+        pytest.param("all weights", marks=pytest.mark.slow),
+        pytest.param("pairs, adapter off", marks=pytest.mark.slow),
+        "pairs, second model",
+    ],
+)
 def test_zero3_takes_packs_of_unequal_tiles(pools: Any, tmp_path: Path, name: str) -> None:
     """DeepSpeed compares which modules each rank called: one called once a tile stopped or hung runs of dp > 1."""
     shape = {"hidden_size": 64, "intermediate_size": 224, "num_hidden_layers": 2, "max_position_embeddings": 4096}
