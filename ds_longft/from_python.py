@@ -15,8 +15,10 @@ from typing import Any
 
 from ds_longft.config.read import dump_config, load_run_config
 from ds_longft.config.run_config import RunConfig
-from ds_longft.errors import LongftError
+from ds_longft.decide.plan_json import as_json
+from ds_longft.errors import ConfigError, LongftError
 from ds_longft.tools.plan.command import answer, question_of
+from ds_longft.tools.plan.run_plan import plan_of_run
 
 __all__ = ["RunConfig", "load_run_config", "plan", "train_from", "verify"]
 
@@ -25,16 +27,23 @@ Run = RunConfig | str | Sequence[str]
 
 
 def plan(
-    model: str, *, gpus: int = 8, gpu: str = "h100-80", length: int | str | None = None, full: bool = False,
-    lora_r: int = 16, host_gib: float = 0.0,
+    model: Run, *, gpus: int = 8, gpu: str = "h100-80", length: int | str | None = None, full: bool = False,
+    lora_r: int | None = None, host_gib: float = 0.0,
 ) -> dict[str, Any]:  # fmt: skip
     """Memory and time of a step before a GPU is touched, as `ds-longft plan --json` prints it.
 
-    With `length` (tokens, `"128K"`): the fastest setting that fits. Without: `{"longest": [...]}`, the longest pack of
-    each sp. Raises ConfigError where nothing fits.
+    Of a model with `length` (tokens, `"128K"`): the fastest setting that fits. Without: `{"longest": [...]}`, the
+    longest pack of each sp. Of a run config: the run as it is configured. Raises ConfigError where nothing fits.
     """
-    question, tokens = question_of(model, gpus, gpu, host_gib, None if full else lora_r, length=length)
-    return answer(question, tokens, model)
+    if isinstance(model, str) and not model.endswith((".yaml", ".yml")):
+        rank = None if full else lora_r or 16
+        question, tokens = question_of(model, gpus, gpu, host_gib, rank, length=length)
+        return answer(question, tokens, model)
+    if full or (length, lora_r) != (None, None):
+        raise ConfigError("plan: length, full and lora_r are for a model alone: a run config has keys for them")
+    with _Words(model) as words:
+        found, question = plan_of_run(words, gpus, gpu, host_gib)
+    return as_json(found, question)
 
 
 def verify(run: Run, *, ranks: int | None = None, layers: int | None = None) -> dict[str, Any]:

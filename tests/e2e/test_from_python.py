@@ -26,6 +26,11 @@ def test_plan_is_what_the_command_prints(job: Path, capsys: pytest.CaptureFixtur
     foreseen = plan(model, gpus=2, gpu="h100-80", length=256)
     assert main(["plan", model, "--gpus", "2", "--gpu", "h100-80", "--length", "256", "--json"]) == 0
     assert foreseen == json.loads(capsys.readouterr().out)
+    foreseen = plan(load_run_config(str(job)), gpus=2, gpu="h100-80")
+    assert main(["plan", str(job), "--gpus", "2", "--gpu", "h100-80", "--json"]) == 0
+    assert foreseen == json.loads(capsys.readouterr().out)
+    with pytest.raises(ConfigError, match="a run config has keys for them"):
+        plan(str(job), gpus=2, length=256)
 
 
 def test_mistakes_are_raised_before_anything_starts(job: Path) -> None:
