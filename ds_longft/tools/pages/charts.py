@@ -58,7 +58,7 @@ def line_chart(
         return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
 
     parts = _grid((at(x0, tick)[1], tick) for tick in y_ticks)
-    for tick in ticks(x0, x1, count=6):
+    for tick in ticks(x0, x1, count=6, whole=all(x == int(x) for x in xs)):
         if x0 <= tick <= x1:
             x, _ = at(tick, y0)
             anchor = "end" if x > WIDTH - RIGHT - EDGE else "middle"  # the last label stays inside the picture
@@ -201,13 +201,14 @@ def thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return [finite[i] for i in sorted(kept)]
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers from at most `low` to at least `high`, about `count` of them."""
+def ticks(low: float, high: float, count: int = 5, *, whole: bool = False) -> list[float]:
+    """Round numbers from at most `low` to at least `high`, about `count` of them; `whole`: of what is counted."""
     if high <= low:
         high = low + (abs(low) or 1.0)
     rough = (high - low) / (count - 1)
     power = 10 ** math.floor(math.log10(rough))
-    step = next(s * power for s in (1, 2, 2.5, 5, 10) if s * power >= rough * 0.999)
+    step = next(s * power for s in (1, 2, 2.5, 5, 10) if s * power >= rough * 0.999 and not (whole and s == 2.5))
+    step = math.ceil(step) if whole else step
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [i * step for i in range(first, last + 1)]
 

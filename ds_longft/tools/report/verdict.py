@@ -13,8 +13,12 @@ Row = tuple[str, str, str]
 
 
 def verdict(facts: RunFacts) -> list[Row]:
-    """One row for each kind of evaluation; empty where there is none."""
-    return [(what, *_both(evaluation, key)) for evaluation in facts.evaluations for what, key in _asked(evaluation)]
+    """One row for each kind of evaluation, and the held-out loss from before step 1 on; empty where there is none."""
+    rows = [(what, *_both(evaluation, key)) for evaluation in facts.evaluations for what, key in _asked(evaluation)]
+    losses = [record["eval_loss"] for record in facts.held_out]
+    if len(losses) > 1 and facts.held_out[0]["step"] == 0:
+        rows.append(("held-out loss", f"{losses[0]:.4f}", f"{losses[-1]:.4f}"))
+    return rows
 
 
 def cost(facts: RunFacts) -> str:

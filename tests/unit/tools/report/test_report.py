@@ -332,6 +332,15 @@ def test_the_first_section_says_whether_it_worked(run: Path) -> None:
     assert "hours" in cost(facts)
 
 
+def test_the_held_out_loss_is_a_result_too(run: Path) -> None:
+    """Of a run that nothing else was asked of; from before step 1, or it would be no before."""
+    assert "held-out loss" not in {what for what, *_ in verdict(gather_facts(run))}
+    records = (run / "metrics.jsonl").read_text()
+    before = json.dumps({"step": 0, "eval_loss": 3.25, "eval_targets": 7, "eval_s": 1.0})
+    (run / "metrics.jsonl").write_text(f"{before}\n{records}")
+    assert ("held-out loss", "3.2500", "1.5000") in verdict(gather_facts(run))
+
+
 @pytest.mark.parametrize(("percent", "n", "told"), [(100, 20, " (84 to 100)"), (50, 60, " (38 to 62)"), (10, 0, "")])
 def test_a_share_has_an_interval(percent: float, n: int, told: str) -> None:
     assert interval(percent, n) == told
@@ -353,6 +362,8 @@ def test_two_runs_on_one_page(run: Path, tmp_path: Path, capsys: pytest.CaptureF
 
 def test_charts() -> None:
     assert ticks(0, 10) == [0, 2.5, 5, 7.5, 10]
+    assert ticks(0, 10, whole=True) == [0, 5, 10]
+    assert ticks(1, 3, count=6, whole=True) == [1, 2, 3]
     assert ticks(3.02, 3.2)[0] <= 3.02
     assert ticks(5, 5)[-1] > 5
     assert [shown(v) for v in (0, 131072, 0.00025, 1500, 7.325)] == ["0", "128K", "2.5e-4", "1,500", "7.325"]
