@@ -33,7 +33,11 @@ class Temperature:
         s, borders = query.shape[2], documents.cu_seqlens
         tokens = torch.arange(s, device=query.device, dtype=borders.dtype) + sp_rank * s  # [s], in the pack
         starts = borders[torch.searchsorted(borders, tokens, right=True) - 1]
-        factor = 1 + self.scale * torch.log1p(torch.floor(((tokens - starts).float() + 1) / self.floor_tokens))
+        return self.tuned_at(query, tokens - starts)
+
+    def tuned_at(self, query: Tensor, positions: Tensor) -> Tensor:
+        """query [1, H, s, d] at positions [s] of its texts -> the same, scaled in float32."""
+        factor = 1 + self.scale * torch.log1p(torch.floor((positions.float() + 1) / self.floor_tokens))
         return (query * factor[:, None]).to(query.dtype)
 
 

@@ -24,7 +24,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from ds_longft.errors import ModelError
 from ds_longft.sequence.attention import ulysses_attention
 from ds_longft.sequence.kernels.base import AttentionSpec, Job, flash_refusal
-from ds_longft.sequence.mask import asked_mask, window_of
+from ds_longft.sequence.mask import AskedMask, asked_mask, window_of
 
 CACHED = "ds_longft_cached"
 """Name under which the attention is registered; goes into `config._attn_implementation`."""
@@ -118,22 +118,29 @@ def cached_attention(
         return ulysses_attention(module, query, key, value, attention_mask, **asked, **kwargs)
     if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
         raise ModelError(f"{type(module).__name__} is not causal: only causal language models can be evaluated")
-    if hasattr(module, "query_temperature"):
-        raise ModelError("Llama 4 scales queries by position and sees chunks, which is not done for answers here")
-    window = window_of(type(module).__name__, attention_mask, sliding_window)
-    return _step(query, key, value, on_this_rank, scale, window, softcap, s_aux), None
+    new = (key.shape[2] - on_this_rank.prompt_tokens) // len(on_this_rank.prompts)  # n, with this one
+    places = [prompt + new - 1 for prompt in on_this_rank.prompts]
+    chunk = attention_mask.chunk_tokens if isinstance(attention_mask, AskedMask) else None
+    if chunk is not None:  # Llama 4
+        lowest = [place // chunk * chunk for place in places]
+    else:
+        window = window_of(type(module).__name__, attention_mask, sliding_window)
+        lowest = [0 if window is None else max(0, place + 1 - window) for place in places]
+    if (temperature := getattr(module, "query_temperature", None)) is not None:
+        query = temperature.tuned_at(query, torch.tensor(places, device=query.device))
+    return _step(query, key, value, on_this_rank, scale, lowest, softcap, s_aux), None
 
 
 def _step(
-    query: Tensor, key: Tensor, value: Tensor, here: OnThisRank, scale: float, window: int | None,
+    query: Tensor, key: Tensor, value: Tensor, here: OnThisRank, scale: float, lowest: Sequence[int],
     softcap: float | None, sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """One new token of each text, the last of the keys: [1, B, Hq, e]."""
+    """One new token of each text, the last of the keys: [1, B, Hq, e]. `lowest` [B]: the first position it sees."""
     texts, s = len(here.prompts), here.prompt_tokens
     new = (key.shape[2] - s) // texts  # n, with this one
     parts = []
-    for b, (keys, first, prompt) in enumerate(zip(here.keys, here.first, here.prompts, strict=True)):
-        unseen = 0 if window is None else max(0, prompt + new - window - first)  # keys before the window
+    for b, (keys, first, low) in enumerate(zip(here.keys, here.first, lowest, strict=True)):
+        unseen = max(0, low - first)
         seen = slice(min(keys.start + unseen, keys.stop), keys.stop)
         parts.append(_attend(query[:, :, b : b + 1], key[:, :, seen], value[:, :, seen], scale, softcap))
     of_prompts = torch.cat(parts)  # [B, Hq, e + 1]
@@ -141,9 +148,13 @@ def _step(
     if here.group is not None:
         everywhere = [torch.empty_like(of_prompts) for _ in range(dist.get_world_size(here.group))]
         dist.all_gather(everywhere, of_prompts, group=here.group)
-    steps = slice(0 if window is None else max(0, new - window), None)
-    k, v = (x[0, :, s:].unflatten(1, (new, texts)).permute(2, 0, 1, 3)[:, :, steps] for x in (key, value))
-    of_new = _attend(query[0].transpose(0, 1)[:, :, None], k, v, scale, softcap)  # keys [B, Hkv, n, d]
+    k, v = (x[0, :, s:].unflatten(1, (new, texts)).permute(2, 0, 1, 3) for x in (key, value))  # [B, Hkv, n, d]
+    q = query[0].transpose(0, 1)[:, :, None]  # [B, Hq, 1, d]
+    skip = [max(0, low - prompt) for low, prompt in zip(lowest, here.prompts, strict=True)]  # of the n
+    together = [slice(0, texts)] if len(set(skip)) == 1 else [slice(b, b + 1) for b in range(texts)]
+    of_new = torch.cat(
+        [_attend(q[of], k[of, :, skip[of.start] :], v[of, :, skip[of.start] :], scale, softcap) for of in together]
+    )
     return _merged([*everywhere, of_new], sinks).to(query.dtype)[None]
 
 

@@ -23,6 +23,7 @@ from ds_longft.layout import ParallelLayout
 from ds_longft.model.rope_lengths import cache_outdated, set_rope_lengths
 from ds_longft.model.stops import stop_ids
 from ds_longft.objectives.forward import decode
+from ds_longft.sequence.llama4 import take_over_temperatures
 from ds_longft.sequence.mask import no_padding
 from ds_longft.sequence.shard import shard
 from ds_longft.sequence.state.carried import States
@@ -41,6 +42,7 @@ class Reader:
         self.loaded, self.layout, self.kernel = loaded, layout, kernel
         self.decoder = loaded.plain.get_decoder()
         spread_state_layers(loaded.plain)
+        take_over_temperatures(loaded.plain)
         # transformers renames it: 5.24 takes both names, with a warning, and 5.40 the new one alone
         self.cache_is = "cache" if "cache" in signature(self.decoder.forward).parameters else "past_key_values"
         _tile_mlps(self.decoder)

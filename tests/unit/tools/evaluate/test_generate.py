@@ -41,9 +41,11 @@ def test_tokens_are_those_of_the_whole_text(tmp_path: Path, family: str) -> None
     assert generate(loaded, prompts, max_new_tokens=6, stop_ids=set()) == wanted
 
 
-@pytest.mark.parametrize("family", ["qwen3_next", "jamba", "minimax"])
-def test_layers_with_a_state_answer_too(tmp_path: Path, family: str) -> None:
-    """From a folder; each family over ranks: `tests/distributed/test_generate_exact.py`."""
+@pytest.mark.parametrize("family", ["qwen3_next", "jamba", "minimax", "llama4_text"])
+def test_layers_with_a_state_or_chunks_answer_too(tmp_path: Path, family: str) -> None:
+    """From a folder; each family with a state over ranks: `tests/distributed/test_generate_exact.py`. Llama 4's texts
+    begin a chunk of 8 tokens one after the other, and its queries are scaled by position.
+    """
     torch.manual_seed(0)
     config = tiny(family)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
