@@ -121,7 +121,9 @@ class ModelConfig(Section):
     """Compute type. `auto`: bf16 on GPUs, fp32 on CPUs."""
 
     kernel: Rounding[
-        Literal["auto", "flash-attn-4", "flash-attn-3", "cudnn", "flash-attn-2", "varlen", "cpu", "math"]
+        Literal[
+            "auto", "flash-attn-4", "flash-attn-3", "cudnn", "flash-attn-2", "varlen", "mem-efficient", "cpu", "math"
+        ]
     ] = "auto"
     """Attention kernel by name (README), or `auto` for the first that fits."""
 

@@ -224,20 +224,20 @@ def attention(model: ModelFacts, setting: Setting, gpu: Gpu, direction: str) -> 
     Forward 4 operations a pair of tokens, head and head feature, backward 10 (five products).
     """
     heads = -(-model.q_heads // setting.sp)
-    per_pair = (4 if direction == "forward" else 10) * heads * model.head_dim
+    per_pair = (4 if direction == "forward" else 10) * heads
     share = gpu.sustained.get(f"attention_{direction}", 1.0)
-    narrow = min(1.0, model.head_dim / 128) ** NARROW_HEADS
     table = gpu.attention_tflops[setting.kernel][direction]
     counts: dict[int, int] = {}
     for length in setting.lengths:
         counts[length] = counts.get(length, 0) + 1
-    windows: dict[int | None, int] = {}
-    for window in model.windows:
-        windows[window] = windows.get(window, 0) + 1
+    kinds: dict[tuple[int | None, int], int] = {}
+    for kind in model.attentions:
+        kinds[kind] = kinds.get(kind, 0) + 1
     seconds = 0.0
-    for window, layers in windows.items():
+    for (window, d), layers in kinds.items():
+        narrow = min(1.0, d / 128) ** NARROW_HEADS
         for length, documents in counts.items():
-            work = per_pair * visible_pairs(length, window) * documents * layers
+            work = per_pair * d * visible_pairs(length, window) * documents * layers
             seconds += work / (rate_at(table, min(length, window or length)) * 1e12 * share * narrow)
     return seconds
 

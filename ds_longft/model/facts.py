@@ -90,6 +90,7 @@ class ModelFacts:
     norm_after_mlp: bool  # the MLP's output is needed again in the backward pass (Gemma 2 and 3)
     max_positions: int  # documents longer than this need model.rope; 0: none is too long
     layer_facts: tuple[LayerFacts, ...] = ()  # of each layer, where some carry a state; empty: all are alike
+    head_dims: tuple[int, ...] = ()  # d of each softmax attention, where they differ (Gemma 4)
     attends: bool = True  # of one layer (`by_layer`): it has softmax attention
     state: StateFacts | None = None  # of one layer
 
@@ -125,6 +126,7 @@ class ModelFacts:
         heads = hf_config.num_attention_heads
         widest = max(layer_configs(hf_config), key=lambda of: sum(_head_dims(of)))  # Gemma 4: the full layers'
         query_dim, value_dim = _head_dims(widest)
+        head_dims = tuple(max(_head_dims(of)) for of in layer_configs(hf_config))
         return cls(
             model_type=hf_config.model_type,
             hidden=hf_config.hidden_size,
@@ -153,11 +155,17 @@ class ModelFacts:
             norm_after_mlp=hasattr(layer, "post_feedforward_layernorm"),
             max_positions=positions_end(hf_config) or 0,
             layer_facts=layer_facts,
+            head_dims=head_dims if len(set(head_dims)) > 1 and not layer_facts else (),
         )
 
     def __hash__(self) -> int:
         """Hashes a few fields only: kinds of layers are looked up a million times in a plan."""
         return hash((self.model_type, self.layers, self.inter, self.attends))
+
+    @cached_property
+    def attentions(self) -> tuple[tuple[int | None, int], ...]:
+        """(window, d) of each softmax attention."""
+        return tuple(zip(self.windows, self.head_dims or (self.head_dim,) * len(self.windows), strict=True))
 
     @cached_property
     def by_layer(self) -> tuple[ModelFacts, ...]:
@@ -227,10 +235,10 @@ class ModelFacts:
 
     def _forward_parts(self, document_lengths: Sequence[int], targets: int) -> tuple[int, int]:
         """Operations of the linear layers, and of attention and states."""
-        pairs = sum(visible_pairs(length, window) for window in self.windows for length in document_lengths)
+        pairs = sum(visible_pairs(length, window) * d for window, d in self.attentions for length in document_lengths)
         linear = 2 * (sum(document_lengths) * self.body_weights + targets * self.head_weights)
         state = 2 * sum(document_lengths) * self.state_products
-        return linear, 4 * self.attention_width * pairs + state
+        return linear, 4 * self.attention_width * pairs // self.head_dim + state
 
 
 def _linears_of(layer: nn.Module) -> tuple[tuple[str, int, int], ...]:

@@ -120,8 +120,9 @@ def about(model: str, revision: str | None) -> Iterator[tuple[str, str]]:
     facts = ModelFacts.from_config(hf_config)
     experts = f", {facts.experts} experts a layer" if facts.experts else ""
     yield "size", f"{facts.weights / 1e9:.2f}B weights, {facts.layers} layers{experts}"
-    yield "heads", f"{facts.q_heads} of queries, {facts.kv_heads} of keys and values, {facts.head_dim} wide"
-    yield "sp", f"1 to {facts.q_heads}"
+    wide = " or ".join(map(str, sorted({d for _, d in facts.attentions})))
+    yield "heads", f"{facts.q_heads} of queries, {facts.kv_heads} of keys and values, {wide} wide"
+    yield "sp", f"1 to {facts.most_ranks}"
     windows = Counter(facts.windows)
     yield "window", ", ".join(f"{n} layers {'see all' if w is None else f'{w:,} tokens'}" for w, n in windows.items())
     yield "positions", f"{facts.max_positions:,} tokens" if facts.max_positions else "any length"
@@ -146,8 +147,8 @@ def _kernels(facts: Any, capability: tuple[int, int]) -> Iterator[str]:
     from ds_longft.sequence.kernels import KERNELS, AttentionSpec
     from ds_longft.sequence.kernels.base import Job
 
-    for window in dict.fromkeys(facts.windows):
-        spec = AttentionSpec(facts.head_dim**-0.5, window, facts.softcap)
-        job = Job("cuda", torch.bfloat16, facts.head_dim, spec, capability)
+    for window, d in dict.fromkeys(facts.attentions):
+        spec = AttentionSpec(d**-0.5, window, facts.softcap)
+        job = Job("cuda", torch.bfloat16, d, spec, capability)
         fits = [kernel.name for kernel in KERNELS if kernel.refuses(job, here=False) is None]
         yield f"{'full attention' if window is None else 'sliding window'}: {', '.join(fits)}"

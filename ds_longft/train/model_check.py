@@ -26,14 +26,14 @@ def check_model(
         ModelError: a kernel that is unknown or cannot do what a layer asks for.
     """
     names, lines = [], {}
-    for window in dict.fromkeys(facts.windows or (None,)):
+    for window, d in dict.fromkeys(facts.attentions or ((None, facts.head_dim),)):
         kernel, reason = choose_kernel(
             config.model.kernel,
             device=device,
             dtype=dtype,
             heads=-(-facts.q_heads // sp),
-            head_dim=facts.head_dim,
-            spec=AttentionSpec(facts.head_dim**-0.5, window, facts.softcap, config.train.deterministic),
+            head_dim=d,
+            spec=AttentionSpec(d**-0.5, window, facts.softcap, config.train.deterministic),
             lengths=(config.data.max_length_tokens,),
         )
         names.append(kernel.name)

@@ -25,6 +25,7 @@ SHAPES = {  # (query heads, kv heads, head dimension)
     "128, groups of 4": (16, 4, 128),
     "128, one kv head": (7, 1, 128),
     "256, groups of 2": (4, 2, 256),
+    "512, groups of 4": (8, 2, 512),
 }
 SPECS = {
     "full": {},

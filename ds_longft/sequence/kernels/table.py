@@ -12,7 +12,7 @@ from ds_longft.errors import ModelError
 from ds_longft.sequence.kernels.base import AttentionSpec, Job, Kernel
 from ds_longft.sequence.kernels.flash_attn import FlashAttention2, FlashAttention3, FlashAttention4
 from ds_longft.sequence.kernels.math_kernel import MathKernel
-from ds_longft.sequence.kernels.torch_builtin import CpuKernel, CudnnKernel, TorchVarlen
+from ds_longft.sequence.kernels.torch_builtin import CpuKernel, CudnnKernel, TorchVarlen, WideHeads
 
 KERNELS: tuple[Kernel, ...] = (
     FlashAttention4(),
@@ -20,6 +20,7 @@ KERNELS: tuple[Kernel, ...] = (
     CudnnKernel(),
     FlashAttention2(),
     TorchVarlen(),
+    WideHeads(),
     CpuKernel(),
     MathKernel(),
 )

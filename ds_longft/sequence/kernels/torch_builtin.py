@@ -1,15 +1,16 @@
-"""The kernels inside torch: cuDNN and FlashAttention 2 on GPUs, flash attention on CPUs. Nothing to install.
+"""The kernels inside torch: cuDNN, FlashAttention 2 and the one for wide heads on GPUs, flash attention on CPUs.
 
-`cudnn` and `cpu` know no documents: they are called once for each, on slices of the pack. The arguments are those of
-torch 2.11 to 2.13.
+Nothing to install. All but FlashAttention 2 are called once for each document, on slices of the pack. The arguments
+are those of torch 2.11 to 2.13.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ds_longft.sequence.kernels.base import (
@@ -26,6 +27,9 @@ from ds_longft.sequence.kernels.base import (
 from ds_longft.sequence.kernels.math_kernel import MathKernel
 
 aten = torch.ops.aten
+
+CAUSAL, LSE_ALIGNMENT = 1, 32
+"""Of memory-efficient attention: the code of its causal mask, and of how many tokens its log-sum-exp is a multiple."""
 
 
 def _heads_first(x: Tensor) -> Tensor:
@@ -167,6 +171,80 @@ class TorchVarlen:
             "window_size_left": flash_window_left(spec, lengths),
             "window_size_right": 0,
         }
+
+
+class WideHeads:
+    """torch's memory-efficient attention (CUTLASS, for Ampere): what can do heads wider than 256 (Gemma 4's 512).
+
+    The FlashAttentions end at 256, cuDNN in torch at 128, and scores cannot be added up over parts of a head after the
+    softmax. Called for each key/value head too: its queries read one copy of it.
+    """
+
+    name = "mem-efficient"
+
+    def refuses(self, job: Job, *, here: bool = True) -> str | None:
+        dtype, head_dim, spec, capability = job.dtype, job.head_dim, job.spec, job.capability
+        return refusal(
+            (job.device_type != "cuda", f"runs on cuda, not on {job.device_type}"),
+            (dtype not in (torch.bfloat16, torch.float16), f"takes bf16 and fp16, not {dtype}"),
+            (
+                capability is None or capability[0] not in (8, 9),
+                f"is known to run on compute capabilities 8 and 9, this GPU has {capability}",
+            ),
+            (head_dim % 8 != 0, f"takes head dimensions in steps of 8, not {head_dim}"),
+            (spec.window is not None, f"has no sliding window (asked for {spec.window})"),
+            (spec.softcap is not None, f"has no softcap (asked for {spec.softcap})"),
+            (spec.repeatable, NOT_REPEATABLE),
+        )
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, documents_cu: Tensor, lengths: Sequence[int], spec: AttentionSpec
+    ) -> tuple[Tensor, Tensor]:
+        out = q.new_empty(q.shape)
+        lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+        for tokens, kv, heads in _by_kv_head(q, k, lengths):
+            one = _together(q[tokens, heads], k[tokens, kv], v[tokens, kv])
+            part, sums, *_ = aten._efficient_attention_forward(
+                *one, bias=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
+                dropout_p=0.0, custom_mask_type=CAUSAL, compute_log_sumexp=True, scale=spec.scale,
+            )  # fmt: skip
+            out[tokens, heads] = part[0]
+            lse[heads, tokens] = sums[0, :, : part.shape[1]]
+        return out, lse
+
+    def backward(
+        self, dout: Tensor, saved: Saved, documents_cu: Tensor, lengths: Sequence[int], spec: AttentionSpec
+    ) -> Gradients:
+        q, k, v, out, lse = saved
+        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+        unread = torch.zeros((), dtype=torch.int64, device=q.device)  # dropout's seed and offset
+        for tokens, kv, heads in _by_kv_head(q, k, lengths):
+            length = tokens.stop - tokens.start
+            one = _together(q[tokens, heads], k[tokens, kv], v[tokens, kv])
+            sums = F.pad(lse[heads, tokens], (0, -length % LSE_ALIGNMENT), value=torch.inf)
+            grads = aten._efficient_attention_backward(
+                dout[None, tokens, heads].contiguous(), *one, bias=None, out=out[None, tokens, heads].contiguous(),
+                cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=length, max_seqlen_k=length, logsumexp=sums[None],
+                dropout_p=0.0, philox_seed=unread, philox_offset=unread, custom_mask_type=CAUSAL,
+                bias_requires_grad=False, scale=spec.scale,
+            )  # fmt: skip
+            dq[tokens, heads] = grads[0][0]
+            dk[tokens, kv], dv[tokens, kv] = (g[0].sum(1, dtype=torch.float32).to(k.dtype) for g in grads[1:3])
+        return dq, dk, dv
+
+
+def _by_kv_head(q: Tensor, k: Tensor, lengths: Sequence[int]) -> Iterator[tuple[slice, int, slice]]:
+    """Each document's tokens, a key/value head, and the query heads that read it."""
+    group = q.shape[1] // k.shape[1]
+    for a, b in spans(lengths):
+        for kv in range(k.shape[1]):
+            yield slice(a, b), kv, slice(kv * group, (kv + 1) * group)
+
+
+def _together(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q [L, g, d]; k, v [L, d] -> [1, L, g, d], one key/value head seen g times. Copies, as strides are of 32 bits."""
+    keys, values = (x.contiguous()[:, None].expand(-1, q.shape[1], -1) for x in (k, v))
+    return q.contiguous()[None], keys[None], values[None]
 
 
 class CpuKernel:

@@ -17,10 +17,10 @@ def refusal(name: str, model: ModelFacts, gpu: Gpu, tokens: int | None) -> str |
 
     `tokens` of the longest document: a window that is no narrower asks for nothing. None: it is not known.
     """
-    for window in dict.fromkeys(model.windows):
-        spec = AttentionSpec(model.head_dim**-0.5, window, model.softcap)
+    for window, d in dict.fromkeys(model.attentions):
+        spec = AttentionSpec(d**-0.5, window, model.softcap)
         spec = replace(spec, window=spec.window_for((tokens,)) if tokens else window)
-        job = Job("cuda", torch.bfloat16, model.head_dim, spec, gpu.capability)
+        job = Job("cuda", torch.bfloat16, d, spec, gpu.capability)
         reason = kernel_by_name(name).refuses(job, here=False)
         if reason is not None:
             return reason

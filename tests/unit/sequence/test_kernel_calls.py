@@ -8,9 +8,10 @@ The real ones run in tests/gpu.
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from ds_longft.sequence.kernels import (
     flash_attn,
     kernel_by_name,
     table,
+    torch_builtin,
 )
 
 CUDA = torch.device("cuda", 0)
@@ -258,6 +260,46 @@ def test_a_fixed_order_is_asked_for_long_documents_in_parts(installed, monkeypat
     torch.testing.assert_close(grads, expected)
 
 
+@pytest.mark.parametrize("lengths", [LENGTHS, [54]], ids=["documents", "one document"])
+def test_memory_efficient_attention_is_called_for_each_kv_head(monkeypatch, lengths):
+    """What torch's kernel reads by fixed strides is contiguous, and its log-sum-exp a multiple of 32 tokens long."""
+
+    def forward(
+        query, key, value, *, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+        custom_mask_type, compute_log_sumexp, scale,
+    ):  # fmt: skip
+        assert (dropout_p, custom_mask_type, compute_log_sumexp) == (0.0, 1, True)
+        out, lse = MATH.forward(query[0], key[0], value[0], cu_seqlens_q, [query.shape[1]], AttentionSpec(scale))
+        return out[None], pad(lse, (0, -lse.shape[1] % 32), value=torch.nan)[None], None, None
+
+    def backward(
+        grad_out_, query, key, value, *, bias, out, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, logsumexp,
+        dropout_p, philox_seed, philox_offset, custom_mask_type, bias_requires_grad, scale,
+    ):  # fmt: skip
+        length = query.shape[1]
+        assert max_seqlen_q == max_seqlen_k == length
+        assert out.is_contiguous()
+        assert logsumexp.shape == (1, query.shape[2], -(-length // 32) * 32)
+        assert logsumexp[..., length:].isinf().all()
+        saved = Saved(query[0], key[0], value[0], out[0], logsumexp[0, :, :length])
+        return *(g[None] for g in MATH.backward(grad_out_[0], saved, None, [length], AttentionSpec(scale))), None
+
+    for function, op in (("forward", forward), ("backward", backward)):  # on meta torch 2.13 drops `out`
+        schema = getattr(torch.ops.aten, f"_efficient_attention_{function}").default._schema.arguments
+        given = inspect.signature(op).parameters.keys()
+        assert {a.name for a in schema if not a.has_default_value()} <= given <= {a.name for a in schema}
+    ops = SimpleNamespace(_efficient_attention_forward=forward, _efficient_attention_backward=backward)
+    monkeypatch.setattr(torch_builtin, "aten", ops)
+    q, k, v, dout, borders = pack(lengths)
+    kernel, spec = kernel_by_name("mem-efficient"), AttentionSpec(0.3)
+    out, lse = kernel.forward(q, k, v, borders, lengths, spec)
+    torch.testing.assert_close((out, lse), MATH.forward(q, k, v, borders, lengths, spec))
+    saved = Saved(q, k, v, out, lse)
+    torch.testing.assert_close(
+        kernel.backward(dout, saved, borders, lengths, spec), MATH.backward(dout, saved, borders, lengths, spec)
+    )
+
+
 @pytest.mark.parametrize("name", ["cudnn", "varlen"])
 @pytest.mark.parametrize("lengths", [[33, 5, 20], [58]], ids=["documents", "one document"])
 def test_torch_kernels_bind_to_torchs_schemas(name, lengths):
@@ -325,6 +367,8 @@ def test_what_torchs_gpu_kernels_refuse(installed):
     assert choose(spec=AttentionSpec(0.1, window=4096))[0].name == "varlen"
     assert choose(spec=AttentionSpec(0.1, window=4096), lengths=(4096,))[0].name == "varlen"
     assert choose(spec=AttentionSpec(0.1, window=100_000))[0].name == "cudnn"  # a window that hides nothing
+    assert choose(head_dim=512)[0].name == "mem-efficient"
+    assert choose(head_dim=512, spec=AttentionSpec(0.1, window=4096))[0].name == "math"
     assert choose(spec=AttentionSpec(0.1, softcap=30.0))[0].name == "math"
     assert choose(dtype=torch.float32)[0].name == "math"
     assert choose(head_dim=100)[0].name == "math"

@@ -46,6 +46,18 @@ def test_one_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "vision" not in lines[-1]
 
 
+def test_heads_of_two_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny("gemma4_text").save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(file.read_text().replace('"head_dim": 32', '"head_dim": 512'))
+    assert main(["models", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "16 or 512 wide" in text
+    assert (
+        "Hopper: sliding window: flash-attn-4, flash-attn-3, flash-attn-2, varlen, math; full attention: mem-ef" in text
+    )
+
+
 def test_one_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", str(tmp_path / "absent")]) == 64
     assert "there is no folder" in capsys.readouterr().err
