@@ -38,6 +38,7 @@ from ds_longft.sequence.exchange import (
 )
 from ds_longft.sequence.kept import Kept
 from ds_longft.sequence.kernels import AttentionSpec, Kernel, Saved, choose_kernel
+from ds_longft.sequence.kernels.flash_attn import FlashAttention4
 from ds_longft.sequence.llama4 import tunes_by_place
 from ds_longft.sequence.mask import AskedMask, asked_mask, window_of
 from ds_longft.sequence.reuse import ours_alone
@@ -62,6 +63,30 @@ def _sinks_gradient(dout: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Te
     weight = torch.exp(sinks.to(lse.dtype)[:, None] - lse)  # [h, S]
     products = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)  # [S, h]
     return -(weight * products.transpose(0, 1)).sum(1)
+
+
+def _attend(
+    call: _Call, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The kernel, and the sinks of these heads: inside flash-attn-4, or added to what another kernel gives.
+
+    That costs a few copies of `out` in float32: 2 GiB each for 131,072 tokens of 64 heads of 64.
+    """
+    if sinks is not None and isinstance(call.kernel, FlashAttention4):
+        return call.kernel.forward(q, k, v, cu_seqlens, call.lengths, call.spec, sinks)
+    out, lse = call.kernel.forward(q, k, v, cu_seqlens, call.lengths, call.spec)  # [S, h, d], [h, S]
+    return (out, lse) if sinks is None else _add_sinks(out, lse, sinks)
+
+
+def _attend_backward(
+    call: _Call, dout: Tensor, saved: Saved, sinks: Tensor | None, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v and of the sinks of these heads, where they are trained."""
+    if sinks is not None and isinstance(call.kernel, FlashAttention4) and not call.spec.repeatable:
+        dq, dk, dv, dsinks = call.kernel.backward(dout, saved, cu_seqlens, call.lengths, call.spec, sinks)
+        return dq, dk, dv, dsinks
+    grads = call.kernel.backward(dout, saved, cu_seqlens, call.lengths, call.spec)
+    return *grads, None if sinks is None else _sinks_gradient(dout, saved.out, saved.lse, sinks)
 
 
 @dataclass(frozen=True)
@@ -106,9 +131,8 @@ class SpAttention(torch.autograd.Function):
             ranges = [(x.q, x.kv, x.kv) for x in call.shares]
             qg, kg, vg = tokens_to_heads([q, k, v], ranges, call.group)  # [S, h, d]
             kg, vg = call.share.repeated(kg), call.share.repeated(vg)
-            out, lse = call.kernel.forward(qg, kg, vg, cu_seqlens, call.lengths, call.spec)  # [S, h, d], [h, S]
-            if sinks is not None:
-                out, lse = _add_sinks(out, lse, sinks[call.share.q.start : call.share.q.stop])
+            of_heads = None if sinks is None else sinks[call.share.q.start : call.share.q.stop]
+            out, lse = _attend(call, qg, kg, vg, of_heads, cu_seqlens)  # [S, h, d], [h, S]
             output = heads_to_tokens([out], [(x.q,) for x in call.shares], call.group)[0], lse
             if kept is not None:
                 kept.put(*output)
@@ -122,17 +146,20 @@ class SpAttention(torch.autograd.Function):
         """One exchange for q, k, v, out and dout; the kernel; one exchange back for the gradients."""
         q, k, v, sinks, cu_seqlens, out, lse = ctx.saved_tensors
         call: _Call = ctx.call
+        if not ctx.needs_input_grad[3]:
+            sinks = None  # frozen, as under LoRA: the kernels' backward does without, it has `out` and `lse`
         if call.turns:
             return (*_backward_in_turns(q, k, v, sinks, cu_seqlens, out, lse, dout, call), None, None, None)
         ranges = [(x.q, x.kv, x.kv, x.q, x.q) for x in call.shares]
         qg, kg, vg, og, dog = tokens_to_heads([q, k, v, out, dout], ranges, call.group)  # [S, h, d]
         kg, vg = call.share.repeated(kg), call.share.repeated(vg)
-        dq, dk, dv = call.kernel.backward(dog, Saved(qg, kg, vg, og, lse), cu_seqlens, call.lengths, call.spec)
+        mine = slice(call.share.q.start, call.share.q.stop)
+        of_heads = None if sinks is None else sinks[mine]
+        dq, dk, dv, part = _attend_backward(call, dog, Saved(qg, kg, vg, og, lse), of_heads, cu_seqlens)
         dsinks = None
-        if sinks is not None:  # the tokens of the whole pack, this rank's heads: the other ranks' heads get zero here
-            mine = slice(call.share.q.start, call.share.q.stop)
+        if part is not None:  # the tokens of the whole pack, this rank's heads: the other ranks' heads get zero here
             dsinks = torch.zeros_like(sinks)
-            dsinks[mine] = _sinks_gradient(dog, og, lse, sinks[mine]).to(sinks.dtype)
+            dsinks[mine] = part.to(dsinks.dtype)
         del qg, kg, vg, og, dog  # the exchange back needs the memory
         dk, dv = call.share.summed(dk), call.share.summed(dv)
         grads = heads_to_tokens([dq, dk, dv], [(x.q, x.kv, x.kv) for x in call.shares], call.group)  # [s, H, d]
@@ -155,9 +182,8 @@ def _forward_in_turns(
         part = qg
         if mine.q:
             heads = mine.repeated(kg), mine.repeated(vg)
-            part, part_lse = call.kernel.forward(qg, *heads, cu_seqlens, call.lengths, call.spec)
-            if sinks is not None:
-                part, part_lse = _add_sinks(part, part_lse, sinks[mine.q.start : mine.q.stop])
+            of_heads = None if sinks is None else sinks[mine.q.start : mine.q.stop]
+            part, part_lse = _attend(call, qg, *heads, of_heads, cu_seqlens)
             if lse is None:
                 lse = part_lse.new_empty(len(call.share.q), part_lse.shape[1])
             lse[mine.q.start - call.share.q.start : mine.q.stop - call.share.q.start] = part_lse

@@ -49,34 +49,47 @@ class FlashAttention4:
         )
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, documents_cu: Tensor, lengths: Sequence[int], spec: AttentionSpec
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        documents_cu: Tensor,
+        lengths: Sequence[int],
+        spec: AttentionSpec,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
+        """`Kernel.forward`, with one more key per head whose score is its sink and whose value is zero: sinks [hq]."""
         from flash_attn.cute.interface import _flash_attn_fwd
 
+        asked = self._mask(lengths, spec) | {"learnable_sink": None if sinks is None else sinks.float()}
         if len(lengths) == 1:  # its dense schedule is the faster one
-            out, lse, *_ = _flash_attn_fwd(q[None], k[None], v[None], return_lse=True, **self._mask(lengths, spec))
+            out, lse, *_ = _flash_attn_fwd(q[None], k[None], v[None], return_lse=True, **asked)
             return out[0], lse[0]
-        out, lse, *_ = _flash_attn_fwd(
-            q, k, v, return_lse=True, **_borders(documents_cu, lengths), **self._mask(lengths, spec)
-        )
+        out, lse, *_ = _flash_attn_fwd(q, k, v, return_lse=True, **_borders(documents_cu, lengths), **asked)
         return out, lse
 
     def backward(
-        self, dout: Tensor, saved: Saved, documents_cu: Tensor, lengths: Sequence[int], spec: AttentionSpec
-    ) -> Gradients:
+        self,
+        dout: Tensor,
+        saved: Saved,
+        documents_cu: Tensor,
+        lengths: Sequence[int],
+        spec: AttentionSpec,
+        sinks: Tensor | None = None,
+    ) -> Any:
+        """`Kernel.backward`; with sinks [hq] also their gradient, float32, in any order (not `repeatable`)."""
         from flash_attn.cute.interface import _flash_attn_bwd
 
         q, k, v, out, lse = saved
         if spec.repeatable and max(lengths) > REPEATABLE_QUERIES:
             return self._in_parts(dout, saved, lengths, spec)
-        mask = self._mask(lengths, spec)
+        asked = self._mask(lengths, spec) | {"learnable_sink": None if sinks is None else sinks.float()}
         if len(lengths) == 1 and not spec.repeatable:
             one = (x[None] for x in (q, k, v, out, dout, lse))
-            dq, dk, dv = _flash_attn_bwd(*one, **mask)
-            return dq[0], dk[0], dv[0]
+            dq, dk, dv, *dsinks = _flash_attn_bwd(*one, **asked)
+            return dq[0], dk[0], dv[0], *dsinks
         borders = _borders(documents_cu, lengths)
-        dq, dk, dv = _flash_attn_bwd(q, k, v, out, dout, lse, deterministic=spec.repeatable, **borders, **mask)
-        return dq, dk, dv
+        return _flash_attn_bwd(q, k, v, out, dout, lse, deterministic=spec.repeatable, **borders, **asked)
 
     def _in_parts(self, dout: Tensor, saved: Saved, lengths: Sequence[int], spec: AttentionSpec) -> Gradients:
         """The repeatable backward of long documents: `REPEATABLE_QUERIES` at a time.
@@ -104,7 +117,7 @@ class FlashAttention4:
                 dv[first:b] += part[2][0]
         return dq, dk.to(k.dtype), dv.to(v.dtype)
 
-    def _mask(self, lengths: Sequence[int], spec: AttentionSpec) -> dict[str, float | int | bool | None]:
+    def _mask(self, lengths: Sequence[int], spec: AttentionSpec) -> dict[str, Any]:
         window = spec.window_for(lengths)
         return {
             "softmax_scale": spec.scale,

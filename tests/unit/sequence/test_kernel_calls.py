@@ -20,6 +20,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ds_longft.errors import ModelError
+from ds_longft.sequence import attention
+from ds_longft.sequence.attention import SpAttention, _add_sinks, _Call, _sinks_gradient
+from ds_longft.sequence.exchange import HeadShare
 from ds_longft.sequence.kernels import (
     CUDNN_MIN_WORK,
     AttentionSpec,
@@ -81,10 +84,12 @@ def flash_attention_4() -> dict[str, ModuleType]:
         assert return_lse
         spec = as_spec(softmax_scale, causal, window_size_left, window_size_right, softcap)
         lengths = lengths_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, q.shape[-3])
-        if cu_seqlens_q is None:  # [1, S, h, d], lse [1, h, S]
-            out, lse = MATH.forward(q[0], k[0], v[0], cu_seqlens_q, lengths, spec)
-            return out[None], lse[None], None, None, None
-        return *MATH.forward(q, k, v, cu_seqlens_q, lengths, spec), None, None, None
+        one = cu_seqlens_q is None  # [1, S, h, d], lse [1, h, S]
+        out, lse = MATH.forward(*((q[0], k[0], v[0]) if one else (q, k, v)), cu_seqlens_q, lengths, spec)
+        if learnable_sink is not None:
+            assert learnable_sink.dtype == torch.float32
+            out, lse = _add_sinks(out, lse, learnable_sink)
+        return (out[None], lse[None], None, None, None) if one else (out, lse, None, None, None)
 
     def _flash_attn_bwd(
         q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None,
@@ -103,8 +108,13 @@ def flash_attention_4() -> dict[str, ModuleType]:
             q, out, dout = (pad(x, (0, 0, 0, 0, missing, 0)) for x in (q, out, dout))
             lse = pad(lse, (missing, 0))
             grads = MATH.backward(dout[0], Saved(q[0], k[0], v[0], out[0], lse[0]), cu_seqlens_q, lengths, spec)
-            return grads[0][None, missing:], grads[1][None], grads[2][None]
-        return MATH.backward(dout, Saved(q, k, v, out, lse), cu_seqlens_q, lengths, spec)
+            grads = (grads[0][None, missing:], grads[1][None], grads[2][None])
+        else:
+            grads = MATH.backward(dout, Saved(q, k, v, out, lse), cu_seqlens_q, lengths, spec)
+        if learnable_sink is None:
+            return grads
+        one = (x[0] if cu_seqlens_q is None else x for x in (dout, out, lse))
+        return *grads, _sinks_gradient(*one, learnable_sink)
 
     return _modules("flash_attn.cute.interface", _flash_attn_fwd, _flash_attn_bwd)
 
@@ -243,6 +253,30 @@ def test_installable_kernels_pass_everything_on(installed, name, lengths, spec):
     grads = kernel.backward(dout, Saved(q, k, v, out, lse), borders, lengths, spec)
     for seen, grad in zip(grads, MATH.backward(dout, Saved(q, k, v, out, lse), borders, lengths, spec), strict=True):
         assert torch.equal(seen, grad)
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, [54]], ids=["documents", "one document"])
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("trained", [False, True])
+def test_flash_attention_4_takes_sinks_itself(installed, monkeypatch, lengths, window, trained):
+    """The step of the kernel's own sinks is that of sinks added behind `math`; frozen ones ask for no gradient."""
+    installed("flash-attn-4")
+    q, k, v, dout, borders = pack(lengths)
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)
+    share, steps = HeadShare(range(4), range(2), None), []
+    for name in ("flash-attn-4", "math"):
+        call = _Call(tuple(lengths), kernel_by_name(name), AttentionSpec(0.3, window), None, (share,), share)
+        if name == "flash-attn-4":  # nothing may be added behind it
+            monkeypatch.setattr(attention, "_add_sinks", None)
+            monkeypatch.setattr(attention, "_sinks_gradient", None)
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        given = sinks.clone().requires_grad_(trained)
+        out = SpAttention.apply(*inputs, given, borders, call, None)
+        out.backward(dout)
+        monkeypatch.undo()
+        installed("flash-attn-4")
+        steps.append((out.detach(), *(x.grad for x in inputs), given.grad if trained else given))
+    torch.testing.assert_close(*steps)
 
 
 @pytest.mark.parametrize("queries", [8, 33, 54])
