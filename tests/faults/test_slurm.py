@@ -19,7 +19,8 @@ import pytest
 import yaml
 
 from ds_longft.errors import ConfigError
-from ds_longft.tools.slurm.render import Job, fill, limit_s
+from ds_longft.tools.slurm.job import Job
+from ds_longft.tools.slurm.render import fill, limit_s
 from ds_longft.tools.slurm.requeue import decide
 from tests.faults import slurm_cluster
 from tests.faults.assets import write_job

@@ -8,11 +8,9 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from string import Template
-from typing import Literal
 
 from ds_longft.command_line import RunKeys
 from ds_longft.config.check import preflight
@@ -20,6 +18,7 @@ from ds_longft.config.read import load_run_config
 from ds_longft.config.run_config import RunConfig
 from ds_longft.config.shipped import find_file
 from ds_longft.errors import ConfigError
+from ds_longft.tools.slurm.job import JOB, Job
 
 TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}")
 NAME = re.compile(r"[\w.,-]+")
@@ -28,40 +27,6 @@ OWN_OPTIONS = (
     "--job-name", "--nodes", "--ntasks-per-node", "--cpus-per-task", "--gpus-per-node", "--time", "--signal",
     "--requeue", "--no-requeue", "--open-mode", "--output", "--error", "--partition", "--account",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a job asks SLURM for, and how it goes on.
-
-    Args:
-        nodes: machines.
-        gpus_per_node: GPUs, and ranks, on each.
-        time: limit of one start, as sbatch takes it. The run goes on in the next one.
-        partition: of your cluster; left out: its default.
-        account: that is charged; left out: your default.
-        signal_s: seconds before the limit at which SLURM asks the ranks to save and stop.
-        max_crashes: requeue at most N times after a crash that made progress; after a planned stop always.
-        cpus_per_gpu: cores for each rank.
-        device: cuda, or cpu for a rehearsal without GPUs.
-        sbatch: more options of sbatch, e.g. "--qos=long --mem=0 --mail-type=END".
-        before: file with lines of shell that come before the start: module load, export NCCL_..., HF_HUB_OFFLINE=1.
-    """
-
-    nodes: int = 1
-    gpus_per_node: int = 8
-    time: str = "24:00:00"
-    partition: str | None = None
-    account: str | None = None
-    signal_s: int = 300
-    max_crashes: int = 3
-    cpus_per_gpu: int = 8
-    device: Literal["cuda", "cpu"] = "cuda"
-    sbatch: str | None = None
-    before: str | None = None
-
-
-JOB = Job()
 
 
 def render(config: RunKeys, *, job: Job = JOB, out: str | None = None, submit: bool = False) -> None:
