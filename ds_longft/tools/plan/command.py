@@ -19,6 +19,7 @@ from ds_longft.errors import ConfigError, ModelError
 from ds_longft.model.facts import ModelFacts
 from ds_longft.objectives.objective import reference_of
 from ds_longft.tools.plan import plan_text
+from ds_longft.tools.plan.asked import ASKED, Asked
 from ds_longft.tools.plan.fitting_kernels import with_fitting_kernels
 
 AS_KEYS = {
@@ -46,20 +47,13 @@ def plan(
     host_gib: float = 0.0,
     disk_gib: float = 0.0,
     disk_gb_s: float = 0.0,
-    length: str | int | None = None,
     lora: bool = False,
     full: bool = False,
-    lora_r: int | None = None,
-    lora_experts: bool = False,
-    objective: Literal["sft", "dpo"] | None = None,
-    reference: Literal["auto", "adapter_off", "precomputed", "model"] | None = None,
-    passes: Literal["auto", "one", "two"] | None = None,
+    asked: Asked = ASKED,
     optimizer: OptimizerName | None = None,
     quantize: Quantize | None = None,
-    kernel: str | None = None,
     documents: int = 1,
     targets: float = 1.0,
-    liger: Literal["auto", "off"] | None = None,
     json: bool = False,
     png: str | None = None,
     calibrate: str | None = None,
@@ -82,21 +76,12 @@ def plan(
         host_gib: host memory of the node that may be used; 0 for none.
         disk_gib: disk (NVMe) of the node that may be used for what neither GPUs nor --host_gib hold.
         disk_gb_s: GB/s it writes and reads, for all ranks together; 0 for not known: then nothing waits for it.
-        length: tokens of a pack, with dpo of each document of a pair; 128K and 1M count in 1024s.
         lora: adapters of rank --lora_r on all linears (the default).
         full: train every weight.
-        lora_r: rank; left out: 16.
-        lora_experts: adapters on the experts of a mixture too.
-        objective: sft (the default), or dpo (preference pairs, see above).
-        reference: with dpo, as dpo.reference; auto is adapter_off, and model with --full. A loss without one (simpo)
-            costs what precomputed costs.
-        passes: with dpo, as dpo.passes; auto considers both.
         optimizer: as optim.type.
         quantize: as model.quantize.
-        kernel: attention kernel; default the GPU's fastest.
         documents: equal documents that share a pack and its --length; with dpo equal pairs.
         targets: share of the tokens that have a target.
-        liger: off where liger-kernel is not installed or does not know the model.
         json: print one JSON object.
         png: write the memory chart to this file (with --length).
         calibrate: measure this machine's GPU and write the rates to this JSON file (under a minute, needs the GPU).
@@ -107,27 +92,23 @@ def plan(
         measure(calibrate)
         return
     words = [model] * bool(model) if isinstance(model, str) else list(model)
-    asked: dict[str, Any] = {
-        "length": length, "lora_r": lora_r, "lora_experts": lora_experts or None, "objective": objective,
-        "reference": reference, "passes": passes, "optimizer": optimizer, "quantize": quantize, "kernel": kernel,
-        "liger": liger,
-    }  # fmt: skip
-    asked = {flag: value for flag, value in asked.items() if value is not None}
+    flags = vars(asked) | {"optimizer": optimizer, "quantize": quantize}
+    given = {flag: value for flag, value in flags.items() if value is not None and value is not False}
     if words and words[0].endswith((".yaml", ".yml")):
         if lora or (documents, targets, disk_gib, disk_gb_s) != (1, 1.0, 0.0, 0.0):
             raise ConfigError("--lora, --documents, --targets and --disk_gib are for a model alone: leave them out")
-        words += [word for flag, value in asked.items() for word in (f"--{AS_KEYS[flag]}", str(value))]
+        words += [word for flag, value in given.items() for word in (f"--{AS_KEYS[flag]}", str(value))]
         _show_run([*words, *["--lora", "null"] * full], gpus, gpu, host_gib, json=json, png=png)
         return
     more = [word for word in words if word.startswith("-")] or words[1:]
     problems = [f"{w}: a model takes the flags of `ds-longft plan --help`, a run config its keys" for w in more[:1]]
     problems += ["--lora and --full are both given: one of them"] * (lora and full)
-    problems += ["--png shows one length: add --length"] * (png is not None and length is None)
-    rank = asked.pop("lora_r", 16)
+    problems += ["--png shows one length: add --length"] * (png is not None and asked.length is None)
+    rank = given.pop("lora_r", 16)
     name = words[0] if words else ""
     question, tokens = question_of(
         name, gpus, gpu, host_gib, None if full else rank, documents=documents, targets=targets, found=problems,
-        disk=(disk_gib, disk_gb_s), **asked,
+        disk=(disk_gib, disk_gb_s), **given,
     )  # fmt: skip
     if json:
         print(json_text.dumps(answer(question, tokens, name)))
