@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
+from ds_longft.cli import main
 from ds_longft.config.check import check_run
 from ds_longft.config.ds_file import load_ds_config
 from ds_longft.config.ds_json import merge_ds_config
@@ -21,6 +23,7 @@ from ds_longft.errors import ConfigError
 from ds_longft.tools import quickstart
 from ds_longft.tools.make_data.recipe import read_recipe
 from tests.unit.decide.shapes import LLAMA_8B, LLAMA_70B, sizes
+from tests.unit.tools.test_export import save_tokenizer
 
 ROOT = Path(__file__).parents[2]
 ALL = [*sorted((ROOT / "recipes").glob("*.yaml")), *sorted((ROOT / "examples").glob("*/*.yaml"))]
@@ -107,6 +110,46 @@ def test_the_table_of_its_head_is_the_plan_of_today(name: str) -> None:
         if host_gib is not None:
             plan = best("engine")
             assert there == (f"{plan.time.total_s:.0f} s" if plan else "does not fit"), row[0]
+
+
+SIZES = {  # of the checkpoints that they name
+    "sft_lora_moe_128k": AutoConfig.for_model(
+        "qwen3_moe", hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768, num_hidden_layers=48,
+        num_attention_heads=32, num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
+        vocab_size=151936, max_position_embeddings=262144,
+    ),
+    "sft_gemma3_text": AutoConfig.for_model(
+        "gemma3",
+        text_config={
+            "model_type": "gemma3_text", "hidden_size": 3840, "intermediate_size": 15360, "num_hidden_layers": 48,
+            "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256, "max_position_embeddings": 131072,
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_models_made_of_many_parts_are_checked_and_planned(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A mixture with adapters on experts, and the text model of a wrapper: `ds-longft check` and `plan` of the recipe."""
+    SIZES[name].save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    (tmp_path / "my.jsonl").write_text('{"text": "one two"}\n')
+    given = [
+        "--model.path",
+        str(tmp_path),
+        "--model.random_weights",
+        "true",
+        "--data.train",
+        str(tmp_path / "my.jsonl"),
+    ]
+    recipe = str(ROOT / "recipes" / f"{name}.yaml")
+    assert main(["check", recipe, *given, "--gpus", "8"]) == 0, capsys.readouterr().err
+    experts = ["--lora_experts"] if name == "sft_lora_moe_128k" else []
+    plan = ["plan", str(tmp_path), "--gpus", "8", "--gpu", "h200", "--length", "128K", *experts]
+    assert main(plan) == 0, capsys.readouterr().err
+    assert re.search(r"\d+ GiB", capsys.readouterr().out)
 
 
 def test_the_128k_recipe_needs_its_window(tmp_path: Path) -> None:
