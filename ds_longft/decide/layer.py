@@ -15,7 +15,8 @@ _QK_NORMS = tuple(f"{name} norm{copy}" for name in "qk" for copy in ("", " x32",
 
 _OF_A_LAYER = (
     "norm1", "norm1 x32", "norm1 narrow", "q", "k", "v", "qkv a", "h1", "norm2", "norm2 x32", "norm2 narrow",
-    "gate", "up", "silu", "c", "gate_up a", "o a", "down a", "routes", "projected", "state out", *_QK_NORMS,
+    "gate", "up", "silu", "c", "gate_up a", "o a", "down a", "routes", "projected", "state out", "normed",
+    "attention gated", *_QK_NORMS,
 )  # fmt: skip
 
 
@@ -71,20 +72,22 @@ class Layer:
         """One decoder layer. `saving`: autograd keeps what it needs. `first`: not a recomputation."""
         t, z, x, keep = self.t, self.z, self.z.setting, self.keep[i]
         place = keep.attention if x.recompute in ("keep_attention", "auto") else ""
-        self.norm("norm1", saving)
+        if z.model.attends or z.state:  # layers of an MLP alone have one norm (Nemotron-H)
+            self.norm("norm1", saving)
         self._state(i, saving, first)
-        self._linears(i, "qkv", keep.qkv, {"q": z.q, "k": z.k, "v": z.k}, 3 * z.a, first)
+        self._linears(i, "qkv", keep.qkv, {"q": z.q + 2 * z.gate, "k": z.k, "v": z.k}, 3 * z.a, first)
         self._qk_norm(saving)
         if not x.fused:
             self._rope()
         if first or not place:
             self._attention(i, place)
+        t.hold("attention gated", 2 * z.gate)  # the gate's sigmoid, and the product; queries are copied from beside it
         self._linears(i, "o", keep.o, {"o": z.u}, z.a, first)
         if not saving:
-            t.drop("q", "k", "v", "qkv a")
-        if not saving or z.tile:  # made again in the backward pass (`recomputed_input.py`)
+            t.drop("q", "k", "v", "qkv a", "attention gated")
+        if not saving or (z.tile and z.state is None):  # made again in the backward pass (`recomputed_input.py`)
             t.drop("norm1")
-        t.hold("h1", z.u)
+        t.hold("h1", z.u if z.model.attends or z.state else 0.0)
         t.drop("o")
         if not first and not x.fused and not z.tile:
             t.drop(f"x{i}")  # autograd has it in float32
@@ -223,8 +226,8 @@ class Layer:
         t.drop("send", "heads", "repeated", "computed", "received", "out")
 
     def _state(self, i: int, saving: bool, first: bool) -> None:
-        """`state/mixers.py`: projections, exchange, convolution and recurrence, exchange. The recurrence is computed
-        again: it takes less time for what it would hold than the projections before it.
+        """`state/mixers.py`: projections, exchange, convolution and recurrence, exchange, gated norm. The recurrence is
+        computed again: it takes less time for what it would hold than the projections before it.
         """
         t, f, kept = self.t, self.z.state, self.keep[i].state
         if f is None:
@@ -232,28 +235,45 @@ class Layer:
         many, at = self.z.setting.sp > 1, "a layer with a state, forward"
         if first or not kept:
             t.hold("projected", f.projected)
-        t.hold("send", f.exchanged if many else 0.0)
-        t.hold("heads", f.exchanged if many else 0.0)
-        t.drop("send")
-        t.hold(f"state {i}", f.saved)
-        t.hold("state out", f.out)
-        t.during(at, f.forward + (f.out if many else 0.0))
+        inside = f.saved + f.forward + f.given * (2 if many else 1)
+        if f.turns == 1:
+            # convolutions keep copies of what they are given; what is part of a larger tensor stays beside them
+            t.hold(f"state {i}", f.saved + (f.given if f.gate else 0.0))
+            t.hold("state out", f.out)
+            t.during(at, f.forward + (f.given if many else 0.0))
+        else:
+            t.hold("state out", f.out)
+            t.during(at, (inside + f.out) / f.turns)
+        t.during("a gated norm", f.tile(self.z.setting))
+        t.hold("normed", f.out)
         if not saving:
-            t.drop("projected", f"state {i}", "state out")
+            t.drop("projected", f"state {i}", "state out", "normed")
         if first and kept == "device":
             t.hold(f"kept state {i}", f.projected, LINEARS)
-        t.drop("heads")
 
     def _state_backward(self, i: int) -> None:
+        """The gradients of what was projected are written over it where heads are worked on in turns."""
         t, f = self.t, self.z.state
         if f is None:
             return
-        twice = 2 if self.z.setting.sp > 1 else 1
-        t.hold("dstate out", twice * f.out)
-        t.during("a layer with a state, backward", f.backward)
-        t.drop("dstate out", "state out", f"state {i}")
-        t.hold("dprojected", twice * f.projected)
-        t.drop("projected", f"kept state {i}")
+        many, at = self.z.setting.sp > 1, "a layer with a state, backward"
+        t.hold("dnormed", f.out)
+        t.drop("normed")
+        t.hold("dgate", f.gate if f.turns > 1 else 0.0)  # else nothing but the gate reads the tensor any more
+        t.during("a gated norm, backward", 2 * f.tile(self.z.setting))
+        t.drop("dnormed")
+        if f.turns == 1:
+            t.during(at, f.backward + (f.out if many else 0.0))
+            t.drop("state out", f"state {i}")
+        else:
+            t.hold("dgiven", f.dgiven)
+            inside = f.saved + f.backward + 2 * f.out + f.given * (2 if many else 1)
+            t.during(at, inside / f.turns)
+            t.drop("state out")
+        if f.turns > 1 and not f.gate:
+            t.drop("projected")
+        t.hold("dprojected", f.projected)
+        t.drop("projected", "dgate", "dgiven", f"kept state {i}")
 
     def _attention_backward(self, i: int) -> None:
         """`attention.SpAttention.backward`: exchange, kernel, exchange back; all heads at once or in turns."""
@@ -298,7 +318,8 @@ class Layer:
         t.drop("h1", "norm2", "dnorm2", "of experts")  # added to g in place
         t.hold("dattention", z.q)
         self._weight_gradient("o_proj")
-        t.drop("o a", f"kept o {i}")
+        t.drop("o a", f"kept o {i}", "attention gated")
+        t.hold("dgate of attention", z.gate)
         self._attention_backward(i)
         self._state_backward(i)
         if z.turns == 1:
@@ -308,11 +329,12 @@ class Layer:
             if z.model.qk_norm:
                 t.during("the norm of queries, backward", 4.5 * 4 / x.element_bytes * z.q)
         t.drop(*_QK_NORMS)
-        if z.tile:
+        if z.tile and z.state is None:
             t.during("norm1 again x32", 0.0 if x.fused else 3 * 4 / x.element_bytes * z.u)
             t.hold("norm1 again", z.u)
         t.hold("dnorm1", z.u)
         self._weight_gradient("q_proj")
+        t.drop("dgate of attention")
         t.drop("dq dk dv", "dprojected", "grads", "q", "k", "v", "norm1", "norm1 again", "qkv a")
         self.norm_backward("norm1")
         t.drop("dnorm1", f"x{i}", f"kept qkv {i}")
@@ -325,6 +347,8 @@ class Layer:
         t.drop("beside")
         self._weight_gradient("down_proj")
         t.drop("c", "down a")
+        if not z.gated:  # squares of positive parts
+            t.during("the MLP's activation, backward", 2 * z.f)
         if not x.fused:
             t.hold("dsilu", z.f)
             t.hold("dup", z.f, at="the MLP's activation, backward")

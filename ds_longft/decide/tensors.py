@@ -15,7 +15,8 @@ from ds_longft.model.packed import FORMATS
 from ds_longft.sequence.exchange import deal_heads
 from ds_longft.sequence.experts import tile_of
 from ds_longft.sequence.linear import folds
-from ds_longft.sequence.state.spread import CHUNK_TOKENS, STATE_BYTES
+from ds_longft.sequence.state.spread import CHUNK_TOKENS, turns_of
+from ds_longft.sequence.state.work_in_pieces import TILE_TOKENS
 
 LAYER_INPUTS, ATTENTION, LINEARS = "layer inputs", "kept attention", "kept linears"
 WEIGHTS, TRAINABLE, WORK, HEAD = "weights", "gradients and optimizer", "working set", "head and loss"
@@ -77,9 +78,12 @@ class StateSizes:
     """Bytes of a layer that carries a state, of the rank with the most heads (`sequence/state`)."""
 
     projected: float  # what the projections before the recurrence put out, this rank's tokens
-    exchanged: float  # of it, what goes to the ranks that have the heads
-    out: float  # the recurrence's output, [S, h, V]
-    saved: float  # what autograd keeps of convolution and recurrence
+    given: float  # of it, what the work with heads reads: exchanged with the other ranks
+    out: float  # the recurrence's output [S, h, V]
+    gate: float  # of what is projected, what gates the output where it is a part of one tensor (Mamba-2)
+    dgiven: float  # gradients of what is given, where they find no place in it; of B and C in float32
+    turns: int  # in which this rank works on its heads
+    saved: float  # what autograd keeps of convolution and recurrence beside these, all heads
     forward: float  # beside these while the recurrence runs: states of all chunks, keys and values of its matrix form
     backward: float  # the same while it runs backward
     moved: float  # read and written by one forward pass
@@ -87,43 +91,57 @@ class StateSizes:
 
     @classmethod
     def of(cls, m: ModelFacts, x: Setting) -> StateSizes:
-        """Of the kernels of flash-linear-attention 0.6.0, `chunk.py` in `fla/ops/gated_delta_rule` and `simple_gla`.
+        """Of the kernels of flash-linear-attention 0.6.0, `chunk.py` in `fla/ops/gated_delta_rule` and `simple_gla`,
+        counted tensor by tensor in tests/unit/decide/test_state_memory.py.
 
         Chunks have 64 tokens. A delta rule keeps normalised keys and queries and a 64 x 64 matrix a chunk; Mamba-2 keys
-        and queries of every head, and has its states in float32. Of more states than `STATE_BYTES` some heads at a
-        time, and then all that is computed again.
+        and queries of every head, and has its states in float32 in the backward pass.
         """
         f, e, s = m.state, x.element_bytes, x.tokens
         assert f is not None
         named = BEFORE_STATE if m.attends else (*BEFORE_STATE, *GROUPS[0])
         outs = sum(o for name, _, o in m.linear_io if name in named)
-        h, g, convolved = (-(-n // x.sp) for n in (f.heads, f.groups, f.channels))
+        h, g = (-(-n // x.sp) for n in (f.heads, f.groups))
         keys, values, states = float(h * f.keys), float(h * f.values), h * f.keys * f.values / CHUNK_TOKENS
-        exchanged = x.local_tokens * e * (2 * f.groups * f.keys + f.heads * f.values)
-        share, saved = 1.0, 2.0 * convolved
+        read, wide = 2.0 * g * f.keys, 4.0 / e
+        given, gate, dgiven = read + values, 0.0, 0.0
+        turns = turns_of(s, f.heads, x.sp, f.keys * f.values, x.kv_heads is not None)
         if f.kind in ("delta", "kimi"):
-            share = min(1.0, STATE_BYTES / (4 * s * states))
-            wide = 2 * keys if f.kind == "kimi" else 0.0  # decays of each feature, in float32
-            inside = 2.0 * g * f.keys + h * CHUNK_TOKENS
-            saved += wide
-            forward = keys + 2 * values + states
-            backward = forward + 2 * values + states + 3 * keys + 2 * wide
+            decays = keys if f.kind == "kimi" else 0.0  # of each feature, in float32
+            given += decays
+            saved = read + values + h * CHUNK_TOKENS + 2 * wide * decays
+            forward = keys + 2 * values + states + read
+            backward = 2 * keys + 1.5 * read + 5 * values + 2 * states + 2 * wide * decays
         elif f.kind == "decay":
-            share = min(1.0, STATE_BYTES / (4 * s * states))
-            inside = 2 * keys
-            saved += 4 * values
-            forward = 2 * states
-            backward = 4 * states + 2 * keys + 2 * values
+            mamba = values if f.channels else 0.0  # values are made in float32, of the convolution's output
+            saved = 2 * keys + values + wide * mamba
+            forward = states + mamba + (read if mamba else 0.0)
+            backward = 2 * wide * states + 2 * keys + 2 * values
+            gate, dgiven = mamba, mamba + wide * read if mamba else 0.0
         else:  # torch: a convolution's float32 copies; Mamba-1's states of every token
-            inside = 0.0 if f.kind == "conv" else 4 * keys
-            forward, backward = 3 * (saved + inside), 4 * (saved + inside)
-        # transformers' gated norm: in float32 its input, the gate and silu of it, and the norm in bf16
-        saved += (12 / e + 1) * values if f.kind != "conv" else 0.0
-        moved = 4 * convolved + saved + inside + 2 * (forward + values)
-        moved_backward = (2 if share == 1 else 3) * moved + 2 * backward
-        kept, again = (saved + inside, 0.0) if share == 1 else (saved, inside)
-        sizes = (values, kept, share * (forward + again), share * (backward + again), moved, moved_backward)
-        return cls(x.local_tokens * e * outs, exchanged, *(s * e * each for each in sizes))
+            given = float(f.channels) / x.sp
+            saved = 2 * given + (0.0 if f.kind == "conv" else 4 * keys)
+            forward, backward, turns = 3 * saved, 4 * saved, 1
+        moved = 4 * given + saved + 2 * (forward + values)
+        moved_backward = (2 if turns == 1 else 3) * moved + 2 * backward
+        unit = float(s * e)
+        return cls(
+            projected=x.local_tokens * e * outs,
+            given=unit * given,
+            out=unit * values,
+            gate=unit * gate,
+            dgiven=unit * dgiven,
+            turns=turns,
+            saved=unit * saved,
+            forward=unit * forward,
+            backward=unit * backward,
+            moved=unit * moved,
+            moved_backward=unit * moved_backward,
+        )
+
+    def tile(self, x: Setting) -> float:
+        """Float32 temporaries of a gated norm while it works on some tokens, forward; twice that backward."""
+        return 4 * self.out * min(1.0, TILE_TOKENS / x.local_tokens) * 4 / x.element_bytes
 
 
 AWAY = ("host", "disk")
@@ -151,6 +169,8 @@ class Sizes:
     tile: float = field(init=False)  # share of the tokens in one MLP tile; 0: no tiles
     wide: bool = field(init=False)  # some kv head lies on two ranks
     repeated: bool = field(init=False)  # this rank's kv heads are repeated for the kernel
+    gate: float = field(init=False)  # of what gates attention's output (Qwen3.5), beside the queries; 0: nothing does
+    gated: bool = field(init=False)  # the MLP has a gate projection
     rows: int = field(init=False)  # copies of tokens in one tile of the experts; 0: a dense model
     routes: float = field(init=False)  # what a router leaves for its backward pass
     state: StateSizes | None = field(init=False)  # of a layer that carries one
@@ -174,11 +194,14 @@ class Sizes:
         self.wide = any(b.kv.start < a.kv.stop for a, b in pairwise(shares))
         self.tile = min(1.0, x.tile_tokens / s) if x.tile_tokens else 0.0
         self.repeated = most.repeat is not None
+        outs = {name: o for name, _, o in m.linear_io}
+        self.gate = self.q if m.attends and outs.get("q_proj") == 2 * m.q_heads * m.head_dim else 0.0
+        self.gated = "gate_proj" in outs
         tile = tile_of(m.experts, m.experts_used, x.tile_tokens) if m.experts else 0
         self.rows = m.experts_used * min(s, tile)
         # float32 probabilities of all experts, indices and weights of those used
         self.routes = s * (4.0 * m.experts + 20 * m.experts_used)
-        if not m.attends and m.state is None and "gate_proj" not in (name for name, _, _ in m.linear_io):
+        if not m.attends and m.state is None and not self.gated:
             self.tile = 0.0  # an MLP of two linears is not tiled
         if not m.attends:
             self.q = self.k = self.qs = self.ks = self.kr = self.send = self.lse = 0.0

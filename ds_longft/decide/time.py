@@ -306,7 +306,7 @@ def _exchange(model: ModelFacts, x: Setting, gpu: Gpu, forwards: float, state_fo
         z = Sizes(kind, x)
         total += count * (forwards * (z.send + z.q) + backward * (2 * z.send + 2 * z.q))
         if z.state is not None:
-            total += count * (state_forwards + backward) * (z.state.exchanged + z.state.out)
+            total += count * (state_forwards + backward) * (z.state.given + z.state.out)
     return total * (x.sp - 1) / x.sp / (gpu.all_to_all_gb_s * 1e9) + 4 * total / (gpu.memory_gb_s * 1e9)
 
 

@@ -104,8 +104,7 @@ def mamba2(layer: Any, x: Tensor, spread: Spread) -> Tensor:
         projected = projected * layer.mup_vector.flatten()
     inner, p, n = layer.intermediate_size, layer.head_dim, layer.ssm_state_size
     state = layer.n_groups * n
-    widths = (inner, state, state, layer.num_heads)
-    z, rest = projected.split([inner, sum(widths)], -1)  # [s, C]
+    z, xs, bc, dt = projected.split([inner, inner, 2 * state, layer.num_heads], -1)  # [s, C]
     heads = Heads(
         layer.num_heads,
         layer.n_groups,
@@ -125,7 +124,8 @@ def mamba2(layer: Any, x: Tensor, spread: Spread) -> Tensor:
         out = decayed_attention(c, b, values, g, spread.documents, spread.carried)  # [S, h, p]
         return (out + (xs * layer.D[own, None]).to(out.dtype)).flatten(1)
 
-    out = spread.by_heads(layer, heads, work, (rest,), (widths,))  # [s, H p]
+    tensors, widths = (xs, bc, dt), ((inner,), (state, state), (layer.num_heads,))
+    out = spread.by_heads(layer, heads, work, tensors, widths)  # [s, H p]
     if getattr(layer, "mamba_rms_norm", True):
         norm = layer.norm
         out = by_tiles(lambda out, z: norm.forward(out[None], z[None])[0], list(norm.parameters()), out, z)

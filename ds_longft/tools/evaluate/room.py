@@ -141,7 +141,7 @@ class Room:
             x = Sizes(kind, setting)
             inputs = 2 * x.u + x.q + 2 * x.k  # the stream, normed, and what is made of it
             attention = inputs + x.q + x.k + x.send + 2 * x.qs + 2 * x.kr + 2 * x.ks * x.repeated + x.lse
-            state = 2 * x.u + x.state.projected + x.state.exchanged + x.state.out + x.state.forward if x.state else 0.0
+            state = 2 * x.u + x.state.projected + x.state.given + x.state.out + x.state.forward if x.state else 0.0
             tile = x.tile or 1.0
             mlp = 3 * x.u + 3 * x.f * tile
             experts = 0.0
