@@ -122,7 +122,8 @@ class StateSizes:
             given = float(f.channels) / x.sp
             saved = 2 * given + (0.0 if f.kind == "conv" else 4 * keys)
             forward, backward, turns = 3 * saved, 4 * saved, 1
-        moved = 4 * given + saved + 2 * (forward + values)
+        norm = 0.0 if f.kind == "conv" else (3 * wide + 1) * values  # in float32: values, gate, silu of it
+        moved = 4 * given + saved + norm + 2 * (forward + values)
         moved_backward = (2 if turns == 1 else 3) * moved + 2 * backward
         unit = float(s * e)
         return cls(
