@@ -35,6 +35,8 @@ class StopRequest:
         """Training has begun, so that a stop has something to save."""
         self.at_once: Callable[[str], None] = lambda why: None
         """Ends the process now; called with the reason, in a thread."""
+        self.heard: Callable[[str], None] = lambda reason: None
+        """Called with the first reason to stop that came as a signal while there is training, in a thread."""
         self.clock, self.wall_clock = clock, wall_clock
         self.started = clock()
         self._deadline: float | None = None  # on the clock
@@ -91,6 +93,8 @@ class StopRequest:
                 self.at_once("interrupted twice: nothing was saved since the last checkpoint")
         if self.reason is None:
             self.reason = f"signal {number.name}"
+            if self.training_begun:
+                self.heard(self.reason)
 
     def set_budget(self, max_minutes: float | None, env: Mapping[str, str] = os.environ) -> None:
         """Stop in time for `max_minutes` after the start of the process and for the end of the SLURM job, if any."""

@@ -1,13 +1,12 @@
 """`ds-longft train|check|config`: a run config, looked at and started.
 
-`train` starts `deepspeed --module ds_longft.train`, the launcher's command of the README, with the same keys.
+`train` starts the ranks that `deepspeed launch/train.py` starts, with the same keys, but not by DeepSpeed's launcher:
+that imports torch before a rank does, and answers Ctrl-C with a traceback while the ranks are saving.
 """
 
 from __future__ import annotations
 
-import os
 import shlex
-import sys
 from functools import partial
 
 from ds_longft.command_line import RunKeys
@@ -15,7 +14,8 @@ from ds_longft.config.check import preflight
 from ds_longft.config.read import dump_chosen, dump_config, load_run_config
 from ds_longft.config.run_config import RunConfig
 from ds_longft.errors import ConfigError
-from ds_longft.ranks.join import free_port, visible_gpus
+from ds_longft.ranks.join import visible_gpus
+from ds_longft.ranks.launch import launch_ranks
 from ds_longft.tools import quickstart
 
 
@@ -25,6 +25,7 @@ def train(config: RunKeys, *, gpus: int | None = None) -> None:
 
     The same, and the way to several machines: `deepspeed launch/train.py mine.yaml` from a clone,
     `deepspeed --module ds_longft.train mine.yaml`, `torchrun --nproc-per-node 8 launch/train.py mine.yaml`.
+    Exit code 75: stopped by a signal or the end of its time, and saved; the same command goes on.
 
     Args:
         config: run config.
@@ -37,14 +38,7 @@ def train(config: RunKeys, *, gpus: int | None = None) -> None:
     if here and ranks > here:
         raise ConfigError(f"--gpus is {ranks}, this machine has {here} GPUs")
     print(_checked(keys, ranks, on_gpu=here > 0), flush=True)
-    command = [
-        sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error", "--num_gpus", str(ranks),
-        "--master_port", str(free_port()),
-    ]  # fmt: skip
-    if not here:
-        os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    print(f"starting {ranks} process{'es' * (ranks > 1)} by deepspeed's launcher, which imports torch ...", flush=True)
-    os.execv(sys.executable, [*command, "--module", "ds_longft.train", *words])
+    raise SystemExit(launch_ranks("ds_longft.train", words, ranks=ranks, gpus=here, hand_on=True))
 
 
 def check(config: RunKeys, *, gpus: int | None = None) -> None:

@@ -45,7 +45,15 @@ def main(argv: list[str] | None = None) -> int:
             print(f"\n{why}", file=sys.stderr, flush=True)
         os._exit(EXIT_INTERRUPTED)
 
-    stop.at_once = leave
+    def heard(reason: str) -> None:
+        if launch.rank == 0:
+            print(
+                f"\n{reason}: saving after this pack, then it ends. Ctrl-C again ends it now",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    stop.at_once, stop.heard = leave, heard
     with stop.listening(launched=launched):
         return _guarded(list(sys.argv[1:] if argv is None else argv), launch, status, stop)
 

@@ -93,6 +93,8 @@ def command_of(launcher: str, config: Path, output: Path) -> list[str]:
         return [program, "--num_gpus", "2", "--master_port", str(free_port()), "launch/train.py", *keys]
     if launcher == "torchrun":
         return [program, "--nproc-per-node", "2", "--master-port", str(free_port()), "launch/train.py", *keys]
+    if launcher == "train":
+        return [str(Path(sys.executable).with_name("ds-longft")), "train", *keys[1:], "--gpus", "2"]
     return ["bash", str(ROOT / "launch" / "local.sh"), *keys]
 
 
@@ -123,6 +125,7 @@ def term_one_rank(terminal: Terminal, output: Path) -> None:
 
 WAYS = [
     ("deepspeed", press),
+    ("train", press),
     pytest.param("deepspeed", kill_deepspeeds_launcher, marks=pytest.mark.slow),
     pytest.param("local", term_command, marks=pytest.mark.slow),
     pytest.param("deepspeed", close, marks=pytest.mark.slow),
@@ -152,8 +155,10 @@ def test_a_stop_is_saved(
     assert step >= 3
     assert checkpoints(output) == [step], "every step is in it"
     assert status(output)["exit_code"] == 75
-    if launcher == "local" and stop in (press, close, term_command):
+    if launcher in ("local", "train") and stop in (press, close, term_command):
         assert code == 75
+    if stop is press:
+        assert "saving after this pack" in terminal.read()
 
 
 @pytest.mark.slow

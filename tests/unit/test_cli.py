@@ -259,11 +259,28 @@ def test_check_finds_what_a_start_would(capsys: pytest.CaptureFixture[str], tmp_
 def test_train_refuses_before_it_starts_anything(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    started: list[list[str]] = []
-    monkeypatch.setattr("os.execv", lambda program, words: started.append(words))
+    monkeypatch.setattr("ds_longft.tools.begin.launch_ranks", lambda *_, **__: pytest.fail("started"))
     assert main(["train", "--data.train", "rows.jsonl"]) == EXIT_CONFIG
     assert "model.path is empty" in capsys.readouterr().err, "and not the quickstart's model"
-    assert not started
+
+
+def test_train_ends_as_its_ranks_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """75: stopped and saved."""
+    monkeypatch.setattr("ds_longft.tools.begin._checked", lambda keys, ranks, on_gpu: "checked")
+    monkeypatch.setattr("ds_longft.tools.begin.launch_ranks", lambda *_, ranks, **__: 72 + ranks)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "mine.yaml", "--gpus", "3"])
+    assert ended.value.code == 75
+
+
+def test_the_package_has_what_python_users_import() -> None:
+    import ds_longft
+
+    names = re.findall(r"from ds_longft import (.+)", (Path(__file__).parents[2] / "docs/python.md").read_text())
+    assert names
+    for name in {name.strip() for line in names for name in line.split(",")}:
+        assert getattr(ds_longft, name).__name__ == name
+        assert name in dir(ds_longft)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

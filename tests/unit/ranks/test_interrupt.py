@@ -27,11 +27,12 @@ def until(ready: Callable[[], object], seconds: float = 30.0) -> bool:
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_is_noted_and_the_handlers_are_put_back(number: signal.Signals) -> None:
     before = signal.getsignal(number)
-    stop = StopRequest()
-    stop.training_begun = True
+    stop, heard = StopRequest(), list[str]()
+    stop.training_begun, stop.heard = True, heard.append
     with stop.listening():
         os.kill(os.getpid(), number)
-        assert until(lambda: stop.reason)
+        assert until(lambda: heard)
+        assert heard == [stop.reason]
         assert stop.reason == f"signal {number.name}"
         assert stop.asked()
     assert signal.getsignal(number) == before
