@@ -44,7 +44,7 @@ def pair_config(folder: Path, *, stage: int = 3, lora: bool = True, **dpo: Any) 
 def test_a_right_run_passes(pools, tmp_path, world, stage, lora, dpo):
     found, facts, text = pools(world).run(verified, pair_config(tmp_path, stage=stage, lora=lora, **dpo), ALL, None)[0]
     assert [(f.check, f.what, f.measured, f.note) for f in found if f.ok is False] == []
-    assert {f.check[0] for f in found} == set("1234567")
+    assert {f.check[0] for f in found} == set("12345678")
     assert facts["documents"] % 2 == 0
     assert text.endswith("<|im_end|>")
 

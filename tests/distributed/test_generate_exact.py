@@ -34,7 +34,8 @@ def case(
     register()
     subject = find_subject(folder, quantize=quantize)
     loaded = load_subject(subject, torch.device("cpu"), attention=CACHED, weights=weights, local_world=world)
-    away = hasattr(next(loaded.plain.get_decoder().layers[0].mlp.parameters()), "head")  # in place of a weight
+    mlp = loaded.plain.get_decoder().layers[0].mlp
+    away = any(hasattr(t, "head") for t in (*mlp.parameters(), *mlp.buffers()))  # in place of a weight
     assert away == (weights != "resident")
     rng = torch.Generator().manual_seed(0)
     prompts = [torch.randint(3, 97, (n,), generator=rng).tolist() for n in lengths]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ds_longft.batch import Documents
-from ds_longft.sequence.state import chunk_backward, recurrence
+from ds_longft.sequence.exchange import share_of
+from ds_longft.sequence.state import chunk_backward, spread
 from ds_longft.sequence.state.recurrence import decayed_attention
 
 LENGTHS = (70, 1, 3, 64, 200)
@@ -73,11 +74,19 @@ def test_gradients_are_those_of_autograd(at_a_time: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "heads", "step", "state", "at_once"),
-    [(131072, 32, 2, 128 * 128, 32), (131073, 32, 2, 128 * 128, 30), (131072, 128, 1, 128 * 64, 64), (1 << 30, 6, 3, 1 << 20, 3)],
-    ids=["all", "whole groups of heads", "Mamba-2's", "at least one group"],
-)  # fmt: skip
-def test_turns_have_all_heads_once(tokens: int, heads: int, step: int, state: int, at_once: int) -> None:
-    turns = recurrence._turns(tokens, heads, step, state)
-    assert turns[0] == slice(0, at_once)
-    assert [i for turn in turns for i in range(turn.start, turn.stop)] == list(range(heads))
+    ("tokens", "heads", "sp", "state", "few", "turns"),
+    [
+        (131072, 32, 1, 128 * 128, False, 1),
+        (131073, 32, 1, 128 * 128, False, 2),
+        (131072, 128, 1, 128 * 64, False, 2),  # Mamba-2's
+        (131072, 128, 2, 128 * 64, False, 1),
+        (131072, 32, 1, 128 * 128, True, 4),
+        (1 << 30, 6, 2, 1 << 20, False, 3),  # at least one head
+    ],
+)
+def test_turns_have_all_heads_once(tokens: int, heads: int, sp: int, state: int, few: bool, turns: int) -> None:
+    assert spread.turns_of(tokens, heads, sp, state, few) == turns
+    for group in (1, 2, 3):
+        for share in (share_of(range(heads // 2), group), share_of(range(heads), group)):
+            parts = [spread._turn(share, i, turns, group) for i in range(turns)]
+            assert [head for part in parts for head in part.q] == list(share.q)
