@@ -97,6 +97,8 @@ def _objective(config: RunConfig) -> Rules:
     if config.objective == "sft":
         return {
             "dpo has keys, but objective is sft: set objective to dpo": dpo != usual,
+            "dpo is written out, but objective is not, and is sft then: add the line `objective: dpo`, or leave dpo "
+            "out": dpo == usual and "dpo" in config.model_fields_set and "objective" not in config.model_fields_set,
             "data: a source has format preference, but objective is sft: set objective to dpo": any(
                 source.format == "preference" for source in sources
             ),

@@ -74,6 +74,7 @@ def migrated(file: Path) -> tuple[str, list[str]]:
     for key, value in theirs.items():
         if value is not None and value != "":
             _carry(key, value, theirs, made)
+    _infer_objective(theirs, made)
     if not _uses_lora(theirs):
         made.put("lora", None)
         for key in [key for key in made.keys if key.startswith("lora.")]:
@@ -235,6 +236,24 @@ def _objective(key: str, value: Any, theirs: dict[str, Any], made: Migration) ->
         made.put("dpo.loss", str(value).lower())
 
 
+def _infer_objective(theirs: dict[str, Any], made: Migration) -> None:
+    """TRL names the method by its command alone: a file for `trl dpo` is known by its keys."""
+    dpo = [key for key in made.keys if key.startswith("dpo.")]
+    other = next((name for key, name in METHODS_OF_TRL.items() if key in theirs), None)
+    if other is not None:
+        made.note("objective", f"{other} is not there: possible are sft and dpo")
+    elif dpo and "objective" not in made.keys:
+        made.put("objective", "dpo")
+        made.note("objective", f"dpo, as {', '.join(dpo)} ask for it: for supervised fine-tuning leave these out")
+    if made.keys.get("objective") != "dpo":
+        for key in dpo:
+            made.note(key, f"{made.keys.pop(key)} left out: it is for objective dpo only")
+
+
+# Keys that only these trainers of TRL have, beside a beta and a loss_type as in DPO.
+METHODS_OF_TRL = {"num_generations": "GRPO", "desirable_weight": "KTO"}
+
+
 def _share(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
     if isinstance(value, float) and 0 < value < 1:
         made.put("data.eval_fraction", value)
@@ -319,6 +338,17 @@ def _model(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> Non
     made.put("model.path", value)
 
 
+def _loss_type(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
+    """TRL's, of preferences in a list too; SFTTrainer's nll is what sft is here."""
+    names = value if isinstance(value, list) else [value]
+    if names in (["nll"], ["chunked_nll"]):
+        return
+    if len(names) == 1 and names[0] != "dft":
+        made.put("dpo.loss", names[0])
+    else:
+        made.note(key, f"{', '.join(map(str, names))} is not carried over: one loss is taken, see dpo.loss")
+
+
 def _betas(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
     made.put("optim.betas", [theirs.get("adam_beta1", 0.9), theirs.get("adam_beta2", 0.999)])
 
@@ -346,5 +376,6 @@ SPECIAL: dict[str, Callable[[str, Any, dict[str, Any], Migration], None]] = {
     **dict.fromkeys(UNUSUAL, _flag),
     **dict.fromkeys(["torch_dtype", "dtype"], _dtype),
     "wandb_project": _wandb_project,
+    "loss_type": _loss_type,
     "model": _model,
 }

@@ -21,6 +21,7 @@ def problems(content: dict[str, Any]) -> str:
     ("content", "words"),
     [
         ({"dpo": {"beta": 0.2}}, "dpo has keys, but objective is sft"),
+        ({"dpo": {"beta": 0.1}}, "add the line `objective: dpo`"),
         ({"data": {"train": [{"path": "a", "format": "preference"}]}}, "set objective to dpo"),
         ({**DPO, "data": {"train": [{"path": "a", "format": "messages"}]}}, "a has format messages"),
         ({**DPO, "data": {"weighting": "sample"}}, "data.weighting is sample"),
@@ -36,6 +37,12 @@ def problems(content: dict[str, Any]) -> str:
 )
 def test_contradictions(content: dict[str, Any], words: str) -> None:
     assert words in problems(content)
+
+
+def test_a_whole_config_of_supervised_training_is_read_again() -> None:
+    """It names every key with its default, those of dpo too."""
+    whole = RunConfig().model_dump(mode="json")
+    assert RunConfig.model_validate(whole) == RunConfig()
 
 
 def test_all_at_once() -> None:

@@ -163,6 +163,30 @@ def test_trl_trains_every_weight_where_nothing_says_lora(tmp_path: Path) -> None
     assert notes == []
 
 
+@pytest.mark.parametrize(
+    ("keys", "loss"),
+    [
+        ("beta: 0.1", "sigmoid"), ("loss_type: [ipo]", "ipo"), ("loss_type: sigmoid", "sigmoid"),
+    ],
+)  # fmt: skip
+def test_a_file_of_trl_dpo_is_known_by_its_keys(tmp_path: Path, keys: str, loss: str) -> None:
+    run, notes = of(tmp_path, f"{TRL}{keys}\n")
+    assert (run.objective, run.dpo.loss, run.dpo.beta) == ("dpo", loss, 0.1)
+    assert any(note.startswith("objective: dpo, as dpo.") for note in notes)
+
+
+@pytest.mark.parametrize("keys", ["loss_type: nll", "beta: 0.1\nnum_generations: 8", "beta: 0.2\nstage: sft"])
+def test_nothing_else_of_trl_is_taken_for_dpo(tmp_path: Path, keys: str) -> None:
+    run, _ = of(tmp_path, f"{TRL}{keys}\n")
+    assert (run.objective, run.dpo.beta, run.dpo.loss) == ("sft", 0.1, "sigmoid")
+
+
+def test_several_losses_at_once_are_said(tmp_path: Path) -> None:
+    run, notes = of(tmp_path, TRL + "beta: 0.3\nloss_type: [sigmoid, sft]\n")
+    assert (run.objective, run.dpo.beta) == ("dpo", 0.3)
+    assert {"loss_type", "objective"} <= named(notes)
+
+
 def test_tokens_that_end_or_pad_are_explained(tmp_path: Path) -> None:
     _, notes = of(tmp_path, TRL + "eos_token: <|im_end|>\nspecial_tokens: {pad_token: <pad>}\n")
     assert named(notes) == {"eos_token", "special_tokens"}
