@@ -19,7 +19,7 @@ from ds_longft.config.rules import contradictions
 from ds_longft.config.run_config import EACH_KEY_ALONE, RunConfig, TrackerName
 from ds_longft.config.spellings import EXPLANATIONS, HOLDS_ANYWAY, KEYS_OF_OTHER_TOOLS
 from ds_longft.config.unused import unused
-from ds_longft.config.yaml_io import dump_yaml
+from ds_longft.config.yaml_io import dump_yaml, load_yaml
 from ds_longft.errors import ConfigError
 
 OPTIMIZERS = {  # all others are AdamW: fused, torch, 4 bit are ways to compute it
@@ -64,6 +64,11 @@ def migrate(file: str, out: str | None = None) -> None:
 
 def migrated(file: Path) -> tuple[str, list[str]]:
     """(YAML of our run config, one line for each key that was not carried over as it is). Raises ConfigError."""
+    if file.suffix == ".py":
+        raise ConfigError(
+            f"{file} is a Python script: print its config with `print(yaml.safe_dump(training_args.to_dict()))`, put "
+            "model_name_or_path and dataset_name into it, and give that file"
+        )
     theirs = read_config_file(file)
     ours = {key.partition(".")[0] for key in all_keys(RunConfig)}
     if not set(theirs) - ours or isinstance(theirs.get("model"), dict):
@@ -203,7 +208,12 @@ def _deepspeed(key: str, value: Any, theirs: dict[str, Any], made: Migration) ->
 
 
 def _epochs(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
-    made.put("train.epochs", float(value))
+    if not _ends_at_steps(theirs):
+        made.put("train.epochs", float(value))
+
+
+def _ends_at_steps(theirs: dict[str, Any]) -> bool:
+    return isinstance(theirs.get("max_steps"), int) and theirs["max_steps"] > 0
 
 
 def _steps(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
@@ -242,14 +252,15 @@ def _infer_objective(theirs: dict[str, Any], made: Migration) -> None:
     other = next((name for key, name in METHODS_OF_TRL.items() if key in theirs), None)
     if other is not None:
         made.note("objective", f"{other} is not there: possible are sft and dpo")
-    elif dpo and "objective" not in made.keys:
+    elif (asks := [*dpo, *sorted(KEYS_OF_DPO & set(theirs))]) and "objective" not in made.keys:
         made.put("objective", "dpo")
-        made.note("objective", f"dpo, as {', '.join(dpo)} ask for it: for supervised fine-tuning leave these out")
+        made.note("objective", f"dpo, as {', '.join(asks)} ask for it: for supervised fine-tuning leave these out")
     if made.keys.get("objective") != "dpo":
         for key in dpo:
             made.note(key, f"{made.keys.pop(key)} left out: it is for objective dpo only")
 
 
+KEYS_OF_DPO = {"ref_model", "ref_model_name_or_path", "precompute_ref_log_probs", "precompute_ref_batch_size"}
 # Keys that only these trainers of TRL have, beside a beta and a loss_type as in DPO.
 METHODS_OF_TRL = {"num_generations": "GRPO", "desirable_weight": "KTO"}
 
@@ -349,6 +360,47 @@ def _loss_type(key: str, value: Any, theirs: dict[str, Any], made: Migration) ->
         made.note(key, f"{', '.join(map(str, names))} is not carried over: one loss is taken, see dpo.loss")
 
 
+def _parallelism(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
+    """TRL's and Accelerate's parallelism_config, a dict or the JSON of one, or a key of it behind its name."""
+    if isinstance(value, str) and key == "parallelism_config":
+        value = load_yaml(value)
+    sizes = value if isinstance(value, dict) else {key.removeprefix("parallelism_config_"): value}
+    for name, size in sizes.items():
+        if name in ("sp_size", "cp_size"):
+            if str(size) != "1":  # one of them may be written out beside the other
+                made.put("sp", size)
+            made.keys.setdefault("sp", size)
+        elif name == "tp_size" and str(size) != "1":
+            made.note(key, f"tp_size {size} is not carried over: sp shares a sample, ZeRO the weights")
+
+
+def _reference(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
+    if key == "precompute_ref_log_probs":
+        if value:
+            made.put("dpo.reference", "precomputed")
+            made.note(key, "dpo.reference: precomputed; `ds-longft data ref_logps` makes them before the run")
+    elif value != theirs.get("model_name_or_path"):
+        made.note(key, f"{value} is not carried over: the reference is model.path as it was before the run")
+
+
+def _liger(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
+    made.put("model.liger", "auto" if value else "off")
+
+
+def _strategy(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
+    """`bfd` is best_fit."""
+    if value != "bfd":
+        made.note(key, f"{value} is not there: documents stay whole in data.packing: best_fit, see data.overlong")
+
+
+def _max_steps(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
+    """There it overrides the epochs: rows are taken again until it is reached. Here both are limits."""
+    _steps(key, value, theirs, made)
+    if _ends_at_steps(theirs):
+        made.put("train.epochs", value)
+        made.note(key, f"it alone ends the run there: train.epochs is {value} too, as each epoch has a step or more")
+
+
 def _betas(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
     made.put("optim.betas", [theirs.get("adam_beta1", 0.9), theirs.get("adam_beta2", 0.999)])
 
@@ -360,7 +412,7 @@ SPECIAL: dict[str, Callable[[str, Any, dict[str, Any], Migration], None]] = {
     **dict.fromkeys(["micro_batch_size", "per_device_train_batch_size"], _batch),
     **dict.fromkeys(["deepspeed", "deepspeed_config"], _deepspeed),
     **dict.fromkeys(["num_epochs", "num_train_epochs"], _epochs),
-    **dict.fromkeys(["save_steps", "eval_steps", "max_steps"], _steps),
+    **dict.fromkeys(["save_steps", "eval_steps"], _steps),
     **dict.fromkeys(["warmup_ratio", "warmup_steps"], _warmup),
     **dict.fromkeys(["lora_target", "lora_target_modules", "target_modules"], _targets),
     **dict.fromkeys(["template", "chat_template", "chat_template_path"], _template),
@@ -377,5 +429,12 @@ SPECIAL: dict[str, Callable[[str, Any, dict[str, Any], Migration], None]] = {
     **dict.fromkeys(["torch_dtype", "dtype"], _dtype),
     "wandb_project": _wandb_project,
     "loss_type": _loss_type,
+    "max_steps": _max_steps,
+    "use_liger_kernel": _liger,
+    "packing_strategy": _strategy,
+    **dict.fromkeys(
+        ["parallelism_config", *(f"parallelism_config_{n}_size" for n in ("sp", "cp", "tp"))], _parallelism
+    ),
+    **dict.fromkeys(["ref_model", "ref_model_name_or_path", "precompute_ref_log_probs"], _reference),
     "model": _model,
 }

@@ -264,11 +264,15 @@ def _loader(joined: Joined, part: TokenizedSet | Stream, accumulation: int, firs
     )  # fmt: skip
 
 
-def epochs_in_steps(epochs: float, steps_of: Callable[[int], int]) -> int:
-    """Optimizer steps of N epochs; a part of an epoch has at least one step."""
-    whole = int(epochs)
+def epochs_in_steps(epochs: float, steps_of: Callable[[int], int], at_most: int | None = None) -> int:
+    """Optimizer steps of N epochs; a part of an epoch has at least one step. Epochs behind `at_most` are not counted."""
+    steps, whole = 0, int(epochs)
+    for epoch in range(whole):
+        steps += steps_of(epoch)
+        if at_most is not None and steps >= at_most:
+            return at_most
     part = max(1, round((epochs - whole) * steps_of(whole))) if epochs > whole else 0
-    return sum(map(steps_of, range(whole))) + part
+    return steps + part if at_most is None else min(steps + part, at_most)
 
 
 def _new_state(joined: Joined, prepared: Prepared, loader: StepLoader, first: int) -> TrainState:
@@ -276,13 +280,13 @@ def _new_state(joined: Joined, prepared: Prepared, loader: StepLoader, first: in
     config, layout, built = joined.config, joined.layout, prepared.built
     total_steps = config.train.max_steps if config.data.stream_window_mib is not None else None
     if total_steps is None:
-        total_steps = epochs_in_steps(config.train.epochs, loader.steps_per_epoch)
+        total_steps = epochs_in_steps(config.train.epochs, loader.steps_per_epoch, config.train.max_steps)
     return TrainState(
         step=0,
         epoch=0,
         step_in_epoch=0,
         tokens_seen=0,
-        total_steps=min(total_steps, config.train.max_steps or total_steps),
+        total_steps=total_steps,
         world=layout.world,
         rows=loader.rows_name(first),
         order=loader.fingerprint,

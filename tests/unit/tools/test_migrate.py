@@ -187,6 +187,45 @@ def test_several_losses_at_once_are_said(tmp_path: Path) -> None:
     assert {"loss_type", "objective"} <= named(notes)
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        "parallelism_config: {sp_backend: deepspeed, sp_size: 4, cp_size: 1, dp_shard_size: 2}",
+        'parallelism_config: \'{"sp_size": 1, "cp_size": 4}\'',
+        "parallelism_config_cp_size: 1\nparallelism_config_sp_size: 4",
+    ],
+)
+def test_gpus_that_share_a_sample_in_trl(tmp_path: Path, keys: str) -> None:
+    run, notes = of(tmp_path, f"{TRL}{keys}\n")
+    assert (run.sp, [note for note in notes if "parallelism" in note]) == (4, [])
+
+
+def test_what_trl_s_dpo_takes_beside_beta(tmp_path: Path) -> None:
+    more = "precompute_ref_log_probs: true\nuse_liger_kernel: false\npacking_strategy: bfd\nref_model: other/model\n"
+    run, notes = of(tmp_path, TRL + more)
+    assert (run.objective, run.dpo.reference, run.model.liger) == ("dpo", "precomputed", "off")
+    assert any("`ds-longft data ref_logps`" in note for note in notes)
+    assert {"objective", "precompute_ref_log_probs", "ref_model"} <= named(notes)
+    assert not {"packing_strategy", "use_liger_kernel"} & named(notes)
+    run, notes = of(tmp_path, TRL + "use_liger_kernel: true\npacking_strategy: wrapped\n")
+    assert (run.objective, run.model.liger) == ("sft", "auto")
+    assert "packing_strategy" in named(notes)
+
+
+def test_steps_alone_end_a_run_of_trl(tmp_path: Path) -> None:
+    """Its epochs are overridden, whichever line comes first."""
+    for lines in ("max_steps: 700\n", "max_steps: 700\nnum_train_epochs: 2\n", "num_train_epochs: 2\nmax_steps: 700\n"):
+        run, notes = of(tmp_path, f"model_name_or_path: a/b\nlora_r: 8\n{lines}")
+        assert (run.train.max_steps, run.train.epochs) == (700, 700)
+        assert "max_steps" in named(notes)
+
+
+def test_a_script_is_answered_with_how_to_print_its_config(tmp_path: Path) -> None:
+    (tmp_path / "sft.py").write_text("import trl\ntrl.SFTTrainer(model='a')\n")
+    with pytest.raises(ConfigError, match=r"yaml.safe_dump\(training_args.to_dict\(\)\)"):
+        migrated(tmp_path / "sft.py")
+
+
 def test_tokens_that_end_or_pad_are_explained(tmp_path: Path) -> None:
     _, notes = of(tmp_path, TRL + "eos_token: <|im_end|>\nspecial_tokens: {pad_token: <pad>}\n")
     assert named(notes) == {"eos_token", "special_tokens"}

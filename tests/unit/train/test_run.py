@@ -39,6 +39,15 @@ def test_epochs_may_be_parts(epochs: float, steps: int) -> None:
     assert epochs_in_steps(epochs, lambda epoch: 10 + epoch) == steps
 
 
+def test_epochs_behind_the_last_step_are_not_planned() -> None:
+    """`epochs: 700` beside `max_steps: 700` costs no 700 plans."""
+    planned: list[int] = []
+    assert epochs_in_steps(700, lambda epoch: planned.append(epoch) or 10, at_most=25) == 25
+    assert planned == [0, 1, 2]
+    assert epochs_in_steps(2.5, lambda _: 10, at_most=100) == 25
+    assert epochs_in_steps(2.5, lambda _: 10, at_most=22) == 22
+
+
 def test_each_phase_of_the_start_is_said_as_it_ends(capsys: pytest.CaptureFixture[str]) -> None:
     phases = Phases(time.monotonic(), say=True)
     phases.done("model loaded", "the engine is built")
