@@ -21,11 +21,13 @@ from ds_longft.config.spellings import EXPLANATIONS, HOLDS_ANYWAY, KEYS_OF_OTHER
 from ds_longft.config.unused import unused
 from ds_longft.config.yaml_io import dump_yaml, load_yaml
 from ds_longft.errors import ConfigError
+from ds_longft.tools.migrate_defaults import left_out
 
 OPTIMIZERS = {  # all others are AdamW: fused, torch, 4 bit are ways to compute it
     **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "adamw8bit"), "adamw_8bit"),
     "sgd": "sgd",
 }
+LEFT_OUT = "Left out by you; differs here"
 SCHEDULES = {"cosine", "linear", "constant"}
 
 
@@ -59,6 +61,7 @@ def migrate(file: str, out: str | None = None) -> None:
     if Path(out).exists():
         raise ConfigError(f"--out {out} exists already: give a new file, or remove it first")
     Path(out).write_text(text, encoding="utf-8")
+    print("".join(line for line in text.splitlines(keepends=True) if line.startswith("# ")), end="")
     print(f"{out} written; `ds-longft check {out}` checks it" + "".join(f"\n  - {n}" for n in notes))
 
 
@@ -80,6 +83,9 @@ def migrated(file: Path) -> tuple[str, list[str]]:
         if value is not None and value != "":
             _carry(key, value, theirs, made)
     _infer_objective(theirs, made)
+    trainer, defaults = left_out(theirs, made.keys, _uses_lora(theirs))
+    for default in defaults:
+        made.put(default.ours, default.value)
     if not _uses_lora(theirs):
         made.put("lora", None)
         for key in [key for key in made.keys if key.startswith("lora.")]:
@@ -100,7 +106,9 @@ def migrated(file: Path) -> tuple[str, list[str]]:
             made.notes.append(problem)
             made.keys = {k: v for k, v in made.keys.items() if k != key and not key.startswith((f"{k}.", f"{k}["))}
         tree = _nested(made.keys)
-    return dump_yaml(tree), made.notes
+    said = [f"#   {d.ours}: {d.value} (here {d.here})\n" for d in defaults if d.ours in made.keys]
+    head = f"# {LEFT_OUT}, so written out as {trainer} has it:\n" if said else ""
+    return dump_yaml(tree) + head + "".join(said), made.notes
 
 
 def _nested(keys: dict[str, Any]) -> dict[str, Any]:

@@ -265,7 +265,7 @@ def _loader(joined: Joined, part: TokenizedSet | Stream, accumulation: int, firs
 
 
 def epochs_in_steps(epochs: float, steps_of: Callable[[int], int], at_most: int | None = None) -> int:
-    """Optimizer steps of N epochs; a part of an epoch has at least one step. Epochs behind `at_most` are not counted."""
+    """Optimizer steps of N epochs; a part of an epoch has at least one step. Counts no further than `at_most`."""
     steps, whole = 0, int(epochs)
     for epoch in range(whole):
         steps += steps_of(epoch)

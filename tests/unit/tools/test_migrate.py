@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from trl import DPOConfig, ModelConfig, SFTConfig
 
 from ds_longft.cli import main
 from ds_longft.config.read import load_run_config
 from ds_longft.errors import ConfigError
 from ds_longft.tools.migrate import migrated
+from ds_longft.tools.migrate_defaults import TRL as TRL_DEFAULTS
+from ds_longft.tools.migrate_defaults import TRL_DPO
 
 AXOLOTL = """
 base_model: Qwen/Qwen3-8B
@@ -247,3 +252,50 @@ def test_our_own_config_and_an_existing_file_are_refused(tmp_path: Path, capsys:
     assert main(["migrate", str(tmp_path / "theirs.yaml"), "--out", str(tmp_path / "ours.yaml")]) == 0
     assert "galore_rank" in capsys.readouterr().out
     assert main(["migrate", str(tmp_path / "theirs.yaml"), "--out", str(tmp_path / "ours.yaml")]) == 64
+
+
+def test_what_a_file_of_trl_leaves_out_is_written_as_trl_has_it(tmp_path: Path) -> None:
+    run, _ = of(tmp_path, "model_name_or_path: a/b\nuse_peft: true\nlr_scheduler_type: cosine\n")
+    assert (run.optim.min_lr_ratio, run.optim.betas, run.optim.learning_rate) == (0.0, (0.9, 0.999), 2e-5)
+    assert (run.train.epochs, run.train.save_every_steps, run.seed, run.lora.dropout) == (3, 500, 42, 0.05)
+    assert (run.data.max_length_tokens, run.data.overlong, run.optim.schedule) == (1024, "truncate", "cosine")
+    text = (tmp_path / "ours.yaml").read_text()
+    assert "Left out by you; differs here" in text
+    assert "#   optim.min_lr_ratio: 0.0 (here 0.1)" in text
+    assert "#   optim.schedule" not in text
+    run, _ = of(tmp_path, "model_name_or_path: a/b\nbeta: 0.1\nuse_peft: true\nseed: 7\nlr_scheduler_type: constant\n")
+    assert (run.optim.learning_rate, run.lora.dropout, run.seed, run.optim.min_lr_ratio) == (1e-6, 0.0, 7, 0.1)
+
+
+def test_the_page_s_table_of_defaults_is_both_sides() -> None:
+    """Ours as this project has them, TRL's as the installed TRL has them."""
+    page = (Path(__file__).parents[3] / "docs/migrating.md").read_text()
+    table = page.partition("## TRL's defaults")[2].partition("\n## ")[0]
+    cells = [[c.strip(" `") for c in row.split("|")] for row in table.splitlines() if row.startswith("| `")]
+    rows = {ours: (theirs, here) for _, ours, theirs, here, _ in cells}
+    assert set(rows) == {default.ours for default in TRL_DEFAULTS}
+    for default in TRL_DEFAULTS:
+        theirs, here = rows[default.ours]
+        assert theirs.partition("`")[0] == str(default.value)
+        assert here == str(default.here) != str(default.value)
+    sft, dpo, model = (
+        SimpleNamespace(**{f.name: f.default for f in fields(kind)}) for kind in (SFTConfig, DPOConfig, ModelConfig)
+    )
+    assert [d.value for d in TRL_DPO if d.ours == "optim.learning_rate"] == [dpo.learning_rate]
+    values = {d.ours: d.value for d in TRL_DEFAULTS}
+    assert values == {
+        "optim.learning_rate": sft.learning_rate, "optim.schedule": sft.lr_scheduler_type,
+        "optim.betas": [sft.adam_beta1, sft.adam_beta2], "optim.warmup_ratio": sft.warmup_steps,
+        "train.epochs": sft.num_train_epochs, "train.save_every_steps": sft.save_steps, "seed": sft.seed,
+        "data.max_length_tokens": sft.max_length, "lora.dropout": model.lora_dropout,
+        "optim.min_lr_ratio": 0.0, "data.overlong": "truncate",
+    }  # fmt: skip
+
+
+def test_defaults_of_other_trainers_than_trl(tmp_path: Path) -> None:
+    run, _ = of(tmp_path, LLAMA_FACTORY.replace("lora_rank: 8\n", "").replace("cutoff_len: 32768\n", ""))
+    assert (run.lora.r, run.lora.alpha, run.data.max_length_tokens, run.optim.learning_rate) == (8, 16, 2048, 5e-5)
+    run, _ = of(tmp_path, AXOLOTL)
+    assert (run.optim.betas, run.optim.min_lr_ratio, run.seed, run.optim.learning_rate) == ((0.9, 0.999), 0, 0, 1e-4)
+    run, _ = of(tmp_path, SWIFT)
+    assert (run.seed, run.train.epochs, run.optim.min_lr_ratio, run.optim.betas) == (42, 3, 0, (0.9, 0.95))

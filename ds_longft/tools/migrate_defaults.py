@@ -1,0 +1,82 @@
+"""What another trainer takes where its key is left out, and differs here. `migrate` writes it out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ds_longft.config.run_config import LoraConfig, RunConfig
+
+
+@dataclass(frozen=True)
+class Default:
+    """Key of ours, the other trainer's value for it, and the keys by which it would be given there."""
+
+    ours: str
+    value: Any
+    theirs: tuple[str, ...]
+
+    @property
+    def here(self) -> Any:
+        """Our own default."""
+        section, _, key = self.ours.rpartition(".")
+        place: Any = LoraConfig() if section == "lora" else RunConfig()
+        for name in () if section in ("", "lora") else section.split("."):
+            place = getattr(place, name)
+        value = getattr(place, key)
+        return list(value) if isinstance(value, tuple) else value
+
+
+END = Default("optim.min_lr_ratio", 0.0, ("lr_scheduler_kwargs", "cosine_min_lr_ratio"))
+BETAS = Default("optim.betas", [0.9, 0.999], ("adam_beta1", "adam_beta2"))
+SEED = Default("seed", 42, ("seed",))
+EPOCHS = Default("train.epochs", 3.0, ("num_train_epochs",))
+TRANSFORMERS = (  # TrainingArguments of 5.24
+    SEED, EPOCHS, BETAS, END,
+    Default("optim.schedule", "linear", ("lr_scheduler_type",)),
+    Default("optim.warmup_ratio", 0.0, ("warmup_ratio", "warmup_steps")),
+    Default("train.save_every_steps", 500, ("save_steps", "save_strategy")),
+)  # fmt: skip
+CUT = Default("data.overlong", "truncate", ())
+TRL = (  # SFTConfig, DPOConfig and ModelConfig of 1.16
+    *TRANSFORMERS, CUT,
+    Default("optim.learning_rate", 2e-5, ("learning_rate",)),
+    Default("data.max_length_tokens", 1024, ("max_length", "max_seq_length")),
+    Default("lora.dropout", 0.05, ("lora_dropout",)),
+)  # fmt: skip
+TRL_DPO = tuple(
+    Default("optim.learning_rate", 1e-6, d.theirs) if d.ours == "optim.learning_rate" else d
+    for d in TRL
+    if d.ours != "lora.dropout"  # DPOTrainer switches dropout off
+)
+LLAMA_FACTORY = (
+    *TRANSFORMERS, CUT,
+    Default("optim.learning_rate", 5e-5, ("learning_rate",)),
+    Default("data.max_length_tokens", 2048, ("cutoff_len",)),
+    Default("lora.r", 8, ("lora_rank",)),
+)  # fmt: skip
+MARKS = {  # keys that only this trainer has
+    "Axolotl": ("base_model", "sequence_len"),
+    "LLaMA-Factory": ("finetuning_type", "stage", "cutoff_len", "quantization_bit"),
+    "ms-swift": ("model", "tuner_type", "train_type", "rlhf_type", "quant_bits"),
+}
+
+
+def left_out(theirs: dict[str, Any], ours: dict[str, Any], lora: bool) -> tuple[str, list[Default]]:
+    """(Name of the trainer, its defaults that hold in a file `theirs`, of which the dotted keys `ours` were made)."""
+    trainer = next((name for name, marks in MARKS.items() if set(marks) & set(theirs)), "TRL")
+    known = {
+        "TRL": TRL_DPO if ours.get("objective") == "dpo" else TRL,
+        "LLaMA-Factory": LLAMA_FACTORY,
+        "Axolotl": (BETAS, END),
+        "ms-swift": (SEED, EPOCHS, END),
+    }[trainer]
+    constant = ours.get("optim.schedule") == "constant"
+    return trainer, [
+        default
+        for default in known
+        if default.ours not in ours
+        and not set(default.theirs) & set(theirs)
+        and (lora or not default.ours.startswith("lora."))
+        and not (constant and default is END)
+    ]
