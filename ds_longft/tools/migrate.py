@@ -21,7 +21,7 @@ from ds_longft.config.spellings import EXPLANATIONS, HOLDS_ANYWAY, KEYS_OF_OTHER
 from ds_longft.config.unused import unused
 from ds_longft.config.yaml_io import dump_yaml, load_yaml
 from ds_longft.errors import ConfigError
-from ds_longft.tools.migrate_defaults import left_out
+from ds_longft.tools.migrate_defaults import ASKS_NOTHING, left_out
 
 OPTIMIZERS = {  # all others are AdamW: fused, torch, 4 bit are ways to compute it
     **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "adamw8bit"), "adamw_8bit"),
@@ -124,6 +124,8 @@ def _nested(keys: dict[str, Any]) -> dict[str, Any]:
 
 
 def _carry(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
+    if key in ASKS_NOTHING and value == ASKS_NOTHING[key]:
+        return
     if key in SPECIAL:
         SPECIAL[key](key, value, theirs, made)
     elif key in ("output_dir", "seed"):

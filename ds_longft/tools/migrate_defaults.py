@@ -55,6 +55,16 @@ LLAMA_FACTORY = (
     Default("data.max_length_tokens", 2048, ("cutoff_len",)),
     Default("lora.r", 8, ("lora_rank",)),
 )  # fmt: skip
+# What `args.to_dict()` writes where nothing was asked for.
+ASKS_NOTHING: dict[str, Any] = {
+    "average_tokens_across_devices": True, "dataloader_in_order": True, "dataset_text_field": "text", "debug": [],
+    "eval_delay": 0, "eval_do_concat_batches": True, "hub_strategy": "every_save", "hub_token": "<HUB_TOKEN>",
+    "include_for_metrics": [], "label_smoothing_factor": 0.0, "length_column_name": "length", "log_level": "passive",
+    "log_level_replica": "warning", "log_on_each_node": True, "logging_nan_inf_filter": True,
+    "logging_strategy": "steps", "skip_memory_metrics": True, "train_sampling_strategy": "random",
+    "truncation_mode": "keep_start", "eos_token": "<EOS_TOKEN>", "pad_token": "<PAD_TOKEN>", "project": "huggingface",
+    "activation_checkpointing": True,
+}  # fmt: skip
 MARKS = {  # keys that only this trainer has
     "Axolotl": ("base_model", "sequence_len"),
     "LLaMA-Factory": ("finetuning_type", "stage", "cutoff_len", "quantization_bit"),
@@ -76,7 +86,7 @@ def left_out(theirs: dict[str, Any], ours: dict[str, Any], lora: bool) -> tuple[
         default
         for default in known
         if default.ours not in ours
-        and not set(default.theirs) & set(theirs)
+        and all(theirs.get(key) in (None, "", {}) for key in default.theirs)
         and (lora or not default.ours.startswith("lora."))
         and not (constant and default is END)
     ]

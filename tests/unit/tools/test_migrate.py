@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from trl import DPOConfig, ModelConfig, SFTConfig
 
 from ds_longft.cli import main
@@ -229,6 +230,14 @@ def test_a_script_is_answered_with_how_to_print_its_config(tmp_path: Path) -> No
     (tmp_path / "sft.py").write_text("import trl\ntrl.SFTTrainer(model='a')\n")
     with pytest.raises(ConfigError, match=r"yaml.safe_dump\(training_args.to_dict\(\)\)"):
         migrated(tmp_path / "sft.py")
+
+
+def test_what_a_script_prints_has_few_notes(tmp_path: Path) -> None:
+    """`args.to_dict()` writes each of a hundred keys, most of them as they are anyway."""
+    printed = yaml.safe_dump(SFTConfig(output_dir="x", bf16=False, max_length=4096).to_dict())
+    run, notes = of(tmp_path, f"model_name_or_path: a/b\n{printed}")
+    assert (run.data.max_length_tokens, run.seed, run.optim.schedule, run.optim.min_lr_ratio) == (4096, 42, "linear", 0)
+    assert named(notes) == {"accelerator_config", "per_device_train_batch_size"}
 
 
 def test_tokens_that_end_or_pad_are_explained(tmp_path: Path) -> None:
