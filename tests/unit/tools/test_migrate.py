@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -308,3 +310,17 @@ def test_defaults_of_other_trainers_than_trl(tmp_path: Path) -> None:
     assert (run.optim.betas, run.optim.min_lr_ratio, run.seed, run.optim.learning_rate) == ((0.9, 0.999), 0, 0, 1e-4)
     run, _ = of(tmp_path, SWIFT)
     assert (run.seed, run.train.epochs, run.optim.min_lr_ratio, run.optim.betas) == (42, 3, 0, (0.9, 0.95))
+
+
+def test_the_installed_transformers_averages_means_under_sp_as_the_page_says() -> None:
+    source = (Path(str(find_spec("transformers").origin)).parent / "trainer.py").read_text()
+    asked = re.search(r'sp_backend == "deepspeed" and pc.sp_enabled:\n +(.*)', source)
+    assert asked is not None
+    assert asked[1] == "self.model_accepts_loss_kwargs = False"
+    page = (Path(__file__).parents[3] / "docs/migrating.md").read_text()
+    table = page.partition("## TRL's sequence parallelism and this")[2]
+    (n, a), (m, b) = [
+        (int(x.replace(",", "")), float(y)) for x, y in re.findall(r"^\| \d \| ([\d,]+) \| ([\d.]+)", table, re.M)
+    ]
+    assert f"= {(n * a + m * b) / (n + m):.2f} | loss ({a} + {b}) / 2 = {(a + b) / 2} |" in table
+    assert f"weighs {m // n} times" in table
