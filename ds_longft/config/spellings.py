@@ -7,7 +7,17 @@ from collections.abc import Iterable
 
 # How other trainers spell our keys, or what we do instead of what the key asks for.
 KEYS_OF_OTHER_TOOLS = {
-    **dict.fromkeys(["sp_size", "sequence_parallel_size", "context_parallel_size", "cp_size", "ulysses_size"], "sp"),
+    **dict.fromkeys(
+        [
+            "sequence_parallel_degree",
+            "sequence_parallel_size",
+            "context_parallel_size",
+            "sp_size",
+            "cp_size",
+            "ulysses_size",
+        ],
+        "sp",
+    ),
     **dict.fromkeys(
         ["cutoff_len", "max_seq_length", "max_seq_len", "seq_length", "seq_len", "sequence_len", "max_length"],
         "data.max_length_tokens",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from ds_longft.cli import main
 from ds_longft.config.read import load_run_config
+from ds_longft.config.spellings import EXPLANATIONS, HOLDS_ANYWAY, KEYS_OF_OTHER_TOOLS, unknown_key
 from ds_longft.errors import ConfigError
-from ds_longft.tools.migrate import migrated
+from ds_longft.tools.migrate import SPECIAL, USUAL_OF_SOURCES, migrated
 
 AXOLOTL = """
 base_model: Qwen/Qwen3-8B
@@ -184,3 +186,20 @@ def test_our_own_config_and_an_existing_file_are_refused(tmp_path: Path, capsys:
     assert main(["migrate", str(tmp_path / "theirs.yaml"), "--out", str(tmp_path / "ours.yaml")]) == 0
     assert "galore_rank" in capsys.readouterr().out
     assert main(["migrate", str(tmp_path / "theirs.yaml"), "--out", str(tmp_path / "ours.yaml")]) == 64
+
+
+@pytest.mark.parametrize("key", ["sequence_parallel_degree", "context_parallel_size"])
+def test_gpus_that_share_a_sample(tmp_path: Path, key: str) -> None:
+    run, notes = of(tmp_path, f"base_model: a/b\nadapter: lora\n{key}: 4\n")
+    assert (run.sp, notes) == (4, [])
+    assert unknown_key(key, ["sp"]).endswith("did you mean sp?")
+
+
+def test_every_key_that_the_page_names_is_known() -> None:
+    """The tables by hand of docs/migrating.md."""
+    page = (Path(__file__).parents[3] / "docs/migrating.md").read_text().partition("<!-- keys")[0]
+    words = [w for row in page.splitlines() if row[:3] == "| `" for w in re.findall(r"`(.*?)`", row.split("|")[1])]
+    keys = [w.partition(":")[0] for w in words if re.fullmatch(r"[a-z_]+(: .*)?", w)]
+    assert {"sequence_parallel_degree", "type", "train_on_inputs"} <= set(keys)
+    known = {*KEYS_OF_OTHER_TOOLS, *EXPLANATIONS, *HOLDS_ANYWAY, *SPECIAL, *USUAL_OF_SOURCES}
+    assert [key for key in keys if key not in known] == []
