@@ -203,3 +203,19 @@ def test_every_key_that_the_page_names_is_known() -> None:
     assert {"sequence_parallel_degree", "type", "train_on_inputs"} <= set(keys)
     known = {*KEYS_OF_OTHER_TOOLS, *EXPLANATIONS, *HOLDS_ANYWAY, *SPECIAL, *USUAL_OF_SOURCES}
     assert [key for key in keys if key not in known] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "whose"),
+    [(AXOLOTL, "an Axolotl"), (LLAMA_FACTORY, "a LLaMA-Factory"), (TRL, "a TRL"), (SWIFT, "an ms-swift")],
+)
+def test_a_file_of_another_trainer_is_answered_in_one_line(tmp_path: Path, text: str, whose: str) -> None:
+    (file := tmp_path / "theirs.yaml").write_text(text)
+    with pytest.raises(ConfigError) as raised:
+        load_run_config(str(file))
+    (line,) = raised.value.problems
+    assert line.startswith(f"this looks like {whose} config: ds-longft migrate {file} --out mine.yaml carries it over")
+    file.write_text("model: {path: a}\nadapter: lora\nbase_model: b\n")  # ours, with two strange keys
+    with pytest.raises(ConfigError) as raised:
+        load_run_config(str(file))
+    assert len(raised.value.problems) > 1
