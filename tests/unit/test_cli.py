@@ -256,6 +256,22 @@ def test_check_finds_what_a_start_would(capsys: pytest.CaptureFixture[str], tmp_
     assert all(key in said for key in ("model.path", "data.train", "sp is 3"))
 
 
+def test_check_says_what_it_could_not_read(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    keys = [
+        "--model.path",
+        "Qwen/Qwen3-8B",
+        "--data.train",
+        str(tmp_path / "rows.jsonl"),
+        "--output_dir",
+        str(tmp_path),
+    ]
+    assert main(["check", *keys, "--gpus", "8"]) == 0
+    said = capsys.readouterr().out
+    assert "checked, but for the model: its config cannot be read here (window, heads and type are unchecked)" in said
+    assert "ZeRO 3 asked (zero3_sp.json)" in said
+
+
 def test_train_refuses_before_it_starts_anything(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

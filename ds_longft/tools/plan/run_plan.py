@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ds_longft.config.check import resolve_sp
-from ds_longft.config.ds_file import load_ds_config
+from ds_longft.config.ds_file import load_ds_config, stage_asked
 from ds_longft.config.ds_json import merge_ds_config
 from ds_longft.config.read import load_run_config
 from ds_longft.config.run_config import RunConfig
@@ -108,5 +108,5 @@ def in_words(words: Sequence[str], plan: Plan, question: Question) -> str:
 
 def _way(plan: Plan) -> str:
     x = plan.setting
-    base = {"resident": ", frozen weights whole on each GPU"}.get(x.base, "")
-    return f"sp {x.sp} x dp {x.dp}, ZeRO {x.stage}, recomputation {plan.label}{base}"
+    whole = "; frozen weights stay whole on each GPU" * (x.base == "resident" or x.resident)
+    return f"sp {x.sp} x dp {x.dp}, {stage_asked(plan.ds_config)}, recomputation {plan.label}{whole}"
