@@ -86,5 +86,6 @@ def _checked(keys: list[str], ranks: int, *, on_gpu: bool) -> str:
     return (
         f"{shlex.join(keys)}: checked{unread}. {run.model.path}, {what}, "
         f"samples of up to {run.data.max_length_tokens:,} tokens, "
-        f"{ranks} x {'GPU' if on_gpu else 'CPU'} (sp {sp} x dp {ranks // sp}), {stage_asked(run.ds_config)}, into {run.output_dir}"
+        f"{ranks} x {'GPU' if on_gpu else 'CPU'} (sp {sp} x dp {ranks // sp}), {stage_asked(run.ds_config)}, "
+        f"into {run.output_dir}"
     )
