@@ -18,6 +18,7 @@ from ds_longft.errors import ConfigError
 from ds_longft.ranks.join import visible_gpus
 from ds_longft.ranks.launch import launch_ranks
 from ds_longft.tools import quickstart
+from ds_longft.train.trackers import wandb_login_problem
 
 
 def train(config: RunKeys, *, gpus: int | None = None) -> None:
@@ -87,5 +88,12 @@ def _checked(keys: list[str], ranks: int, *, on_gpu: bool) -> str:
         f"{shlex.join(keys)}: checked{unread}. {run.model.path}, {what}, "
         f"samples of up to {run.data.max_length_tokens:,} tokens, "
         f"{ranks} x {'GPU' if on_gpu else 'CPU'} (sp {sp} x dp {ranks // sp}), {stage_asked(run.ds_config)}, "
-        f"into {run.output_dir}"
+        f"into {run.output_dir}{_untracked(run)}"
     )
+
+
+def _untracked(run: RunConfig) -> str:
+    """A line where wandb would be lost, which keeps no run from training."""
+    online = "wandb" in run.log.tracker_names and run.log.wandb != "offline"
+    problem = wandb_login_problem() if online else None
+    return f"\nwandb: {problem}" if problem else ""
