@@ -95,7 +95,7 @@ def of(tmp_path: Path, text: str):
     (tmp_path / "theirs.yaml").write_text(text)
     ours, notes = migrated(tmp_path / "theirs.yaml")
     (tmp_path / "ours.yaml").write_text(ours)
-    return load_run_config(["--config", str(tmp_path / "ours.yaml")]), notes
+    return load_run_config(["--config", str(tmp_path / "ours.yaml")]), [note for of in notes.values() for note in of]
 
 
 def named(notes: list[str]) -> set[str]:
@@ -219,3 +219,21 @@ def test_a_file_of_another_trainer_is_answered_in_one_line(tmp_path: Path, text:
     with pytest.raises(ConfigError) as raised:
         load_run_config(str(file))
     assert len(raised.value.problems) > 1
+
+
+def test_notes_stand_by_weight(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    more = "evals_per_epoch: 2\nheads_k_stride: 1\nliger_rope: true\nplugins: [liger]\nwandb_entity: us\n"
+    (tmp_path / "theirs.yaml").write_text(AXOLOTL + more + "train_on_inputs: true\n")
+    _, notes = migrated(tmp_path / "theirs.yaml")
+    changes, by_hand, not_needed = ("\n".join(of) for of in notes.values())
+    assert "train_on_inputs: True is not there" in changes
+    assert "micro_batch_size: 2 rows" in changes
+    assert "evals_per_epoch: 2 is not carried over: set train.eval_every_steps; without it before the first" in by_hand
+    assert "set train.save_every_steps; without it at the end only" in by_hand
+    assert "set WANDB_ENTITY=us" in by_hand
+    assert not_needed.count("its own kernels; nothing to set") == 3
+    assert main(["migrate", str(tmp_path / "theirs.yaml")]) == 0
+    printed = capsys.readouterr().out
+    heads = [printed.index(f"# {head}:\n#   - ") for head in notes]
+    assert list(notes) == ["changes what is trained", "set by hand", "not needed here"]
+    assert heads == sorted(heads)
