@@ -37,6 +37,12 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def stage_asked(path: str | Path) -> str:
+    """The ZeRO stage that a JSON asks for, in words. A run may lower it: weights that fit stay whole."""
+    stage = load_ds_config(path).get("zero_optimization", {}).get("stage", 0)
+    return f"ZeRO {stage} asked ({Path(path).name})"
+
+
 class _RepeatedKeyError(Exception):
     """A JSON object holds a key twice; Python's reader would silently keep the last."""
 

@@ -22,7 +22,7 @@ from ds_longft.config.messages import all_keys, dotted, expectation, keys_beside
 from ds_longft.config.rules import contradictions
 from ds_longft.config.run_config import EACH_KEY_ALONE, RunConfig
 from ds_longft.config.shipped import find_file
-from ds_longft.config.spellings import meant_key, unknown_key
+from ds_longft.config.spellings import looks_like, meant_key, unknown_key
 from ds_longft.config.yaml_io import dump_yaml, load_yaml
 from ds_longft.errors import ConfigError
 
@@ -67,7 +67,7 @@ def load_run_config(
     `--help` prints every key and ends the process with 0. Raises ConfigError (exit 64) with every problem found:
     unreadable file, unknown keys with the nearest known one, values of the wrong type or range, keys that contradict.
     Where there are any, `preflight` is called too, with the keys that are right: the problems it raises stand beside
-    them. A config without a problem is returned without calling it.
+    them. A config without a problem is returned without calling it. Of another trainer's file only that is said.
     """
     given, problems = _read_command_line([keys] if isinstance(keys, str) else list(keys))
     path = given.pop("config", None)
@@ -81,7 +81,16 @@ def load_run_config(
             from_file = content
         except ConfigError as error:
             problems |= dict.fromkeys(error.problems, EVERY_KEY)
-    return _validate(_deep_merge(from_file, given), problems, preflight)
+    try:
+        return _validate(_deep_merge(from_file, given), problems, preflight)
+    except ConfigError as error:
+        whose = looks_like(from_file)
+        if whose is None or isinstance(from_file.get("model"), dict):
+            raise
+        raise ConfigError(
+            f"this looks like {whose} config: ds-longft migrate {path} --out mine.yaml carries it over "
+            f"(as it is: {len(error.problems)} problems)"
+        ) from None
 
 
 def config_of_run(folder: Path) -> RunConfig:

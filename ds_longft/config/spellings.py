@@ -7,7 +7,17 @@ from collections.abc import Iterable
 
 # How other trainers spell our keys, or what we do instead of what the key asks for.
 KEYS_OF_OTHER_TOOLS = {
-    **dict.fromkeys(["sp_size", "sequence_parallel_size", "context_parallel_size", "cp_size", "ulysses_size"], "sp"),
+    **dict.fromkeys(
+        [
+            "sequence_parallel_degree",
+            "sequence_parallel_size",
+            "context_parallel_size",
+            "sp_size",
+            "cp_size",
+            "ulysses_size",
+        ],
+        "sp",
+    ),
     **dict.fromkeys(
         ["cutoff_len", "max_seq_length", "max_seq_len", "seq_length", "seq_len", "sequence_len", "max_length"],
         "data.max_length_tokens",
@@ -85,6 +95,24 @@ HOLDS_ANYWAY = {
     "wandb_watch", "wandb_log_model", "completion_only_loss", "assistant_only_loss", "use_peft", "lora_target_linear",
     "model_type", "tokenizer_type", "dataset_dir", "dataset_config", "subset", "xformers_attention", "local_rank",
 }  # fmt: skip
+
+# Keys that one trainer alone has; two of them tell whose file it is.
+OF_ONE_TRAINER = {
+    "an Axolotl": {
+        "base_model", "sequence_len", "num_epochs", "adapter", "lora_r", "val_set_size", "micro_batch_size",
+        "sequence_parallel_degree", "saves_per_epoch", "evals_per_epoch", "dataset_prepared_path",
+    },
+    "a LLaMA-Factory": {"finetuning_type", "cutoff_len", "stage", "template", "pref_beta", "pref_loss", "lora_target"},
+    "an ms-swift": {"tuner_type", "train_type", "split_dataset_ratio", "rlhf_type", "tuner_backend", "torch_dtype"},
+    "a TRL": {"dataset_name", "dataset_config", "use_peft", "assistant_only_loss", "packing", "max_length"},
+}  # fmt: skip
+
+
+def looks_like(keys: Iterable[str]) -> str | None:
+    """Whose config these keys at its top are, e.g. `an Axolotl`; None where they do not show it."""
+    given = set(keys)
+    found, whose = max((len(given & marks), whose) for whose, marks in OF_ONE_TRAINER.items())
+    return whose if found > 1 else None
 
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:

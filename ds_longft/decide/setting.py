@@ -122,7 +122,8 @@ class Gpu:
                 that is wrong.
         """
         path, known = Path(name).expanduser(), shipped_gpus()
-        alone = name.lower() if name.lower() in known else f"rtx{name.lower()}"  # 4090
+        sizes = [gpu for gpu in known if gpu.startswith(f"{name.lower()}-")]  # h100: there is one size of it
+        alone = sizes[0] if len(sizes) == 1 else name.lower() if name.lower() in known else f"rtx{name.lower()}"  # 4090
         shipped = files(__package__).joinpath("gpus", f"{alone}.json")
         own = path.suffix == ".json" and path.is_file()
         if not own and alone not in known:

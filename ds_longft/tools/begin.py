@@ -10,13 +10,15 @@ import shlex
 from functools import partial
 
 from ds_longft.command_line import RunKeys
-from ds_longft.config.check import preflight
+from ds_longft.config.check import preflight, read_model_config
+from ds_longft.config.ds_file import stage_asked
 from ds_longft.config.read import dump_chosen, dump_config, load_run_config
 from ds_longft.config.run_config import RunConfig
 from ds_longft.errors import ConfigError
 from ds_longft.ranks.join import visible_gpus
 from ds_longft.ranks.launch import launch_ranks
 from ds_longft.tools import quickstart
+from ds_longft.train.trackers import wandb_login_problem
 
 
 def train(config: RunKeys, *, gpus: int | None = None) -> None:
@@ -74,11 +76,24 @@ def _checked(keys: list[str], ranks: int, *, on_gpu: bool) -> str:
     look = partial(preflight, world=ranks, local_world=ranks, device="cuda" if on_gpu else "cpu")
     run: RunConfig = load_run_config(keys, partial(quickstart.without_its_files, look))
     quickstart.prepare(run)
-    settings, sp = look(run)
-    stage = settings.engine.get("zero_optimization", {}).get("stage", 0)
+    _, sp = look(run)
+    unread = (
+        ""
+        if read_model_config(run)
+        else ", but for the model: its config cannot be read here (window, heads and type are unchecked): a hub id is "
+        "read when training starts; a local folder (`hf download`) is checked whole"
+    )
     what = f"LoRA r {run.lora.r}" if run.lora else "all weights"
     return (
-        f"{shlex.join(keys)}: checked. {run.model.path}, {what}, samples of up to {run.data.max_length_tokens:,} "
-        f"tokens, {ranks} x {'GPU' if on_gpu else 'CPU'} (sp {sp} x dp {ranks // sp}), ZeRO {stage}, "
-        f"into {run.output_dir}"
+        f"{shlex.join(keys)}: checked{unread}. {run.model.path}, {what}, "
+        f"samples of up to {run.data.max_length_tokens:,} tokens, "
+        f"{ranks} x {'GPU' if on_gpu else 'CPU'} (sp {sp} x dp {ranks // sp}), {stage_asked(run.ds_config)}, "
+        f"into {run.output_dir}{_untracked(run)}"
     )
+
+
+def _untracked(run: RunConfig) -> str:
+    """A line where wandb would be lost, which keeps no run from training."""
+    online = "wandb" in run.log.tracker_names and run.log.wandb != "offline"
+    problem = wandb_login_problem() if online else None
+    return f"\nwandb: {problem}" if problem else ""

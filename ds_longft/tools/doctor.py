@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from ds_longft import __version__
+from ds_longft.train.trackers import wandb_login_problem
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "accelerate")
 EXTRAS = ("flash-attn", "flash-attn-4", "liger-kernel", "wandb", "tensorboard", "trackio", "mlflow-skinny")
@@ -60,6 +61,7 @@ def examine(output_dir: Path) -> list[Diagnosis]:
         *limits(),
         *build_locks(extension_folders()),
         *kernels(),
+        *tracking(),
     ]
 
 
@@ -202,6 +204,14 @@ def kernels() -> list[Diagnosis]:
             refused.append(f"{kernel.name} {why}")
     level: Literal["ok", "wrong"] = "ok" if fitting else "wrong"
     return [Diagnosis(level, "attention kernels", ", ".join(fitting) or "none", "; ".join(refused))]
+
+
+def tracking() -> list[Diagnosis]:
+    """Whether wandb, where it is installed, would take a run."""
+    if not _version_or_none("wandb"):
+        return []
+    problem = wandb_login_problem()
+    return [Diagnosis("note", "wandb", *problem.split(": ", 1)) if problem else Diagnosis("ok", "wandb", "logged in")]
 
 
 def _version_or_none(name: str) -> str | None:

@@ -30,21 +30,24 @@ OPTIMIZERS = {  # all others are AdamW: fused, torch, 4 bit are ways to compute 
 LEFT_OUT = "Left out by you; differs here"
 SCHEDULES = {"cosine", "linear", "constant"}
 
+CHANGES, BY_HAND, NOT_NEEDED = "changes what is trained", "set by hand", "not needed here"
+KERNELS = ("liger_", "heads_k_stride", "ring_attn_func", "cut_cross_entropy", "unsloth_")
+
 
 class Migration:
     """The keys of ours that come out, and what could not be carried over."""
 
     def __init__(self) -> None:
         self.keys: dict[str, Any] = {}
-        self.notes: list[str] = []
+        self.notes: dict[str, list[str]] = {CHANGES: [], BY_HAND: [], NOT_NEEDED: []}
 
     def put(self, key: str, value: Any) -> None:
         """Set a dotted key of ours."""
         self.keys[key] = value
 
-    def note(self, key: str, why: str) -> None:
+    def note(self, key: str, why: str, weight: str = CHANGES) -> None:
         """Say that a key was not carried over, or what became of it."""
-        self.notes.append(f"{key}: {why}")
+        self.notes[weight].append(f"{key}: {why}")
 
 
 def migrate(file: str, out: str | None = None) -> None:
@@ -56,17 +59,22 @@ def migrate(file: str, out: str | None = None) -> None:
     """
     text, notes = migrated(Path(file).expanduser())
     if out is None:
-        print(text + "".join(f"# {note}\n" for note in notes), end="")
+        print(text + "".join(f"# {line}\n" for line in _by_weight(notes)), end="")
         return
     if Path(out).exists():
         raise ConfigError(f"--out {out} exists already: give a new file, or remove it first")
     Path(out).write_text(text, encoding="utf-8")
     print("".join(line for line in text.splitlines(keepends=True) if line.startswith("# ")), end="")
-    print(f"{out} written; `ds-longft check {out}` checks it" + "".join(f"\n  - {n}" for n in notes))
+    print(f"{out} written; `ds-longft check {out}` checks it" + "".join(f"\n{line}" for line in _by_weight(notes)))
 
 
-def migrated(file: Path) -> tuple[str, list[str]]:
-    """(YAML of our run config, one line for each key that was not carried over as it is). Raises ConfigError."""
+def _by_weight(notes: dict[str, list[str]]) -> list[str]:
+    """What changes the result first."""
+    return [line for weight, of in notes.items() if of for line in (f"{weight}:", *(f"  - {note}" for note in of))]
+
+
+def migrated(file: Path) -> tuple[str, dict[str, list[str]]]:
+    """YAML of our run config, and by weight a line for each key not carried over as it is. Raises ConfigError."""
     if file.suffix == ".py":
         raise ConfigError(
             f"{file} is a Python script: print its config with `print(yaml.safe_dump(training_args.to_dict()))`, put "
@@ -90,20 +98,20 @@ def migrated(file: Path) -> tuple[str, list[str]]:
         made.put("lora", None)
         for key in [key for key in made.keys if key.startswith("lora.")]:
             made.keys.pop(key)
-            made.note(key, "left out, as every weight is trained")
+            made.note(key, "left out, as every weight is trained", NOT_NEEDED)
     if theirs.get("finetuning_type") == "lora" and "lora.r" in made.keys:
         made.keys.setdefault("lora.alpha", 2 * made.keys["lora.r"])  # LLaMA-Factory's default
     tree = _nested(made.keys)
     try:
         run = RunConfig.model_validate(tree, context=EACH_KEY_ALONE)
-        made.notes += contradictions(run)
+        made.notes[BY_HAND] += contradictions(run)
         for text, is_so in unused(run).items():  # what would do nothing is left out
             if is_so:
                 made.keys.pop(text.partition(" ")[0])
         tree = _nested(made.keys)
     except ValidationError as error:  # what is wrong is named, not written: the config can be used as it is
         for key, problem in validation_problems(error, tree).items():
-            made.notes.append(problem)
+            made.notes[BY_HAND].append(problem)
             made.keys = {k: v for k, v in made.keys.items() if k != key and not key.startswith((f"{k}.", f"{k}["))}
         tree = _nested(made.keys)
     said = [f"#   {d.ours}: {d.value} (here {d.here})\n" for d in defaults if d.ours in made.keys]
@@ -137,6 +145,10 @@ def _carry(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> Non
             made.note(key, f"{str(value)[:60]} is not carried over: {EXPLANATIONS[key]}")
     elif (ours := KEYS_OF_OTHER_TOOLS.get(key)) is not None or (ours := _own_name(key)) is not None:
         made.put(ours, value)
+    elif key.startswith(KERNELS) or (
+        key == "plugins" and all("liger" in str(p) or "cut_cross" in str(p) for p in value)
+    ):
+        made.note(key, "its own kernels; nothing to set", NOT_NEEDED)
     elif value is not False:
         made.note(key, f"{str(value)[:60]!r} has nothing like it here")
 
@@ -172,7 +184,9 @@ def _sources(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> N
                 made.note(f"{key}[].{left}", f"{seen!r} is not carried over: `format` and the columns decide")
         sources.append(source)
     if theirs.get("dataset_dir") or "finetuning_type" in theirs:
-        made.note(key, "LLaMA-Factory's names stand for files in dataset_info.json: put their paths in their place")
+        made.note(
+            key, "LLaMA-Factory's names stand for files in dataset_info.json: put their paths in their place", BY_HAND
+        )
     split = theirs.get("dataset_config") or theirs.get("subset")
     named = [source | ({"subset": split} if split else {}) for source in sources]
     made.put("data.eval" if key in EVAL_SOURCES else "data.train", named)
@@ -214,7 +228,11 @@ def _batch(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> Non
 def _deepspeed(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
     stage = next((s for s in ("3", "2", "1", "0") if f"z{s}" in str(value) or f"zero{s}" in str(value)), "3")
     made.put("ds_config", f"ds_configs/zero{'3' if stage == '3' else '2'}_sp.json")
-    made.note(key, f"{value}: the shipped JSON nearest to it in its place; offload is chosen by another of ds_configs/")
+    made.note(
+        key,
+        f"{value}: the shipped JSON nearest to it in its place; offload is chosen by another of ds_configs/",
+        BY_HAND,
+    )
 
 
 def _epochs(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
@@ -230,7 +248,7 @@ def _steps(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> Non
     if isinstance(value, int) and value > 0:
         made.put(KEYS_OF_OTHER_TOOLS.get(key, f"train.{key}"), value)
     elif value != -1:
-        made.note(key, f"{value} is not carried over: steps are counted, not parts of a run")
+        made.note(key, f"{value} is not carried over: steps are counted, not parts of a run", BY_HAND)
 
 
 def _warmup(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
@@ -279,7 +297,7 @@ def _share(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> Non
     if isinstance(value, float) and 0 < value < 1:
         made.put("data.eval_fraction", value)
     elif value:
-        made.note(key, f"{value} rows: data.eval_fraction takes a share of the rows")
+        made.note(key, f"{value} rows: data.eval_fraction takes a share of the rows", BY_HAND)
 
 
 def _wandb(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
@@ -291,7 +309,7 @@ def _wandb(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> Non
         made.put("log.trackers", known)
     others = [str(name) for name in names if name not in (*known, "wandb", "none", "all")]
     if others:
-        made.note(key, f"{', '.join(others)}: log.trackers takes {', '.join(get_args(TrackerName))}")
+        made.note(key, f"{', '.join(others)}: log.trackers takes {', '.join(get_args(TrackerName))}", BY_HAND)
 
 
 def _tuner(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
@@ -311,7 +329,13 @@ def _bits(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None
 
 
 def _average(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
-    made.note(key, f"{value} is not carried over: set train.{key.removesuffix('s_per_epoch')}_every_steps")
+    default = "at the end only" if key == "saves_per_epoch" else "before the first step and at the end"
+    ours = f"train.{key.removesuffix('s_per_epoch')}_every_steps"
+    made.note(key, f"{value} is not carried over: set {ours}; without it {default}", BY_HAND)
+
+
+def _entity(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
+    made.note(key, f"set WANDB_ENTITY={value} in the environment, which wandb reads", BY_HAND)
 
 
 def _rope(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
@@ -446,5 +470,6 @@ SPECIAL: dict[str, Callable[[str, Any, dict[str, Any], Migration], None]] = {
         ["parallelism_config", *(f"parallelism_config_{n}_size" for n in ("sp", "cp", "tp"))], _parallelism
     ),
     **dict.fromkeys(["ref_model", "ref_model_name_or_path", "precompute_ref_log_probs"], _reference),
+    "wandb_entity": _entity,
     "model": _model,
 }

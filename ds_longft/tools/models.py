@@ -110,8 +110,10 @@ def about(model: str, revision: str | None) -> Iterator[tuple[str, str]]:
     from ds_longft.model.facts import ModelFacts
     from ds_longft.model.load import load_config
     from ds_longft.model.lora import add_lora
+    from ds_longft.model.reach import check_reach
     from ds_longft.model.wrapped import is_wrapped, make, text_class
 
+    check_reach(model, revision)
     hf_config = load_config(ModelConfig(path=model, revision=revision), 1, attn_implementation="eager")
     text_type, found = hf_config.get_text_config().model_type, proofs()
     yield "type", hf_config.model_type + (f", text model {text_type}" if is_wrapped(hf_config) else "")

@@ -49,6 +49,18 @@ class Tracker(Protocol):
         """Hand in what is left."""
 
 
+def wandb_login_problem() -> str | None:
+    """What to do where wandb knows no key on this machine. Asks neither the user nor a server."""
+    import wandb
+
+    try:
+        if wandb.login(prompt=False, verify=False):
+            return None
+    except Exception as error:  # a key that it does not take
+        return f"not logged in: {error}"
+    return "not logged in: run `wandb login`, or set WANDB_API_KEY, or log.wandb: offline"
+
+
 class Wandb:
     """wandb, told the chosen keys and the records: no command line, no files, nothing of the machine."""
 
@@ -59,8 +71,8 @@ class Wandb:
         """Raises RuntimeError without a login: wandb would ask for one at the terminal, under the progress bar."""
         import wandb
 
-        if self.mode == "online" and not wandb.login(prompt=False, verify=False):
-            raise RuntimeError("not logged in: run `wandb login`, or set WANDB_API_KEY, or log.wandb: offline")
+        if self.mode == "online" and (problem := wandb_login_problem()):
+            raise RuntimeError(problem)
         unseen = wandb.Settings(
             console="off", disable_git=True, save_code=False, program="", host="", username="",
             root_dir=str(run.folder), x_disable_machine_info=True, x_disable_meta=True, x_disable_stats=True,

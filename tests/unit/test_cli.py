@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -22,6 +23,7 @@ from ds_longft.config.messages import all_keys
 from ds_longft.config.read import load_run_config
 from ds_longft.config.yaml_io import load_yaml
 from ds_longft.errors import EXIT_CONFIG, DataError, LongftError
+from ds_longft.tools import doctor
 from ds_longft.tools.evaluate.flags import Flags
 
 CALLS: list[dict[str, Any]] = []
@@ -254,6 +256,38 @@ def test_check_finds_what_a_start_would(capsys: pytest.CaptureFixture[str], tmp_
     assert main(["check", *keys, "--gpus", "8"]) == EXIT_CONFIG
     said = capsys.readouterr().err
     assert all(key in said for key in ("model.path", "data.train", "sp is 3"))
+
+
+def test_check_says_what_it_could_not_read(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    keys = [
+        "--model.path",
+        "Qwen/Qwen3-8B",
+        "--data.train",
+        str(tmp_path / "rows.jsonl"),
+        "--output_dir",
+        str(tmp_path),
+    ]
+    assert main(["check", *keys, "--gpus", "8"]) == 0
+    said = capsys.readouterr().out
+    assert "checked, but for the model: its config cannot be read here (window, heads and type are unchecked)" in said
+    assert "ZeRO 3 asked (zero3_sp.json)" in said
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_check_says_that_wandb_has_no_login(
+    known: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    login = SimpleNamespace(login=lambda **asked: known and not asked["prompt"] and not asked["verify"])
+    monkeypatch.setitem(sys.modules, "wandb", login)
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    keys = ["--model.path", "a/b", "--data.train", str(tmp_path / "rows.jsonl"), "--output_dir", str(tmp_path)]
+    for mode, said in (("online", not known), ("offline", False)):
+        assert main(["check", *keys, "--log.wandb", mode, "--gpus", "8"]) == 0
+        assert ("wandb: not logged in: run `wandb login`" in capsys.readouterr().out) is said
+    monkeypatch.setattr(doctor, "_version_or_none", lambda name: "1")
+    (found,) = doctor.tracking()
+    assert (found.seen, found.mend[:17]) == (("logged in", "") if known else ("not logged in", "run `wandb login`"))
 
 
 def test_train_refuses_before_it_starts_anything(

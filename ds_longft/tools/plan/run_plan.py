@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ds_longft.config.check import resolve_sp
-from ds_longft.config.ds_file import load_ds_config
+from ds_longft.config.ds_file import load_ds_config, stage_asked
 from ds_longft.config.ds_json import merge_ds_config
 from ds_longft.config.read import load_run_config
 from ds_longft.config.run_config import RunConfig
@@ -25,6 +25,7 @@ from ds_longft.errors import ConfigError
 from ds_longft.model.facts import ModelFacts
 from ds_longft.model.load import load_config
 from ds_longft.model.load_packed import base_format
+from ds_longft.model.reach import check_reach
 from ds_longft.tools.plan import plan_text
 from ds_longft.tools.plan.fitting_kernels import with_fitting_kernels
 
@@ -62,6 +63,7 @@ def _known(config: RunConfig, gpus: int, gpu: Gpu, host_gib: float) -> Run:
     """The run as `train.install.known_run` would tell it on that machine. Neither data nor weights have to be there."""
     if not config.model.path:
         raise ConfigError("model.path is empty: give a folder with a config.json, or a hub id such as Qwen/Qwen3-8B")
+    check_reach(config.model.path, config.model.revision)
     hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation="eager")
     facts = ModelFacts.from_config(hf_config)
     raw = load_ds_config(config.ds_config)
@@ -108,5 +110,5 @@ def in_words(words: Sequence[str], plan: Plan, question: Question) -> str:
 
 def _way(plan: Plan) -> str:
     x = plan.setting
-    base = {"resident": ", frozen weights whole on each GPU"}.get(x.base, "")
-    return f"sp {x.sp} x dp {x.dp}, ZeRO {x.stage}, recomputation {plan.label}{base}"
+    whole = "; frozen weights stay whole on each GPU" * (x.base == "resident" or x.resident)
+    return f"sp {x.sp} x dp {x.dp}, {stage_asked(plan.ds_config)}, recomputation {plan.label}{whole}"

@@ -14,8 +14,9 @@ from trl import DPOConfig, ModelConfig, SFTConfig
 
 from ds_longft.cli import main
 from ds_longft.config.read import load_run_config
+from ds_longft.config.spellings import EXPLANATIONS, HOLDS_ANYWAY, KEYS_OF_OTHER_TOOLS, unknown_key
 from ds_longft.errors import ConfigError
-from ds_longft.tools.migrate import migrated
+from ds_longft.tools.migrate import SPECIAL, USUAL_OF_SOURCES, migrated
 from ds_longft.tools.migrate_defaults import TRL as TRL_DEFAULTS
 from ds_longft.tools.migrate_defaults import TRL_DPO
 
@@ -101,7 +102,7 @@ def of(tmp_path: Path, text: str):
     (tmp_path / "theirs.yaml").write_text(text)
     ours, notes = migrated(tmp_path / "theirs.yaml")
     (tmp_path / "ours.yaml").write_text(ours)
-    return load_run_config(["--config", str(tmp_path / "ours.yaml")]), notes
+    return load_run_config(["--config", str(tmp_path / "ours.yaml")]), [note for of in notes.values() for note in of]
 
 
 def named(notes: list[str]) -> set[str]:
@@ -324,3 +325,54 @@ def test_the_installed_transformers_averages_means_under_sp_as_the_page_says() -
     ]
     assert f"= {(n * a + m * b) / (n + m):.2f} | loss ({a} + {b}) / 2 = {(a + b) / 2} |" in table
     assert f"weighs {m // n} times" in table
+
+
+@pytest.mark.parametrize("key", ["sequence_parallel_degree", "context_parallel_size"])
+def test_gpus_that_share_a_sample(tmp_path: Path, key: str) -> None:
+    run, notes = of(tmp_path, f"base_model: a/b\nadapter: lora\n{key}: 4\n")
+    assert (run.sp, notes) == (4, [])
+    assert unknown_key(key, ["sp"]).endswith("did you mean sp?")
+
+
+def test_every_key_that_the_page_names_is_known() -> None:
+    """The tables by hand of docs/migrating.md."""
+    page = (Path(__file__).parents[3] / "docs/migrating.md").read_text().partition("<!-- keys")[0]
+    words = [w for row in page.splitlines() if row[:3] == "| `" for w in re.findall(r"`(.*?)`", row.split("|")[1])]
+    keys = [w.partition(":")[0] for w in words if re.fullmatch(r"[a-z_]+(: .*)?", w)]
+    assert {"sequence_parallel_degree", "type", "train_on_inputs"} <= set(keys)
+    known = {*KEYS_OF_OTHER_TOOLS, *EXPLANATIONS, *HOLDS_ANYWAY, *SPECIAL, *USUAL_OF_SOURCES}
+    assert [key for key in keys if key not in known] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "whose"),
+    [(AXOLOTL, "an Axolotl"), (LLAMA_FACTORY, "a LLaMA-Factory"), (TRL, "a TRL"), (SWIFT, "an ms-swift")],
+)
+def test_a_file_of_another_trainer_is_answered_in_one_line(tmp_path: Path, text: str, whose: str) -> None:
+    (file := tmp_path / "theirs.yaml").write_text(text)
+    with pytest.raises(ConfigError) as raised:
+        load_run_config(str(file))
+    (line,) = raised.value.problems
+    assert line.startswith(f"this looks like {whose} config: ds-longft migrate {file} --out mine.yaml carries it over")
+    file.write_text("model: {path: a}\nadapter: lora\nbase_model: b\n")  # ours, with two strange keys
+    with pytest.raises(ConfigError) as raised:
+        load_run_config(str(file))
+    assert len(raised.value.problems) > 1
+
+
+def test_notes_stand_by_weight(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    more = "evals_per_epoch: 2\nheads_k_stride: 1\nliger_rope: true\nplugins: [liger]\nwandb_entity: us\n"
+    (tmp_path / "theirs.yaml").write_text(AXOLOTL + more + "train_on_inputs: true\n")
+    _, notes = migrated(tmp_path / "theirs.yaml")
+    changes, by_hand, not_needed = ("\n".join(of) for of in notes.values())
+    assert "train_on_inputs: True is not there" in changes
+    assert "micro_batch_size: 2 rows" in changes
+    assert "evals_per_epoch: 2 is not carried over: set train.eval_every_steps; without it before the first" in by_hand
+    assert "set train.save_every_steps; without it at the end only" in by_hand
+    assert "set WANDB_ENTITY=us" in by_hand
+    assert not_needed.count("its own kernels; nothing to set") == 3
+    assert main(["migrate", str(tmp_path / "theirs.yaml")]) == 0
+    printed = capsys.readouterr().out
+    heads = [printed.index(f"# {head}:\n#   - ") for head in notes]
+    assert list(notes) == ["changes what is trained", "set by hand", "not needed here"]
+    assert heads == sorted(heads)

@@ -13,7 +13,7 @@ from ds_longft.cli import main
 from ds_longft.config.read import load_run_config
 from ds_longft.decide.search import Question, fastest, longest_of_each
 from ds_longft.decide.setting import Gpu, Setting, shipped_gpus
-from ds_longft.errors import EXIT_CONFIG
+from ds_longft.errors import EXIT_CONFIG, ConfigError
 from ds_longft.model.load import load_config as load_model_config
 from ds_longft.tools.plan.plan_text import not_ahead, recipe
 from tests.unit.decide.shapes import LLAMA_8B, SMOLLM2, sizes
@@ -76,6 +76,12 @@ def test_a_planned_config_is_planned_as_it_was(
     assert f"peak {own['peak_gib']:.1f} of" in shown
 
 
+def test_a_gpu_of_one_size_needs_no_size() -> None:
+    assert Gpu.load("H100") == Gpu.load("h100-80")
+    with pytest.raises(ConfigError, match="a100-40, a100-80"):
+        Gpu.load("a100")
+
+
 def test_a_config_that_does_not_fit(llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(f"model: {{path: {llama}}}\ndata: {{train: not here.jsonl, max_length_tokens: 128K}}\n")
@@ -85,7 +91,10 @@ def test_a_config_that_does_not_fit(llama: str, tmp_path: Path, capsys: pytest.C
     assert "does not fit on 1 x" in said
     assert "train.recompute: full" in said
     assert main(["plan", *machine, "--length", "4K", "--train.recompute", "none"]) == 0
-    assert "4,096 tokens" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "4,096 tokens" in shown
+    assert "ZeRO 3 asked (zero3_sp.json)" in shown, "as `check` says it"
+    assert "; frozen weights stay whole on each GPU" in shown
     for more, text in (
         (["--documents", "2"], "are for a model alone"),
         (["--train.recomput", "none"], "train.recompute"),
