@@ -258,6 +258,11 @@ def _header(
         f"{loader.steps_per_epoch(state.epoch)} steps {period}, {state.total_steps} in all; packs of up to "
         f"{loader.budget_tokens:,} tokens{alone}, {layout.dp * config.train.gradient_accumulation_steps} in each step",
     ]
+    if (config.train.max_steps or 0) > state.total_steps:
+        lines.append(
+            f"train.max_steps is {config.train.max_steps}; train.epochs: {config.train.epochs:g} ends before it: raise "
+            f"train.epochs to train that long"
+        )
     if (config.optim.warmup_steps or 0) > state.total_steps:
         lines.append(
             f"optim.warmup_steps is {config.optim.warmup_steps}, more than the steps of this run: the learning rate "

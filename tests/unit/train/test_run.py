@@ -23,15 +23,18 @@ from ds_longft.train.status import STATUS, Status
 from tests.distributed.models import tiny_config
 
 
-@pytest.mark.parametrize(("warmup_steps", "said"), [(None, False), (4, False), (5, True)])
-def test_a_warmup_longer_than_the_epochs_is_said(warmup_steps: int | None, said: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("section", "key"), [("optim", "warmup_steps"), ("train", "max_steps")])
+@pytest.mark.parametrize(("steps", "said"), [(5, True), (4, False), (None, False)])
+def test_steps_that_the_epochs_never_reach_are_said(
+    section: str, key: str, steps: int | None, said: bool, tmp_path: Path
+) -> None:
     tiny_config("llama").save_pretrained(tmp_path)
-    config = RunConfig.model_validate({"model": {"path": str(tmp_path)}, "optim": {"warmup_steps": warmup_steps}})
+    config = RunConfig.model_validate({"model": {"path": str(tmp_path)}, section: {key: steps}})
     layout: Any = SimpleNamespace(world=1, sp=1, dp=1)
     loader: Any = SimpleNamespace(steps_per_epoch=lambda epoch: 4, budget_tokens=64)
     state = cast(Any, SimpleNamespace(epoch=0, total_steps=4, step=0))
     text = _header(config, layout, torch.device("cpu"), loader, state, None)
-    assert ("optim.warmup_steps is 5" in text) == said
+    assert (f"{section}.{key} is 5" in text) == said
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(1, 10), (2, 21), (0.5, 5), (1.5, 16), (0.01, 1), (2.25, 24)])
