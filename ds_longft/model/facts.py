@@ -124,9 +124,9 @@ class ModelFacts:
             layer_facts = ()
         down = _width(linears, hf_config.hidden_size)
         heads = hf_config.num_attention_heads
-        widest = max(layer_configs(hf_config), key=lambda of: sum(_head_dims(of)))  # Gemma 4: the full layers'
+        widest = max(layer_configs(hf_config), key=lambda config: sum(_head_dims(config)))  # Gemma 4: the full layers'
         query_dim, value_dim = _head_dims(widest)
-        head_dims = tuple(max(_head_dims(of)) for of in layer_configs(hf_config))
+        head_dims = tuple(max(_head_dims(config)) for config in layer_configs(hf_config))
         return cls(
             model_type=hf_config.model_type,
             hidden=hf_config.hidden_size,

@@ -151,7 +151,7 @@ class HostStore:
         What is still on its way out stays where it is: the last layers' outputs are asked for as soon as they left.
         """
         earlier = max((slot.layer for slot in self.waiting if slot.layer < layer), default=None)
-        wanted = [slot for of in (layer, earlier) for slot in self.waiting if slot.layer == of]
+        wanted = [slot for index in (layer, earlier) for slot in self.waiting if slot.layer == index]
         for slot, tensors in self.leaving:
             if slot in wanted:
                 slot.stay(tensors)

@@ -26,9 +26,7 @@ def case(
     """Tokens, and the logits before the third of them."""
     import torch
 
-    from ds_longft.layout import ParallelLayout
     from ds_longft.tools.evaluate.cached_attention import CACHED, register
-    from ds_longft.tools.evaluate.generate import ALONE, Reader, generate
     from ds_longft.tools.evaluate.subject import find_subject, load_subject
 
     register()
@@ -37,15 +35,27 @@ def case(
     mlp = loaded.plain.get_decoder().layers[0].mlp
     away = any(hasattr(t, "head") for t in (*mlp.parameters(), *mlp.buffers()))  # in place of a weight
     assert away == (weights != "resident")
+    _, tokens, logits = answers(loaded, sp, lengths, new)
+    return tokens, logits.tolist()
+
+
+def answers(loaded: Any, sp: int, lengths: list[int], new: int) -> tuple[list[list[int]], list[list[int]], Any]:
+    """Drawn prompts, the tokens behind them, and the logits [B, V] before the third of these."""
+    import torch
+
+    from ds_longft.layout import ParallelLayout
+    from ds_longft.tools.evaluate.generate import ALONE, Reader, generate
+    from tests.distributed.models import VOCAB
+
     rng = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(3, 97, (n,), generator=rng).tolist() for n in lengths]
+    prompts = [torch.randint(3, VOCAB, (n,), generator=rng).tolist() for n in lengths]
     layout = ParallelLayout.create(sp) if sp > 1 else ALONE
     tokens = generate(loaded, prompts, max_new_tokens=new, stop_ids=set(), layout=layout)
     reader = Reader(loaded, layout)
     reader.read(prompts, 2)
     for i in range(2):
         logits = reader.add([reply[i] for reply in tokens])
-    return tokens, logits.tolist()
+    return prompts, tokens, logits
 
 
 DYNAMIC = {"max_position_embeddings": 20, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 8.0}}
@@ -89,26 +99,17 @@ def hybrid_case(
     """Answers of all ranks, tokens and the last logits, and on the first the tokens of transformers alone."""
     import torch
 
-    from ds_longft.layout import ParallelLayout
     from ds_longft.model.wrapped import text_class
     from ds_longft.tools.evaluate.cached_attention import CACHED, register
-    from ds_longft.tools.evaluate.generate import ALONE, Reader, generate
     from ds_longft.tools.evaluate.subject import Loaded
-    from tests.distributed.models import VOCAB, tiny_config, tiny_model
+    from tests.distributed.models import tiny_config, tiny_model
 
     register()
     config = tiny_config(family, **changes)
     text_class(config)  # mends what transformers' class of Llama 4 calls its decoder
     model: Any = tiny_model(config, attn=CACHED, dtype=torch.float32).eval()
     loaded = Loaded(model, model, torch.device("cpu"))
-    rng = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(3, VOCAB, (n,), generator=rng).tolist() for n in lengths]
-    layout = ParallelLayout.create(world) if world > 1 else ALONE
-    tokens = generate(loaded, prompts, max_new_tokens=NEW, stop_ids=set(), layout=layout)
-    reader = Reader(loaded, layout)
-    reader.read(prompts, 2)
-    for i in range(2):
-        logits = reader.add([reply[i] for reply in tokens])
+    prompts, tokens, logits = answers(loaded, world, lengths, NEW)
     if rank:
         return (tokens, logits.tolist()), None
     plain = tiny_model(tiny_config(family, **changes), attn="eager", dtype=torch.float32).eval()

@@ -60,8 +60,8 @@ def _turn(share: HeadShare, i: int, count: int, group: int) -> HeadShare:
     """Part i of `count` of a rank's heads; whole groups where there are as many."""
     whole = not share.q.start % group and not len(share.q) % group and len(share.q) >= count * group
     unit = group if whole else 1
-    of = len(share.q) // unit
-    first, last = (share.q.start + unit * (n * of // count) for n in (i, i + 1))
+    units = len(share.q) // unit
+    first, last = (share.q.start + unit * (n * units // count) for n in (i, i + 1))
     return share_of(range(first, last), group)
 
 
@@ -141,7 +141,7 @@ class Spread:
             return self.to_tokens(out, [by_width(r.q, heads.out) for r in shares])
         turns = [[_turn(r, i, count, heads.count // heads.groups) for r in shares] for i in range(count)]
         reads = [[heads.reads(r) for r in turn] for turn in turns]
-        shared = [_overlap(of) for of in zip(*(ranges for turn in reads for ranges in turn), strict=True)]
+        shared = [_overlap(part) for part in zip(*(ranges for turn in reads for ranges in turn), strict=True)]
         channels = heads.count * heads.out
         pieces = [
             Piece(

@@ -42,6 +42,17 @@ def test_what_is_read_is_what_was_written(tmp_path: Path, dtype: torch.dtype, sh
     assert list(tmp_path.iterdir()) == [], "files have no names"
 
 
+def there_and_back(folder: Path) -> list[torch.Tensor]:
+    """What was written, read again, and no file left to be seen."""
+    store, sent = DiskStore(str(folder), CPU), [torch.randn(50_000)]
+    found = [torch.empty_like(sent[0])]
+    store.write("x", sent)
+    store.wait(store.read("x", found))
+    assert torch.equal(found[0], sent[0])
+    assert list(folder.iterdir()) == []
+    return sent
+
+
 def test_folders_that_know_no_files_without_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = os.open
 
@@ -51,12 +62,7 @@ def test_folders_that_know_no_files_without_a_name(tmp_path: Path, monkeypatch: 
         return opened(path, flags, *args)
 
     monkeypatch.setattr(os, "open", refuse)
-    store, sent = DiskStore(str(tmp_path), CPU), [torch.randn(50_000)]
-    found = [torch.empty_like(sent[0])]
-    store.write("x", sent)
-    store.wait(store.read("x", found))
-    assert torch.equal(found[0], sent[0])
-    assert list(tmp_path.iterdir()) == []
+    there_and_back(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -96,12 +102,7 @@ def test_a_folder_without_direct_io_goes_through_the_page_cache_and_leaves_nothi
     monkeypatch.setattr(os, "open", refuse)
     monkeypatch.setattr(os, "posix_fadvise", advised)
     assert not disk.is_direct(str(tmp_path))
-    store, sent = DiskStore(str(tmp_path), CPU), [torch.randn(50_000)]
-    found = [torch.empty_like(sent[0])]
-    store.write("x", sent)
-    store.wait(store.read("x", found))
-    assert torch.equal(found[0], sent[0])
-    assert list(tmp_path.iterdir()) == []
+    sent = there_and_back(tmp_path)
     chunks = [(at, part.numel(), os.POSIX_FADV_DONTNEED) for at, part in disk._chunks(sent)]
     assert sorted(done) == sorted(chunks * 2)
 
