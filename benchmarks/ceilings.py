@@ -2,12 +2,14 @@
 
     python benchmarks/ceilings.py --documents 131072 --sp 2 --kernel flash-attn-4       one GPU measures for all
     python benchmarks/ceilings.py --shape qwen3-30b-a3b --documents 131072 --kernel flash-attn-4    a mixture
+    python benchmarks/ceilings.py --shape hybrid8b --documents 131072 --kernel flash-attn-4         layers with a state
     python benchmarks/ceilings.py --shape tiny --documents 64x4 --sp 2 --kernel cpu     a rehearsal on a CPU
 
 The floor of a step is, for each layer, the attention forward once and its backward on exactly the heads and document
 lengths that a rank has under --sp, and each linear's product forward and for its input's gradient (with --full for the
 weight's own gradient too) on the rank's tokens; once more for the head. Of experts it is the grouped products, in the
-tiles of training, with as many tokens for each. Layers with a window are measured with it. Nothing is computed twice,
+tiles of training, with as many tokens for each. Of layers with a state it is the convolution and the recurrence, by the
+kernels that training calls, on the rank's heads. Layers with a window are measured with it. Nothing is computed twice,
 nothing is communicated, norms, activations, adapters and the optimizer take no time. Prints one JSON line.
 """
 
@@ -18,16 +20,21 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.attention_kernels import Pack, first_ms, median_ms
 from benchmarks.work import SHAPES, append, lengths_of, provenance, shape_of
+from ds_longft.batch import Documents
+from ds_longft.model.facts import ModelFacts, StateFacts
 from ds_longft.sequence.experts import grouped, tile_of
 from ds_longft.sequence.kernels import AttentionSpec, kernel_by_name
+from ds_longft.sequence.state.families import state_layers
+from ds_longft.sequence.state.recurrence import causal_conv, decayed_attention, gated_delta
 
 MAX_ELEMENTS = 1 << 31  # of a product's result at a time: the head's is computed in parts, here as in training
 
@@ -45,20 +52,32 @@ def main() -> None:
     parser.add_argument("--append", help="append the result to this file")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shape = shape_of(args.shape, args.layers)
+    config = AutoConfig.for_model(**shape_of(args.shape, args.layers))
+    model = ModelFacts.from_config(config)
     lengths = lengths_of(args.documents)
-    if args.full and "num_experts_per_tok" in shape:
+    if args.full and model.experts:
         parser.error("--full: gradients of experts' weights are not measured")
-    windows = [shape["sliding_window"] if kind == "sliding_attention" else None for kind in layers_of(shape)]
-    of_window = {window: attention_ms(args, shape, lengths, device, window) for window in dict.fromkeys(windows)}
-    forward_ms, backward_ms = of_window.get(None, of_window[windows[0]])
     tokens = sum(lengths) // args.sp
-    linears = {name: product_ms(args, sizes, tokens, device) for name, sizes in linears_of(shape).items()}
-    linear_ms = sum(ms for name, (ms, _) in linears.items() if name != "lm_head")
-    experts_ms, experts_tflops = grouped_ms(args, shape, tokens, device)
-    all_attention_ms = sum(sum(of_window[window]) for window in windows)
-    floor_s = 1e-3 * (all_attention_ms + len(windows) * (linear_ms + experts_ms) + linears["lm_head"][0])
-    tflop = 1e-12 * forward_flops(shape, lengths, args.sp)
+    attention = {window: attention_ms(args, model, lengths, device, window) for window in dict.fromkeys(model.windows)}
+    forward_ms, backward_ms = attention.get(None) or next(iter(attention.values()))
+    attention_ms_in_all = sum(sum(attention[window]) for window in model.windows)
+    products: dict[tuple[int, int], tuple[float, float]] = {}  # (in, out) of a linear: ms, TFLOP/s
+    for kind in model.kinds:
+        for _, n_in, n_out in kind.linear_io:
+            if (n_in, n_out) not in products:
+                products[n_in, n_out] = product_ms(args, (n_in, n_out), tokens, device)
+    linears_ms = sum(
+        count * products[n_in, n_out][0] for kind, count in model.kinds.items() for _, n_in, n_out in kind.linear_io
+    )
+    head_ms, head_tflops = product_ms(args, (model.hidden, model.vocab), tokens, device)
+    experts_ms, experts_tflops = grouped_ms(args, model, tokens, device)
+    with torch.device("meta"):
+        mixers = [mixer for _, mixer in state_layers(AutoModelForCausalLM.from_config(config))]
+    states = {kind.state: state_ms(args, mixers[0], kind.state, lengths, device) for kind in model.kinds if kind.state}
+    states_ms = sum(count * sum(states[kind.state]) for kind, count in model.kinds.items() if kind.state)
+    floor_s = 1e-3 * (attention_ms_in_all + linears_ms + model.expert_layers * experts_ms + states_ms + head_ms)
+    pairs = sum(2.0 * n * n for n in lengths)  # causal: half of two products of L x L x d for each head
+    tflop = 1e-12 * pairs * model.head_dim * (model.q_heads // args.sp)
     result = {
         **provenance(1, torch),
         "what": f"floor {args.shape} {args.documents} sp{args.sp} {'full' if args.full else 'lora'} {args.kernel}",
@@ -68,11 +87,15 @@ def main() -> None:
         "attention_backward_ms": round(backward_ms, 3),
         "attention_forward_tflops": round(tflop / forward_ms * 1e3, 1),
         "attention_backward_tflops": round(2.5 * tflop / backward_ms * 1e3, 1),
-        "linears_of_a_layer_ms": round(linear_ms, 3),
+        "attention_of_all_layers_ms": round(attention_ms_in_all, 3),
+        "linears_of_all_layers_ms": round(linears_ms, 3),
         "experts_of_a_layer_ms": round(experts_ms, 3),
         "experts_tflops": round(experts_tflops, 1),
-        "head_ms": round(linears["lm_head"][0], 3),
-        "linear_tflops": {name: round(rate, 1) for name, (_, rate) in linears.items()},
+        "states_of_all_layers_ms": round(states_ms, 3),
+        "state_forward_backward_ms": [[round(ms, 3) for ms in pair] for pair in states.values()],
+        "head_ms": round(head_ms, 3),
+        "head_tflops": round(head_tflops, 1),
+        "linear_tflops": {f"{n_in}x{n_out}": round(rate, 1) for (n_in, n_out), (_, rate) in products.items()},
     }
     print(json.dumps(result), flush=True)
     if args.append:
@@ -80,13 +103,13 @@ def main() -> None:
 
 
 def attention_ms(
-    args: argparse.Namespace, shape: dict[str, Any], lengths: list[int], device: torch.device, window: int | None
+    args: argparse.Namespace, model: ModelFacts, lengths: list[int], device: torch.device, window: int | None
 ) -> tuple[float, float]:
     """Forward and backward of one layer's attention over a whole pack, with the heads of one of the sp ranks."""
     heads = SimpleNamespace(
-        q_heads=shape["num_attention_heads"] // args.sp,
-        kv_heads=max(1, shape["num_key_value_heads"] // args.sp),
-        head_dim=head_dim_of(shape),
+        q_heads=model.q_heads // args.sp,
+        kv_heads=max(1, model.kv_heads // args.sp),
+        head_dim=model.head_dim,
         device=device.type,
         dtype="bfloat16" if device.type == "cuda" else "float32",
     )
@@ -100,36 +123,50 @@ def attention_ms(
     )
 
 
-def forward_flops(shape: dict[str, Any], lengths: list[int], sp: int) -> float:
-    """Of one layer's causal attention with the heads of one rank: half of two products of L x L x d a head."""
-    head_dim = head_dim_of(shape)
-    return sum(2.0 * n * n for n in lengths) * head_dim * (shape["num_attention_heads"] // sp)
+def state_ms(
+    args: argparse.Namespace, mixer: nn.Module, state: StateFacts, lengths: list[int], device: torch.device
+) -> tuple[float, float]:
+    """Forward and backward of one layer's convolution and recurrence over a whole pack, with a rank's share of heads.
 
+    Raises:
+        SystemExit: no kernel for a kind of state is measured here.
+    """
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    tokens, heads, groups = sum(lengths), state.heads // args.sp, max(1, state.groups // args.sp)
+    documents = Documents(torch.tensor([0, *lengths], device=device).cumsum(0).int(), tuple(lengths))
 
-def head_dim_of(shape: dict[str, Any]) -> int:
-    """Size of a head."""
-    return int(shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"])
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(tokens, *shape, device=device, dtype=dtype)
 
-
-def layers_of(shape: dict[str, Any]) -> list[str]:
-    """Kind of each layer."""
-    return list(shape.get("layer_types") or ["full_attention"] * shape["num_hidden_layers"])
-
-
-def linears_of(shape: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """(in, out) features of a layer's linears and of the head."""
-    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
-    head_dim = head_dim_of(shape)
-    wide = head_dim * shape["num_attention_heads"]
-    mlp = {"gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden)}
-    return {
-        "q_proj": (hidden, wide),
-        "k_proj": (hidden, shape["num_key_value_heads"] * head_dim),
-        "v_proj": (hidden, shape["num_key_value_heads"] * head_dim),
-        "o_proj": (wide, hidden),
-        **({} if "num_experts_per_tok" in shape else mlp),
-        "lm_head": (hidden, shape["vocab_size"]),
+    q, k, v = drawn(groups, state.keys), drawn(groups, state.keys), drawn(heads, state.values)
+    g = -0.2 * torch.rand(tokens, heads, device=device)
+    beta = torch.rand(tokens, heads, device=device, dtype=dtype)
+    calls = {
+        "delta": lambda *leaves: gated_delta(mixer, *leaves, beta, documents),
+        "decay": lambda *leaves: decayed_attention(*leaves, documents),
     }
+    if state.kind not in calls:
+        raise SystemExit(f"no kernel is measured for layers of the kind {state.kind!r}")
+    leaves = [t.requires_grad_() for t in (q, k, v, g)]
+    channels = drawn(state.channels // args.sp).requires_grad_()
+    weight = torch.randn(state.channels // args.sp, 4, device=device, dtype=dtype)
+    works = (
+        (lambda: calls[state.kind](*leaves), leaves),
+        (lambda: causal_conv(channels, weight, None, "silu", documents.positions, documents), [channels]),
+    )
+    forward_ms = backward_ms = 0.0
+    for forward, given in works:
+        out = forward()
+        dout = torch.randn_like(out)
+
+        def backward(out: Tensor = out, given: list[Tensor] = given, dout: Tensor = dout) -> object:
+            return torch.autograd.grad(out, given, dout, retain_graph=True)
+
+        backward()  # compiles, as the first call above
+        with torch.no_grad():
+            forward_ms += median_ms(forward, device, args.budget_s)
+        backward_ms += median_ms(backward, device, args.budget_s)
+    return forward_ms, backward_ms
 
 
 def product_ms(
@@ -153,21 +190,18 @@ def product_ms(
     return ms * tokens / rows, flops / ms / 1e9
 
 
-def grouped_ms(
-    args: argparse.Namespace, shape: dict[str, Any], tokens: int, device: torch.device
-) -> tuple[float, float]:
+def grouped_ms(args: argparse.Namespace, model: ModelFacts, tokens: int, device: torch.device) -> tuple[float, float]:
     """Of a layer's experts on all of the rank's tokens: forward and input gradients, and TFLOP/s; zeros where none."""
-    used = shape.get("num_experts_per_tok")
-    if used is None:
+    if not model.experts:
         return 0.0, 0.0
-    experts = shape.get("num_experts") or shape["num_local_experts"]
-    hidden, inner = shape["hidden_size"], shape.get("moe_intermediate_size") or shape["intermediate_size"]
+    experts, used = model.experts, model.experts_used
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tile = min(tile_of(experts, used, None), tokens)
     rows = tile * used
     ends = (torch.arange(1, experts + 1, device=device) * rows // experts).int()  # as many rows for each
     ms = flops = 0.0
-    for n_in, n_out in ((hidden, 2 * inner), (inner, hidden)):
+    for sizes in model.expert_io:
+        n_in, n_out = sizes  # gradients ask for the other order, whichever this is
         weight = torch.randn(experts, n_out, n_in, device=device, dtype=dtype)
         x, dy = (torch.randn(rows, n, device=device, dtype=dtype) for n in (n_in, n_out))
         for a, b in ((x, weight.transpose(1, 2)), (dy, weight)):
