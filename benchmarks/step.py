@@ -130,7 +130,7 @@ def main() -> None:
     from ds_longft.model.packed import FORMATS
     from ds_longft.model.peaks import peak_tflops
     from ds_longft.sequence.kernels import AttentionSpec, choose_kernel
-    from ds_longft.train.device_memory import device_memory, own_memory_gib
+    from ds_longft.train.device_memory import device_memory, own_memory_gib, total_and_outside_torch
     from ds_longft.train.disk_room import check_disk, measured_gb_s
     from ds_longft.train.engine import build
     from ds_longft.train.install import decided, known_run
@@ -138,10 +138,10 @@ def main() -> None:
     from ds_longft.train.rehearse import choose_passes, rehearse, settle
     from ds_longft.train.step import backpropagate_pack
 
-    if args.cap_gib and device.type == "cuda":  # what the planner counts beside torch's is in it
-        typical = Gpu.load("h200")
-        own_gib = args.cap_gib - typical.context_gib - typical.nccl_gib * (launch.world > 1)
-        torch.cuda.set_per_process_memory_fraction(own_gib * GIB / torch.cuda.mem_get_info()[1], device)
+    if args.cap_gib and device.type == "cuda":  # the context lies in it, as on a smaller card; what NCCL will take too
+        total, outside = total_and_outside_torch(device)
+        own_bytes = args.cap_gib * GIB - outside - (Gpu.load("h200").nccl_gib * GIB if launch.world > 1 else 0)
+        torch.cuda.set_per_process_memory_fraction(own_bytes / total, device)
     sp = args.sp or launch.world
     tokens = sum(lengths)
     longest = max(lengths)

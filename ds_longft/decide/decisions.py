@@ -119,7 +119,7 @@ def decide(run: Run) -> Decisions:
         host_gib = run.config.train.offload_host_gib + host_bytes(model, setting) * run.local_world / GIB
         asked, setting = setting, fastest_saver(model, setting, gpu, host_gib)
         if not predict(model, setting, gpu).fits(gpu, host_gib, run.local_world):
-            setting = fastest_of(last_resorts(asked, model), model, gpu, host_gib)
+            setting = fastest_of((setting, *last_resorts(asked, model)), model, gpu, host_gib)
     else:
         setting = fastest_of(passes_of(setting), model, gpu)
     outside = (gpu.context_gib + (gpu.nccl_gib if run.world > 1 else 0.0)) * GIB

@@ -91,16 +91,20 @@ def fastest_saver(model: ModelFacts, setting: Setting, gpu: Gpu, host_gib: float
 
 
 def fastest_of(settings: Iterable[Setting], model: ModelFacts, gpu: Gpu, host_gib: float | None = None) -> Setting:
-    """The fastest that fits: the earlier one unless a later one gains `WORTH_SAVING`; the last one where none fits."""
-    least_s, chosen = float("inf"), None
+    """The fastest that fits: the earlier one unless a later one gains `WORTH_SAVING`; where none fits, the one that
+    needs least of the GPU.
+    """
+    least_s, least_bytes, chosen = float("inf"), float("inf"), None
     for each in settings:
         memory = predict(model, each, gpu)
-        if not memory.fits(gpu, host_gib, each.local_world or each.world):
-            continue
-        seconds = predict_time(model, each, gpu, memory.keep).total_s
-        if seconds < (1 - WORTH_SAVING) * least_s:
-            least_s, chosen = seconds, each
-    return chosen or each
+        if memory.fits(gpu, host_gib, each.local_world or each.world):
+            seconds = predict_time(model, each, gpu, memory.keep).total_s
+            if seconds < (1 - WORTH_SAVING) * least_s:
+                least_s, chosen = seconds, each
+        elif least_s == float("inf") and memory.peak < least_bytes:
+            least_bytes, chosen = memory.peak, each
+    assert chosen is not None, "nothing to choose from"
+    return chosen
 
 
 @dataclass(frozen=True)
