@@ -55,6 +55,8 @@ class LayerFacts:
     linear_io: tuple[tuple[str, int, int], ...]
     inter: int
     qk_norm: bool
+    kv_heads: int
+    head_dim: int
     attends: bool
     state: StateFacts | None
 
@@ -89,8 +91,8 @@ class ModelFacts:
     qk_norm: bool  # queries and keys are normed (Qwen 3)
     norm_after_mlp: bool  # the MLP's output is needed again in the backward pass (Gemma 2 and 3)
     max_positions: int  # documents longer than this need model.rope; 0: none is too long
-    layer_facts: tuple[LayerFacts, ...] = ()  # of each layer, where some carry a state; empty: all are alike
-    head_dims: tuple[int, ...] = ()  # d of each softmax attention, where they differ (Gemma 4)
+    # of each layer, where some carry a state or have other heads (Gemma 4); empty: all are alike
+    layer_facts: tuple[LayerFacts, ...] = ()
     attends: bool = True  # of one layer (`by_layer`): it has softmax attention
     state: StateFacts | None = None  # of one layer
 
@@ -118,23 +120,23 @@ class ModelFacts:
             experts, used = len(_stacks_of(layer)[0]), _number(hf_config, "num_experts_per_tok", "moe_topk") or 1
             body += sum(p.numel() for each in with_experts for p in _stacks_of(each)) * used // experts
         linears = _linears_of(layer)
-        if hf_config.model_type in STATE_FAMILIES:
-            layer_facts = tuple(_layer_facts(each, hf_config.hidden_size) for each in decoder_layers(model))
-        else:
-            layer_facts = ()
+        configs = layer_configs(hf_config)
+        layer_facts: tuple[LayerFacts, ...] = ()
+        if hf_config.model_type in STATE_FAMILIES or len({_heads(each) for each in configs}) > 1:
+            of_each = zip(decoder_layers(model), configs, strict=True)
+            layer_facts = tuple(_layer_facts(each, config) for each, config in of_each)
         down = _width(linears, hf_config.hidden_size)
         heads = hf_config.num_attention_heads
-        widest = max(layer_configs(hf_config), key=lambda config: sum(_head_dims(config)))  # Gemma 4: the full layers'
+        widest = max(configs, key=lambda config: sum(_head_dims(config)))  # Gemma 4: the full layers'
         query_dim, value_dim = _head_dims(widest)
-        head_dims = tuple(max(_head_dims(config)) for config in layer_configs(hf_config))
         return cls(
             model_type=hf_config.model_type,
             hidden=hf_config.hidden_size,
             inter=down if down else 0 if experts else _number(hf_config, "intermediate_size"),
             layers=hf_config.num_hidden_layers,
             q_heads=heads,
-            kv_heads=_number(widest, "num_key_value_heads") or heads,
-            head_dim=max(query_dim, value_dim),
+            kv_heads=_heads(widest)[0],
+            head_dim=_heads(widest)[1],
             attention_width=heads * (query_dim + value_dim) // 2,
             softcap=getattr(hf_config, "attn_logit_softcapping", None),
             windows=layer_windows(hf_config),
@@ -155,7 +157,6 @@ class ModelFacts:
             norm_after_mlp=hasattr(layer, "post_feedforward_layernorm"),
             max_positions=positions_end(hf_config) or 0,
             layer_facts=layer_facts,
-            head_dims=head_dims if len(set(head_dims)) > 1 and not layer_facts else (),
         )
 
     def __hash__(self) -> int:
@@ -165,7 +166,8 @@ class ModelFacts:
     @cached_property
     def attentions(self) -> tuple[tuple[int | None, int], ...]:
         """(window, d) of each softmax attention."""
-        return tuple(zip(self.windows, self.head_dims or (self.head_dim,) * len(self.windows), strict=True))
+        dims = [each.head_dim for each in self.layer_facts] or [self.head_dim] * len(self.windows)
+        return tuple(zip(self.windows, dims, strict=False))  # layers with a state: fewer windows, heads of one size
 
     @cached_property
     def by_layer(self) -> tuple[ModelFacts, ...]:
@@ -260,11 +262,13 @@ def _has_qk_norm(layer: nn.Module) -> bool:
     return any(name.rpartition(".")[2] == "q_norm" for name, _ in layer.named_modules())
 
 
-def _layer_facts(layer: nn.Module, hidden: int) -> LayerFacts:
+def _layer_facts(layer: nn.Module, hf_config: PretrainedConfig) -> LayerFacts:
     linears = _linears_of(layer)
     state = next((found for found in map(_state_facts, layer.modules()) if found), None)
     attends = any(name == "q_proj" for name, _, _ in linears) and (state is None or state.kind == "decay")
-    return LayerFacts(linears, _width(linears, hidden), _has_qk_norm(layer), attends, state)
+    return LayerFacts(
+        linears, _width(linears, hf_config.hidden_size), _has_qk_norm(layer), *_heads(hf_config), attends, state
+    )
 
 
 def _state_facts(m: Any) -> StateFacts | None:
@@ -330,6 +334,12 @@ def _head_dims(hf_config: PretrainedConfig) -> tuple[int, int]:
     """Size of a head of queries and keys, and of values: latent attention (DeepSeek) has its own keys for both."""
     dim = config_head_dim(hf_config)
     return _number(hf_config, "qk_head_dim") or dim, _number(hf_config, "v_head_dim") or dim
+
+
+def _heads(hf_config: PretrainedConfig) -> tuple[int, int]:
+    """Heads of keys and values, and d, as attention exchanges it."""
+    heads = _number(hf_config, "num_key_value_heads") or hf_config.num_attention_heads
+    return heads, max(_head_dims(hf_config))
 
 
 def _number(hf_config: PretrainedConfig, *keys: str) -> int:

@@ -139,7 +139,11 @@ def _part_of(whole: type[PreTrainedModel], *, text: bool) -> type[PreTrainedMode
         left_out = outside if text else [name for name, module in self.named_modules() if module in kept]
         for name in left_out:
             parent, _, child = name.rpartition(".")
-            delattr(self.get_submodule(parent), child)
+            holder = self.get_submodule(parent)
+            weight = child in holder._parameters
+            delattr(holder, child)
+            if weight:
+                setattr(holder, child, torch.empty(0))  # for transformers, which draws it at random
         self._keys_to_ignore_on_load_unexpected |= {"^" + name.replace(".", r"\.") for name in left_out}
         if not text:
             self._tied_weights_keys = self.all_tied_weights_keys = {}
@@ -148,7 +152,10 @@ def _part_of(whole: type[PreTrainedModel], *, text: bool) -> type[PreTrainedMode
 
 
 def _outside(model: nn.Module, kept: list[nn.Module], prefix: str = "") -> Iterator[str]:
-    """Names of the modules that hold none of those, the outermost of each branch."""
+    """Names of the modules that hold none of those, the outermost of each branch, and of weights beside them: rows
+    that stand for the end of a line of an image (LLaVA-NeXT), which weight decay would change.
+    """
+    yield from (prefix + name for name, _ in model.named_parameters(recurse=False))
     for name, child in model.named_children():
         if any(child is one for one in kept):
             continue

@@ -110,6 +110,7 @@ def about(model: str, revision: str | None) -> Iterator[tuple[str, str]]:
     from ds_longft.model.facts import ModelFacts
     from ds_longft.model.load import load_config
     from ds_longft.model.lora import add_lora
+    from ds_longft.model.lora_targets import adapted_in_words
     from ds_longft.model.reach import check_reach
     from ds_longft.model.wrapped import is_wrapped, make, text_class
 
@@ -123,23 +124,31 @@ def about(model: str, revision: str | None) -> Iterator[tuple[str, str]]:
     experts = f", {facts.experts} experts a layer" if facts.experts else ""
     yield "size", f"{facts.weights / 1e9:.2f}B weights, {facts.layers} layers{experts}"
     wide = " or ".join(map(str, sorted({d for _, d in facts.attentions})))
-    yield "heads", f"{facts.q_heads} of queries, {facts.kv_heads} of keys and values, {wide} wide"
+    keys = " or ".join(map(str, sorted({kind.kv_heads for kind in facts.kinds})))
+    yield "heads", f"{facts.q_heads} of queries, {keys} of keys and values, {wide} wide"
     yield "sp", f"1 to {facts.most_ranks}"
     windows = Counter(facts.windows)
     yield "window", ", ".join(f"{n} layers {'see all' if w is None else f'{w:,} tokens'}" for w, n in windows.items())
     yield "positions", f"{facts.max_positions:,} tokens" if facts.max_positions else "any length"
     for gpu, capability in GPUS.items():
         yield "kernels", f"{gpu}: {'; '.join(_kernels(facts, capability))}"
-    with torch.device("meta"):
-        bare = make(text_class(hf_config), copy.deepcopy(hf_config), attn_implementation="eager")
-        try:
-            adapted = add_lora(bare, LoraConfig(), seed=0)
-        except ModelError as error:
-            yield "LoRA", str(error)
-            return
-    layers = [name.split(".lora_A")[0] for name, _ in adapted.named_parameters() if "lora_A" in name]
-    reached = Counter(name.rpartition(".")[2] for name in layers)
-    yield "LoRA reaches", ", ".join(f"{count} {name}" for name, count in reached.items())
+    for with_experts in (False, True) if facts.experts else (False,):
+        lora = LoraConfig(experts=with_experts)
+        with torch.device("meta"):
+            bare = make(text_class(hf_config), copy.deepcopy(hf_config), attn_implementation="eager")
+            try:
+                adapted = add_lora(bare, lora, seed=0)
+            except ModelError as error:
+                yield "LoRA", str(error)
+                return
+        weights = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        trained = f"{weights / 1e6:,.2f}M weights of rank {lora.r}"
+        if not with_experts:
+            layers = [name.split(".lora_A")[0] for name, _ in adapted.named_parameters() if "lora_A" in name]
+            reached = Counter(name.rpartition(".")[2] for name in layers)
+            yield "LoRA reaches", ", ".join(f"{count} {name}" for name, count in reached.items()) + f": {trained}"
+        if facts.experts:
+            yield "lora.experts", f"{str(with_experts).lower()}: {adapted_in_words(adapted)}: {trained}"
 
 
 def _kernels(facts: Any, capability: tuple[int, int]) -> Iterator[str]:

@@ -174,7 +174,7 @@ def instead(others: Mapping[str, Plan | None]) -> list[str]:
 
 def of_states(model: ModelFacts) -> list[str]:
     """What is special about a model with layers that carry a state."""
-    if not model.layer_facts:
+    if not any(f.state for f in model.layer_facts):
         return []
     attend = sum(f.attends for f in model.layer_facts)
     lines = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +16,7 @@ from ds_longft.errors import ModelError
 from ds_longft.model.facts import ModelFacts, layer_windows, visible_pairs
 from ds_longft.model.peaks import peak_tflops
 from ds_longft.model.supported import check_supported, decoder_layers
+from ds_longft.model.wrapped import whole_on_meta
 from tests.unit.model.tiny import FAMILIES, tiny_config
 from tests.unit.sequence.zoo import SMALL, model_types, tiny
 
@@ -126,19 +126,18 @@ def test_layers_that_gpt_2_calls_convolutions_are_linear() -> None:
 
 
 OTHER_EXPERTS = {"beam", "doge"}  # a layer of linears each, or rows of an embedding: no stack of weights
-HEADS_BY_KIND = {"mimo_v2_flash"}  # sliding layers have heads of their own: the facts are those of full layers
+OTHER_HEADS = {"mimo_v2_flash", "longcat_flash"}  # sliding layers have twice the keys; two attentions are one layer
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", model_types())
 def test_facts_are_those_of_the_model(model_type: str) -> None:
     """Every causal model type of transformers that can be trained; types that this small a config does not make are
-    left out.
+    left out. Of a multimodal one the facts are those of its decoder and head, as the whole model has them.
     """
     try:
         config = tiny(model_type)
-        with torch.device("meta"):
-            AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager")
+        model = whole_on_meta(config)
     except Exception as error:
         pytest.skip(f"{type(error).__name__}: {str(error).splitlines()[0]}")
     try:
@@ -146,20 +145,22 @@ def test_facts_are_those_of_the_model(model_type: str) -> None:
         facts = ModelFacts.from_config(config)
     except ModelError:
         pytest.skip("refused by name")
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager")
-    assert facts.weights == sum(p.numel() for p in model.parameters())
-    assert facts.head_weights == facts.vocab * facts.hidden == model.get_output_embeddings().weight.numel()
-    if model_type not in OTHER_EXPERTS:
-        assert (facts.experts > 0) == any(p.dim() == 3 and p.shape[1] > 1 for p in model.parameters())
-    state = model_type in STATE_FAMILIES
+    text, head = config.get_text_config(), model.get_output_embeddings()
+    trained = {p for part in (model.get_decoder(), head) for p in part.parameters()}  # a tied head counts once
+    assert facts.weights == sum(p.numel() for p in trained)
+    assert facts.head_weights == facts.vocab * facts.hidden == head.weight.numel()
+    if text.model_type not in OTHER_EXPERTS:
+        assert (facts.experts > 0) == any(p.dim() == 3 and p.shape[1] > 1 for p in trained)
+    state = text.model_type in STATE_FAMILIES
     assert facts.state_products == 0 or state
     assert len(facts.windows) == facts.layers or state
-    modules = decoder_layers(model)[0].named_modules()
-    linears = {name.rsplit(".", 1)[-1]: m for name, m in modules if isinstance(m, nn.Linear)}
-    for name, heads in (("q_proj", facts.q_heads), ("q_b_proj", facts.q_heads), ("k_proj", facts.kv_heads)):
-        if name in linears and model_type not in HEADS_BY_KIND and not state:
-            assert linears[name].out_features == heads * facts.head_dim
+    if text.model_type in OTHER_HEADS or state:
+        return
+    for layer, one in zip(decoder_layers(model), facts.by_layer, strict=True):
+        linears = {name.rsplit(".", 1)[-1]: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
+        for name, heads in (("q_proj", one.q_heads), ("q_b_proj", one.q_heads), ("k_proj", one.kv_heads)):
+            if name in linears:
+                assert linears[name].out_features == heads * one.head_dim
 
 
 def test_attention_costs_as_much_as_the_linears_at_its_length() -> None:

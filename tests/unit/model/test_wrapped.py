@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from ds_longft.train.weights import gather_weights
 from tests.unit.sequence.zoo import tiny
 from tests.unit.tools.test_export import save_tokenizer
 
-OTHERS = ("llama4", "mistral3", "qwen3_vl", "internvl", "llava", "smolvlm")
+OTHERS = ("llama4", "mistral3", "qwen3_vl", "internvl", "llava", "llava_next", "smolvlm")
 WRAPPERS = ["gemma3", "gemma4", "qwen2_5_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
 TOKENS = torch.arange(1, 20)[None]
 
@@ -58,7 +59,7 @@ def disturbed(model: Any) -> Any:
 
 def towers(folder: Path) -> dict[str, torch.Tensor]:
     """The weights of a saved model that are none of its text model's."""
-    return {k: v for k, v in load_file(folder / "model.safetensors").items() if "vis" in k or "projector" in k}
+    return {k: v for k, v in load_file(folder / "model.safetensors").items() if re.search("vis|projector|newline", k)}
 
 
 @pytest.mark.parametrize("model_type", WRAPPERS)

@@ -46,6 +46,21 @@ def test_one_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "vision" not in lines[-1]
 
 
+@pytest.mark.parametrize("model_type", ["gpt_oss", "llama4"])
+def test_lora_on_a_mixture_with_and_without_experts(
+    model_type: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny(model_type).save_pretrained(tmp_path)
+    assert main(["models", str(tmp_path)]) == 0
+    reaches, without, with_experts = capsys.readouterr().out.splitlines()[-3:]
+    assert reaches.startswith("LoRA reaches    3 q_proj, ")
+    assert without.startswith("lora.experts    false: ")
+    assert "not on the 4 experts of a layer (lora.experts: true adapts them), nor on routers: 0.0" in without
+    assert with_experts.startswith("lora.experts    true: ")
+    assert "down_proj, gate_up_proj of each of a layer's 4 experts, not on routers: 0." in with_experts
+    assert without.rpartition(": ")[2] == reaches.rpartition(": ")[2] != with_experts.rpartition(": ")[2]
+
+
 def test_heads_of_two_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny("gemma4_text").save_pretrained(tmp_path)
     file = tmp_path / "config.json"
