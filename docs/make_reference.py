@@ -119,7 +119,7 @@ MEASURED_SMALL = (
         "step 1048576 sp1 lora fa4, 4 layers, kept tensors in host memory",
     ),
     (
-        "the same, 8 GiB of host memory and a disk of 1.7 GB/s",
+        "the same, 8 GiB of host memory and a disk of 1.8 GB/s",
         "step 1048576 sp1 lora fa4, 4 layers, kept tensors on disk",
     ),
 )
