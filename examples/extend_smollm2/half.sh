@@ -6,7 +6,8 @@
 #   TEXTS=/path/to/longdocs examples/extend_smollm2/half.sh
 #   LENGTH=2048 ROWS=60 STEPS=1 RULER="--lengths 2K --tasks fwe --rows 1" SHORT=2 examples/extend_smollm2/half.sh   # rehearsal on a CPU
 #
-# OUT: where all of it goes. LENGTH, ROWS, STEPS, TEXTS as in run.sh.
+# OUT: where all of it goes. LENGTH, ROWS, STEPS, TEXTS, MODEL as in run.sh. Of data made before (ONLY=data of run.sh),
+# OUT/data-all/train.jsonl and run.yaml are read.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export PYTHON=${PYTHON:-python} LENGTH=${LENGTH:-65536} ROWS=${ROWS:-1000} SP=1

@@ -10,6 +10,8 @@
 # TEXTS holds longdocs_*.jsonl.gz with columns text, collection, lang, of which the collection HELD_OUT is not trained on but
 # evaluated on, longqa_*.jsonl.gz and instruct_*.jsonl.gz (examples/extend_smollm2/data.yaml). Results: DATA/stats.html,
 # RUN/report.html, and lines on stdout for results.jsonl. CUDA_VISIBLE_DEVICES and MASTER_PORT keep two of these apart.
+# MODEL is a folder with the model, where no package can be fetched; training on data made before reads DATA/train.jsonl and
+# DATA/run.yaml alone.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-python}
@@ -32,13 +34,16 @@ SP=${SP:-$((RANKS % 2 ? 1 : 2))}   # GPUs that share a text
 PACKS=2                            # of an optimizer step, on up to 2 x SP GPUs
 RUN=${RUN:-runs/extend_smollm2_${MODE}_${ROPE}}
 DATA=${DATA:-data/extend_smollm2_$LENGTH}
-MODEL=~/.cache/ds_longft/quickstart/SmolLM2-135M-Instruct
+MODEL=${MODEL:-}   # a folder; left out: the quickstart's, out of its package
 longft() { "$PYTHON" -m ds_longft.cli "$@"; }
 
 part() { [ "$ONLY" = all ] || [ "$ONLY" = "$1" ]; }
 part data || part train || part before || part after || { echo "ONLY is $ONLY: expected data, train, before, after or all" >&2; exit 64; }
 
-$PYTHON -c "from ds_longft.tools.smollm2 import prepare_smollm2; prepare_smollm2('~/.cache/ds_longft/quickstart')"
+if [ -z "$MODEL" ]; then
+  MODEL=~/.cache/ds_longft/quickstart/SmolLM2-135M-Instruct
+  $PYTHON -c "from ds_longft.tools.smollm2 import prepare_smollm2; prepare_smollm2('~/.cache/ds_longft/quickstart')"
+fi
 if part data && [ ! -f "$DATA/run.yaml" ]; then
   mkdir -p "$DATA/texts"
   if [ -z "$TEXTS" ]; then $PYTHON examples/extend_smollm2/extend.py texts "$DATA/texts" "$LENGTH"
@@ -57,7 +62,8 @@ if part data && [ ! -f "$DATA/run.yaml" ]; then
     --max_length_tokens "$LENGTH" --total_rows "$ROWS"
 fi
 
-keys=(examples/extend_smollm2/train.yaml --output_dir "$RUN" --sp "$SP" --data.max_length_tokens "$LENGTH"
+keys=(examples/extend_smollm2/train.yaml --model.path "$(realpath "$MODEL")" --output_dir "$RUN" --sp "$SP"
+  --data.max_length_tokens "$LENGTH"
   --data.pack_tokens $((LENGTH / 4)) --data.train "$(realpath -m "$DATA/train.jsonl")" --train.max_steps "$STEPS"
   --train.gradient_accumulation_steps $(((PACKS * SP + RANKS - 1) / RANKS)))
 if [ "$ROPE" != yarn ]; then keys+=(--model.rope.type "$ROPE" --model.rope.attention_factor null); fi
