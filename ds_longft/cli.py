@@ -107,6 +107,11 @@ COMMANDS = {
         "a document's parts with near ones of others between them",
         "books negatives.jsonl --context_tokens 32K",
     ),
+    "data synth lists": Command(
+        "ds_longft.tools.make_data.synth.text_commands:lists",
+        "lists with many keys, links and counts to tell",
+        "lists.jsonl --rows 1000 --context_tokens 32K",
+    ),
     "data mix": Command(
         "ds_longft.tools.make_data.commands:mix",
         "a training set of many sources, by a recipe",

@@ -21,14 +21,16 @@ from ds_longft.data.rows import BadRow, Row
 from ds_longft.errors import DataError
 from ds_longft.tools.make_data.convert import GAIN, layout_of, usable_records
 from ds_longft.tools.make_data.lengths import Lengths
-from ds_longft.tools.make_data.recipe import MixSource, Recipe
+from ds_longft.tools.make_data.recipe import OF_NO_SET, MixSource, Recipe
 from ds_longft.tools.make_data.similar import anchors, signature
 from ds_longft.tools.make_data.synth.agents import MOST_TOKENS_OF_FILE, agent_rows
 from ds_longft.tools.make_data.synth.code import CHARS_PER_TOKEN, Part, code_rows
+from ds_longft.tools.make_data.synth.lists import list_rows
 from ds_longft.tools.make_data.synth.needle_rows import needle_rows
+from ds_longft.tools.make_data.synth.negatives import PART_TOKENS, negative_rows
 from ds_longft.tools.make_data.synth.refgpt8x import hide_references
 from ds_longft.tools.make_data.synth.sources import Document, read_dialogues, read_documents
-from ds_longft.tools.make_data.synth.stretches import stretch_rows
+from ds_longft.tools.make_data.synth.stretches import BETWEEN, stretch_rows
 from ds_longft.tools.make_data.where import number_of
 
 QUESTIONS = 3  # about one context
@@ -95,7 +97,7 @@ def _records(
     source: MixSource, recipe: Recipe, ledger: Ledger, lengths: Lengths, root: Path | None, progress: bool
 ) -> Iterator[tuple[dict[str, Any], str]]:
     """(row as on disk, part) of a source; made rows are made of held-out texts or of the others, never of both."""
-    if source.synth in ("code", "agents"):
+    if source.synth in OF_NO_SET:
         yield from _out_of_nothing(source, recipe, lengths)
         return
     found = local(source, root)
@@ -145,6 +147,9 @@ def _about_texts(
     }
     if source.synth == "needle":
         return needle_rows(texts, questions=source.questions or QUESTIONS, **every)
+    every["separator"] = BETWEEN if source.separator is None else source.separator
+    if source.synth == "negatives":
+        return negative_rows(texts, part_tokens=source.part_tokens or PART_TOKENS, **every)
     every |= {"languages": recipe.languages if source.languages is None else source.languages, "sizes": source.sizes}
     return stretch_rows(texts, **every)
 
@@ -156,13 +161,17 @@ def _out_of_nothing(source: MixSource, recipe: Recipe, lengths: Lengths) -> Iter
     rows = {part: _count(recipe.made_rows(source), recipe.held_out, part) for part in parts}
     for part in parts:
         every: dict[str, Any] = {"rows": rows[part], "seed": recipe.seed, "name": source.name}
+        first = rows["train"] if part == "eval" else 0
         if source.synth == "agents":
-            first, shortest = (rows["train"] if part == "eval" else 0), longest // AGENTS_SPAN
+            shortest = longest // AGENTS_SPAN
             room = longest - MOST_TOKENS_OF_FILE  # the last file that is read may go beyond the length
             if room < shortest:
                 least = MOST_TOKENS_OF_FILE * AGENTS_SPAN // (AGENTS_SPAN - 1)
                 raise DataError(f"source {source.name}: trajectories need context_tokens of {least:,} or more")
             made = agent_rows(shortest_tokens=shortest, longest_tokens=room, lengths=lengths, first=first, **every)
+        elif source.synth == "lists":
+            every |= {"questions": source.questions or QUESTIONS, "sizes": source.sizes, "first": first}
+            made = list_rows(context_tokens=longest, lengths=lengths, **every)
         else:
             ruler = lengths if lengths.exact else Lengths(chars_per_token=CHARS_PER_TOKEN)
             questions = source.questions or QUESTIONS

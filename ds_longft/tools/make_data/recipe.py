@@ -13,18 +13,22 @@ from ds_longft.config.read import read_config_file
 from ds_longft.config.run_config import Section, SourceConfig, Tokens, parse_tokens
 from ds_longft.config.spellings import nearest
 from ds_longft.errors import ConfigError
+from ds_longft.tools.make_data.synth.negatives import PART_TOKENS, PARTS
 from ds_longft.tools.make_data.synth.row_plan import size_parts
 from ds_longft.tools.make_data.where import Where
 
-Synth = Literal["none", "refgpt8x", "needle", "code", "agents", "stretches"]
+Synth = Literal["none", "refgpt8x", "needle", "code", "agents", "lists", "stretches", "negatives"]
+OF_NO_SET: tuple[Synth, ...] = ("code", "agents", "lists")
 # Keys that say something about some kinds of samples alone.
 OF_KINDS: dict[str, tuple[Synth, ...]] = {
-    "questions": ("needle", "code"),
-    "sizes": ("stretches",),
+    "questions": ("needle", "code", "lists"),
+    "sizes": ("lists", "stretches"),
     "languages": ("stretches",),
-    "context_tokens": ("needle", "code", "agents", "stretches"),
-    "where": ("none", "refgpt8x", "needle", "stretches"),
-    "exclude": ("none", "refgpt8x", "needle", "stretches"),
+    "part_tokens": ("negatives",),
+    "separator": ("stretches", "negatives"),
+    "context_tokens": ("needle", "code", "agents", "lists", "stretches", "negatives"),
+    "where": ("none", "refgpt8x", "needle", "stretches", "negatives"),
+    "exclude": ("none", "refgpt8x", "needle", "stretches", "negatives"),
     "least": ("none",),
 }
 
@@ -38,7 +42,7 @@ class MixSource(SourceConfig):
     """One source of a mix: a set as it is, or samples made of one."""
 
     path: str = ""
-    """As in a run config; relative ones are looked for below `--root` first. `synth: code|agents` has none."""
+    """As in a run config; relative ones are looked for below `--root` first. `synth: code|agents|lists` has none."""
 
     name: str
     """Written to each row as `source`."""
@@ -54,8 +58,8 @@ class MixSource(SourceConfig):
 
     synth: Synth = "none"
     """Make long samples of this set instead of taking its rows: true references hidden among near ones, questions about
-    its texts, or stretches of its texts as they are. Of no set: questions about the Python standard library, and
-    trajectories of an agent."""
+    its texts, stretches of its texts as they are, or parts of a text with near ones of others between them
+    (`negatives`). Of no set: questions about the Python standard library, trajectories of an agent, and lists."""
 
     rows: int | None = Field(default=None, gt=0)
     """At most N rows; with `synth`, how many are made. Left out there: `share` of the recipe's `total_rows`."""
@@ -64,23 +68,30 @@ class MixSource(SourceConfig):
     """Share of the mix."""
 
     context_tokens: Tokens | None = None
-    """`synth: needle|code|agents|stretches`: longest row. Left out: the recipe's `max_length_tokens`."""
+    """Longest row made. Left out: the recipe's `max_length_tokens`."""
 
     questions: int | None = Field(default=None, ge=1)
-    """`synth: needle|code`: questions about one context. Left out: 3."""
+    """`synth: needle|code|lists`: questions about one context. Left out: 3."""
 
     sizes: Annotated[dict[str, float] | None, BeforeValidator(_names)] = None
-    """`synth: stretches`: part of the longest row -> share of the rows, e.g. {1/4: 3, 1/2: 2, 1: 2}. Left out:
+    """`synth: lists|stretches`: part of the longest row -> share of the rows, e.g. {1/4: 3, 1/2: 2, 1: 2}. Left out:
     halves of halves down to 1/32."""
 
     languages: dict[str, float] | None = None
     """`synth: stretches`: share of the rows made, by language code. Left out: the recipe's `languages`; more
     where other sources have too little of one."""
 
+    part_tokens: Tokens | None = None
+    """`synth: negatives`: of a part; four of them fit a row. Left out: 2K."""
+
+    separator: str | None = None
+    """`synth: stretches|negatives`: what stands between two documents of a row, or two parts, e.g. the tokenizer's own
+    end of text, "<|endoftext|>"; attention reaches over it. Left out: an empty line."""
+
     @model_validator(mode="after")
     def _fits(self) -> MixSource:
         problems = []
-        if self.synth not in ("code", "agents") and not self.path:
+        if self.synth not in OF_NO_SET and not self.path:
             problems.append("path is missing: a file, a folder, a pattern or a hub id")
         if self.synth != "none" and self.rows is None and self.share is None:
             problems.append(f"rows is missing: how many samples to make with synth: {self.synth}")
@@ -159,6 +170,12 @@ class Recipe(Section):
             "samples to make"
             for source in self.sources
             if source.synth != "none" and source.rows is None and self.total_rows is None
+        ]
+        problems += [
+            f"sources: {source.name} has room for less than {PARTS} parts in a row: lower its part_tokens"
+            for source in self.sources
+            if source.synth == "negatives"
+            and PARTS * (source.part_tokens or PART_TOKENS) > (source.context_tokens or self.max_length_tokens)
         ]
         names = [source.name for source in self.sources]
         problems += [f"sources: the name {name} stands twice" for name in sorted(set(names)) if names.count(name) > 1]

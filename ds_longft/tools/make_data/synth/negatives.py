@@ -16,6 +16,9 @@ from ds_longft.tools.make_data.lengths import Lengths
 from ds_longft.tools.make_data.synth.refgpt8x import Embed, nearest
 from ds_longft.tools.make_data.synth.sources import Document
 
+PART_TOKENS = 2048
+PARTS = 4  # of a row, at least
+
 
 def negative_rows(
     documents: Sequence[Document],
@@ -34,7 +37,7 @@ def negative_rows(
     Args:
         documents: what is cut into parts; neighbours are of one language. Those of less than two parts are neighbours.
         rows: how many documents are drawn, none twice.
-        part_tokens: of a part.
+        part_tokens: of a part; `PARTS` of them fit a row.
         separator: between parts.
         embed: texts to vectors; TF-IDF when left out.
 

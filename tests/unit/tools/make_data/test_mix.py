@@ -132,6 +132,25 @@ def test_trajectories_are_mixed_and_held_out(tmp_path):
         mixed(tmp_path / "short", sources, max_length_tokens=8000)
 
 
+def test_lists_and_near_negatives_are_mixed(tmp_path):
+    texts = [{"text": f"document {seed} begins.\n" + english(200, seed), "lang": "en"} for seed in range(12)]
+    write(tmp_path / "texts.jsonl", texts)
+    made = {"path": "texts.jsonl", "separator": "<|end|>", "context_tokens": 2000}
+    sources = [
+        {"name": "near", "synth": "negatives", "rows": 6, "part_tokens": 200, **made},
+        {"name": "plain", "synth": "stretches", "rows": 3, "sizes": {"1": 1}, **made, "context_tokens": 4000},
+        {"name": "lists", "synth": "lists", "rows": 6, "questions": 2, "sizes": {"1/2": 1}},
+    ]
+    _, train, held, _ = mixed(tmp_path, sources, held_out=0.34, near_duplicates=None)
+    of = {name: [row for row in [*train, *held] if row["source"] == name] for name in ("near", "plain", "lists")}
+    assert all(row["text"].count("<|end|>") >= 6 and "\n\n" not in row["text"] for row in of["near"])
+    assert all("<|end|>" in row["text"] for row in of["plain"])
+    assert len({row["messages"][0]["content"] for row in of["lists"]}) == 6, "those held out are others"
+    assert {row["source"] for row in held} >= {"lists"}
+    with pytest.raises(ValueError, match="near has room for less than 4 parts in a row: lower its part_tokens"):
+        mixed(tmp_path, [{**sources[0], "part_tokens": 600}])
+
+
 def test_what_cannot_be_mixed_is_named(tmp_path, two_languages):
     with pytest.raises(DataError, match="languages: no usable row is fr"):
         mixed(tmp_path, two_languages, languages={"fr": 0.1})
@@ -262,8 +281,10 @@ def test_keys_without_effect_and_missing_totals_are_refused():
     for source, match in (
         (
             {"synth": "stretches", "rows": 3, "questions": 2},
-            "questions has no effect with synth: stretches, only with needle, code",
+            "questions has no effect with synth: stretches, only with needle, code, lists",
         ),
+        ({"synth": "needle", "rows": 3, "separator": "x"}, "separator has no effect with synth: needle, only with"),
+        ({"synth": "stretches", "rows": 3, "part_tokens": 9}, "part_tokens has no effect with synth: stretches"),
         ({"sizes": {"1": 1}}, "sizes has no effect with synth: none"),
         ({"synth": "stretches", "rows": 3, "sizes": {"3/2": 1}}, "expected parts of the longest row"),
         (
