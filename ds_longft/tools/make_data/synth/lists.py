@@ -19,7 +19,6 @@ from ds_longft.data.rows import Turn
 from ds_longft.errors import DataError
 from ds_longft.tools.make_data.lengths import Lengths
 from ds_longft.tools.make_data.synth.row_plan import plan_rows
-from ds_longft.tools.make_data.synth.stretches import fill
 
 ListTask = Literal["keys", "links", "counts"]
 TASKS: tuple[ListTask, ...] = get_args(ListTask)
@@ -79,7 +78,8 @@ def list_rows(
         for _ in range(FIT_ROUNDS):
             each = tokens_of(make(units)) / units  # questions counted in: another number of lines, another share
             units = max(FEWEST_UNITS, int(tokens / each))
-        turns = fill(lambda left, make=make, each=each: make(int(left / each)), tokens_of, tokens)  # type: ignore[misc]
+        while (over := tokens_of(turns := make(units)) - tokens) > 0:
+            units -= max(1, int(over / each))
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         yield {"messages": messages, "source": name, "language": "en", "id": f"{name}-{seed}-{number}", "tasks": [task]}
 
