@@ -1,56 +1,27 @@
 """Where rows come from: JSON, JSONL, parquet, Arrow, text (packed too), folders of them, hub ids, remote files.
 
 Reading is split in two so that it can be shared by processes: `Source.blocks` only cuts the input into pieces of raw
-records (about as fast as the disk), `parse_block` turns a piece into dicts and runs wherever the piece was sent.
+records, `blocks.parse_block` turns a piece into dicts and runs wherever the piece was sent.
 """
 
 from __future__ import annotations
 
-import gzip
-import io
-import json
 import tarfile
-import tempfile
 import zlib
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from ds_longft.config.endings import LINES, SUFFIXES, TABLES, suffix_of
+from ds_longft.config.endings import LINES, SUFFIXES, suffix_of
 from ds_longft.config.run_config import SourceConfig
-from ds_longft.data.files import is_member, is_remote, local_files
-from ds_longft.data.records import (
-    MAX_EXPANSION,
-    MAX_RECORD_BYTES,
-    Bomb,
-    Metered,
-    Record,
-    array_elements,
-    lines,
-    too_large,
-)
+from ds_longft.data.blocks import PARQUET_ROWS, Block, file_blocks, limited, parse_block
+from ds_longft.data.files import is_remote, local_files
 from ds_longft.data.rows import BadRow
 from ds_longft.errors import DataError
-
-BLOCK_BYTES = 1 << 20
-PARQUET_ROWS = 64  # rows of a parquet block: long documents make wide rows
-
-
-@dataclass(frozen=True)
-class Block:
-    """A run of consecutive records of one file, not parsed yet."""
-
-    file: str
-    first: int  # number of the first record, from 1
-    records: list[Record] | list[Any] | pa.RecordBatch  # a BadRow where a record could not even be cut out
-    position_bytes: int  # how far into the whole source reading has come, for the progress bar
 
 
 @dataclass(frozen=True)
@@ -94,7 +65,7 @@ class Source:
 
     def blocks(self) -> Iterator[Block]:
         """All records in order, cut into blocks, at most `limit` records."""
-        return _limited((block for block, _ in self.blocks_from(START)), self.config.limit)
+        return limited((block for block, _ in self.blocks_from(START)), self.config.limit)
 
     def blocks_from(self, place: Place) -> Iterator[tuple[Block, Place]]:
         """The blocks from a place on, each with the place behind it. What lies before it in its file is read again."""
@@ -104,7 +75,7 @@ class Source:
         for number, file in enumerate(self.files[place.file :], place.file):
             done = place.block if number == place.file else 0
             try:
-                for count, block in enumerate(islice(_file_blocks(file, before), done, None), done + 1):
+                for count, block in enumerate(islice(file_blocks(file, before), done, None), done + 1):
                     yield block, Place(number, count)
             except (OSError, EOFError, zlib.error, tarfile.TarError, pa.ArrowException) as error:
                 raise DataError(f"{file} cannot be read: {error}; is the file complete?") from error
@@ -177,64 +148,6 @@ def _first_lines(error: Exception) -> str:
     return " ".join([f"{type(error).__name__}:", *str(error).split("\n")[:4]])[:600]
 
 
-def parse_block(block: Block) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
-    """(origin, record) of each record of a block; a record that cannot be parsed comes as a `BadRow`."""
-    records = _plain(block.records) if isinstance(block.records, pa.RecordBatch) else block.records
-    for number, record in enumerate(records, start=block.first):
-        if _is_blank(record):
-            continue
-        yield f"{block.file}:{number}", _parse(record)
-
-
-def _plain(batch: pa.RecordBatch) -> list[Any]:
-    """Records of a batch as dicts; those that hold what Python cannot (text that is no UTF-8) as `BadRow`."""
-    try:
-        return [_without_nulls(record) for record in batch.to_pylist()]
-    except (ValueError, OverflowError, pa.ArrowException):
-        pass
-    records: list[Any] = []
-    for number in range(batch.num_rows):
-        try:
-            records += map(_without_nulls, batch.slice(number, 1).to_pylist())
-        except (ValueError, OverflowError, pa.ArrowException) as error:
-            records.append(BadRow("not UTF-8" if isinstance(error, UnicodeDecodeError) else "unreadable", str(error)))
-    return records
-
-
-def _without_nulls(value: Any) -> Any:
-    """A value of a table without the keys that objects of other rows have: all of a column share one type there."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _is_blank(record: Any) -> bool:
-    return isinstance(record, bytes) and (not record or record.isspace())
-
-
-def _parse(record: Any) -> dict[str, Any] | BadRow:
-    if isinstance(record, BadRow):
-        return record
-    if isinstance(record, bytes):
-        try:
-            record = json.loads(record.decode("utf-8-sig"), object_pairs_hook=_unique_keys)
-        except UnicodeDecodeError as error:
-            return BadRow("not UTF-8", str(error))
-        except (ValueError, RecursionError) as error:
-            return BadRow("broken JSON", str(error))
-        except BadRow as bad:
-            return bad
-    return record if isinstance(record, dict) else BadRow("not an object", f"seen {type(record).__name__}")
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-        raise BadRow("a key twice in one object", ", ".join(twice))
-    return row
-
-
 def first_record(source: Source) -> dict[str, Any]:
     """The first readable record of a source, whose columns give its layout away. Raises `DataError`: there is none."""
     for block in source.blocks():
@@ -253,114 +166,6 @@ def read_rows(config: SourceConfig) -> Iterator[tuple[str, dict[str, Any] | BadR
         yield from parse_block(block)
 
 
-@contextmanager
-def _opened(file: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """(stream of plain bytes, stream whose position tells how much of the file is read)."""
-    kind = file.suffix.lower()
-    with file.open("rb") as raw:
-        if kind in (".gz", ".tgz"):
-            with gzip.open(raw, "rb") as plain:
-                yield plain, raw  # type: ignore[misc]
-        elif kind in (".bz2", ".lz4", ".zst"):
-            codec = {".bz2": "bz2", ".lz4": "lz4", ".zst": "zstd"}[kind]
-            with pa.CompressedInputStream(raw, codec) as unpacked:
-                yield io.BufferedReader(unpacked), raw
-        else:
-            yield raw, raw
-
-
-def _file_blocks(file: Path, before_bytes: int) -> Iterator[Block]:
-    with _opened(file) as (stream, raw):
-        kind = suffix_of(file)
-        if kind in TABLES:
-            yield from _table_blocks(file, stream, before_bytes)
-        elif kind in (".tar", ".tgz"):
-            with tarfile.open(fileobj=stream, mode="r|") as archive:
-                for member in archive:
-                    inner = archive.extractfile(member) if member.isfile() and is_member(member.name) else None
-                    if inner is not None:
-                        name = f"{file}:{member.name}"
-                        for block in _record_blocks(
-                            name, suffix_of(Path(member.name)), Metered(inner, file.stat().st_size)
-                        ):
-                            yield replace(block, position_bytes=before_bytes + raw.tell())
-        else:
-            packed_bytes = None if stream is raw else file.stat().st_size
-            for block in _record_blocks(str(file), kind, Metered(stream, packed_bytes)):
-                yield replace(block, position_bytes=before_bytes + raw.tell())
-
-
-def _record_blocks(name: str, kind: str, stream: Metered) -> Iterator[Block]:
-    """Blocks of raw records; a text file is one record."""
-    if kind == ".txt":
-        text = stream.read(MAX_RECORD_BYTES + 1)
-        record = too_large(len(text)) if len(text) > MAX_RECORD_BYTES else _as_row(text)
-        yield Block(name, 1, [record], 0)
-        return
-    is_array = kind == ".json" and stream.first_byte() == b"["
-    first, records, size = 1, [], 0
-    for record in _until_bomb(array_elements(stream) if is_array else lines(stream)):
-        records.append(record)
-        size += len(record) if isinstance(record, bytes) else 0
-        if size >= BLOCK_BYTES:
-            yield Block(name, first, records, 0)
-            first, records, size = first + len(records), [], 0
-    if records:
-        yield Block(name, first, records, 0)
-
-
-def _as_row(text: bytes) -> Record:
-    try:
-        return json.dumps({"text": text.decode("utf-8-sig")}).encode()
-    except UnicodeDecodeError as error:
-        return BadRow("not UTF-8", str(error))
-
-
-def _until_bomb(records: Iterator[Record]) -> Iterator[Record]:
-    try:
-        yield from records
-    except Bomb:
-        yield BadRow("the rest of the file is a zip bomb", f"it unpacks to over {MAX_EXPANSION} times its size")
-
-
-def _table_blocks(file: Path, stream: IO[bytes], before_bytes: int) -> Iterator[Block]:
-    with tempfile.TemporaryFile() as plain:
-        if file.suffix.lower() not in TABLES:  # tables are read from their end: unpack to disk, not to memory
-            _unpack(Metered(stream, file.stat().st_size), plain, file)
-            stream = plain
-        first, size = 1, file.stat().st_size
-        for batch, total in _batches(stream, suffix_of(file)):
-            first += batch.num_rows
-            done = size * (first - 1) // max(total, first - 1, 1)
-            yield Block(str(file), first - batch.num_rows, batch, before_bytes + done)
-
-
-def _batches(stream: IO[bytes], kind: str) -> Iterator[tuple[pa.RecordBatch, int]]:
-    """(batch of few rows, rows of the whole table as far as they are known)."""
-    if kind == ".parquet":
-        table = pq.ParquetFile(stream)
-        for batch in table.iter_batches(batch_size=PARQUET_ROWS):
-            yield batch, table.metadata.num_rows
-        return
-    try:
-        reader: Any = pa.ipc.open_file(stream)  # feather
-        batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-    except pa.ArrowInvalid:  # `datasets` writes a stream
-        stream.seek(0)
-        batches = pa.ipc.open_stream(stream)
-    for whole in batches:
-        for at in range(0, whole.num_rows, PARQUET_ROWS):
-            yield whole.slice(at, PARQUET_ROWS), 0
-
-
-def _unpack(stream: Metered, plain: IO[bytes], file: Path) -> None:
-    try:
-        while chunk := stream.read(BLOCK_BYTES):
-            plain.write(chunk)
-    except Bomb:
-        raise DataError(f"{file} unpacks to over {MAX_EXPANSION} times its size: it is no data") from None
-
-
 def _record_batches(name: str, hub: Any, place: Place) -> Iterator[tuple[Block, Place]]:
     tables, done = hub.with_format("arrow"), place.records
     if place.state is not None:
@@ -373,19 +178,3 @@ def _record_batches(name: str, hub: Any, place: Place) -> Iterator[tuple[Block, 
         for batch in table.combine_chunks().to_batches():
             done += batch.num_rows
             yield Block(name, done - batch.num_rows + 1, batch, 0), Place(0, 0, done, state if done == end else None)
-
-
-def _limited(blocks: Iterator[Block], limit: int | None) -> Iterator[Block]:
-    """The first `limit` records; blank lines do not count."""
-    left = limit
-    for block in blocks:
-        if left is None:
-            yield block
-            continue
-        records = _plain(block.records) if isinstance(block.records, pa.RecordBatch) else block.records
-        real = [i for i, record in enumerate(records) if not _is_blank(record)]
-        if len(real) >= left:
-            yield Block(block.file, block.first, list(islice(records, real[left - 1] + 1)), block.position_bytes)
-            return
-        left -= len(real)
-        yield block

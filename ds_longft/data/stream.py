@@ -24,11 +24,13 @@ from filelock import FileLock
 
 from ds_longft.batch import Pack, Step
 from ds_longft.config.run_config import DataConfig
+from ds_longft.data.blocks import Block
 from ds_longft.data.cache import LEDGER, sealed_set
+from ds_longft.data.encode_blocks import Task
 from ds_longft.data.loader import StepLoader
 from ds_longft.data.pack import build_pack
-from ds_longft.data.readers import START, Block, Place
-from ds_longft.data.tokenize import Input, Task, write_set
+from ds_longft.data.readers import START, Place
+from ds_longft.data.tokenize import Input, write_set
 from ds_longft.data.tokenized import TokenizedRow, TokenizedSet
 from ds_longft.errors import DataError
 from ds_longft.stored import Unreadable, read_if_good

@@ -118,7 +118,8 @@ def _write(out: Path, source: SourceConfig, scores: dict[str, dict[str, Any]]) -
 
     Memory: the places of the records in a file beside `out`, not the records.
     """
-    from ds_longft.data.readers import find_source, parse_block
+    from ds_longft.data.blocks import parse_block
+    from ds_longft.data.readers import find_source
     from ds_longft.tools.make_data.convert import written_whole
 
     blocks = find_source(source).blocks()

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from ds_longft.config.run_config import SourceConfig
+from ds_longft.data.blocks import parse_block
 from ds_longft.data.formats import TOKEN_GAINS, detect_format, to_row
 from ds_longft.data.ledger import Entry, Ledger, Tally
 from ds_longft.data.preferences import PREFERENCE, PreferenceRow, is_preference, to_preference
 from ds_longft.data.progress import Progress, say_once
-from ds_longft.data.readers import Source, find_source, first_record, parse_block
+from ds_longft.data.readers import Source, find_source, first_record
 from ds_longft.data.rows import BadRow, Row, Turn
 from ds_longft.tools.make_data.language import detect_language
 from ds_longft.tools.make_data.where import EVERY_ROW, Where

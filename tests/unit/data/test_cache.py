@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from ds_longft.config.run_config import DataConfig, SourceConfig
+from ds_longft.data import encode_blocks
 from ds_longft.data import tokenize as module
 from ds_longft.data.tokenize import tokenize_sources
 from ds_longft.errors import DataError
@@ -23,7 +24,7 @@ ROWS = [chat(f"question {i}", f"answer {i}") for i in range(30)]
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache whose sets have several parts."""
     monkeypatch.setattr(module, "PART_BLOCKS", 1)
-    monkeypatch.setattr("ds_longft.data.readers.BLOCK_BYTES", 800)
+    monkeypatch.setattr("ds_longft.data.blocks.BLOCK_BYTES", 800)
     return tmp_path / "cache"
 
 
@@ -98,7 +99,7 @@ def test_a_part_that_a_power_cut_took_is_done_again(cache, tokenize, write_jsonl
     path = write_jsonl(ROWS)
     expected = tokenize(path).content
     shutil.rmtree(cache)
-    encode, calls = module.encode_block, []
+    encode, calls = encode_blocks.encode_block, []
 
     def killed(task, encoder):
         calls.append(task.block.first)
@@ -106,7 +107,7 @@ def test_a_part_that_a_power_cut_took_is_done_again(cache, tokenize, write_jsonl
             raise KeyboardInterrupt
         return encode(task, encoder)
 
-    monkeypatch.setattr(module, "encode_block", killed)
+    monkeypatch.setattr(encode_blocks, "encode_block", killed)
     with pytest.raises(KeyboardInterrupt):
         tokenize(path)
     (partial,) = cache.glob(".*.partial")

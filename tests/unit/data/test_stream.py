@@ -14,7 +14,7 @@ import pytest
 
 from ds_longft.config.read import load_run_config
 from ds_longft.config.run_config import DataConfig, SourceConfig
-from ds_longft.data import readers, stream
+from ds_longft.data import blocks, readers, stream
 from ds_longft.data.stream import Stream, StreamLoader
 from ds_longft.data.tokenize import Input, tokenize_sources
 from ds_longft.errors import ConfigError, DataError
@@ -26,7 +26,7 @@ ROWS = 300
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch):
     """Blocks of 1,000 bytes and windows of a few of them instead of 1 MiB."""
-    monkeypatch.setattr(readers, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1000)
     monkeypatch.setattr(readers, "PARQUET_ROWS", 7)
     monkeypatch.setattr(stream, "MIB", 1000)
 

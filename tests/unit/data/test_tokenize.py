@@ -12,6 +12,7 @@ import pytest
 
 from ds_longft.batch import IGNORE_INDEX
 from ds_longft.config.run_config import DataConfig, SourceConfig
+from ds_longft.data import encode_blocks
 from ds_longft.data import tokenize as module
 from ds_longft.data.pack import build_pack
 from ds_longft.data.readers import find_source
@@ -209,7 +210,7 @@ def test_the_cache_is_used_until_something_changes(run, write_jsonl, monkeypatch
     path = write_jsonl([chat("q", "a")])
     first = run(path)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "encode_block", lambda *_: pytest.fail("tokenized again"))
+        patch.setattr(encode_blocks, "encode_block", lambda *_: pytest.fail("tokenized again"))
         assert run(path).fingerprint == first.fingerprint
         assert run(path, workers=2, packing="none", weighting="sample").fingerprint == first.fingerprint
     assert run(path, max_length_tokens=1000).fingerprint != first.fingerprint
@@ -221,7 +222,7 @@ def test_the_cache_is_used_until_something_changes(run, write_jsonl, monkeypatch
 
 def test_a_failed_run_leaves_nothing_in_the_cache(run, write_jsonl, monkeypatch, tmp_path):
     path = write_jsonl([chat("q", "a")])
-    monkeypatch.setattr(module, "encode_block", lambda *_: 1 / 0)
+    monkeypatch.setattr(encode_blocks, "encode_block", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(path)
     assert [file for file in (tmp_path / "cache").iterdir() if file.suffix != ".lock"] == []
@@ -229,7 +230,7 @@ def test_a_failed_run_leaves_nothing_in_the_cache(run, write_jsonl, monkeypatch,
 
 def test_a_full_disk_keeps_the_whole_parts_for_the_next_call(run, write_jsonl, monkeypatch, tmp_path):
     monkeypatch.setattr(module, "PART_BLOCKS", 1)
-    monkeypatch.setattr("ds_longft.data.readers.BLOCK_BYTES", 500)
+    monkeypatch.setattr("ds_longft.data.blocks.BLOCK_BYTES", 500)
     path = write_jsonl([chat(f"question {i}", f"answer {i}") if i % 9 else "{" for i in range(50)])
     whole = run(path, max_bad_fraction=1.0, cache_dir=str(tmp_path / "whole"))
     write, written = module._write_part, []
@@ -272,10 +273,10 @@ def test_what_is_odd_in_the_template_is_said_once(run, write_jsonl, tokenizer, t
 
 def test_a_killed_run_is_taken_up_behind_its_whole_parts(run, write_jsonl, monkeypatch, tmp_path):
     monkeypatch.setattr(module, "PART_BLOCKS", 2)
-    monkeypatch.setattr("ds_longft.data.readers.BLOCK_BYTES", 500)
+    monkeypatch.setattr("ds_longft.data.blocks.BLOCK_BYTES", 500)
     path = write_jsonl([chat(f"question {i}", f"answer {i}") if i % 9 else "{" for i in range(100)])
     expected = run(path, max_bad_fraction=1.0, cache_dir=str(tmp_path / "whole"))
-    encode, seen = module.encode_block, []
+    encode, seen = encode_blocks.encode_block, []
 
     def killed(task, encoder):
         seen.append(task.block.first)
@@ -283,7 +284,7 @@ def test_a_killed_run_is_taken_up_behind_its_whole_parts(run, write_jsonl, monke
             raise KeyboardInterrupt
         return encode(task, encoder)
 
-    monkeypatch.setattr(module, "encode_block", killed)
+    monkeypatch.setattr(encode_blocks, "encode_block", killed)
     with pytest.raises(KeyboardInterrupt):
         run(path, max_bad_fraction=1.0)
     again = run(path, max_bad_fraction=1.0)
@@ -295,8 +296,8 @@ def test_a_killed_run_is_taken_up_behind_its_whole_parts(run, write_jsonl, monke
 
 
 def test_processes_give_the_same_set_in_the_same_order(run, write_jsonl, monkeypatch, tmp_path):
-    monkeypatch.setattr(module, "INLINE_BYTES", 0)
-    monkeypatch.setattr("ds_longft.data.readers.BLOCK_BYTES", 2000)
+    monkeypatch.setattr(encode_blocks, "INLINE_BYTES", 0)
+    monkeypatch.setattr("ds_longft.data.blocks.BLOCK_BYTES", 2000)
     path = write_jsonl([chat(f"question {i}", f"answer {i} " * (i % 7 + 1)) if i % 10 else "{" for i in range(300)])
     one = run(path, max_bad_fraction=1.0)
     many = run(path, max_bad_fraction=1.0, workers=2, cache_dir=str(tmp_path / "other"))
@@ -327,7 +328,7 @@ POOL = """
 import os, time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from ds_longft.data.tokenize import _start_worker
+from ds_longft.data.encode_blocks import _start_worker
 
 if __name__ == "__main__":
     pool = ProcessPoolExecutor(2, mp_context=get_context("forkserver"), initializer=_start_worker, initargs=(None,))

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from ds_longft.config.run_config import SourceConfig
+from ds_longft.data.blocks import parse_block
 from ds_longft.data.formats import grounded, language_of, to_row
 from ds_longft.data.ledger import Entry, Ledger
-from ds_longft.data.readers import find_source, parse_block
+from ds_longft.data.readers import find_source
 from ds_longft.data.rows import BadRow, Turn
 from ds_longft.errors import DataError
 from ds_longft.tools.make_data.convert import layout_of
