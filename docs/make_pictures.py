@@ -1,7 +1,7 @@
 """Makes docs/assets/: screenshots of every page, the README's picture of a result, a recording of a terminal.
 
-`python docs/make_pictures.py`, on Linux with Chromium; nothing is drawn by hand. The result is that of the page in
-examples/extend_smollm2, the statistics are of the quickstart's rows, the commands are run in a terminal.
+`python docs/make_pictures.py`, on Linux with Chromium; nothing is drawn by hand. The result is that of the run in
+examples/extend_smollm2, whose page is made too; the statistics are of Python's own library; commands run in a terminal.
 `python docs/make_pictures.py quickstart` records the README's first command in a fresh clone, with a home of its own.
 """
 
@@ -14,27 +14,30 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from html import escape, unescape
+from dataclasses import replace
+from html import escape
 from importlib.resources import files
 from pathlib import Path
 
 from PIL import Image
 
-from ds_longft.tools.pages.charts import Line, heat_table, line_chart
-from ds_longft.tools.pages.shell import wide
+from ds_longft.tools.report.command import write_report
+from ds_longft.tools.report.page import html_page
+from ds_longft.tools.report.run_facts import gather_facts
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "docs" / "assets"
-EXAMPLE = ROOT / "examples" / "extend_smollm2" / "report.html"
+EXAMPLE = ROOT / "examples" / "extend_smollm2" / "lora_yarn"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-SHADES = 64  # of a picture's palette: a page has few
-COLUMNS = 96  # of the terminal
+SHADES = 256  # of a picture's palette
+COLUMNS = 104  # of the terminal
 COMMANDS = (
     "ds-longft config --base_model Qwen/Qwen3-8B --sequence_len 128K --sp_size 8 --lora_rank 16",
-    "ds-longft config --model.path Qwen/Qwen3-8B --data.train my.jsonl --data.max_length_tokens 128K --sp 8",
+    "ds-longft config --model.path Qwen/Qwen3-8B --data.train my.jsonl --data.max_length_tokens 64K --sp 8",
     "ds-longft plan SmolLM2-135M-Instruct --gpus 2 --gpu h100-80 --length 8K",
     "ds-longft check recipes/quickstart.yaml --gpus 2",
 )
@@ -64,49 +67,21 @@ def shoot(page: str, name: str, width: int, height: int, *, dark: bool = False) 
         subprocess.run([BROWSER, *options, f"file://{folder}/frame.html"], check=True, capture_output=True, timeout=120)
         picture = Image.open(f"{folder}/shot.png").convert("RGB").crop((0, 0, width, height))
     ASSETS.mkdir(exist_ok=True)
-    picture.quantize(SHADES).save(ASSETS / f"{name}.png", optimize=True)
+    # This method keeps rare colours, those of lines.
+    picture.quantize(SHADES, method=Image.Quantize.MAXCOVERAGE).save(ASSETS / f"{name}.png", optimize=True)
 
 
 def result_page() -> str:
-    """Before and after of the example, out of its page: loss at every position, numbers found."""
-    text = EXAMPLE.read_text(encoding="utf-8")
-    sections = dict(re.findall(r'<section><h2 id="\w+">([^<]*)</h2>(.*?)</section>', text, re.DOTALL))
-    before, after = _grids(sections["Needles"])
-    lines = [
-        *_lines(sections["Loss by position: perplexity-whole"], {"before": "base model, whole text"}, 1),
-        *_lines(sections["Loss by position"], {"after": "after eight minutes of training"}, 0),
-    ]
-    chart = line_chart(
-        lines,
-        name="Loss by position",
-        x_label="position, tokens",
-        y_label="nats per token, held-out plays",
-        from_zero=True,
-    )
+    """Before and after of the example, the pictures that its page begins with: loss by position, numbers found."""
+    page = html_page(gather_facts(EXAMPLE))
+    chart, after_chart = page[page.index("<div class=pair>") :], "</table></div></div></div>"
+    pictures = chart[: chart.index(after_chart) + len(after_chart)]
     style = files("ds_longft.tools.pages").joinpath("page.css").read_text("utf-8")
-    grids = f"<div class=heats>{wide(before, 'before')}{wide(after, 'after')}</div>"
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><style>{style} output {{ display: none }}'
         "body { padding: 1rem }</style><body><h1>A window of 8,192 tokens stretched to 131,072</h1>"
-        f"{chart}{grids}</body></html>"
-    )  # fmt: skip
-
-
-def _lines(section: str, names: dict[str, str], style: int) -> list[Line]:
-    found = re.search(r'data-lines="([^"]*)"', section)
-    assert found is not None
-    return [
-        Line(names[label], [(x, y) for _, x, y in points], style)
-        for label, points in json.loads(unescape(found[1]))
-        if label in names
-    ]
-
-
-def _grids(section: str) -> Iterable[str]:
-    for name, body in re.findall(r"<caption>(.*?)</caption>(.*?)</table>", section, re.DOTALL)[:2]:
-        head, *rows = (re.findall(r"<t[hd][^>]*>([^<]*)<", row) for row in body.split("<tr>")[1:])
-        label = f"numbers found, {name.partition(',')[0]}, %"
-        yield heat_table(head[1:], [(row[0], [float(v) for v in row[1:]]) for row in rows], name=label, corner="depth")
+        f"{pictures}</body></html>"
+    )
 
 
 def recorded(commands: Sequence[str], folder: Path, **environment: str) -> list[tuple[float, str]]:
@@ -179,6 +154,15 @@ def terminal_svg(lines: Sequence[tuple[float, str]], name: str) -> str:
     )
 
 
+def library(folder: Path) -> str:
+    """Two sets of texts as long as source files are, as `data.train` takes them."""
+    home = Path(sysconfig.get_path("stdlib"))
+    for name, paths in (("modules", home.glob("*.py")), ("packages", home.glob("[a-j]*/*.py"))):
+        texts = (path.read_text("utf-8", errors="replace") for path in sorted(paths) if path.stat().st_size)
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return '[{"path":"modules.jsonl"},{"path":"packages.jsonl"}]'
+
+
 def main() -> None:
     """Everything, a line for each file."""
     with tempfile.TemporaryDirectory() as name:
@@ -192,13 +176,16 @@ def main() -> None:
         ASSETS.mkdir(exist_ok=True)
         shown = terminal_svg(recorded(COMMANDS, folder), TERMINAL)
         (ASSETS / "terminal.svg").write_text(shown, encoding="utf-8")
-        stats = [sys.executable, "-m", "ds_longft.cli", "data", "stats", "recipes/quickstart.yaml", "--html", "s.html"]
+        keys = f"--model.path SmolLM2-135M-Instruct --data.train {library(folder)} --data.max_length_tokens 8K".split()
+        stats = [sys.executable, "-m", "ds_longft.cli", "data", "stats", "--html", "s.html", *keys]
         subprocess.run(stats, cwd=folder, check=True, capture_output=True)
-        pages = {"report": EXAMPLE.read_text("utf-8"), "stats": (folder / "s.html").read_text("utf-8")}
-    shoot(result_page(), "result", 780, 670)
+        facts = gather_facts(EXAMPLE)
+        write_report(replace(facts, folder=EXAMPLE.relative_to(ROOT)), EXAMPLE.with_name("report.html"))
+        pages = {"report": html_page(facts), "stats": (folder / "s.html").read_text("utf-8")}
+    shoot(result_page(), "result", 1000, 330)
     for name, page in pages.items():
-        shoot(page, f"{name}-wide", 1100, 800)
-        shoot(page, f"{name}-dark", 1100, 800, dark=True)
+        shoot(page, f"{name}-wide", 1100, 900)
+        shoot(page, f"{name}-dark", 1100, 900, dark=True)
         shoot(page, f"{name}-phone", 390, 800)
     for file in sorted(ASSETS.iterdir()):
         print(f"{file.relative_to(ROOT)}  {file.stat().st_size / 1024:.0f} KiB")

@@ -47,6 +47,8 @@ class StatusFile(StoredFile):
     start: str | None = None
     host: str | None = None
     rank: int | None = None
+    time: str | None = None
+    start_up_s: dict[str, float] | None = None
 
 
 class LockHolder(StoredFile):

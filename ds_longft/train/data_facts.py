@@ -14,6 +14,7 @@ from ds_longft.data.tokenized import TokenizedSet
 DATA_FACTS = "data.json"
 SAMPLE_CHARACTERS = 600  # of the prompt's end and of the answer
 SAMPLE_TOKENS = 400
+BROKEN = "\ufffd"  # a character whose first or last token was cut off
 LEFT_OUT = ("bad_rows", "overlong_rows_dropped", "truncated_rows")  # of all rows read
 
 
@@ -61,9 +62,8 @@ def sample(rows: TokenizedSet, tokenizer: Any) -> dict[str, Any] | None:
     start, end = int(row.span_start[0]), int(row.span_end[0])
     before = tokenizer.decode(row.input_ids[max(0, start - SAMPLE_TOKENS) : start])
     trained = tokenizer.decode(row.input_ids[start : min(end, start + SAMPLE_TOKENS)])
-    return {
-        "origin": row.origin,
-        "tokens": len(row.input_ids),
-        "before": before[-SAMPLE_CHARACTERS:],
-        "trained": trained[:SAMPLE_CHARACTERS],
-    }
+    if start > SAMPLE_TOKENS or len(before) > SAMPLE_CHARACTERS:
+        before = f"… {before[-SAMPLE_CHARACTERS:].lstrip(BROKEN)}"
+    if end - start > SAMPLE_TOKENS or len(trained) > SAMPLE_CHARACTERS:
+        trained = f"{trained[:SAMPLE_CHARACTERS].rstrip(BROKEN)} …"
+    return {"origin": row.origin, "tokens": len(row.input_ids), "before": before, "trained": trained}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ds_longft.tools.look.statistics import GROUP_COLUMNS, Group, Statistics, kept_in_words
+from ds_longft.tools.look.statistics import GROUP_COLUMNS, UNKNOWN, Group, Statistics, kept_in_words
 from ds_longft.tools.pages.charts import column_chart
 from ds_longft.tools.pages.shell import facts_table, shell, table, tiles, wide
 
@@ -40,10 +40,11 @@ def page(stats: Statistics, *, title: str, note: str = "") -> str:
         ("work in attention", f"where it costs a model as much as all else at {packs.equal_cost_tokens:,} tokens"),
         ("fingerprint", stats.fingerprint),
     ]  # fmt: skip
+    languages = [group.name for group in stats.languages]
     sections = [
         ("Overview", f"{tiles(first)}<div class=pair>{_charts(stats)}</div>"),
-        ("Sources", _groups(stats.sources, "Sources")),
-        ("Languages", _groups(stats.languages, "Languages")),
+        ("Sources", _groups(stats.sources, "Rows by source")),
+        ("Languages", _groups(stats.languages, "Rows by language") if languages != [UNKNOWN] else ""),
         (
             "Lengths",
             _wide(["tokens up to", *stats.by_source, "tokens"], lengths, "Rows by length, tokens up to, and source"),

@@ -15,6 +15,7 @@ from ds_longft.data.tokenized import TokenizedSet
 WINDOWS = tuple(1 << e for e in range(12, 21))  # 4K to 1M
 GROUP_COLUMNS = ("", "rows", "tokens", "median", "longest", "trained", "attention cost")
 MAX_KINDS = 12  # of sources or languages told apart; the smallest are counted together
+UNKNOWN = "unknown"  # of rows that name none
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ def _retention(rows: TokenizedSet) -> list[Retention]:
 
 def _kinds(values: NDArray[Any]) -> NDArray[Any]:
     """One name a row: the largest `MAX_KINDS` - 1 as they are, the rest as "others"; paths by their last part."""
-    names = np.asarray([str(v).rstrip("/").rpartition("/")[2] if v is not None else "unknown" for v in values])
+    names = np.asarray([str(v).rstrip("/").rpartition("/")[2] if v is not None else UNKNOWN for v in values])
     kinds, counts = np.unique(names, return_counts=True)
     if len(kinds) > MAX_KINDS:
         small = kinds[np.argsort(-counts)[MAX_KINDS - 1 :]]

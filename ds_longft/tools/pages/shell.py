@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
@@ -36,8 +37,12 @@ def shell(
 
 
 def tiles(pairs: Pairs) -> str:
-    """The few numbers that are read first."""
-    shown = (f"<div class=tile><span>{escape(name)}</span><b>{escape(value)}</b></div>" for name, value in pairs)
+    """The few numbers that are read first, each with its unit in smaller letters."""
+    shown = []
+    for name, value in pairs:
+        split = re.fullmatch(r"(\d(?:[\d.,]*\d)?(?: → \d(?:[\d.,]*\d)?)?) (.*)", value)
+        told = f"<b>{escape(split[1])}</b> <small>{escape(split[2])}</small>" if split else f"<b>{escape(value)}</b>"
+        shown.append(f"<div class=tile><span>{escape(name)}</span>{told}</div>")
     return f"<div class=tiles>{''.join(shown)}</div>"
 
 
@@ -55,6 +60,16 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -
         for name, *cells in rows
     )
     return f"<table><caption>{escape(caption)}</caption><tr>{head}</tr>{body}</table>"
+
+
+def words_table(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
+    """The same of cells that are words: they wrap, so that five columns fit a screen and two a phone."""
+    return f"<div class=words>{wide(table(columns, rows, caption), caption)}</div>"
+
+
+def commands(lines: Iterable[str]) -> str:
+    """What a shell takes, with a button that copies it."""
+    return f"<pre class=copy>{escape(chr(10).join(lines))}</pre>"
 
 
 def wide(content: str, name: str) -> str:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 
 from ds_longft.tools.pages.charts import Line, line_chart
-from ds_longft.tools.pages.shell import shell, table, wide
+from ds_longft.tools.pages.shell import facts_table, shell, words_table
 from ds_longft.tools.report.run_facts import RunFacts
 from ds_longft.tools.report.tables import overview, progress
 from ds_longft.tools.report.verdict import cost, verdict
@@ -34,15 +34,13 @@ def comparison_page(runs: Sequence[RunFacts]) -> str:
         )
     )  # fmt: skip
     sections = [
-        ("Results", wide(table(["", *names], [*results, *costs], "Results"), "Results")),
+        ("Results", words_table(["", *names], [*results, *costs], "What came of each run")),
         ("Losses", f"<div class=pair>{charts}</div>" if charts else ""),
         (
             "What differs",
-            wide(table(["", *names], different, "Settings that differ"), "Settings that differ")
-            if different
-            else "<p>No setting differs.</p>",
+            words_table(["", *names], different, "Settings of each run") if different else "<p>No setting differs.</p>",
         ),
-        ("What all share", table(["", "all runs"], [row[:2] for row in settings if row not in different], "Shared")),
+        ("What all share", facts_table([(row[0], row[1]) for row in settings if row not in different])),
     ]
     return shell(" and ".join(names), f"{len(runs)} runs compared", "good", sections)
 

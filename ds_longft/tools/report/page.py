@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -9,9 +10,10 @@ from html import escape
 from typing import Any
 
 from ds_longft.tools.pages.charts import MAX_POINTS, Line, bar_chart, heat_table, line_chart
-from ds_longft.tools.pages.shell import details, facts_table, shell, table, tiles, wide
+from ds_longft.tools.pages.shell import commands, details, facts_table, shell, table, tiles, wide, words_table
 from ds_longft.tools.report.run_facts import TITLES, Evaluation, RunFacts
 from ds_longft.tools.report.tables import (
+    data_line,
     data_rows,
     differences_line,
     evaluation_rows,
@@ -20,8 +22,13 @@ from ds_longft.tools.report.tables import (
     reproduce,
     settings_line,
 )
-from ds_longft.tools.report.verdict import cost, verdict
+from ds_longft.tools.report.verdict import cost, duration, verdict
 from ds_longft.train.smooth import FEWEST, running_mean, steps_of_a_mean
+
+HUB = "https://huggingface.co/"
+ON_A_HUB = re.compile(
+    r"[A-Za-z0-9][\w.-]*/[\w.-]+"
+)  # owner/name; a folder may look alike, and then the link leads nowhere
 
 
 def html_page(facts: RunFacts) -> str:
@@ -51,11 +58,38 @@ def _result(facts: RunFacts) -> str:
         )
     ]
     chart = line_chart(curves, name="Loss by position", x_label="position, tokens", y_label="nats per token")
-    told = [("base model", facts.config.model.path), ("cost", cost(facts))]
+    grids = "".join(wide(grid, name) for name, grid in _grids(facts))
+    told = [("data", data_line(facts)), ("cost", cost(facts)), ("time", duration(facts))]
     again = ["ds-longft", "train", f"{facts.folder}/config.yaml", "--output_dir", f"{facts.folder}-again"]
-    told.append(("again", shlex.join(again)))
-    shown = table(["", "before", "after"], rows, "Before and after; 95 % intervals in brackets") if rows else ""
-    return f"{shown}{chart}{facts_table([pair for pair in told if pair[1]])}"
+    shown = words_table(["", "before", "after"], rows, "Before and after; 95 % intervals in brackets") if rows else ""
+    pictures = f"<div class=pair>{chart}<div class=heats>{grids}</div></div>" if chart and grids else chart + grids
+    return (
+        f"<p>From {_linked(facts.config.model.path)}</p>{shown}{pictures}"
+        f"{facts_table([pair for pair in told if pair[1]])}{commands([shlex.join(again)])}"
+    )
+
+
+def _linked(model: str) -> str:
+    """A model's name, with a link where it may be one of the hub."""
+    return f'<a href="{HUB}{model}">{model}</a>' if ON_A_HUB.fullmatch(model) else escape(model)
+
+
+def _grids(facts: RunFacts) -> Iterable[tuple[str, str]]:
+    """(name, grid) of what is found at which length: of the needles of one language, or of RULER's tasks on average."""
+    for evaluation in (e for e in facts.evaluations if e.name == e.kind == "needle"):
+        result = evaluation.pair[-1][1]
+        for language in list(result["grid"])[:1]:
+            yield from _heat(evaluation.pair, language)
+        return
+    for evaluation in (e for e in facts.evaluations if e.name == e.kind == "ruler"):
+        lengths = sorted({size for _, r in evaluation.pair for size in r["averages"]}, key=int)
+        rows = [(label, [r["averages"].get(size) for size in lengths]) for label, r in evaluation.pair]
+        name = "RULER, mean of the tasks, %"
+        yield name, heat_table([_tokens(int(size)) for size in lengths], rows, name=name, corner="tokens")
+
+
+def _tokens(number: int) -> str:
+    return f"{number // 1024}K" if number % 1024 == 0 else str(number)
 
 
 def _of(evaluation: Evaluation, result: dict[str, Any]) -> str:
@@ -80,19 +114,25 @@ def _training(facts: RunFacts) -> str:
     held_out = Line("held out", _held_out(facts, "eval_loss"), 1)
     planned = facts.plan and facts.plan.get("peak_gib")
     level = (f"planned {planned:.1f}", float(planned)) if isinstance(planned, int | float) else None
-    losses = [line("loss", "training")]
-    points = losses[0].points
-    if len(points) >= FEWEST:
+
+    def smoothed(key: str, label: str) -> list[Line]:
+        """What was recorded; of many steps it is pale, and their running mean lies over it."""
+        points = line(key, label).points
+        if len(points) < FEWEST:
+            return [line(key, label)]
         count = steps_of_a_mean(len(points))
-        drawn = "each step" if len(points) <= MAX_POINTS else "lowest and highest steps"
-        losses = [Line(drawn, points, 4), Line(f"mean of {count}", running_mean(points, count))]
+        drawn = "recorded" if len(points) <= MAX_POINTS else "lowest and highest"
+        return [Line(drawn, points, 4), Line(f"mean of {count}", running_mean(points, count))]
+
     chart = partial(line_chart, x_label="optimizer step", from_zero=True)
     padding = [line("padding_percent", "padding", 0), line("data_wait_percent", "waiting for data", 1)]
     charts = [
-        chart([*losses, held_out], name="Loss", y_label="per target token or pair", from_zero=False),
+        chart(
+            [*smoothed("loss", "training"), held_out], name="Loss", y_label="per target token or pair", from_zero=False
+        ),
         chart([line("learning_rate", "learning rate")], name="Learning rate", y_label=""),
-        chart([line("grad_norm", "norm")], name="Gradient norm", y_label="before clipping"),
-        chart([line("tokens_per_s_per_gpu", "tokens/s")], name="Speed", y_label="tokens/s per rank"),
+        chart(smoothed("grad_norm", "norm"), name="Gradient norm", y_label="before clipping"),
+        chart(smoothed("tokens_per_s_per_gpu", "tokens/s"), name="Speed", y_label="tokens/s per rank"),
         chart([line("peak_gib", "peak so far, fullest rank")], name="Memory", y_label="GiB per rank", level=level),
         chart(padding, name="Padding and balance", y_label="percent of tokens, percent of time"),
     ]
@@ -132,7 +172,7 @@ def _evaluation(evaluation: Evaluation) -> str:
     columns, rows = evaluation_rows(evaluation)
     numbers = wide(table(columns, rows, evaluation.title), evaluation.title)
     picture = ""
-    if evaluation.kind == "needle":
+    if evaluation.kind == "needle" and evaluation.name != "needle":  # its grid is in the first section
         languages = dict.fromkeys(language for _, r in results for language in r["grid"])
         grids = [wide(grid, name) for language in languages for name, grid in _heat(results, language)]
         picture = f"<div class=heats>{''.join(grids)}</div>"
@@ -148,11 +188,11 @@ def _curve(result: dict[str, Any]) -> list[tuple[float, float]]:
 def _heat(results: Sequence[tuple[str, dict[str, Any]]], language: str) -> Iterable[tuple[str, str]]:
     """(name, grid) of one language, before and after next to each other."""
     for label, result in results:
-        columns = [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in result["lengths"]]
+        columns = [_tokens(n) for n in result["lengths"]]
         grid = result["grid"].get(language, [])
         rows = [(f"{100 * depth:g} %", values) for depth, values in zip(result["depths"], grid, strict=False)]
         if rows:
-            name = f"{label}, {language}: exact, %"
+            name = f"{label}, {language}: facts found, %"
             yield name, heat_table(columns, rows, name=name, corner="depth")
 
 
@@ -160,8 +200,8 @@ def _samples(facts: RunFacts) -> str:
     parts = []
     if facts.sample:
         s = facts.sample
-        origin = f"<small>{escape(s['origin'])}, {s['tokens']:,} tokens; the trained part is green</small>"
-        text = f"… {escape(s['before'])}<span class=right>{escape(s['trained'])}</span>"
+        origin = f"<small>{escape(s['origin'])}, {s['tokens']:,} tokens; the trained part is marked</small>"
+        text = f"{escape(s['before'])}<mark>{escape(s['trained'])}</mark>"
         parts.append(details("A training row", f"{origin}<pre>{text}</pre>", opened=True))
     for evaluation in _in_order(facts.evaluations):
         for label, result in evaluation.pair:
@@ -188,8 +228,8 @@ def _sample(sample: dict[str, Any]) -> str:
 
 
 def _again(facts: RunFacts) -> str:
-    commands = f"<pre class=copy>{escape(chr(10).join(reproduce(facts)))}</pre>"
-    return commands + details("config.yaml", f"<pre>{escape(facts.config_text)}</pre>")
+    config = details("config.yaml", f"<pre class=copy>{escape(facts.config_text)}</pre>")
+    return commands(reproduce(facts)) + config
 
 
 def _in_order(evaluations: Sequence[Evaluation]) -> list[Evaluation]:

@@ -58,7 +58,8 @@ class Evaluation:
     def title(self) -> str:
         """Title of its section: the kind, and the name where it was given another."""
         title = TITLES.get(self.kind, self.kind)
-        return title if self.name == self.kind else f"{title}: {self.name}"
+        more = self.name.removeprefix(self.kind).strip("-")
+        return f"{title}: {more}" if more else title
 
     @property
     def pair(self) -> list[tuple[str, dict[str, Any]]]:
@@ -94,6 +95,10 @@ class RunFacts:
     """What the planner foresaw, RUN/plan.json: written by the run on a GPU, or `ds-longft plan --json` kept there."""
     status: str
     error: str | None
+    ended: str | None
+    """When, as its host's clock had it."""
+    start_up_s: float
+    """Of the last start, up to its first step; 0 where that is not known."""
     checkpoints: list[str]
     data: dict[str, dict[str, Any]]
     """Statistics of the training and the held-out set, see `train/data_facts.py`."""
@@ -135,7 +140,8 @@ def gather_facts(folder: Path) -> RunFacts:
     if bad_lines:
         unreadable.append(f"not shown: {len(bad_lines)} lines of metrics.jsonl ({bad_lines[0]})")
     facts, data, plan = read("versions.json", VersionsFile), read("data.json", DataFile), read("plan.json", PlanFile)
-    status, error = _status(folder, read("run_status.json", StatusFile), records)
+    told = read("run_status.json", StatusFile)
+    status, error = _status(folder, told, records)
     config = config_of_run(folder)
     return RunFacts(
         folder=folder,
@@ -149,6 +155,8 @@ def gather_facts(folder: Path) -> RunFacts:
         plan=plan or None,
         status=status,
         error=error,
+        ended=told.get("time") if told.get("exit_code") is not None else None,
+        start_up_s=sum((told.get("start_up_s") or {}).values()),
         checkpoints=[p.name for p in sorted(folder.glob("checkpoint-*"), key=_number) if p.is_dir()],
         data=data.get("parts", {}),
         sample=data.get("sample"),

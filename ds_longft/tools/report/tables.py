@@ -11,6 +11,7 @@ from ds_longft.tools.report.run_facts import Evaluation, RunFacts
 from ds_longft.train.smooth import first_and_last
 
 Pairs = list[tuple[str, str]]
+KINDS_OF_RIGHT = (("exact", "all right"), ("found", "of the facts"))  # of needles: key of a result, and in words
 
 
 def overview(facts: RunFacts) -> Pairs:
@@ -55,9 +56,7 @@ def progress(facts: RunFacts) -> Pairs:
     pairs = [("step", f"{newest['step']}{total}"), ("tokens seen", f"{newest.get('tokens_seen') or 0:,}")]
     if steps:
         n, first, last = first_and_last([r["loss"] for r in steps])
-        pairs.append(
-            (f"loss, mean of first and last {n}" if n > 1 else "loss, first and last", f"{first:.4f} → {last:.4f}")
-        )
+        pairs.append(("training loss", f"{first:.4f} → {last:.4f}" + (f" (means of {n})" if n > 1 else "")))
     if facts.held_out:
         values = [r["eval_loss"] for r in facts.held_out]
         pairs.append(("held-out loss", " → ".join(f"{v:.4f}" for v in dict.fromkeys((values[0], values[-1])))))
@@ -106,6 +105,15 @@ def data_rows(statistics: dict[str, Any]) -> Pairs:
     return [*pairs, ("fingerprint", statistics.get("fingerprint", ""))]
 
 
+def data_line(facts: RunFacts) -> str:
+    """The training set in one line; empty where nothing is known of it."""
+    for name, s in facts.data.items():
+        if name.startswith("train"):
+            share = f"{100 * s['target_share']:.1f} % of them trained"
+            return f"{s['rows']:,} rows, {s['tokens']:,} tokens, {share}; {_counts(s.get('sources', {}))}".rstrip("; ")
+    return ""
+
+
 def _counts(sources: dict[str, int]) -> str:
     return "; ".join(f"{name}: {count:,}" for name, count in sources.items())
 
@@ -121,10 +129,11 @@ def evaluation_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]
     rows = []
     for name in names:
         cells = [figures.get(name) for figures in values.values()]
-        row = [name, *("–" if cell is None else f"{cell:.{_digits(evaluation)}f}" for cell in cells)]
+        digits = 1 if name.endswith("%") else _digits(evaluation)
+        row = [name, *("–" if cell is None else f"{cell:.{digits}f}" for cell in cells)]
         if both:
             before, after = cells
-            row.append("" if before is None or after is None else f"{after - before:+.{_digits(evaluation)}f}")
+            row.append("" if before is None or after is None else f"{after - before:+.{digits}f}")
         rows.append(row)
     return columns + (["difference"] if both else []), rows
 
@@ -164,8 +173,8 @@ def _figures(result: dict[str, Any]) -> dict[str, float | None]:
         return figures | {"loss, all positions": result["loss"], **longppl}
     if kind.startswith("needle"):
         return {
-            f"{language} {int(size):,}: {what} %": value
-            for what in (("exact",) if kind == "needle" else ("exact", "found"))
+            f"{int(size):,} tokens, {language}: {words}, %": value
+            for what, words in KINDS_OF_RIGHT[: 1 if kind == "needle" else 2]
             for language, sizes in result[f"{what}_percent"].items()
             for size, value in sizes.items()
         }
@@ -214,11 +223,10 @@ def _list(value: Any) -> str:
 
 def reproduce(facts: RunFacts) -> list[str]:
     """Commands that make the run and its evaluations again, quoted for a shell."""
-    world = facts.machine.get("world") or 1
-    launcher = ["deepspeed", "--num_gpus", str(world), "--module"] if world > 1 else ["python", "-m"]
     again, sp = f"{facts.folder}-again", str(facts.machine.get("sp") or 1)
     config = str(facts.folder / "config.yaml")
-    commands = [[*launcher, "ds_longft.train", config, "--sp", sp, "--output_dir", again]]
+    gpus = ["--gpus", str(facts.machine.get("world") or 1)]
+    commands = [["ds-longft", "train", config, *gpus, "--sp", sp, "--output_dir", again]]
     for evaluation in facts.evaluations:
         for label, result in evaluation.pair:
             kind = result["kind"]

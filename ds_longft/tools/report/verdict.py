@@ -14,7 +14,10 @@ Row = tuple[str, str, str]
 
 def verdict(facts: RunFacts) -> list[Row]:
     """One row for each kind of evaluation, and the held-out loss from before step 1 on; empty where there is none."""
-    rows = [(what, *_both(evaluation, key)) for evaluation in facts.evaluations for what, key in _asked(evaluation)]
+    rows = []
+    for evaluation in facts.evaluations:
+        if not any(evaluation in _other_ways(e, facts) for e in facts.evaluations):
+            rows += [(what, *_both(evaluation, key, facts)) for what, key in _asked(evaluation)]
     losses = [record["eval_loss"] for record in facts.held_out]
     if len(losses) > 1 and facts.held_out[0]["step"] == 0:
         rows.append(("held-out loss", f"{losses[0]:.4f}", f"{losses[-1]:.4f}"))
@@ -28,6 +31,13 @@ def cost(facts: RunFacts) -> str:
     if not hours:
         return ""
     return f"{hours:.3g} {'CPU process' if device.lower() == 'cpu' else 'GPU'} hours ({world} x {device})"
+
+
+def duration(facts: RunFacts) -> str:
+    """Time of the steps, of the start before them, and when it ended, e.g. `8.0 min of steps, 1.1 min of start-up`."""
+    steps_s = sum(r["step_s"] for r in facts.steps if r.get("step_s") is not None)
+    parts = [f"{s / 60:.1f} min of {what}" for s, what in ((steps_s, "steps"), (facts.start_up_s, "start-up")) if s]
+    return ", ".join(parts) + (f"; ended {facts.ended}" if facts.ended else "")
 
 
 def _asked(evaluation: Evaluation) -> list[tuple[str, Any]]:
@@ -50,16 +60,27 @@ def _asked(evaluation: Evaluation) -> list[tuple[str, Any]]:
     return []
 
 
-def _both(evaluation: Evaluation, key: Any) -> tuple[str, str]:
+def _both(evaluation: Evaluation, key: Any, facts: RunFacts) -> tuple[str, str]:
     results = (evaluation.before, evaluation.after)
     before, after = (_shown(evaluation.kind, r, key) if r else "not measured" for r in results)
-    return before, after
+    others = [_shown(other.kind, other.before or {}, key) for other in _other_ways(evaluation, facts)]
+    return "; ".join([*others, before]), after
+
+
+def _other_ways(evaluation: Evaluation, facts: RunFacts) -> list[Evaluation]:
+    """The base's losses on the same text read in another way (whole, in windows): they belong into the same row."""
+    if evaluation.kind != "perplexity" or evaluation.after is None:
+        return []
+    text = (evaluation.after["length_tokens"], evaluation.after["settings"].get("text"))
+    alone = [(e, e.before) for e in facts.evaluations if e.kind == "perplexity" and e.after is None and e.before]
+    return [e for e, before in alone if (before["length_tokens"], before["settings"].get("text")) == text]
 
 
 def _shown(kind: str, result: dict[str, Any], key: Any) -> str:
     if kind == "perplexity":
         value = result["loss_by_eighth"][-1]
-        return "-" if value is None else f"{value:.3f}"
+        window = result["settings"].get("window_tokens")
+        return "-" if value is None else f"{value:.3f}" + (f" in windows of {window:,}" if window else "")
     if kind.startswith("needle"):
         value = result["exact_percent"].get(key[0], {}).get(key[1])
         asked = result["settings"].get("trials", 1) * len(result["settings"].get("depths") or [0])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ds_longft.config.run_config import DataConfig, SourceConfig
 from ds_longft.data.tokenize import tokenize_sources
-from ds_longft.train.data_facts import write_data_facts
+from ds_longft.train.data_facts import sample, write_data_facts
 from tests.tokenizer import tiny_tokenizer
 
 
@@ -39,3 +39,17 @@ def test_statistics_and_sample(tmp_path: Path) -> None:
     assert facts["parts"]["train"]["sources"] == {str(file): 4}
     assert facts["sample"]["trained"].startswith("answer")
     assert facts["sample"]["before"].endswith("<|im_start|>assistant\n")
+    assert not facts["sample"]["before"].startswith("…"), "it is whole"
+
+
+def test_a_sample_that_is_cut_says_so(tmp_path: Path) -> None:
+    """Without the broken half of a character where it was cut."""
+    turns = [{"role": "user", "content": "é" * 900}, {"role": "assistant", "content": "é" * 900}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    tokenizer = tiny_tokenizer()
+    config = DataConfig(cache_dir=str(tmp_path / "cache"), workers=1, max_length_tokens=8192)
+    rows = tokenize_sources([SourceConfig(path=str(tmp_path / "chats.jsonl"))], tokenizer, config)
+    shown = sample(rows, tokenizer)
+    assert shown is not None
+    assert shown["before"].startswith("… é")
+    assert shown["trained"].endswith("é …")

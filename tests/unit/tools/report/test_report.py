@@ -10,9 +10,12 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from importlib.resources import files
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ds_longft.cli import COMMANDS, main
@@ -20,7 +23,7 @@ from ds_longft.command_line import bind
 from ds_longft.config.read import config_of_run, dump_config, load_run_config
 from ds_longft.config.run_config import RunConfig
 from ds_longft.errors import EXIT_CONFIG
-from ds_longft.tools.pages.charts import Line, line_chart, shown, thin, ticks
+from ds_longft.tools.pages.charts import Line, line_chart, numbers, shown, thin, ticks
 from ds_longft.tools.report import run_facts
 from ds_longft.tools.report.markdown import markdown_page
 from ds_longft.tools.report.page import html_page
@@ -148,8 +151,11 @@ def test_the_page_is_whole_and_fetches_nothing(run: Path) -> None:
     tags.feed(page)
     assert tags.open == []
     assert tags.fetched == []
-    assert not re.search(r"https?://|url\(|@import", page)
-    assert {link.removeprefix("#") for link in tags.links} <= set(tags.ids)
+    hub = '<p>From <a href="https://huggingface.co/some/model">some/model</a></p>'  # a link, which is not fetched
+    assert page.count(hub) == 1
+    assert not re.search(r"https?://|url\(|@import", page.replace(hub, ""))
+    assert {link.removeprefix("#") for link in tags.links if link.startswith("#")} <= set(tags.ids)
+    assert len([link for link in tags.links if not link.startswith("#")]) == 1
     assert "<script>alert(1)" not in page
     for words in (
         "done (exit code 0)",
@@ -169,7 +175,11 @@ def test_the_page_is_whole_and_fetches_nothing(run: Path) -> None:
 
 def test_markdown_has_the_same_facts(run: Path) -> None:
     text = markdown_page(gather_facts(run))
-    for words in ("| base model | some/model |", "| en 131,072: exact % | 0.0 | 95.5 | +95.5 |", "torch 2.11"):
+    for words in (
+        "| base model | some/model |",
+        "| 131,072 tokens, en: all right, % | 0.0 | 95.5 | +95.5 |",
+        "torch 2.11",
+    ):
         assert words in text
     assert "--before" in text
     assert all(len(line.split("|")) > 3 for line in text.splitlines() if line.startswith("|"))
@@ -260,7 +270,8 @@ def test_charts_answer_to_the_keyboard(run: Path, tmp_path: Path) -> None:
     page.write_text(html_page(gather_facts(run)).replace("</body>", press))
     command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{page}"]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    assert "optimizer step 3: training 1, held out 1.5 at 2</output>" in dom
+    words = "optimizer step 3 (per target token or pair)\ntraining: 1\nheld out: 1.5, at 2</output>"
+    assert words in dom
     assert "visibility: visible" in dom
 
 
@@ -294,7 +305,17 @@ def test_the_commands_under_again_are_commands(run: Path) -> None:
     scored = {"kind": "longbench", "model": "m", "date": "", "settings": asked, "scores": {"lcc": 1.0}, "averages": {}}
     (run / "eval" / "longbench.json").write_text(json.dumps(scored))
     commands = [shlex.split(line) for line in reproduce(gather_facts(run))]
-    assert commands[0][:5] == ["deepspeed", "--num_gpus", "2", "--module", "ds_longft.train"]
+    assert commands[0] == [
+        "ds-longft",
+        "train",
+        f"{run}/config.yaml",
+        "--gpus",
+        "2",
+        "--sp",
+        "2",
+        "--output_dir",
+        f"{run}-again",
+    ]
     given = {}
     for words in commands[1:]:
         called = words[2:4] if words[2] == "longbench" else words[2:3]
@@ -327,8 +348,12 @@ def test_the_first_section_says_whether_it_worked(run: Path) -> None:
         f"{r['loss_by_eighth'][-1]:.3f}" if r else "not measured" for r in (evaluation.before, evaluation.after)
     )
     page = html_page(facts)
-    assert page.index("Before and after") < page.index("base model") < page.index("Training</h2>")
-    assert "ds-longft train" in page
+    assert (
+        page.index("From ")
+        < page.index("Before and after")
+        < page.index("ds-longft train")
+        < page.index("Training</h2>")
+    )
     assert "hours" in cost(facts)
 
 
@@ -364,6 +389,8 @@ def test_charts() -> None:
     assert ticks(0, 10) == [0, 2.5, 5, 7.5, 10]
     assert ticks(0, 10, whole=True) == [0, 5, 10]
     assert ticks(1, 3, count=6, whole=True) == [1, 2, 3]
+    assert ticks(1024, 130048, count=8, powers=True) == [32768 * i for i in range(5)]
+    assert numbers([0, 0.0005, 0.001]) == ["0", "5e-4", "1e-3"], "one way of writing for an axis"
     assert ticks(3.02, 3.2)[0] <= 3.02
     assert ticks(5, 5)[-1] > 5
     assert [shown(v) for v in (0, 131072, 0.00025, 1500, 7.325)] == ["0", "128K", "2.5e-4", "1,500", "7.325"]
@@ -373,8 +400,42 @@ def test_charts() -> None:
     assert {(2777.0, 9.0), (3001.0, -9.0), peaks[0], peaks[-1]} <= set(thinned) <= set(peaks), "points that there are"
     assert thin([(0, 1.0), (1, float("nan"))]) == [(0, 1.0)]
     assert line_chart([Line("x", [])], name="n", x_label="", y_label="") == ""
+    assert line_chart([Line("x", [(1, 1.0)]), Line("y", [(1, 2.0)])], name="n", x_label="", y_label="") == "", (
+        "one step"
+    )
     lost = Line("held out", [(1, float("nan"))])  # the page's script reads out every line that is there
     assert "held out" not in line_chart([Line("x", [(1, 1.0), (2, 2.0)]), lost], name="n", x_label="", y_label="")
+
+
+SEEN_BY = {  # Machado, Oliveira and Fernandes, 2009: linear RGB as seen without one kind of cones
+    "all cones": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+    "no L": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "no M": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "no S": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+
+
+def lab(linear: Any) -> Any:
+    """CIE Lab of linear sRGB."""
+    white = [0.9505, 1, 1.089]
+    rgb_to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    x, y, z = np.cbrt(np.clip(rgb_to_xyz @ np.clip(linear, 0, 1) / white, 0.008856, None))
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_lines_are_told_apart_by_everyone(scheme: int) -> None:
+    """Contrast with the panel below them, and with each other for the colour-blind too."""
+    rules = files("ds_longft.tools.pages").joinpath("page.css").read_text("utf-8").split(":root")[scheme + 1]
+    found = dict(re.findall(r"--(c\d|panel): (#\w{6});", rules))
+    values = {name: np.array([int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)]) for name, c in found.items()}
+    linear = {name: np.where(v <= 0.04045, v / 12.92, ((v + 0.055) / 1.055) ** 2.4) for name, v in values.items()}
+    light = {name: float(v @ [0.2126, 0.7152, 0.0722]) + 0.05 for name, v in linear.items()}
+    panel, lines = light.pop("panel"), [linear[f"c{i}"] for i in range(5)]
+    assert min(max(one / panel, panel / one) for one in light.values()) > 3, "WCAG 1.4.11"
+    for eyes, matrix in SEEN_BY.items():
+        apart = [float(np.linalg.norm(lab(matrix @ a) - lab(matrix @ b))) for a, b in combinations(lines, 2)]
+        assert min(apart) > 15, eyes
 
 
 POISON = """"'><img src=x onerror="document.title='PWNED'"><script>document.title='PWNED'</script>|``` x"""
