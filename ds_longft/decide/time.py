@@ -47,6 +47,10 @@ NARROW_HEADS = 0.25
 """Narrower heads use less of the tensor cores: rates fall with this power of head size / 128. From one step with heads
 of 64 on an H200 (SmolLM2, 131,072 tokens, flash-attn-4)."""
 
+WIDEST_HEADS, WIDER_HEADS = 256, 0.1
+"""Wider heads (Gemma 4's of 512) go through torch's memory-efficient attention, whose rate nobody has measured: taken
+to be this share of the other kernel's. A guess, and the plan says so (`plan_text.estimated`)."""
+
 STATE_SHARE = 0.35
 """Share of the memory's bandwidth that kernels of layers with a state reach. An estimate: 9.2 s were predicted for a
 step of 9.74 s."""
@@ -235,7 +239,7 @@ def attention(model: ModelFacts, setting: Setting, gpu: Gpu, direction: str) -> 
         kinds[kind] = kinds.get(kind, 0) + 1
     seconds = 0.0
     for (window, d), layers in kinds.items():
-        narrow = min(1.0, d / 128) ** NARROW_HEADS
+        narrow = WIDER_HEADS if d > WIDEST_HEADS else min(1.0, d / 128) ** NARROW_HEADS
         for length, documents in counts.items():
             work = per_pair * d * visible_pairs(length, window) * documents * layers
             seconds += work / (rate_at(table, min(length, window or length)) * 1e12 * share * narrow)

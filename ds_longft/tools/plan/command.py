@@ -134,11 +134,12 @@ def _show_run(words: Sequence[str], gpus: int, gpu: str, host_gib: float, *, jso
 
 def answer(question: Question, tokens: int | None, model: str) -> dict[str, Any]:
     """For machines: the longest pack of each sp, or the fastest setting of one length and what stands against it."""
+    notes = {"notes": of_model} if (of_model := plan_text.estimated(question.model)) else {}
     if tokens is None:
-        return {"longest": [as_json(p, question) for p in longest_of_each(question)]}
+        return {"longest": [as_json(p, question) for p in longest_of_each(question)], **notes}
     best = _fastest(question, tokens)
     instead = {key: p and as_json(p, question) for key, p in alternatives(question, best).items()}
-    return as_json(best, question) | ({"instead": instead} if instead else {})
+    return as_json(best, question) | ({"instead": instead} if instead else {}) | notes
 
 
 def _fastest(question: Question, tokens: int) -> Plan:
@@ -168,7 +169,7 @@ def _show_fastest(question: Question, tokens: int, model: str, *, png: str | Non
         "seconds of a step:",
     ]
     notes.append("  " + ", ".join(f"{name} {s:.2f}" for name, s in best.time.parts.items()))
-    notes += plan_text.instead(others) + plan_text.not_ahead(best) + plan_text.of_states(question.model)
+    notes += plan_text.instead(others) + plan_text.not_ahead(best) + plan_text.estimated(question.model)
     Console(stderr=True, soft_wrap=True, highlight=False).print("\n".join(notes))
 
 

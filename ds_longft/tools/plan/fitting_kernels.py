@@ -7,13 +7,16 @@ from dataclasses import replace
 import torch
 
 from ds_longft.decide.setting import Gpu
+from ds_longft.decide.time import WIDEST_HEADS
 from ds_longft.errors import ConfigError
 from ds_longft.model.facts import ModelFacts
 from ds_longft.sequence.kernels import AttentionSpec, Job, kernel_by_name
+from ds_longft.sequence.kernels.torch_builtin import WideHeads
 
 
 def refusal(name: str, model: ModelFacts, gpu: Gpu, tokens: int | None) -> str | None:
-    """Why a kernel cannot work for one of the model's layers in bf16, None if it can for all.
+    """Why a kernel cannot work for one of the model's layers in bf16, None if it can for all. For heads that are wider
+    than it can do another one works: the reason is that one's.
 
     `tokens` of the longest document: a window that is no narrower asks for nothing. None: it is not known.
     """
@@ -21,7 +24,7 @@ def refusal(name: str, model: ModelFacts, gpu: Gpu, tokens: int | None) -> str |
         spec = AttentionSpec(d**-0.5, window, model.softcap)
         spec = replace(spec, window=spec.window_for((tokens,)) if tokens else window)
         job = Job("cuda", torch.bfloat16, d, spec, gpu.capability)
-        reason = kernel_by_name(name).refuses(job, here=False)
+        reason = kernel_by_name(WideHeads.name if d > WIDEST_HEADS else name).refuses(job, here=False)
         if reason is not None:
             return reason
     return None

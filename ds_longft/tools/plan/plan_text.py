@@ -11,7 +11,9 @@ from ds_longft.config.yaml_io import dump_yaml
 from ds_longft.decide.memory import STREAMED
 from ds_longft.decide.plan_json import FREE, memory_parts
 from ds_longft.decide.setting import GIB
+from ds_longft.decide.time import WIDER_HEADS, WIDEST_HEADS
 from ds_longft.errors import ConfigError
+from ds_longft.sequence.kernels.torch_builtin import WideHeads
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -44,6 +46,7 @@ def length_table(plans: list[Plan], question: Question) -> Table:
     if question.objective == "dpo":
         longest = "longest documents"
         caption += f"\n{PAIRS}; reference: {question.reference}; one pass where not said"
+    caption += "".join(f"\n{line}" for line in estimated(question.model))
     table = Table("sp", longest, "recomputation, JSON", "peak GiB", "host GiB", "step s", "tokens/s", caption=caption)
     for p in sorted(plans, key=lambda p: (p.setting.sp, -p.setting.tokens)):
         table.add_row(
@@ -172,17 +175,22 @@ def instead(others: Mapping[str, Plan | None]) -> list[str]:
     return ["the fastest at this length with", *lines] if lines else []
 
 
-def of_states(model: ModelFacts) -> list[str]:
-    """What is special about a model with layers that carry a state."""
-    if not any(f.state for f in model.layer_facts):
-        return []
-    attend = sum(f.attends for f in model.layer_facts)
-    lines = [
-        f"{attend} of {model.layers} layers have softmax attention: there time grows with the square of the length,",
-        "and model.rope stretches no other. Time of layers with a state is an estimate",
-    ]
+def estimated(model: ModelFacts) -> list[str]:
+    """What of a plan nobody has measured: layers that carry a state, and heads wider than the measured kernels do."""
+    lines = []
+    if any(f.state for f in model.layer_facts):
+        attend = sum(f.attends for f in model.layer_facts)
+        lines = [
+            f"{attend} of {model.layers} layers have softmax attention: there time grows with the square of the",
+            "length, and model.rope stretches no other. Time of layers with a state is an estimate",
+        ]
     if any(f.state and f.state.kind == "scan" for f in model.layer_facts):
         lines.append("Mamba-1 has no fast kernel here: on GPUs it takes far longer than is said above")
+    if wide := [d for _, d in model.attentions if d > WIDEST_HEADS]:
+        lines += [
+            f"{len(wide)} of {model.layers} layers have heads of {max(wide)}: {WideHeads.name} works on them, whose",
+            f"rate nobody has measured. {WIDER_HEADS:g} of the other kernel's is a guess: time may be far off",
+        ]
     return lines
 
 

@@ -103,7 +103,7 @@ def in_words(words: Sequence[str], plan: Plan, question: Question) -> str:
             f"a step of {packs} of {plan_text.length_in_words(plan, question)}: "
             f"{x.accumulation * plan.time.total_s:.1f} s with {x.kernel}, {plan.time.tokens_per_s:,.0f} tokens/s of "
             "all GPUs; shorter documents in a pack take less",
-            *plan_text.of_states(question.model),
+            *plan_text.estimated(question.model),
         )
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 from transformers import AutoConfig
 
 from ds_longft.cli import main
-from ds_longft.decide.setting import Gpu, shipped_gpus
+from ds_longft.decide.setting import Gpu, Setting, shipped_gpus
+from ds_longft.decide.time import WIDER_HEADS, attention
 from ds_longft.errors import EXIT_CONFIG, ConfigError
 from ds_longft.tools.plan.fitting_kernels import refusal, with_fitting_kernels
 from tests.unit.decide.shapes import LLAMA_8B, shape, sizes
@@ -59,3 +61,24 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "--kernel is cudnn, but cudnn has no sliding window (asked for 4096)" in said
     assert "fit this model: flash-attn-4, varlen" in said
     assert main([*arguments, "4K"]) == 0
+
+
+def test_heads_that_no_measured_kernel_can_do_are_planned_at_a_guess(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    four = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 6, "vocab_size": 1024}
+    config = AutoConfig.for_model("gemma4_text", **four, hidden_size_per_layer_input=0, vocab_size_per_layer_input=0)
+    config.save_pretrained(tmp_path)
+    arguments = ["plan", "--model", str(tmp_path), "--gpus", "1", "--length", "64K", "--gpu"]
+    assert main([*arguments, "h200"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "1 of 6 layers have heads of 512: mem-efficient works on them, whose rate nobody has measured" in said
+    assert "0.1 of the other kernel's is a guess" in said
+    assert main([*arguments, "b200"]) == EXIT_CONFIG
+    assert "is known to run on compute capabilities 8 and 9" in capsys.readouterr().err
+
+
+def test_wider_heads_take_the_guessed_time() -> None:
+    gpu, x = Gpu.load("h200"), Setting((65536,))
+    wide = [attention(replace(sizes(LLAMA_8B), head_dim=d), x, gpu, "forward") for d in (256, 512)]
+    assert wide[1] == pytest.approx(2 * wide[0] / WIDER_HEADS)
