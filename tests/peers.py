@@ -7,11 +7,13 @@ import importlib.metadata
 import logging
 import os
 import sys
+import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import yaml
 from wonderwords import RandomWord
 
 from ds_longft.tools.evaluate.ruler.texts_of_tasks import SENTENCE
@@ -102,3 +104,24 @@ def _open_lm_eval(tasks: str) -> None:
         if package not in sys.modules:
             sys.modules[package] = ModuleType(package)
             sys.modules[package].__path__ = [str(wheels[-1] / package.replace(".", "/"))]
+
+
+def lm_eval_choices() -> tuple[type, type, str]:
+    """lm-eval's model that says how likely a continuation is, its task that makes scores of that, LongBench v2's prompt."""
+    _open_lm_eval("longbench2")
+    wheel = sys.modules["lm_eval"].__path__[0].removesuffix("/lm_eval")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("sacrebleu", "evaluate", "sqlitedict"):  # of other scores
+            if find_spec(name) is None:
+                patch.setitem(sys.modules, name, _StandIn(name))
+        model = importlib.import_module("lm_eval.models.huggingface").HFLM
+        task = importlib.import_module("lm_eval.api.task").ConfigurableTask
+    with zipfile.ZipFile(wheel) as files:
+        common = yaml.safe_load(files.read("lm_eval/tasks/longbench2/_longbench_common_yaml"))
+    return model, task, common["doc_to_text"]
+
+
+def lm_eval_graphwalks() -> ModuleType:
+    """lm-eval's scores of GraphWalks."""
+    _open_lm_eval("graphwalks")
+    return importlib.import_module("lm_eval.tasks.graphwalks.utils")

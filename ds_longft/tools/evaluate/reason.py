@@ -149,7 +149,7 @@ def coreference(tokenizer: Any, seed: str, units: int) -> Made:
 
 
 def likeness(reply: str, wanted: str, code: str) -> float:
-    """How alike two texts are; 0 without the code in front, as published."""
+    """How alike two texts are; 0 without the code in front, as published, blanks around the reply aside."""
     reply = reply.strip()
     if not reply.startswith(code):
         return 0.0

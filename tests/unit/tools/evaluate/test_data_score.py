@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,6 +117,33 @@ def test_gains_of_each_target_are_what_a_run_weighs_by(model: Path, rows: Path, 
     wanted = [np.minimum(np.exp(row["token_gains"]), 5).sum() for row in scored]
     np.testing.assert_allclose(made.weight_sums("gain"), wanted, rtol=1e-5)
     assert any(set(row["token_gains"]) - {0.0} for row in scored)
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_it_goes_on_to_the_same_file(model: Path, tmp_path: Path) -> None:
+    path, give_up = tmp_path / "many.jsonl", time.monotonic() + 250
+    path.write_text("".join(json.dumps(chat(english(30, n), english(3, 500 + n))) + "\n" for n in range(60)))
+
+    def argv(out: str) -> list[str]:
+        program = "import sys; from ds_longft.cli import main; sys.exit(main(sys.argv[1:]))"
+        score = ["data", "score", str(model), str(path), str(tmp_path / out), "--short", str(SHORT), "--tokens"]
+        return [sys.executable, "-c", program, *score, "--json"]
+
+    killed = subprocess.Popen(argv("scored.jsonl"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    rows = tmp_path / "scored.jsonl.scores" / "score.rows.jsonl"
+    while not rows.exists() or len(rows.read_bytes().splitlines()) < 6:
+        assert killed.poll() is None, "it ended before it was killed"
+        assert time.monotonic() < give_up
+        time.sleep(0.001)
+    killed.kill()
+    assert killed.wait() == -9
+    assert not (tmp_path / "scored.jsonl").exists(), "nothing half written"
+    there = rows.read_bytes().rpartition(b"\n")[0]
+    gone_on = subprocess.run(argv("scored.jsonl"), capture_output=True, check=True)
+    assert json.loads(gone_on.stdout)["rows_made_now"] == 60 - (len(there.splitlines()) - 1) < 60
+    assert rows.read_bytes().startswith(there)
+    subprocess.run(argv("whole.jsonl"), capture_output=True, check=True)
+    assert (tmp_path / "scored.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 def test_a_mix_takes_what_gained_most(tmp_path: Path) -> None:

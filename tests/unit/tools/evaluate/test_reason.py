@@ -8,7 +8,9 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import jinja2
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -18,6 +20,7 @@ from ds_longft.errors import ConfigError
 from ds_longft.tools.evaluate.longbench.choices import COLUMNS, LETTERS, lettered
 from ds_longft.tools.evaluate.needle_facts import UNLIKE, make_needle
 from ds_longft.tools.evaluate.reason import coreference, f1, fitted, likeness, walks
+from tests.peers import lm_eval_choices, lm_eval_graphwalks
 from tests.tokenizer import tiny_tokenizer
 
 
@@ -116,6 +119,55 @@ def test_letters_by_their_likelihood(
     capsys.readouterr()
     assert main([*argv, "--out", str(tmp_path / "three")]) == 64
     assert f"has no {', '.join(COLUMNS[1:])}" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_letters_of_fifty_rows_are_lm_evals(tiny_folder: Path, tmp_path: Path) -> None:
+    """Its model gives each letter behind our prompt the likelihood that ours does, and its task the same row the point."""
+    likelihoods, task, prompt = lm_eval_choices()
+    rng, words = random.Random(0), ["maple", "river", "stone", "lamp", "harbour", "seven", "green", "letter"]
+    some = partial(rng.choices, words)
+    rows = [
+        {**ROW, "_id": str(i), "question": f"{' '.join(some(k=4))}?", "answer": rng.choice(LETTERS), "context": " ".join(some(k=30)),
+         **{f"choice_{letter}": " ".join(some(k=3)) for letter in LETTERS}}
+        for i in range(50)
+    ]  # fmt: skip
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(rows))
+    assert main(["eval", "longbench", "v2", str(tiny_folder), str(data), "--out", str(tmp_path)]) == 0
+    ours = [json.loads(line) for line in (tmp_path / "longbench-v2.rows.jsonl").read_text().splitlines()[1:]]
+    tokenizer = tiny_tokenizer()
+    theirs = likelihoods(
+        pretrained=AutoModelForCausalLM.from_pretrained(tiny_folder), tokenizer=tokenizer, max_length=4096
+    )
+    scored = SimpleNamespace(
+        OUTPUT_TYPE="multiple_choice", _metric_fn_list={"acc": None}, multiple_input=0, multiple_target=0,
+        config=SimpleNamespace(process_results=None),
+        doc_to_choice=lambda row: list(LETTERS), doc_to_target=lambda row: row["answer"],
+    )  # fmt: skip
+    before = jinja2.Template(prompt.rpartition("Answer:")[0], keep_trailing_newline=True)
+    for row, mine in zip(rows, ours, strict=True):
+        ids, _ = lettered(tokenizer, row, 4000)
+        text = tokenizer.decode(ids)
+        assert theirs.tok_encode(text) == ids
+        assert before.render(**row, choices=[row[f"choice_{letter}"] for letter in LETTERS]) in text
+        found = theirs.loglikelihood([SimpleNamespace(args=(text, letter)) for letter in LETTERS], disable_tqdm=True)
+        shares = torch.tensor([likelihood for likelihood, _ in found]).softmax(-1)
+        torch.testing.assert_close(torch.tensor(mine["letters"]), shares, atol=2e-4, rtol=0)
+        assert task.process_results(scored, row, found)["acc"] == (mine["reply"] == row["answer"])
+    assert len({mine["reply"] for mine in ours}) > 1
+
+
+def test_walks_of_fifty_rows_are_scored_as_by_lm_eval() -> None:
+    judge, rng, scores = lm_eval_graphwalks().process_results, random.Random(0), set()
+    for i in range(50):
+        _, wanted, ours = walks(tiny_tokenizer(), str(i), 24)
+        others = [f"{rng.randrange(16**5, 16**6):06x}" for _ in range(3)]
+        said = rng.sample(wanted, rng.randrange(len(wanted) + 1)) + rng.sample(others, rng.randrange(4))
+        reply = f"Final Answer: [{', '.join(said)}]"
+        assert ours(reply) == pytest.approx(judge({"answer_nodes": wanted}, [reply])["f1"])
+        scores.add(ours(reply))
+    assert len(scores) > 3
 
 
 def test_the_command(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
