@@ -6,7 +6,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ds_longft.errors import ConfigError
+from ds_longft.ranks.join import visible_gpus
 from ds_longft.run_files import EvaluationRow, Preset
 from ds_longft.stored import read_lines
 from ds_longft.tools.evaluate.bootstrap import mean_with_interval
@@ -64,7 +65,7 @@ def suite(
 
     One table: each figure before and after with a 95 % interval (bootstrap over rows), and the difference with its own,
     row by row. It goes to RUN/eval/suite.json, RUN/report.html and, with the figures as `model-index`, RUN/README.md.
-    Stopped and started again, it goes on.
+    Stopped and started again, it goes on. Without --gpus all GPUs of this machine share the work.
 
     Args:
         run: output folder of a finished run.
@@ -82,6 +83,9 @@ def suite(
     """
     if rows is not None and rows < 1:
         raise ConfigError(f"--rows is {rows}: expected 1 or more")
+    flags.check()
+    if flags.gpus is None and flags.weights != "sharded":
+        flags = replace(flags, gpus=max(flags.sp, visible_gpus() // flags.sp * flags.sp))
     given, size = None if lengths is None else token_list("--lengths", lengths), SIZES[preset]
     for task, answers in choose("all", size.answers, run_code=False) if longproc_data else ():
         read_problems(str(longproc_data), task, answers, 1)  # a mistake comes before hours of RULER

@@ -128,8 +128,22 @@ def test_killed_it_goes_on_with_the_row_it_was_at(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("flags", "gpus"),
+    [([], 5), (["--sp", "2"], 4), (["--gpus", "3"], 3), (["--sp", "8"], 8), (["--weights", "sharded", "--sp", "2"], 2)],
+)
+def test_all_gpus_share_the_work(run: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], gpus: int) -> None:
+    monkeypatch.setattr(suite_module, "visible_gpus", lambda: 5)
+    asked = []
+    monkeypatch.setattr(suite_module, "ruler", lambda *_, flags, **__: asked.append(flags.ranks) or sys.exit(9))
+    with pytest.raises(SystemExit):
+        main(["eval", "suite", str(run), *flags])
+    assert asked == [gpus]
+
+
+@pytest.mark.parametrize(
     ("flags", "said"),
     [
+        (["--sp", "0"], "--sp is 0: expected 1 or more"),
         (["--preset", "long"], "--preset: seen 'long'"),
         (["--rows", "0"], "--rows is 0"),
         (["--longproc_data", "nowhere"], "expected LongProc's data folder"),
