@@ -86,8 +86,6 @@ class StateSizes:
     saved: float  # what autograd keeps of convolution and recurrence beside these, all heads
     forward: float  # beside these while the recurrence runs: states of all chunks, keys and values of its matrix form
     backward: float  # the same while it runs backward
-    moved: float  # read and written by one forward pass
-    moved_backward: float
 
     @classmethod
     def of(cls, m: ModelFacts, x: Setting) -> StateSizes:
@@ -122,9 +120,6 @@ class StateSizes:
             given = float(f.channels) / x.sp
             saved = 2 * given + (0.0 if f.kind == "conv" else 4 * keys)
             forward, backward, turns = 3 * saved, 4 * saved, 1
-        norm = 0.0 if f.kind == "conv" else (3 * wide + 1) * values  # in float32: values, gate, silu of it
-        moved = 4 * given + saved + norm + 2 * (forward + values)
-        moved_backward = (2 if turns == 1 else 3) * moved + 2 * backward
         unit = float(s * e)
         return cls(
             projected=x.local_tokens * e * outs,
@@ -136,8 +131,6 @@ class StateSizes:
             saved=unit * saved,
             forward=unit * forward,
             backward=unit * backward,
-            moved=unit * moved,
-            moved_backward=unit * moved_backward,
         )
 
     def tile(self, x: Setting) -> float:

@@ -19,6 +19,7 @@ from ds_longft.data.deal import deal_documents
 from ds_longft.decide.memory import disk_bytes, segment_starts
 from ds_longft.decide.setting import Gpu, Setting
 from ds_longft.decide.simulated_step import bytes_away
+from ds_longft.decide.state_time import state_seconds
 from ds_longft.decide.tensors import BEFORE_STATE, GROUPS, Keep, Sizes, bytes_of_layers
 from ds_longft.model.facts import ModelFacts, visible_pairs
 from ds_longft.sequence.linear import folds
@@ -50,10 +51,6 @@ of 64 on an H200 (SmolLM2, 131,072 tokens, flash-attn-4)."""
 WIDEST_HEADS, WIDER_HEADS = 256, 0.1
 """Wider heads (Gemma 4's of 512) go through torch's memory-efficient attention, whose rate nobody has measured: taken
 to be this share of the other kernel's. A guess, and the plan says so (`plan_text.estimated`)."""
-
-STATE_SHARE = 0.35
-"""Share of the memory's bandwidth that kernels of layers with a state reach. An estimate: 9.2 s were predicted for a
-step of 9.74 s."""
 
 HALF_RATE_TOKENS = 600
 """Document length at which an attention kernel has half of its rate. An estimate."""
@@ -155,15 +152,6 @@ def moved_bytes(
         moved += count * elementwise_bytes(kind, Sizes(kind, x), forwards, backward=backward)
         moved += count * adapters * lora_bytes(kind, x, forwards, backward=backward)
     return moved
-
-
-def state_seconds(model: ModelFacts, x: Setting, gpu: Gpu, forwards: float, *, backward: bool = True) -> float:
-    """Convolutions and recurrences of all layers, forward and backward."""
-    moved = 0.0
-    for kind, count in model.kinds.items():
-        if (f := Sizes(kind, x).state) is not None:
-            moved += count * (forwards * f.moved + backward * f.moved_backward)
-    return moved / (gpu.memory_gb_s * 1e9 * STATE_SHARE)
 
 
 def expert_elements(model: ModelFacts, x: Setting, *, backward: bool = True) -> float:
