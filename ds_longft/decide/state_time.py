@@ -22,7 +22,7 @@ KERNEL_SHARE = 0.45
 
 CHUNK_S = 5e-6
 """One chunk of a kernel that goes through a document chunk by chunk. Both are fitted to two steps of Qwen3.5-like
-8B shapes on H200s, one configuration of each kernel: 16 layers on one GPU (32 heads), and all on two (16 heads each)."""
+8B shapes on H200s, one configuration of each kernel: 16 layers on one GPU (32 heads), all on two (16 heads each)."""
 
 BLOCKS_AT_ONCE = 132
 """Multiprocessors of an H100 or H200: so many heads, or halves of their values, are gone through side by side."""
@@ -33,8 +33,9 @@ BLOCK_VALUES = 32
 NORM, NORM_BACKWARD = 66, 137
 """Bytes an element that a gated norm of transformers moves: in float32, operation by operation."""
 
-SCANNED, SCANNED_BACKWARD = 160, 500
-"""Bytes an element of what torch's own forms of a short convolution and of Mamba-1's states move. Estimates."""
+CONVOLVED, SCANNED = (100, 300), (50, 150)
+"""Bytes an element, forward and backward, that torch's own forms move: of a short convolution's channels, an estimate;
+of Mamba-1's states of all tokens, counted in `state/scan.py`."""
 
 WITHOUT_PIECE = 10
 """GPUs from this compute capability on run FLA's own piece of the backward pass. On Hopper it is torch's, but for
@@ -75,9 +76,10 @@ def passes_of(f: StateFacts, x: Setting, *, torch_piece: bool) -> tuple[Pass, Pa
     keys, values, read = h * f.keys, h * f.values, 2 * g * f.keys  # elements a token
     states, matrix = h * f.keys * f.values / CHUNK_TOKENS, h * CHUNK_TOKENS
     given = read + values
-    if f.kind in ("conv", "scan"):  # torch alone: float32 copies of channels, of Mamba-1 states of every token
-        width = f.channels / x.sp if f.kind == "conv" else keys
-        return Pass(SCANNED * x.tokens * width), Pass(SCANNED_BACKWARD * x.tokens * width)
+    if f.kind in ("conv", "scan"):
+        width, moved = (f.channels / x.sp, CONVOLVED) if f.kind == "conv" else (keys, SCANNED)
+        forth, back = (Pass(x.tokens * width * bytes_moved) for bytes_moved in moved)
+        return forth, back
     mamba = f.kind == "decay" and bool(f.channels)
     norm = NORM * values
     copied = 2 * e * given + (30 * values + 2 * e * keys if mamba else 0)  # v x dt, D x; keys of every head
@@ -95,7 +97,7 @@ def passes_of(f: StateFacts, x: Setting, *, torch_piece: bool) -> tuple[Pass, Pa
         copied_back, piece = copied_back + 163 * keys + 46 * values + 30 * states + 62 * matrix, 0.0
     turns = turns_of(x.tokens, f.heads, x.sp, f.keys * f.values, few)
     waves = -(-h // turns) * -(-f.values // BLOCK_VALUES) / BLOCKS_AT_ONCE
-    chunks = turns * max(max(x.lengths), x.tokens * waves) / CHUNK_TOKENS
+    chunks = turns * max(*x.lengths, x.tokens * waves) / CHUNK_TOKENS
     again = turns > 1  # forward once more, for its backward pass
     tiles = norm if x.local_tokens > TILE_TOKENS else 0.0
     tokens = x.tokens

@@ -15,7 +15,8 @@ from ds_longft.model.packed import FORMATS
 from ds_longft.sequence.exchange import deal_heads
 from ds_longft.sequence.experts import tile_of
 from ds_longft.sequence.linear import folds
-from ds_longft.sequence.state.spread import CHUNK_TOKENS, turns_of
+from ds_longft.sequence.state.scan import PIECE_TOKENS
+from ds_longft.sequence.state.spread import CHUNK_TOKENS, SCAN_COPIES, turns_of
 from ds_longft.sequence.state.work_in_pieces import TILE_TOKENS
 
 LAYER_INPUTS, ATTENTION, LINEARS = "layer inputs", "kept attention", "kept linears"
@@ -116,10 +117,14 @@ class StateSizes:
             forward = states + mamba + (read if mamba else 0.0)
             backward = 2 * wide * states + 2 * keys + 2 * values
             gate, dgiven = mamba, mamba + wide * read if mamba else 0.0
-        else:  # torch: a convolution's float32 copies; Mamba-1's states of every token
+        elif f.kind == "scan":  # torch: float32 copies of channels and steps; states of a piece of the tokens
             given = float(f.channels) / x.sp
-            saved = 2 * given + (0.0 if f.kind == "conv" else 4 * keys)
-            forward, backward, turns = 3 * saved, 4 * saved, 1
+            piece = wide * keys * min(1.0, PIECE_TOKENS / s)
+            saved, forward, backward = 10 * given, 4 * given + 2 * piece, 6 * given + 5 * piece
+            turns = turns_of(s, f.heads, x.sp, SCAN_COPIES, x.kv_heads is not None)
+        else:  # torch: a convolution's float32 copies
+            given = float(f.channels) / x.sp
+            saved, forward, backward, turns = 2 * given, 6 * given, 8 * given, 1
         unit = float(s * e)
         return cls(
             projected=x.local_tokens * e * outs,

@@ -27,7 +27,7 @@ from ds_longft.sequence.state.recurrence import (
     selective_scan,
     wide,
 )
-from ds_longft.sequence.state.spread import CHUNK_TOKENS, Heads, NextTokens, Spread, by_width
+from ds_longft.sequence.state.spread import SCAN_COPIES, Heads, NextTokens, Spread, by_width
 from ds_longft.sequence.state.work_in_pieces import by_tiles
 
 
@@ -144,7 +144,7 @@ def mamba1(layer: Any, x: Tensor, spread: Spread) -> Tensor:
     dt, b, c = layer.dt_layernorm(dt), layer.b_layernorm(b), layer.c_layernorm(c)
     dt = F.linear(dt, layer.dt_proj.weight)  # as in the layer's own forward: its bias is added in float32
     channels, every = layer.intermediate_size, range(n)
-    heads = Heads(channels, channels, lambda r: (r.q, r.q, every, every), 1, n * CHUNK_TOKENS)  # a state each token
+    heads = Heads(channels, channels, lambda r: (r.q, r.q, every, every), 1, SCAN_COPIES)
 
     def work(mine: HeadShare, xs: Tensor, dt: Tensor, b: Tensor, c: Tensor) -> Tensor:
         own = slice(mine.q.start, mine.q.stop)

@@ -17,7 +17,6 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from transformers.activations import ACT2FN
 
 from ds_longft.batch import Documents
 from ds_longft.errors import ModelError
+from ds_longft.sequence.state import scan
 from ds_longft.sequence.state.carried import Carried
 from ds_longft.sequence.state.chunk_backward import fla_refuses, register_where_needed
 from ds_longft.sequence.state.spread import CHUNK_TOKENS
@@ -155,25 +155,17 @@ def _decayed(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[list[Tensor], 
 def selective_scan(
     x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, documents: Documents, carried: Carried | None = None
 ) -> Tensor:
-    """Mamba-1, arXiv 2312.00752, a token at a time: correct anywhere, far too slow for long samples.
+    """Mamba-1, arXiv 2312.00752.
 
-    x and dt [S, C], a [C, N] negative, b and c [S, N]. Returns [S, C], in float32 at least.
+    x and dt [S, C], a [C, N] negative, b and c [S, N], all in float32 at least. Returns [S, C].
     """
     if carried is not None and carried.state is not None:
         return carried.scan(x, dt, a, b, c)
-    # A state that is multiplied by zero at a document's first token has forgotten the one before.
-    decay = torch.exp(dt[..., None] * a) * (documents.positions > 0)[:, None, None]  # [S, C, N]
-    added = (dt * x)[..., None] * b[:, None]
-    state, outs, states = torch.zeros_like(added[0]), [], []
-    last = set() if carried is None else {end - 1 for end in accumulate(documents.lengths)}
-    for i, (one_decay, one_added, one_c) in enumerate(zip(decay.unbind(), added.unbind(), c.unbind(), strict=True)):
-        state = one_decay * state + one_added
-        outs.append(state @ one_c)
-        if i in last:
-            states.append(state)
+    ends = documents.cu_seqlens[1:].long() - 1 if carried is not None else documents.cu_seqlens[:0].long()
+    out, states = scan.selective_scan(x, dt, a, b, c, documents.positions > 0, ends)
     if carried is not None:
         carried.keep(states)
-    return torch.stack(outs)
+    return out
 
 
 def _delta(

@@ -38,6 +38,9 @@ FEW_STATE_BYTES = 1 << 30
 CHUNK_TOKENS = 64
 """Tokens that are worked on as one matrix, with a state before them."""
 
+SCAN_COPIES = 8 * CHUNK_TOKENS
+"""What a chunk of one of Mamba-1's channels counts as: float32 copies of what its scan reads and makes."""
+
 
 @dataclass(frozen=True)
 class Heads:

@@ -185,7 +185,7 @@ def estimated(model: ModelFacts) -> list[str]:
             "length, and model.rope stretches no other. Time of layers with a state is an estimate",
         ]
     if any(f.state and f.state.kind == "scan" for f in model.layer_facts):
-        lines.append("Mamba-1 has no fast kernel here: on GPUs it takes far longer than is said above")
+        lines.append("Mamba-1 runs in torch, a piece of the tokens at a time: its time was never measured on a GPU")
     if wide := [d for _, d in model.attentions if d > WIDEST_HEADS]:
         lines += [
             f"{len(wide)} of {model.layers} layers have heads of {max(wide)}: {WideHeads.name} works on them, whose",
