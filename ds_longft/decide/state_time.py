@@ -78,12 +78,11 @@ def passes_of(f: StateFacts, x: Setting, *, torch_piece: bool) -> tuple[Pass, Pa
     given = read + values
     if f.kind in ("conv", "scan"):
         width, moved = (f.channels / x.sp, CONVOLVED) if f.kind == "conv" else (keys, SCANNED)
-        forth, back = (Pass(x.tokens * width * bytes_moved) for bytes_moved in moved)
-        return forth, back
+        return Pass(x.tokens * width * moved[0]), Pass(x.tokens * width * moved[1])
     mamba = f.kind == "decay" and bool(f.channels)
-    norm = NORM * values
-    copied = 2 * e * given + (30 * values + 2 * e * keys if mamba else 0)  # v x dt, D x; keys of every head
-    copied_back = NORM_BACKWARD * values + 8 * e * given + (55 * values + 4 * e * keys if mamba else 0)
+    norm = float(NORM * values)
+    copied: float = 2 * e * given + (30 * values + 2 * e * keys if mamba else 0)  # v x dt, D x; keys of every head
+    copied_back: float = NORM_BACKWARD * values + 8 * e * given + (55 * values + 4 * e * keys if mamba else 0)
     if f.kind == "decay":
         forth = 3 * keys + 3 * values + 2 * states + 2 * given * mamba
         back = 4 * keys + 4 * values + 6 * states + 3 * given * mamba
