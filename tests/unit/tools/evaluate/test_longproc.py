@@ -277,7 +277,7 @@ def test_which_tasks() -> None:
 def test_the_command(
     copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ds_longft.tools.evaluate.longproc.command.SIZES", {"0.5k": 8})
+    monkeypatch.setattr("ds_longft.tools.evaluate.longproc.command.SIZES", {"0.5k": 8, "2k": 8})
     argv = ["eval", "longproc", str(tiny_model(tmp_path / "model")), str(copy), "--lengths", "0.5k", "--limit", "2"]
     argv += ["--tasks", "path_traversal,tom_tracking", "--out", str(tmp_path / "eval")]
     assert main([*argv, "--json"]) == 0
@@ -288,6 +288,14 @@ def test_the_command(
     assert main(argv) == 0
     assert "mean, answers of 0.5k" in capsys.readouterr().out
     assert json.loads((tmp_path / "eval" / "longproc.json").read_text())["rows_made_now"] == 0
+    every = [*argv[:4], "--run_code", "--limit", "1", "--json"]
+    for size, tasks in {
+        "0.5k": [task for task in LENGTHS if task != "travel_planning"],
+        "2k": ["travel_planning"],
+    }.items():
+        assert main([*every, "--lengths", size, "--tasks", ",".join(tasks), "--out", str(tmp_path / size)]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["scores"] == {f"{task} {size}": 0.0 for task in sorted(tasks)}, "each task asked, and judged"
     argv[3] = str(tmp_path)
     assert main(argv) == 64
     assert "expected LongProc's data folder" in capsys.readouterr().err

@@ -215,6 +215,9 @@ def test_intervals_cover_what_they_should() -> None:
         covered += low <= (0.2 + 0.5 + 0.9) / 3 <= high
     assert 180 <= covered <= 199
     assert mean_with_interval([[1.0, 1.0]]) == [1.0, 1.0, 1.0]
+    one_each = [[float(i % 2)] for i in range(40)]
+    assert mean_with_interval(one_each) == mean_with_interval([[x for (x,) in one_each]])
+    assert mean_with_interval(one_each)[1] < 0.4, "no width at all would say that it is known"
 
 
 def test_the_command_goes_on_where_it_was(
