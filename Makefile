@@ -42,7 +42,7 @@ format: setup
 
 docs: setup
 	$(BIN)/python docs/make_reference.py
-	$(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 # Two test processes on two cores, a file at a time each, and one report. One thread a rank: tests start up to four of them.
 # The files with ranks come first; `python -m pytest FILE` runs one in a single process.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import runpy
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -155,6 +157,32 @@ def test_yaml_of_the_documentation_is_a_run_config() -> None:
     for page in PAGES:
         for block in re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL):
             assert isinstance(load_yaml(block), dict)
+
+
+def test_the_site_is_built_and_no_link_of_it_is_dead(tmp_path: Path) -> None:
+    pytest.importorskip("material")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    links = [
+        (page.name, link)
+        for page in tmp_path.glob("*.html")
+        for link in re.findall(r'<a [^>]*href="([^"#:]+)[^":]*"', page.read_text())
+    ]
+    assert len(links) > 500
+    assert [(page, link) for page, link in links if page != "404.html" and not (tmp_path / link).exists()] == []
+
+
+def test_the_package_index_shows_no_link_that_leads_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, str] = {}
+    monkeypatch.setattr("setuptools.setup", given.update)
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("setup.py")
+    text = given["long_description"]
+    assert re.findall(r"\]\((?!https://)[^)]*", text) == []
+    assert "docs/install.md" in text
 
 
 OF_OTHERS = ("system error", "CUDA out of memory", "return code", "ModuleNotFoundError", "is_gradient_checkpointing")
