@@ -247,7 +247,7 @@ class DataConfig(Section):
 
     packing: Refused[Literal["best_fit", "sorted", "none"]] = "best_fit"
     """Documents lie head to tail in a pack, isolated from each other. `best_fit`: as few packs as possible. `sorted`:
-    rows of like length share packs and steps (LongAlign's sorted batching). `none`: one row a pack."""
+    rows of like length share packs and steps (LongAlign's sorted batching). `none`: one row per pack."""
 
     overlong: ByContent[Literal["drop", "truncate", "cut_turns", "error"]] = "drop"
     """`truncate` cuts the middle of the longest untrained turn (the document), never an answer. `cut_turns` keeps the
@@ -383,8 +383,8 @@ class TrainConfig(Section):
     """Packs of each data-parallel rank in one optimizer step."""
 
     router_aux_loss: Refused[float] = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """Factor of the load-balancing loss of a mixture's routers, over the whole step. With several packs a step it costs
-    a forward pass more."""
+    """Factor of the load-balancing loss of a mixture's routers, over the whole step. With several packs per step it
+    costs a forward pass more."""
 
     router_z_loss: Refused[float] = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Factor of the routers' z loss: squares of the log-sum-exp of their logits."""

@@ -37,7 +37,7 @@ class Adviser:
         """What a user reads instead of a traceback."""
         first = str(seen).strip().splitlines()[0] if str(seen).strip() else type(seen).__name__
         lines = [f"out of GPU memory {where}: {first}"]
-        advice = [f"  {key}   saves about {saved:.1f} GiB a GPU{note}" for key, saved, note in self.savings()]
+        advice = [f"  {key}   saves about {saved:.1f} GiB per GPU{note}" for key, saved, note in self.savings()]
         if advice:
             lines += [
                 f"Packs of {self.setting.tokens:,} tokens, sp {self.setting.sp}. What saves memory, predicted:",

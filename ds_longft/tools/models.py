@@ -121,7 +121,7 @@ def about(model: str, revision: str | None) -> Iterator[tuple[str, str]]:
     problem = proof_problem(hf_config.model_type, text_type)
     yield "proved", problem or _when(found)
     facts = ModelFacts.from_config(hf_config)
-    experts = f", {facts.experts} experts a layer" if facts.experts else ""
+    experts = f", {facts.experts} experts per layer" if facts.experts else ""
     yield "size", f"{facts.weights / 1e9:.2f}B weights, {facts.layers} layers{experts}"
     wide = " or ".join(map(str, sorted({d for _, d in facts.attentions})))
     keys = " or ".join(map(str, sorted({kind.kv_heads for kind in facts.kinds})))

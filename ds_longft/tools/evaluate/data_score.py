@@ -143,7 +143,7 @@ def _write(out: Path, source: SourceConfig, scores: dict[str, dict[str, Any]]) -
 
 def _show(result: dict[str, Any], path: Path) -> None:
     settings = result["settings"]
-    table = Table("rows, the most gained first", "context gain, nats a token")
+    table = Table("rows, the most gained first", "context gain, nats per token")
     for percent in ("95", "75", "50", "25", "5"):
         gain = result["gain_percentiles"][percent]
         table.add_row(f"best {100 - int(percent)} %", f"{gain:.4f} or more (x {math.exp(gain):.2f})")

@@ -163,7 +163,7 @@ def pieces_of(tokenizer: Any, texts: list[str], tokens: int, count: int, *, join
 
 
 def summarize(rows: Sequence[dict[str, Any]], tokens: int, buckets: int) -> dict[str, Any]:
-    """Mean loss (nats a token) of each bucket, of the eighths, of doubling ranges, and of everything."""
+    """Mean loss (nats per token) of each bucket, of the eighths, of doubling ranges, and of everything."""
     losses = np.sum([row["loss_sums"] for row in rows], axis=0)
     counts = np.sum([row["targets"] for row in rows], axis=0)
     edges = [round(i * tokens / buckets) for i in range(buckets + 1)]

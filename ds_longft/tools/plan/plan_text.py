@@ -142,9 +142,10 @@ def recipe(plan: Plan, question: Question, model: str) -> str:
     }
     head = (
         f"# Planned for {question.gpus} x {question.gpu.name} ({question.gpu.source}), "
-        f"{length_in_words(plan, question)} a pack:\n"
-        f"# peak {plan.memory.peak_gib:.1f} of {question.gpu.memory_gib:.1f} GiB, {plan.time.total_s:.1f} s a step "
-        f"with {x.kernel}, {plan.time.tokens_per_s:,.0f} tokens/s of all GPUs, {x.dp} pack{'s' * (x.dp > 1)} a step.\n"
+        f"{length_in_words(plan, question)} per pack:\n"
+        f"# peak {plan.memory.peak_gib:.1f} of {question.gpu.memory_gib:.1f} GiB, {plan.time.total_s:.1f} s per step "
+        f"with {x.kernel}, {plan.time.tokens_per_s:,.0f} tokens/s of all GPUs, {x.dp} "
+        f"pack{'s' * (x.dp > 1)} per step.\n"
     )
     if stretch:
         head += (
