@@ -225,13 +225,16 @@ def plot_loss(records: list[Record], path: Path) -> None:
         ax.plot(*zip(*train, strict=True), color="#1f77b4", marker=".", label="training")
     else:
         count = steps_of_a_mean(len(train))
-        ax.plot(*zip(*train, strict=True), color="#1f77b4", alpha=0.3, label="training, each step")
+        ax.plot(*zip(*train, strict=True), color="#1f77b4", alpha=0.5, label="training, each step")
         ax.plot(*zip(*running_mean(train, count), strict=True), color="#1f77b4", label=f"mean of {count}")
     if evals:
         ax.plot(*zip(*evals, strict=True), color="#d62728", marker="o", label="held out")
     if len(ax.lines) > 1:
         ax.legend(frameon=False)
     ax.set(xlabel="optimizer step", ylabel="loss per pair" if of_pairs else "loss per target token")
+    ax.set_title(path.absolute().parent.name, fontsize=10, parse_math=False)
+    if min(y for _, y in [*train, *evals]) >= 0:
+        ax.set_ylim(bottom=0)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", alpha=0.3)

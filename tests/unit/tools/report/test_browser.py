@@ -152,7 +152,8 @@ onload = async () => {
 </script>"""
 
 
-def test_axe_finds_nothing(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", [1, pytest.param(0, marks=pytest.mark.slow)], ids=["light", "dark"])
+def test_axe_finds_nothing(scheme: int, run: Path, tmp_path: Path) -> None:
     """Names, roles, contrast, keyboard: what axe-core can tell of each page, on a screen and on a phone."""
     axe = files(pytest.importorskip("axe_core_python")).joinpath("axe.min.js").read_text()
     pages = {
@@ -170,6 +171,7 @@ def test_axe_finds_nothing(run: Path, tmp_path: Path) -> None:
     (tmp_path / "axe.html").write_text(AXE % (frames, json.dumps(axe).replace("</", "<\\/")))
     command = [str(BROWSER), "--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
     command += ["--virtual-time-budget=600000", f"--user-data-dir={tmp_path}/browser", "--dump-dom"]
+    command += [f"--blink-settings=preferredColorScheme={scheme}"]
     done = subprocess.run(
         [*command, f"file://{tmp_path / 'axe.html'}"], capture_output=True, text=True, timeout=240, check=True
     )
