@@ -125,6 +125,20 @@ MEASURED_SMALL = (
 )
 
 
+MIXTURES = (
+    (
+        "gpt-oss-20B shapes",
+        "step 131072 sp1 gpt-oss-20b lora on linears and experts fa4",
+        "floor gpt-oss-20b 131072 sp1 lora flash-attn-4",
+    ),
+    (
+        "Qwen3-30B-A3B shapes, 48 GiB of host memory",
+        "step 131072 sp1 qwen3-30b-a3b lora on linears and experts fa4, 48 GiB of host memory",
+        "floor qwen3-30b-a3b 131072 sp1 lora flash-attn-4",
+    ),
+)
+
+
 def readme_page() -> str:
     """README.md with its table of measured steps made anew; no figure of it is typed by hand."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -145,10 +159,15 @@ def models_sentence() -> str:
     )
 
 
+def _results() -> dict[str, Any]:
+    """The newest line of the result file of each name."""
+    text = (ROOT / "benchmarks" / "results.jsonl").read_text(encoding="utf-8")
+    return {line["what"]: line for line in map(json.loads, text.splitlines())}
+
+
 def measured_table(steps: Sequence[tuple[str, str]]) -> str:
     """Steps of the result file with the peer beside them."""
-    text = (ROOT / "benchmarks" / "results.jsonl").read_text(encoding="utf-8")
-    lines = {line["what"]: line for line in map(json.loads, text.splitlines())}
+    lines = _results()
     rows = ["| one optimizer step | time | tokens/s per GPU | peak memory | peer | code |", "|---|---|---|---|---|---|"]
     for name, what in steps:
         line = lines[what]
@@ -160,6 +179,24 @@ def measured_table(steps: Sequence[tuple[str, str]]) -> str:
         code = f"{line['commit']}, `{config}_sp.json`, {line['date']}"
         rows.append(f"| {' | '.join((name, *measured, peer, code))} |")
     return "\n".join(rows) + "\n"
+
+
+def speed_page() -> str:
+    """docs/speed.md with its table of mixtures made anew: measured, as planned before, and the floor of both."""
+    lines = _results()
+    head = (
+        "| one sample of 131,072 tokens, 1 GPU | time | planned | peak memory | planned | floor | share of the floor |"
+    )
+    rows = [head, "|---" * 7 + "|"]
+    for name, what, floor_of in MIXTURES:
+        step, floor = lines[what], lines[floor_of]["value"]
+        times = (f"{step['value']:.1f} s", f"{step['predicted_s']:.1f} s")
+        peaks = (f"{step['peak_gib']:.0f} GiB", f"{step['predicted_peak_gib']:.0f} GiB")
+        share = (f"{floor:.1f} s", f"{floor / step['value']:.2f}")
+        rows.append(f"| {' | '.join((name, *times, *peaks, *share))} |")
+    page = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
+    assert TABLE.search(page), "docs/speed.md has lost the marks around its table"
+    return TABLE.sub(lambda marks: marks[1] + "\n".join(rows) + "\n" + marks[2], page)
 
 
 def config_page() -> str:
@@ -328,6 +365,7 @@ if __name__ == "__main__":
     (ROOT / "docs/data.md").write_text(data_page())
     (ROOT / "docs/models.md").write_text(models_page())
     (ROOT / "README.md").write_text(readme_page())
+    (ROOT / "docs/speed.md").write_text(speed_page())
     (ROOT / "docs/migrating.md").write_text(migrating_page())
     (ROOT / "docs/gpus.md").write_text(gpus_page())
     (ROOT / "docs/small_cards.md").write_text(small_cards_page())

@@ -64,6 +64,10 @@ def expected_frequencies(
     plain = _plain(theta, dim)
     window = hf_config.get_text_config().max_position_embeddings
     match parameters["rope_type"]:
+        case "default" if "ernie4_5_vl" in hf_config.get_text_config().model_type:  # in the order of its axes
+            axes = parameters["mrope_section"]
+            spatial, in_time = plain.split([axes[0] + axes[1], axes[2]])
+            return torch.cat([spatial[0::2], spatial[1::2], in_time]), 1.0
         case "default":
             return plain, 1.0
         case "proportional":  # turned as if all of the head were, the rest not at all (Gemma 4)

@@ -18,7 +18,32 @@ from ds_longft.errors import ModelError
 from ds_longft.model.wrapped import is_wrapped
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
-TOWERS_INSIDE = {"chameleon", "phi4_multimodal"}
+_TOWERS_INSIDE = (
+    "keeps what images and sound go through inside its decoder, where it cannot be left out, and weight decay would "
+    "change it: a text-only checkpoint of the same family can be trained"
+)
+_DRAFTS = "drafts tokens from the keys and values of the model that it stands beside: train that one (Gemma 4)"
+_WANTS_IMAGES = (
+    "computes nothing without an image, and rows are text here: the language model in it can be trained from a "
+    "checkpoint of its own"
+)
+OTHER_MODELS = {
+    **dict.fromkeys(("chameleon", "phi4_multimodal"), _TOWERS_INSIDE),
+    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), _DRAFTS),
+    **dict.fromkeys(("idefics", "instructblip", "instructblipvideo"), _WANTS_IMAGES),
+    "dbrx": "lists its layers as `blocks` and reads config keys that transformers 5 no longer gives it: models laid "
+    "out like Llama, Qwen, Mistral, Gemma or Phi can be trained",
+    "diffusion_gemma": "fills blocks of tokens by diffusion, seen in both directions, and what is trained here is the "
+    "next token: Gemma 4 can be trained",
+    "doge": "makes a mask of its own out of the values of all tokens, which no kernel here takes: models whose mask is "
+    "causal, with windows or without, can be trained",
+    "dory": "scales each token's logit in its head by a weight of its own, which the chunked loss does not do: models "
+    "whose head is one linear layer can be trained",
+    "paligemma": "sees its prompt in both directions, which no kernel here does: Gemma 1 to 4 can be trained",
+    "pi0": "is trained on a robot's movements, and what is trained here is the next token: Gemma can be trained",
+}
+"""What neither class nor config tells: why a type cannot be trained, and what helps."""
+
 # Config keys of recurrent layers, for the models that do not list their layers by type.
 RECURRENT_KEYS = ("mamba_", "ssm_", "rwkv", "linear_num_", "linear_attn", "rnn_", "lru_", "conv_L_cache", "state_size")
 
@@ -35,11 +60,8 @@ def check_supported(hf_config: PretrainedConfig) -> None:
         raise ModelError(
             f"{name} is an encoder-decoder model; only causal language models, a decoder alone, can be trained"
         )
-    if name in TOWERS_INSIDE:
-        raise ModelError(
-            f"{name} keeps what images and sound go through inside its decoder, where it cannot be left out, and "
-            "weight decay would change it: a text-only checkpoint of the same family can be trained"
-        )
+    if name in OTHER_MODELS:
+        raise ModelError(f"{name} {OTHER_MODELS[name]}")
     text = hf_config.get_text_config()
     state = text.model_type in STATE_FAMILIES
     layers = set(getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ())

@@ -261,7 +261,8 @@ def ulysses_attention(
     if documents is None or layout is None:
         raise ModelError(
             f"{type(module).__name__} called its attention without `documents` and `layout`: the model does not hand "
-            "on what its forward gets by keyword, and without the borders of documents they would see each other"
+            "on what its forward gets by keyword, and without the borders of documents they would see each other; it "
+            "can be trained once its code in transformers hands them on"
         )
     refused = {
         f"attention dropout {dropout}": dropout > 0 and module.training,

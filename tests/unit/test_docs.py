@@ -119,6 +119,7 @@ def test_the_tree_of_the_documentation_is_the_tree() -> None:
         ("data_page", "docs/data.md"),
         ("models_page", "docs/models.md"),
         ("readme_page", "README.md"),
+        ("speed_page", "docs/speed.md"),
         ("migrating_page", "docs/migrating.md"),
         pytest.param("gpus_page", "docs/gpus.md", marks=pytest.mark.slow),  # a minute of plans
         pytest.param("small_cards_page", "docs/small_cards.md", marks=pytest.mark.slow),

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from ds_longft.cli import main
+from ds_longft.config.proof import proofs
 from tests.unit.sequence.zoo import tiny
 
 
@@ -24,7 +26,8 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
         ("deepseek_v32", "has layers of type indexed_attention: which tokens they see is chosen by scores"),
         ("stablelm", "does not use transformers' attention interface"),
         ("phi4_multimodal", "inside its decoder"),
-        ("dbrx", "with model.unproved: true `ds-longft verify` compares yours"),
+        ("dbrx", "lists its layers as `blocks`"),
+        ("instructblip", "computes nothing without an image"),
     ],
 )
 def test_one_type(model_type: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,3 +79,10 @@ def test_heads_of_two_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_one_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", str(tmp_path / "absent")]) == 64
     assert "there is no folder" in capsys.readouterr().err
+
+
+def test_what_is_not_proved_says_why_in_a_sentence_of_ours() -> None:
+    for name, entry in proofs()["types"].items():
+        if "proved" not in entry:
+            assert "refused" in entry, (name, entry)  # known, and not what some library said
+            assert not re.search(r"Error\b|Traceback|NoneType", entry["refused"]), (name, entry)
