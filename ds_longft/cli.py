@@ -42,8 +42,11 @@ class Command:
     summary: str
     example: str = ""  # its arguments
     flags: tuple[str, ...] = ()  # that it always has
-    imports_torch: bool = False  # which takes seconds: said before anything else
+    imports: str = ""  # what takes seconds to import: said before anything else
 
+
+TORCH = "torch and transformers"
+TOKENIZER = "transformers"  # without torch, which no tokenizer needs: two seconds instead of ten
 
 COMMANDS = {
     "train": Command("ds_longft.tools.begin:train", "train a run config on this machine's GPUs", "mine.yaml --sp 4"),
@@ -67,7 +70,7 @@ COMMANDS = {
         "ds_longft.tools.plan.command:plan",
         "how long a sample fits, how fast it trains, as a run config",
         "Qwen/Qwen3-8B --gpus 8 --gpu h100-80 --length 128K",
-        imports_torch=True,
+        imports=TORCH,
     ),
     "verify": Command(
         "ds_longft.tools.verify.command:verify",
@@ -116,102 +119,102 @@ COMMANDS = {
         "ds_longft.tools.make_data.commands:mix",
         "a training set of many sources, by a recipe",
         "recipes/faro_open.yaml --root texts --out mixed --tokenizer Qwen/Qwen3-8B",
-        imports_torch=True,
+        imports=TORCH,
     ),
     "data tokenize": Command(
         "ds_longft.tools.look.commands:tokenize",
         "chats to token ids, once, into the cache",
         "mine.yaml",
-        imports_torch=True,
+        imports=TOKENIZER,
     ),
     "data stats": Command(
         "ds_longft.tools.look.commands:stats",
         "lengths, targets, packs and padding of a data set",
         "mine.yaml --html stats.html",
-        imports_torch=True,
+        imports=TOKENIZER,
     ),
     "data inspect": Command(
         "ds_longft.tools.look.commands:inspect",
         "show which tokens of a row are trained on",
         "mine.yaml --row 3",
-        imports_torch=True,
+        imports=TOKENIZER,
     ),
     "data score": Command(
         "ds_longft.tools.evaluate.data_score:score",
         "what long context gains on each row, to choose rows by",
         "runs/mine rows.jsonl scored.jsonl --short 4K --sp 2",
-        imports_torch=True,
+        imports=TORCH,
     ),
     "data ref_logps": Command(
         "ds_longft.tools.ref_logps:ref_logps",
         "a reference's log-probabilities of preference pairs, once",
         "mine.yaml --sp 8",
-        imports_torch=True,
+        imports=TORCH,
     ),
     "eval perplexity": Command(
         "ds_longft.tools.evaluate.perplexity:perplexity",
         "loss at every position of long texts, over several GPUs too",
         "runs/mine --length 128K --sp 8",
-        imports_torch=True,
+        imports=TORCH,
     ),
     "eval needle": Command(
         "ds_longft.tools.evaluate.needle:needle",
         "hide facts in long texts and ask for them",
         "runs/mine --lengths 8K,32K,128K",
-        imports_torch=True,
+        imports=TORCH,
     ),
     "eval suite": Command(
         "ds_longft.tools.report.suite:suite",
         "RULER, needles and short questions, before and after, as one table",
         "runs/mine --preset quick",
-        imports_torch=True,
+        imports=TORCH,
     ),
     "eval ruler": Command(
         "ds_longft.tools.evaluate.ruler.command:ruler",
         "RULER's 13 tasks at any length, scored as published",
         "runs/mine --lengths 4K,32K,128K",
-        imports_torch=True,
+        imports=TORCH,
     ),
     "eval short": Command(
         "ds_longft.tools.evaluate.short:short",
         "short questions and texts: what long training must not harm",
         "runs/mine --before",
-        imports_torch=True,
+        imports=TORCH,
     ),
     "eval longbench run": Command(
         "ds_longft.tools.evaluate.longbench.predictions:run",
         "answer LongBench or LongBench-E, and score",
         "runs/mine --data LongBench/ --gpus 8",
-        imports_torch=True,
+        imports=TORCH,
     ),
     "eval longbench v2": Command(
         "ds_longft.tools.evaluate.longbench.choices:v2",
         "LongBench v2 by the likeliest letter, nothing generated",
         "runs/mine data.json --sp 8",
-        imports_torch=True,
+        imports=TORCH,
     ),
     "eval longproc": Command(
         "ds_longft.tools.evaluate.longproc.command:longproc",
         "LongProc: long answers that follow a procedure",
         "runs/mine LongProc/data --gpus 8",
-        imports_torch=True,
+        imports=TORCH,
     ),
     "eval reason": Command(
         "ds_longft.tools.evaluate.reason:reason",
         "like requests told apart, walks in a graph, at any length",
         "runs/mine --lengths 4K,32K,128K",
-        imports_torch=True,
+        imports=TORCH,
     ),
     "eval longbench score": Command(
         "ds_longft.tools.evaluate.longbench.score:score", "score anyone's LongBench predictions", "predictions/"
     ),
     "report": Command("ds_longft.tools.report.command:report", "one self-contained page about a run", "runs/mine"),
-    "chat": Command("ds_longft.tools.chat:chat", "talk to the result in the terminal", "runs/mine", imports_torch=True),
+    "chat": Command("ds_longft.tools.chat:chat", "talk to the result in the terminal", "runs/mine", imports=TORCH),
     "export": Command(
         "ds_longft.tools.export:export",
         "a run's result as an ordinary Hugging Face folder",
         "runs/mine runs/mine-merged",
-        imports_torch=True,
+        imports=TORCH,
     ),
     "push": Command("ds_longft.tools.push:push", "a run's result, card and report to a model hub", "runs/mine me/mine"),
     "slurm render": Command(
@@ -225,7 +228,9 @@ COMMANDS = {
         "mine.yaml --gpus_per_node 8 --time 24:00:00",
         ("--submit",),
     ),
-    "doctor": Command("ds_longft.tools.doctor:doctor", "this machine: fit for training? paste it into an issue"),
+    "doctor": Command(
+        "ds_longft.tools.doctor:doctor", "this machine: fit for training? paste it into an issue", imports="torch"
+    ),
     "docs": Command("ds_longft.tools.documents:docs", "the documentation, without a network", "data"),
 }
 
@@ -233,7 +238,7 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, or 64 for a mistake in what was asked."""
     try:
-        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+        return _dispatch(list(sys.argv[1:] if argv is None else argv), alone=argv is None)
     except LongftError as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -247,7 +252,8 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _dispatch(argv: list[str]) -> int:
+def _dispatch(argv: list[str], *, alone: bool = False) -> int:
+    """`alone`: nothing else runs in this process."""
     if not argv or argv[0] in ("--help", "-h", "help"):
         print(HELP.format(commands=_summaries(list(COMMANDS))), end="")
         return 0
@@ -262,8 +268,12 @@ def _dispatch(argv: list[str]) -> int:
         _print_help(name, command)
         return 0
     bound = bind(described(command.target), f"ds-longft {name}", [*command.flags, *rest])
-    if command.imports_torch and sys.modules.get("torch") is None:
-        print(f"ds-longft {name}: importing torch and transformers ...", file=sys.stderr, flush=True)
+    if command.imports and sys.modules.get("torch") is None:
+        print(f"ds-longft {name}: importing {command.imports} ...", file=sys.stderr, flush=True)
+        if alone and command.imports == TOKENIZER:
+            from ds_longft.model.hidden_torch import hide_torch
+
+            hide_torch()
     module, _, attribute = command.target.partition(":")
     function = getattr(importlib.import_module(module), attribute)
     if name.startswith("data "):

@@ -1,6 +1,7 @@
 """The few errors a user can get, each with the exit code it ends the process with.
 
-Exit codes: 0 done, 64 config or data, 69 port in use, 70 non-finite, 71 hang, 75 stopped and saved (requeue me).
+Exit codes: 0 done, 64 config or data, 66 `check` could not read the model's config, 69 port in use, 70 non-finite, 71
+hang, 75 stopped and saved (requeue me).
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 EXIT_CONFIG = 64
+EXIT_UNCHECKED = 66
 EXIT_PORT = 69
 EXIT_NON_FINITE = 70
 EXIT_HANG = 71

@@ -21,7 +21,7 @@ from ds_longft.config.endings import SUFFIXES, UNREAD, not_read, suffix_of
 from ds_longft.config.optimizers import KINDS
 from ds_longft.config.proof import proof_problem
 from ds_longft.config.quantized import format_name, full_training_problem, stored_in
-from ds_longft.config.run_config import RunConfig, SourceConfig, is_pattern
+from ds_longft.config.run_config import ModelConfig, RunConfig, SourceConfig, is_pattern
 from ds_longft.config.shipped import TEMPLATES, find_template
 from ds_longft.config.state_families import OTHER_LAYERS, STATE_FAMILIES, STATE_HEADS, STATE_LAYERS
 from ds_longft.config.window import reached_tokens, window_problem
@@ -66,10 +66,15 @@ def preflight(config: RunConfig, *, world: int, local_world: int, device: Device
 
 
 def read_model_config(config: RunConfig) -> dict[str, Any] | None:
-    """config.json of a local model folder, None for a hub id or where there is none. Raises ConfigError: not JSON."""
+    """config.json of a local model folder, or of a hub id as the hub's cache has it; None where it has none. Raises
+    ConfigError: not JSON.
+    """
     path = Path(config.model.path).expanduser() / "config.json"
     if not config.model.path or not path.is_file():
-        return None
+        found = _in_cache(config.model)
+        if found is None:
+            return None
+        path = found
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -77,6 +82,16 @@ def read_model_config(config: RunConfig) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         raise ConfigError(f"model.path: {path} holds a {type(content).__name__}, expected an object {{...}}")
     return content
+
+
+def _in_cache(model: ModelConfig) -> Path | None:
+    """Where the hub's cache has config.json of a hub id."""
+    if not HUB_ID.fullmatch(model.path) or Path(model.path).expanduser().exists():
+        return None
+    from huggingface_hub import try_to_load_from_cache  # half a second, and a folder needs none of it
+
+    found = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
+    return Path(found) if isinstance(found, str) else None
 
 
 def resolve_sp(config: RunConfig, ds: DeepSpeedSettings, world: int, local_world: int) -> int:
@@ -136,6 +151,11 @@ def check_run(
         )
     if problems:
         raise ConfigError(problems)
+
+
+def problems_of_paths(config: RunConfig) -> list[str]:
+    """What model.path and the data name, and is not here."""
+    return _model_folder_problems(config) + _data_problems(config)
 
 
 def _resolve_sp(config: RunConfig, ds: DeepSpeedSettings | None, world: int, local_world: int) -> tuple[int, list[str]]:

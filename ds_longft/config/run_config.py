@@ -466,8 +466,9 @@ class LogConfig(Section):
     """How wandb records, and short for naming it in `trackers`, which alone means online. The run id is kept on
     resume."""
 
-    project: Free[str] = "ds_longft"
-    """Project (of MLflow: experiment) that the run is filed under."""
+    project: Free[str | None] = None
+    """Project (of MLflow: experiment) that the run is filed under. Left out: the environment's WANDB_PROJECT, else
+    ds_longft."""
 
     name: Free[str | None] = None
     """Name of the run in trackers. Left out: the name of `output_dir`."""

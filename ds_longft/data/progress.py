@@ -19,6 +19,13 @@ def say_once(text: str) -> None:
     print(f"note: {text}", file=sys.stderr, flush=True)
 
 
+def duration(seconds: float) -> str:
+    """`48 s`, `12 min`, `5.7 hours`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:,.1f} hours"
+
+
 class Progress:
     """How far a job of `total_bytes` is. Writes to stderr; silent with `show=False`."""
 

@@ -163,6 +163,19 @@ def tokenize_sources(
     return found.kind.tokenized.open(files, fingerprint, found_set.tally)
 
 
+def tokenized_already(
+    sources: Sequence[SourceConfig], tokenizer: Any, data: DataConfig, *, pairs: bool = False
+) -> TokenizedSet | None:
+    """The set that `tokenize_sources` made of this input; None where it has not yet. Raises as that does."""
+    found = Input.of(sources, tokenizer, data, pairs=pairs)
+    folder = Path(data.cache_dir).expanduser() / found.fingerprint
+    try:
+        parts = sealed_set(folder, every_byte=False)
+    except Unreadable:
+        return None
+    return found.kind.tokenized.open([folder / part.file for part in parts.parts], found.fingerprint, parts.tally)
+
+
 def _make(
     folder: Path,
     found: Input,

@@ -1,27 +1,21 @@
-"""From `ModelConfig` to a config, a tokenizer and a model: safetensors only, partitioned at load under ZeRO-3."""
+"""From `ModelConfig` to a config and a model: safetensors only, partitioned at load under ZeRO-3."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from transformers import (
-    AutoConfig,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.utils import cached_file
 
 from ds_longft.config.run_config import ModelConfig, RopeConfig
 from ds_longft.config.state_families import STATE_FAMILIES
@@ -29,6 +23,7 @@ from ds_longft.errors import ModelError
 from ds_longft.model.load_packed import as_it_would_be, base_format, load_packed, stored_as
 from ds_longft.model.new_tokens import narrowed, widen
 from ds_longft.model.packed import Lies, Packed, fill_codes, pack_empty
+from ds_longft.model.read_model import first_line, load_tokenizer, model_path, read_config, source_of
 from ds_longft.model.rope import apply_rope, restore_rope, seen_tokens
 from ds_longft.model.supported import check_class_supported, check_supported
 from ds_longft.model.wrapped import is_wrapped, make, text_class
@@ -41,15 +36,6 @@ def load_config(model: ModelConfig, max_length_tokens: int, *, attn_implementati
         ModelError: nothing readable at `model.path`, an unsupported model, or a length its positions do not reach.
     """
     return prepare_config(read_config(model), model, max_length_tokens, attn_implementation=attn_implementation)
-
-
-def read_config(model: ModelConfig) -> PretrainedConfig:
-    """The model's config as it is stored. Raises ModelError: nothing readable at `model.path`."""
-    path = model_path(model)
-    try:
-        return AutoConfig.from_pretrained(path, **_source(model))
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise ModelError(f"model.path: no model config can be read from {path!r}: {_first_line(error)}") from error
 
 
 def prepare_config(
@@ -93,33 +79,6 @@ def config_remarks(hf_config: PretrainedConfig, rope: RopeConfig, max_length_tok
     return remarks
 
 
-def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with `model.add_tokens`.
-
-    Raises:
-        ModelError: there is none at `model.path`.
-    """
-    path = model_path(model)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **_source(model))
-        tokenizer.add_tokens(model.add_tokens)
-        tokenizer.chat_template = tokenizer.chat_template or _processors_template(path, model.revision)
-        return tokenizer
-    except Exception as error:  # every tokenizer backend has its own way to fail on a missing or broken file
-        alone = (Path(path) / "tokenizer.model").is_file() and not (Path(path) / "tokenizer.json").is_file()
-        hint = ". It holds tokenizer.model alone: `pip install sentencepiece`" if alone else ""
-        raise ModelError(f"model.path: no tokenizer can be read from {path!r}: {_first_line(error)}{hint}") from error
-
-
-def _processors_template(path: str, revision: str | None) -> str | None:
-    """The chat template beside what prepares images: older multimodal checkpoints keep it where no tokenizer looks."""
-    for name in ("chat_template.json", "processor_config.json"):
-        file = cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-        if file is not None and (found := json.loads(Path(file).read_text(encoding="utf-8")).get("chat_template")):
-            return str(found)
-    return None
-
-
 def trained_rows(model: ModelConfig) -> list[int]:
     """Ids of `model.add_tokens` where an adapter is to train their rows."""
     if not model.add_tokens or not model.train_added:
@@ -161,22 +120,6 @@ def load_model(
     return loaded.train()
 
 
-def model_path(model: ModelConfig) -> str:
-    """`model.path`, absolute where it is a local folder, so that adapters name their base wherever they are read from.
-
-    Raises:
-        ModelError: empty, or a path on this machine that does not exist.
-    """
-    if not model.path:
-        raise ModelError("model.path is not set: give a local Hugging Face folder or a hub id")
-    folder = Path(model.path).expanduser()
-    if folder.is_dir():
-        return str(folder.resolve())
-    if model.path.startswith((".", "/", "~")) or model.path.count("/") > 1:
-        raise ModelError(f"model.path: there is no folder {str(folder)!r}")
-    return model.path
-
-
 def _pretrained_model(
     model: ModelConfig,
     hf_config: PretrainedConfig,
@@ -195,7 +138,7 @@ def _pretrained_model(
     try:
         how = {
             "dtype": dtype, "use_safetensors": True, "attn_implementation": hf_config._attn_implementation,
-            "output_loading_info": True, **placement, **_source(model),
+            "output_loading_info": True, **placement, **source_of(model),
         }  # fmt: skip
         if packs:
             loaded, report = load_packed(text_class(hf_config), path, model, hf_config, **how)
@@ -204,7 +147,7 @@ def _pretrained_model(
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        raise ModelError(f"model.path: the weights of {path!r} cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(f"model.path: the weights of {path!r} cannot be loaded: {first_line(error)}") from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise ModelError(
@@ -285,17 +228,3 @@ def _check_safetensors(path: str) -> None:
         + (f", only {', '.join(found[:3])}. Pickled weights can run code and are never read" if found else "")
         + ": convert the model with save_pretrained, or set model.random_weights for a rehearsal without weights"
     )
-
-
-def _source(model: ModelConfig) -> dict[str, Any]:
-    """Where from, and whether its code is run (only with a pinned revision, see `RunConfig`)."""
-    if model.trust_remote_code and not model.revision:
-        raise ModelError("model.trust_remote_code needs model.revision pinned to a full commit hash")
-    source: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
-    if model.revision:
-        source["revision"] = model.revision
-    return source
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

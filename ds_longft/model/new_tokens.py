@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft.tuners.trainable_tokens import layer as trainable_tokens
 from safetensors import safe_open
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -57,6 +56,8 @@ def whole_rows() -> Iterator[None]:
 
     Under ZeRO-3 it would gather and broadcast them, on CUDA only (PEFT 0.19).
     """
+    from peft.tuners.trainable_tokens import layer as trainable_tokens  # two seconds, and `plan` adds no tokens
+
     asked = trainable_tokens.check_deepspeed_zero3_enabled
     trainable_tokens.check_deepspeed_zero3_enabled = lambda: False
     try:

@@ -14,6 +14,7 @@ SERVE = "To serve it: ds-longft export {model} {model}-merged, then vllm serve {
 def chat(
     model: str,
     *,
+    question: str | None = None,
     text: str | None = None,
     max_new_tokens: int = 512,
     temperature: float = 0.0,
@@ -22,10 +23,11 @@ def chat(
 ) -> None:
     """Talk to a model: a line is a question, an empty line or Ctrl-D ends it. /new forgets what was said.
 
-    From a pipe all of it is one question: `ds-longft chat runs/mine < question.txt`.
+    One question and its answer alone: `--question "..."`, or from a pipe: `ds-longft chat runs/mine < question.txt`.
 
     Args:
         model: output folder of a run, adapter, model folder or hub id.
+        question: answer this and end.
         text: file that the first question is about, put before it.
         max_new_tokens: longest answer.
         temperature: 0 takes the likeliest token each time.
@@ -45,16 +47,17 @@ def chat(
     loaded = load_subject(subject, one_device(), attention="sdpa")
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     options = {"max_new_tokens": max_new_tokens, "eos_token_id": sorted(end_ids(loaded, tokenizer)), **sampling}
-    if not sys.stdin.isatty():
-        _answer(loaded, tokenizer, [_turn("user", about + sys.stdin.read())], options)
+    if question is not None or not sys.stdin.isatty():
+        asked = question if question is not None else sys.stdin.read()
+        _answer(loaded, tokenizer, [_turn("user", about + asked)], options)
         return
     print(f"{subject.shown} on {loaded.device}. {SERVE.format(model=model)}")
     turns: list[dict[str, str]] = []
-    while question := _line():
-        if question == "/new":
+    while line := _line():
+        if line == "/new":
             turns = []
             continue
-        turns.append(_turn("user", about + question))
+        turns.append(_turn("user", about + line))
         about = ""
         turns.append(_turn("assistant", _answer(loaded, tokenizer, turns, options)))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,6 +105,8 @@ def _when(found: dict[str, Any]) -> str:
 
 def about(model: str, revision: str | None) -> Iterator[tuple[str, str]]:
     """What is to be known of one checkpoint, line by line; what keeps it from being trained, where something does."""
+    print("ds-longft models: importing torch and transformers ...", file=sys.stderr, flush=True)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     import torch
 
     from ds_longft.config.run_config import LoraConfig, ModelConfig
@@ -111,10 +115,8 @@ def about(model: str, revision: str | None) -> Iterator[tuple[str, str]]:
     from ds_longft.model.load import load_config
     from ds_longft.model.lora import add_lora
     from ds_longft.model.lora_targets import adapted_in_words
-    from ds_longft.model.reach import check_reach
     from ds_longft.model.wrapped import is_wrapped, make, text_class
 
-    check_reach(model, revision)
     hf_config = load_config(ModelConfig(path=model, revision=revision), 1, attn_implementation="eager")
     text_type, found = hf_config.get_text_config().model_type, proofs()
     yield "type", hf_config.model_type + (f", text model {text_type}" if is_wrapped(hf_config) else "")

@@ -69,7 +69,7 @@ def _compute(config: RunConfig, launch: Launch, gpus: int, *, as_json: bool) -> 
     from ds_longft.data.pairs import PairSet
     from ds_longft.data.tokenize import tokenize_sources
     from ds_longft.layout import ParallelLayout
-    from ds_longft.model.load import load_tokenizer
+    from ds_longft.model.read_model import load_tokenizer
     from ds_longft.ranks.join import join
     from ds_longft.tools import quickstart
     from ds_longft.train.device_memory import own_memory_gib

@@ -8,8 +8,8 @@ from typing import Any
 
 from ds_longft.config.run_config import RunConfig
 from ds_longft.layout import ParallelLayout
-from ds_longft.model.load import model_path
 from ds_longft.model.lora import BASE_CONFIG_FOLDER
+from ds_longft.model.read_model import model_path
 from ds_longft.objectives.objective import loss_in_words
 from ds_longft.train.hub import hub_id, named_elsewhere
 from ds_longft.train.metrics import training_loss

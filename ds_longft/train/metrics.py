@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ds_longft.config.run_config import LogConfig
+from ds_longft.data.progress import duration
 from ds_longft.run_files import MetricsLine
 from ds_longft.stored import read_lines
 from ds_longft.train import trackers
@@ -82,6 +83,22 @@ def step_line(record: Record, total_steps: int) -> str:
     )
 
 
+PACE_STEPS = 3
+"""Steps of a process after which its speed is known: the first of them warms up."""
+SHORT_S = 60.0  # what is left of a run that needs no forecast
+
+
+def pace(step_s: float, left: int, steps_per_epoch: int | None) -> str | None:
+    """When a run will be over that takes `step_s` for each of the steps that are left; None where that is soon."""
+    if left * step_s < SHORT_S:
+        return None
+    epoch = ""
+    if steps_per_epoch is not None:
+        epoch = f"an epoch of {steps_per_epoch:,} steps takes about {duration(steps_per_epoch * step_s)}, "
+    end = time.strftime("%a %H:%M", time.localtime(time.time() + left * step_s))
+    return f"at {step_s:.1f} s per step {epoch}the {left:,} steps that are left {duration(left * step_s)}, until {end}"
+
+
 class Records:
     """Writes a run's records; on ranks other than 0 every method does nothing."""
 
@@ -94,8 +111,10 @@ class Records:
         first_step: int,
         active: bool,
         eval_due: bool = False,
+        steps_per_epoch: int | None = None,
     ) -> None:
         """`eval_due`: the evaluation of `first_step` is about to be made up for."""
+        self.steps_per_epoch, self.timed_s = steps_per_epoch, list[float]()
         self.folder, self.log, self.total_steps, self.active = folder, log, total_steps, active
         self.trackers: list[Background] = []
         self.progress: Progress | None = None
@@ -124,7 +143,8 @@ class Records:
             return run_id
         trackers.quiet_environment()
         run_id = run_id or trackers.new_id()
-        run = trackers.TrackedRun(run_id, self.log.project, self.log.name or self.folder.name, self.folder, config)
+        project = self.log.project or os.environ.get("WANDB_PROJECT") or "ds_longft"
+        run = trackers.TrackedRun(run_id, project, self.log.name or self.folder.name, self.folder, config)
         self.trackers = [Background(name, tracker, run, self.say) for name, tracker in chosen.items()]
         return run_id
 
@@ -139,6 +159,11 @@ class Records:
             self.recent_losses.append(record["loss"])
         self._write(record)
         self.console.print(step_line(record, self.total_steps))
+        self.timed_s.append(record["step_s"])
+        if len(self.timed_s) == PACE_STEPS and (
+            line := pace(fmean(self.timed_s[1:]), self.total_steps - record["step"], self.steps_per_epoch)
+        ):
+            self.say(line)
         if self.progress:
             self.progress.update(self.task, completed=record["step"])
 

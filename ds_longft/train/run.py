@@ -100,6 +100,7 @@ def _train(
     records = Records(
         joined.folder, config.log, total_steps=state.total_steps, first_step=state.step, active=launch.rank == 0,
         eval_due=state.eval_due,
+        steps_per_epoch=None if config.data.stream_window_mib else resumed.train_loader.steps_per_epoch(state.epoch),
     )  # fmt: skip
     tracked = tracked_config(
         config, {"world": joined.layout.world, "dp": joined.layout.dp, "total_steps": state.total_steps}

@@ -25,8 +25,9 @@ from ds_longft.decide.where_base_lies import what_is_lost
 from ds_longft.errors import ModelError
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.facts import ModelFacts
-from ds_longft.model.load import config_remarks, load_tokenizer, prepare_config, read_config
+from ds_longft.model.load import config_remarks, prepare_config
 from ds_longft.model.load_packed import base_format, stored_as
+from ds_longft.model.read_model import load_tokenizer, read_config
 from ds_longft.objectives.objective import Needs
 from ds_longft.ranks.join import Agreement, Launch, join
 from ds_longft.ranks.lock import lock_folder

@@ -21,7 +21,7 @@ def filled(rank: int, world: int, content: dict[str, Any], forget: list[int]) ->
     """(how many were computed, all values) after the pairs `forget` were lost."""
     from ds_longft.data.tokenize import tokenize_sources
     from ds_longft.layout import ParallelLayout
-    from ds_longft.model.load import load_tokenizer
+    from ds_longft.model.read_model import load_tokenizer
     from ds_longft.objectives.reference_cache import load_reference, open_reference
     from ds_longft.ranks.join import Agreement
     from ds_longft.tools.ref_logps import fill
@@ -77,7 +77,7 @@ def test_a_reference_that_gives_no_numbers_is_refused(pools, tmp_path: Path) -> 
 
 def test_a_file_of_another_model_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ds_longft.data.tokenize import tokenize_sources
-    from ds_longft.model.load import load_tokenizer
+    from ds_longft.model.read_model import load_tokenizer
     from ds_longft.objectives.reference_cache import load_reference, open_reference
 
     config = RunConfig.model_validate(pair_config(tmp_path, reference="precomputed"))

@@ -265,7 +265,7 @@ def first_step(rank: int, world: int, content: dict[str, Any], fault: str | None
     from ds_longft.data.loader import StepLoader
     from ds_longft.errors import ModelError
     from ds_longft.exactness.first_step import check_first_step, raise_if_wrong
-    from ds_longft.model.load import load_tokenizer
+    from ds_longft.model.read_model import load_tokenizer
     from ds_longft.train.engine import build
     from ds_longft.train.install import known_run
     from ds_longft.train.sets import tokenized

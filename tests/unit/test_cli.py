@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import json
 import os
 import re
 import shlex
@@ -20,9 +21,9 @@ from ds_longft import __version__, cli
 from ds_longft.cli import COMMANDS, Command, main
 from ds_longft.command_line import RunKeys, _docstring, _parameters, as_words, bind, described
 from ds_longft.config.messages import all_keys
-from ds_longft.config.read import load_run_config
+from ds_longft.config.read import dump_config, load_run_config
 from ds_longft.config.yaml_io import load_yaml
-from ds_longft.errors import EXIT_CONFIG, DataError, LongftError
+from ds_longft.errors import EXIT_CONFIG, EXIT_UNCHECKED, DataError, LongftError
 from ds_longft.tools import doctor
 from ds_longft.tools.evaluate.flags import Flags
 
@@ -116,7 +117,7 @@ def test_mistakes_refuse_before_anything_runs(
 
 
 def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted(argv: list[str]) -> int:
+    def interrupted(argv: list[str], *, alone: bool) -> int:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "_dispatch", interrupted)
@@ -246,6 +247,18 @@ def test_config_prints_a_config_that_runs_again(capsys: pytest.CaptureFixture[st
     assert load_run_config(["--sp", "4", "--lora", "null"]).model_dump(mode="json") == load_yaml(printed)
 
 
+def test_config_names_what_is_not_here_and_writes_all_the_same(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["config", "--model.path", "./nomodel", "--data.train", str(tmp_path / "none.jsonl")]) == 0
+    printed = capsys.readouterr()
+    assert "path: ./nomodel" in printed.out
+    assert "note: model.path: there is no ./nomodel" in printed.err
+    assert "none.jsonl" in printed.err
+    assert main(["config"]) == 0
+    assert "note: model.path is empty" in capsys.readouterr().err
+
+
 def test_config_names_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "--spp", "4"]) == EXIT_CONFIG
     assert "unknown key spp: did you mean sp?" in capsys.readouterr().err
@@ -268,10 +281,27 @@ def test_check_says_what_it_could_not_read(capsys: pytest.CaptureFixture[str], t
         "--output_dir",
         str(tmp_path),
     ]
-    assert main(["check", *keys, "--gpus", "8"]) == 0
+    assert main(["check", *keys, "--gpus", "8"]) == EXIT_UNCHECKED
     said = capsys.readouterr().out
     assert "checked, but for the model: its config cannot be read here (window, heads and type are unchecked)" in said
     assert "ZeRO 3 asked (zero3_sp.json)" in said
+
+
+def test_check_reads_the_config_of_a_hub_id_out_of_the_cache(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = {"model_type": "llama", "num_attention_heads": 4, "max_position_embeddings": 4096}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: str(tmp_path / "config.json"))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: "")
+    monkeypatch.setattr("ds_longft.model.reach.check_reach", lambda *_: None)
+    keys = ["--model.path", "org/model", "--data.train", str(tmp_path / "rows.jsonl"), "--output_dir", str(tmp_path)]
+    assert main(["check", *keys, "--gpus", "8"]) == EXIT_CONFIG
+    said = capsys.readouterr().err
+    assert "sp is 8, but the model has 4 query heads" in said
+    assert "the model's window is 4096 tokens" in said
+    assert main(["check", *keys, "--gpus", "8", "--sp", "4", "--data.max_length_tokens", "4096"]) == 0
 
 
 @pytest.mark.parametrize("known", [False, True])
@@ -283,7 +313,7 @@ def test_check_says_that_wandb_has_no_login(
     (tmp_path / "rows.jsonl").write_text("{}\n")
     keys = ["--model.path", "a/b", "--data.train", str(tmp_path / "rows.jsonl"), "--output_dir", str(tmp_path)]
     for mode, said in (("online", not known), ("offline", False)):
-        assert main(["check", *keys, "--log.wandb", mode, "--gpus", "8"]) == 0
+        assert main(["check", *keys, "--log.wandb", mode, "--gpus", "8"]) == EXIT_UNCHECKED
         assert ("wandb: not logged in: run `wandb login`" in capsys.readouterr().out) is said
     monkeypatch.setattr(doctor, "_version_or_none", lambda name: "1")
     (found,) = doctor.tracking()
@@ -300,7 +330,7 @@ def test_train_refuses_before_it_starts_anything(
 
 def test_train_ends_as_its_ranks_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """75: stopped and saved."""
-    monkeypatch.setattr("ds_longft.tools.begin._checked", lambda keys, ranks, on_gpu: "checked")
+    monkeypatch.setattr("ds_longft.tools.begin._checked", lambda keys, ranks, on_gpu: ("checked", True))
     monkeypatch.setattr("ds_longft.tools.begin.launch_ranks", lambda *_, ranks, **__: 72 + ranks)
     with pytest.raises(SystemExit) as ended:
         main(["train", "mine.yaml", "--gpus", "3"])
@@ -397,7 +427,7 @@ def test_no_command_imports_torch_in_silence(tmp_path: Path) -> None:
     words = (
         "export run out", "chat run", f"data stats {config}", "plan run", "eval needle run", f"check {config}", "docs install",
         f"train {config}", f"verify {config} --sp 2", f"plan {config}", "eval perplexity run --sp 2", "data inspect " + config,
-        f"config {config}", "migrate rows.jsonl", "models", "eval longbench score run", "report run", f"slurm render {config}",
+        f"config {config}", "migrate rows.jsonl", "models", "models run", "doctor", f"data tokenize {config}", "eval longbench score run", "report run", f"slurm render {config}",
     )  # fmt: skip
     asked = [line.split() for line in words]
     done = subprocess.run(
@@ -409,6 +439,33 @@ def test_no_command_imports_torch_in_silence(tmp_path: Path) -> None:
     for part in parts:
         line = part.splitlines()[1] if part.count("\n") > 1 else ""
         assert line != "ended", part
+
+
+@pytest.mark.parametrize("words", ["data tokenize", "data stats", "data inspect"])
+def test_rows_are_looked_at_without_torch(words: str, tokenizer: Any, tmp_path: Path) -> None:
+    """Of a model that was asked for once: `data stats` reads its sizes off transformers' code, and keeps them."""
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a b", "completion": "c"}) + "\n")
+    run = load_run_config(
+        ["--model.path", "model", "--data.train", "rows.jsonl", "--data.max_length_tokens", "64",
+         "--data.cache_dir", "cache"]
+    )  # fmt: skip
+    (tmp_path / "run.yaml").write_text(dump_config(run))
+    code = (
+        "import sys; from ds_longft.cli import main; code = main()\n"
+        "heavy = {'torch', 'deepspeed', 'peft', 'datasets', 'accelerate'}\n"
+        "print(code, sorted(name for name in heavy if sys.modules.get(name)), file=sys.stderr)"
+    )
+    for first in (True, False):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words.split(), "run.yaml", "--json"], cwd=tmp_path, capture_output=True,
+            text=True, check=True,
+        )  # fmt: skip
+        assert json.loads(done.stdout), done.stderr
+        seen = done.stderr.splitlines()
+        assert seen[0] == f"ds-longft {words}: importing transformers ..."
+        assert seen[-1] == "0 []" or (first and words == "data stats" and seen[-1].startswith("0 ['"))
 
 
 def test_every_key_is_in_the_help_of_config(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,8 +24,9 @@ from ds_longft.decide.memory import STREAMED
 from ds_longft.decide.setting import Base, Gpu
 from ds_longft.errors import ConfigError
 from ds_longft.model.facts import ModelFacts
-from ds_longft.model.load import load_config, load_model, load_tokenizer, model_path
+from ds_longft.model.load import load_config, load_model
 from ds_longft.model.lora import BASE_CONFIG_FOLDER, WEIGHTS_NAME, load_adapter
+from ds_longft.model.read_model import load_tokenizer, model_path
 from ds_longft.model.rope import check_rope, window_tokens
 from ds_longft.model.rope_formulas import rope_parts
 from ds_longft.model.supported import decoder_layers

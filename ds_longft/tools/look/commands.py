@@ -14,13 +14,15 @@ from rich.table import Table
 from rich.text import Text
 
 from ds_longft.command_line import RunKeys
-from ds_longft.config.run_config import ModelConfig, RunConfig, SourceConfig
-from ds_longft.data.pack_plan import EQUAL_COST_TOKENS, plan_epoch
+from ds_longft.config.run_config import RunConfig, SourceConfig
+from ds_longft.data.pack_plan import plan_epoch
 from ds_longft.data.progress import say_once
 from ds_longft.data.stream import Stream
 from ds_longft.data.tokenize import Input, tokenize_sources
-from ds_longft.errors import ConfigError, DataError, LongftError, ModelError
+from ds_longft.errors import ConfigError, DataError, ModelError
+from ds_longft.model.hidden_torch import show_torch
 from ds_longft.tools.look.colour import coloured
+from ds_longft.tools.look.cost import cost_of_run
 from ds_longft.tools.look.statistics import GROUP_COLUMNS, Statistics, kept_in_words, statistics
 
 if TYPE_CHECKING:
@@ -66,11 +68,13 @@ def stats(config: RunKeys, *, dp: int = 1, sp: int = 1, html: str | None = None,
     """
     if dp < 1 or sp < 1:
         raise ConfigError(f"--dp is {dp}, --sp is {sp}: expected 1 or more")
-    run, tokenizer = _read(config)
+    run = _run(config)
+    cost = cost_of_run(run)
+    tokenizer = _tokenizer(run)
     rows = _tokenized(run, run.data.train, tokenizer)
     found = statistics(
         rows, run.data, dp=dp, sp=sp, accumulation=run.train.gradient_accumulation_steps, seed=run.seed,
-        equal_cost_tokens=equal_cost_tokens(run.model, lora=run.lora is not None),
+        equal_cost_tokens=cost,
     )  # fmt: skip
     note = f"{run.output_dir}: dp {dp}, sp {sp}, weighting {run.data.weighting}"
     if html:
@@ -116,6 +120,7 @@ def as_json(found: Statistics, rows: TokenizedSet) -> dict[str, Any]:
         "first_left_out": found.first_left_out,
         "unused": found.unused,
         "retention": [asdict(window) for window in found.retention],
+        **({"pairs": asdict(found.pairs)} if found.pairs else {}),
     }
 
 
@@ -141,7 +146,7 @@ def show(found: Statistics) -> None:
     for name, value in (
         ("packs, tokens of each at most", f"{packs.packs:,} of {packs.budget_tokens:,}"),
         ("filled", f"{packs.filled:.1%}"),
-        ("documents in a pack", f"{packs.documents_per_pack:.1f}"),
+        ("pairs in a pack" if found.pairs else "documents in a pack", f"{packs.documents_per_pack:.1f}"),
         ("steps per epoch", f"{packs.steps:,}"),
         ("padding tokens", f"{packs.padding_tokens:,}"),
         ("slowest rank over the mean", f"{packs.imbalance:.3f}"),
@@ -154,6 +159,11 @@ def show(found: Statistics) -> None:
         ("in the rows, and not used", "\n".join(f"{n:,} {what}" for what, n in found.unused.items()) or "nothing"),
     ):
         facts.add_row(name, Text(value))
+    if pairs := found.pairs:
+        answers = f"{pairs.median_chosen_tokens:,} and {pairs.median_rejected_tokens:,}"
+        facts.add_row("tokens before an answer, median", f"{pairs.median_prompt_tokens:,}")
+        facts.add_row("chosen and rejected answer, median", answers)
+        facts.add_row("pairs whose chosen answer is longer", f"{pairs.chosen_longer:.0%}")
     console.print(facts)
     if len(found.retention) > 1:
         kept = Table("data.max_length_tokens", kept_in_words(found), "targets in them")
@@ -255,14 +265,25 @@ def _parts(one: TokenizedRow, tokenizer: Any, weighting: Weighting) -> list[tupl
 
 def _read(config: RunKeys) -> tuple[RunConfig, Any]:
     """The run config and its model's tokenizer."""
+    run = _run(config)
+    return run, _tokenizer(run)
+
+
+def _run(config: RunKeys) -> RunConfig:
     from ds_longft.config.read import load_run_config
 
     run = load_run_config(config)
     if not run.model.path:
         raise ConfigError("model.path is empty: it names the tokenizer")
-    from ds_longft.model import load
+    return run
 
-    return run, load.load_tokenizer(run.model)
+
+def _tokenizer(run: RunConfig) -> Any:
+    from ds_longft.model import read_model
+
+    if run.model.trust_remote_code:  # which may import torch
+        show_torch()
+    return read_model.load_tokenizer(run.model)
 
 
 def _tokenized(run: RunConfig, sources: Sequence[SourceConfig], tokenizer: Any) -> TokenizedSet:
@@ -282,17 +303,6 @@ def load_tokenizer(path: str, **kwargs: Any) -> Any:
     except Exception as error:  # every tokenizer backend has its own way to fail on a missing or broken file
         why = next(iter(str(error).splitlines()), type(error).__name__)
         raise ModelError(f"no tokenizer can be read from {path!r}: {why}") from error
-
-
-def equal_cost_tokens(model: ModelConfig, *, lora: bool) -> int:
-    """As `ModelFacts.equal_cost_tokens`; of an 8B model where the config cannot be read (a folder with a tokenizer)."""
-    from ds_longft.model.facts import ModelFacts
-    from ds_longft.model.load import read_config
-
-    try:
-        return ModelFacts.from_config(read_config(model)).equal_cost_tokens(lora=lora)
-    except LongftError:
-        return EQUAL_COST_TOKENS
 
 
 def _shown(value: Any) -> str:

@@ -68,6 +68,26 @@ class Packs:
 
 
 @dataclass(frozen=True)
+class PairLengths:
+    """Preference pairs: a model that learns from answers of unlike length learns the length too."""
+
+    median_prompt_tokens: int
+    median_chosen_tokens: int  # of the answer alone
+    median_rejected_tokens: int
+    chosen_longer: float  # share of the pairs whose better answer is the longer one
+
+    @classmethod
+    def of(cls, rows: TokenizedSet) -> PairLengths | None:
+        """None of rows that are no pairs."""
+        if rows.documents_per_row == 1:
+            return None
+        prompt = rows.column("shared_tokens").astype(np.int64)
+        chosen, rejected = rows.document_lengths.T
+        before, better, worse = (int(np.median(tokens)) for tokens in (prompt, chosen - prompt, rejected - prompt))
+        return cls(before, better, worse, float((chosen > rejected).mean()))
+
+
+@dataclass(frozen=True)
 class Statistics:
     """Everything `data stats` shows."""
 
@@ -86,6 +106,7 @@ class Statistics:
     fingerprint: str
     unused: dict[str, int]  # what rows hold and nothing was made of -> rows
     retention: list[Retention]
+    pairs: PairLengths | None
 
 
 def statistics(
@@ -164,6 +185,7 @@ def statistics(
         fingerprint=rows.fingerprint,
         unused=tally.unused,
         retention=_retention(rows),
+        pairs=PairLengths.of(rows),
     )
 
 

@@ -18,7 +18,8 @@ from ds_longft.data.ledger import Tally
 from ds_longft.data.preferences import PREFERENCE
 from ds_longft.data.tokenize import tokenize_sources
 from ds_longft.errors import ConfigError, LongftError
-from ds_longft.tools.look.commands import equal_cost_tokens, load_tokenizer, show, write_page
+from ds_longft.tools.look.commands import load_tokenizer, show, write_page
+from ds_longft.tools.look.cost import equal_cost_tokens
 from ds_longft.tools.look.statistics import statistics
 from ds_longft.tools.make_data.convert import convert_set
 from ds_longft.tools.make_data.mix import Mixed, mix_sources
@@ -144,7 +145,7 @@ def reasons(tally: Tally) -> str:
 
 def _stretch(model: str, max_length_tokens: int) -> dict[str, Any]:
     """What a run config says of a model whose window is shorter than the rows."""
-    from ds_longft.model.load import read_config
+    from ds_longft.model.read_model import read_config
     from ds_longft.model.rope import window_tokens
 
     try:

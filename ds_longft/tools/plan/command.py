@@ -251,10 +251,8 @@ def _described(model: str, quantize: Quantize, *, lora: bool) -> tuple[ModelFact
     """Facts of the model, and the format of its base: "" where it is not quantised. Raises ConfigError, ModelError."""
     from ds_longft.model.load import load_config
     from ds_longft.model.load_packed import base_format, stored_as
-    from ds_longft.model.reach import check_reach
 
     asked = ModelConfig(path=model, quantize=quantize)
-    check_reach(model)
     hf_config = load_config(asked, 1, attn_implementation="eager")
     base = base_format(hf_config, asked)
     form = base.name if base else ""

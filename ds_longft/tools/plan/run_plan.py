@@ -25,8 +25,8 @@ from ds_longft.errors import ConfigError
 from ds_longft.model.facts import ModelFacts
 from ds_longft.model.load import load_config
 from ds_longft.model.load_packed import base_format
-from ds_longft.model.reach import check_reach
 from ds_longft.tools.plan import plan_text
+from ds_longft.tools.plan.epoch import epoch_in_words
 from ds_longft.tools.plan.fitting_kernels import with_fitting_kernels
 
 
@@ -63,7 +63,6 @@ def _known(config: RunConfig, gpus: int, gpu: Gpu, host_gib: float) -> Run:
     """The run as `train.install.known_run` would tell it on that machine. Neither data nor weights have to be there."""
     if not config.model.path:
         raise ConfigError("model.path is empty: give a folder with a config.json, or a hub id such as Qwen/Qwen3-8B")
-    check_reach(config.model.path, config.model.revision)
     hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation="eager")
     facts = ModelFacts.from_config(hf_config)
     raw = load_ds_config(config.ds_config)
@@ -103,6 +102,7 @@ def in_words(words: Sequence[str], plan: Plan, question: Question) -> str:
             f"a step of {packs} of {plan_text.length_in_words(plan, question)}: "
             f"{x.accumulation * plan.time.total_s:.1f} s with {x.kernel}, {plan.time.tokens_per_s:,.0f} tokens/s of "
             "all GPUs; shorter documents in a pack take less",
+            *epoch_in_words(words, plan, question.model),
             *plan_text.estimated(question.model),
         )
     )

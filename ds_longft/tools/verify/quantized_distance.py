@@ -12,8 +12,9 @@ from ds_longft.batch import Pack
 from ds_longft.config.run_config import ModelConfig, RunConfig
 from ds_longft.errors import ModelError
 from ds_longft.exactness.finding import Finding
-from ds_longft.model.load import load_config, read_config
+from ds_longft.model.load import load_config
 from ds_longft.model.load_packed import base_format, stored_as
+from ds_longft.model.read_model import read_config
 from ds_longft.tools.verify.baseline import baseline_model, document_logits
 
 CHECK = "8 quantised base"

@@ -23,7 +23,8 @@ from ds_longft.data.stream import Stream
 from ds_longft.errors import DataError, ModelError
 from ds_longft.exactness.packs import shortened, weight_of
 from ds_longft.layout import ParallelLayout
-from ds_longft.model.load import load_config, load_tokenizer, model_path
+from ds_longft.model.load import load_config
+from ds_longft.model.read_model import load_tokenizer, model_path
 from ds_longft.ranks.join import Agreement
 from ds_longft.train.sets import tokenized
 

@@ -21,7 +21,8 @@ from transformers import (
 
 from ds_longft.config.run_config import ModelConfig, RopeConfig
 from ds_longft.errors import ModelError
-from ds_longft.model.load import config_remarks, load_config, load_model, load_tokenizer, read_config
+from ds_longft.model.load import config_remarks, load_config, load_model
+from ds_longft.model.read_model import load_tokenizer, read_config
 from tests.tokenizer import tiny_tokenizer
 from tests.unit.model.tiny import FAMILIES, WINDOW, save_tiny, tiny_config
 

@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from ds_longft.config.run_config import ModelConfig, RopeConfig
 from ds_longft.errors import ModelError
-from ds_longft.model.load import config_remarks, load_config, load_model, read_config
+from ds_longft.model.load import config_remarks, load_config, load_model
+from ds_longft.model.read_model import read_config
 from ds_longft.model.rope import apply_rope, check_rope, restore_rope, seen_tokens, window_tokens
 from ds_longft.model.rope_formulas import rope_parts
 from ds_longft.model.rope_lengths import set_rope_lengths

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ds_longft.config.run_config import LogConfig
-from ds_longft.train.metrics import Records, read_metrics, spike_of, step_line, summary_table
+from ds_longft.train.metrics import Records, pace, read_metrics, spike_of, step_line, summary_table
 
 CALM = [1.0, 1.1, 0.9] * 20
 
@@ -54,6 +54,23 @@ def test_an_evaluation_that_is_due_again_is_forgotten(tmp_path: Path) -> None:
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         Records(tmp_path, LogConfig(), total_steps=9, first_step=4, active=True, eval_due=due)
         assert read_metrics(tmp_path / "metrics.jsonl") == lines[:left]
+
+
+def test_the_third_step_says_when_it_will_be_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the steps behind the first, which warms up; a run that is over in a minute says nothing."""
+    quick = pace(2.0, 20, 9)
+    assert quick is None
+    record = {
+        "loss": 1.0, "grad_norm": 1.0, "tokens_per_s_per_gpu": 9.0, "padding_percent": 0.0, "data_wait_percent": 0.0,
+    }  # fmt: skip
+    records = Records(tmp_path, LogConfig(), total_steps=1003, first_step=0, active=True, steps_per_epoch=500)
+    for step, step_s in ((1, 400.0), (2, 11.0), (3, 13.0), (4, 12.0)):
+        records.step({**record, "step": step, "step_s": step_s})
+    records.lines.flush()
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("at ")]
+    assert line.startswith(
+        "at 12.0 s per step an epoch of 500 steps takes about 1.7 hours, the 1,000 steps that are left 3.3 hours, until "
+    )
 
 
 def test_a_skipped_step_and_a_loss_that_is_no_number_are_said_and_are_json(

@@ -45,6 +45,22 @@ def test_tokenize_and_stats_agree(config, capsys):
     assert "target share" in capsys.readouterr().out
 
 
+def test_stats_of_pairs_tell_which_answers_are_longer(config, write_jsonl, capsys):
+    rows = [{"prompt": "which", "chosen": "word " * n, "rejected": "word " * m} for n, m in ((9, 2), (9, 2), (2, 9))]
+    asked = (config, "--objective", "dpo", "--data.train", write_jsonl(rows, "pairs.jsonl"))
+    commands.stats(asked, json=True)
+    pairs = json.loads(capsys.readouterr().out)["pairs"]
+    assert pairs["chosen_longer"] == pytest.approx(2 / 3)
+    assert pairs["median_chosen_tokens"] > pairs["median_rejected_tokens"] > 0
+    assert pairs["median_prompt_tokens"] > 0
+    commands.stats(asked)
+    shown = capsys.readouterr().out
+    assert "pairs in a pack" in shown
+    assert "67%" in shown
+    commands.stats(config, json=True)
+    assert "pairs" not in json.loads(capsys.readouterr().out)
+
+
 def test_stats_tell_sources_languages_packs_and_cost(config, tmp_path, capsys):
     page = tmp_path / "new" / "stats.html"
     commands.stats(config, dp=2, sp=4, html=str(page), json=True)

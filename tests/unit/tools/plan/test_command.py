@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,7 @@ from ds_longft.errors import EXIT_CONFIG, ConfigError
 from ds_longft.model.load import load_config as load_model_config
 from ds_longft.tools.plan.plan_text import not_ahead, recipe
 from tests.unit.decide.shapes import LLAMA_8B, SMOLLM2, sizes
+from tests.unit.tools.test_export import save_tokenizer
 
 
 @pytest.fixture
@@ -74,6 +76,27 @@ def test_a_planned_config_is_planned_as_it_was(
     shown = capsys.readouterr().out
     assert f"{path} fits on 8 x" in shown
     assert f"peak {own['peak_gib']:.1f} of" in shown
+
+
+def test_an_epoch_of_tokenized_rows_has_hours(llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_tokenizer(Path(llama))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": "one two " * n}) + "\n" for n in (100, 200, 400)))
+    words = [
+        "--model.path", llama, "--model.random_weights", "true", "--data.train", str(tmp_path / "rows.jsonl"),
+        "--data.max_length_tokens", "1K", "--data.cache_dir", str(tmp_path / "cache"), "--data.packing", "none",
+    ]  # fmt: skip
+    (tmp_path / "mine.yaml").write_text("{}")
+    asked = [str(tmp_path / "mine.yaml"), *words]
+    assert main(["plan", *asked, "--gpus", "1"]) == 0
+    assert "how long an epoch takes is known once `ds-longft data tokenize" in capsys.readouterr().out
+    assert main(["data", "tokenize", *asked]) == 0
+    capsys.readouterr()
+    assert main(["plan", *asked, "--gpus", "1"]) == 0
+    said = capsys.readouterr().out
+    full_s, mean_s = (float(re.search(rf"{before}([\d.e-]+) s {after}", said)[1]) for before, after in (  # type: ignore[index]
+        ("tokens: ", "with"), ("an epoch is 3 steps of ", "on average"),
+    ))  # fmt: skip
+    assert 0 < mean_s <= full_s + 0.05
 
 
 def test_a_gpu_of_one_size_needs_no_size() -> None:
