@@ -94,7 +94,8 @@ def pace(step_s: float, left: int, steps_per_epoch: int | None) -> str | None:
         return None
     epoch = ""
     if steps_per_epoch is not None:
-        epoch = f"an epoch of {steps_per_epoch:,} steps takes about {duration(steps_per_epoch * step_s)}, "
+        steps = "1 step" if steps_per_epoch == 1 else f"{steps_per_epoch:,} steps"
+        epoch = f"an epoch of {steps} takes about {duration(steps_per_epoch * step_s)}, "
     end = time.strftime("%a %H:%M", time.localtime(time.time() + left * step_s))
     return f"at {step_s:.1f} s per step {epoch}the {left:,} steps that are left {duration(left * step_s)}, until {end}"
 

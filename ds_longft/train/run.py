@@ -251,12 +251,13 @@ def _header(
 ) -> str:
     """A few lines that say what is about to happen."""
     period = "per epoch" if config.data.stream_window_mib is None else f"in window {state.epoch} of the stream"
+    steps = loader.steps_per_epoch(state.epoch)
     alone = " (a longer row alone)" if loader.budget_tokens < config.longest_pack_tokens else ""
     lines = [
         f"{config.model.path}: {'LoRA r' + str(config.lora.r) if config.lora else 'full fine-tuning'}, "
         f"{layout.world} x {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}, "
         f"sp {layout.sp} (ranks that share a sample) x dp {layout.dp}",
-        f"{loader.steps_per_epoch(state.epoch)} steps {period}, {state.total_steps} in all; packs of up to "
+        f"{steps} {'step' if steps == 1 else 'steps'} {period}, {state.total_steps} in all; packs of up to "
         f"{loader.budget_tokens:,} tokens{alone}, {layout.dp * config.train.gradient_accumulation_steps} in each step",
     ]
     if (config.train.max_steps or 0) > state.total_steps:
