@@ -449,7 +449,7 @@ def test_rows_are_looked_at_without_torch(words: str, tokenizer: Any, tmp_path: 
     (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a b", "completion": "c"}) + "\n")
     run = load_run_config(
-        ["--model.path", "model", "--data.train", "rows.jsonl", "--data.max_length_tokens", "64",
+        ["--model.path", "model", "--data.train", "rows.jsonl", "--data.max_length_tokens", "1K",
          "--data.cache_dir", "cache"]
     )  # fmt: skip
     (tmp_path / "run.yaml").write_text(dump_config(run))
@@ -463,7 +463,8 @@ def test_rows_are_looked_at_without_torch(words: str, tokenizer: Any, tmp_path: 
             [sys.executable, "-c", code, *words.split(), "run.yaml", "--json"], cwd=tmp_path, capture_output=True,
             text=True, check=True,
         )  # fmt: skip
-        assert json.loads(done.stdout), done.stderr
+        assert done.stdout, done.stderr
+        assert json.loads(done.stdout)
         seen = done.stderr.splitlines()
         assert seen[0] == f"ds-longft {words}: importing transformers ..."
         assert seen[-1] == "0 []" or (first and words == "data stats" and seen[-1].startswith("0 ['"))
