@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from transformers import AutoConfig
@@ -18,7 +18,6 @@ from ds_longft.errors import EXIT_CONFIG, ConfigError
 from ds_longft.model.load import load_config as load_model_config
 from ds_longft.tools.plan.plan_text import not_ahead, recipe
 from tests.unit.decide.shapes import LLAMA_8B, SMOLLM2, sizes
-from tests.unit.tools.test_export import save_tokenizer
 
 
 @pytest.fixture
@@ -78,9 +77,11 @@ def test_a_planned_config_is_planned_as_it_was(
     assert f"peak {own['peak_gib']:.1f} of" in shown
 
 
-def test_an_epoch_of_tokenized_rows_has_hours(llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save_tokenizer(Path(llama))
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": "one two " * n}) + "\n" for n in (100, 200, 400)))
+def test_an_epoch_of_tokenized_rows_has_hours(
+    llama: str, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer.save_pretrained(llama)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": "one two " * n}) + "\n" for n in (10, 20, 40)))
     words = [
         "--model.path", llama, "--model.random_weights", "true", "--data.train", str(tmp_path / "rows.jsonl"),
         "--data.max_length_tokens", "1K", "--data.cache_dir", str(tmp_path / "cache"), "--data.packing", "none",
