@@ -3,9 +3,10 @@
     python benchmarks/longest.py --layers 15 --leave_gib 79            every weight trained, as on an 80 GB GPU
     python benchmarks/longest.py --lora --low 256K --high 1M --step 64K
 
-One step at each length tried, halving what is open between --low, which should fit, and --high, which should not. A GPU
-with more memory stands in for one with less: this process holds what --leave_gib does not leave. The peer is ALST with
-all it has against memory (tiled MLP, layer inputs in host memory); ours what `train.recompute: auto` makes of it.
+Two steps at each length tried (the second holds the optimizer's states, which the first makes at its end), halving
+what is open between --low, which should fit, and --high, which should not. A GPU with more memory stands in for one
+with less: this process holds what --leave_gib does not leave. The peer is ALST with all it has against memory (tiled
+MLP, layer inputs in host memory); ours what `train.recompute: auto` makes of it.
 """
 
 from __future__ import annotations
@@ -102,8 +103,8 @@ def longest(fits: Callable[[int], bool], low: int, high: int, step: int) -> int:
 
 
 def probe(side: str, tokens: int, ranks: int, args: argparse.Namespace) -> dict[str, Any]:
-    """One step at that length: its result, or {"error": why there is none}."""
-    words = ["--shape", args.shape, "--documents", str(tokens), "--steps", "1", *([] if args.lora else ["--full"])]
+    """Two steps at that length: the result, or {"error": why there is none}."""
+    words = ["--shape", args.shape, "--documents", str(tokens), "--steps", "2", *([] if args.lora else ["--full"])]
     words += ["--layers", str(args.layers)] if args.layers else []
     cuda = visible_gpus() > 0
     if side == "ours":

@@ -16,10 +16,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ds_longft.config.messages import describe, on_resume
+from ds_longft.config.other_trainers import EXPLANATIONS, HOLDS_ANYWAY, KEYS_OF_OTHER_TOOLS
 from ds_longft.config.proof import proofs
 from ds_longft.config.run_config import RunConfig, SourceConfig
-from ds_longft.config.spellings import EXPLANATIONS, HOLDS_ANYWAY, KEYS_OF_OTHER_TOOLS
-from ds_longft.data.layouts import EVERY_CHAT, EVERY_ROW, LAYOUTS
+from ds_longft.data.columns import EVERY_CHAT, EVERY_ROW, LAYOUTS
 from ds_longft.tools.models import page as models_page
 
 HEAD = """\

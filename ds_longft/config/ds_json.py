@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from ds_longft.config.ds_keys import ALLOWED, LOWEST, OPTIMIZER_PARAMS, REFUSED
 from ds_longft.config.optimizers import engine_problems
+from ds_longft.config.other_trainers import nearest
 from ds_longft.config.run_config import RunConfig
-from ds_longft.config.spellings import nearest
 from ds_longft.errors import ConfigError
 
 Device = Literal["cuda", "cpu"]

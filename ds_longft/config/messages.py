@@ -10,8 +10,8 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, BeforeValidator, ValidationError
 from pydantic.fields import FieldInfo
 
+from ds_longft.config.other_trainers import nearest
 from ds_longft.config.run_config import OnResume, RunConfig, SourceConfig, parse_tokens
-from ds_longft.config.spellings import nearest
 
 _NO_VALUE = object()
 _BOUNDS = {Gt: ("gt", "above"), Ge: ("ge", "at least"), Lt: ("lt", "below"), Le: ("le", "at most")}
@@ -64,7 +64,7 @@ def dotted(path: tuple[int | str, ...]) -> str:
 
 
 def validation_problems(error: ValidationError, content: dict[str, Any]) -> dict[str, str]:
-    """Dotted key -> text for each wrong key of the validated content, unknown ones aside (`spellings.unknown_key`)."""
+    """Dotted key -> text for each wrong key of the content; unknown ones are `other_trainers.unknown_key`'s."""
     problems: dict[str, str] = {}
     for detail in error.errors():
         if detail["type"] == "extra_forbidden":

@@ -19,10 +19,10 @@ from pydantic_settings import BaseSettings, CliSettingsSource, CliUnknownArgs, S
 from pydantic_settings.exceptions import SettingsError
 
 from ds_longft.config.messages import all_keys, dotted, expectation, keys_beside, validation_problems
+from ds_longft.config.other_trainers import looks_like, meant_key, unknown_key
 from ds_longft.config.rules import contradictions
 from ds_longft.config.run_config import EACH_KEY_ALONE, RunConfig
 from ds_longft.config.shipped import find_file
-from ds_longft.config.spellings import looks_like, meant_key, unknown_key
 from ds_longft.config.yaml_io import dump_yaml, load_yaml
 from ds_longft.errors import ConfigError
 

@@ -1,7 +1,7 @@
 """`RunConfig`: everything a run is made of, typed, frozen, documented where it is declared.
 
-Data only: building it touches no file, no network, no GPU. Checks that need the machine, the DeepSpeed JSON or the
-model's config live in `check.py`; reading YAML and the command line lives in `settings.py`.
+Data only: building it touches no file, no network, no GPU. Keys are checked against each other in `rules.py`, against
+the machine, the DeepSpeed JSON and the model's config in `check.py`; `read.py` reads YAML and the command line.
 Token counts accept "128K" and "1M" (1024-based).
 """
 

@@ -1,6 +1,6 @@
 """Row layouts: a dict as it lies in the file -> `Row`.
 
-`FORMATS` names a function for each layout of `layouts.LAYOUTS`. A function reads the columns and returns the turns;
+`FORMATS` names a function for each layout of `columns.LAYOUTS`. A function reads the columns and returns the turns;
 what is wrong with a row is raised as `BadRow`. Everything that holds for all layouts (the system prompt beside the
 turns, tools, order of roles, empty answers, weights, what was not used) is done once, in `to_row`.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ds_longft.data.layouts import ASKED_MORE, Columns, Layout, detect_format, layout_of
+from ds_longft.data.columns import ASKED_MORE, Columns, Layout, detect_format, layout_of
 from ds_longft.data.rows import BadRow, Row, Turn
 from ds_longft.data.turns import gains_of, list_of, text_of, tools_of, turns_of, weight_of
 

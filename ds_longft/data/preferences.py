@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
+from ds_longft.data.columns import ASKED, Columns
 from ds_longft.data.formats import FOLLOWS, asked, language_of, system_of, tools_in
-from ds_longft.data.layouts import ASKED, Columns
 from ds_longft.data.rows import BadRow, Row, Turn
 from ds_longft.data.turns import text_of, turns_of, weight_of
 from ds_longft.errors import DataError

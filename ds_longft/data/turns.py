@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from ds_longft.data.layouts import is_blank, unused_keys
+from ds_longft.data.columns import is_blank, unused_keys
 from ds_longft.data.rows import BadRow, Call, Role, Turn
 
 ROLE_NAMES: dict[str, Role] = {

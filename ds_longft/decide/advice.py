@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ds_longft.decide.decisions import Run
-from ds_longft.decide.memory import STREAMED, Memory, host_bytes, predict, stays_resident
+from ds_longft.decide.held import STREAMED
+from ds_longft.decide.memory import Memory, host_bytes, predict, stays_resident
 from ds_longft.decide.search import TILE_TOKENS, Question, fastest_saver
 from ds_longft.decide.setting import GIB, Setting
 from ds_longft.errors import GpuMemoryError

@@ -10,10 +10,11 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from ds_longft.config.run_config import RunConfig
-from ds_longft.decide.memory import SPARE_SHARE, host_bytes, place, predict
+from ds_longft.decide.memory import SPARE_SHARE, host_bytes, predict
 from ds_longft.decide.search import fastest_of, fastest_saver, last_resorts, passes_of
 from ds_longft.decide.setting import GIB, Base, Gpu, Setting
 from ds_longft.decide.tensors import Keep
+from ds_longft.decide.what_is_kept import place
 from ds_longft.model.facts import ModelFacts
 from ds_longft.model.load_packed import base_format
 from ds_longft.objectives.objective import Needs

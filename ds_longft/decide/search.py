@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 from ds_longft.config.optimizers import KINDS
 from ds_longft.config.run_config import DOCUMENTS_PER_ROW
-from ds_longft.decide.memory import STREAMED, Memory, predict, stays_resident
+from ds_longft.decide.held import STREAMED
+from ds_longft.decide.memory import Memory, predict, stays_resident
 from ds_longft.decide.setting import GIB, Base, Gpu, Setting
 from ds_longft.decide.tensors import bytes_of_layers
 from ds_longft.decide.time import StepTime, predict_time

@@ -16,11 +16,11 @@ from itertools import pairwise
 import numpy as np
 
 from ds_longft.data.deal import deal_documents
-from ds_longft.decide.memory import disk_bytes, segment_starts
 from ds_longft.decide.setting import Gpu, Setting
 from ds_longft.decide.simulated_step import bytes_away
 from ds_longft.decide.state_time import state_seconds
 from ds_longft.decide.tensors import BEFORE_STATE, GROUPS, Keep, Sizes, bytes_of_layers
+from ds_longft.decide.what_is_kept import disk_bytes, segment_starts
 from ds_longft.model.facts import ModelFacts, visible_pairs
 from ds_longft.sequence.linear import folds
 

@@ -9,7 +9,8 @@
 | every_k | every k-th layer input, k layer inputs of one segment | 3, the last layer of a segment 2 |
 | sqrt | as every_k with k = sqrt(layers): the least memory | as every_k |
 
-On GPUs `auto` may already have been replaced by another policy (`decide/decisions.py`).
+On GPUs `auto` may already have been replaced by another policy (`decide/decisions.py`). Which linears fit, and where
+their outputs wait: `decide/what_is_kept.py`.
 Whatever is kept may lie in host memory instead (`LayerKeep`). The down projection runs forward once in all of them
 where its output only feeds the residual add.
 Segments are nested: inside one, each layer is checkpointed again. Without that, a segment of k layers would keep all of

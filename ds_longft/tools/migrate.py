@@ -1,7 +1,7 @@
 """`ds-longft migrate FILE`: a run config of Axolotl, LLaMA-Factory, TRL or ms-swift as one of ours.
 
-Names come from `config/spellings.py`, which also answers near misses. What changes its meaning on the way is worked out
-here, and every key that is not carried over is listed with the reason: nothing is left out in silence.
+Names come from `config/other_trainers.py`, which also answers near misses. What changes its meaning on the way is
+worked out here, and every key that is not carried over is listed with the reason: nothing is left out in silence.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pydantic import ValidationError
 
 from ds_longft.config.messages import all_keys, validation_problems
 from ds_longft.config.optimizers import KINDS
+from ds_longft.config.other_trainers import EXPLANATIONS, HOLDS_ANYWAY, KEYS_OF_OTHER_TOOLS
 from ds_longft.config.read import read_config_file
 from ds_longft.config.rules import contradictions
 from ds_longft.config.run_config import EACH_KEY_ALONE, RunConfig, TrackerName
-from ds_longft.config.spellings import EXPLANATIONS, HOLDS_ANYWAY, KEYS_OF_OTHER_TOOLS
 from ds_longft.config.unused import unused
 from ds_longft.config.yaml_io import dump_yaml, load_yaml
 from ds_longft.errors import ConfigError

@@ -58,9 +58,8 @@ class Checkpoints:
         all ranks gather).
 
         Raises:
-            CheckpointError: on every rank, when there is no room or any rank could not write; nothing half-written
-            stays
-                behind and older checkpoints are as they were.
+            CheckpointError: on every rank, when there is no room or any rank could not write; nothing half-written is
+                left, and older checkpoints are as they were.
         """
         final = self.folder / f"checkpoint-{state.step}"
         tmp = self.folder / f".tmp-checkpoint-{state.step}"

@@ -11,9 +11,9 @@ from typing import TypeVar
 import torch
 
 from ds_longft.decide.decisions import Decisions, Run
-from ds_longft.decide.memory import disk_bytes
 from ds_longft.decide.setting import GIB, Setting
 from ds_longft.decide.time import DISK, predict_time
+from ds_longft.decide.what_is_kept import disk_bytes
 from ds_longft.errors import ConfigError, LongftError
 from ds_longft.ranks.join import Agreement
 from ds_longft.sequence.disk import CHUNK_BYTES, DiskStore, free_bytes, is_direct, is_memory

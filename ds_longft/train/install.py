@@ -23,10 +23,10 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from ds_longft.config.ds_json import DeepSpeedSettings
 from ds_longft.config.run_config import RunConfig
 from ds_longft.decide.decisions import Decisions, Run, decide
-from ds_longft.decide.memory import spend
 from ds_longft.decide.plan_json import gpu_of_run
 from ds_longft.decide.setting import GIB
 from ds_longft.decide.tensors import AWAY, Keep
+from ds_longft.decide.what_is_kept import spend
 from ds_longft.decide.where_base_lies import settle_base, stage_2, with_room
 from ds_longft.errors import ModelError
 from ds_longft.layout import ParallelLayout
@@ -225,11 +225,13 @@ class Recompute:
             return None
         return Relief(self.keep, self.host_bytes, device)
 
-    def spend(self, free_bytes: int, local_tokens: int, element_bytes: int, device: torch.device) -> tuple[int, int]:
+    def keep_linears(
+        self, free_bytes: int, local_tokens: int, element_bytes: int, device: torch.device
+    ) -> tuple[int, int]:
         """Keep outputs of as many linears as fit into `free_bytes` with packs of `local_tokens` per rank.
 
-        Which ones: `decide.memory.spend`. Down projections are not kept, their output is not needed again. Returns the
-        bytes spent on the device and on the host.
+        Which ones: `decide.what_is_kept.spend`. Down projections are not kept, their output is not needed again.
+        Returns the bytes spent on the device and on the host.
         """
         left_out = {"down_proj"} | ({"gate_proj"} if self.tiled else set())
 

@@ -102,7 +102,7 @@ def rehearse(
     if recompute.policy != "auto":
         return f"recomputation {recompute.policy}: longest pack ({pack.tokens:,} tokens) peaks at {peak / GIB:.1f} GiB"
     size = torch.finfo(next(engine.module.parameters()).dtype).bits // 8
-    on_device, on_host = recompute.spend(free, engine.module.tokens_at_once(pack) // layout.sp, size, device)
+    on_device, on_host = recompute.keep_linears(free, engine.module.tokens_at_once(pack) // layout.sp, size, device)
     memory.release()
     kept = sum(len(k.on_device) + len(k.on_host) for k in recompute.keep)
     return (

@@ -1,6 +1,7 @@
 """Which module of which family carries a state, and how its forward is replaced on a model.
 
-One line a class: whatever is not here is refused by name before a model is loaded (`model/supported.py`).
+One line a class. Model types that are not in `config/state_families.py` are refused before a model is loaded
+(`model/supported.py`), a class of theirs that is not here when it is.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ds_longft.batch import Documents
+from ds_longft.config.state_families import STATE_FAMILIES, STATE_LAYERS
 from ds_longft.errors import ModelError
 from ds_longft.layout import ParallelLayout
 from ds_longft.sequence.linear import gather_with
@@ -59,7 +61,12 @@ def state_layers(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
 
 
 def spread_state_layers(model: nn.Module) -> int:
-    """Replace the forward of a model's layers with a state; returns how many. Again, it changes nothing."""
+    """Replace the forward of a model's layers with a state; returns how many. Again, it changes nothing.
+
+    Raises:
+        ModelError: the config names more such layers than there are modules known here. Their states would end at
+            each rank's own tokens.
+    """
     count = 0
     for layer, mixer in state_layers(model):
         count += 1
@@ -68,6 +75,15 @@ def spread_state_layers(model: nn.Module) -> int:
         noted = _Noted()
         layer.forward = partial(_noting, layer.forward, noted)
         mixer.forward = partial(_spread_forward, mixer, MIXERS[type(mixer).__name__], noted)
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if config is not None else None
+    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
+    named = sum(kind in STATE_LAYERS for kind in kinds) if getattr(text, "model_type", "") in STATE_FAMILIES else count
+    if count != named:
+        raise ModelError(
+            f"{count} of {named} layers with a state of {type(model).__name__} are of a class known here: this version "
+            "of transformers builds them in another way; install one that the README names"
+        )
     return count
 
 

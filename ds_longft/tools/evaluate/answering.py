@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ds_longft.decide.memory import STREAMED
+from ds_longft.decide.held import STREAMED
 from ds_longft.errors import ConfigError
 from ds_longft.sequence.llama4 import take_over_temperatures
 from ds_longft.sequence.state.families import spread_state_layers

@@ -11,7 +11,8 @@ from typing import Literal
 
 from transformers import PretrainedConfig
 
-from ds_longft.decide.memory import SLOTS, SPARE_SHARE, STREAMED
+from ds_longft.decide.held import SLOTS, STREAMED
+from ds_longft.decide.memory import SPARE_SHARE
 from ds_longft.decide.setting import GIB, Setting
 from ds_longft.decide.tensors import Sizes, bytes_of_layers, made_dense
 from ds_longft.decide.where_base_lies import HOST_SHARE

@@ -20,7 +20,7 @@ from transformers import AutoConfig, PretrainedConfig
 from ds_longft.config.read import config_of_run
 from ds_longft.config.run_config import LoraConfig, ModelConfig, Quantize, RopeConfig, RunConfig
 from ds_longft.decide.decisions import Run
-from ds_longft.decide.memory import STREAMED
+from ds_longft.decide.held import STREAMED
 from ds_longft.decide.setting import Base, Gpu
 from ds_longft.errors import ConfigError
 from ds_longft.model.facts import ModelFacts

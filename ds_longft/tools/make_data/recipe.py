@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from ds_longft.config.messages import dotted
+from ds_longft.config.other_trainers import nearest
 from ds_longft.config.read import read_config_file
 from ds_longft.config.run_config import Section, SourceConfig, Tokens, parse_tokens
-from ds_longft.config.spellings import nearest
 from ds_longft.errors import ConfigError
 from ds_longft.tools.make_data.synth.negatives import PART_TOKENS, PARTS
 from ds_longft.tools.make_data.synth.row_plan import size_parts

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from ds_longft.config.yaml_io import dump_yaml
-from ds_longft.decide.memory import STREAMED
+from ds_longft.decide.held import STREAMED
 from ds_longft.decide.plan_json import FREE, memory_parts
 from ds_longft.decide.setting import GIB
 from ds_longft.decide.time import WIDER_HEADS, WIDEST_HEADS

@@ -13,8 +13,8 @@ import yaml
 from trl import DPOConfig, ModelConfig, SFTConfig
 
 from ds_longft.cli import main
+from ds_longft.config.other_trainers import EXPLANATIONS, HOLDS_ANYWAY, KEYS_OF_OTHER_TOOLS, unknown_key
 from ds_longft.config.read import load_run_config
-from ds_longft.config.spellings import EXPLANATIONS, HOLDS_ANYWAY, KEYS_OF_OTHER_TOOLS, unknown_key
 from ds_longft.errors import ConfigError
 from ds_longft.tools.migrate import SPECIAL, USUAL_OF_SOURCES, migrated
 from ds_longft.tools.migrate_defaults import TRL as TRL_DEFAULTS

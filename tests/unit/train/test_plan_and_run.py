@@ -16,9 +16,10 @@ from ds_longft.config.ds_file import load_ds_config
 from ds_longft.config.ds_json import merge_ds_config
 from ds_longft.config.run_config import RunConfig
 from ds_longft.decide.decisions import Decisions
-from ds_longft.decide.memory import SPARE_SHARE, place
+from ds_longft.decide.memory import SPARE_SHARE
 from ds_longft.decide.search import Plan, Question
 from ds_longft.decide.setting import GIB, Gpu, shipped_gpus
+from ds_longft.decide.what_is_kept import place
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.facts import ModelFacts
 from ds_longft.tools.plan.fitting_kernels import with_fitting_kernels

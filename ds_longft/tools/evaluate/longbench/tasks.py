@@ -1,7 +1,7 @@
 """The 21 tasks of LongBench: language, group, length of the answer, metric; and the averages of the usual table.
 
 Bai et al., "LongBench: A Bilingual, Multitask Benchmark for Long Context Understanding" (2023). Numbers as in its
-official code. Prompt templates are not here: they are read from the user's copy (see `data.py`).
+official code. Prompt templates are not here: they are read from the user's copy (see `task_rows.py`).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ds_longft.config.run_config import DataConfig, SourceConfig
-from ds_longft.data.layouts import ASKED, BOOKKEEPING, EVERY_CHAT, EVERY_ROW, LAYOUTS, is_bookkeeping
+from ds_longft.data.columns import ASKED, BOOKKEEPING, EVERY_CHAT, EVERY_ROW, LAYOUTS, is_bookkeeping
 from ds_longft.data.readers import find_source
 from ds_longft.data.tokenize import tokenize_sources
 from ds_longft.tools.make_data.convert import layout_of as layout_of_source
