@@ -2,7 +2,7 @@
 experts, MLP tiles and the recomputation policy.
 
 `auto` recomputation measures instead of guessing: a rehearsal (`rehearse.py`) with only attention kept shows the memory
-that is left; `Recompute.spend` then keeps the outputs of linears with it, layer by layer.
+that is left; `Recompute.keep_linears` then keeps the outputs of linears with it, layer by layer.
 """
 
 from __future__ import annotations
