@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ds_longft.run_files import EvaluationRow, Preset
 from ds_longft.stored import read_lines
 from ds_longft.tools.evaluate.bootstrap import mean_with_interval
 from ds_longft.tools.evaluate.flags import RANKS, Flags, Ranks, token_list
+from ds_longft.tools.evaluate.longbench.choices import RESERVED_TOKENS, read_choices, v2
 from ds_longft.tools.evaluate.longproc.command import choose, longproc
 from ds_longft.tools.evaluate.longproc.problems import read_problems
 from ds_longft.tools.evaluate.needle import needle
@@ -39,11 +41,12 @@ class Size:
     rows: int  # of each RULER task and length
     trials: int  # of each needle cell
     answers: str  # lengths of LongProc
+    choices: int | None  # rows of LongBench v2; None: all
 
 
 SIZES: Mapping[Preset, Size] = {
-    "quick": Size(rows=4, trials=1, answers="0.5k"),
-    "paper": Size(rows=50, trials=4, answers="0.5k,2k"),
+    "quick": Size(rows=4, trials=1, answers="0.5k", choices=50),
+    "paper": Size(rows=50, trials=4, answers="0.5k,2k", choices=None),
 }
 
 
@@ -57,11 +60,12 @@ def suite(
     squad: str | None = None,
     hotpotqa: str | None = None,
     longproc_data: str | None = None,
+    longbench_v2: str | None = None,
     base: str | None = None,
     json: bool = False,
     flags: Ranks = RANKS,
 ) -> None:
-    """RULER, needles, short questions and LongProc of a run and of the model it started from, on the same prompts.
+    """RULER, needles, short questions and more of a run and of the model it started from, on the same prompts.
 
     One table: each figure before and after with a 95 % interval (bootstrap over rows), and the difference with its own,
     row by row. It goes to RUN/eval/suite.json, RUN/report.html and, with the figures as `model-index`, RUN/README.md.
@@ -78,6 +82,7 @@ def suite(
         hotpotqa: hotpot_dev_distractor_v1.json.
         longproc_data: your copy of LongProc's data folder, which is asked too: as many rows of each task, with answers
             of 0.5k, with the preset paper of 2k as well.
+        longbench_v2: your copy of LongBench v2's data.json, which is asked too: 50 rows, with the preset paper all.
         base: the base model of an adapter, where it has moved.
         json: print one JSON object instead of a table.
     """
@@ -89,6 +94,8 @@ def suite(
     given, size = None if lengths is None else token_list("--lengths", lengths), SIZES[preset]
     for task, answers in choose("all", size.answers, run_code=False) if longproc_data else ():
         read_problems(str(longproc_data), task, answers, 1)  # a mistake comes before hours of RULER
+    if longbench_v2:
+        read_choices(longbench_v2, 1)
     from ds_longft.tools.evaluate import results  # brings torch
     from ds_longft.tools.evaluate.subject import find_subject, subject_window
 
@@ -96,23 +103,28 @@ def suite(
     after = find_subject(run, base=base)
     sizes = given or _lengths(preset, subject_window(after) or 8192)
     folder = results.result_folder(after, None)
-    kinds = ("ruler", "needle", "short", *(("longproc",) if longproc_data else ()))
-    asked = ",".join(map(str, sizes))
     texts: dict[str, Any] = {"essays": essays, "squad": squad, "hotpotqa": hotpotqa}
+    data = {"longproc_data": longproc_data, "longbench_v2": longbench_v2}
+    asks: dict[str, Callable[..., None]] = {
+        "ruler": partial(ruler, run, lengths=",".join(map(str, sizes)), rows=rows or size.rows, **texts),
+        "needle": partial(needle, run, lengths=",".join(map(str, sizes)), trials=size.trials),
+        "short": partial(short, run),
+    }
+    if longproc_data:
+        asks["longproc"] = partial(longproc, run, longproc_data, lengths=size.answers, limit=rows or size.rows)
+    if longbench_v2:  # the same prompts, whatever the window
+        most = max(sizes) - RESERVED_TOKENS
+        asks["longbench-v2"] = partial(v2, run, longbench_v2, max_length=most, limit=size.choices)
     with contextlib.redirect_stdout(sys.stderr):
         for before in (True, False):
-            given_to_all = Flags(**asdict(flags), base=base, before=before)
-            ruler(run, lengths=asked, rows=rows or size.rows, **texts, flags=given_to_all)
-            needle(run, lengths=asked, trials=size.trials, flags=given_to_all)
-            short(run, flags=given_to_all)
-            if longproc_data:
-                longproc(run, longproc_data, lengths=size.answers, limit=rows or size.rows, flags=given_to_all)
+            for ask in asks.values():
+                ask(flags=Flags(**asdict(flags), base=base, before=before))
     result = {
         "kind": "suite",
         "model": after.shown,
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "settings": {"preset": preset, "lengths": sizes, "rows": rows, "longproc_data": longproc_data, **texts},
-        "measures": compared(_scored(folder, kinds, results.BEFORE), _scored(folder, kinds, "")),
+        "settings": {"preset": preset, "lengths": sizes, "rows": rows, **data, **texts},
+        "measures": compared(_scored(folder, list(asks), results.BEFORE), _scored(folder, list(asks), "")),
     }
     path = folder / "suite.json"
     results.write_result(path, result)
@@ -132,6 +144,7 @@ def _scored(folder: Path, kinds: Sequence[str], ending: str) -> Scored:
         "ruler": lambda row: (f"RULER {row['length_tokens']:,}, %", row["task"], 100 * row["score"]),
         "needle": lambda row: (f"needles {row['length_tokens']:,}, %", str(row["depth"]), 100.0 * row["exact"]),
         "longproc": lambda row: (f"LongProc {row['answer_length']}, %", row["task"], 100 * row["score"]),
+        "longbench-v2": lambda row: ("LongBench v2, %", "", 100.0 * (row["reply"] == row["answer"])),
         "short": lambda row: (
             ("loss of short texts", "", row["loss"])
             if "loss" in row

@@ -22,6 +22,7 @@ from ds_longft.tools.report import suite as suite_module
 from ds_longft.tools.report.suite import _lengths, compared
 from tests.unit.tools.evaluate.test_longproc import copy  # noqa: F401 - a fixture
 from tests.unit.tools.evaluate.test_needle import tiny_model
+from tests.unit.tools.evaluate.test_reason import ROW
 
 
 def test_differences_are_taken_row_by_row() -> None:
@@ -67,13 +68,15 @@ def test_one_table_in_page_and_card(
     monkeypatch.setattr(short_module, "questions", lambda: [("Which one?", "this")])
     monkeypatch.setattr(suite_module, "longproc", functools.partial(suite_module.longproc, tasks="path_traversal"))
     monkeypatch.setattr("ds_longft.tools.evaluate.longproc.command.SIZES", {"0.5k": 8})
+    (run / "data.json").write_text(json.dumps([ROW]))
     argv = ["eval", "suite", str(run), "--lengths", "1500", "--rows", "1", "--longproc_data", str(copy), "--json"]
+    argv += ["--longbench_v2", str(run / "data.json")]
     assert main(argv) == 0
     result = json.loads(capsys.readouterr().out)
     names = ["RULER 1,500, %", "needles 1,500, %", "loss of short texts", "short questions, %"]
-    names.append("LongProc 0.5k, %")
+    names += ["LongProc 0.5k, %", "LongBench v2, %"]
     assert [measure["name"] for measure in result["measures"]] == names
-    assert [measure["rows"] for measure in result["measures"]] == [2, 5, 2, 1, 1]
+    assert [measure["rows"] for measure in result["measures"]] == [2, 5, 2, 1, 1, 1]
     loss = result["measures"][2]
     assert loss["before"] != loss["after"]
     asked_before, asked_after = (
@@ -147,6 +150,7 @@ def test_all_gpus_share_the_work(run: Path, monkeypatch: pytest.MonkeyPatch, fla
         (["--preset", "long"], "--preset: seen 'long'"),
         (["--rows", "0"], "--rows is 0"),
         (["--longproc_data", "nowhere"], "expected LongProc's data folder"),
+        (["--longbench_v2", "nowhere.json"], "nowhere.json"),
         ([], "no output folder of a run"),
     ],
 )
