@@ -13,7 +13,7 @@ import torch
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ds_longft.config.run_config import LoraConfig
 from ds_longft.errors import ModelError
@@ -22,6 +22,7 @@ from ds_longft.model.lora_targets import check_names, targets_of
 from ds_longft.model.new_tokens import rows_of_adapter, whole_rows, widen
 from ds_longft.model.packed import packed_weights, seen_dense
 from ds_longft.model.rope_formulas import rope_parts
+from ds_longft.model.wrapped import make, text_class
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 BASE_CONFIG_FOLDER = "base_config"  # the base's config as trained: its RoPE may differ from the base's own
@@ -36,6 +37,18 @@ class ParameterCounts:
 
     def __str__(self) -> str:
         return f"{self.trainable:,} of {self.total:,} weights trained ({100 * self.trainable / self.total:.2f}%)"
+
+
+def check_lora(hf_config: PretrainedConfig, lora: LoraConfig) -> None:
+    """See that the layers which `lora` names are there, on the model without memory ("meta"): before data is read.
+
+    Raises:
+        ModelError: as `add_lora` would, once data is tokenised and weights are loaded.
+    """
+    with torch.device("meta"):
+        model = make(text_class(hf_config), copy.deepcopy(hf_config), attn_implementation="eager")
+    targets_of(model, lora)
+    check_names("lora.modules_to_save", lora.modules_to_save, _leaf_names(model))
 
 
 def add_lora(

@@ -27,6 +27,7 @@ from ds_longft.layout import ParallelLayout
 from ds_longft.model.facts import ModelFacts
 from ds_longft.model.load import config_remarks, prepare_config
 from ds_longft.model.load_packed import base_format, stored_as
+from ds_longft.model.lora import check_lora
 from ds_longft.model.read_model import load_tokenizer, read_config
 from ds_longft.objectives.objective import Needs
 from ds_longft.ranks.join import Agreement, Launch, join
@@ -146,6 +147,8 @@ def join_processes(
     if problem := full_training_problem(form.name if form else "", lora=config.lora is not None, stored=stored):
         raise ModelError(problem)
     facts = ModelFacts.from_config(hf_config)
+    if config.lora is not None:
+        check_lora(hf_config, config.lora)
     kernel, kernels = check_model(
         config,
         facts,

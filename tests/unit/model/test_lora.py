@@ -11,7 +11,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ds_longft.config.run_config import LoraConfig
 from ds_longft.errors import ModelError
-from ds_longft.model.lora import add_lora, gather_adapter_state, load_adapter, save_adapter, trainable_parameters
+from ds_longft.model.lora import (
+    add_lora,
+    check_lora,
+    gather_adapter_state,
+    load_adapter,
+    save_adapter,
+    trainable_parameters,
+)
 from ds_longft.model.lora_targets import adapted_in_words
 from tests.unit.model.tiny import FAMILIES, save_tiny
 from tests.unit.sequence import zoo
@@ -106,8 +113,20 @@ def test_whole_modules_are_trained_and_saved(tied: bool, tmp_path: Path) -> None
     ],
 )
 def test_names_that_match_nothing_are_refused(lora: LoraConfig, said: str, tmp_path: Path) -> None:
+    model = base_model(save_tiny(tmp_path))
     with pytest.raises(ModelError, match=said):
-        add_lora(base_model(save_tiny(tmp_path)), lora, seed=0)
+        add_lora(model, lora, seed=0)
+    with pytest.raises(ModelError, match=said):
+        check_lora(model.config, lora)
+
+
+def test_what_a_start_looks_at_has_no_weights_and_takes_nothing_for_a_mistake() -> None:
+    for name in ("gpt_oss", "gemma3", "llama4"):
+        check_lora(zoo.tiny(name), LoraConfig(experts=name != "gemma3"))
+    with pytest.raises(ModelError, match="no stacked experts"):
+        check_lora(zoo.tiny("gemma3"), LoraConfig(experts=True))
+    with pytest.raises(ModelError, match="no layer of the model is called 'gate_proj'"):
+        check_lora(zoo.tiny("olmoe"), LoraConfig(targets=["gate_proj"]))
 
 
 MIXTURES = (

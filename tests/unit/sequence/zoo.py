@@ -88,6 +88,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     **{name: {"num_key_value_heads": 4, "head_dim": 8} for name in ("deepseek_v3", "axk1", "youtu", "glm4_moe_lite", "minicpm3", "sarvam_mla")},
     "deepseek_v2": {"num_key_value_heads": 4}, "mistral4": {"num_key_value_heads": 4},
+    "olmo": {"clip_qkv": 0.5}, "olmoe": {"clip_qkv": 0.5},
     "dots1": {"n_shared_experts": 1}, "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]}, "longcat_flash": {"num_layers": 2, "num_key_value_heads": 4, "head_dim": 8},
     "gemma4": {"vision_config": {**TOWER, "global_head_dim": 16}}, "gemma4_text": FOUR, "gemma4_unified_text": FOUR,
     **dict.fromkeys(("glm4v_text", "glm_ocr_text", "paddleocr_vl_text", "qwen2_5_omni_text", "qwen2_5_vl_text", "qwen2_vl_text"), SECTIONS),
