@@ -435,7 +435,7 @@ class TrainConfig(Section):
     """`auto`: newest valid checkpoint of `output_dir`, if there is one. A number: exactly that step, or an error."""
 
     max_minutes: Free[float | None] = Field(default=None, gt=0)
-    """Stop, save and exit 75 before N minutes have passed since the start. A SLURM job's end is heeded without it."""
+    """Stop, save and exit 75 before N minutes have passed since the start. The end of a SLURM job counts without it."""
 
     on_nonfinite: Applied[Literal["stop", "skip"]] = "stop"
     """When loss or gradient is NaN or infinite, the step is not applied. `stop`: exit 70. `skip`: take the next."""

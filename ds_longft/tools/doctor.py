@@ -1,4 +1,4 @@
-"""`ds-longft doctor`: is this machine fit for training, and how to mend what is not. Looks only, changes nothing."""
+"""`ds-longft doctor`: is this machine fit for training, and what to do where it is not. Looks only, changes nothing."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def doctor(output_dir: str = ".", json: bool = False) -> None:
     for f in findings:
         print(f"{marks[f.level]} {f.what}: {f.seen}" + (f"\n         -> {f.mend}" if f.mend else ""))
     wrong = sum(f.level == "wrong" for f in findings)
-    print(f"\n{wrong} to mend" if wrong else "\nnothing to mend")
+    print(f"\n{wrong} to fix" if wrong else "\nnothing to fix")
 
 
 def examine(output_dir: Path) -> list[Diagnosis]:

@@ -67,7 +67,7 @@ def perplexity(
         where: column=value, rows to take.
         join: lay all texts together as one ring, and begin at evenly spaced places of it: where --texts of them cover
             it more than once, each place is read at several positions, so that positions differ by the model and not by
-            what stands there. Left out: shorter texts are left out.
+            the text at them. Left out: shorter texts are left out.
         language: of the built-in text.
     """
     arguments = dict(locals())

@@ -150,7 +150,7 @@ def show(found: Statistics) -> None:
         ("steps per epoch", f"{packs.steps:,}"),
         ("padding tokens", f"{packs.padding_tokens:,}"),
         ("slowest rank over the mean", f"{packs.imbalance:.3f}"),
-        (f"work in attention (as much as the rest at {packs.equal_cost_tokens:,})", f"{packs.attention_share:.0%}"),
+        (f"attention, share of work (half at {packs.equal_cost_tokens:,} tokens)", f"{packs.attention_share:.0%}"),
         (
             "left out",
             "\n".join(f"{count:,} {reason}{_first(found, reason)}" for reason, count in left_out) or "nothing",

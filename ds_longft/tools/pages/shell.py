@@ -8,6 +8,10 @@ from html import escape
 from importlib.resources import files
 
 REFRESH_S = 30
+ICON = (  # three bars, 16 x 16
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAABAAAAAQAgMAAABinRfyAAAADFBMVEX///8FUK6oQAAAAABdFdc9AAAAAXRSTl"
+    "MAQObYZgAAACNJREFUeNpjYIABRgYGxmAmBgYGBgyCawG6GItWAhZ1DAwMAEJ9AaZ+YFicAAAAAElFTkSuQmCC"
+)
 Pairs = Iterable[tuple[str, str]]
 """Names and values."""
 
@@ -27,7 +31,7 @@ def shell(
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"{again}<title>{escape(name)}: {escape(status)}</title>"
+        f'{again}<link rel="icon" href="{ICON}"><title>{escape(name)}: {escape(status)}</title>'
         f"<style>{style}</style></head><body>"
         f'<a class="skip" href="#{first}">Skip to the content</a>'
         f"<header><h1>{escape(name)}</h1>"

@@ -35,7 +35,7 @@ def markdown_page(facts: RunFacts) -> str:
             _table(columns, rows),
             "\n".join(made),
         ]
-    parts.append("### Again\n\n```\n" + "\n".join(reproduce(facts)) + "\n```")
+    parts.append("### Reproduce\n\n```\n" + "\n".join(reproduce(facts)) + "\n```")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
