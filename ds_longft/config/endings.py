@@ -6,11 +6,10 @@ from pathlib import Path
 
 LINES = (".json", ".jsonl", ".jsonlines", ".ndjson")
 TABLES = (".parquet", ".arrow", ".feather")
-SUFFIXES = (*LINES, *TABLES, ".txt", ".tar", ".tgz")
+SUFFIXES = (*LINES, *TABLES, ".csv", ".tsv", ".txt", ".tar", ".tgz")
 PACKED = (".gz", ".bz2", ".lz4", ".zst")
 EXPECTED = f"{', '.join(SUFFIXES)} ({', '.join(PACKED)} too)"
-UNREAD = {".xz", ".zip", ".7z", ".rar", ".csv", ".tsv", ".xlsx", ".pkl"}  # data too, in a form not read here
-AS_ROWS = """python -c "from datasets import Dataset; Dataset.from_csv('my.csv').to_json('my.jsonl')\""""
+UNREAD = {".xz", ".zip", ".7z", ".rar", ".xlsx", ".pkl"}  # data too, in a form not read here
 
 
 def suffix_of(path: Path) -> str:
@@ -26,5 +25,4 @@ def not_read(path: Path) -> str:
     suffix = suffix_of(path)
     if suffix in SUFFIXES:
         return ""
-    how = f": {AS_ROWS}" if suffix in (".csv", ".tsv") else ""
-    return f"expected {EXPECTED}; convert it{how}"
+    return f"expected {EXPECTED}; convert it"

@@ -15,7 +15,14 @@ from ds_longft.config.run_config import OnResume, RunConfig, SourceConfig, parse
 
 _NO_VALUE = object()
 _BOUNDS = {Gt: ("gt", "above"), Ge: ("ge", "at least"), Lt: ("lt", "below"), Le: ("le", "at most")}
-_PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "null"}
+_PLAIN = {
+    dict[str, str]: "names, each with another: {theirs: ours}",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    NoneType: "null",
+}
 
 
 def all_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:

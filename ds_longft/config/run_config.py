@@ -202,7 +202,7 @@ class SourceConfig(Section):
         return {"path": value} if isinstance(value, str) else value
 
     path: ByContent[str] = Field(min_length=1)
-    """A file of JSON, JSONL, parquet, Arrow or text (packed too: .gz, .bz2, .lz4, .zst, .tar), a folder of them, a
+    """A file of JSON, JSONL, parquet, Arrow, CSV or text (packed too: .gz, .bz2, .lz4, .zst, .tar), a folder of them, a
     pattern (texts_*.jsonl), a remote path (s3://, gs://, hf://), or a hub id."""
 
     format: ByContent[
@@ -212,6 +212,9 @@ class SourceConfig(Section):
     ] = "auto"
     """Row layout; `auto` recognises it by the first row's columns. `grounded`: a reference text and a dialogue about
     it."""
+
+    columns: ByContent[dict[str, str]] = {}
+    """Their column: the one of a row layout that it stands for, e.g. {frage: question, antwort: answer}."""
 
     split: ByContent[str] = "train"
     """Split of a hub set or of a folder whose files are named after splits, as a clone of a hub set has them."""

@@ -5,15 +5,16 @@ Cutting is about as fast as the disk; parsing runs wherever the block was sent.
 
 from __future__ import annotations
 
+import csv
 import gzip
 import io
 import json
 import tarfile
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -40,6 +41,9 @@ BLOCK_BYTES = 1 << 20
 PARQUET_ROWS = 64  # rows of a parquet block: long documents make wide rows
 
 
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+
+
 @dataclass(frozen=True)
 class Block:
     """A run of consecutive records of one file, not parsed yet."""
@@ -48,6 +52,7 @@ class Block:
     first: int  # number of the first record, from 1
     records: list[Record] | list[Any] | pa.RecordBatch  # a BadRow where a record could not even be cut out
     position_bytes: int  # how far into the whole source reading has come, for the progress bar
+    columns: Mapping[str, str] = field(default_factory=dict)  # `data.train[].columns`
 
 
 @contextmanager
@@ -97,7 +102,11 @@ def _record_blocks(name: str, kind: str, stream: Metered) -> Iterator[Block]:
         return
     is_array = kind == ".json" and stream.first_byte() == b"["
     first, records, size = 1, [], 0
-    for record in _until_bomb(array_elements(stream) if is_array else lines(stream)):
+    if kind in SEPARATORS:
+        cut = _csv_records(stream, SEPARATORS[kind])
+    else:
+        cut = array_elements(stream) if is_array else lines(stream)
+    for record in _until_bomb(cut):
         records.append(record)
         size += len(record) if isinstance(record, bytes) else 0
         if size >= BLOCK_BYTES:
@@ -105,6 +114,20 @@ def _record_blocks(name: str, kind: str, stream: Metered) -> Iterator[Block]:
             first, records, size = first + len(records), [], 0
     if records:
         yield Block(name, first, records, 0)
+
+
+def _csv_records(stream: Metered, separator: str) -> Iterator[Record]:
+    """Rows of a file whose first line names the columns. All values are texts; an empty one is no value."""
+    csv.field_size_limit(MAX_RECORD_BYTES)  # the library's own limit is a short text
+    text = (line.decode("utf-8-sig") for line in iter(lambda: stream.readline(MAX_RECORD_BYTES), b""))
+    try:
+        for row in csv.DictReader(text, delimiter=separator, strict=True):
+            if None in row:
+                yield BadRow("more values than columns", f"{len(row)} columns are named in the first line")
+            else:
+                yield json.dumps({column: value for column, value in row.items() if value}).encode()
+    except (UnicodeDecodeError, csv.Error) as error:
+        yield BadRow("the rest of the file is no CSV", str(error))
 
 
 def _as_row(text: bytes) -> Record:
@@ -169,7 +192,7 @@ def limited(blocks: Iterator[Block], limit: int | None) -> Iterator[Block]:
         records = _plain(block.records) if isinstance(block.records, pa.RecordBatch) else block.records
         real = [i for i, record in enumerate(records) if not _is_blank(record)]
         if len(real) >= left:
-            yield Block(block.file, block.first, list(islice(records, real[left - 1] + 1)), block.position_bytes)
+            yield replace(block, records=list(islice(records, real[left - 1] + 1)))
             return
         left -= len(real)
         yield block
@@ -181,7 +204,16 @@ def parse_block(block: Block) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
     for number, record in enumerate(records, start=block.first):
         if _is_blank(record):
             continue
-        yield f"{block.file}:{number}", _parse(record)
+        row = _parse(record)
+        yield f"{block.file}:{number}", _renamed(row, block.columns) if isinstance(row, dict) else row
+
+
+def _renamed(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any] | BadRow:
+    """The row with the columns of a layout in place of its own. One that has both would lose one of them."""
+    twice = [ours for theirs, ours in columns.items() if theirs in row and ours in row and ours not in columns]
+    if twice:
+        return BadRow("data.train[].columns names a column that the row has too", ", ".join(twice))
+    return {columns.get(key, key): value for key, value in row.items()}
 
 
 def _plain(batch: pa.RecordBatch) -> list[Any]:

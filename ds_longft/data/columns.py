@@ -159,5 +159,6 @@ def detect_format(record: Mapping[str, Any] | Iterable[str], path: str) -> str:
     known = "; ".join(f"{layout.format}: {', '.join(sorted(layout.needs))}" for layout in chats)
     raise DataError(
         f"{path}: no known row layout has the columns {', '.join(sorted(columns)) or '(none)'}. Expected one of: "
-        f"{known}. Rename the columns, or set data.train[].format of this source if the first row is an exception"
+        f"{known}. Say which is which with data.train[].columns, as {{their_name: name_of_a_layout}}, or set "
+        "data.train[].format of this source if the first row is an exception"
     )

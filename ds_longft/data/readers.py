@@ -9,7 +9,7 @@ from __future__ import annotations
 import tarfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,9 @@ class Source:
 
     def blocks_from(self, place: Place) -> Iterator[tuple[Block, Place]]:
         """The blocks from a place on, each with the place behind it. What lies before it in its file is read again."""
+        return ((replace(block, columns=self.config.columns), behind) for block, behind in self._blocks_from(place))
+
+    def _blocks_from(self, place: Place) -> Iterator[tuple[Block, Place]]:
         if self.hub is not None:
             yield from _record_batches(f"{self.config.path}[{self.config.split}]", self.hub, place)
         before = sum(file.stat().st_size for file in self.files[: place.file])

@@ -98,12 +98,13 @@ class Input:
     def digest(self, files: Any) -> str:
         """Names tokenizer, template and settings, together with whatever names the files."""
         encoder, template = self.encoder, self.encoder.template
+        columns = [source.config.columns for source in self.sources]
         settings = {
             "layout": LAYOUT_VERSION,
             "tokenizer": encoder.tokenizer.to_str(),
             "eos_id": encoder.eos_id,
             "template": template and [template.source, sorted(template.variables.items()), template.turn_ends],
-            "sources": [self.formats, files],
+            "sources": [self.formats, files, *([columns] if any(columns) else [])],
             "max_length_tokens": encoder.max_length_tokens,
             "overlong": encoder.overlong,
             "turns": [encoder.thinking, encoder.train_turns],

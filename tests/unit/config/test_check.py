@@ -378,11 +378,10 @@ def test_yarn_as_model_cards_write_it_is_a_window_of_factor_times_the_original(k
 
 
 def test_a_file_that_cannot_be_read_is_named(folder: Path) -> None:
-    """Before a process starts; and how a table becomes rows."""
-    (folder / "rows.csv").write_text("question,answer\n1,2\n")
-    (problem,) = problems_of(config_in(folder, data={"train": [str(folder / "rows.csv")]}))
-    assert "rows.csv has an unknown ending" in problem
-    assert "Dataset.from_csv" in problem
+    """Before a process starts."""
+    (folder / "rows.xlsx").write_text("question,answer\n1,2\n")
+    (problem,) = problems_of(config_in(folder, data={"train": [str(folder / "rows.xlsx")]}))
+    assert "rows.xlsx has an unknown ending: expected .json, .jsonl" in problem
 
 
 def test_a_revision_of_a_folder_is_refused(folder: Path) -> None:

@@ -89,16 +89,55 @@ def test_empty_folder_and_unknown_ending(tmp_path):
     (tmp_path / "README.txt").write_text("text\n")
     with pytest.raises(DataError, match="holds no data"):
         read(tmp_path)
-    (tmp_path / "a.csv").write_text("text\n")
+    (tmp_path / "a.xlsx").write_text("text\n")
     (tmp_path / "b.jsonl").write_text('{"text": "t"}\n')
     for path in (tmp_path, f"{tmp_path}/*"):  # part of it alone would be trained otherwise
-        with pytest.raises(DataError, match=r"cannot be read: a\.csv"):
+        with pytest.raises(DataError, match=r"cannot be read: a\.xlsx"):
             read(path)
     with pytest.raises(DataError, match="unknown ending"):
-        read(tmp_path / "a.csv")
-    (tmp_path / "a.csv").rename(tmp_path / "A.CSV.gz")
-    with pytest.raises(DataError, match=r"cannot be read: A\.CSV\.gz"):
+        read(tmp_path / "a.xlsx")
+    (tmp_path / "a.xlsx").rename(tmp_path / "A.XLSX.gz")
+    with pytest.raises(DataError, match=r"cannot be read: A\.XLSX\.gz"):
         read(tmp_path)
+
+
+def test_csv_has_a_row_a_line_and_texts_for_values(tmp_path):
+    """Values keep their commas and line ends, long ones too; a number is a text, and nothing is no value."""
+    long = "x" * 200_000
+    (tmp_path / "a.csv").write_bytes(f'\ufeffquestion,answer,note\n"one, ""two""\nthree",4,\n5,{long},n\n'.encode())
+    (tmp_path / "b.tsv").write_text("question\tanswer\na, b\tc\n")
+    assert [row for _, row in read(tmp_path / "a.csv")] == [
+        {"question": 'one, "two"\nthree', "answer": "4"},
+        {"question": "5", "answer": long, "note": "n"},
+    ]
+    assert [row for _, row in read(tmp_path / "b.tsv")] == [{"question": "a, b", "answer": "c"}]
+
+
+@pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        (b"a,b\n1,2,3\n", "more values than columns"),
+        (b'a,b\n"1,2\n', "the rest of the file is no CSV"),
+        (b"a,b\n\xff,2\n", "the rest of the file is no CSV"),
+    ],
+)
+def test_csv_that_is_none_is_no_row(tmp_path, lines, reason):
+    (tmp_path / "a.csv").write_bytes(lines)
+    ((_, row),) = read(tmp_path / "a.csv")
+    assert isinstance(row, BadRow)
+    assert row.reason == reason
+
+
+def test_columns_of_other_names(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"frage": "q", "antwort": "a", "id": 1}\n{"frage": "q", "prompt": "p"}\n')
+    columns = {"frage": "prompt", "antwort": "completion"}
+    (_, row), (_, bad) = read(tmp_path / "a.jsonl", columns=columns)
+    assert row == {"prompt": "q", "completion": "a", "id": 1}
+    assert isinstance(bad, BadRow), "one of its two prompts would be lost"
+    (_, first) = read(tmp_path / "a.jsonl", columns=columns, limit=1)[0]
+    assert first == row
+    swapped = {"frage": "antwort", "antwort": "frage"}
+    assert read(tmp_path / "a.jsonl", columns=swapped, limit=1)[0][1] == {"antwort": "q", "frage": "a", "id": 1}
 
 
 def test_a_pattern_takes_its_files_in_order(tmp_path):
