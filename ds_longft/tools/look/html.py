@@ -27,6 +27,13 @@ def page(stats: Statistics, *, title: str, note: str = "") -> str:
         ("work in attention", f"{packs.attention_share:.0%}"),
         *([("rows cut to fit", f"{stats.truncated:,}")] if stats.truncated else []),
     ]
+    if pairs := stats.pairs:
+        first += [
+            ("median prompt", f"{pairs.median_prompt_tokens:,} tokens"),
+            ("median answer, chosen", f"{pairs.median_chosen_tokens:,} tokens"),
+            ("median answer, rejected", f"{pairs.median_rejected_tokens:,} tokens"),
+            ("chosen is the longer one", f"{pairs.chosen_longer:.0%} of pairs"),
+        ]
     seen = stats.first_left_out
     left_out = [(reason, f"{count:,}", seen.get(reason, "")) for reason, count in stats.left_out.items()]
     unused = [(what, f"{count:,}") for what, count in stats.unused.items()]

@@ -19,7 +19,7 @@ import yaml
 
 from ds_longft.errors import ConfigError
 from ds_longft.tools.look.html import page as data_page
-from ds_longft.tools.look.statistics import Group, Packs, Retention, Statistics
+from ds_longft.tools.look.statistics import Group, Packs, PairLengths, Retention, Statistics
 from ds_longft.tools.report.compare import comparison_page
 from ds_longft.tools.report.page import html_page
 from ds_longft.tools.report.run_facts import gather_facts
@@ -126,6 +126,7 @@ def statistics(word: Callable[[str], str] = str) -> Statistics:
         packs=Packs(256, word("none"), 4, 2, 0.5, 2.5, 0, 1.0, 0.1, 36_000), pack_tokens=[100, 120, 130, 150],
         left_out={word("too long"): 1}, first_left_out={word("too long"): word("a.jsonl:3: seen 9")}, truncated=0,
         fingerprint=word("abc"), unused={word("tools"): 3}, retention=[Retention(4096, 1.0, 1.0)],
+        pairs=PairLengths(100, 50, 40, 0.6),
     )  # fmt: skip
 
 
