@@ -371,7 +371,8 @@ class Layer:
         if not z.f:
             t.drop("sums")
             return
-        t.during("a tile of the MLP, backward", z.tile * ((4 if x.fused else 7) * z.f + z.u) + z.beside(z.tile))
+        wide = 4 if x.fused and z.gated else 7  # of squares: positive parts, twice, and two products
+        t.during("a tile of the MLP, backward", z.tile * (wide * z.f + z.u) + z.beside(z.tile))
         t.drop("sums")
 
     def _weight_gradient(self, name: str) -> None:

@@ -200,8 +200,6 @@ class Sizes:
         self.rows = m.experts_used * min(s, tile)
         # float32 probabilities of all experts, indices and weights of those used
         self.routes = s * (4.0 * m.experts + 20 * m.experts_used)
-        if not m.attends and m.state is None and not self.gated:
-            self.tile = 0.0  # an MLP of two linears is not tiled
         if not m.attends:
             self.q = self.k = self.qs = self.ks = self.kr = self.send = self.lse = 0.0
 

@@ -1,11 +1,11 @@
-"""Gated MLPs over some of a rank's tokens at a time: no tensor of intermediate width for the whole shard.
+"""MLPs over some of a rank's tokens at a time: no tensor of intermediate width for the whole shard.
 
 gate, up and their product are 14,336 features a token in a Llama-8B, four times over at the peak of a backward pass;
 with tiles only x, y and their gradients (4,096 each) are whole. Forward computes tile by tile and keeps x; backward
 computes gate and up of a tile again and is done with it. Inside a checkpointed layer the recomputation calls this a
 second time, for an output that only feeds the residual add: nothing is computed then (`kept.UnusedOutput`). So gate and
 up run forward twice and down once, as without tiles. Source: TiledMLP of arXiv 2506.13996, which runs all three of them
-forward three times.
+forward three times. An MLP without a gate (Nemotron-H) is down(act(up(x))): 21,504 features there.
 
 Gradients of all weights below the MLP, adapters too, are summed over tiles in at least float32 and leave once.
 """
@@ -33,7 +33,7 @@ from ds_longft.sequence.linear import (
 )
 from ds_longft.sequence.reuse import ours_alone
 
-Combine = Callable[[Tensor, Tensor], Tensor]
+Combine = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -41,18 +41,18 @@ class _Spec:
     """Everything about one MLP that is not a tensor."""
 
     tile_tokens: int
-    combine: Combine  # act(gate) * up
+    combine: Combine  # act(gate) * up, or act(up)
     scales: tuple[tuple[float, ...], tuple[float, ...]]  # of gate and up, of down
     split: int  # how many of the tensors belong to gate and up
 
 
 class TiledMlp:
-    """The forward of a module with gate_proj, up_proj and down_proj, `tile_tokens` tokens at a time."""
+    """The forward of a module with up_proj, down_proj and maybe gate_proj, `tile_tokens` tokens at a time."""
 
     def __init__(self, mlp: nn.Module, gate_up: LinearGroup, down: LinearGroup, tile_tokens: int) -> None:
         self.gate_up, self.down, self.tile_tokens = gate_up, down, tile_tokens
         self.plain = mlp.forward
-        self.combine = _combine(mlp)
+        self.combine = _combine(mlp, gated=len(gate_up.modules) == 2)
         self.kept: Kept | None = None  # set by the checkpoint of the layer, before each call
         mlp.forward = self
 
@@ -82,7 +82,7 @@ class TiledMlp:
 
 
 class _Tiled(torch.autograd.Function):
-    """y = down(act(gate(x)) * up(x)), row by row."""
+    """y = down(act(gate(x)) * up(x)), or down(act(up(x))), row by row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kept: Kept | None, spec: _Spec, *tensors: Weight) -> Tensor:
@@ -94,8 +94,8 @@ class _Tiled(torch.autograd.Function):
             first, second = whole[: spec.split], whole[spec.split :]
             out = torch.empty_like(x2)
             for rows in tiles_of(len(x2), spec.tile_tokens):
-                gate, up, _ = linears_forward(x2[rows], spec.scales[0], first)
-                out[rows] = linears_forward(spec.combine(gate, up), spec.scales[1], second)[0]
+                *made, _ = linears_forward(x2[rows], spec.scales[0], first)
+                out[rows] = linears_forward(spec.combine(*made), spec.scales[1], second)[0]
             if kept is not None:
                 kept.put(out, x2.new_empty(0))
         else:
@@ -116,8 +116,9 @@ class _Tiled(torch.autograd.Function):
         dx = (x2 if ours_alone(x2) else torch.empty_like(x2)) if ctx.needs_input_grad[0] else None
         sums: list[Tensor | None] = [None] * len(tensors)
         for rows in tiles_of(len(x2), spec.tile_tokens):
-            gate, up, xa = linears_forward(x2[rows], spec.scales[0], first)
-            leaves = [gate.requires_grad_(), up.requires_grad_()]
+            *leaves, xa = linears_forward(x2[rows], spec.scales[0], first)
+            for leaf in leaves:
+                leaf.requires_grad_()
             with torch.enable_grad():
                 product = spec.combine(*leaves)  # [tile, I]
             c = product.detach()
@@ -127,7 +128,7 @@ class _Tiled(torch.autograd.Function):
             add_tile(sums, grads, spec.split)
             del c
             dleaves = torch.autograd.grad(product, leaves, dc)
-            del product, dc, gate, up, leaves
+            del product, dc, leaves, leaf
             dpart, grads = linears_backward(
                 dleaves, x2[rows], xa, spec.scales[0], first, (dx is not None, *needed[: spec.split])
             )
@@ -139,27 +140,32 @@ class _Tiled(torch.autograd.Function):
 
 
 def tile_mlp(layer: nn.Module, groups: Sequence[LinearGroup], tile_tokens: int) -> TiledMlp | None:
-    """Tile the gated MLP of a decoder layer whose linears are fused; None where the layer has none of that form."""
+    """Tile the MLP of a decoder layer whose linears are fused; None where the layer has none of that form."""
     by_name = {group.names: group for group in groups}
-    gate_up, down = by_name.get(("gate_proj", "up_proj")), by_name.get(("down_proj",))
+    gate_up = by_name.get(("gate_proj", "up_proj")) or by_name.get(("up_proj",))
+    down = by_name.get(("down_proj",))
     if gate_up is None or down is None:
         return None
     for module in layer.modules():
-        ours = (getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj"))
+        ours = (getattr(module, name, None) for name in (*gate_up.names, *down.names))
         if all(a is b for a, b in zip(ours, (*gate_up.modules, *down.modules), strict=True)):
-            if not _is_gated(module, gate_up, down):
+            if not _is_plain(module, gate_up, down):
                 return None
             return TiledMlp(module, gate_up, down, tile_tokens)
     return None
 
 
-def _is_gated(mlp: nn.Module, gate_up: LinearGroup, down: LinearGroup) -> bool:
-    """Whether the module computes down(act(gate(x)) * up(x)) and nothing else: others of these names have a norm
-    (BitNet), limits or dropout (Seed-OSS) in between. Seen by calling it with stubs for its linears, whose weights
-    ZeRO-3 may have partitioned.
+def _is_plain(mlp: nn.Module, gate_up: LinearGroup, down: LinearGroup) -> bool:
+    """Whether the module computes down(act(gate(x)) * up(x)), or down(act(up(x))), and nothing else: others of these
+    names have a norm (BitNet), limits or dropout (Seed-OSS) in between, or weights in their activation (Apertus), whose
+    gradients would be lost. Seen by calling it with stubs for its linears, whose weights ZeRO-3 may have partitioned.
     """
-    stubs: tuple[Callable[[Tensor], Tensor], ...] = (lambda x: 1.5 * x, lambda x: x - 0.25, lambda x: x)
+    first: list[Callable[[Tensor], Tensor]] = [lambda x: 1.5 * x, lambda x: x - 0.25][: len(gate_up.modules)]
+    stubs: list[Callable[[Tensor], Tensor]] = [*first, lambda x: x]
     modules, training = (*gate_up.modules, *down.modules), mlp.training
+    of_linears = {id(weight) for module in modules for weight in module.parameters()}
+    if any(id(weight) not in of_linears for weight in mlp.parameters()):
+        return False
     forwards = [module.forward for module in modules]
     device = torch.device(get_accelerator().current_device_name())  # liger knows no other; weights may wait elsewhere
     x = torch.linspace(-40, 40, 3 * gate_up.members[0].base.out_features).view(1, 3, -1).to(device)
@@ -168,7 +174,7 @@ def _is_gated(mlp: nn.Module, gate_up: LinearGroup, down: LinearGroup) -> bool:
         for module, stub in zip(modules, stubs, strict=True):
             module.forward = stub
         with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            ours = _combine(mlp)(stubs[0](x), stubs[1](x))
+            ours = _combine(mlp, gated=len(first) == 2)(*(stub(x) for stub in first))
             return torch.allclose(mlp.forward(x), ours, rtol=1e-3, atol=1e-3)  # liger's exp is not torch's
     except (AttributeError, RuntimeError):  # another activation's name, or a weight in between that is partitioned
         return False
@@ -178,8 +184,8 @@ def _is_gated(mlp: nn.Module, gate_up: LinearGroup, down: LinearGroup) -> bool:
             module.forward = forward
 
 
-def _combine(mlp: nn.Module) -> Combine:
-    """act(gate) * up as the module computes it: liger's kernels in its modules, else two operations."""
+def _combine(mlp: nn.Module, *, gated: bool) -> Combine:
+    """act(gate) * up as the module computes it: liger's kernels in its modules, else two operations; act(up)."""
     kind = type(mlp).__name__
     if kind == "LigerSwiGLUMLP":
         from liger_kernel.ops import LigerSiLUMulFunction
@@ -190,7 +196,7 @@ def _combine(mlp: nn.Module) -> Combine:
 
         return LigerGELUMulFunction.apply
     act: Any = mlp.act_fn
-    return lambda gate, up: act(gate) * up
+    return (lambda gate, up: act(gate) * up) if gated else act
 
 
 def tiles_of(tokens: int, tile_tokens: int) -> list[slice]:

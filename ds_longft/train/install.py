@@ -175,7 +175,7 @@ class Recompute:
     ) -> Recompute:
         """Fuse the decoder layers' linears, tile their MLPs, and put the recompute policy on the layers.
 
-        Raises ModelError: tiles for a model without gate, up and down projections.
+        Raises ModelError: tiles for a model without up and down projections.
         """
         config, stage = run.config, run.stage
         layers = decoder_layers(base)
@@ -233,7 +233,7 @@ class Recompute:
         Which ones: `decide.what_is_kept.spend`. Down projections are not kept, their output is not needed again.
         Returns the bytes spent on the device and on the host.
         """
-        left_out = {"down_proj"} | ({"gate_proj"} if self.tiled else set())
+        left_out = {"down_proj"} | ({"gate_proj", "up_proj"} if self.tiled else set())
 
         def cost(group: LinearGroup) -> int:
             ranks = sum(m.lora[0].out_features for m in group.members if m.lora)
@@ -268,8 +268,8 @@ class Fused:
 
 
 def fuse_and_tile(layer: nn.Module, stage: int, tile_tokens: int | None) -> Fused:
-    """Fuse a decoder layer's linears and group its experts. With `tile_tokens`: tile its MLP if it has gate, up and
-    down, and make the input of q, k and v again instead of keeping it.
+    """Fuse a decoder layer's linears and group its experts. With `tile_tokens`: tile its MLP if it has (gate,) up
+    and down, and make the input of q, k and v again instead of keeping it.
     """
     groups, experts = fuse_linears(layer), group_experts(layer, tile_tokens)
     weights = [weight for group in groups for weight in group.tensors]

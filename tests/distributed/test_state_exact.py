@@ -119,6 +119,8 @@ CASES: dict[str, tuple[str, bool, str, int, int, Any, dict[str, Any]]] = {
     "mamba-2, 6 heads on 3 ranks": ("Granite-4-H", True, "full", 3, 3, SHORT, {}),
     "mamba-2, whole documents": ("Bamba", False, "keep_attention", 2, 2, PACKS, WHOLE),
     "mamba-2 beside attention": ("Falcon-H1", True, "keep_attention", 3, 3, ONES, {}),
+    "mamba-2, MLP without a gate in tiles": ("Nemotron-H", True, "keep_attention", 2, 2, PACKS, {"tile": 7, "linears": True}),
+    "mamba-2, the same, all weights": ("Nemotron-H", False, "full", 2, 2, PACKS, {"tile": 7, "host": ("input",)}),
     "mamba-1, few tokens": ("Jamba", True, "full", 4, 4, SHORT, {}),
     "mamba-1, one-token documents": ("Jamba", False, "none", 3, 3, ONES, {}),
     "mamba-1, whole documents": ("Jamba", False, "every_k", 2, 2, ONES, WHOLE),

@@ -26,6 +26,7 @@ CASES: dict[str, tuple[dict[str, Any], int, Setting]] = {
     "delta, heads in turns": (SHAPES["hybrid8b"], 2, Setting((4 * LONG,), 2, 2, **IN_PIECES)),
     "delta, heads in turns, narrow MLP": ({**SHAPES["hybrid8b"], **NARROW}, 2, Setting((4 * LONG,), 1, 1, **IN_PIECES)),
     "delta beside attention": (SHAPES["hybrid8b"], 4, Setting((4 * LONG,), 2, 2, **IN_PIECES)),
+    "an MLP without a gate": ({**SHAPES["mamba8b"], "layers_block_type": ["mlp"] * 4}, 4, Setting((LONG // 4,), recompute="full", tile_tokens=8192)),
     "mamba-2": (SHAPES["mamba8b"], 3, Setting((LONG // 2,), recompute="full", tile_tokens=8192)),
     "mamba-2, heads in turns": (SHAPES["mamba8b"], 3, Setting((4 * LONG,), 2, 2, **IN_PIECES)),
     "mamba-2, heads in turns, narrow MLP": ({**SHAPES["mamba8b"], **NARROW}, 3, Setting((4 * LONG,), 2, 2, **IN_PIECES)),
@@ -33,7 +34,7 @@ CASES: dict[str, tuple[dict[str, Any], int, Setting]] = {
 
 
 @pytest.mark.parametrize(
-    "name", [n if i in (0, 7) else pytest.param(n, marks=pytest.mark.slow) for i, n in enumerate(CASES)]
+    "name", [n if i in (0, 5, 8) else pytest.param(n, marks=pytest.mark.slow) for i, n in enumerate(CASES)]
 )
 def test_every_tensor_is_counted(name: str) -> None:
     shape, layers, setting = CASES[name]

@@ -181,7 +181,7 @@ def like_liger(model: nn.Module) -> None:
 def without_values(stack: ExitStack) -> None:
     """Fake tensors, and stand-ins for what looks at their values."""
     stack.enter_context(FakeTensorMode())
-    stack.enter_context(patch("ds_longft.sequence.mlp._is_gated", lambda *_: True))
+    stack.enter_context(patch("ds_longft.sequence.mlp._is_plain", lambda *_: True))
     stack.enter_context(patch("ds_longft.sequence.loss.head_rule", lambda *_: HeadRule()))
     stack.enter_context(patch("ds_longft.sequence.attention.choose_kernel", lambda *a, **k: (FlashLike(), "")))
     stack.enter_context(patch.dict(AttentionMaskInterface._global_mapping, {ULYSSES: lambda **_: None}))
@@ -248,7 +248,7 @@ def _step(shape: dict[str, Any], setting: Setting, keep: Sequence[Keep] | None) 
         kept.attention = wanted.attention or "nowhere"  # type: ignore[assignment]
         kept.input = wanted.input
         kept.last = of_layer.last
-        if setting.fused and of_layer.tiled is not None:
+        if setting.fused and of_layer.tiled is not None and len(of_layer.tiled.gate_up.modules) == 2:
             of_layer.tiled.combine = SiluMul.apply
     apply_recompute(layers, setting.recompute, every=setting.every, keep=keeps)
     model.train()
