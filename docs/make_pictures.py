@@ -179,8 +179,8 @@ def main() -> None:
         keys = f"--model.path SmolLM2-135M-Instruct --data.train {library(folder)} --data.max_length_tokens 8K".split()
         stats = [sys.executable, "-m", "ds_longft.cli", "data", "stats", "--html", "s.html", *keys]
         subprocess.run(stats, cwd=folder, check=True, capture_output=True)
-        facts = gather_facts(EXAMPLE)
-        write_report(replace(facts, folder=EXAMPLE.relative_to(ROOT)), EXAMPLE.with_name("report.html"))
+        facts = replace(gather_facts(EXAMPLE), folder=EXAMPLE.relative_to(ROOT))  # as its commands name it
+        write_report(facts, EXAMPLE.with_name("report.html"))
         pages = {"report": html_page(facts), "stats": (folder / "s.html").read_text("utf-8")}
     shoot(result_page(), "result", 1000, 330)
     for name, page in pages.items():
