@@ -78,7 +78,10 @@ COMMANDS = {
         "mine.yaml --sp 8 --layers 2",
     ),
     "data convert": Command(
-        "ds_longft.tools.make_data.commands:convert", "a published set to rows of one kind", "LongAlign-10k rows.jsonl"
+        "ds_longft.tools.make_data.commands:convert",
+        "a published set to rows of one kind",
+        "LongAlign-10k rows.jsonl",
+        imports="pyarrow",
     ),
     "data synth refgpt8x": Command(
         "ds_longft.tools.make_data.synth.commands:refgpt8x",

@@ -15,10 +15,7 @@ from typing import Any
 
 from ds_longft.config.read import dump_config, load_run_config
 from ds_longft.config.run_config import RunConfig
-from ds_longft.decide.plan_json import as_json
 from ds_longft.errors import ConfigError, LongftError
-from ds_longft.tools.plan.command import answer, question_of
-from ds_longft.tools.plan.run_plan import plan_of_run
 
 __all__ = ["RunConfig", "load_run_config", "plan", "train_from", "verify"]
 
@@ -35,6 +32,10 @@ def plan(
     Of a model with `length` (tokens, `"128K"`): the fastest setting that fits. Without: `{"longest": [...]}`, the
     longest pack of each sp. Of a run config: the run as it is configured. Raises ConfigError where nothing fits.
     """
+    from ds_longft.decide.plan_json import as_json  # torch and transformers, which a notebook that trains needs not
+    from ds_longft.tools.plan.command import answer, question_of
+    from ds_longft.tools.plan.run_plan import plan_of_run
+
     if isinstance(model, str) and not model.endswith((".yaml", ".yml")):
         rank = None if full else lora_r or 16
         question, tokens = question_of(model, gpus, gpu, host_gib, rank, length=length)

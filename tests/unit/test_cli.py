@@ -347,6 +347,15 @@ def test_the_package_has_what_python_users_import() -> None:
         assert name in dir(ds_longft)
 
 
+def test_a_notebook_waits_for_no_torch_before_it_plans() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
+        "from ds_longft import ConfigError, LongftError, RunConfig, load_run_config, plan, train_from, verify\n"
+        "print(load_run_config('recipes/quickstart.yaml').data.max_length_tokens)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "1536\n"
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_exists_and_explains_its_arguments(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*name.split(), "--help"]) == 0
