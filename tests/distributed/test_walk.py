@@ -13,8 +13,9 @@ from tests.unit.sequence.zoo import model_types
 
 TYPES = proofs()["types"]
 MOST_USED = (
-    "cohere2", "deepseek_v3", "gemma2", "gemma3", "gemma3_text", "gemma4", "glm4_moe", "gpt_oss", "llama", "mistral", "mixtral", "olmo3",
-    "phi3", "qwen2", "qwen2_5_vl", "qwen3", "qwen3_moe",
+    "cohere2", "deepseek_v3", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma4", "glm4_moe", "gpt_oss", "granite", "llama", "llama4",
+    "mistral", "mistral3", "mixtral", "olmo3", "olmoe", "phi3", "qwen2", "qwen2_5_vl", "qwen3", "qwen3_5", "qwen3_moe", "qwen3_next",
+    "qwen3_vl",
 )  # fmt: skip
 
 
