@@ -88,6 +88,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "data.train": ("--data.train", MOVED),
     "data.train[].path": ("--data.train", "{spelled}"),
     "data.train[].format": ("--data.train", '[{"path": "{rows}", "format": "messages"}]'),
+    "data.train[].columns": ("--data.train", '[{"path": "{rows}", "columns": {"of_other_sets": "prompt"}}]'),
     "data.train[].split": ("--data.train", '[{"path": "{splits}", "split": "test"}]'),
     "data.train[].limit": ("--data.train", '[{"path": "{rows}", "limit": 9}]'),
     "data.eval_fraction": ("--data.eval_fraction", "0.3"),
