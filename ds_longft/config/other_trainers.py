@@ -79,6 +79,12 @@ EXPLANATIONS = {
         ["special_tokens", "pad_token", "eos_token"],
         "nothing is padded, and the chat template ends an answer; new tokens stand in model.add_tokens",
     ),
+    "push_to_hub": "hub.repo names the repository, and asks for the upload",
+    **dict.fromkeys(
+        ["early_stopping_patience", "early_stopping", "load_best_model_at_end", "metric_for_best_model"],
+        "no evaluation ends a run or chooses its weights; train.eval_every_steps evaluates, train.keep_checkpoints "
+        "says among how many checkpoints you can choose",
+    ),
     **dict.fromkeys(
         ["use_lora", "adapter", "finetuning_type"], "`lora: null` trains every weight, a lora section adapters"
     ),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ds_longft.config.run_config import LogConfig
+from ds_longft.train import trackers
 from ds_longft.train.metrics import Records, pace, read_metrics, spike_of, step_line, summary_table
 
 CALM = [1.0, 1.1, 0.9] * 20
@@ -41,6 +42,33 @@ def test_spikes_are_recorded_across_a_resume(tmp_path: Path, capfd: pytest.Captu
     written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in written if "loss_spike" in r] == [len(CALM) + 1]
     assert capfd.readouterr().out.count("loss 9.0000 (spike: 9") == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "environment", "project"),
+    [("mine", "theirs", "mine"), (None, "theirs", "theirs"), (None, None, "ds_longft")],
+)
+def test_a_project_comes_from_the_key_or_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str | None, environment: str | None, project: str
+) -> None:
+    started: list[str] = []
+
+    class Tracker:
+        def start(self, run: trackers.TrackedRun) -> None:
+            started.append(run.project)
+
+        def log(self, record: object) -> None: ...
+
+        def finish(self) -> None: ...
+
+    monkeypatch.setattr(trackers, "chosen", lambda log: {"wandb": Tracker()})
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    if environment:
+        monkeypatch.setenv("WANDB_PROJECT", environment)
+    records = Records(tmp_path, LogConfig(project=key), total_steps=9, first_step=0, active=True)
+    records.start_trackers(None, {})
+    records.close()
+    assert started == [project]
 
 
 def test_an_evaluation_that_is_due_again_is_forgotten(tmp_path: Path) -> None:
