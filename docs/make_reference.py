@@ -347,6 +347,8 @@ def migrating_page() -> str:
     page = (ROOT / "docs/migrating.md").read_text(encoding="utf-8")
     theirs: dict[str, list[str]] = {}
     for name, ours in {**KEYS_OF_OTHER_TOOLS, **EXPLANATIONS}.items():
+        if name in HOLDS_ANYWAY:  # a hint where it is given here; of another trainer's file nothing to carry over
+            continue
         theirs.setdefault(f"`{ours}`" if name in KEYS_OF_OTHER_TOOLS else ours, []).append(name)
     rows = [f"| {_code(tuple(names))} | {ours} |\n" for ours, names in theirs.items()]
     held = _code(tuple(sorted(HOLDS_ANYWAY)))

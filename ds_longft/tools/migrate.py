@@ -21,7 +21,7 @@ from ds_longft.config.run_config import EACH_KEY_ALONE, RunConfig, TrackerName
 from ds_longft.config.unused import unused
 from ds_longft.config.yaml_io import dump_yaml, load_yaml
 from ds_longft.errors import ConfigError
-from ds_longft.tools.migrate_defaults import ASKS_NOTHING, left_out
+from ds_longft.tools.migrate_defaults import ASKS_NOTHING, left_out, meant_by_absence, trainer_of
 
 OPTIMIZERS = {  # all others are AdamW: fused, torch, 4 bit are ways to compute it
     **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "adamw8bit"), "adamw_8bit"),
@@ -91,10 +91,13 @@ def migrated(file: Path) -> tuple[str, dict[str, list[str]]]:
         if value is not None and value != "":
             _carry(key, value, theirs, made)
     _infer_objective(theirs, made)
-    trainer, defaults = left_out(theirs, made.keys, _uses_lora(theirs))
+    lora = _uses_lora(theirs)
+    for key, why in meant_by_absence(theirs, lora=lora, pairs=made.keys.get("objective") == "dpo"):
+        made.note(key, why)
+    trainer, defaults = left_out(theirs, made.keys, lora)
     for default in defaults:
         made.put(default.ours, default.value)
-    if not _uses_lora(theirs):
+    if not lora:
         made.put("lora", None)
         for key in [key for key in made.keys if key.startswith("lora.")]:
             made.keys.pop(key)
@@ -164,6 +167,8 @@ def _uses_lora(theirs: dict[str, Any]) -> bool:
     named = next((str(kind).lower() for kind in kinds if kind), None)
     if named is not None:
         return named in ("lora", "qlora")
+    if trainer_of(theirs) == "TRL" and "model_name_or_path" in theirs:
+        return bool(theirs.get("use_peft"))
     return bool(theirs.get("use_peft")) or any(key in theirs for key in ("lora_r", "lora_rank"))
 
 
@@ -189,6 +194,8 @@ def _sources(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> N
         )
     split = theirs.get("dataset_config") or theirs.get("subset")
     named = [source | ({"subset": split} if split else {}) for source in sources]
+    if key == "dataset_name" and theirs.get("dataset_train_split", "train") != "train":
+        named = [source | {"split": theirs["dataset_train_split"]} for source in named]
     made.put("data.eval" if key in EVAL_SOURCES else "data.train", named)
 
 
@@ -202,6 +209,12 @@ USUAL_OF_SOURCES: dict[str, tuple[Any, ...]] = {
 }
 SOURCE_KEYS = {"split": "split", "name": "subset", "revision": "revision", "shards_limit": "limit"}
 EVAL_SOURCES = ("test_datasets", "eval_dataset", "val_dataset", "eval_file", "validation_file")
+
+
+def _split(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
+    """TRL's two: that of training stands in data.train (`_sources`)."""
+    if key == "dataset_test_split" and value != "test":
+        made.note(key, f"give the rows to evaluate as data.eval: [{{path: ..., split: {value}}}]", BY_HAND)
 
 
 def _optimizer(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> None:
@@ -441,6 +454,7 @@ def _betas(key: str, value: Any, theirs: dict[str, Any], made: Migration) -> Non
 
 SPECIAL: dict[str, Callable[[str, Any, dict[str, Any], Migration], None]] = {
     **dict.fromkeys(["datasets", "dataset", "dataset_name", "train_file", "train_data", *EVAL_SOURCES], _sources),
+    **dict.fromkeys(["dataset_train_split", "dataset_test_split"], _split),
     **dict.fromkeys(["optimizer", "optim"], _optimizer),
     **dict.fromkeys(["lr_scheduler", "lr_scheduler_type"], _schedule),
     **dict.fromkeys(["micro_batch_size", "per_device_train_batch_size"], _batch),

@@ -100,10 +100,12 @@ def _found(model: str, before: bool, base: str | None) -> Subject:
         has_tokenizer = (folder / "tokenizer_config.json").is_file()
         return Subject(plain, folder, config_folder, str(folder) if has_tokenizer else model_path(plain), run)
     if run is not None and not (folder / "config.json").is_file():
-        checkpoints = ", ".join(p.name for p in sorted(folder.glob("checkpoint-*"))) or "none"
+        kept = [p.parent for p in folder.glob("checkpoint-*/adapter_config.json")]
+        newest = max(kept, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+        instead = f"give its last checkpoint, {newest}" if newest else "it has no checkpoint with an adapter yet"
         raise ConfigError(
-            f"{model} holds no adapter and no model yet (checkpoints: {checkpoints}): let the run finish, give one of "
-            f"its checkpoints that holds an adapter, or add --before to evaluate the model it started from"
+            f"{model} holds no adapter and no model yet: let the run finish, {instead}, or add --before for the model "
+            "that it started from"
         )
     plain = ModelConfig(path=model)
     return Subject(plain, None, model_path(plain), model_path(plain), run)

@@ -70,6 +70,7 @@ pref_loss: orpo
 lr_scheduler_type: cosine_with_restarts
 report_to: none
 """
+PEFT = "use_peft: true\nlora_target_modules: [q_proj]\nassistant_only_loss: true\n"
 TRL = """
 model_name_or_path: Qwen/Qwen3-8B
 dataset_name: org/set
@@ -81,6 +82,7 @@ num_train_epochs: 1
 per_device_train_batch_size: 1
 gradient_checkpointing: true
 max_steps: -1
+assistant_only_loss: true
 adam_beta2: 0.95
 rope_scaling: {type: yarn, factor: 4.0}
 """
@@ -159,8 +161,32 @@ def test_what_would_do_nothing_is_left_out_and_said(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_bases_in_fewer_bits(tmp_path: Path, theirs: str, ours: str) -> None:
-    run, notes = of(tmp_path, f"model_name_or_path: a/b\nlora_r: 8\n{theirs}\n")
+    run, notes = of(tmp_path, f"model_name_or_path: a/b\nlora_r: 8\n{theirs}\n{PEFT}")
     assert (run.model.quantize, notes) == (ours, [])
+
+
+@pytest.mark.parametrize(
+    ("keys", "lora", "said"),
+    [
+        ("lora_r: 16\nassistant_only_loss: true", False, {"use_peft", "lora.r"}),
+        ("lora_r: 16\nuse_peft: true\nassistant_only_loss: true", True, {"lora_target_modules"}),
+        ("", False, {"assistant_only_loss"}),
+        (PEFT, True, set()),
+        ("beta: 0.1\nloss_type: sigmoid\n", False, {"objective"}),
+    ],
+)
+def test_what_trl_means_by_leaving_a_key_out(tmp_path: Path, keys: str, lora: bool, said: set[str]) -> None:
+    """lora_r without use_peft trains every weight there; PEFT's layers and all tokens are its defaults."""
+    run, notes = of(tmp_path, f"model_name_or_path: a/b\ndataset_name: org/set\n{keys}\n")
+    assert ((run.lora is not None), named(notes)) == (lora, said)
+
+
+def test_trls_splits(tmp_path: Path) -> None:
+    given = f"model_name_or_path: a/b\ndataset_name: org/set\n{PEFT}"
+    run, notes = of(tmp_path, given + "dataset_train_split: train\ndataset_test_split: test\n")
+    assert (run.data.train[0].split, notes) == ("train", [])
+    run, notes = of(tmp_path, given + "dataset_train_split: long\ndataset_test_split: held\n")
+    assert (run.data.train[0].split, named(notes)) == ("long", {"dataset_test_split"})
 
 
 def test_trl_trains_every_weight_where_nothing_says_lora(tmp_path: Path) -> None:
@@ -240,7 +266,7 @@ def test_what_a_script_prints_has_few_notes(tmp_path: Path) -> None:
     printed = yaml.safe_dump(SFTConfig(output_dir="x", bf16=False, max_length=4096).to_dict())
     run, notes = of(tmp_path, f"model_name_or_path: a/b\n{printed}")
     assert (run.data.max_length_tokens, run.seed, run.optim.schedule, run.optim.min_lr_ratio) == (4096, 42, "linear", 0)
-    assert named(notes) == {"accelerator_config", "per_device_train_batch_size"}
+    assert named(notes) == {"accelerator_config", "per_device_train_batch_size", "assistant_only_loss"}
 
 
 def test_tokens_that_end_or_pad_are_explained(tmp_path: Path) -> None:
