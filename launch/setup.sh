@@ -39,6 +39,7 @@ else
   [ -x $venv/bin/python ] || "$python" -m venv $venv
 fi
 
+echo "setup: installing into $venv, 3 to 6 minutes"
 # setuptools warns at length of every editable install.
 PYTHONWARNINGS=ignore $venv/bin/python -m pip install --quiet --disable-pip-version-check "${torch[@]}" -e ".[$extras]"
 # A deepspeed found outside the venv satisfies pip, but leaves no launcher inside it.

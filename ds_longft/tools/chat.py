@@ -44,6 +44,7 @@ def chat(
 
     subject = find_subject(model, before=before, base=base)
     tokenizer = subject_tokenizer(subject)
+    print(f"ds-longft chat: loading {subject.shown} ...", file=sys.stderr, flush=True)  # stdout holds the answer alone
     loaded = load_subject(subject, one_device(), attention="sdpa")
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     options = {"max_new_tokens": max_new_tokens, "eos_token_id": sorted(end_ids(loaded, tokenizer)), **sampling}

@@ -97,6 +97,7 @@ def migrated(file: Path) -> tuple[str, dict[str, list[str]]]:
     trainer, defaults = left_out(theirs, made.keys, lora)
     for default in defaults:
         made.put(default.ours, default.value)
+    made.keys.setdefault("output_dir", f"runs/{file.stem}")  # two migrated configs would share the default's
     if not lora:
         made.put("lora", None)
         for key in [key for key in made.keys if key.startswith("lora.")]:
