@@ -46,8 +46,9 @@ class DiskStore:
     """
 
     def __init__(self, folder: str, device: torch.device) -> None:
-        self.folder, self.device = folder, device
         gpu = device.type == "cuda"
+        self.folder = folder
+        self.device = torch.empty(0, device=device).device  # with its index: threads of ours begin with GPU 0
         self._streams = (torch.cuda.Stream(device), torch.cuda.Stream(device)) if gpu else None  # out and back
         self._files: dict[Hashable, Any] = {}
         self._newest: dict[Hashable, list[Future[None]]] = {}  # of each name, what must be over before the next
