@@ -102,23 +102,30 @@ HOLDS_ANYWAY = {
     "model_type", "tokenizer_type", "dataset_dir", "dataset_config", "subset", "xformers_attention", "local_rank",
 }  # fmt: skip
 
-# Keys that one trainer alone has; two of them tell whose file it is.
-OF_ONE_TRAINER = {
-    "an Axolotl": {
-        "base_model", "sequence_len", "num_epochs", "adapter", "lora_r", "val_set_size", "micro_batch_size",
-        "sequence_parallel_degree", "saves_per_epoch", "evals_per_epoch", "dataset_prepared_path",
+MARKS = {  # keys that one trainer alone has
+    "Axolotl": {
+        "base_model", "sequence_len", "num_epochs", "adapter", "val_set_size", "micro_batch_size", "saves_per_epoch",
+        "evals_per_epoch", "sequence_parallel_degree", "dataset_prepared_path",
     },
-    "a LLaMA-Factory": {"finetuning_type", "cutoff_len", "stage", "template", "pref_beta", "pref_loss", "lora_target"},
-    "an ms-swift": {"tuner_type", "train_type", "split_dataset_ratio", "rlhf_type", "tuner_backend", "torch_dtype"},
-    "a TRL": {"dataset_name", "dataset_config", "use_peft", "assistant_only_loss", "packing", "max_length"},
+    "LLaMA-Factory": {
+        "finetuning_type", "cutoff_len", "stage", "pref_beta", "pref_loss", "lora_target", "quantization_bit",
+    },
+    "ms-swift": {
+        "model", "tuner_type", "train_type", "rlhf_type", "quant_bits", "split_dataset_ratio", "tuner_backend",
+    },
+    "TRL": {
+        "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "use_peft",
+        "assistant_only_loss", "completion_only_loss", "packing_strategy", "precompute_ref_log_probs",
+    },
 }  # fmt: skip
 
 
-def looks_like(keys: Iterable[str]) -> str | None:
-    """Whose config these keys at its top are, e.g. `an Axolotl`; None where they do not show it."""
+def trainer_of(keys: Iterable[str]) -> tuple[str, int]:
+    """Whose keys these at the top of a file are, and how many show it; TRL's, which has fewest, where none does."""
     given = set(keys)
-    found, whose = max((len(given & marks), whose) for whose, marks in OF_ONE_TRAINER.items())
-    return whose if found > 1 else None
+    found = {trainer: len(given & marks) for trainer, marks in MARKS.items()}
+    whose = max(found, key=found.__getitem__)
+    return whose if found[whose] else "TRL", found[whose]
 
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:

@@ -19,7 +19,7 @@ from pydantic_settings import BaseSettings, CliSettingsSource, CliUnknownArgs, S
 from pydantic_settings.exceptions import SettingsError
 
 from ds_longft.config.messages import all_keys, dotted, expectation, keys_beside, validation_problems
-from ds_longft.config.other_trainers import looks_like, meant_key, unknown_key
+from ds_longft.config.other_trainers import meant_key, trainer_of, unknown_key
 from ds_longft.config.rules import contradictions
 from ds_longft.config.run_config import EACH_KEY_ALONE, RunConfig
 from ds_longft.config.shipped import find_file
@@ -84,11 +84,11 @@ def load_run_config(
     try:
         return _validate(_deep_merge(from_file, given), problems, preflight)
     except ConfigError as error:
-        whose = looks_like(from_file)
-        if whose is None or isinstance(from_file.get("model"), dict):
+        whose, marks = trainer_of(from_file)
+        if marks < 2 or isinstance(from_file.get("model"), dict):
             raise
         raise ConfigError(
-            f"this looks like {whose} config: ds-longft migrate {path} --out mine.yaml carries it over "
+            f"this looks like a config of {whose}: ds-longft migrate {path} --out mine.yaml carries it over "
             f"(as it is: {len(error.problems)} problems)"
         ) from None
 

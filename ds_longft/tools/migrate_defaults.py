@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
-from ds_longft.config.run_config import LoraConfig, RunConfig
+from ds_longft.config.other_trainers import trainer_of
+from ds_longft.config.run_config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -19,11 +21,7 @@ class Default:
     @property
     def here(self) -> Any:
         """Our own default."""
-        section, _, key = self.ours.rpartition(".")
-        place: Any = LoraConfig() if section == "lora" else RunConfig()
-        for name in () if section in ("", "lora") else section.split("."):
-            place = getattr(place, name)
-        value = getattr(place, key)
+        value = attrgetter(self.ours)(RunConfig())
         return list(value) if isinstance(value, tuple) else value
 
 
@@ -65,51 +63,30 @@ ASKS_NOTHING: dict[str, Any] = {
     "truncation_mode": "keep_start", "eos_token": "<EOS_TOKEN>", "pad_token": "<PAD_TOKEN>", "project": "huggingface",
     "activation_checkpointing": True,
 }  # fmt: skip
-MARKS = {  # keys that only this trainer has
-    "Axolotl": ("base_model", "sequence_len", "adapter"),
-    "LLaMA-Factory": ("finetuning_type", "stage", "cutoff_len", "quantization_bit"),
-    "ms-swift": ("model", "tuner_type", "train_type", "rlhf_type", "quant_bits"),
+LORA_KEYS = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"}
+ABSENT = {  # keys left out of a file of TRL, and what it then does and this does not. TRL 1.16, PEFT 0.21
+    "use_peft": "not asked for: TRL then trains every weight, whatever lora_r is, and so does this config",
+    "lora_target_modules": "left out: of most models PEFT adapts q_proj and v_proj, this every linear; "
+    "lora.targets: [q_proj, v_proj] for the same",
+    "assistant_only_loss": "not asked for: TRL then trains every token of `messages` rows, this the answers alone",
 }
 
 
-LORA_KEYS = {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"}
-
-
-def trainer_of(theirs: dict[str, Any]) -> str:
-    """Whose file it is."""
-    return next((name for name, marks in MARKS.items() if set(marks) & set(theirs)), "TRL")
-
-
 def meant_by_absence(theirs: dict[str, Any], *, lora: bool, pairs: bool) -> list[tuple[str, str]]:
-    """(key left out of a file of TRL, what it does without and this does not). TRL 1.16, PEFT 0.21."""
-    if trainer_of(theirs) != "TRL" or "model_name_or_path" not in theirs:
+    """(key, words) of those keys of `ABSENT` that the file `theirs` leaves out, and that would matter to it."""
+    if trainer_of(theirs)[0] != "TRL" or "model_name_or_path" not in theirs:
         return []
-    said = []
-    if not lora and LORA_KEYS & set(theirs):
-        said.append(
-            ("use_peft", "not asked for: TRL then trains every weight, whatever lora_r is, and so does this config")
-        )
-    if lora and not theirs.get("lora_target_modules"):
-        said.append(
-            (
-                "lora_target_modules",
-                "left out: of most models PEFT adapts q_proj and v_proj, this every linear; "
-                "lora.targets: [q_proj, v_proj] for the same",
-            )
-        )
-    if not pairs and not theirs.get("assistant_only_loss"):
-        said.append(
-            (
-                "assistant_only_loss",
-                "not asked for: TRL then trains every token of `messages` rows, this the answers alone",
-            )
-        )
-    return said
+    matters = {
+        "use_peft": not lora and bool(LORA_KEYS & set(theirs)),
+        "lora_target_modules": lora and not theirs.get("lora_target_modules"),
+        "assistant_only_loss": not pairs and not theirs.get("assistant_only_loss"),
+    }
+    return [(key, why) for key, why in ABSENT.items() if matters[key]]
 
 
 def left_out(theirs: dict[str, Any], ours: dict[str, Any], lora: bool) -> tuple[str, list[Default]]:
     """(Name of the trainer, its defaults that hold in a file `theirs`, of which the dotted keys `ours` were made)."""
-    trainer = trainer_of(theirs)
+    trainer, _ = trainer_of(theirs)
     known = {
         "TRL": TRL_DPO if ours.get("objective") == "dpo" else TRL,
         "LLaMA-Factory": LLAMA_FACTORY,

@@ -16,9 +16,10 @@ from ds_longft.cli import main
 from ds_longft.config.other_trainers import EXPLANATIONS, HOLDS_ANYWAY, KEYS_OF_OTHER_TOOLS, unknown_key
 from ds_longft.config.read import load_run_config
 from ds_longft.errors import ConfigError
-from ds_longft.tools.migrate import SPECIAL, USUAL_OF_SOURCES, migrated
+from ds_longft.tools.migrate import migrated
 from ds_longft.tools.migrate_defaults import TRL as TRL_DEFAULTS
 from ds_longft.tools.migrate_defaults import TRL_DPO
+from ds_longft.tools.migrate_keys import USUAL_OF_SOURCES
 
 AXOLOTL = """
 base_model: Qwen/Qwen3-8B
@@ -360,26 +361,31 @@ def test_gpus_that_share_a_sample(tmp_path: Path, key: str) -> None:
     assert unknown_key(key, ["sp"]).endswith("did you mean sp?")
 
 
-def test_every_key_that_the_page_names_is_known() -> None:
+def test_every_key_that_the_page_names_is_known(tmp_path: Path) -> None:
     """The tables by hand of docs/migrating.md."""
     page = (Path(__file__).parents[3] / "docs/migrating.md").read_text().partition("<!-- keys")[0]
     words = [w for row in page.splitlines() if row[:3] == "| `" for w in re.findall(r"`(.*?)`", row.split("|")[1])]
     keys = [w.partition(":")[0] for w in words if re.fullmatch(r"[a-z_]+(: .*)?", w)]
     assert {"sequence_parallel_degree", "type", "train_on_inputs"} <= set(keys)
-    known = {*KEYS_OF_OTHER_TOOLS, *EXPLANATIONS, *HOLDS_ANYWAY, *SPECIAL, *USUAL_OF_SOURCES}
-    assert [key for key in keys if key not in known] == []
+    known = {*KEYS_OF_OTHER_TOOLS, *EXPLANATIONS, *HOLDS_ANYWAY, *USUAL_OF_SOURCES}
+    special = "".join(f"{key}: x\n" for key in dict.fromkeys(keys) if key not in known)
+    assert special
+    _, notes = of(tmp_path, f"model_name_or_path: a/b\n{special}")
+    assert [note for note in notes if "has nothing like it here" in note] == []
 
 
 @pytest.mark.parametrize(
     ("text", "whose"),
-    [(AXOLOTL, "an Axolotl"), (LLAMA_FACTORY, "a LLaMA-Factory"), (TRL, "a TRL"), (SWIFT, "an ms-swift")],
+    [(AXOLOTL, "Axolotl"), (LLAMA_FACTORY, "LLaMA-Factory"), (TRL, "TRL"), (SWIFT, "ms-swift")],
 )
 def test_a_file_of_another_trainer_is_answered_in_one_line(tmp_path: Path, text: str, whose: str) -> None:
     (file := tmp_path / "theirs.yaml").write_text(text)
     with pytest.raises(ConfigError) as raised:
         load_run_config(str(file))
     (line,) = raised.value.problems
-    assert line.startswith(f"this looks like {whose} config: ds-longft migrate {file} --out mine.yaml carries it over")
+    assert line.startswith(
+        f"this looks like a config of {whose}: ds-longft migrate {file} --out mine.yaml carries it over"
+    )
     file.write_text("model: {path: a}\nadapter: lora\nbase_model: b\n")  # ours, with two strange keys
     with pytest.raises(ConfigError) as raised:
         load_run_config(str(file))
