@@ -30,8 +30,8 @@ BLOCKS_AT_ONCE = 132
 BLOCK_VALUES = 32
 """Features of a head's values that one block of such a kernel works on."""
 
-NORM, NORM_BACKWARD = 66, 137
-"""Bytes an element that a gated norm of transformers moves: in float32, operation by operation."""
+NORM, NORM_BACKWARD = 10, 20
+"""Bytes an element that a gated norm's kernels move, with the copies of tiles (`state/gated_norm.py`)."""
 
 CONVOLVED, SCANNED = (100, 300), (50, 150)
 """Bytes an element, forward and backward, that torch's own forms move: of a short convolution's channels, an estimate;
@@ -81,7 +81,7 @@ def passes_of(f: StateFacts, x: Setting, *, torch_piece: bool) -> tuple[Pass, Pa
         return Pass(x.tokens * width * moved[0]), Pass(x.tokens * width * moved[1])
     mamba = f.kind == "decay" and bool(f.channels)
     norm = float(NORM * values)
-    copied: float = 2 * e * given + (30 * values + 2 * e * keys if mamba else 0)  # v x dt, D x; keys of every head
+    copied: float = 2 * e * given + (22 * values + 2 * e * keys if mamba else 0)  # v x dt, D x; keys of every head
     copied_back: float = NORM_BACKWARD * values + 8 * e * given + (55 * values + 4 * e * keys if mamba else 0)
     if f.kind == "decay":
         forth = 3 * keys + 3 * values + 2 * states + 2 * given * mamba

@@ -112,8 +112,8 @@ class StateSizes:
             forward = keys + 2 * values + states + read
             backward = 2 * keys + 1.5 * read + 5 * values + 2 * states + 2 * wide * decays
         elif f.kind == "decay":
-            mamba = values if f.channels else 0.0  # values are made in float32, of the convolution's output
-            saved = 2 * keys + values + wide * mamba
+            mamba = values if f.channels else 0.0  # the convolution's output, which values are made of
+            saved = 2 * keys + values + mamba
             forward = states + mamba + (read if mamba else 0.0)
             backward = 2 * wide * states + 2 * keys + 2 * values
             gate, dgiven = mamba, mamba + wide * read if mamba else 0.0

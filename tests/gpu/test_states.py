@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_longft.batch import Documents
-from ds_longft.sequence.state import recurrence
+from ds_longft.sequence.state import recurrence, work_in_pieces
 from ds_longft.sequence.state.carried import Carried
+from tests.unit.sequence.state.test_gated_norm import NORMS, made_norm, output_and_gradients
 
 pytestmark = [
     pytest.mark.gpu,
@@ -82,14 +83,27 @@ def test_gated_delta(groups: int, dtype: torch.dtype) -> None:
     compared(lambda *t: recurrence.gated_delta(layer, *t, documents()), [q, k, v, g, beta], dtype)
 
 
-@pytest.mark.parametrize(("turns", "dtype"), [(1, torch.bfloat16), (1, torch.float32), (3, torch.bfloat16)])
-def test_decayed_attention(turns: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_decayed_attention(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     q, k, v = random(2, 128, dtype=dtype), random(2, 128, dtype=dtype), random(6, 64, dtype=dtype)
     g = -F.softplus(random(6, dtype=torch.float32)) * 0.2
-    of_all = -(-sum(LENGTHS) // recurrence.CHUNK_TOKENS) * 6 * 128 * 64 * 4
-    with patch.object(recurrence, "STATE_BYTES", of_all // turns):
-        compared(lambda *t: recurrence.decayed_attention(*t, documents()), [q, k, v, g], dtype)
+    compared(lambda *t: recurrence.decayed_attention(*t, documents()), [q, k, v, g], dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", NORMS)
+def test_gated_norm(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In tiles, as a long pack has them."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(work_in_pieces, "TILE_TOKENS", 500)
+    norm = made_norm(name).to("cuda", dtype)
+    given = [random(768, dtype=dtype) for _ in range(3)]
+    ours = output_and_gradients(norm, *given)
+    with patch.object(recurrence, "has_fla", lambda: False):
+        wanted = output_and_gradients(norm.float(), *(t.float() for t in given))
+    errors = [float((a.float() - b).norm() / b.norm()) for a, b in zip(ours, wanted, strict=True)]
+    assert max(errors) <= {torch.bfloat16: 2e-2, torch.float32: 1e-5}[dtype], errors
 
 
 @pytest.mark.parametrize("activation", [None, "silu"])
@@ -112,7 +126,7 @@ def test_kimi_delta() -> None:
     compared(lambda *t: recurrence.kimi_delta(layer, *t, documents()), [q, k, v, g, beta], dtype)
 
 
-@pytest.mark.parametrize("kind", ["gated delta", "kimi", "decayed, in turns"])
+@pytest.mark.parametrize("kind", ["gated delta", "kimi", "decayed"])
 def test_states_behind_documents(kind: str) -> None:
     """What answers go on from, and the outputs beside it: of the first five of the pack's documents."""
     torch.manual_seed(0)
@@ -128,13 +142,8 @@ def test_states_behind_documents(kind: str) -> None:
     for kernels in (True, False):
         carried = Carried(5)
         given = [t if kernels else t.float() for t in (q, k, v, g, beta)]
-        a_third = -(-sum(LENGTHS) // recurrence.CHUNK_TOKENS) * heads * d * d * 4 // 3
-        with (
-            torch.no_grad(),
-            patch.object(recurrence, "has_fla", lambda on=kernels: on),
-            patch.object(recurrence, "STATE_BYTES", a_third),
-        ):
-            if kind == "decayed, in turns":
+        with torch.no_grad(), patch.object(recurrence, "has_fla", lambda on=kernels: on):
+            if kind == "decayed":
                 out = recurrence.decayed_attention(*given[:4], documents(), carried)
             elif kind == "kimi":
                 out = recurrence.kimi_delta(kimi, *given, documents(), carried)

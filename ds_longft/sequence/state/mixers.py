@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds_longft.sequence.exchange import HeadShare
+from ds_longft.sequence.state.gated_norm import gated_norm
 from ds_longft.sequence.state.recurrence import (
     causal_conv,
     decayed_attention,
@@ -51,7 +52,7 @@ def gated_delta_net(layer: Any, x: Tensor, spread: Spread) -> Tensor:
 
     out = spread.by_heads(layer, heads, work, tensors, widths)  # [s, H dv]
     norm, project = (layer.norm, layer.out_proj) if hasattr(layer, "out_proj") else (layer.o_norm, layer.o_proj)
-    projected: Tensor = project(_gated_norm(norm, dv, out, z)[None])
+    projected: Tensor = project(gated_norm(norm, out, z)[None])
     return projected
 
 
@@ -92,7 +93,7 @@ def kimi_delta_attention(layer: Any, x: Tensor, spread: Spread) -> Tensor:
         return out.flatten(1)
 
     out = spread.by_heads(layer, heads, work, (q, k, v, raw, b))  # [s, H d]
-    projected: Tensor = layer.o_proj(_gated_norm(layer.o_norm, d, out, layer.g_b_proj(layer.g_a_proj(x2)))[None])
+    projected: Tensor = layer.o_proj(gated_norm(layer.o_norm, out, layer.g_b_proj(layer.g_a_proj(x2)))[None])
     return projected
 
 
@@ -119,7 +120,7 @@ def mamba2(layer: Any, x: Tensor, spread: Spread) -> Tensor:
         dt = F.softplus(wide(dt) + layer.dt_bias[own]).clamp(*layer.time_step_limit)  # [S, h]
         xs = xs.unflatten(1, (-1, p))  # [S, h, p]
         b, c = (_as_read(t.unflatten(1, (-1, n)), mine) for t in (b, c))  # [S, g, n]
-        values = (wide(xs) * dt[..., None]).to(xs.dtype)
+        values = (xs * dt[..., None]).to(xs.dtype)  # in float32: steps are
         g = -wide(layer.A_log[own]).exp() * dt  # [S, h]
         out = decayed_attention(c, b, values, g, spread.documents, spread.carried)  # [S, h, p]
         return (out + (xs * layer.D[own, None]).to(out.dtype)).flatten(1)
@@ -127,8 +128,7 @@ def mamba2(layer: Any, x: Tensor, spread: Spread) -> Tensor:
     tensors, widths = (xs, bc, dt), ((inner,), (state, state), (layer.num_heads,))
     out = spread.by_heads(layer, heads, work, tensors, widths)  # [s, H p]
     if getattr(layer, "mamba_rms_norm", True):
-        norm = layer.norm
-        out = by_tiles(lambda out, z: norm.forward(out[None], z[None])[0], list(norm.parameters()), out, z)
+        out = gated_norm(layer.norm, out, z)
     else:
         out = by_tiles(lambda out, z: out * F.silu(z), [], out, z)
     projected = layer.out_proj(out[None].to(x.dtype))
@@ -181,18 +181,6 @@ def lightning_attention(layer: Any, x: Tensor, spread: Spread) -> tuple[Tensor, 
     gate = layer.output_gate(x)[0]
     gated = by_tiles(lambda out, g: torch.sigmoid(g) * norm.forward(out), list(norm.parameters()), out, gate)
     return layer.out_proj(gated[None]), None
-
-
-def _gated_norm(norm: Any, width: int, out: Tensor, z: Tensor) -> Tensor:
-    """[s, H V] -> [s, H V]: each head by itself. Not by the module's call: of tiles there are more on a longer pack,
-    and ZeRO-3 counts calls.
-    """
-
-    def each(out: Tensor, z: Tensor) -> Tensor:
-        normed: Tensor = norm.forward(out.reshape(-1, width), z.reshape(-1, width))
-        return normed.view(len(out), -1)
-
-    return by_tiles(each, list(norm.parameters()), out, z)
 
 
 def _as_read(t: Tensor, share: HeadShare) -> Tensor:

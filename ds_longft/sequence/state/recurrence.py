@@ -66,7 +66,7 @@ def causal_conv(
     x [n, C], weight [C, k], positions [n]: places in the documents. `documents`: of exactly these tokens, where they
     are whole ones. Returns [n, C].
     """
-    if _on_fla(x) and documents is not None and activation in (None, "silu", "swish"):
+    if on_fla(x) and documents is not None and activation in (None, "silu", "swish"):
         from fla.modules.causal_conv1d import causal_conv1d
 
         out: Tensor = causal_conv1d(x[None].contiguous(), weight, bias, activation=activation, **documents.borders)[0]
@@ -88,7 +88,7 @@ def gated_delta(
 
     q, k [S, G, K], not yet normalised, v [S, H, V], g [S, H] the decays' logarithms, beta [S, H]. Returns [S, H, V].
     """
-    if _on_fla(q):
+    if on_fla(q):
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule as rule
     else:
         rule = _torch_form(layer, "torch_chunk_gated_delta_rule")
@@ -100,7 +100,7 @@ def kimi_delta(
     carried: Carried | None = None,
 ) -> Tensor:  # fmt: skip
     """The same with a decay for each feature of a key, g [S, H, K], arXiv 2510.26692."""
-    if _on_fla(q):
+    if on_fla(q):
         from fla.ops.kda import chunk_kda as rule
     else:
         rule = _torch_form(layer, "chunk_kimi_delta_attention")
@@ -118,7 +118,7 @@ def decayed_attention(
     if carried is not None and carried.state is not None:
         return carried.decayed(q, k, v, g)
     q, k = (t.to(v.dtype).repeat_interleave(v.shape[1] // t.shape[1], 1) for t in (q, k))
-    if _on_fla(v):
+    if on_fla(v):
         from fla.ops.simple_gla import chunk_simple_gla
 
         out, state = chunk_simple_gla(
@@ -176,7 +176,7 @@ def _delta(
     if carried is not None and carried.state is not None:
         return carried.delta(q, k, v, g, beta)
     how: dict[str, Any] = {"use_qk_l2norm_in_kernel": True, "output_final_state": carried is not None}
-    if _on_fla(q):
+    if on_fla(q):
         out, state = rule(*(t[None] for t in (q, k, v, g, beta)), **how, **documents.borders)
         if carried is not None:
             carried.keep(state)
@@ -193,7 +193,8 @@ def _delta(
     return torch.cat(outs)
 
 
-def _on_fla(t: Tensor) -> bool:
+def on_fla(t: Tensor) -> bool:
+    """Whether flash-linear-attention's kernels work on this tensor."""
     if not (t.is_cuda and t.dtype != torch.float64 and has_fla()):
         return False
     register_where_needed()

@@ -101,4 +101,4 @@ def like_fla(stack: ExitStack) -> None:
     packages = {name: SimpleNamespace() for name in ("fla", "fla.modules", "fla.ops")}
     made = {name: SimpleNamespace(**functions) for name, functions in modules.items()}
     stack.enter_context(patch.dict(sys.modules, {**packages, **made}))  # type: ignore[dict-item]
-    stack.enter_context(patch.object(recurrence, "_on_fla", lambda _: True))
+    stack.enter_context(patch.object(recurrence, "on_fla", lambda _: True))

@@ -8,6 +8,7 @@ import pytest
 from transformers import AutoConfig
 
 from benchmarks.work import SHAPES, shape_of
+from ds_longft.decide import state_time
 from ds_longft.decide.memory import predict
 from ds_longft.decide.search import fastest_saver
 from ds_longft.decide.setting import GIB, Gpu, Setting
@@ -65,8 +66,8 @@ def test_states_of_long_packs_are_worked_on_in_turns() -> None:
     assert turns.backward / turns.turns == whole.backward
 
 
-# Seconds of one step on H200s (benchmarks/step.py, one configuration of each of FLA's kernels). The first two are what
-# `state_time` is fitted to; of the last only the first step is known.
+# Seconds of one step on H200s (benchmarks/step.py, one configuration of each of FLA's kernels), with gated norms in
+# torch. The first two are what `state_time` is fitted to.
 MEASURED: dict[str, tuple[str, int | None, Setting, Keep | None, float]] = {
     "two GPUs": ("hybrid8b", None, Setting((131072,), 2, 2), None, 10.50),
     "16 layers": ("hybrid8b", 16, Setting((131072,), stage=2), None, 9.74),
@@ -77,12 +78,14 @@ MEASURED: dict[str, tuple[str, int | None, Setting, Keep | None, float]] = {
         Keep("device", "device", "device", state="device"),
         6.48,
     ),
-    "one GPU": ("hybrid8b", None, Setting((131072,), stage=2), None, 21.55),
+    "one GPU": ("hybrid8b", None, Setting((131072,), stage=2), None, 20.54),
 }
 
 
 @pytest.mark.parametrize("name", MEASURED)
-def test_predictions_meet_measured_steps(name: str) -> None:
+def test_predictions_meet_measured_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state_time, "NORM", 66)
+    monkeypatch.setattr(state_time, "NORM_BACKWARD", 137)
     shape, layers, x, kept, seconds = MEASURED[name]
     model = ModelFacts.from_config(AutoConfig.for_model(**shape_of(shape, layers)))
     keep = predict(model, x, GPU).keep if kept is None else (kept,) * model.layers
