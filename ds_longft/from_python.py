@@ -9,7 +9,8 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +34,15 @@ def plan(
     longest pack of each sp. Of a run config: the run as it is configured. Raises ConfigError where nothing fits.
     """
     from ds_longft.decide.plan_json import as_json  # torch and transformers, which a notebook that trains needs not
+    from ds_longft.tools.plan.asked import Asked
     from ds_longft.tools.plan.command import answer, question_of
     from ds_longft.tools.plan.run_plan import plan_of_run
 
     if isinstance(model, str) and not model.endswith((".yaml", ".yml")):
-        rank = None if full else lora_r or 16
-        question, tokens = question_of(model, gpus, gpu, host_gib, rank, length=length)
-        return answer(question, tokens, model)
+        return answer(*question_of(model, gpus, gpu, host_gib, Asked(length, lora_r), full=full))
     if full or (length, lora_r) != (None, None):
         raise ConfigError("plan: length, full and lora_r are for a model alone: a run config has keys for them")
-    with _Words(model) as words:
+    with _words(model) as words:
         found, question = plan_of_run(words, gpus, gpu, host_gib)
     return as_json(found, question)
 
@@ -54,7 +54,7 @@ def verify(run: Run, *, ranks: int | None = None, layers: int | None = None) -> 
     """
     given = {"--ranks": ranks, "--layers": layers}
     flags = [word for flag, value in given.items() if value is not None for word in (flag, str(value))]
-    with _Words(run) as words:
+    with _words(run) as words:
         command = [sys.executable, "-m", "ds_longft.cli", "verify", *words, *flags, "--json"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode not in (0, 1) or not done.stdout.strip():
@@ -70,7 +70,7 @@ def train_from(run: Run, *, ranks: int | None = None) -> Path:
     end with its last step; `run_status.json` in the folder has its exit code.
     """
     config = run if isinstance(run, RunConfig) else load_run_config(run)
-    with _Words(config) as words:
+    with _words(config) as words:
         command = [sys.executable, "-m", "ds_longft.ranks.launch", "--ranks", str(ranks or "all"), *words]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
             assert process.stdout is not None
@@ -80,19 +80,13 @@ def train_from(run: Run, *, ranks: int | None = None) -> Path:
     return Path(config.output_dir).expanduser()
 
 
-class _Words:
+@contextmanager
+def _words(run: Run) -> Iterator[list[str]]:
     """A run as words of a command line; a RunConfig lies in a file as long as they are used."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.folder = tempfile.TemporaryDirectory(prefix="ds_longft-")
-
-    def __enter__(self) -> list[str]:
-        if not isinstance(self.run, RunConfig):
-            return [self.run] if isinstance(self.run, str) else list(self.run)
-        path = Path(self.folder.name) / "run.yaml"
-        path.write_text(dump_config(self.run), encoding="utf-8")
-        return [str(path)]
-
-    def __exit__(self, *_: object) -> None:
-        self.folder.cleanup()
+    if not isinstance(run, RunConfig):
+        yield [run] if isinstance(run, str) else list(run)
+        return
+    with tempfile.TemporaryDirectory(prefix="ds_longft-") as folder:
+        path = Path(folder) / "run.yaml"
+        path.write_text(dump_config(run), encoding="utf-8")
+        yield [str(path)]

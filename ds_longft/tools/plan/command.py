@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_text
 import sys
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 
@@ -104,20 +104,18 @@ def plan(
     problems = [f"{w}: a model takes the flags of `ds-longft plan --help`, a run config its keys" for w in more[:1]]
     problems += ["--lora and --full are both given: one of them"] * (lora and full)
     problems += ["--png shows one length: add --length"] * (png is not None and asked.length is None)
-    rank = given.pop("lora_r", 16)
     name = words[0] if words else ""
     question, tokens = question_of(
-        name, gpus, gpu, host_gib, None if full else rank, documents=documents, targets=targets, found=problems,
-        disk=(disk_gib, disk_gb_s), **given,
+        name, gpus, gpu, host_gib, asked, full=full, optimizer=optimizer or "adamw", quantize=quantize or "auto",
+        documents=documents, targets=targets, disk_gib=disk_gib, disk_gb_s=disk_gb_s, found=problems,
     )  # fmt: skip
     if json:
-        print(json_text.dumps(answer(question, tokens, name)))
-        return
-    console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else FILE_WIDTH)
-    if tokens is not None:
+        print(json_text.dumps(answer(question, tokens)))
+    elif tokens is not None:
         _show_fastest(question, tokens, name, png=png)
     elif plans := longest_of_each(question):
-        console.print(plan_text.length_table(plans, question))
+        width = None if sys.stdout.isatty() else FILE_WIDTH
+        Console(soft_wrap=True, highlight=False, width=width).print(plan_text.length_table(plans, question))
     else:
         raise ConfigError(_nothing_fits(question, name))
 
@@ -132,7 +130,7 @@ def _show_run(words: Sequence[str], gpus: int, gpu: str, host_gib: float, *, jso
     print(json_text.dumps(as_json(found, question)) if json else in_words(words, found, question))
 
 
-def answer(question: Question, tokens: int | None, model: str) -> dict[str, Any]:
+def answer(question: Question, tokens: int | None) -> dict[str, Any]:
     """For machines: the longest pack of each sp, or the fastest setting of one length and what stands against it."""
     notes = {"notes": of_model} if (of_model := plan_text.estimated(question.model)) else {}
     if tokens is None:
@@ -162,40 +160,29 @@ def _show_fastest(question: Question, tokens: int, model: str, *, png: str | Non
     if png:
         plan_text.write_png(best, question, png)
     print(plan_text.recipe(best, question, model), end="")
-    parts = memory_parts(best, question)
     notes = [
         f"peak while at: {best.memory.moment}",
-        plan_text.bars(parts, question.gpu.memory_gib),
+        plan_text.bars(memory_parts(best, question), question.gpu.memory_gib),
         "seconds of a step:",
+        "  " + ", ".join(f"{name} {s:.2f}" for name, s in best.time.parts.items()),
+        *plan_text.instead(others),
+        *plan_text.not_ahead(best),
+        *plan_text.estimated(question.model),
     ]
-    notes.append("  " + ", ".join(f"{name} {s:.2f}" for name, s in best.time.parts.items()))
-    notes += plan_text.instead(others) + plan_text.not_ahead(best) + plan_text.estimated(question.model)
     Console(stderr=True, soft_wrap=True, highlight=False).print("\n".join(notes))
 
 
 def question_of(
-    model: str,
-    gpus: int,
-    gpu: str,
-    host_gib: float,
-    lora_r: int | None,
-    lora_experts: bool = False,
-    objective: str = "sft",
-    reference: Literal["auto", "adapter_off", "precomputed", "model"] = "auto",
-    passes: Literal["auto", "one", "two"] = "auto",
-    kernel: str = "",
-    documents: int = 1,
-    targets: float = 1.0,
-    liger: str = "auto",
-    length: str | int | None = None,
-    found: Sequence[str] = (),
-    optimizer: OptimizerName = "adamw",
-    quantize: Quantize = "auto",
-    disk: tuple[float, float] = (0.0, 0.0),
-) -> tuple[Question, int | None]:
+    model: str, gpus: int, gpu: str, host_gib: float, asked: Asked = ASKED, *, full: bool = False,
+    optimizer: OptimizerName = "adamw", quantize: Quantize = "auto", documents: int = 1, targets: float = 1.0,
+    disk_gib: float = 0.0, disk_gb_s: float = 0.0, found: Sequence[str] = (),
+) -> tuple[Question, int | None]:  # fmt: skip
     """The arguments, checked together, and --length in tokens. Raises ConfigError with everything that is wrong, and
-    with what the caller has `found`.
+    with what the caller has `found`; ModelError where there are no experts to adapt.
     """
+    lora_r = None if full else 16 if asked.lora_r is None else asked.lora_r
+    reference, passes, kernel = asked.reference or "auto", asked.passes or "auto", asked.kernel or ""
+    pairs = asked.objective == "dpo"
     problems = list(found)
     if not model:
         problems.append("--model is missing: a folder with a config.json, or a hub id")
@@ -203,17 +190,21 @@ def question_of(
         problems.append(f"--gpus is {gpus}: at least 1")
     if lora_r is not None and lora_r < 1:
         problems.append(f"--lora_r is {lora_r}: at least 1, or --full for no adapters")
-    if min(host_gib, *disk) < 0 or (disk[1] and not disk[0]):
-        problems.append(f"--host_gib {host_gib}, --disk_gib {disk[0]}, --disk_gb_s {disk[1]}: 0 or more")
+    if min(host_gib, disk_gib, disk_gb_s) < 0 or (disk_gb_s and not disk_gib):
+        problems.append(f"--host_gib {host_gib}, --disk_gib {disk_gib}, --disk_gb_s {disk_gb_s}: 0 or more")
     if documents < 1 or not 0 < targets <= 1:
         problems.append(f"--documents is {documents}, --targets {targets}: expected 1 or more, and a share above 0")
-    tokens = None if length is None else parse_tokens(length)
-    if length is not None and (not isinstance(tokens, int) or tokens < 1):
-        problems.append(f"--length is {length!r}: give tokens, e.g. 65536, 128K or 1M")
+    tokens = None if asked.length is None else parse_tokens(asked.length)
+    if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
+        problems.append(f"--length is {asked.length!r}: give tokens, e.g. 65536, 128K or 1M")
     elif tokens is not None and tokens < documents:
         problems.append(f"--documents is {documents:,}, --length {tokens:,} tokens: a document has at least one")
-    pairs = objective == "dpo"
-    problems += _pair_problems(reference, passes, pairs=pairs, lora=lora_r is not None)
+    wrong, right = ("adapter_off", "model") if full else ("model", "adapter_off")
+    if reference == wrong:
+        trained = "every weight is" if full else "adapters are"
+        problems.append(f"--reference is {reference}, but {trained} trained: {right} or precomputed")
+    if not pairs and (reference, passes) != ("auto", "auto"):
+        problems.append("--reference and --passes are for preference pairs: add --objective dpo")
     rates = None
     try:
         rates = Gpu.load(gpu)
@@ -223,27 +214,18 @@ def question_of(
         problems += error.problems
     if problems or rates is None:
         raise ConfigError(problems)
-    facts, form = _described(model, quantize, lora=lora_r is not None)
-    _check_described(facts, lora_r, lora_experts)
+    facts, form = _described(model, quantize, lora=not full)
+    if asked.lora_experts and (full or not facts.experts):
+        seen = "--full" if full else facts.model_type
+        raise ModelError(f"--lora_experts is for adapters on the experts of a mixture, not for {seen}")
     question = Question(
-        model=facts,
-        gpu=with_fitting_kernels(rates, facts, kernel, tokens),
-        gpus=gpus,
-        host_gib=host_gib,
-        disk_gib=disk[0],
-        disk_gb_s=disk[1],
-        lora_r=lora_r,
-        lora_experts=lora_experts,
-        objective=objective,
-        reference=reference_of(DpoConfig(reference=reference), lora=lora_r is not None) if pairs else "none",
-        passes=passes,
-        optimizer=optimizer,
-        quantize=form,
-        kernel=kernel,
-        fused=liger == "auto",
-        targets=targets,
-        documents=documents,
-    )
+        model=facts, gpu=with_fitting_kernels(rates, facts, kernel, tokens), gpus=gpus, host_gib=host_gib,
+        disk_gib=disk_gib, disk_gb_s=disk_gb_s, lora_r=lora_r, lora_experts=asked.lora_experts,
+        objective=asked.objective or "sft",
+        reference=reference_of(DpoConfig(reference=reference), lora=not full) if pairs else "none",
+        passes=passes, optimizer=optimizer, quantize=form, kernel=kernel, fused=asked.liger != "off",
+        targets=targets, documents=documents,
+    )  # fmt: skip
     return question, tokens
 
 
@@ -259,24 +241,6 @@ def _described(model: str, quantize: Quantize, *, lora: bool) -> tuple[ModelFact
     if problem := full_training_problem(form, lora=lora, stored=bool(stored_as(hf_config))):
         raise ConfigError(problem)
     return ModelFacts.from_config(hf_config), form
-
-
-def _pair_problems(reference: str, passes: str, *, pairs: bool, lora: bool) -> list[str]:
-    problems = []
-    wrong, right = ("model", "adapter_off") if lora else ("adapter_off", "model")
-    if reference == wrong:
-        trained = "adapters are" if lora else "every weight is"
-        problems.append(f"--reference is {reference}, but {trained} trained: {right} or precomputed")
-    if not pairs and (reference, passes) != ("auto", "auto"):
-        problems.append("--reference and --passes are for preference pairs: add --objective dpo")
-    return problems
-
-
-def _check_described(facts: ModelFacts, lora_r: int | None, lora_experts: bool) -> None:
-    """Raises ModelError: layers whose memory is not described, or adapters on experts that there are not."""
-    if lora_experts and (lora_r is None or not facts.experts):
-        seen = "--full" if lora_r is None else facts.model_type
-        raise ModelError(f"--lora_experts is for adapters on the experts of a mixture, not for {seen}")
 
 
 def _nothing_fits(question: Question, model: str) -> str:
