@@ -9,10 +9,10 @@ import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
 
 from ds_longft import __version__
 from ds_longft.train.trackers import wandb_login_problem
@@ -27,7 +27,7 @@ DISK_NEEDED_GIB = 20.0
 class Diagnosis:
     """One thing looked at."""
 
-    level: Literal["ok", "note", "wrong"]
+    level: str  # ok, note, wrong
     what: str
     seen: str
     mend: str = ""
@@ -59,132 +59,106 @@ def examine(output_dir: Path) -> list[Diagnosis]:
         *memory(Path("/proc/meminfo"), Path("/dev/shm")),
         *disk(output_dir),
         *limits(),
-        *build_locks(extension_folders()),
+        *build_locks(Path(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions").expanduser()),
         *kernels(),
         *tracking(),
     ]
 
 
-def versions() -> list[Diagnosis]:
+def versions() -> Iterator[Diagnosis]:
     """This package, Python and the system; packages that must be there, and those that may."""
     here = f"{__version__}, Python {platform.python_version()} in {sys.prefix}, {platform.platform()}"
-    found = [Diagnosis("ok", "ds_longft", here)]
+    yield Diagnosis("ok", "ds_longft", here)
     for name in PACKAGES:
-        try:
-            found.append(Diagnosis("ok", name, version(name)))
-        except PackageNotFoundError:
-            found.append(Diagnosis("wrong", name, "not installed", f"pip install {name}, or: make setup"))
-    extras = {name: _version_or_none(name) for name in EXTRAS}
-    have = ", ".join(f"{name} {v}" for name, v in extras.items() if v)
-    return [*found, Diagnosis("note", "optional packages", have or "none of " + ", ".join(EXTRAS))]
+        if there := _version_or_none(name):
+            yield Diagnosis("ok", name, there)
+        else:
+            yield Diagnosis("wrong", name, "not installed", f"pip install {name}, or: make setup")
+    have = ", ".join(f"{name} {there}" for name in EXTRAS if (there := _version_or_none(name)))
+    yield Diagnosis("note", "optional packages", have or "none of " + ", ".join(EXTRAS))
 
 
-def gpus() -> list[Diagnosis]:
+def gpus() -> Iterator[Diagnosis]:
     """Devices, driver against the CUDA of torch, NCCL, links between the GPUs."""
     import torch
 
     listed = [line for line in _command("nvidia-smi", "-L").splitlines() if line.startswith("GPU")]
     if not listed:
-        return [Diagnosis("note", "GPUs", "none: runs use CPU ranks (gloo), for trials and tests")]
-    found = [Diagnosis("ok", "GPUs", f"{len(listed)} x {listed[0].split(': ', 1)[-1].split(' (UUID')[0]}")]
+        yield Diagnosis("note", "GPUs", "none: runs use CPU ranks (gloo), for trials and tests")
+        return
+    yield Diagnosis("ok", "GPUs", f"{len(listed)} x {listed[0].split(': ', 1)[-1].split(' (UUID')[0]}")
     driver = _command("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0].strip()
     if torch.version.cuda is None:
+        seen = f"driver {driver}, torch {torch.__version__} without CUDA"
         mend = "this torch is the CPU build: install one for CUDA (pip install torch), then make setup"
-        found.append(
-            Diagnosis("wrong", "torch and CUDA", f"driver {driver}, torch {torch.__version__} without CUDA", mend)
-        )
-        return found
+        yield Diagnosis("wrong", "torch and CUDA", seen, mend)
+        return
     if not torch.cuda.is_available():
         mend = f"torch needs CUDA {torch.version.cuda}: a newer driver, or a torch built for an older CUDA"
-        found.append(Diagnosis("wrong", "torch and CUDA", f"driver {driver} does not serve this torch", mend))
-        return found
-    found.append(Diagnosis("ok", "torch and CUDA", f"driver {driver}, CUDA {torch.version.cuda}"))
-    seen = torch.cuda.device_count()
-    if seen != len(listed):
+        yield Diagnosis("wrong", "torch and CUDA", f"driver {driver} does not serve this torch", mend)
+        return
+    yield Diagnosis("ok", "torch and CUDA", f"driver {driver}, CUDA {torch.version.cuda}")
+    if (seen_gpus := torch.cuda.device_count()) != len(listed):
         limit = os.environ.get("CUDA_VISIBLE_DEVICES")
-        found.append(Diagnosis("note", "visible GPUs", f"{seen} of {len(listed)} (CUDA_VISIBLE_DEVICES={limit})"))
-    found.append(Diagnosis("ok", "NCCL", ".".join(map(str, torch.cuda.nccl.version()))))
+        yield Diagnosis("note", "visible GPUs", f"{seen_gpus} of {len(listed)} (CUDA_VISIBLE_DEVICES={limit})")
+    yield Diagnosis("ok", "NCCL", ".".join(map(str, torch.cuda.nccl.version())))
     if len(listed) > 1:
         topology = _command("nvidia-smi", "topo", "-m")
         if "NV" in topology.split("Legend")[0].replace("NVIDIA", ""):
-            found.append(Diagnosis("ok", "links", "NVLink"))
+            yield Diagnosis("ok", "links", "NVLink")
         else:
             mend = "ranks of one sample exchange activations in every layer: expect that to be slower over PCIe"
-            found.append(Diagnosis("note", "links", "no NVLink between the GPUs", mend))
-    return found
+            yield Diagnosis("note", "links", "no NVLink between the GPUs", mend)
 
 
-def memory(meminfo: Path, shm: Path) -> list[Diagnosis]:
+def memory(meminfo: Path, shm: Path) -> Iterator[Diagnosis]:
     """Host memory, and the shared memory that NCCL and loaders use."""
-    found = []
     if meminfo.exists():
         fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
         total, free = (int(fields[k].split()[0]) / 2**20 for k in ("MemTotal", "MemAvailable"))
-        found.append(Diagnosis("ok", "host memory", f"{free:.0f} of {total:.0f} GiB free"))
+        yield Diagnosis("ok", "host memory", f"{free:.0f} of {total:.0f} GiB free")
     if shm.exists():
         size = shutil.disk_usage(shm).total / 2**30
         mend = "in a container: --shm-size=16g (docker) or an emptyDir with medium Memory (Kubernetes)"
-        small = size < SHM_NEEDED_GIB
-        found.append(
-            Diagnosis("wrong" if small else "ok", "shared memory", f"{size:.1f} GiB in {shm}", mend if small else "")
-        )
-    return found
+        level, mend = ("wrong", mend) if size < SHM_NEEDED_GIB else ("ok", "")
+        yield Diagnosis(level, "shared memory", f"{size:.1f} GiB in {shm}", mend)
 
 
-def disk(output_dir: Path) -> list[Diagnosis]:
+def disk(output_dir: Path) -> Iterator[Diagnosis]:
     """Room where runs are written and where models and data are kept."""
     hub = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     cache = Path("~/.cache/ds_longft").expanduser()
-    found = []
     for what, path in (("disk of the runs", output_dir), ("disk of models", hub), ("disk of tokenized data", cache)):
-        nearest = path.absolute()
-        while not nearest.exists():
-            nearest = nearest.parent
+        nearest = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
         free = shutil.disk_usage(nearest).free / 2**30
         if not nearest.is_dir():
-            found.append(Diagnosis("wrong", what, f"cannot be written: {nearest} is a file", "give another folder"))
+            yield Diagnosis("wrong", what, f"cannot be written: {nearest} is a file", "give another folder")
         elif not os.access(nearest, os.W_OK):
-            found.append(
-                Diagnosis("wrong", what, f"no right to write in {nearest}", "give another folder, or the right")
-            )
+            yield Diagnosis("wrong", what, f"no right to write in {nearest}", "give another folder, or the right")
         elif free < DISK_NEEDED_GIB:
-            found.append(
-                Diagnosis(
-                    "note", what, f"{free:.1f} GiB free in {nearest}", "a full checkpoint takes 14 bytes a weight"
-                )
-            )
+            mend = "a full checkpoint takes 14 bytes a weight"
+            yield Diagnosis("note", what, f"{free:.1f} GiB free in {nearest}", mend)
         else:
-            found.append(Diagnosis("ok", what, f"{free:.0f} GiB free in {nearest}"))
-    return found
+            yield Diagnosis("ok", what, f"{free:.0f} GiB free in {nearest}")
 
 
-def limits() -> list[Diagnosis]:
+def limits() -> Iterator[Diagnosis]:
     """What the shell allows a process."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    few = files < 4096
-    return [
-        Diagnosis("note" if few else "ok", "open files", str(files), "ulimit -n 65536 in the job script" if few else "")
-    ]
+    level, mend = ("note", "ulimit -n 65536 in the job script") if files < 4096 else ("ok", "")
+    yield Diagnosis(level, "open files", str(files), mend)
 
 
-def extension_folders() -> list[Path]:
-    """Where torch compiles extensions."""
-    given = os.environ.get("TORCH_EXTENSIONS_DIR")
-    return [Path(given)] if given else [Path("~/.cache/torch_extensions").expanduser()]
-
-
-def build_locks(folders: list[Path]) -> list[Diagnosis]:
+def build_locks(folder: Path) -> Iterator[Diagnosis]:
     """Locks that a killed compilation left behind: every later run waits for them without a word."""
-    locks = [lock for folder in folders if folder.is_dir() for lock in folder.rglob("lock")]
+    locks = list(folder.rglob("lock")) if folder.is_dir() else []
+    for lock in locks:
+        yield Diagnosis("wrong", "build lock", str(lock), f"unless something is compiling right now: rm {lock}")
     if not locks:
-        return [Diagnosis("ok", "build locks", "none")]
-    return [
-        Diagnosis("wrong", "build lock", str(lock), f"unless something is compiling right now: rm {lock}")
-        for lock in locks
-    ]
+        yield Diagnosis("ok", "build locks", "none")
 
 
-def kernels() -> list[Diagnosis]:
+def kernels() -> Iterator[Diagnosis]:
     """Which attention kernels work here for bf16 heads of 128 (fp32 on CPUs), and why the others do not."""
     import torch
 
@@ -202,16 +176,15 @@ def kernels() -> list[Diagnosis]:
             fitting.append(kernel.name)
         elif not why.startswith("runs on "):
             refused.append(f"{kernel.name} {why}")
-    level: Literal["ok", "wrong"] = "ok" if fitting else "wrong"
-    return [Diagnosis(level, "attention kernels", ", ".join(fitting) or "none", "; ".join(refused))]
+    seen = ", ".join(fitting) or "none"
+    yield Diagnosis("ok" if fitting else "wrong", "attention kernels", seen, "; ".join(refused))
 
 
-def tracking() -> list[Diagnosis]:
+def tracking() -> Iterator[Diagnosis]:
     """Whether wandb, where it is installed, would take a run."""
-    if not _version_or_none("wandb"):
-        return []
-    problem = wandb_login_problem()
-    return [Diagnosis("note", "wandb", *problem.split(": ", 1)) if problem else Diagnosis("ok", "wandb", "logged in")]
+    if _version_or_none("wandb"):
+        problem = wandb_login_problem()
+        yield Diagnosis("note", "wandb", *problem.split(": ", 1)) if problem else Diagnosis("ok", "wandb", "logged in")
 
 
 def _version_or_none(name: str) -> str | None:
