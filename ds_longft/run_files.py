@@ -6,6 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+Count = Annotated[str, Field(pattern="^[0-9]+$")]
+"""A number of tokens as a key of JSON."""
+
 
 class StoredFile(BaseModel):
     """Known keys have their types; others are let through: another version may write them."""
@@ -116,19 +119,13 @@ class PartFacts(StoredFile):
     target_share: float
     median_tokens: int
     longest_tokens: int
-    rows_up_to_tokens: dict[str, int] = {}
+    rows_up_to_tokens: dict[Count, int] = {}
     sources: dict[str, int] = {}
     languages: dict[str, int] = {}
     fingerprint: str = ""
     bad_rows: int | None = None  # these three: of all rows read, where a part was held out of them too
     overlong_rows_dropped: int | None = None
     truncated_rows: int | None = None
-
-    @model_validator(mode="after")
-    def _lengths_are_numbers(self) -> PartFacts:
-        if not all(up_to.isdecimal() for up_to in self.rows_up_to_tokens):
-            raise ValueError("rows_up_to_tokens has a key that is no length")
-        return self
 
 
 class SampleFacts(StoredFile):
@@ -192,8 +189,6 @@ class Measure(StoredFile):
 
 
 Preset = Literal["quick", "paper"]
-Percent = dict[str, dict[str, float | None]]
-
 OF_A_KIND = {
     "perplexity": ("length_tokens", "loss", "loss_by_eighth", "edges_tokens", "loss_by_bucket"),
     "needle": ("exact_percent", "grid", "lengths", "depths"),
@@ -225,14 +220,14 @@ class EvaluationFile(StoredFile):
     key_tokens: int | None = None
     edges_tokens: list[int] | None = None
     loss_by_bucket: list[float | None] | None = None
-    exact_percent: Percent | None = None
-    found_percent: Percent | None = None
+    exact_percent: dict[str, dict[Count, float | None]] | None = None  # of needles: language, length
+    found_percent: dict[str, dict[Count, float | None]] | None = None
     grid: dict[str, list[list[float | None]]] | None = None
     lengths: list[int] | None = None
     depths: list[float] | None = None
     averages: dict[str, float | None] | None = None
     scores: dict[str, float | None] | None = None
-    by_length: Percent = {}
+    by_length: dict[str, dict[str, float | None]] = {}
     intervals: dict[str, Annotated[list[float], Field(min_length=2, max_length=2)]] = {}
     measures: list[Measure] | None = None
 
@@ -249,17 +244,9 @@ class EvaluationFile(StoredFile):
                 missing.append("settings.depths")
             if not single and "facts" not in self.settings:
                 missing.append("settings.facts")
-            sizes = [
-                size for found in (self.exact_percent, self.found_percent) for s in (found or {}).values() for size in s
-            ]
-            missing += [f"lengths as numbers ({size})" for size in sizes if not size.isdecimal()]
         if self.kind == "ruler":
-            sizes = [
-                *(self.averages or {}),
-                *self.intervals,
-                *(size for sizes in self.by_length.values() for size in sizes),
-            ]
-            missing += [f"lengths as numbers ({size})" for size in sizes or ["none"] if not size.isdecimal()]
+            sizes = [*(self.averages or ["none"]), *self.intervals, *(n for of in self.by_length.values() for n in of)]
+            missing += [f"lengths as numbers ({size})" for size in sizes if not size.isdecimal()]
         if self.edges_tokens is not None and len(self.edges_tokens) != len(self.loss_by_bucket or []) + 1:
             missing.append("as many edges_tokens as buckets, and one more")
         if self.loss_by_eighth == []:
