@@ -41,200 +41,82 @@ class Command:
     target: str  # "module:function"
     summary: str
     example: str = ""  # its arguments
-    flags: tuple[str, ...] = ()  # that it always has
     imports: str = ""  # what takes seconds to import: said before anything else
 
 
 TORCH = "torch and transformers"
 TOKENIZER = "transformers"  # without torch, which no tokenizer needs: two seconds instead of ten
 
+TABLE = (  # command, module below `tools` (its last word is the function's name), summary, example, imports
+    ("train", "begin", "train a run config on this machine's GPUs", "mine.yaml --sp 4", ""),
+    ("check", "begin", "all checks of a start, without starting", "mine.yaml --gpus 8", ""),
+    ("config", "begin", "a run config from keys and files; --help lists every key",
+     "--model.path Qwen/Qwen3-8B --data.train my.jsonl --output_dir runs/mine", ""),
+    ("migrate", "migrate", "a config of Axolotl, LLaMA-Factory, TRL or swift as one of ours",
+     "axolotl.yaml --out mine.yaml", ""),
+    ("models", "models", "model types that are proved; what is known of a checkpoint", "Qwen/Qwen3-8B", ""),
+    ("plan", "plan.command", "how long a sample fits, how fast it trains, as a run config",
+     "Qwen/Qwen3-8B --gpus 8 --gpu h100-80 --length 128K", TORCH),
+    ("verify", "verify.command", "prove that your run trains what one process would",
+     "mine.yaml --sp 8 --layers 2", ""),
+    ("data convert", "make_data.commands", "a published set to rows of one kind",
+     "LongAlign-10k rows.jsonl", "pyarrow"),
+    ("data synth refgpt8x", "make_data.synth.commands", "hide each dialogue's reference among near ones",
+     "RefGPT-Fact rows.jsonl --rows 1000", ""),
+    ("data synth needle", "make_data.synth.commands", "questions about long texts, answers checked by program",
+     "books needles.jsonl --rows 1000 --context_tokens 128K", ""),
+    ("data synth code", "make_data.synth.commands", "long code questions from Python's own source",
+     "code.jsonl --rows 100 --context_tokens 32K", ""),
+    ("data synth agents", "make_data.synth.commands", "an agent's long way to an answer, by tools",
+     "agents.jsonl --rows 100", ""),
+    ("data synth stretches", "make_data.synth.text_commands", "long texts cut into plain rows of many lengths",
+     "books stretches.jsonl --context_tokens 32K", ""),
+    ("data synth negatives", "make_data.synth.text_commands",
+     "a document's parts with near ones of others between them", "books negatives.jsonl --context_tokens 32K", ""),
+    ("data synth lists", "make_data.synth.text_commands", "lists with many keys, links and counts to tell",
+     "lists.jsonl --rows 1000 --context_tokens 32K", ""),
+    ("data mix", "make_data.commands", "a training set of many sources, by a recipe",
+     "recipes/faro_open.yaml --root texts --out mixed --tokenizer Qwen/Qwen3-8B", TORCH),
+    ("data tokenize", "look.commands", "chats to token ids, once, into the cache", "mine.yaml", TOKENIZER),
+    ("data stats", "look.commands", "lengths, targets, packs and padding of a data set",
+     "mine.yaml --html stats.html", TOKENIZER),
+    ("data inspect", "look.commands", "show which tokens of a row are trained on", "mine.yaml --row 3", TOKENIZER),
+    ("data score", "evaluate.data_score", "what long context gains on each row, to choose rows by",
+     "runs/mine rows.jsonl scored.jsonl --short 4K --sp 2", TORCH),
+    ("data ref_logps", "ref_logps", "a reference's log-probabilities of preference pairs, once",
+     "mine.yaml --sp 8", TORCH),
+    ("eval perplexity", "evaluate.perplexity", "loss at every position of long texts, over several GPUs too",
+     "runs/mine --length 128K --sp 8", TORCH),
+    ("eval needle", "evaluate.needle", "hide facts in long texts and ask for them",
+     "runs/mine --lengths 8K,32K,128K", TORCH),
+    ("eval suite", "report.suite", "RULER, needles and short questions, before and after, as one table",
+     "runs/mine --preset quick", TORCH),
+    ("eval ruler", "evaluate.ruler.command", "RULER's 13 tasks at any length, scored as published",
+     "runs/mine --lengths 4K,32K,128K", TORCH),
+    ("eval short", "evaluate.short", "short questions and texts: what long training must not harm",
+     "runs/mine --before", TORCH),
+    ("eval longbench run", "evaluate.longbench.predictions", "answer LongBench or LongBench-E, and score",
+     "runs/mine --data LongBench/ --gpus 8", TORCH),
+    ("eval longbench v2", "evaluate.longbench.choices", "LongBench v2 by the likeliest letter, nothing generated",
+     "runs/mine data.json --sp 8", TORCH),
+    ("eval longproc", "evaluate.longproc.command", "LongProc: long answers that follow a procedure",
+     "runs/mine LongProc/data --gpus 8", TORCH),
+    ("eval reason", "evaluate.reason", "like requests told apart, walks in a graph, at any length",
+     "runs/mine --lengths 4K,32K,128K", TORCH),
+    ("eval longbench score", "evaluate.longbench.score", "score anyone's LongBench predictions", "predictions/", ""),
+    ("report", "report.command", "one self-contained page about a run", "runs/mine", ""),
+    ("chat", "chat", "talk to the result in the terminal", "runs/mine", TORCH),
+    ("export", "export", "a run's result as an ordinary Hugging Face folder", "runs/mine runs/mine-merged", TORCH),
+    ("push", "push", "a run's result, card and report to a model hub", "runs/mine me/mine", ""),
+    ("slurm render", "slurm.render", "the sbatch script of a run, filled and checked",
+     "mine.yaml --gpus_per_node 8 --out job.sbatch", ""),
+    ("slurm submit", "slurm.render", "the same, handed to sbatch", "mine.yaml --gpus_per_node 8 --time 24:00:00", ""),
+    ("doctor", "doctor", "this machine: fit for training? paste it into an issue", "", "torch"),
+    ("docs", "documents", "the documentation, without a network", "data", ""),
+)  # fmt: skip
 COMMANDS = {
-    "train": Command("ds_longft.tools.begin:train", "train a run config on this machine's GPUs", "mine.yaml --sp 4"),
-    "check": Command("ds_longft.tools.begin:check", "all checks of a start, without starting", "mine.yaml --gpus 8"),
-    "config": Command(
-        "ds_longft.tools.begin:config",
-        "a run config from keys and files; --help lists every key",
-        "--model.path Qwen/Qwen3-8B --data.train my.jsonl --output_dir runs/mine",
-    ),
-    "migrate": Command(
-        "ds_longft.tools.migrate:migrate",
-        "a config of Axolotl, LLaMA-Factory, TRL or swift as one of ours",
-        "axolotl.yaml --out mine.yaml",
-    ),
-    "models": Command(
-        "ds_longft.tools.models:models",
-        "model types that are proved; what is known of a checkpoint",
-        "Qwen/Qwen3-8B",
-    ),
-    "plan": Command(
-        "ds_longft.tools.plan.command:plan",
-        "how long a sample fits, how fast it trains, as a run config",
-        "Qwen/Qwen3-8B --gpus 8 --gpu h100-80 --length 128K",
-        imports=TORCH,
-    ),
-    "verify": Command(
-        "ds_longft.tools.verify.command:verify",
-        "prove that your run trains what one process would",
-        "mine.yaml --sp 8 --layers 2",
-    ),
-    "data convert": Command(
-        "ds_longft.tools.make_data.commands:convert",
-        "a published set to rows of one kind",
-        "LongAlign-10k rows.jsonl",
-        imports="pyarrow",
-    ),
-    "data synth refgpt8x": Command(
-        "ds_longft.tools.make_data.synth.commands:refgpt8x",
-        "hide each dialogue's reference among near ones",
-        "RefGPT-Fact rows.jsonl --rows 1000",
-    ),
-    "data synth needle": Command(
-        "ds_longft.tools.make_data.synth.commands:needle",
-        "questions about long texts, answers checked by program",
-        "books needles.jsonl --rows 1000 --context_tokens 128K",
-    ),
-    "data synth code": Command(
-        "ds_longft.tools.make_data.synth.commands:code",
-        "long code questions from Python's own source",
-        "code.jsonl --rows 100 --context_tokens 32K",
-    ),
-    "data synth agents": Command(
-        "ds_longft.tools.make_data.synth.commands:agents",
-        "an agent's long way to an answer, by tools",
-        "agents.jsonl --rows 100",
-    ),
-    "data synth stretches": Command(
-        "ds_longft.tools.make_data.synth.text_commands:stretches",
-        "long texts cut into plain rows of many lengths",
-        "books stretches.jsonl --context_tokens 32K",
-    ),
-    "data synth negatives": Command(
-        "ds_longft.tools.make_data.synth.text_commands:negatives",
-        "a document's parts with near ones of others between them",
-        "books negatives.jsonl --context_tokens 32K",
-    ),
-    "data synth lists": Command(
-        "ds_longft.tools.make_data.synth.text_commands:lists",
-        "lists with many keys, links and counts to tell",
-        "lists.jsonl --rows 1000 --context_tokens 32K",
-    ),
-    "data mix": Command(
-        "ds_longft.tools.make_data.commands:mix",
-        "a training set of many sources, by a recipe",
-        "recipes/faro_open.yaml --root texts --out mixed --tokenizer Qwen/Qwen3-8B",
-        imports=TORCH,
-    ),
-    "data tokenize": Command(
-        "ds_longft.tools.look.commands:tokenize",
-        "chats to token ids, once, into the cache",
-        "mine.yaml",
-        imports=TOKENIZER,
-    ),
-    "data stats": Command(
-        "ds_longft.tools.look.commands:stats",
-        "lengths, targets, packs and padding of a data set",
-        "mine.yaml --html stats.html",
-        imports=TOKENIZER,
-    ),
-    "data inspect": Command(
-        "ds_longft.tools.look.commands:inspect",
-        "show which tokens of a row are trained on",
-        "mine.yaml --row 3",
-        imports=TOKENIZER,
-    ),
-    "data score": Command(
-        "ds_longft.tools.evaluate.data_score:score",
-        "what long context gains on each row, to choose rows by",
-        "runs/mine rows.jsonl scored.jsonl --short 4K --sp 2",
-        imports=TORCH,
-    ),
-    "data ref_logps": Command(
-        "ds_longft.tools.ref_logps:ref_logps",
-        "a reference's log-probabilities of preference pairs, once",
-        "mine.yaml --sp 8",
-        imports=TORCH,
-    ),
-    "eval perplexity": Command(
-        "ds_longft.tools.evaluate.perplexity:perplexity",
-        "loss at every position of long texts, over several GPUs too",
-        "runs/mine --length 128K --sp 8",
-        imports=TORCH,
-    ),
-    "eval needle": Command(
-        "ds_longft.tools.evaluate.needle:needle",
-        "hide facts in long texts and ask for them",
-        "runs/mine --lengths 8K,32K,128K",
-        imports=TORCH,
-    ),
-    "eval suite": Command(
-        "ds_longft.tools.report.suite:suite",
-        "RULER, needles and short questions, before and after, as one table",
-        "runs/mine --preset quick",
-        imports=TORCH,
-    ),
-    "eval ruler": Command(
-        "ds_longft.tools.evaluate.ruler.command:ruler",
-        "RULER's 13 tasks at any length, scored as published",
-        "runs/mine --lengths 4K,32K,128K",
-        imports=TORCH,
-    ),
-    "eval short": Command(
-        "ds_longft.tools.evaluate.short:short",
-        "short questions and texts: what long training must not harm",
-        "runs/mine --before",
-        imports=TORCH,
-    ),
-    "eval longbench run": Command(
-        "ds_longft.tools.evaluate.longbench.predictions:run",
-        "answer LongBench or LongBench-E, and score",
-        "runs/mine --data LongBench/ --gpus 8",
-        imports=TORCH,
-    ),
-    "eval longbench v2": Command(
-        "ds_longft.tools.evaluate.longbench.choices:v2",
-        "LongBench v2 by the likeliest letter, nothing generated",
-        "runs/mine data.json --sp 8",
-        imports=TORCH,
-    ),
-    "eval longproc": Command(
-        "ds_longft.tools.evaluate.longproc.command:longproc",
-        "LongProc: long answers that follow a procedure",
-        "runs/mine LongProc/data --gpus 8",
-        imports=TORCH,
-    ),
-    "eval reason": Command(
-        "ds_longft.tools.evaluate.reason:reason",
-        "like requests told apart, walks in a graph, at any length",
-        "runs/mine --lengths 4K,32K,128K",
-        imports=TORCH,
-    ),
-    "eval longbench score": Command(
-        "ds_longft.tools.evaluate.longbench.score:score", "score anyone's LongBench predictions", "predictions/"
-    ),
-    "report": Command("ds_longft.tools.report.command:report", "one self-contained page about a run", "runs/mine"),
-    "chat": Command("ds_longft.tools.chat:chat", "talk to the result in the terminal", "runs/mine", imports=TORCH),
-    "export": Command(
-        "ds_longft.tools.export:export",
-        "a run's result as an ordinary Hugging Face folder",
-        "runs/mine runs/mine-merged",
-        imports=TORCH,
-    ),
-    "push": Command("ds_longft.tools.push:push", "a run's result, card and report to a model hub", "runs/mine me/mine"),
-    "slurm render": Command(
-        "ds_longft.tools.slurm.render:render",
-        "the sbatch script of a run, filled and checked",
-        "mine.yaml --gpus_per_node 8 --out job.sbatch",
-    ),
-    "slurm submit": Command(
-        "ds_longft.tools.slurm.render:render",
-        "the same, handed to sbatch",
-        "mine.yaml --gpus_per_node 8 --time 24:00:00",
-        ("--submit",),
-    ),
-    "doctor": Command(
-        "ds_longft.tools.doctor:doctor", "this machine: fit for training? paste it into an issue", imports="torch"
-    ),
-    "docs": Command("ds_longft.tools.documents:docs", "the documentation, without a network", "data"),
+    name: Command(f"ds_longft.tools.{module}:{name.split()[-1]}", summary, example, imports)
+    for name, module, summary, example, imports in TABLE
 }
 
 
@@ -270,7 +152,7 @@ def _dispatch(argv: list[str], *, alone: bool = False) -> int:
     if {"--help", "-h"} & set(rest):
         _print_help(name, command)
         return 0
-    bound = bind(described(command.target), f"ds-longft {name}", [*command.flags, *rest])
+    bound = bind(described(command.target), f"ds-longft {name}", rest)
     if command.imports and sys.modules.get("torch") is None:
         print(f"ds-longft {name}: importing {command.imports} ...", file=sys.stderr, flush=True)
         if alone and command.imports == TOKENIZER:

@@ -29,8 +29,8 @@ OWN_OPTIONS = (
 )  # fmt: skip
 
 
-def render(config: RunKeys, *, job: Job = JOB, out: str | None = None, submit: bool = False) -> None:
-    """Print (or write to --out, or --submit) the sbatch script that trains this run config, one srun task for each GPU.
+def render(config: RunKeys, *, job: Job = JOB, out: str | None = None) -> None:
+    """Print (or write to --out) the sbatch script that trains this run config, one srun task for each GPU.
 
     What can be checked without the nodes is checked: the config, the DeepSpeed JSON, the model's heads against sp,
     and that sp groups stay inside a node where they fit.
@@ -38,22 +38,22 @@ def render(config: RunKeys, *, job: Job = JOB, out: str | None = None, submit: b
     Args:
         config: run config; keys behind the file become keys of the job.
         out: file to write.
-        submit: keep the script in the output folder as job.sbatch, and hand it to sbatch (`ds-longft slurm submit`).
     """
     script = fill(config, job)
-    if submit and out is not None:
-        raise ConfigError(f"--out is {out}: with --submit the script lies in the output folder")
-    if submit:
-        _submit(script, config)
-    elif out is None:
+    if out is None:
         print(script, end="")
     else:
         Path(out).write_text(script)
         print(f"written: {out}. Submit it with: sbatch {shlex.quote(out)}")
 
 
-def _submit(script: str, config: RunKeys) -> None:
-    """Keep the script in the output folder as job.sbatch, and hand it to sbatch."""
+def submit(config: RunKeys, *, job: Job = JOB) -> None:
+    """Check a run config and fill its sbatch script, keep that in the output folder as job.sbatch, hand it to sbatch.
+
+    Args:
+        config: run config; keys behind the file become keys of the job.
+    """
+    script = fill(config, job)
     if shutil.which("sbatch") is None:
         raise ConfigError(
             "there is no sbatch here: run this on a login node, or use `ds-longft slurm render --out job.sbatch`"
