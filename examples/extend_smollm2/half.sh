@@ -15,7 +15,11 @@ OUT=${OUT:-runs/half_of_smollm2}
 RULER=${RULER:---lengths 4K,16K,64K --rows 4 --batch_tokens 512K}
 SHORT=${SHORT:-64}
 longft() { "$PYTHON" -m ds_longft.cli "$@"; }
-train() { ONLY=train RUN="$OUT/$1" DATA="$OUT/data-$1" examples/extend_smollm2/run.sh; }
+# One pack of half the length a step, where run.sh takes two of a quarter: steps of a model so small wait for the host.
+train() {
+  ONLY=train RUN="$OUT/$1" DATA="$OUT/data-$1" examples/extend_smollm2/run.sh \
+    --data.pack_tokens $((LENGTH / 2)) --train.gradient_accumulation_steps 1
+}
 
 ONLY=data DATA="$OUT/data-all" examples/extend_smollm2/run.sh
 train all

@@ -22,6 +22,7 @@ if [ ! -f "$OUT/data-mend/run.yaml" ]; then
 fi
 if [ "${ONLY:-all}" = data ]; then exit; fi
 ONLY=train RUN="$OUT/mended" DATA="$OUT/data-mend" examples/extend_smollm2/run.sh \
+  --data.pack_tokens $((LENGTH / 2)) --train.gradient_accumulation_steps 1 \
   --lora.init_from "$OUT/all" --optim.learning_rate 5e-4
 longft eval ruler "$OUT/mended" $RULER
 longft eval short "$OUT/mended" --texts "$SHORT"
