@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ds_longft.command_line import RunKeys, as_words
 from ds_longft.config.read import load_run_config
@@ -19,10 +19,9 @@ class Options:
 
     layers: int | None
     tokens: int | None
-    ranks: int | None
     checks: frozenset[int]
     json: bool
-    original: str | None = None
+    original: str | None
 
 
 def verify(
@@ -57,17 +56,6 @@ def verify(
         original: for check 8, the unquantised model of a checkpoint that is quantised in its files.
     """
     arguments = dict(locals())
-    options = replace(_options(layers, tokens, ranks, checks, json), original=original)
-    run, gpus = load_run_config(config), visible_gpus()
-    if "RANK" not in os.environ and "SLURM_STEP_ID" not in os.environ:
-        started = _ranks(options, run, gpus)
-        return launch_ranks("ds_longft.tools.verify", as_words(arguments), ranks=started, gpus=gpus)
-    from ds_longft.tools.verify.checks import run_checks
-
-    return run_checks(run, options, Launch.from_environment(), device="cuda" if gpus else "cpu")
-
-
-def _options(layers: int | None, tokens: int | str | None, ranks: int | None, checks: str, json: bool) -> Options:
     try:
         numbers = frozenset(int(c) for c in checks.split(","))
         count = None if tokens is None else int(parse_tokens(tokens))
@@ -78,16 +66,23 @@ def _options(layers: int | None, tokens: int | str | None, ranks: int | None, ch
     for flag, value in (("--layers", layers), ("--tokens", count), ("--ranks", ranks)):
         if value is not None and value < 1:
             raise ConfigError(f"ds-longft verify: {flag} is {value}, expected 1 or more")
-    return Options(layers, count, ranks, numbers, json)
+    run, gpus = load_run_config(config), visible_gpus()
+    if "RANK" not in os.environ and "SLURM_STEP_ID" not in os.environ:
+        started = _ranks(ranks, run, gpus)
+        return launch_ranks("ds_longft.tools.verify", as_words(arguments), ranks=started, gpus=gpus)
+    from ds_longft.tools.verify.checks import run_checks
+
+    options = Options(layers, count, numbers, json, original)
+    return run_checks(run, options, Launch.from_environment(), device="cuda" if gpus else "cpu")
 
 
-def _ranks(options: Options, config: RunConfig, gpus: int) -> int:
+def _ranks(asked: int | None, config: RunConfig, gpus: int) -> int:
     """How many to start. Raises ConfigError with what each of them would refuse, before there is any."""
     from ds_longft.config.check import preflight
     from ds_longft.tools import quickstart
 
     sp = config.sp if isinstance(config.sp, int) else None
-    ranks = options.ranks or sp or gpus or 2
+    ranks = asked or sp or gpus or 2
     if sp and ranks % sp:
         raise ConfigError(f"ds-longft verify: --ranks is {ranks}, sp is {sp}: give {sp} ranks or a multiple of it")
     if gpus and ranks > gpus:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from functools import partial
 from typing import Any
 
 import torch
@@ -42,29 +41,18 @@ def check_dropout(
     different = len(set(firsts))
     repeats = all(gather(masks[0] == masks[1] and losses[0] == losses[1]))
     recomputed = all(gather(len(set(masks[0])) == 1))
-    judged = partial(Finding.judged, CHECK)
+    one_seed = "ranks drop the same features: their random numbers start from one seed"
+    not_again = "a step cannot be repeated: resuming would not give the same run"
+    drawn_anew = "recomputation draws new masks: the gradient belongs to another forward pass"
+    all_differ, of_all = different == len(firsts), f"{different} of {len(firsts)}"
     return [
-        judged(
-            "different masks on the ranks",
-            different == len(firsts),
-            f"{different} of {len(firsts)}",
-            "all",
-            "ranks drop the same features: their random numbers start from one seed",
-            value=different,
-        ),
-        judged(
-            "same masks and loss from the same random state",
-            repeats,
-            "yes" if repeats else "no",
-            "yes",
-            "a step cannot be repeated: resuming would not give the same run",
-        ),
-        judged(
-            "same mask when a layer is recomputed",
-            recomputed,
-            "yes" if recomputed else "no",
-            "yes",
-            "recomputation draws new masks: the gradient belongs to another forward pass",
+        Finding.judged(CHECK, "different masks on the ranks", all_differ, of_all, "all", one_seed, value=different),
+        *(
+            Finding.judged(CHECK, what, ok, "yes" if ok else "no", "yes", cause)
+            for what, ok, cause in (
+                ("same masks and loss from the same random state", repeats, not_again),
+                ("same mask when a layer is recomputed", recomputed, drawn_anew),
+            )
         ),
     ]
 

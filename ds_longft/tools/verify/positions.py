@@ -38,8 +38,8 @@ def check_positions(
     Collective; the findings are the same on every rank.
     """
     decoder = decoder_of(engine.module.model)
-    parts = rope_parts(hf_config)
-    rotary = [m for m in decoder.modules() if any(hasattr(m, f"{t}_inv_freq" if t else "inv_freq") for t in parts)]
+    held = [f"{kind}_inv_freq" if kind else "inv_freq" for kind in rope_parts(hf_config)]
+    rotary = [m for m in decoder.modules() if any(hasattr(m, name) for name in held)]
     seen: list[torch.Tensor] = []
 
     def catch(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -56,17 +56,6 @@ def check_positions(
     expected = _restarting(pack)
     fits = live.shape[1] == len(expected)
     wrong = int((live != expected).any(0).sum()) if fits else len(expected)
-    findings = []
-    if parts:
-        try:
-            error = check_rope(decoder, hf_config, np.diff(pack.cu_seqlens).tolist())
-            note = ", ".join(str(p["rope_type"]) for p in parts.values())
-        except ModelError as e:
-            error, note = float("inf"), str(e)
-        what = "inverse frequencies against the config's formula"
-        findings.append(Finding.at_most(CHECK, what, error, MAX_RELATIVE_ERROR, note, remark=note))
-    else:
-        findings.append(Finding(CHECK, "inverse frequencies", None, note=f"{hf_config.model_type} states no RoPE"))
     cause = ""
     if wrong:
         first = int(np.flatnonzero((live != expected).any(0))[0]) if fits else 0
@@ -75,23 +64,27 @@ def check_positions(
             f"token {first} (of document {document}) has position {live[:, first].max()}, expected {expected[first]}: "
             f"position ids have to restart at 0 in each document and go on over the shards of one"
         )
-    made = gather(sum(int((p.position_ids != _restarting(p)).sum()) for p in packs))
-    findings.append(
-        Finding.judged(
-            CHECK,
-            "position ids of the packs",
-            not any(made),
-            f"{sum(made):,} wrong",
-            "0",
-            "position ids do not restart at 0 in each document when packs are made",
-            value=sum(made),
-        )
-    )
-    what = "position ids that reach the model"
-    findings.append(
-        Finding.judged(CHECK, what, wrong == 0, f"{wrong:,} of {len(expected):,} wrong", "0", cause, value=wrong)
-    )
-    return findings
+    made = sum(gather(sum(int((p.position_ids != _restarting(p)).sum()) for p in packs)))
+    when_made = "position ids do not restart at 0 in each document when packs are made"
+    of_all = f"{wrong:,} of {len(expected):,} wrong"
+    return [
+        _frequencies(decoder, hf_config, pack),
+        Finding.judged(CHECK, "position ids of the packs", not made, f"{made:,} wrong", "0", when_made, value=made),
+        Finding.judged(CHECK, "position ids that reach the model", not wrong, of_all, "0", cause, value=wrong),
+    ]
+
+
+def _frequencies(decoder: nn.Module, hf_config: PretrainedConfig, pack: Pack) -> Finding:
+    parts = rope_parts(hf_config)
+    if not parts:
+        return Finding(CHECK, "inverse frequencies", None, note=f"{hf_config.model_type} states no RoPE")
+    try:
+        error = check_rope(decoder, hf_config, np.diff(pack.cu_seqlens).tolist())
+        note = ", ".join(str(p["rope_type"]) for p in parts.values())
+    except ModelError as e:
+        error, note = float("inf"), str(e)
+    what = "inverse frequencies against the config's formula"
+    return Finding.at_most(CHECK, what, error, MAX_RELATIVE_ERROR, note, remark=note)
 
 
 def _restarting(pack: Pack) -> NDArray[np.int64]:

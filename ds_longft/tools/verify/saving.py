@@ -37,42 +37,27 @@ def check_saved(
     if config.lora is None:
         unset_hf_deepspeed_config()  # of the engine's models: this one is loaded by one rank alone
         model: Any = text_class(hf_config).from_pretrained(
-            folder,
-            config=hf_config,
-            dtype=dtype,
-            use_safetensors=True,
+            folder, config=hf_config, dtype=dtype, use_safetensors=True,
             attn_implementation=hf_config._attn_implementation,
-        )
-        return [
-            _same(
-                "full model: loss after save and load", _loss(in_float32(model.to(device)), pack, device), loss_before
-            )
-        ]
-    findings = [_not_empty(folder / WEIGHTS_NAME)]
+        )  # fmt: skip
+        loss = _loss(in_float32(model.to(device)), pack, device)
+        return [_same("full model: loss after save and load", loss, loss_before)]
     base = load_model(config.model, hf_config, ds_engine_config=None, dtype=dtype, device=device, seed=config.seed)
     unpack(base)  # what is merged into a packed weight is lost
     model = peft.PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False)
     in_float32(model)
     loss = _loss(model, pack, device)
-    findings.append(_same("adapter: loss after save and load", loss, loss_before))
     with model.disable_adapter():
-        without = _loss(model, pack, device)
-    moved = abs(without - loss) / max(abs(loss), 1e-30)
-    findings.append(
-        Finding.judged(
-            CHECK,
-            "adapter: the loss without it is another",
-            moved > SAME,
-            f"{moved:.1e}",
-            f"> {SAME:.0e}",
-            "the saved adapter does nothing: its weights were lost or are zeros",
-            value=moved,
-        )
-    )
-    findings.append(
-        _same("merged model: loss against the adapter's", _loss(model.merge_and_unload(), pack, device), loss)
-    )
-    return findings
+        moved = abs(_loss(model, pack, device) - loss) / max(abs(loss), 1e-30)
+    without = "adapter: the loss without it is another"
+    lost = "the saved adapter does nothing: its weights were lost or are zeros"
+    merged = _loss(model.merge_and_unload(), pack, device)
+    return [
+        _not_empty(folder / WEIGHTS_NAME),
+        _same("adapter: loss after save and load", loss, loss_before),
+        Finding.judged(CHECK, without, moved > SAME, f"{moved:.1e}", f"> {SAME:.0e}", lost, value=moved),
+        _same("merged model: loss against the adapter's", merged, loss),
+    ]
 
 
 def _same(what: str, loss: float, expected: float) -> Finding:
@@ -86,10 +71,8 @@ def _not_empty(file: Path) -> Finding:
         sizes = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (not a mapping)
     empty = [name for name, t in sizes.items() if t.numel() == 0 or not bool(t.any())]
     cause = f"{empty[0] if empty else 'the file'} is empty or all zeros: shards were saved, not whole weights"
-    ok = bool(sizes) and not empty
-    return Finding.judged(
-        CHECK, "adapter: tensors that are empty or zero", ok, f"{len(empty)} of {len(sizes)}", "0", cause
-    )
+    what, counted = "adapter: tensors that are empty or zero", f"{len(empty)} of {len(sizes)}"
+    return Finding.judged(CHECK, what, bool(sizes) and not empty, counted, "0", cause)
 
 
 @torch.no_grad()
