@@ -23,7 +23,7 @@ from ds_longft.errors import ConfigError, DataError, ModelError
 from ds_longft.model.hidden_torch import show_torch
 from ds_longft.tools.look.colour import coloured
 from ds_longft.tools.look.cost import cost_of_run
-from ds_longft.tools.look.statistics import GROUP_COLUMNS, Statistics, kept_in_words, statistics
+from ds_longft.tools.look.statistics import GROUP_COLUMNS, Statistics, facts, kept_in_words, statistics
 
 if TYPE_CHECKING:
     from ds_longft.data.tokenized import TokenizedRow, TokenizedSet, Weighting
@@ -38,7 +38,8 @@ def tokenize(config: RunKeys, *, json: bool = False) -> None:
         config: run config; its `data` section and `model.path` (for the tokenizer) are read.
         json: print one JSON object instead of a table.
     """
-    run, tokenizer = _read(config)
+    run = _run(config)
+    tokenizer = _tokenizer(run)
     parts = {
         part: _tokenized(run, sources, tokenizer)
         for part, sources in (("train", run.data.train), ("eval", run.data.eval))
@@ -46,13 +47,13 @@ def tokenize(config: RunKeys, *, json: bool = False) -> None:
     }
     if not parts:
         raise ConfigError("data.train is empty: give at least one source, e.g. [{path: my.jsonl}]")
-    facts = {part: rows.counts() for part, rows in parts.items()}
+    counts = {part: rows.counts() for part, rows in parts.items()}
     if json:
-        print(json_text.dumps(facts))
+        print(json_text.dumps(counts))
         return
-    table = Table("", *facts)
-    for name in next(iter(facts.values())):
-        table.add_row(name.replace("_", " "), *(_shown(fact[name]) for fact in facts.values()))
+    table = Table("", *counts)
+    for name in next(iter(counts.values())):
+        table.add_row(name.replace("_", " "), *(_shown(of[name]) for of in counts.values()))
     Console().print(table)
 
 
@@ -70,8 +71,7 @@ def stats(config: RunKeys, *, dp: int = 1, sp: int = 1, html: str | None = None,
         raise ConfigError(f"--dp is {dp}, --sp is {sp}: expected 1 or more")
     run = _run(config)
     cost = cost_of_run(run)
-    tokenizer = _tokenizer(run)
-    rows = _tokenized(run, run.data.train, tokenizer)
+    rows = _tokenized(run, run.data.train, _tokenizer(run))
     found = statistics(
         rows, run.data, dp=dp, sp=sp, accumulation=run.train.gradient_accumulation_steps, seed=run.seed,
         equal_cost_tokens=cost,
@@ -127,7 +127,6 @@ def as_json(found: Statistics, rows: TokenizedSet) -> dict[str, Any]:
 def show(found: Statistics) -> None:
     """Tables for a terminal."""
     console = Console()
-    packs = found.packs
     table = Table(*GROUP_COLUMNS)
     for groups in (found.sources, found.languages, [found.total]):
         for group in groups:
@@ -141,30 +140,16 @@ def show(found: Statistics) -> None:
         of_language = [f"{counts[i]:,}" for counts in found.by_language.values()]
         bars.add_row(f"{bound:,}", f"{count:,}", *of_language, "█" * round(WIDTH * count / most))
     console.print(bars)
-    facts = Table("packs", packs.packing)
-    left_out = found.left_out.items()
+    table = Table("packing", found.packs.packing)
+    left_out = [f"{count:,} {reason}{_first(found, reason)}" for reason, count in found.left_out.items()]
+    unused = [f"{count:,} {what}" for what, count in found.unused.items()]
     for name, value in (
-        ("packs, tokens of each at most", f"{packs.packs:,} of {packs.budget_tokens:,}"),
-        ("filled", f"{packs.filled:.1%}"),
-        ("pairs in a pack" if found.pairs else "documents in a pack", f"{packs.documents_per_pack:.1f}"),
-        ("steps per epoch", f"{packs.steps:,}"),
-        ("padding tokens", f"{packs.padding_tokens:,}"),
-        ("slowest rank over the mean", f"{packs.imbalance:.3f}"),
-        (f"attention, share of work (half at {packs.equal_cost_tokens:,} tokens)", f"{packs.attention_share:.0%}"),
-        (
-            "left out",
-            "\n".join(f"{count:,} {reason}{_first(found, reason)}" for reason, count in left_out) or "nothing",
-        ),
-        ("rows cut to fit", f"{found.truncated:,}"),
-        ("in the rows, and not used", "\n".join(f"{n:,} {what}" for what, n in found.unused.items()) or "nothing"),
+        *facts(found),
+        ("left out", "\n".join(left_out) or "nothing"),
+        ("in the rows, and not used", "\n".join(unused) or "nothing"),
     ):
-        facts.add_row(name, Text(value))
-    if pairs := found.pairs:
-        answers = f"{pairs.median_chosen_tokens:,} and {pairs.median_rejected_tokens:,}"
-        facts.add_row("tokens before an answer, median", f"{pairs.median_prompt_tokens:,}")
-        facts.add_row("chosen and rejected answer, median", answers)
-        facts.add_row("pairs whose chosen answer is longer", f"{pairs.chosen_longer:.0%}")
-    console.print(facts)
+        table.add_row(name, Text(value))
+    console.print(table)
     if len(found.retention) > 1:
         kept = Table("data.max_length_tokens", kept_in_words(found), "targets in them")
         for window in found.retention:
@@ -198,19 +183,15 @@ def inspect(
     """
     if epoch < 0 or max_chars < 0:
         raise ConfigError(f"--epoch is {epoch}, --max_chars is {max_chars}: expected 0 or more")
-    run, tokenizer = _read(config)
+    run = _run(config)
+    tokenizer = _tokenizer(run)
     rows = _tokenized(run, run.data.train, tokenizer)
     numbers = [row]
     if pack is not None:
         plan = plan_epoch(
-            rows.lengths,
-            budget_tokens=run.budget_tokens,
-            dp=1,
-            accumulation=run.train.gradient_accumulation_steps,
-            seed=run.seed,
-            epoch=epoch,
-            packing=run.data.packing,
-        )
+            rows.lengths, budget_tokens=run.budget_tokens, dp=1, seed=run.seed, epoch=epoch,
+            accumulation=run.train.gradient_accumulation_steps, packing=run.data.packing,
+        )  # fmt: skip
         if not 0 <= pack < len(plan.packs):
             raise DataError(f"pack {pack} does not exist: epoch {epoch} has packs 0 to {len(plan.packs) - 1}")
         numbers = plan.packs[pack].tolist()
@@ -220,34 +201,32 @@ def inspect(
         [part for one in rows.documents(number) for part in _parts(one, tokenizer, run.data.weighting)]
         for number in numbers
     ]
-    facts: list[dict[str, Any]] = [
+    heads: list[dict[str, Any]] = [
         {"row": one.index, "origin": one.origin, "tokens": int(rows.lengths[number]), "targets": one.targets}
         for number, one in zip(numbers, map(rows.row, numbers), strict=True)
     ]
     if json:
         documents = [
             {**fact, "parts": [{"text": text, "loss_weight": weight} for text, weight in parts if text]}
-            for fact, parts in zip(facts, shown, strict=True)
+            for fact, parts in zip(heads, shown, strict=True)
         ]
         print(json_text.dumps(documents[0] if pack is None else {"pack": pack, "documents": documents}))
         return
     console = Console()
     shown_as = "(green)" if console.color_system else "(in [[ ]])"
     at = 0
-    for fact, parts in zip(facts, shown, strict=True):
+    for fact, parts in zip(heads, shown, strict=True):
         if pack is not None:
             head = f"tokens {at:,} to {at + fact['tokens']:,}: row {fact['row']}, {fact['origin']}"
             console.rule(Text(head, style="bold cyan"), align="left")
         console.print(coloured(parts, max_chars, marked=not console.color_system), soft_wrap=True)
         at += fact["tokens"]
+    targets = sum(fact["targets"] for fact in heads)
     if pack is None:
-        line = (
-            f"{facts[0]['origin']}: {facts[0]['tokens']:,} tokens, {facts[0]['targets']:,} of them trained {shown_as}"
-        )
+        line = f"{heads[0]['origin']}: {at:,} tokens, {targets:,} of them trained {shown_as}"
     else:
-        targets = sum(fact["targets"] for fact in facts)
         used = f"{at:,} of {max(at, run.budget_tokens):,} tokens"  # a longer row has a pack of its length
-        line = f"pack {pack}: {len(facts)} documents, {used}, {targets:,} trained {shown_as}"
+        line = f"pack {pack}: {len(heads)} documents, {used}, {targets:,} trained {shown_as}"
     console.print(f"\n{line}", markup=False, soft_wrap=True)
 
 
@@ -261,12 +240,6 @@ def _parts(one: TokenizedRow, tokenizer: Any, weighting: Weighting) -> list[tupl
         parts.append((tokenizer.decode(one.input_ids[start:end]), float(weight)))
         at = end
     return [*parts, (tokenizer.decode(one.input_ids[at:]), 0.0)]
-
-
-def _read(config: RunKeys) -> tuple[RunConfig, Any]:
-    """The run config and its model's tokenizer."""
-    run = _run(config)
-    return run, _tokenizer(run)
 
 
 def _run(config: RunKeys) -> RunConfig:

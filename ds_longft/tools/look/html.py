@@ -6,34 +6,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ds_longft.tools.look.statistics import GROUP_COLUMNS, UNKNOWN, Group, Statistics, kept_in_words
+from ds_longft.tools.look.statistics import GROUP_COLUMNS, UNKNOWN, Group, Statistics, facts, kept_in_words
 from ds_longft.tools.pages.charts import column_chart
 from ds_longft.tools.pages.shell import facts_table, shell, table, tiles, wide
 
 
 def page(stats: Statistics, *, title: str, note: str = "") -> str:
     """The whole HTML text."""
-    total, packs = stats.total, stats.packs
+    total = stats.total
     first = [
         ("rows", f"{total.rows:,}"),
         ("tokens", f"{total.tokens:,}"),
         ("trained", f"{total.target_share:.1%}"),
         ("longest row", f"{total.longest_tokens:,} tokens"),
-        ("packs", f"{packs.packs:,}"),
-        ("filled", f"{packs.filled:.1%}"),
-        ("padding", f"{packs.padding_tokens:,} tokens"),
-        ("steps per epoch", f"{packs.steps:,}"),
-        ("slowest rank / mean", f"x {packs.imbalance:.3f}"),
-        ("work in attention", f"{packs.attention_share:.0%}"),
-        *([("rows cut to fit", f"{stats.truncated:,}")] if stats.truncated else []),
+        *facts(stats),
     ]
-    if pairs := stats.pairs:
-        first += [
-            ("median prompt", f"{pairs.median_prompt_tokens:,} tokens"),
-            ("median answer, chosen", f"{pairs.median_chosen_tokens:,} tokens"),
-            ("median answer, rejected", f"{pairs.median_rejected_tokens:,} tokens"),
-            ("chosen is the longer one", f"{pairs.chosen_longer:.0%} of pairs"),
-        ]
     seen = stats.first_left_out
     left_out = [(reason, f"{count:,}", seen.get(reason, "")) for reason, count in stats.left_out.items()]
     unused = [(what, f"{count:,}") for what, count in stats.unused.items()]
@@ -44,22 +31,15 @@ def page(stats: Statistics, *, title: str, note: str = "") -> str:
     ]
     made = [
         ("attention cost", "sum of squared lengths"),
-        ("work in attention", f"where it costs a model as much as all else at {packs.equal_cost_tokens:,} tokens"),
         ("fingerprint", stats.fingerprint),
-    ]  # fmt: skip
+    ]
     languages = [group.name for group in stats.languages]
     sections = [
         ("Overview", f"{tiles(first)}<div class=pair>{_charts(stats)}</div>"),
         ("Sources", _groups(stats.sources, "Rows by source")),
         ("Languages", _groups(stats.languages, "Rows by language") if languages != [UNKNOWN] else ""),
-        (
-            "Lengths",
-            _wide(["tokens up to", *stats.by_source, "tokens"], lengths, "Rows by length, tokens up to, and source"),
-        ),
-        (
-            "Windows",
-            _wide(["tokens", kept_in_words(stats), "targets in them"], kept, "What a window of N tokens keeps"),
-        ),
+        ("Lengths", _wide(["tokens up to", *stats.by_source, "tokens"], lengths, "Rows by length and source")),
+        ("Windows", _wide(["tokens", kept_in_words(stats), "targets in them"], kept, "What a window keeps")),
         ("Not used", _wide(["", "rows"], unused, "What rows hold and nothing is made of") if unused else ""),
         ("Left out", _wide(["reason", "rows", "first of them"], left_out, "Rows left out") if left_out else ""),
         ("How it was counted", facts_table(made)),

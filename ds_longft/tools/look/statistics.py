@@ -110,15 +110,9 @@ class Statistics:
 
 
 def statistics(
-    rows: TokenizedSet,
-    data: DataConfig,
-    *,
-    dp: int,
-    sp: int,
-    accumulation: int,
-    seed: int,
+    rows: TokenizedSet, data: DataConfig, *, dp: int, sp: int, accumulation: int, seed: int,
     equal_cost_tokens: int = EQUAL_COST_TOKENS,
-) -> Statistics:
+) -> Statistics:  # fmt: skip
     """Count a tokenized set, and plan its first epoch for these ranks and a model of `equal_cost_tokens`."""
     lengths, targets = rows.lengths, rows.targets
     sources = _kinds(rows.column("source"))
@@ -131,27 +125,14 @@ def statistics(
     classes = np.searchsorted(bounds, lengths)
     budget_tokens = data.budget_tokens(rows.documents_per_row)
     plan = plan_epoch(
-        lengths,
-        budget_tokens=budget_tokens,
-        dp=dp,
-        accumulation=accumulation,
-        seed=seed,
-        epoch=0,
-        packing=data.packing,
-        equal_cost_tokens=equal_cost_tokens,
-    )
+        lengths, budget_tokens=budget_tokens, dp=dp, accumulation=accumulation, seed=seed, epoch=0,
+        packing=data.packing, equal_cost_tokens=equal_cost_tokens,
+    )  # fmt: skip
 
     def group(name: str, where: NDArray[np.bool_]) -> Group:
         own = lengths[where]
-        return Group(
-            name,
-            int(where.sum()),
-            int(own.sum()),
-            int(targets[where].sum()),
-            int(np.median(own)),
-            int(own.max()),
-            float(share[where].sum()),
-        )
+        whole = (where.sum(), own.sum(), targets[where].sum(), np.median(own), own.max())
+        return Group(name, *map(int, whole), float(share[where].sum()))
 
     def histogram(kinds: NDArray[Any]) -> dict[str, list[int]]:
         return {k: np.bincount(classes[kinds == k], minlength=len(bounds)).tolist() for k in _by_size(kinds)}
@@ -187,6 +168,29 @@ def statistics(
         retention=_retention(rows),
         pairs=PairLengths.of(rows),
     )
+
+
+def facts(found: Statistics) -> list[tuple[str, str]]:
+    """What a terminal and a page say of the packs, and of pairs."""
+    packs, pairs = found.packs, found.pairs
+    told = [
+        (f"packs of up to {packs.budget_tokens:,} tokens", f"{packs.packs:,}"),
+        ("filled", f"{packs.filled:.1%}"),
+        ("pairs in a pack" if pairs else "documents in a pack", f"{packs.documents_per_pack:.1f}"),
+        ("steps per epoch", f"{packs.steps:,}"),
+        ("padding tokens", f"{packs.padding_tokens:,}"),
+        ("slowest rank over the mean", f"{packs.imbalance:.3f}"),
+        (f"attention, share of work (half at {packs.equal_cost_tokens:,} tokens)", f"{packs.attention_share:.0%}"),
+        ("rows cut to fit", f"{found.truncated:,}"),
+    ]
+    if pairs:
+        told += [
+            ("tokens before an answer, median", f"{pairs.median_prompt_tokens:,}"),
+            ("chosen answer, median", f"{pairs.median_chosen_tokens:,} tokens"),
+            ("rejected answer, median", f"{pairs.median_rejected_tokens:,} tokens"),
+            ("pairs whose chosen answer is longer", f"{pairs.chosen_longer:.0%}"),
+        ]
+    return told
 
 
 def kept_in_words(found: Statistics) -> str:
