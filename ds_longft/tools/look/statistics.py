@@ -131,8 +131,8 @@ def statistics(
 
     def group(name: str, where: NDArray[np.bool_]) -> Group:
         own = lengths[where]
-        whole = (where.sum(), own.sum(), targets[where].sum(), np.median(own), own.max())
-        return Group(name, *map(int, whole), float(share[where].sum()))
+        trained, middle, longest = map(int, (targets[where].sum(), np.median(own), own.max()))
+        return Group(name, len(own), int(own.sum()), trained, middle, longest, float(share[where].sum()))
 
     def histogram(kinds: NDArray[Any]) -> dict[str, list[int]]:
         return {k: np.bincount(classes[kinds == k], minlength=len(bounds)).tolist() for k in _by_size(kinds)}
