@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,18 +36,18 @@ from ds_longft.model.packed import Format
 from ds_longft.model.rope import check_rope
 from ds_longft.model.rope_formulas import rope_parts
 from ds_longft.model.stops import serve_stop, stop_ids
-from ds_longft.model.wrapped import PREPARATION_FILES, copy_preparation, whole_class
+from ds_longft.model.wrapped import copy_preparation, whole_class
 from ds_longft.train.card import copy_card
 from ds_longft.train.durable import as_readable_as_the_folder
+from ds_longft.train.hub import OF_MODEL
 
 PROMPT = "The capital of France is"
-# Merging rounds each weight once to its type; relative to the largest logit.
 NO_CODE = {"trust_remote_code": False}  # said, or transformers asks at the terminal
 MAX_LOGIT_DIFFERENCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
+"""Relative to the largest logit: merging rounds each weight once to its type."""
 
 PREDICTION_HEADS = "mtp."
 """What names of multi-token-prediction heads begin with (Qwen3-Next, Qwen3.5, OLMo-Hybrid)."""
-
 
 Into = Literal["trained", "original"]
 
@@ -94,11 +95,8 @@ def export_model(run: Path, out: Path, base: str | None = None, into: Into = "tr
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as name:
         work = Path(name) / "model"
-        report: dict[str, Any] = {
-            "run": str(run),
-            "out": str(out),
-            "kind": "merged adapter" if merges else "full model",
-        }
+        report: dict[str, Any] = {"run": str(run), "out": str(out)}
+        report["kind"] = "merged adapter" if merges else "full model"
         report |= _merge(run, work, base, into) if merges else _copy(run, work)
         copy_card(run, work, out)
         as_readable_as_the_folder(work)
@@ -120,8 +118,8 @@ def _merge(run: Path, work: Path, base: str | None, into: Into) -> dict[str, Any
         narrowed(hf_config, of_base)
         form, merged_into = _merged_into(run, base, hf_config, of_base, into)
         how = {"dtype": "auto", "use_safetensors": True, **NO_CODE, **source}
-        if stored_as(of_base):  # made dense; its own config says how it lies in the files
-            hf_config.quantization_config = stored_as(of_base)
+        if stored := stored_as(of_base):  # made dense; its own config says how it lies in the files
+            hf_config.quantization_config = stored
             model, _ = load_packed(
                 whole_class(hf_config), base, ModelConfig(path=base, quantize="none"), hf_config,
                 output_loading_info=True, **how,
@@ -133,7 +131,7 @@ def _merge(run: Path, work: Path, base: str | None, into: Into) -> dict[str, Any
             f"the base model {base!r} cannot be loaded: {str(error).splitlines()[0]}; give --base"
         ) from error
     dtype = model.dtype
-    if form is not None and not stored_as(of_base):  # the base that the adapter was trained on
+    if form is not None and not stored:  # the base that the adapter was trained on
         round_as_packed(model, form)
     if {"embed_tokens", "lm_head"} & {name.rpartition(".")[2] for name in adapter.target_modules or ()}:
         _untie(model)
@@ -145,8 +143,8 @@ def _merge(run: Path, work: Path, base: str | None, into: Into) -> dict[str, Any
     except ValueError as error:
         raise ModelError(f"the adapter in {str(run)!r} cannot be merged: {error}") from error
     after = _logits(merged, tokens)
-    difference = float((after - with_adapter).abs().max())
-    limit = MAX_LOGIT_DIFFERENCE.get(dtype, 0.1) * float(with_adapter.abs().max())
+    difference, largest = float((after - with_adapter).abs().max()), float(with_adapter.abs().max())
+    limit = MAX_LOGIT_DIFFERENCE.get(dtype, 0.1) * largest
     if not difference <= limit:
         raise ModelError(
             f"the merged model's logits differ from the adapter's by {difference:.3g}, allowed {limit:.3g}"
@@ -157,7 +155,7 @@ def _merge(run: Path, work: Path, base: str | None, into: Into) -> dict[str, Any
         "merged_into": merged_into,
         "dtype": str(dtype).removeprefix("torch."),
         "merged_logits_max_difference": difference,
-        "largest_logit": float(with_adapter.abs().max()),
+        "largest_logit": largest,
     }
     del model, adapted, merged
     gc.collect()
@@ -204,7 +202,7 @@ def _copy(run: Path, work: Path) -> dict[str, Any]:
     """Copy the files of the model and nothing else of the run."""
     work.mkdir()
     for path in sorted(run.iterdir()):
-        if path.is_file() and _belongs_to_model(path):
+        if path.is_file() and (OF_MODEL.fullmatch(path.name) or path.suffix == ".safetensors"):
             shutil.copy2(path, work / path.name)
     config = AutoConfig.from_pretrained(work, **NO_CODE)
     config.use_cache = True
@@ -224,18 +222,6 @@ def _copy(run: Path, work: Path) -> dict[str, Any]:
     del model
     gc.collect()
     return {"dtype": str(dtype).removeprefix("torch.")} | _check_reload(work, logits, tokens)
-
-
-def _belongs_to_model(path: Path) -> bool:
-    named = {
-        "config.json",
-        "generation_config.json",
-        "model.safetensors.index.json",
-        "chat_template.jinja",
-        *PREPARATION_FILES,
-    }
-    tokenizer = path.name.startswith(("tokenizer", "special_tokens", "added_tokens", "vocab", "merges"))
-    return path.name in named or tokenizer or path.suffix == ".safetensors"
 
 
 def _trained_config(run: Path, base: str, source: dict[str, str]) -> PretrainedConfig:
@@ -268,17 +254,13 @@ def _save(model: Model, run: Path, work: Path, base: str, source: dict[str, str]
 
 def _prediction_heads(base: str, source: dict[str, str]) -> dict[str, torch.Tensor]:
     """Weights of the base's multi-token-prediction heads: transformers leaves them out, servers draft with them."""
-    index = cached_file(base, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **source)
+    file_of = partial(cached_file, base, _raise_exceptions_for_missing_entries=False, **source)
     files = {SAFE_WEIGHTS_NAME}
-    if index is not None:
+    if (index := file_of(SAFE_WEIGHTS_INDEX_NAME)) is not None:
         placed = json_format.loads(Path(index).read_text())["weight_map"]
         files = {file for name, file in placed.items() if name.startswith(PREDICTION_HEADS)}
-    found: dict[str, torch.Tensor] = {}
-    for name in files:
-        path = cached_file(base, name, _raise_exceptions_for_missing_entries=False, **source)
-        if path is not None:
-            found |= dict(_tensors_of(Path(path), PREDICTION_HEADS))
-    return found
+    paths = [path for path in map(file_of, files) if path is not None]
+    return {name: tensor for path in paths for name, tensor in _tensors_of(Path(path), PREDICTION_HEADS)}
 
 
 def _stop_where_served(tokenizer: Any, config: PretrainedConfig, generation: Any) -> bool:
@@ -328,9 +310,8 @@ def _check_reload(work: Path, logits: torch.Tensor, tokens: torch.Tensor) -> dic
         files.add(name)
         if name not in loaded or not torch.equal(loaded[name], tensor):
             raise ModelError(f"reload check: weight {name} of {work} does not come back as it was written")
-    tied = {name for name in loaded if name not in files}
     shared = {loaded[name].data_ptr() for name in files}
-    lost = sorted(name for name in tied if loaded[name].data_ptr() not in shared)
+    lost = sorted(name for name in loaded if name not in files and loaded[name].data_ptr() not in shared)
     if lost:
         raise ModelError(f"reload check: {len(lost)} weights were not written, the first is {lost[0]}")
     rope_error = check_rope(model.get_decoder(), model.config) if rope_parts(model.config) else 0.0

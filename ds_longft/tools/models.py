@@ -33,60 +33,59 @@ def models(model: str | None = None, *, revision: str | None = None) -> None:
     print("\n".join(f"{name:<16}{text}" for name, text in lines))
 
 
+PAGE = """\
+# Models
+
+Made by `python -m tests.distributed.write_models`, which walks all causal model types of transformers and
+all multimodal ones that hold one: a small model of each, all its kinds of layers, windows shorter than its
+documents. transformers computes each document alone; here two documents in one pack are split over two
+ranks. Loss and every gradient are compared in float64, of all weights and of LoRA adapters.
+
+Written {written} with {versions}. {count} of {all} types are proved; the largest
+difference is {worst:.0e}, relative.
+
+A type that is not proved is refused, unless the run config has `model.unproved: true`; what is refused for a
+reason stays refused.
+
+## Proved
+
+{plain}
+
+## Proved, as the text model of a multimodal checkpoint
+
+Loss and gradients are those of the whole model given text; towers are neither loaded nor trained, and are in
+what is saved and exported. The text model may be another one that is proved.
+
+{wrappers}
+"""
+
+
 def page() -> str:
     """The text of docs/models.md."""
     found = proofs()
     types: dict[str, dict[str, Any]] = found["types"]
     proved = {name: entry for name, entry in types.items() if "proved" in entry}
-    wrappers = {name: entry for name, entry in proved.items() if "text" in entry}
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    worst = max((entry["proved"] for entry in proved.values()), default=0.0)
-    lines = [
-        "# Models",
-        "",
-        "Made by `python -m tests.distributed.write_models`, which walks all causal model types of transformers and",
-        "all multimodal ones that hold one: a small model of each, all its kinds of layers, windows shorter than its",
-        "documents. transformers computes each document alone; here two documents in one pack are split over two",
-        "ranks. Loss and every gradient are compared in float64, of all weights and of LoRA adapters.",
-        "",
-        f"Written {found['written']} with {versions}. {len(proved)} of {len(types)} types are proved; the largest",
-        f"difference is {worst:.0e}, relative.",
-        "",
-        "A type that is not proved is refused, unless the run config has `model.unproved: true`; what is refused for a",
-        "reason stays refused.",
-        "",
-        "## Proved",
-        "",
-        _flowing(name for name in proved if name not in wrappers),
-        "",
-        "## Proved, as the text model of a multimodal checkpoint",
-        "",
-        "Loss and gradients are those of the whole model given text; towers are neither loaded nor trained, and are in",
-        "what is saved and exported. The text model may be another one that is proved.",
-        "",
-        _flowing(f"{name} ({entry['text']})" for name, entry in wrappers.items()),
-        "",
-        "## Not proved",
-        "",
-        "| type | why |",
-        "|---|---|",
-    ]
-    for name in types:
-        if name not in proved:
-            lines.append(f"| {name} | {str(why_not_proved(name)).removeprefix(f'{name} ').replace('|', ' ')} |")
-    against = {name: entry["against"] for name, entry in proved.items() if "against" in entry}
-    if against:
-        lines += ["", "## Proved, but not beside transformers' own step as it is", "", "| type | why |", "|---|---|"]
-        lines += [f"| {name} | {why} |" for name, why in against.items()]
-    without_lora = {name: entry["lora"] for name, entry in proved.items() if "lora" in entry}
-    if without_lora:
-        lines += ["", "## Proved, but for LoRA on all linear layers", "", "| type | why |", "|---|---|"]
-        lines += [f"| {name} | {why.replace('|', ' ')} |" for name, why in without_lora.items()]
-    return "\n".join(lines) + "\n"
+    text = PAGE.format(
+        written=found["written"],
+        versions=", ".join(f"{name} {version}" for name, version in found["versions"].items()),
+        count=len(proved),
+        all=len(types),
+        worst=max((entry["proved"] for entry in proved.values()), default=0.0),
+        plain=", ".join(f"`{name}`" for name, entry in proved.items() if "text" not in entry),
+        wrappers=", ".join(f"`{name} ({entry['text']})`" for name, entry in proved.items() if "text" in entry),
+    )
+    for title, why in (
+        ("Not proved", {n: str(why_not_proved(n)).removeprefix(f"{n} ") for n in types if n not in proved}),
+        ("Proved, but not beside transformers' own step as it is", _said(proved, "against")),
+        ("Proved, but for LoRA on all linear layers", _said(proved, "lora")),
+    ):
+        rows = [f"| {name} | {reason.replace('|', ' ')} |\n" for name, reason in why.items()]
+        text += f"\n## {title}\n\n| type | why |\n|---|---|\n{''.join(rows)}" if rows else ""
+    return text
 
 
-def _flowing(names: Iterator[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
+def _said(types: dict[str, dict[str, Any]], key: str) -> dict[str, str]:
+    return {name: entry[key] for name, entry in types.items() if key in entry}
 
 
 def about_type(model_type: str) -> Iterator[tuple[str, str]]:

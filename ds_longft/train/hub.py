@@ -17,10 +17,10 @@ from ds_longft.config.run_config import HubConfig
 from ds_longft.errors import ConfigError
 from ds_longft.train.secrets import redact
 
-_OF_MODEL = re.compile(
+OF_MODEL = re.compile(
     r"adapter_config\.json|adapter_model\.safetensors|base_config/.*\.json|config\.json|generation_config\.json|"
     r"model.*\.(safetensors|safetensors\.index\.json)|(tokenizer|special_tokens|added_tokens|vocab|merges).*|"
-    r"chat_template\.jinja"
+    r"chat_template\.(jinja|json)|(|pre|video_pre)processor_config\.json"
 )
 _OF_RUN = re.compile(r"README\.md|report\.(html|md)|loss\.png|metrics\.jsonl")
 _TEXT = {".json", ".jsonl", ".md", ".html", ".jinja", ".txt"}
@@ -30,7 +30,7 @@ def files_of(folder: Path) -> dict[str, Path]:
     """Name in the repository -> file, of what a run or an exported model has to show; no checkpoint, no config.yaml."""
     inside = [p for p in sorted(folder.rglob("*")) if p.is_file() and len(p.relative_to(folder).parts) <= 2]
     named = {p.relative_to(folder).as_posix(): p for p in inside}
-    return {name: p for name, p in named.items() if _OF_MODEL.fullmatch(name) or _OF_RUN.fullmatch(name)}
+    return {name: p for name, p in named.items() if OF_MODEL.fullmatch(name) or _OF_RUN.fullmatch(name)}
 
 
 def hub_id(base: str) -> str | None:

@@ -15,7 +15,9 @@ from ds_longft.config.run_config import LoraConfig, ModelConfig, RopeConfig
 from ds_longft.errors import ModelError
 from ds_longft.model.load import load_config, load_model
 from ds_longft.model.lora import add_lora, gather_adapter_state, save_adapter
+from ds_longft.model.wrapped import PREPARATION_FILES
 from ds_longft.tools.export import export, export_model
+from ds_longft.train.hub import files_of
 from tests.unit.model.tiny import SHAPE, WINDOW, save_tiny
 
 NO_STRETCH = RopeConfig()
@@ -215,3 +217,9 @@ def test_an_adapter_of_a_base_that_had_grown(tied: bool, tmp_path: Path) -> None
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         torch.testing.assert_close(merged(TOKENS).logits, adapted.eval()(TOKENS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_what_prepares_images_is_uploaded_too(tmp_path: Path) -> None:
+    for name in (*PREPARATION_FILES, "optimizer.pt", "config.yaml"):
+        (tmp_path / name).touch()
+    assert set(files_of(tmp_path)) == set(PREPARATION_FILES)
