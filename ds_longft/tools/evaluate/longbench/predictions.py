@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 from ds_longft.errors import ConfigError
 from ds_longft.tools.evaluate.flags import FLAGS, Flags, listed, tokens_of
 from ds_longft.tools.evaluate.haystack import encode_prompt
-from ds_longft.tools.evaluate.longbench.score import print_scores, scores_by_length, task_scores
-from ds_longft.tools.evaluate.longbench.task_metrics import check_packages
+from ds_longft.tools.evaluate.longbench.score import print_scores, scored
 from ds_longft.tools.evaluate.longbench.task_rows import find_copy, read_prompts, read_task
-from ds_longft.tools.evaluate.longbench.tasks import TASKS, Task, averages
+from ds_longft.tools.evaluate.longbench.tasks import TASKS, Task, check_packages
 from ds_longft.tools.evaluate.processes import evaluate_on_ranks
 
 if TYPE_CHECKING:
@@ -95,7 +94,7 @@ def _measure(answering: Answering, tasks: list[Task], told: dict[str, Any], most
             questions[f"{task.name}/{i}"] = Question(longest, task.max_new_tokens, partial(made, task, row), **more)
     told = {**told, "data_fingerprint": fingerprint([{t: templates[t] for t in sets}, *sets.values()])}
     kind, settings = "longbench-e" if e else "longbench", {**told, "max_length_tokens": longest}
-    return answering.ask(kind, settings, questions, lambda rows: _scores(rows, e))
+    return answering.ask(kind, settings, questions, lambda rows: scored(rows, e))
 
 
 def choose_tasks(names: str, *, e: bool) -> list[Task]:
@@ -127,10 +126,3 @@ def prompt_ids(tokenizer: Any, text: str, task: Task, max_length: int) -> list[i
         half = max_length // 2
         text = "".join(tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:half], ids[-half:]))
     return encode_prompt(tokenizer, text, chat=task.chat)
-
-
-def _scores(rows: list[dict[str, Any]], e: bool) -> dict[str, Any]:
-    scores = task_scores(rows)
-    counts = {task: sum(row["dataset"] == task for row in rows) for task in scores}
-    lengths = {"by_length": scores_by_length(rows)} if e else {}
-    return {"scores": scores, "averages": averages(scores), "rows": counts, **lengths}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json as json_text
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,7 @@ from ds_longft.config.run_config import SourceConfig
 from ds_longft.data.readers import read_rows
 from ds_longft.data.rows import BadRow
 from ds_longft.errors import DataError
-from ds_longft.tools.evaluate.longbench.task_metrics import SCORERS
-from ds_longft.tools.evaluate.longbench.tasks import BUCKETS, TASKS, Task, averages
-
-REQUIRED = ("pred", "answers")
+from ds_longft.tools.evaluate.longbench.tasks import BUCKETS, TASKS, Task, averages, classification
 
 
 def score(predictions: str, *, by_length: bool = False, json: bool = False) -> None:
@@ -32,16 +30,18 @@ def score(predictions: str, *, by_length: bool = False, json: bool = False) -> N
         by_length: LongBench-E: also a score for each of 0-4k, 4-8k and 8k+ words.
         json: print one JSON object, {"scores": {task: value}, ...}, instead of a table.
     """
-    rows = read_predictions(predictions)
-    scores = task_scores(rows)
-    result: dict[str, Any] = {"scores": scores, "averages": averages(scores)}
-    result["rows"] = {task: sum(row["dataset"] == task for row in rows) for task in scores}
-    if by_length:
-        result["by_length"] = scores_by_length(rows)
+    result = scored(read_predictions(predictions), by_length)
     if json:
         print(json_text.dumps(result, ensure_ascii=False))
-        return
-    print_scores(result)
+    else:
+        print_scores(result)
+
+
+def scored(rows: Sequence[dict[str, Any]], by_length: bool) -> dict[str, Any]:
+    """Scores of the tasks, the averages of the table, rows of each task; for LongBench-E scores by length too."""
+    scores, counts = task_scores(rows), Counter(row["dataset"] for row in rows)
+    result = {"scores": scores, "averages": averages(scores), "rows": {task: counts[task] for task in scores}}
+    return result | ({"by_length": scores_by_length(rows)} if by_length else {})
 
 
 def read_predictions(path: str) -> list[dict[str, Any]]:
@@ -75,7 +75,7 @@ def read_predictions(path: str) -> list[dict[str, Any]]:
 def _problem(row: dict[str, Any]) -> str | None:
     if row["dataset"] not in TASKS:
         return f"dataset is {row['dataset']!r}, expected one of {', '.join(TASKS)}"
-    missing = [key for key in REQUIRED if key not in row]
+    missing = [key for key in ("pred", "answers") if key not in row]
     if missing:
         return f"no {' and no '.join(missing)} (keys: {', '.join(row)})"
     if not isinstance(row["pred"], str):
@@ -83,7 +83,7 @@ def _problem(row: dict[str, Any]) -> str | None:
     answers = row["answers"]
     if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
         return "answers should be a list of texts"
-    if TASKS[row["dataset"]].metric == "classification" and not row.get("all_classes"):
+    if TASKS[row["dataset"]].metric is classification and not row.get("all_classes"):
         return f"all_classes is missing: {row['dataset']} is scored by the names of all classes"
     return None
 
@@ -94,50 +94,43 @@ def row_score(task: Task, row: dict[str, Any]) -> float:
     if task.first_line_only:
         prediction = prediction.lstrip("\n").split("\n")[0]
     classes = row.get("all_classes") or []
-    return max(SCORERS[task.metric](prediction, answer, classes) for answer in row["answers"])
+    return max(task.metric(prediction, answer, classes) for answer in row["answers"])
 
 
 def task_scores(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
     """100 x mean row score of each task, 2 decimals, in the order of `TASKS`."""
-    return {task: _percent(values) for task, values in _row_scores(rows).items()}
+    values: dict[str, list[float]] = {task: [] for task in TASKS}
+    for row in rows:
+        values[row["dataset"]].append(row_score(TASKS[row["dataset"]], row))
+    return {task: round(100 * sum(of) / len(of), 2) for task, of in values.items() if of}
 
 
 def scores_by_length(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """LongBench-E: the same for each bucket of `length`; buckets without rows are left out."""
+    of_bucket: dict[str, list[dict[str, Any]]] = {bucket: [] for bucket in BUCKETS}
+    for row in rows:
+        of_bucket[_bucket(row)].append(row)
     result: dict[str, dict[str, float]] = {}
-    held = list(rows)
-    for bucket in BUCKETS:
-        for task, value in task_scores(row for row in held if _bucket(row) == bucket).items():
+    for bucket, held in of_bucket.items():
+        for task, value in task_scores(held).items():
             result.setdefault(task, {})[bucket] = value
     return result
 
 
-def _row_scores(rows: Iterable[dict[str, Any]]) -> dict[str, list[float]]:
-    values: dict[str, list[float]] = {}
-    for row in rows:
-        values.setdefault(row["dataset"], []).append(row_score(TASKS[row["dataset"]], row))
-    return {task: values[task] for task in TASKS if task in values}
-
-
-def _bucket(row: dict[str, Any]) -> str | None:
+def _bucket(row: dict[str, Any]) -> str:
     length = row.get("length")
     if not isinstance(length, int | float):
         raise DataError(f"length is {length!r} in a row of {row['dataset']}: --by_length needs a number in every row")
     return BUCKETS[0] if length < 4000 else BUCKETS[1] if length < 8000 else BUCKETS[2]
 
 
-def _percent(values: list[float]) -> float:
-    return round(100 * sum(values) / len(values), 2)
-
-
 def print_scores(result: dict[str, Any]) -> None:
     """Tables for people."""
-    console = Console()
-    table = Table("task", "group", "rows", "score", *(BUCKETS if "by_length" in result else ()))
+    console, lengths = Console(), result.get("by_length")
+    table = Table("task", "group", "rows", "score", *(BUCKETS if lengths else ()))
     for task, value in result["scores"].items():
-        lengths = result.get("by_length", {}).get(task, {})
-        columns = [f"{lengths[b]:.2f}" if b in lengths else "" for b in BUCKETS] if "by_length" in result else []
-        table.add_row(task, TASKS[task].group, str(result["rows"][task]), f"{value:.2f}", *columns)
+        cells = [f"{lengths[task][b]:.2f}" if b in lengths[task] else "" for b in BUCKETS] if lengths else []
+        table.add_row(task, TASKS[task].group, str(result["rows"][task]), f"{value:.2f}", *cells)
     console.print(table)
     if result["averages"]:
         table = Table("column", "mean of tasks")

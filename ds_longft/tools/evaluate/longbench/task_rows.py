@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_longft.errors import ConfigError, DataError
-from ds_longft.tools.evaluate.longbench.tasks import Task
+from ds_longft.tools.evaluate.longbench.tasks import Task, classification
 
 HUB_SET = "zai-org/LongBench"  # was THUDM/LongBench, which is forwarded
 PROMPTS = "dataset2prompt.json"
@@ -85,7 +85,7 @@ def read_task(copy: Path, task: Task, *, e: bool) -> list[dict[str, Any]]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not JSON lines: {error}") from error
     needed = ["input", "context", "answers"]
-    needed += ["all_classes"] if task.metric == "classification" else []
+    needed += ["all_classes"] if task.metric is classification else []
     needed += ["length"] if e else []
     for number, row in enumerate(rows, start=1):
         row.setdefault("input", row.get("question"))
