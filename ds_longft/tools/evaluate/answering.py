@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,6 +17,7 @@ from ds_longft.sequence.llama4 import take_over_temperatures
 from ds_longft.sequence.state.families import spread_state_layers
 from ds_longft.tools.evaluate import results
 from ds_longft.tools.evaluate.cached_attention import CACHED, register
+from ds_longft.tools.evaluate.evaluation import Question, Result, Row
 from ds_longft.tools.evaluate.flags import Flags, tokens_of
 from ds_longft.tools.evaluate.generate import Reader, end_ids, generate
 from ds_longft.tools.evaluate.position_loss import read_in_windows, token_losses
@@ -35,26 +33,6 @@ from ds_longft.tools.evaluate.subject import (
 )
 
 Item = TypeVar("Item")
-Row = dict[str, Any]
-Result = tuple[dict[str, Any], Path] | None
-"""A finished result and its file, on the process that writes; None on the others."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """A prompt that is not made before it is asked: thousands of long ones would not fit."""
-
-    tokens: int  # of the prompt, at most: those of one size are asked together
-    answer_tokens: int
-    make: Callable[[], tuple[list[int], Callable[[str, float], Row]]]
-    """The prompt, and from the reply and its seconds the fields of its row."""
-    also_stop: tuple[int, ...] = ()
-    least_tokens: int = 0  # of the answer
-
-    @property
-    def alike(self) -> tuple[Any, ...]:
-        """What those have in common that are asked together."""
-        return self.tokens, self.answer_tokens, self.also_stop, self.least_tokens
 
 
 class Answering:
@@ -204,16 +182,3 @@ class Answering:
             return None
         made = self._rows.finish(kind, self.subject.shown, summary(self._rows.rows))
         return made, self._rows.result_path
-
-
-def evaluate(
-    model: str,
-    flags: Flags,
-    measure: Callable[[Answering], Result],
-    show: Callable[[dict[str, Any], Path], None],
-) -> None:
-    """An evaluation on the processes that have been started for it."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with Processes.of_launch(flags.sp) as processes:
-        made = measure(Answering(processes, model, flags))
-    results.show(made, flags.json, show)

@@ -20,11 +20,11 @@ from rich.table import Table
 from ds_longft.config.run_config import DataConfig, SourceConfig
 from ds_longft.data.formats import TOKEN_GAINS
 from ds_longft.errors import ConfigError
+from ds_longft.tools.evaluate.evaluation import Result, Row, evaluate_on_ranks
 from ds_longft.tools.evaluate.flags import RANKS, Flags, Ranks, print_tables, tokens_of
-from ds_longft.tools.evaluate.processes import start_ranks
 
 if TYPE_CHECKING:
-    from ds_longft.tools.evaluate.answering import Answering, Result
+    from ds_longft.tools.evaluate.answering import Answering
 
 SCORES = ("context_gain", "loss_long", "loss_short", "tokens")
 """Columns that are added to a row."""
@@ -64,12 +64,12 @@ def score(
     if window < 8:
         raise ConfigError(f"--short is {short}: expected 8 or more tokens, e.g. 4K")
     longest = None if length is None else tokens_of("--length", length)
-    if start_ranks("data score", flags, arguments):
-        return
-    from ds_longft.tools.evaluate.answering import evaluate  # brings torch: not in a process that only starts others
+
+    def measure(answering: Answering) -> Result:
+        return _measure(answering, rows, Path(out), window, longest, tokens)
 
     asked = Flags(**asdict(flags), base=base, out=f"{out}.scores", json=json)
-    evaluate(model, asked, lambda answering: _measure(answering, rows, Path(out), window, longest, tokens), _show)
+    evaluate_on_ranks("data score", arguments, measure, _show, asked)
 
 
 def _measure(answering: Answering, path: str, out: Path, window: int, length: int | None, tokens: bool) -> Result:
@@ -82,7 +82,7 @@ def _measure(answering: Answering, path: str, out: Path, window: int, length: in
     rows = processes.one_first(lambda: tokenize_sources([source], answering.tokenizer, data, progress=writes))
     of_origin = {origin: i for i, origin in enumerate(rows.column("origin").tolist())}
 
-    def scored(origin: str) -> list[dict[str, Any]]:
+    def scored(origin: str) -> list[Row]:
         row = rows.row(of_origin[origin])
         ids = row.input_ids.tolist()
         targets = np.zeros(len(ids), dtype=bool)
@@ -103,7 +103,7 @@ def _measure(answering: Answering, path: str, out: Path, window: int, length: in
     # Rows of one length at a time: the GPUs of a round wait for its longest.
     answering.add(sorted(todo, key=lambda origin: int(rows.lengths[of_origin[origin]])), scored)
 
-    def summary(made: list[dict[str, Any]]) -> dict[str, Any]:
+    def summary(made: list[Row]) -> dict[str, Any]:
         made.sort(key=lambda row: -row["context_gain"])
         left_out = _write(out, source, {row["key"]: row for row in made})
         gains = [row["context_gain"] for row in made]

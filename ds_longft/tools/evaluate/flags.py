@@ -41,9 +41,7 @@ class Ranks:
 
     def check(self) -> None:
         """Raises ConfigError: counts that are not positive, GPUs that sp does not divide or that share no weights."""
-        for flag, count in (("sp", self.sp), ("gpus", self.ranks)):
-            if count < 1:
-                raise ConfigError(f"--{flag} is {count}: expected 1 or more")
+        positive(sp=self.sp, gpus=self.ranks)
         if self.ranks % self.sp:
             raise ConfigError(f"--sp is {self.sp}, which does not divide --gpus {self.ranks}")
         if self.weights == "sharded" and not self.ranks == self.sp > 1:
@@ -98,6 +96,18 @@ def token_list(flag: str, value: str) -> list[int]:
 def listed(value: str) -> list[str]:
     """`a,b` -> ["a", "b"]."""
     return [part.strip() for part in value.strip("()[]").split(",") if part.strip()]
+
+
+def default_lengths(window: int | None) -> list[int]:
+    """The window and four halvings of it, not below 1K: where --lengths is left out."""
+    return sorted({max(1024, (window or 8192) >> i) for i in range(5)})
+
+
+def positive(**counts: int | None) -> None:
+    """Raises ConfigError for flags that are given and not 1 or more."""
+    wrong = {flag: count for flag, count in counts.items() if count is not None and count < 1}
+    if wrong:
+        raise ConfigError([f"--{flag} is {count}: expected 1 or more" for flag, count in wrong.items()])
 
 
 def print_tables(line: object, *tables: Table) -> None:

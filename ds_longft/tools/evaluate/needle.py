@@ -7,34 +7,33 @@ answer, and only the right number counts.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from rich.table import Table
 
 from ds_longft.errors import ConfigError
-from ds_longft.tools.evaluate.flags import FLAGS, Flags, listed, print_tables, token_list
-from ds_longft.tools.evaluate.grid import (
-    ANSWER_TOKENS,
-    Ask,
-    Grid,
+from ds_longft.tools.evaluate.evaluation import Made, Question, Result, Row, evaluate_on_ranks, fingerprint
+from ds_longft.tools.evaluate.flags import (
+    FLAGS,
+    Flags,
     default_lengths,
-    judged,
-    samples,
-    spread,
-    summarize,
-)
-from ds_longft.tools.evaluate.haystack import Haystack, Prompt, build_prompt
-from ds_longft.tools.evaluate.needle_facts import Form, Needle, make_needle
-from ds_longft.tools.evaluate.processes import evaluate_on_ranks
+    listed,
+    positive,
+    print_tables,
+    token_list,
+)  # fmt: skip
+from ds_longft.tools.evaluate.haystack import Haystack, build_prompt
+from ds_longft.tools.evaluate.needle_facts import Form, judge, make_needle
 from ds_longft.tools.evaluate.texts import CHARACTERS_A_TOKEN, Language, read_texts
 
 if TYPE_CHECKING:
-    from ds_longft.tools.evaluate.answering import Answering, Result
+    from ds_longft.tools.evaluate.answering import Answering
 
 MAX_FACTS = 16
+ANSWER_TOKENS = 40  # of each number asked for: a short sentence around it is no mistake
 
 
 def needle(
@@ -74,62 +73,104 @@ def needle(
     arguments = dict(locals())
     spoken = _languages(languages)
     fractions: list[float | None] = _depths(depths) if form == "single" else [None]
-    if trials < 1:
-        raise ConfigError(f"--trials is {trials}: expected 1 or more")
+    positive(trials=trials)
     if not 2 <= facts <= MAX_FACTS:
         raise ConfigError(f"--facts is {facts}: expected 2 to {MAX_FACTS}")
-    sizes = None if lengths is None else token_list("--lengths", lengths)
-
-    grid = Grid(form, facts, sizes, fractions, trials, spoken, {"en": haystack_en, "zh": haystack_zh}, where, seed)
-    evaluate_on_ranks("eval needle", arguments, lambda answering: _measure(answering, grid), _show)
-
-
-def _measure(answering: Answering, grid: Grid) -> Result:
-    from ds_longft.tools.evaluate.answering import Question
-    from ds_longft.tools.evaluate.results import fingerprint
-
-    tokenizer, window = answering.tokenizer, answering.window
-    sizes = grid.sizes or default_lengths(window)
-    longest = max(sizes)
-    stacks = {
-        language: Haystack.make(
-            tokenizer,
-            read_texts(grid.files[language], language, where=grid.where, characters=CHARACTERS_A_TOKEN * longest),
-        )
-        for language in grid.languages
+    given = {"en": haystack_en, "zh": haystack_zh}
+    files = {language: given[language] for language in spoken}
+    told = {
+        "form": form,
+        "facts": 1 if form == "single" else facts,
+        "lengths": None if lengths is None else token_list("--lengths", lengths),
+        "depths": fractions,
+        "trials": trials,
+        "languages": spoken,
+        "haystacks": {language: file or "built in" for language, file in files.items()},
+        "where": where,
+        "seed": seed,
+        "answer_tokens": ANSWER_TOKENS,
     }
+    evaluate_on_ranks("eval needle", arguments, lambda answering: _measure(answering, told, files), _show)
+
+
+def _measure(answering: Answering, told: dict[str, Any], files: dict[Language, str | None]) -> Result:
+    tokenizer, window, form = answering.tokenizer, answering.window, told["form"]
+    sizes, depths = told["lengths"] or default_lengths(window), told["depths"]
+    longest = max(sizes)
+    stacks = {}
+    for language, file in files.items():
+        texts = read_texts(file, language, where=told["where"], characters=CHARACTERS_A_TOKEN * longest)
+        stacks[language] = Haystack.make(tokenizer, texts)
     if window is not None and longest > window and not answering.flags.json and answering.processes.launch.rank == 0:
         print(f"note: {longest:,} tokens lie beyond the model's window of {window:,}", flush=True)
 
-    def made(ask: Ask) -> tuple[list[int], Callable[[str, float], dict[str, Any]]]:
-        prompt, hidden = _hidden(ask, grid, tokenizer, stacks[ask.language])
-        return prompt.ids, lambda reply, seconds: judged(ask, prompt.depths, hidden, reply.strip(), seconds)
+    def made(key: str, language: Language, size: int, depth: float | None) -> Made:
+        """A needle in its haystack, the same whenever it is asked for. `depth`: None for several, all over the text."""
+        rng = random.Random(f"{told['seed']} {form} {key}")
+        hidden = make_needle(form, language, told["facts"], rng)
+        count = len(hidden.sentences)
+        places = [(i + rng.random()) / count for i in range(count)] if depth is None else [depth]
+        prompt = build_prompt(tokenizer, stacks[language], hidden, language, tokens=size, depths=places, rng=rng)
 
-    def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        made = summarize(rows, sizes, grid.depths, grid.languages)
-        return made | {"form": grid.form, "samples": samples(rows)}
+        def judged(reply: str, seconds: float) -> Row:
+            exact, share = judge(hidden.answers, reply.strip())
+            return {
+                "language": language,
+                "length_tokens": size,
+                "depth": depth,
+                "stands_at": [round(d, 4) for d in prompt.depths],
+                "hidden": list(hidden.sentences),
+                "question": hidden.question.strip(),
+                "answers": list(hidden.answers),
+                "reply": reply.strip(),
+                "exact": exact,
+                "found_share": round(share, 4),
+                "seconds": seconds,
+            }
 
-    kind = "needle" if grid.form == "single" else f"needle-{grid.form}"
-    tokens = ANSWER_TOKENS * (grid.facts if grid.form == "multi" else 1)
-    questions = {ask.key: Question(ask.length_tokens, tokens, partial(made, ask)) for ask in grid.asks(sizes)}
-    settings = grid.settings(sizes, fingerprint(s.ids for s in stacks.values()))
-    result = answering.ask(kind, settings, questions, summary)
-    if result is not None and grid.form == "single":
+        return prompt.ids, judged
+
+    tokens = ANSWER_TOKENS * (told["facts"] if form == "multi" else 1)
+    questions = {}
+    for language, size, depth, trial in product(files, sizes, depths, range(told["trials"])):
+        key = f"{language}/{size}/{'-' if depth is None else f'{depth:g}'}/{trial}"
+        questions[key] = Question(size, tokens, partial(made, key, language, size, depth))
+    settings = {**told, "lengths": sizes, "texts_fingerprint": fingerprint(s.ids for s in stacks.values())}
+    kind = "needle" if form == "single" else f"needle-{form}"
+    result = answering.ask(kind, settings, questions, lambda rows: {**_summary(rows, settings), "form": form})
+    if result is not None and form == "single":
         from ds_longft.tools.evaluate.heatmap import draw_heatmap
 
         draw_heatmap(result[0], result[1].with_suffix(".png"))
     return result
 
 
-def _hidden(ask: Ask, grid: Grid, tokenizer: Any, haystack: Haystack) -> tuple[Prompt, Needle]:
-    """A needle in its haystack; the same whenever it is asked for."""
-    rng = random.Random(f"{grid.seed} {grid.form} {ask.key}")
-    needle = make_needle(grid.form, ask.language, grid.facts, rng)
-    places = [ask.depth] if ask.depth is not None else spread(len(needle.sentences), rng)
-    prompt = build_prompt(
-        tokenizer, haystack, needle, ask.language, tokens=ask.length_tokens, depths=places, rng=rng
-    )  # fmt: skip
-    return prompt, needle
+def _summary(rows: list[Row], settings: dict[str, Any]) -> dict[str, Any]:
+    """Exact answers in percent: by language and length, and the grid by depth (rows) and length (columns). Some rows to
+    read: the longest prompts, wrong answers first.
+    """
+    sizes, depths = settings["lengths"], settings["depths"]
+
+    def percent(what: str, **of: Any) -> float:
+        values = [row[what] for row in rows if all(row[key] == value for key, value in of.items())]
+        return round(100 * sum(values) / len(values), 1) if values else 0.0
+
+    exact: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, float]] = {}
+    grid: dict[str, list[list[float]]] = {}
+    for language in settings["languages"]:
+        of = partial(percent, language=language)
+        exact[language] = {str(size): of("exact", length_tokens=size) for size in sizes}
+        found[language] = {str(size): of("found_share", length_tokens=size) for size in sizes}
+        grid[language] = [[of("exact", length_tokens=size, depth=depth) for size in sizes] for depth in depths]
+    shown = ("language", "length_tokens", "stands_at", "hidden", "question", "answers", "reply", "exact")
+    ordered = sorted(rows, key=lambda row: -row["length_tokens"])
+    chosen = [row for verdict in (False, True) for row in [row for row in ordered if row["exact"] == verdict][:4]]
+    samples = [{key: row[key] for key in shown} for row in chosen]
+    return {
+        "exact_percent": exact, "found_percent": found, "grid": grid, "lengths": sizes, "depths": depths,
+        "samples": samples,
+    }  # fmt: skip
 
 
 def _depths(value: str) -> list[float | None]:

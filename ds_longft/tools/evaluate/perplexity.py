@@ -14,9 +14,9 @@ import numpy as np
 from rich.table import Table
 
 from ds_longft.errors import ConfigError, DataError
-from ds_longft.tools.evaluate.flags import FLAGS, Flags, print_tables, tokens_of
+from ds_longft.tools.evaluate.evaluation import Result, evaluate_on_ranks, fingerprint
+from ds_longft.tools.evaluate.flags import FLAGS, Flags, positive, print_tables, tokens_of
 from ds_longft.tools.evaluate.longppl import STEP, key_places, longppl, read_key_tokens
-from ds_longft.tools.evaluate.processes import evaluate_on_ranks
 from ds_longft.tools.evaluate.texts import (
     CHARACTERS_A_TOKEN,
     Language,
@@ -27,7 +27,7 @@ from ds_longft.tools.evaluate.texts import (
 )
 
 if TYPE_CHECKING:
-    from ds_longft.tools.evaluate.answering import Answering, Result
+    from ds_longft.tools.evaluate.answering import Answering
 
 SHOWN_PARTS = 8
 
@@ -71,8 +71,7 @@ def perplexity(
         language: of the built-in text.
     """
     arguments = dict(locals())
-    if buckets < 1 or texts < 1:
-        raise ConfigError(f"--buckets {buckets}, --texts {texts}: each should be 1 or more")
+    positive(buckets=buckets, texts=texts)
     if flags.server is not None:
         raise ConfigError("--server gives answers, not the loss of texts: leave it out")
     if length is not None and tokens_of("--length", length) < 2:
@@ -103,8 +102,6 @@ def _measure(
     short: int | None,
     keys_of: str | None,
 ) -> Result:
-    from ds_longft.tools.evaluate.results import fingerprint
-
     tokens = len(pieces[0])
     bucket = np.arange(1, tokens) * buckets // tokens  # of each predicted token
     settings = {

@@ -11,69 +11,20 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ds_longft.command_line import as_words
 from ds_longft.errors import ConfigError, LongftError
 from ds_longft.layout import ParallelLayout
-from ds_longft.ranks.join import Agreement, Launch, visible_gpus
-from ds_longft.tools.evaluate.flags import Flags, Ranks
-
-if TYPE_CHECKING:
-    from ds_longft.tools.evaluate.answering import Answering, Result
+from ds_longft.ranks.join import Agreement, Launch
 
 SAID_WITHIN_S = 60.0
 """Longest that a rank waits for another to have said what went wrong."""
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
-
-
-def start_ranks(command: str, flags: Ranks, arguments: dict[str, Any]) -> bool:
-    """Run `ds-longft COMMAND` with these arguments on as many processes as the flags say; False where there is
-    nothing to start: one is enough, or a launcher has started this one.
-
-    Raises:
-        ConfigError: flags that do not go together, or more processes than GPUs of this machine.
-        SystemExit: with the code of the rank that failed.
-    """
-    flags.check()
-    ranks = flags.ranks
-    if ranks == 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1 or "SLURM_STEP_ID" in os.environ:
-        return False
-    gpus = visible_gpus()
-    if gpus and ranks > gpus:
-        raise ConfigError(f"--gpus or --sp asks for {ranks} GPUs, this machine has {gpus}")
-    from ds_longft.ranks.launch import launch_ranks
-
-    argv = [*command.split(), *as_words(arguments)]
-    code = launch_ranks("ds_longft.cli", argv, ranks=ranks, gpus=gpus)
-    if code:
-        raise SystemExit(code)
-    return True
-
-
-def evaluate_on_ranks(
-    command: str,
-    arguments: dict[str, Any],
-    measure: Callable[[Answering], Result],
-    show: Callable[[dict[str, Any], Path], None],
-) -> None:
-    """Run `ds-longft COMMAND` with these arguments, `model` and `flags` among them, on the ranks of the flags.
-
-    Raises:
-        ConfigError, SystemExit: as `start_ranks`.
-    """
-    flags: Flags = arguments["flags"]
-    if start_ranks(command, flags, arguments):
-        return
-    from ds_longft.tools.evaluate.answering import evaluate  # brings torch: not in a process that only starts others
-
-    evaluate(arguments["model"], flags, measure, show)
 
 
 class SaidOnce:

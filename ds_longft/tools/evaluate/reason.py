@@ -20,13 +20,12 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from ds_longft.errors import ConfigError
-from ds_longft.tools.evaluate.flags import FLAGS, Flags, listed, print_tables, token_list
-from ds_longft.tools.evaluate.grid import default_lengths
+from ds_longft.tools.evaluate.evaluation import Made, Question, Result, Row, evaluate_on_ranks, mean_with_interval
+from ds_longft.tools.evaluate.flags import FLAGS, Flags, default_lengths, listed, print_tables, token_list
 from ds_longft.tools.evaluate.haystack import encode_prompt
-from ds_longft.tools.evaluate.processes import evaluate_on_ranks
 
 if TYPE_CHECKING:
-    from ds_longft.tools.evaluate.answering import Answering, Result
+    from ds_longft.tools.evaluate.answering import Answering
 
 ANSWER_TOKENS = {"coreference": 192, "walks": 256}
 ASKED_TIMES = 4  # the same request in a conversation
@@ -43,7 +42,7 @@ WORDS = (
 )  # fmt: skip
 
 Judge = Callable[[str], float]
-Made = tuple[list[int], list[str], Judge]
+Asked = tuple[list[int], list[str], Judge]
 """A prompt, what is wanted, and the score of a reply (0 to 1)."""
 
 
@@ -78,19 +77,16 @@ def reason(
 
 
 def _measure(answering: Answering, tasks: list[str], lengths: list[int] | None, rows: int, seed: int) -> Result:
-    from ds_longft.tools.evaluate.answering import Question
-    from ds_longft.tools.evaluate.bootstrap import mean_with_interval
-
     sizes = lengths or default_lengths(answering.window)
 
-    def made(task: str, size: int, i: int) -> tuple[list[int], Callable[[str, float], dict[str, Any]]]:
+    def made(task: str, size: int, i: int) -> Made:
         ids, wanted, judge = fitted(partial(TASKS[task], answering.tokenizer, f"{seed} {i}"), size)
         return ids, lambda reply, _: {
             "task": task, "length_tokens": size, "prompt_tokens": len(ids), "answers": wanted, "reply": reply,
             "score": round(judge(reply), 4),
         }  # fmt: skip
 
-    def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
+    def summary(found: list[Row]) -> dict[str, Any]:
         of = {
             (task, size): [100 * row["score"] for row in found if (row["task"], row["length_tokens"]) == (task, size)]
             for task, size in product(tasks, sizes)
@@ -106,7 +102,7 @@ def _measure(answering: Answering, tasks: list[str], lengths: list[int] | None, 
     return answering.ask("reason", settings, questions, summary)
 
 
-def fitted(make: Callable[[int], Made], tokens: int) -> Made:
+def fitted(make: Callable[[int], Asked], tokens: int) -> Asked:
     """What `make` makes of as many units as `tokens` of a prompt hold. Raises ConfigError where they are too few."""
     few, more = (len(make(units)[0]) for units in (FIRST_UNITS, 2 * FIRST_UNITS))
     each = (more - few) / FIRST_UNITS
@@ -119,7 +115,7 @@ def fitted(make: Callable[[int], Made], tokens: int) -> Made:
     raise ConfigError(f"--lengths: {tokens:,} tokens hold less than {FIRST_UNITS} parts ({few:,} tokens): give more")
 
 
-def coreference(tokenizer: Any, seed: str, units: int) -> Made:
+def coreference(tokenizer: Any, seed: str, units: int) -> Asked:
     """A conversation with this many requests, `ASKED_TIMES` of them for the same."""
     rng = random.Random(f"coreference {seed}")
     kinds = list(product(FORMS, TOPICS))
@@ -157,7 +153,7 @@ def likeness(reply: str, wanted: str, code: str) -> float:
     return difflib.SequenceMatcher(None, said, asked).ratio()
 
 
-def walks(tokenizer: Any, seed: str, units: int) -> Made:
+def walks(tokenizer: Any, seed: str, units: int) -> Asked:
     """A graph with this number of edges, each node with `DEGREE` of them, and the nodes `STEPS` away from one."""
     rng = random.Random(f"walks {seed}")
     count = max(2 * DEGREE, units // DEGREE)
@@ -188,7 +184,7 @@ def f1(wanted: list[str], found: list[str]) -> float:
     return 2 * right / total if total else 1.0
 
 
-TASKS: dict[str, Callable[[Any, str, int], Made]] = {"coreference": coreference, "walks": walks}
+TASKS: dict[str, Callable[[Any, str, int], Asked]] = {"coreference": coreference, "walks": walks}
 
 
 def _written(topic: str, rng: random.Random) -> str:

@@ -7,12 +7,10 @@ folder is RUN/eval, and a name that ends in `-before` is the model the run start
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,18 +52,6 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def show(
-    made: tuple[dict[str, Any], Path] | None, as_json: bool, tables: Callable[[dict[str, Any], Path], None]
-) -> None:
-    """A result and its file, as one JSON object or for people; nothing where another process has it."""
-    if made is None:
-        return
-    if as_json:
-        print(json.dumps(made[0], ensure_ascii=False))
-    else:
-        tables(*made)
-
-
 def weights_identity(subject: Subject) -> list[Any]:
     """What tells this model from others without reading its weights: size and time of each file that it is made of."""
     folder = subject.adapter or Path(subject.base.path).expanduser()
@@ -73,14 +59,6 @@ def weights_identity(subject: Subject) -> list[Any]:
     stats = [(str(f.relative_to(folder)), f.stat()) for f in files]
     in_fewer_bits = [] if subject.base.quantize == "auto" else [subject.base.quantize]
     return [subject.shown, *in_fewer_bits, [[name, stat.st_size, int(stat.st_mtime)] for name, stat in stats]]
-
-
-def fingerprint(parts: Iterable[Any]) -> str:
-    """Tells what a model is asked from anything else: the same path may hold other texts the next time."""
-    whole = hashlib.sha256()
-    for part in parts:
-        whole.update(json.dumps(part).encode() + b"\n")
-    return whole.hexdigest()[:12]
 
 
 class Rows:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +17,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ds_longft.errors import ConfigError
+from ds_longft.tools.evaluate.evaluation import Made, Question, Result, Row, evaluate_on_ranks, fingerprint
 from ds_longft.tools.evaluate.flags import FLAGS, Flags
-from ds_longft.tools.evaluate.processes import evaluate_on_ranks
 from ds_longft.tools.evaluate.texts import CHARACTERS_A_TOKEN, Language, read_texts
 
 if TYPE_CHECKING:
-    from ds_longft.tools.evaluate.answering import Answering, Result
+    from ds_longft.tools.evaluate.answering import Answering
 
 ANSWER_TOKENS = 32
 QUESTION_TOKENS = 2048  # more than a question and a chat template have; questions of so many tokens are one batch
@@ -89,10 +88,8 @@ def short(
 
 
 def _measure(answering: Answering, told: dict[str, Any], texts: int, length: int) -> Result:
-    from ds_longft.tools.evaluate.answering import Question
     from ds_longft.tools.evaluate.haystack import MARK, chat_around
     from ds_longft.tools.evaluate.perplexity import pieces_of
-    from ds_longft.tools.evaluate.results import fingerprint
 
     characters = CHARACTERS_A_TOKEN * length * texts
     source = read_texts(told["text"], told["language"], where=told["where"], characters=characters)
@@ -106,10 +103,10 @@ def _measure(answering: Answering, told: dict[str, Any], texts: int, length: int
     }
     of_text = {f"text/{i}": piece for i, piece in enumerate(pieces)}
 
-    def loss(key: str) -> list[dict[str, Any]]:
+    def loss(key: str) -> list[Row]:
         return [{"key": key, "loss": float(answering.losses(of_text[key])[1:].mean())}]
 
-    def made(question: str, wanted: str) -> tuple[list[int], Callable[[str, float], dict[str, Any]]]:
+    def made(question: str, wanted: str) -> Made:
         head, tail = chat_around(answering.tokenizer, MARK + question)
         return head + tail, lambda reply, _: {
             "question": question,
@@ -140,7 +137,7 @@ def is_right(answer: str, reply: str) -> bool:
     return re.search(rf"\b{re.escape(answer)}\b", reply, re.IGNORECASE) is not None
 
 
-def _summary(rows: list[dict[str, Any]], length: int) -> dict[str, Any]:
+def _summary(rows: list[Row], length: int) -> dict[str, Any]:
     losses = [row["loss"] for row in rows if row["key"].startswith("text/")]
     answers = [row for row in rows if row["key"].startswith("question/")]
     return {

@@ -18,7 +18,7 @@ from ds_longft.errors import ConfigError
 from ds_longft.ranks.join import visible_gpus
 from ds_longft.run_files import EvaluationRow, Preset
 from ds_longft.stored import read_lines
-from ds_longft.tools.evaluate.bootstrap import mean_with_interval
+from ds_longft.tools.evaluate.evaluation import mean_with_interval, show_result
 from ds_longft.tools.evaluate.flags import RANKS, Flags, Ranks, token_list
 from ds_longft.tools.evaluate.longbench.choices import RESERVED_TOKENS, read_choices, v2
 from ds_longft.tools.evaluate.longproc.command import choose, longproc
@@ -129,7 +129,7 @@ def suite(
     path = folder / "suite.json"
     results.write_result(path, result)
     _report(Path(run).expanduser())
-    results.show((result, path), json, _show)
+    show_result((result, path), json, _show)
 
 
 def _lengths(preset: Preset, window: int) -> list[int]:

@@ -15,12 +15,12 @@ from ds_longft.config.run_config import SourceConfig
 from ds_longft.data.readers import read_rows
 from ds_longft.data.rows import BadRow
 from ds_longft.errors import ConfigError, DataError
-from ds_longft.tools.evaluate.flags import FLAGS, Flags, print_tables, tokens_of
+from ds_longft.tools.evaluate.evaluation import Result, Row, evaluate_on_ranks, fingerprint, mean_with_interval
+from ds_longft.tools.evaluate.flags import FLAGS, Flags, positive, print_tables, tokens_of
 from ds_longft.tools.evaluate.haystack import encode_prompt
-from ds_longft.tools.evaluate.processes import evaluate_on_ranks
 
 if TYPE_CHECKING:
-    from ds_longft.tools.evaluate.answering import Answering, Result
+    from ds_longft.tools.evaluate.answering import Answering
 
 LETTERS = "ABCD"
 COLUMNS = ("_id", "difficulty", "length", "question", *(f"choice_{letter}" for letter in LETTERS), "answer", "context")
@@ -62,8 +62,7 @@ def v2(
         limit: only this many rows, from the first.
     """
     arguments = dict(locals())
-    if limit is not None and limit < 1:
-        raise ConfigError(f"--limit is {limit}: expected 1 or more")
+    positive(limit=limit)
     if flags.server is not None:
         raise ConfigError("--server gives answers, not the likelihood of letters: leave it out")
     most = None if max_length is None else tokens_of("--max_length", max_length)
@@ -99,14 +98,11 @@ def lettered(tokenizer: Any, row: dict[str, Any], longest: int) -> tuple[list[in
 
 
 def _measure(answering: Answering, data: str, most: int | None, limit: int | None) -> Result:
-    from ds_longft.tools.evaluate.bootstrap import mean_with_interval
-    from ds_longft.tools.evaluate.results import fingerprint
-
     rows = {str(row["_id"]): row for row in read_choices(data, limit)}
     longest = most or (answering.window or 8192) - RESERVED_TOKENS
     answering.expect(longest)
 
-    def answer(key: str) -> list[dict[str, Any]]:
+    def answer(key: str) -> list[Row]:
         prompt, letters = lettered(answering.tokenizer, rows[key], longest)
         found = answering.reader.read([prompt])[0, letters].log_softmax(-1)
         row, reply = rows[key], LETTERS[int(found.argmax())]
@@ -114,7 +110,7 @@ def _measure(answering: Answering, data: str, most: int | None, limit: int | Non
         shares = [round(float(share), 4) for share in found.exp()]
         return [{"key": key, **kept, "reply": reply, "letters": shares, "prompt_tokens": len(prompt)}]
 
-    def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
+    def summary(found: list[Row]) -> dict[str, Any]:
         groups: dict[str, list[float]] = {"all": []}
         for row in found:
             for name in ("all", row["difficulty"], row["length"]):

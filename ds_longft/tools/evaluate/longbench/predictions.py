@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_longft.errors import ConfigError
-from ds_longft.tools.evaluate.flags import FLAGS, Flags, listed, tokens_of
+from ds_longft.tools.evaluate.evaluation import Made, Question, Result, evaluate_on_ranks, fingerprint
+from ds_longft.tools.evaluate.flags import FLAGS, Flags, listed, positive, tokens_of
 from ds_longft.tools.evaluate.haystack import encode_prompt
 from ds_longft.tools.evaluate.longbench.score import print_scores, scored
 from ds_longft.tools.evaluate.longbench.task_rows import find_copy, read_prompts, read_task
 from ds_longft.tools.evaluate.longbench.tasks import TASKS, Task, check_packages
-from ds_longft.tools.evaluate.processes import evaluate_on_ranks
 
 if TYPE_CHECKING:
-    from ds_longft.tools.evaluate.answering import Answering, Result
+    from ds_longft.tools.evaluate.answering import Answering
 
 RESERVED_TOKENS = 500  # of the window, for the chat template and the answer, as in LongBench's own list
 
@@ -48,8 +47,7 @@ def run(
     """
     arguments = dict(locals())
     chosen = choose_tasks(tasks, e=e)
-    if limit is not None and limit < 1:
-        raise ConfigError(f"--limit is {limit}: expected 1 or more")
+    positive(limit=limit)
     check_packages()
     longest = tokens_of("--max_length", max_length) if max_length else None
 
@@ -65,9 +63,6 @@ def _show(result: dict[str, Any], path: Path) -> None:
 
 
 def _measure(answering: Answering, tasks: list[Task], told: dict[str, Any], most: int | None) -> Result:
-    from ds_longft.tools.evaluate.answering import Question
-    from ds_longft.tools.evaluate.results import fingerprint
-
     copy = answering.processes.first(lambda: find_copy(told["data"]))  # one process unpacks a download
     tokenizer, e = answering.tokenizer, told["e"]
     templates = read_prompts(copy, told["prompts"], told["tasks"])
@@ -75,7 +70,7 @@ def _measure(answering: Answering, tasks: list[Task], told: dict[str, Any], most
     longest = most or (answering.window or 8192) - RESERVED_TOKENS
     newline = tuple(tokenizer("\n", add_special_tokens=False)["input_ids"][-1:])
 
-    def made(task: Task, row: dict[str, Any]) -> tuple[list[int], Callable[[str, float], dict[str, Any]]]:
+    def made(task: Task, row: dict[str, Any]) -> Made:
         ids = prompt_ids(tokenizer, templates[task.name].format(**row), task, longest)
         return ids, lambda reply, _: {
             "dataset": task.name,

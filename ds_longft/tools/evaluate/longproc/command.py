@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,14 +9,22 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from ds_longft.errors import ConfigError
-from ds_longft.tools.evaluate.flags import FLAGS, Flags, listed, print_tables
+from ds_longft.tools.evaluate.evaluation import (
+    Made,
+    Question,
+    Result,
+    Row,
+    evaluate_on_ranks,
+    fingerprint,
+    mean_with_interval,
+)  # fmt: skip
+from ds_longft.tools.evaluate.flags import FLAGS, Flags, listed, positive, print_tables
 from ds_longft.tools.evaluate.haystack import encode_prompt
 from ds_longft.tools.evaluate.longproc.problems import LENGTHS, SIZES, Problem, read_problems
 from ds_longft.tools.evaluate.longproc.scores import SCORES, check_compiler
-from ds_longft.tools.evaluate.processes import evaluate_on_ranks
 
 if TYPE_CHECKING:
-    from ds_longft.tools.evaluate.answering import Answering, Result
+    from ds_longft.tools.evaluate.answering import Answering
 
 RUNS_CODE = "pseudo_to_code"
 ALIKE_TOKENS = 1024
@@ -49,8 +56,7 @@ def longproc(
             pseudo_to_code is left out.
     """
     arguments = dict(locals())
-    if limit is not None and limit < 1:
-        raise ConfigError(f"--limit is {limit}: expected 1 or more")
+    positive(limit=limit)
     chosen = choose(tasks, lengths, run_code)
     if run_code:
         check_compiler()
@@ -73,10 +79,7 @@ def choose(tasks: str, lengths: str, run_code: bool) -> list[tuple[str, str]]:
 
 
 def _measure(answering: Answering, problems: dict[tuple[str, str], list[Problem]], told: dict[str, Any]) -> Result:
-    from ds_longft.tools.evaluate.answering import Question
-    from ds_longft.tools.evaluate.results import fingerprint
-
-    def made(task: str, size: str, problem: Problem) -> tuple[list[int], Callable[[str, float], dict[str, Any]]]:
+    def made(task: str, size: str, problem: Problem) -> Made:
         ids = encode_prompt(answering.tokenizer, problem.prompt)
         return ids, lambda reply, _: {
             "task": task, "answer_length": size, "prompt_tokens": len(ids), "reply": reply,
@@ -98,10 +101,8 @@ def _measure(answering: Answering, problems: dict[tuple[str, str], list[Problem]
     return answering.ask("longproc", settings, questions, _summary)
 
 
-def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _summary(rows: list[Row]) -> dict[str, Any]:
     """Scores in percent by task and length of the answer, and the mean of the tasks at each length."""
-    from ds_longft.tools.evaluate.bootstrap import mean_with_interval
-
     of: dict[str, dict[str, list[float]]] = {}
     for row in sorted(rows, key=lambda row: (float(row["answer_length"].rstrip("k")), row["task"])):
         of.setdefault(row["answer_length"], {}).setdefault(row["task"], []).append(100 * row["score"])

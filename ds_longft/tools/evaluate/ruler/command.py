@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -12,14 +11,21 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from ds_longft.errors import ConfigError
-from ds_longft.tools.evaluate.flags import FLAGS, Flags, print_tables, token_list
-from ds_longft.tools.evaluate.grid import default_lengths
-from ds_longft.tools.evaluate.processes import evaluate_on_ranks
+from ds_longft.tools.evaluate.evaluation import (
+    Made,
+    Question,
+    Result,
+    Row,
+    evaluate_on_ranks,
+    fingerprint,
+    mean_with_interval,
+)  # fmt: skip
+from ds_longft.tools.evaluate.flags import FLAGS, Flags, default_lengths, positive, print_tables, token_list
 from ds_longft.tools.evaluate.ruler.ruler_rows import answer_tokens, choose, made_row, read_material, score
 from ds_longft.tools.evaluate.texts import CHARACTERS_A_TOKEN, read_texts
 
 if TYPE_CHECKING:
-    from ds_longft.tools.evaluate.answering import Answering, Result
+    from ds_longft.tools.evaluate.answering import Answering
 
 SHOWN_CHARACTERS = 300  # of a prompt's end, in the rows
 
@@ -54,8 +60,7 @@ def ruler(
         seed: the same seed asks the same questions.
     """
     arguments = dict(locals())
-    if rows < 1:
-        raise ConfigError(f"--rows is {rows}: expected 1 or more")
+    positive(rows=rows)
     chosen = choose(tasks, {"qa_1": squad, "qa_2": hotpotqa})
     sizes = None if lengths is None else token_list("--lengths", lengths)
 
@@ -64,9 +69,6 @@ def ruler(
 
 
 def _measure(answering: Answering, told: dict[str, Any], lengths: list[int] | None) -> Result:
-    from ds_longft.tools.evaluate.answering import Question
-    from ds_longft.tools.evaluate.results import fingerprint
-
     tasks, seed, tokenizer = told["tasks"], told["seed"], answering.tokenizer
     sizes = lengths or default_lengths(answering.window)
     texts = read_texts(told["essays"], "en", characters=CHARACTERS_A_TOKEN * max(sizes))
@@ -76,7 +78,7 @@ def _measure(answering: Answering, told: dict[str, Any], lengths: list[int] | No
             raise ConfigError(f"--rows is {told['rows']}: the file of {task} has {len(questions)} questions")
     of_texts = fingerprint([material.essay, *material.documents.values()])
 
-    def made(task: str, size: int, i: int) -> tuple[list[int], Callable[[str, float], dict[str, Any]]]:
+    def made(task: str, size: int, i: int) -> Made:
         text, ids = made_row(tokenizer, material, task, size, i, seed)
         return ids, lambda reply, _: {
             "task": task,
@@ -96,10 +98,8 @@ def _measure(answering: Answering, told: dict[str, Any], lengths: list[int] | No
     return answering.ask("ruler", settings, asked, lambda rows: _summary(rows, tasks, sizes))
 
 
-def _summary(rows: list[dict[str, Any]], tasks: list[str], sizes: list[int]) -> dict[str, Any]:
+def _summary(rows: list[Row], tasks: list[str], sizes: list[int]) -> dict[str, Any]:
     """Scores in percent by task and length, their mean by length with its interval, and some rows to read."""
-    from ds_longft.tools.evaluate.bootstrap import mean_with_interval
-
     scores: dict[tuple[str, int], list[float]] = {}
     for row in rows:
         scores.setdefault((row["task"], row["length_tokens"]), []).append(100 * row["score"])

@@ -16,7 +16,7 @@ from ds_longft.cli import main
 from ds_longft.config.shipped import TEMPLATES
 from ds_longft.errors import ConfigError, DataError
 from ds_longft.model.stops import serve_stop
-from ds_longft.tools.evaluate import grid as grid_module
+from ds_longft.tools.evaluate import needle as needle_module
 from ds_longft.tools.evaluate.generate import end_ids
 from ds_longft.tools.evaluate.haystack import MARK, Haystack, build_prompt, chat_around
 from ds_longft.tools.evaluate.needle_facts import judge, make_needle
@@ -185,7 +185,7 @@ def test_the_grid_is_resumed_and_drawn(
     assert shared == alone
     # right answers are counted where they belong
     verdicts = iter([False, False, True, False])  # trials of 600 tokens, then of 1,024
-    monkeypatch.setattr(grid_module, "judge", lambda answers, reply: (next(verdicts), 0.5))
+    monkeypatch.setattr(needle_module, "judge", lambda answers, reply: (next(verdicts), 0.5))
     assert main([*argv, "--json", "--seed", "2", "--form", "multi", "--facts", "2"]) == 0
     third = json.loads(capsys.readouterr().out)
     assert third["exact_percent"]["en"] == {"600": 0.0, "1024": 50.0}

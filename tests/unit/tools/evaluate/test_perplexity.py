@@ -106,7 +106,7 @@ def test_joined_texts_are_a_ring_whose_places_are_read_at_every_position() -> No
 def test_a_length_that_holds_no_target_is_refused_before_anything_starts(
     length: str, sp: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("ds_longft.tools.evaluate.processes.start_ranks", lambda *_: pytest.fail("ranks were started"))
+    monkeypatch.setattr("ds_longft.tools.evaluate.evaluation.start_ranks", lambda *_: pytest.fail("ranks were started"))
     assert main(["eval", "perplexity", "no-model", f"--length={length}", "--sp", sp]) == 64
     assert "--length is" in capsys.readouterr().err
 

@@ -12,7 +12,7 @@ import pytest
 
 from ds_longft.cli import main
 from ds_longft.errors import ConfigError, DataError
-from ds_longft.tools.evaluate.bootstrap import mean_with_interval
+from ds_longft.tools.evaluate.evaluation import mean_with_interval
 from ds_longft.tools.evaluate.haystack import encode_prompt
 from ds_longft.tools.evaluate.ruler import texts_of_tasks
 from ds_longft.tools.evaluate.ruler.ruler_rows import (
