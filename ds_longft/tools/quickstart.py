@@ -77,6 +77,7 @@ def _write_rows(path: Path, match: re.Match[str], model: Path) -> None:
     from ds_longft.tools.make_data.convert import written_whole
     from ds_longft.tools.make_data.lengths import Lengths
     from ds_longft.tools.make_data.synth.code import code_rows
+    from ds_longft.tools.make_data.synth.row_plan import Wanted
 
     part, tokens = match.groups()
     rows = TRAIN_ROWS if part == "train" else EVAL_ROWS
@@ -84,14 +85,7 @@ def _write_rows(path: Path, match: re.Match[str], model: Path) -> None:
         f"making {path}: {rows} rows of up to {int(tokens):,} tokens, questions about the Python standard library",
         flush=True,
     )
-    made = code_rows(
-        rows=rows,
-        context_tokens=int(tokens),
-        questions=QUESTIONS,
-        seed=0,
-        part="train" if part == "train" else "eval",
-        lengths=Lengths(AutoTokenizer.from_pretrained(model)),
-        name="code",
-    )
+    wanted = Wanted(rows, int(tokens), seed=0, name="code", lengths=Lengths(AutoTokenizer.from_pretrained(model)))
+    made = code_rows(wanted, questions=QUESTIONS, part="train" if part == "train" else "eval")
     with written_whole(path) as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in made)

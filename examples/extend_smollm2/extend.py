@@ -11,7 +11,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.work import commit
 from ds_longft.errors import ConfigError, LongftError
 from ds_longft.tools.evaluate.texts import chinese, english
-from ds_longft.tools.make_data.synth.commands import write_of_texts
+from ds_longft.tools.make_data.synth.commands import parts_and_shares, write_of_texts
 from ds_longft.tools.make_data.synth.flags_of_synth import MadeOfTexts
-from ds_longft.tools.make_data.synth.text_commands import parts_and_shares
 from examples.extend_smollm2 import hidden_numbers as hidden
 
 CHARACTERS_A_TOKEN = {"en": 6, "zh": 2}  # more than SmolLM2's tokenizer takes
@@ -101,7 +99,7 @@ def numbers(
         raise ConfigError(f"{seen}: expected 1 to {hidden.MAX_QUESTIONS}, and no more at once than there are")
     flags = MadeOfTexts(name, seed, json, rows, context_tokens, tokenizer, where, exclude)
     shared = {"questions": questions, "at_once": at_once, **parts_and_shares(sizes, languages)}
-    write_of_texts(source, out, flags, partial(hidden.number_rows, **shared))
+    write_of_texts(source, out, flags, lambda texts, wanted: hidden.number_rows(texts, **vars(wanted), **shared))
 
 
 def results(run: str, command: str) -> None:

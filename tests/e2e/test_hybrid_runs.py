@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from ds_longft.cli import main as cli
 from ds_longft.tools.make_data.lengths import Lengths
 from ds_longft.tools.make_data.synth.code import code_rows
+from ds_longft.tools.make_data.synth.row_plan import Wanted
 from tests.e2e.test_runs import logits, losses
 from tests.faults.ranks import Launcher
 from tests.tokenizer import tiny_tokenizer
@@ -44,10 +45,8 @@ def code(hybrid: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows of the quickstart: questions about the Python standard library's source."""
     path = tmp_path_factory.mktemp("code") / "code.jsonl"
     tokenizer = AutoTokenizer.from_pretrained(hybrid)
-    made = code_rows(
-        rows=32, context_tokens=LENGTH_TOKENS, questions=4, seed=0, part="train", lengths=Lengths(tokenizer),
-        name="code",
-    )  # fmt: skip
+    wanted = Wanted(32, LENGTH_TOKENS, seed=0, name="code", lengths=Lengths(tokenizer))
+    made = code_rows(wanted, questions=4, part="train")
     path.write_text("".join(json.dumps(row) + "\n" for row in made))
     return path
 

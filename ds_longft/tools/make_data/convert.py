@@ -10,11 +10,11 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from ds_longft.config.run_config import SourceConfig
 from ds_longft.data.blocks import parse_block
@@ -26,6 +26,8 @@ from ds_longft.data.readers import Source, find_source, first_record
 from ds_longft.data.rows import BadRow, Row, Turn
 from ds_longft.tools.make_data.language import detect_language
 from ds_longft.tools.make_data.where import EVERY_ROW, Where
+
+T = TypeVar("T")
 
 GAIN = "context_gain"  # column that `ds-longft data score` writes and `choose` of a recipe reads
 
@@ -82,12 +84,33 @@ def layout_of(source: Source) -> str:
 def usable_records(
     source: Source, layout: str, ledger: Ledger, *, name: str, where: Where = EVERY_ROW, progress: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Every usable row that `where` takes, as it is written to disk; unusable ones are counted and listed.
+    """Every usable row that `where` takes, as it is written to disk.
 
     Memory: one block of rows, and 8 bytes of digest for each row that has an id.
     """
     ids: set[int] = set()
-    tally = ledger.tally
+
+    def written(record: dict[str, Any], origin: str) -> dict[str, Any]:
+        # The id comes second: a row that is not used does not take it from a later one.
+        made, unused = _on_disk(record, layout, name, origin)
+        made |= _identity(record, ids)
+        for what in unused:
+            ledger.tally.unused[what] = ledger.tally.unused.get(what, 0) + 1
+        return made
+
+    return made_of_rows(source, written, ledger, where, name=name, progress=progress)
+
+
+def made_of_rows(
+    source: Source, make: Callable[[dict[str, Any], str], T], ledger: Ledger, where: Where, *, name: str, progress: bool
+) -> Iterator[T]:
+    """What `make` makes of each record that `where` takes, and of where it stands; those of which it makes a `BadRow`
+    are counted and listed.
+
+    Raises:
+        DataError: `where` takes none.
+    """
+    tally, before = ledger.tally, ledger.tally.usable
     with Progress(f"reading {name}", source.size_bytes, show=progress) as bar:
         for block in source.blocks():
             for origin, record in parse_block(block):
@@ -97,15 +120,14 @@ def usable_records(
                 try:
                     if isinstance(record, BadRow):
                         raise record
-                    # The id comes second: a row that is not used does not take it from a later one.
-                    made, unused = _on_disk(record, layout, name, origin)
-                    yield made | _identity(record, ids)
-                    tally.usable += 1
-                    for what in unused:
-                        tally.unused[what] = tally.unused.get(what, 0) + 1
+                    made = make(record, origin)
                 except BadRow as bad:
                     ledger.add(Entry.of(origin, bad))
+                    continue
+                tally.usable += 1
+                yield made
             bar.update(block.position_bytes, f"{tally.usable:,} rows")
+    where.refuse_nothing(tally.usable - before, source.config.path)
 
 
 def _identity(record: dict[str, Any], seen: set[int]) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -70,6 +70,14 @@ class Lengths:
             return np.searchsorted(tokens, np.arange(self.text(text))).clip(0, max(0, len(text) - 1))
         offsets = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).offsets
         return np.fromiter((start for start, _ in offsets), dtype=np.int64, count=len(offsets))
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> int:
+        """Tokens of a row of plain messages. Raises as `rows`."""
+        return self.rows([[Turn("user" if m["role"] == "user" else "assistant", m["content"]) for m in messages]])[0]
+
+    def plain(self, text: str) -> int:
+        """Tokens of a row of plain text."""
+        return self.rows([[Turn("text", text)]])[0]
 
     def rows(self, rows: Sequence[Sequence[Turn]], tools: Sequence[str] | None = None) -> list[int]:
         """Tokens of each row as it is trained on, with its tool schemas (JSON) where there are any.

@@ -57,7 +57,7 @@ def mix_sources(
     try:
         with Ledger(folder / "ledger.jsonl") as ledger:
             pool = fill_pool(recipe, spool, ledger, lengths, root=root, progress=progress)
-            if not len(pool):
+            if not pool.rows:
                 raise DataError(f"no source has a usable row of at most {recipe.max_length_tokens} tokens")
             usable = _without_duplicates(pool, recipe, ledger)
             chosen = _choose(pool, usable, recipe)
@@ -81,18 +81,19 @@ def mix_sources(
 
 def _chat_first(order: list[int], pool: Pool) -> list[int]:
     """The rows with a chat in front: the first row tells a file's layout, and among chats there may be plain texts."""
-    at = next((i for i, row in enumerate(order) if not pool.is_text[row]), 0)
+    at = next((i for i, row in enumerate(order) if not pool.rows[row].is_text), 0)
     return [order[at], *order[:at], *order[at + 1 :]]
 
 
 def _without_duplicates(pool: Pool, recipe: Recipe, ledger: Ledger) -> NDArray[np.int64]:
     """Rows of the pool that are the first of their kind."""
     if recipe.near_duplicates is None:
-        return np.arange(len(pool))
-    same = near_duplicates(pool.signatures, recipe.near_duplicates)
+        return np.arange(len(pool.rows))
+    same = near_duplicates([row.signature for row in pool.rows], recipe.near_duplicates)
     for row, earlier in same.items():
-        ledger.add(Entry(pool.origin[row], "nearly the same as an earlier row", pool.origin[earlier], "set_aside"))
-    return np.asarray([row for row in range(len(pool)) if row not in same], dtype=np.int64)
+        origin, other = pool.rows[row].origin, pool.rows[earlier].origin
+        ledger.add(Entry(origin, "nearly the same as an earlier row", other, "set_aside"))
+    return np.asarray([row for row in range(len(pool.rows)) if row not in same], dtype=np.int64)
 
 
 def _band(tokens: int, recipe: Recipe) -> str:
@@ -102,7 +103,7 @@ def _band(tokens: int, recipe: Recipe) -> str:
 
 def _choose(pool: Pool, usable: NDArray[np.int64], recipe: Recipe) -> NDArray[np.int64]:
     """Rows of the mix: as many of each cell of source, language and band as `quotas` says, as `choose` says."""
-    kinds = [(pool.source[row], pool.language[row], _band(pool.tokens[row], recipe)) for row in usable]
+    kinds = [(row.source, row.language, _band(row.tokens, recipe)) for row in map(pool.rows.__getitem__, usable)]
     cells = sorted(set(kinds))
     number = {cell: i for i, cell in enumerate(cells)}
     cell_of = np.asarray([number[kind] for kind in kinds])
@@ -123,7 +124,7 @@ def _choose(pool: Pool, usable: NDArray[np.int64], recipe: Recipe) -> NDArray[np
         rows = usable[cell_of == cell]
         if recipe.choose == "evenly":
             return rng.choice(rows, count, replace=False)
-        gains = np.asarray(pool.gain)[rows]
+        gains = np.asarray([pool.rows[row].gain for row in rows])
         return rows[np.argsort(-gains, kind="stable")[:count]]
 
     return np.sort(np.concatenate([of_cell(cell, count) for cell, count in enumerate(take.tolist()) if count]))
@@ -140,7 +141,7 @@ def _split(
     if not recipe.held_out:
         return chosen, chosen[:0]
     common = max(COMMON_ROWS, len(chosen) // 100)
-    group = groups_sharing_text([pool.anchors[row] for row in chosen], common)
+    group = groups_sharing_text([pool.rows[row].anchors for row in chosen], common)
     members: dict[int, list[int]] = {}
     for row, number in zip(chosen.tolist(), group.tolist(), strict=True):
         members.setdefault(number, []).append(row)
@@ -148,17 +149,17 @@ def _split(
     train: list[int] = []
     free: list[list[int]] = []
     for rows in members.values():
-        parts = {pool.part[row] for row in rows} - {""}
+        parts = {pool.rows[row].part for row in rows} - {""}
         if not parts:
             free.append(rows)
         elif parts == {"eval"}:
             held += rows
         else:
-            train += [row for row in rows if pool.part[row] != "eval"]
+            train += [row for row in rows if pool.rows[row].part != "eval"]
             for row in rows:
-                if pool.part[row] == "eval":
+                if pool.rows[row].part == "eval":
                     detail = "it was to be held out"
-                    ledger.add(Entry(pool.origin[row], "shares text with a training row", detail, "set_aside"))
+                    ledger.add(Entry(pool.rows[row].origin, "shares text with a training row", detail, "set_aside"))
     room = round(recipe.held_out * len(chosen)) - len(held)
     for number in np.random.default_rng([recipe.seed, 2]).permutation(len(free)).tolist():
         rows = free[number]
@@ -190,9 +191,9 @@ def _report(
     }
     kinds = []
     values: dict[str, Sequence[str]] = {
-        "source": pool.source,
-        "language": pool.language,
-        "tokens up to": [_band(tokens, recipe) for tokens in pool.tokens],
+        "source": [row.source for row in pool.rows],
+        "language": [row.language for row in pool.rows],
+        "tokens up to": [_band(row.tokens, recipe) for row in pool.rows],
     }
     for name, of_row in values.items():
         there, taken = Counter(of_row), Counter(of_row[row] for row in mixed)
@@ -209,7 +210,7 @@ def _report(
         ledger=str(folder / "ledger.jsonl"),
         train_rows=len(train),
         eval_rows=len(held_out),
-        tokens=int(sum(pool.tokens[row] for row in mixed)),
+        tokens=int(sum(pool.rows[row].tokens for row in mixed)),
         exact_lengths=exact,
         left_out=tally.left_out,
         first_left_out=tally.first,

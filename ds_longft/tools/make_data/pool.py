@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from zlib import crc32
 
 import numpy as np
@@ -29,7 +30,8 @@ from ds_longft.tools.make_data.synth.lists import list_rows
 from ds_longft.tools.make_data.synth.needle_rows import needle_rows
 from ds_longft.tools.make_data.synth.negatives import PART_TOKENS, negative_rows
 from ds_longft.tools.make_data.synth.refgpt8x import hide_references
-from ds_longft.tools.make_data.synth.sources import Document, read_dialogues, read_documents
+from ds_longft.tools.make_data.synth.row_plan import Wanted
+from ds_longft.tools.make_data.synth.sources import Dialogue, Document, read_dialogues, read_documents
 from ds_longft.tools.make_data.synth.stretches import BETWEEN, stretch_rows
 from ds_longft.tools.make_data.where import number_of
 
@@ -38,30 +40,34 @@ AGENTS_SPAN = 8  # the longest trajectory of an agent over the shortest
 MEASURED_TOGETHER = 64  # rows; the tokenizer works on them in parallel
 
 
+@dataclass(frozen=True, slots=True)
+class PooledRow:
+    """What decides about a row, and tells it from others."""
+
+    at: int  # where it begins in the file
+    source: str
+    origin: str
+    language: str
+    tokens: int
+    is_text: bool
+    gain: float  # of long context; -inf where nobody has said
+    part: str  # "train" or "eval" where it is decided already, else ""
+    anchors: NDArray[np.uint64]
+    signature: NDArray[np.uint64]
+
+
 @dataclass
 class Pool:
     """Rows by number; the rows themselves lie in `file`, one JSON object a line."""
 
     file: Path
-    at: list[int] = field(default_factory=list)  # where each row begins
-    source: list[str] = field(default_factory=list)
-    origin: list[str] = field(default_factory=list)
-    language: list[str] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    is_text: list[bool] = field(default_factory=list)
-    gain: list[float] = field(default_factory=list)  # of long context; -inf where nobody has said
-    part: list[str] = field(default_factory=list)  # "train" or "eval" where it is decided already, else ""
-    anchors: list[NDArray[np.uint64]] = field(default_factory=list)
-    signatures: list[NDArray[np.uint64]] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.at)
+    rows: list[PooledRow] = field(default_factory=list)
 
     def records(self, rows: Iterable[int]) -> Iterator[str]:
         """The lines of these rows, in this order."""
         with self.file.open("rb") as file:
             for row in rows:
-                file.seek(self.at[row])
+                file.seek(self.rows[row].at)
                 yield file.readline().decode()
 
 
@@ -77,13 +83,9 @@ def fill_pool(
     with file.open("wb") as out:
         for source in recipe.sources:
             bad_before, read_before = ledger.tally.unusable_rows, ledger.tally.read
-            batch: list[tuple[dict[str, Any], str]] = []
-            for record, part in _records(source, recipe, ledger, lengths, root, progress):
-                batch.append((record, part))
-                if len(batch) == MEASURED_TOGETHER:
-                    _add(pool, out, batch, source, recipe, ledger, lengths)
-                    batch = []
-            _add(pool, out, batch, source, recipe, ledger, lengths)
+            records = _records(source, recipe, ledger, lengths, root, progress)
+            while batch := list(islice(records, MEASURED_TOGETHER)):
+                _add(pool, out, batch, source, recipe, ledger, lengths)
             bad, read = ledger.tally.unusable_rows - bad_before, ledger.tally.read - read_before
             if bad > recipe.max_bad_fraction * max(read, 1):
                 raise DataError(
@@ -97,86 +99,62 @@ def _records(
     source: MixSource, recipe: Recipe, ledger: Ledger, lengths: Lengths, root: Path | None, progress: bool
 ) -> Iterator[tuple[dict[str, Any], str]]:
     """(row as on disk, part) of a source; made rows are made of held-out texts or of the others, never of both."""
-    if source.synth in OF_NO_SET:
-        yield from _out_of_nothing(source, recipe, lengths)
-        return
-    found = local(source, root)
     if source.synth == "none":
-        where = find_source(found)
-        layout = layout_of(where)
+        found = find_source(local(source, root))
+        layout = layout_of(found)
         if layout == PREFERENCE:
             raise DataError(f"source {source.name} holds preference pairs: convert them with `ds-longft data convert`")
-        taken = 0
-        for record in usable_records(where, layout, ledger, name=source.name, where=source.filter, progress=progress):
-            yield record, ""
-            taken += 1
-        source.filter.refuse_nothing(taken, source.path)
+        as_they_are = usable_records(found, layout, ledger, name=source.name, where=source.filter, progress=progress)
+        yield from ((record, "") for record in as_they_are)
         return
-    rows, held_out = recipe.made_rows(source), recipe.held_out
-    if source.synth == "refgpt8x":
-        dialogues = read_dialogues(found, ledger, source.filter)
-        for part in ("train", "eval"):
-            own = [d for d in dialogues if (_is_held_out(d.reference, held_out)) == (part == "eval")]
-            count = min(len(own), _count(rows, held_out, part))
-            made = hide_references(own, rows=count, seed=recipe.seed, name=source.name) if count else iter(())
-            yield from ((record, part) for record in made)
-        return
-    documents = read_documents(found, ledger, source.filter)
-    for part in ("train", "eval"):
-        texts = [d for d in documents if _is_held_out(d.text, held_out) == (part == "eval")]
-        count = _count(rows, held_out, part)
-        if not texts or not count:
+    made_of: Sequence[Document | Dialogue] = []
+    if source.synth not in OF_NO_SET:
+        read = read_dialogues if source.synth == "refgpt8x" else read_documents
+        made_of = read(local(source, root), ledger, source.filter)
+    rows = recipe.made_rows(source)
+    held_out = round(rows * recipe.held_out)
+    counts: dict[Part, int] = {"train": rows - held_out, "eval": held_out}
+    for part, count in counts.items():
+        own = [one for one in made_of if _is_held_out(one.text, recipe.held_out) == (part == "eval")]
+        take = min(len(own), count) if source.synth == "refgpt8x" else count
+        if not take or not (own or source.synth in OF_NO_SET):
             continue
+        wanted = Wanted(take, source.context_tokens or recipe.max_length_tokens, recipe.seed, source.name, lengths)
         try:
-            yield from ((record, part) for record in _about_texts(texts, count, source, recipe, lengths))
+            for record in _made(source, recipe, wanted, own, part, first=0 if part == "train" else counts["train"]):
+                yield record, part
         except DataError:
-            if part == "train":
+            if part == "train" or not own:
                 raise  # a few held-out texts may well be too short
 
 
-def _about_texts(
-    texts: Sequence[Document], rows: int, source: MixSource, recipe: Recipe, lengths: Lengths
+def _made(
+    source: MixSource, recipe: Recipe, wanted: Wanted, texts: Sequence[Any], part: Part, *, first: int
 ) -> Iterator[dict[str, Any]]:
-    """Samples made of documents."""
-    every: dict[str, Any] = {
-        "rows": rows,
-        "context_tokens": source.context_tokens or recipe.max_length_tokens,
-        "seed": recipe.seed,
-        "name": source.name,
-        "lengths": lengths,
-    }
-    if source.synth == "needle":
-        return needle_rows(texts, questions=source.questions or QUESTIONS, **every)
-    every["separator"] = BETWEEN if source.separator is None else source.separator
-    if source.synth == "negatives":
-        return negative_rows(texts, part_tokens=source.part_tokens or PART_TOKENS, **every)
-    every |= {"languages": recipe.languages if source.languages is None else source.languages, "sizes": source.sizes}
-    return stretch_rows(texts, **every)
-
-
-def _out_of_nothing(source: MixSource, recipe: Recipe, lengths: Lengths) -> Iterator[tuple[dict[str, Any], str]]:
-    """Samples that are made of no set."""
-    parts: tuple[Part, Part] = ("train", "eval")
-    longest = source.context_tokens or recipe.max_length_tokens
-    rows = {part: _count(recipe.made_rows(source), recipe.held_out, part) for part in parts}
-    for part in parts:
-        every: dict[str, Any] = {"rows": rows[part], "seed": recipe.seed, "name": source.name}
-        first = rows["train"] if part == "eval" else 0
-        if source.synth == "agents":
-            shortest = longest // AGENTS_SPAN
-            room = longest - MOST_TOKENS_OF_FILE  # the last file that is read may go beyond the length
-            if room < shortest:
-                least = MOST_TOKENS_OF_FILE * AGENTS_SPAN // (AGENTS_SPAN - 1)
-                raise DataError(f"source {source.name}: trajectories need context_tokens of {least:,} or more")
-            made = agent_rows(shortest_tokens=shortest, longest_tokens=room, lengths=lengths, first=first, **every)
-        elif source.synth == "lists":
-            every |= {"questions": source.questions or QUESTIONS, "sizes": source.sizes, "first": first}
-            made = list_rows(context_tokens=longest, lengths=lengths, **every)
-        else:
-            ruler = lengths if lengths.exact else Lengths(chars_per_token=CHARS_PER_TOKEN)
-            questions = source.questions or QUESTIONS
-            made = code_rows(context_tokens=longest, questions=questions, part=part, lengths=ruler, **every)
-        yield from ((record, part) for record in made)
+    """Samples of one part; `first`: the number of the first of them."""
+    questions, separator = source.questions or QUESTIONS, BETWEEN if source.separator is None else source.separator
+    match source.synth:
+        case "refgpt8x":
+            return hide_references(texts, rows=wanted.rows, seed=wanted.seed, name=wanted.name)
+        case "needle":
+            return needle_rows(texts, wanted, questions=questions)
+        case "negatives":
+            return negative_rows(texts, wanted, part_tokens=source.part_tokens or PART_TOKENS, separator=separator)
+        case "stretches":
+            languages = recipe.languages if source.languages is None else source.languages
+            return stretch_rows(texts, wanted, languages=languages, sizes=source.sizes, separator=separator)
+        case "lists":
+            return list_rows(wanted, questions=questions, sizes=source.sizes, first=first)
+        case "code":
+            if not wanted.lengths.exact:
+                wanted = replace(wanted, lengths=Lengths(chars_per_token=CHARS_PER_TOKEN))
+            return code_rows(wanted, questions=questions, part=part)
+    shortest = wanted.context_tokens // AGENTS_SPAN
+    room = wanted.context_tokens - MOST_TOKENS_OF_FILE  # the last file that is read may go beyond the length
+    if room < shortest:
+        least = MOST_TOKENS_OF_FILE * AGENTS_SPAN // (AGENTS_SPAN - 1)
+        raise DataError(f"source {source.name}: trajectories need context_tokens of {least:,} or more")
+    return agent_rows(replace(wanted, context_tokens=room), shortest_tokens=shortest, first=first)
 
 
 def local(source: MixSource, root: Path | None) -> SourceConfig:
@@ -203,14 +181,9 @@ def _is_held_out(text: str, held_out: float) -> bool:
     return crc32(text[:4000].encode("utf-8", "replace")) < held_out * 2**32
 
 
-def _count(rows: int, held_out: float, part: str) -> int:
-    held = round(rows * held_out)
-    return held if part == "eval" else rows - held
-
-
 def _add(
     pool: Pool,
-    out: Any,
+    out: IO[bytes],
     batch: Sequence[tuple[dict[str, Any], str]],
     source: MixSource,
     recipe: Recipe,
@@ -218,12 +191,10 @@ def _add(
     lengths: Lengths,
 ) -> None:
     """Measure rows and put them into the pool; those too long go to the ledger."""
-    rows: list[tuple[Row, dict[str, Any], str]] = []
-    for record, part in batch:
-        row = to_row(record, "text" if "text" in record else "messages", source=source.name, origin="")
-        rows.append((row, record, part))
-    for (row, record, part), tokens in zip(rows, _measured([row for row, *_ in rows], lengths), strict=True):
-        origin = f"{source.name}:{record.get('id', len(pool) + 1)}"
+    nothing = np.zeros(0, dtype=np.uint64)
+    rows = [to_row(r, "text" if "text" in r else "messages", source=source.name, origin="") for r, _ in batch]
+    for (record, part), row, tokens in zip(batch, rows, _measured(rows, lengths), strict=True):
+        origin = f"{source.name}:{record.get('id', len(pool.rows) + 1)}"
         if isinstance(tokens, BadRow):
             ledger.add(Entry.of(origin, tokens))
             continue
@@ -231,18 +202,21 @@ def _add(
             detail = f"{tokens} tokens, the limit is {recipe.max_length_tokens}"
             ledger.add(Entry(origin, "too long", detail, "overlong"))
             continue
-        pool.at.append(out.tell())
+        pool.rows.append(
+            PooledRow(
+                at=out.tell(),
+                source=source.name,
+                origin=origin,
+                language=row.language or "und",
+                tokens=tokens,
+                is_text=row.is_text,
+                gain=number_of(record, GAIN),
+                part=part,
+                anchors=anchors(row.turns) if recipe.held_out else nothing,
+                signature=signature(row.turns) if recipe.near_duplicates is not None else nothing,
+            )
+        )
         out.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-        pool.source.append(source.name)
-        pool.origin.append(origin)
-        pool.language.append(row.language or "und")
-        pool.tokens.append(tokens)
-        pool.is_text.append(row.is_text)
-        pool.gain.append(number_of(record, GAIN))
-        pool.part.append(part)
-        pool.anchors.append(anchors(row.turns) if recipe.held_out else np.zeros(0, dtype=np.uint64))
-        if recipe.near_duplicates is not None:
-            pool.signatures.append(signature(row.turns))
 
 
 def _measured(rows: Sequence[Row], lengths: Lengths) -> list[int | BadRow]:

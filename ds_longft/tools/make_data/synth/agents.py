@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ds_longft.tools.make_data.lengths import Lengths
+from ds_longft.tools.make_data.synth.row_plan import Wanted
 
 WORDS = (
     "harbour", "ledger", "orchard", "lantern", "senate", "copper", "engine", "archive", "meadow", "treaty", "compass",
@@ -57,12 +57,8 @@ class FileSystem:
 
     def run(self, name: str, arguments: dict[str, str]) -> str:
         """What a tool gives back."""
-        tools: dict[str, Callable[..., str]] = {
-            "list_folder": self.list_folder,
-            "read_file": self.read_file,
-            "search": self.search,
-        }
-        return tools[name](**arguments)
+        tools: list[Callable[..., str]] = [self.list_folder, self.read_file, self.search]
+        return {tool.__name__: tool for tool in tools}[name](**arguments)
 
     def list_folder(self, folder: str) -> str:
         """Names, one a line."""
@@ -84,28 +80,21 @@ class FileSystem:
         return "\n".join(found) or "nothing found"
 
 
-def agent_rows(
-    *, rows: int, shortest_tokens: int, longest_tokens: int, seed: int, lengths: Lengths, name: str, first: int = 0
-) -> Iterator[dict[str, Any]]:
+def agent_rows(wanted: Wanted, *, shortest_tokens: int, first: int = 0) -> Iterator[dict[str, Any]]:
     """Trajectories `first`, `first + 1`, ... of a seed as `messages` rows with `tools`, of lengths even on a
-    logarithmic scale between the two.
+    logarithmic scale. The last file that is read may go beyond the longest by `MOST_TOKENS_OF_FILE`.
     """
     # All files are alike: measured once. Each for itself would cost three quarters of the time.
-    sample = "\n".join(_lines(random.Random(seed), max(LINES_OF_FILE)))
-    per_token = len(sample) / lengths.text(sample)
-    for i in range(first, first + rows):
-        rng = random.Random(f"{seed}:{i}")
-        wanted = round(shortest_tokens * (longest_tokens / shortest_tokens) ** rng.random())
-        yield {
-            **_trajectory(rng, wanted, per_token),
-            "tools": SCHEMAS,
-            "source": name,
-            "language": "en",
-            "id": f"{name}-{i}",
-        }
+    sample = "\n".join(_lines(random.Random(wanted.seed), max(LINES_OF_FILE)))
+    per_token = len(sample) / wanted.lengths.text(sample)
+    for i in range(first, first + wanted.rows):
+        rng = random.Random(f"{wanted.seed}:{i}")
+        tokens = round(shortest_tokens * (wanted.context_tokens / shortest_tokens) ** rng.random())
+        made = {"messages": _trajectory(rng, tokens, per_token), "tools": SCHEMAS}
+        yield {**made, "source": wanted.name, "language": "en", "id": f"{wanted.name}-{i}"}
 
 
-def _trajectory(rng: random.Random, wanted_tokens: int, per_token: float) -> dict[str, Any]:
+def _trajectory(rng: random.Random, wanted_tokens: int, per_token: float) -> list[dict[str, Any]]:
     """One agent's way to a value, read by as many files as fill the length. `per_token`: characters."""
     subject, value = f"{rng.choice(WORDS)}-{rng.randint(100, 999)}", rng.randint(1000, 9999)
     files = _files(rng, max(2, wanted_tokens // (LINE_TOKENS * sum(LINES_OF_FILE) // 2) + 1))
@@ -145,7 +134,7 @@ def _trajectory(rng: random.Random, wanted_tokens: int, per_token: float) -> dic
     )
     call(f"The search names {found.partition(':')[0]}: I read it to be sure.", "read_file", path=last)
     messages.append({"role": "assistant", "content": str(value), "reasoning_content": f"It says: {fact}"})
-    return {"messages": messages}
+    return messages
 
 
 def _files(rng: random.Random, count: int) -> dict[str, list[str]]:

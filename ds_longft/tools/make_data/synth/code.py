@@ -20,11 +20,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from ds_longft.data.rows import Turn
 from ds_longft.errors import DataError
 from ds_longft.tools.make_data.lengths import Lengths
+from ds_longft.tools.make_data.synth.row_plan import Messages, Wanted, in_turns
 
-Messages = list[dict[str, str]]
 Part = Literal["train", "eval"]
 Question = Literal["definition", "signature", "docstring"]
 
@@ -72,29 +71,24 @@ class Module:
         return f"# file: {self.name}{note}\n{''.join(self.lines[first - 1 : last]).rstrip()}\n\n"
 
 
-def code_rows(
-    *, rows: int, context_tokens: int, questions: int, seed: int, part: Part, lengths: Lengths, name: str
-) -> Iterator[dict[str, Any]]:
-    """`rows` rows in `messages` form.
+def code_rows(wanted: Wanted, *, questions: int, part: Part) -> Iterator[dict[str, Any]]:
+    """Rows in `messages` form, most of them shorter than the longest by a few lines of code at most.
 
     Args:
-        rows: how many.
-        context_tokens: no row is longer, chat template included; most are shorter by a few lines of code at most.
+        wanted: how many rows, and how long; estimated lengths by `CHARS_PER_TOKEN`.
         questions: how many are asked of one context, one after the other; fewer where the module has no more to ask.
-        seed: the same seed gives the same rows.
         part: `train` and `eval` never share a module.
-        lengths: how tokens are counted; estimated ones with `CHARS_PER_TOKEN`.
-        name: `source` of the rows.
 
     Raises:
         DataError: the length is too small to hold a function and its question, or the library has no source here.
     """
     names = module_names(part)
-    ruler = _Ruler(lengths)
-    rng = random.Random(f"{seed} {part}")
-    for number in range(rows):
-        messages, about = _row(rng, names, context_tokens, questions, ruler)
-        yield {"messages": messages, "source": name, "language": "en", "id": f"{part}-{seed}-{number}", **about}
+    ruler = _Ruler(wanted.lengths)
+    rng = random.Random(f"{wanted.seed} {part}")
+    for number in range(wanted.rows):
+        messages, about = _row(rng, names, wanted.context_tokens, questions, ruler)
+        identity = {"source": wanted.name, "language": "en", "id": f"{part}-{wanted.seed}-{number}"}
+        yield {"messages": messages, **identity, **about}
 
 
 def module_names(part: Part) -> list[str]:
@@ -158,13 +152,8 @@ class _Ruler:
     """Measures text in tokens, each module once."""
 
     def __init__(self, lengths: Lengths) -> None:
-        self.text = lengths.text
-        self._rows = lengths.rows
+        self.text, self.chat = lengths.text, lengths.chat
         self.of_module = cache(lambda module: self.text(module.excerpt(1, len(module.lines))))
-
-    def chat(self, messages: Messages) -> int:
-        """Tokens of a whole row, chat template included."""
-        return self._rows([[Turn("user" if m["role"] == "user" else "assistant", m["content"]) for m in messages]])[0]
 
 
 def _row(
@@ -180,15 +169,8 @@ def _row(
         near = sorted(module.targets, key=lambda t: abs(t.first - target.first))[:questions]
         asked = [(t, rng.choice(sorted(t.answers))) for t in near]
 
-        def chat(context: str, asked: list[tuple[Target, Question]] = asked, file: str = module.name) -> Messages:
-            messages = []
-            for t, kind in asked:
-                messages.append({"role": "user", "content": context + QUESTIONS[kind].format(name=t.name, file=file)})
-                messages.append({"role": "assistant", "content": t.answers[kind]})
-                context = ""
-            return messages
-
-        left = limit - ruler.chat(chat(""))
+        pairs = [(QUESTIONS[kind].format(name=t.name, file=module.name), t.answers[kind]) for t, kind in asked]
+        left = limit - ruler.chat(in_turns("", pairs))
         span = Target("", min(t.first for t in near), max(t.last for t in near), {})
         own = _around(module, span, left // 2, ruler) if left > 0 else None
         if own is None:
@@ -199,7 +181,7 @@ def _row(
         for slack in (0, 4, 16, 64):  # the parts may be a few tokens shorter than the whole
             pieces = _fill(_without(asked_names, module, order), left - ruler.text(own) - slack, ruler)
             pieces.insert(int(place * (len(pieces) + 1)), own)
-            messages = chat("".join(pieces))
+            messages = in_turns("".join(pieces), pairs)
             if ruler.chat(messages) <= limit:
                 kinds = ", ".join(kind for _, kind in asked)
                 return messages, {"file": module.name, "topics": ", ".join(asked_names), "kind": kinds}

@@ -1,13 +1,13 @@
-"""What `ds-longft data synth refgpt8x|needle|code|agents` do: samples made of sets and texts, written as rows."""
+"""What `ds-longft data synth` does: samples made of sets and texts, or of nothing, written as rows."""
 
 from __future__ import annotations
 
 import json as json_text
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -22,17 +22,26 @@ from ds_longft.tools.make_data.lengths import Lengths
 from ds_longft.tools.make_data.synth.agents import agent_rows
 from ds_longft.tools.make_data.synth.code import CHARS_PER_TOKEN, Part, code_rows
 from ds_longft.tools.make_data.synth.flags_of_synth import Made, MadeOfTexts, Named
+from ds_longft.tools.make_data.synth.lists import TASKS as LIST_TASKS
+from ds_longft.tools.make_data.synth.lists import list_rows
 from ds_longft.tools.make_data.synth.needle_rows import needle_rows
-from ds_longft.tools.make_data.synth.needle_tasks import TASKS, Task
+from ds_longft.tools.make_data.synth.needle_tasks import TASKS as NEEDLE_TASKS
+from ds_longft.tools.make_data.synth.negatives import PART_TOKENS, PARTS, negative_rows
 from ds_longft.tools.make_data.synth.refgpt8x import MEAN_REFERENCES, hide_references, sentence_embedder
+from ds_longft.tools.make_data.synth.row_plan import size_parts
 from ds_longft.tools.make_data.synth.sources import read_dialogues, read_documents
+from ds_longft.tools.make_data.synth.stretches import stretch_rows
 
 MEASURED_TOGETHER = 16  # rows; the tokenizer works on them in parallel
+T = TypeVar("T", bound=str)
 
 REFGPT8X = Named("refgpt8x")
 NEEDLE = MadeOfTexts("needle")
+STRETCHES = MadeOfTexts("stretches")
+NEGATIVES = MadeOfTexts("negatives")
 CODE = Made("code", rows=200, context_tokens="4K")
 AGENTS = Made("agents", rows=200, context_tokens="128K")
+LISTS = Made("lists")
 
 
 def refgpt8x(
@@ -69,7 +78,7 @@ def refgpt8x(
 
 
 def needle(
-    source: str, out: str, *, questions: int = 3, tasks: str = ",".join(TASKS), flags: MadeOfTexts = NEEDLE
+    source: str, out: str, *, questions: int = 3, tasks: str = ",".join(NEEDLE_TASKS), flags: MadeOfTexts = NEEDLE
 ) -> None:
     """Ask about real long documents, English or Chinese, what a program can check.
 
@@ -83,11 +92,7 @@ def needle(
         questions: asked of one context, one after the other.
         tasks: which of them, comma separated.
     """
-    asked = tasks.replace(" ", "").split(",")
-    if set(asked) - set(TASKS) or questions < 1:
-        seen = f"--tasks is {tasks}, --questions is {questions}"
-        raise ConfigError(f"{seen}: expected tasks among {', '.join(TASKS)}, and 1 or more questions")
-    chosen: list[Task] = [task for task in TASKS if task in asked]
+    chosen = _chosen(tasks, NEEDLE_TASKS, questions)
     write_of_texts(source, out, flags, partial(needle_rows, questions=questions, tasks=chosen))
 
 
@@ -105,8 +110,8 @@ def code(out: str, *, questions: int = 1, part: Part = "train", flags: Made = CO
         raise ConfigError(f"--questions is {questions}: expected 1 or more")
     if part not in ("train", "eval"):
         raise ConfigError(f"--part is {part!r}: expected train or eval")
-    shared, lengths = flags.shared(), flags.lengths(CHARS_PER_TOKEN)
-    write_made(code_rows(questions=questions, part=part, lengths=lengths, **shared), out, lengths, json=flags.json)
+    wanted = flags.wanted(CHARS_PER_TOKEN)
+    write_made(code_rows(wanted, questions=questions, part=part), out, wanted.lengths, json=flags.json)
 
 
 def agents(out: str, *, shortest_tokens: int | str = "20K", flags: Made = AGENTS) -> None:
@@ -119,23 +124,100 @@ def agents(out: str, *, shortest_tokens: int | str = "20K", flags: Made = AGENTS
         out: JSONL file to write.
         shortest_tokens: of the shortest row, about.
     """
-    shared, shortest = flags.shared(), tokens_of("--shortest_tokens", shortest_tokens)
-    longest = shared.pop("context_tokens")
+    wanted, shortest = flags.wanted(), tokens_of("--shortest_tokens", shortest_tokens)
+    longest = wanted.context_tokens
     if shortest > longest:
         raise ConfigError(
             f"--shortest_tokens is {shortest}, --context_tokens {longest}: expected the first at most the second"
         )
-    lengths = flags.lengths()
-    made = agent_rows(shortest_tokens=shortest, longest_tokens=longest, lengths=lengths, **shared)
-    write_made(made, out, lengths, json=flags.json)
+    write_made(agent_rows(wanted, shortest_tokens=shortest), out, wanted.lengths, json=flags.json)
+
+
+def stretches(
+    source: str,
+    out: str,
+    *,
+    sizes: str | None = None,
+    languages: str | None = None,
+    separator: str = "\\n\\n",
+    flags: MadeOfTexts = STRETCHES,
+) -> None:
+    """Cut long texts into plain-text rows of many lengths; texts of one language are laid one behind the other.
+
+    Two rows may overlap.
+
+    Args:
+        source: set of plain texts, or of references; a file, a folder, or a pattern in quotes.
+        out: JSONL file to write.
+        sizes: part of the longest row and its share, e.g. 1/4:3,1/2:2,1:2. Left out: halves of halves down to 1/32.
+        languages: shares of the rows, e.g. zh:0.15; others as there is text.
+        separator: what stands between two documents of a row, which attention reaches over; \\n is a line break. The
+            tokenizer's own end of text, e.g. <|endoftext|>, tells the model that another begins.
+    """
+    made, between = parts_and_shares(sizes, languages), separator.replace("\\n", "\n")
+    write_of_texts(source, out, flags, partial(stretch_rows, separator=between, **made))
+
+
+def negatives(
+    source: str,
+    out: str,
+    *,
+    part_tokens: int | str = PART_TOKENS,
+    separator: str = "\\n\\n",
+    embedding: str | None = None,
+    flags: MadeOfTexts = NEGATIVES,
+) -> None:
+    """Put near neighbours of other documents between a document's parts: what belongs together lies far apart.
+
+    Each row is one document of two parts or more, in its order, up to half of the row; the rest of it are the parts of
+    other documents that are most like the part before them. No document is drawn twice.
+
+    Args:
+        source: set of plain texts, or of references; a file, a folder, or a pattern in quotes.
+        out: JSONL file to write.
+        part_tokens: of a part.
+        separator: what stands between parts; \\n is a line break.
+        embedding: folder or hub id of a sentence-transformers model that finds neighbours. Left out: TF-IDF.
+    """
+    part = tokens_of("--part_tokens", part_tokens)
+    if PARTS * part > flags.longest_tokens:
+        seen = f"--context_tokens is {flags.context_tokens}, --part_tokens is {part_tokens}"
+        raise ConfigError(f"{seen}: expected room for four parts in one row")
+    embed, between = sentence_embedder(embedding) if embedding else None, separator.replace("\\n", "\n")
+    write_of_texts(source, out, flags, partial(negative_rows, part_tokens=part, separator=between, embed=embed))
+
+
+def lists(
+    out: str,
+    *,
+    questions: int = 3,
+    tasks: str = ",".join(LIST_TASKS),
+    sizes: str | None = None,
+    flags: Made = LISTS,
+) -> None:
+    """Lists of made-up names, and questions that one line does not answer: what RULER asks for, in other texts.
+
+    keys: the numbers of several names among like lines. links: all that lies in one place, by lines that point to one
+    another. counts: the names that come most often.
+
+    Args:
+        out: JSONL file to write, in `messages` form.
+        questions: asked of one list, one after the other; of counts one.
+        tasks: which of them, comma separated.
+        sizes: part of the longest row and its share, e.g. 1/4:3,1/2:2,1:2. Left out: halves of halves down to 1/32.
+    """
+    chosen, parts = _chosen(tasks, LIST_TASKS, questions), parts_and_shares(sizes, None)["sizes"]
+    wanted = flags.wanted()
+    made = list_rows(wanted, questions=questions, tasks=chosen, sizes=parts)
+    write_made(made, out, wanted.lengths, json=flags.json)
 
 
 def write_of_texts(source: str, out: str, flags: MadeOfTexts, make: Callable[..., Iterator[dict[str, Any]]]) -> None:
-    """Write the rows that `make` makes of the documents of a source and of what every maker takes."""
-    shared, taken, lengths = flags.shared(), flags.taken, flags.lengths()
+    """Write the rows that `make` makes of the documents of a source and of what is wanted."""
+    wanted, taken = flags.wanted(), flags.taken
     with Ledger(Path(f"{out}.ledger.jsonl")) as ledger:
         documents = read_documents(SourceConfig(path=source), ledger, taken)
-        write_made(make(documents, lengths=lengths, **shared), out, lengths, ledger, json=flags.json)
+        write_made(make(documents, wanted), out, wanted.lengths, ledger, json=flags.json)
 
 
 def write_made(
@@ -164,3 +246,33 @@ def write_made(
     print(f"{out}: {len(tokens):,} rows of {min(tokens):,} to {max(tokens):,} tokens{about}")
     if ledger and ledger.tally.unusable_rows:
         print(f"{ledger.path}: {reasons(ledger.tally)}")
+
+
+def _chosen(tasks: str, known: Sequence[T], questions: int) -> list[T]:
+    asked = tasks.replace(" ", "").split(",")
+    if set(asked) - set(known) or questions < 1:
+        seen = f"--tasks is {tasks}, --questions is {questions}"
+        raise ConfigError(f"{seen}: expected tasks among {', '.join(known)}, and 1 or more questions")
+    return [task for task in known if task in asked]
+
+
+def parts_and_shares(sizes: str | None, languages: str | None) -> dict[str, Any]:
+    """`--sizes` and `--languages` of rows that are made of running texts. Raises ConfigError."""
+    parts = parse_shares("--sizes", sizes, "1/4:3,1:1") if sizes else None
+    size_parts(parts or {})
+    shares = parse_shares("--languages", languages, "zh:0.15") if languages else {}
+    if sum(shares.values()) > 1.000001:
+        raise ConfigError(f"--languages is {languages}: the shares add up to more than 1")
+    return {"sizes": parts, "languages": shares}
+
+
+def parse_shares(flag: str, given: str, example: str) -> dict[str, float]:
+    """`a:1,b:2` of a command line flag. Raises ConfigError."""
+    shares = {}
+    for pair in given.replace(" ", "").split(","):
+        key, _, share = pair.partition(":")
+        try:
+            shares[key] = float(share)
+        except ValueError:
+            raise ConfigError(f"{flag} is {given!r}: expected names and shares, e.g. {example}") from None
+    return shares

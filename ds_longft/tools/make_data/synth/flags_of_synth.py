@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ds_longft.command_line import tokens_of
 from ds_longft.errors import ConfigError
 
 if TYPE_CHECKING:  # a help should not wait for these
-    from ds_longft.tools.make_data.lengths import Lengths
+    from ds_longft.tools.make_data.synth.row_plan import Wanted
     from ds_longft.tools.make_data.where import Where
 
 
@@ -47,19 +47,22 @@ class Made(Named):
         """`context_tokens` as a number."""
         return tokens_of("--context_tokens", self.context_tokens)
 
-    def lengths(self, chars_per_token: float | None = None) -> Lengths:
-        """How tokens are counted; estimates by `chars_per_token`, where another than usual."""
+    def wanted(self, chars_per_token: float | None = None) -> Wanted:
+        """What is asked of a maker of rows. Lengths are estimated by `chars_per_token`, where another than usual.
+
+        Raises:
+            ConfigError: no row, or no count of tokens.
+        """
         from ds_longft.tools.look.commands import load_tokenizer
         from ds_longft.tools.make_data.lengths import CHARS_PER_TOKEN, Lengths
+        from ds_longft.tools.make_data.synth.row_plan import Wanted
 
-        tokenizer = load_tokenizer(self.tokenizer) if self.tokenizer else None
-        return Lengths(tokenizer, chars_per_token or CHARS_PER_TOKEN)
-
-    def shared(self) -> dict[str, Any]:
-        """What every maker of rows takes. Raises ConfigError."""
         if self.rows < 1:
             raise ConfigError(f"--rows is {self.rows}: expected 1 or more")
-        return {"rows": self.rows, "context_tokens": self.longest_tokens, "seed": self.seed, "name": self.name}
+        longest = self.longest_tokens
+        tokenizer = load_tokenizer(self.tokenizer) if self.tokenizer else None
+        lengths = Lengths(tokenizer, chars_per_token or CHARS_PER_TOKEN)
+        return Wanted(self.rows, longest, self.seed, self.name, lengths)
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,13 @@ numbered, and counts that differ, so that there is one right order.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
-from ds_longft.data.rows import Turn
 from ds_longft.errors import DataError
-from ds_longft.tools.make_data.lengths import Lengths
-from ds_longft.tools.make_data.synth.row_plan import plan_rows
+from ds_longft.tools.make_data.synth.row_plan import Messages, Wanted, in_turns, plan_rows
 
 ListTask = Literal["keys", "links", "counts"]
 TASKS: tuple[ListTask, ...] = get_args(ListTask)
@@ -41,68 +39,51 @@ Asked = tuple[str, list[tuple[str, str]]]
 
 
 def list_rows(
+    wanted: Wanted,
     *,
-    rows: int,
-    context_tokens: int,
-    seed: int,
-    name: str,
     questions: int = 3,
     tasks: Sequence[ListTask] = TASKS,
     sizes: Mapping[str, float] | None = None,
-    lengths: Lengths | None = None,
     first: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """`rows` rows in `messages` form, English; the same seed gives the same rows.
+    """Rows in `messages` form, English.
 
     Args:
-        context_tokens: longest row.
+        wanted: how many rows, and how long.
         questions: asked one after the other about one list; of `counts` one.
         tasks: which, in turns.
         sizes: part of the longest row -> share of the rows; left out, `row_plan.SIZES`.
-        lengths: how tokens are counted; estimated when left out.
         first: the number of the first row; rows of other numbers are other rows.
 
     Raises:
         DataError: a length holds less than `FEWEST_UNITS` lines.
     """
-    lengths = lengths or Lengths()
-    planned = plan_rows(rows, {"en": 1}, context_tokens, random.Random(f"lists {seed} {first}"), sizes=sizes)
-
-    def tokens_of(turns: list[Turn]) -> int:
-        return lengths.rows([turns])[0]
-
+    rng, measure = random.Random(f"lists {wanted.seed} {first}"), wanted.lengths.chat
+    planned = plan_rows(wanted.rows, {"en": 1}, wanted.context_tokens, rng, sizes=sizes)
     for number, (_, tokens) in enumerate(planned, start=first):
         task = tasks[number % len(tasks)]
-        make = partial(_turns, task, f"lists {seed} {number}", questions)
+        make = partial(_asked, task, f"lists {wanted.seed} {number}", questions)
         units, each = FIRST_UNITS, 0.0
         for _ in range(FIT_ROUNDS):
-            each = tokens_of(make(units)) / units  # questions counted in: another number of lines, another share
+            each = measure(make(units)) / units  # questions counted in: another number of lines, another share
             units = max(FEWEST_UNITS, int(tokens / each))
-        while (over := tokens_of(turns := make(units)) - tokens) > 0:
+        while (over := measure(messages := make(units)) - tokens) > 0:
             units -= max(1, int(over / each))
-        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-        yield {"messages": messages, "source": name, "language": "en", "id": f"{name}-{seed}-{number}", "tasks": [task]}
+        yield {"messages": messages, **wanted.identity(number, "en"), "tasks": [task]}
 
 
-def _turns(task: ListTask, seed: str, questions: int, units: int) -> list[Turn]:
+def _asked(task: ListTask, seed: str, questions: int, units: int) -> Messages:
     if units < FEWEST_UNITS:
         raise DataError(f"a row holds {units} lines of a list, {FEWEST_UNITS} at least: give a larger context_tokens")
-    makers: dict[ListTask, Callable[[int, int, random.Random], Asked]] = {
-        "keys": _keys, "links": _links, "counts": _counts,
-    }  # fmt: skip
+    makers = {"keys": _keys, "links": _links, "counts": _counts}
     listed, asked = makers[task](units, questions, random.Random(seed))
-    turns = []
-    for i, (question, answer) in enumerate(asked):
-        turns += [Turn("user", question if i else f"{listed}\n\n{question}"), Turn("assistant", answer)]
-    return turns
+    return in_turns(f"{listed}\n\n", asked)
 
 
 def _names(count: int, rng: random.Random) -> list[str]:
     """Different ones of three syllables."""
     numbers, base = rng.sample(range(NAMES), count), len(SYLLABLES)
-    return [
-        "".join(SYLLABLES[n // base**place % base] for place in range(3)).capitalize() for n in numbers
-    ]  # fmt: skip
+    return ["".join(SYLLABLES[n // base**place % base] for place in range(3)).capitalize() for n in numbers]
 
 
 def _and(parts: Sequence[str]) -> str:

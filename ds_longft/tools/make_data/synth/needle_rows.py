@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ds_longft.data.rows import Turn
 from ds_longft.errors import DataError
 from ds_longft.tools.make_data.lengths import CHARS_PER_TOKEN, HAN_PER_TOKEN, Lengths
 from ds_longft.tools.make_data.synth.needle_tasks import TASKS, WORDINGS, Task, ask, numbered, solve
+from ds_longft.tools.make_data.synth.row_plan import Messages, Wanted, in_turns
 from ds_longft.tools.make_data.synth.sources import Document
 
 PARAGRAPH_CHARS = {"en": 400, "zh": 160}  # lines are joined up to about this length
@@ -19,29 +19,19 @@ SHORTEST = 4  # contexts are drawn between the longest and a quarter of it
 
 
 def needle_rows(
-    documents: Sequence[Document],
-    *,
-    rows: int,
-    context_tokens: int,
-    seed: int,
-    name: str,
-    questions: int = 3,
-    tasks: Sequence[Task] = TASKS,
-    lengths: Lengths | None = None,
+    documents: Sequence[Document], wanted: Wanted, *, questions: int = 3, tasks: Sequence[Task] = TASKS
 ) -> Iterator[dict[str, Any]]:
-    """`rows` rows in `messages` form; the same seed gives the same rows.
+    """Rows in `messages` form. The contexts' lengths are drawn evenly on a logarithmic scale down to a quarter.
 
     Args:
         documents: English and Chinese texts; others are left out.
-        context_tokens: longest row. The contexts' lengths are drawn evenly on a logarithmic scale down to a quarter.
+        wanted: how many rows, and how long.
         questions: asked one after the other about one context.
         tasks: which kinds, in equal parts.
-        lengths: how tokens are counted; estimated when left out.
 
     Raises:
         DataError: no documents in these languages, or none that yield a question.
     """
-    lengths = lengths or Lengths()
     texts: dict[str, list[list[str]]] = {}
     for document in documents:
         if document.language in WORDINGS:
@@ -49,24 +39,23 @@ def needle_rows(
     texts = {language: found for language, found in texts.items() if sum(map(len, found)) >= 2 * SHORTEST}
     if not texts:
         raise DataError("no needles can be hidden: the documents hold no English or Chinese text of a few paragraphs")
-    rng = random.Random(f"needle {seed}")
+    rng = random.Random(f"needle {wanted.seed}")
     languages = sorted(texts)
     per_token = {"zh": HAN_PER_TOKEN, "en": CHARS_PER_TOKEN}
     shares = [sum(len(p) for d in texts[lang] for p in d) / per_token[lang] for lang in languages]
-    for number in range(rows):
+    for number in range(wanted.rows):
         for _ in range(TRIES):
             language = rng.choices(languages, shares)[0]
-            made = _row(texts[language], language, context_tokens, questions, tasks, lengths, rng)
+            made = _row(texts[language], language, wanted, questions, tasks, rng)
             if made is not None:
                 break
         else:
             raise DataError(
-                f"no needle question of at most {context_tokens} tokens could be made of these documents: give longer "
-                "documents, a larger --context_tokens, or fewer --questions"
+                f"no needle question of at most {wanted.context_tokens} tokens could be made of these documents: give "
+                "longer documents, a larger --context_tokens, or fewer --questions"
             )
         messages, kinds = made
-        identity = {"source": name, "language": language, "id": f"{name}-{seed}-{number}"}
-        yield {"messages": messages, **identity, "tasks": kinds}
+        yield {"messages": messages, **wanted.identity(number, language), "tasks": kinds}
 
 
 def paragraphs_of(text: str, language: str) -> list[str]:
@@ -87,16 +76,16 @@ def paragraphs_of(text: str, language: str) -> list[str]:
 def _row(
     documents: Sequence[list[str]],
     language: str,
-    limit: int,
+    wanted: Wanted,
     questions: int,
     tasks: Sequence[Task],
-    lengths: Lengths,
     rng: random.Random,
-) -> tuple[list[dict[str, str]], list[Task]] | None:
+) -> tuple[Messages, list[Task]] | None:
     """Messages of a row and what was asked, or None where the documents drawn did not lend themselves to it."""
     own = rng.randrange(len(documents))
-    room = int(limit / SHORTEST ** rng.random()) - 120 * questions  # tokens of a question and its answer, about
-    paragraphs = _gather(documents, own, room, lengths, rng)
+    length = int(wanted.context_tokens / SHORTEST ** rng.random())
+    room = length - 120 * questions  # tokens of a question and its answer, about
+    paragraphs = _gather(documents, own, room, wanted.lengths, rng)
     if len(paragraphs) < SHORTEST:
         return None
     # What is absent should look as if it could be there: the rest of the document, and its neighbour.
@@ -114,12 +103,9 @@ def _row(
     if not asked:
         return None
     rng.shuffle(asked)
-    messages = []
-    for i, (_, question, answer) in enumerate(asked):
-        messages.append({"role": "user", "content": f"{context}\n\n{question}" if i == 0 else question})
-        messages.append({"role": "assistant", "content": answer})
-    turns = [Turn("assistant" if i % 2 else "user", message["content"]) for i, message in enumerate(messages)]
-    return (messages, [task for task, *_ in asked]) if lengths.rows([turns])[0] <= limit else None
+    messages = in_turns(f"{context}\n\n", [(question, answer) for _, question, answer in asked])
+    fits = wanted.lengths.chat(messages) <= wanted.context_tokens
+    return (messages, [task for task, *_ in asked]) if fits else None
 
 
 def _gather(

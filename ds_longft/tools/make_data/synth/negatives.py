@@ -10,10 +10,10 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ds_longft.data.rows import Turn
 from ds_longft.errors import DataError
 from ds_longft.tools.make_data.lengths import Lengths
 from ds_longft.tools.make_data.synth.refgpt8x import Embed, nearest
+from ds_longft.tools.make_data.synth.row_plan import Wanted
 from ds_longft.tools.make_data.synth.sources import Document
 
 PART_TOKENS = 2048
@@ -22,21 +22,17 @@ PARTS = 4  # of a row, at least
 
 def negative_rows(
     documents: Sequence[Document],
+    wanted: Wanted,
     *,
-    rows: int,
-    context_tokens: int,
     part_tokens: int,
-    seed: int,
-    name: str,
     separator: str = "\n\n",
-    lengths: Lengths | None = None,
     embed: Embed | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """`rows` rows in `text` form, none longer than `context_tokens`; the same seed gives the same rows.
+    """Rows in `text` form.
 
     Args:
         documents: what is cut into parts; neighbours are of one language. Those of less than two parts are neighbours.
-        rows: how many documents are drawn, none twice.
+        wanted: how many documents are drawn, none twice; how long rows are.
         part_tokens: of a part; `PARTS` of them fit a row.
         separator: between parts.
         embed: texts to vectors; TF-IDF when left out.
@@ -45,16 +41,16 @@ def negative_rows(
         DataError: fewer documents of two parts than rows, or a language with too few parts.
         LongftError: scikit-learn is missing.
     """
-    lengths = lengths or Lengths()
+    rows, lengths = wanted.rows, wanted.lengths
     cut = [_parts(document.text, part_tokens, lengths) for document in documents]
     long = [i for i, parts in enumerate(cut) if len(parts) > 1]
     if rows > len(long):
         raise DataError(
             f"{rows} rows were asked for, and {len(long)} documents are longer than two parts of {part_tokens:,} tokens"
         )
-    rng = random.Random(f"negatives {seed}")
+    rng = random.Random(f"negatives {wanted.seed}")
     drawn = rng.sample(long, rows)
-    in_row = context_tokens // part_tokens
+    in_row = wanted.context_tokens // part_tokens
     for language in sorted({documents[i].language for i in drawn}):
         place = [(i, n) for i, d in enumerate(documents) if d.language == language for n in range(len(cut[i]))]
         texts, at = [cut[i][n] for i, n in place], {both: number for number, both in enumerate(place)}
@@ -63,8 +59,8 @@ def negative_rows(
             own = min(len(cut[i]), max(2, in_row // 2))
             first = rng.randrange(len(cut[i]) - own + 1)
             of_row[i] = range(first, first + own)
-        wanted = [at[i, n] for i, parts in of_row.items() for n in parts]
-        near = iter(nearest(texts, wanted, in_row + max(len(cut[i]) for i in of_row), embed).tolist())
+        asked = [at[i, n] for i, parts in of_row.items() for n in parts]
+        near = iter(nearest(texts, asked, in_row + max(len(cut[i]) for i in of_row), embed).tolist())
         for i, parts in of_row.items():
             taken: set[int] = set()
             behind = []  # each part, its neighbours
@@ -75,11 +71,8 @@ def negative_rows(
                 behind.append([texts[k] for k in free])
             if not taken:
                 raise DataError(f"{language}: no part of another document is left to stand between those of one")
-            own_texts = [cut[i][n] for n in parts]
-            yield {
-                "text": _fitting(own_texts, behind, separator, context_tokens, lengths),
-                "source": name, "language": language, "id": f"{name}-{seed}-{documents[i].id}", "parts": len(parts),
-            }  # fmt: skip
+            text = _fitting([cut[i][n] for n in parts], behind, separator, wanted)
+            yield {"text": text, **wanted.identity(documents[i].id, language), "parts": len(parts)}
 
 
 def _parts(text: str, tokens: int, lengths: Lengths) -> list[str]:
@@ -95,10 +88,10 @@ def _parts(text: str, tokens: int, lengths: Lengths) -> list[str]:
     return [part for part in (*parts, *([rest] if not parts or len(rest) > len(parts[0]) // 2 else [])) if part]
 
 
-def _fitting(own: Sequence[str], behind: Sequence[list[str]], separator: str, tokens: int, lengths: Lengths) -> str:
+def _fitting(own: Sequence[str], behind: Sequence[list[str]], separator: str, wanted: Wanted) -> str:
     """Each part with its neighbours behind it; the farthest neighbours of the fullest part go until the row fits."""
     while True:
         made = separator.join(text for part, others in zip(own, behind, strict=True) for text in (part, *others))
-        if lengths.rows([[Turn("text", made)]])[0] <= tokens or not any(behind):
+        if wanted.lengths.plain(made) <= wanted.context_tokens or not any(behind):
             return made
         max(reversed(behind), key=len).pop()

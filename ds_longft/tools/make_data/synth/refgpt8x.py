@@ -58,14 +58,14 @@ def hide_references(
         by_language[dialogues[number].language].append(place)
     others: dict[int, list[str]] = {}  # place -> neighbours, nearest first
     for language, places in sorted(by_language.items()):
-        texts = list(dict.fromkeys(d.reference for d in dialogues if d.language == language))
+        texts = list(dict.fromkeys(d.text for d in dialogues if d.language == language))
         row_of = {text: row for row, text in enumerate(texts)}
-        wanted = [row_of[dialogues[drawn[place]].reference] for place in places]
+        wanted = [row_of[dialogues[drawn[place]].text] for place in places]
         for place, near in zip(places, nearest(texts, wanted, int(counts.max()) - 1, embed), strict=True):
             others[place] = [texts[i] for i in near[: counts[place] - 1]]
     for place, number in enumerate(drawn.tolist()):
         dialogue = dialogues[number]
-        references = [dialogue.reference, *others[place]]
+        references = [dialogue.text, *others[place]]
         order = rng.permutation(len(references))
         context = "\n\n".join(references[i] for i in order)
         messages = [{"role": turn.role, "content": turn.content} for turn in dialogue.turns]

@@ -1,20 +1,47 @@
-"""How long, and in which language, each row is that is made of running texts: shares kept to the row."""
+"""What makers of rows are asked for, and how long, and in which language, each row is: shares kept to the row."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TypeVar
 
 from ds_longft.errors import ConfigError
+from ds_longft.tools.make_data.lengths import Lengths
 
 K = TypeVar("K")
+Messages = list[dict[str, str]]
 
 # Parts of the longest row and their shares. A long row holds as many tokens as many short ones, so that nearly
 # half of all tokens lie in rows of full length all the same, while most steps of a run see several lengths.
 SIZES: Mapping[str, float] = {"1/32": 3, "1/16": 3, "1/8": 3, "1/4": 3, "1/2": 2, "1": 2}
 SHORTEST_TOKENS = 512  # less holds no text beside a few questions
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What every maker of rows is asked for. The same seed gives the same rows."""
+
+    rows: int
+    context_tokens: int  # of the longest row, chat template included
+    seed: int
+    name: str  # `source` of the rows
+    lengths: Lengths = field(default_factory=Lengths)  # how tokens are counted; estimated when left out
+
+    def identity(self, number: int | str, language: str) -> dict[str, str]:
+        """What a row says of itself."""
+        return {"source": self.name, "language": language, "id": f"{self.name}-{self.seed}-{number}"}
+
+
+def in_turns(text: str, asked: Iterable[tuple[str, str]]) -> Messages:
+    """Questions and their answers, one after the other; the text that they are about in front of the first."""
+    messages: Messages = []
+    for question, answer in asked:
+        content = question if messages else f"{text}{question}"
+        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    return messages
 
 
 def plan_rows(

@@ -9,15 +9,15 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ds_longft.data.rows import Turn
 from ds_longft.errors import DataError
 from ds_longft.tools.make_data.lengths import Lengths
-from ds_longft.tools.make_data.synth.row_plan import plan_rows
+from ds_longft.tools.make_data.synth.row_plan import Wanted, plan_rows
 from ds_longft.tools.make_data.synth.sources import Document
 
 T = TypeVar("T")
@@ -76,43 +76,32 @@ def running_texts(documents: Sequence[Document], lengths: Lengths, separator: st
 
 def stretch_rows(
     documents: Sequence[Document],
+    wanted: Wanted,
     *,
-    rows: int,
-    context_tokens: int,
-    seed: int,
-    name: str,
     languages: Mapping[str, float] | None = None,
     sizes: Mapping[str, float] | None = None,
     separator: str = BETWEEN,
-    lengths: Lengths | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """`rows` rows in `text` form; the same seed gives the same rows. Two stretches may overlap.
+    """Rows in `text` form. Two stretches may overlap.
 
     Args:
         documents: what is cut; a stretch goes on in the next document of its language.
-        context_tokens: longest row.
+        wanted: how many rows, and how long.
         languages: shares of the rows, by language code; left out, as there is text.
         sizes: part of the longest row -> share of the rows, e.g. {"1/4": 3, "1": 1}; left out, `row_plan.SIZES`.
         separator: between two documents.
-        lengths: how tokens are counted; estimated when left out.
 
     Raises:
         DataError: there is less text in a language than its longest row has tokens.
     """
-    lengths = lengths or Lengths()
-    running = running_texts(documents, lengths, separator)
-    rng = random.Random(f"stretches {seed}")
+    running = running_texts(documents, wanted.lengths, separator)
+    rng = random.Random(f"stretches {wanted.seed}")
     amounts = {language: text.tokens for language, text in running.items()}
-    planned = plan_rows(rows, amounts, context_tokens, rng, languages=languages, sizes=sizes)
+    planned = plan_rows(wanted.rows, amounts, wanted.context_tokens, rng, languages=languages, sizes=sizes)
     for number, (language, tokens) in enumerate(planned):
-        text = running[language]
-        start = text.place(tokens, rng)
-        made = fill(
-            lambda room, text=text, start=start: text.cut(start, room),  # type: ignore[misc]
-            lambda made: lengths.rows([[Turn("text", made)]])[0],
-            tokens,
-        )
-        yield {"text": made, "source": name, "language": language, "id": f"{name}-{seed}-{number}"}
+        start = running[language].place(tokens, rng)
+        made = fill(partial(running[language].cut, start), wanted.lengths.plain, tokens)
+        yield {"text": made, **wanted.identity(number, language)}
 
 
 def fill(make: Callable[[int], T], measure: Callable[[T], int], tokens: int, room: int | None = None) -> T:

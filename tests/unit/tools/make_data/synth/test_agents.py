@@ -13,15 +13,13 @@ from ds_longft.data.formats import to_row
 from ds_longft.data.tokenize import tokenize_sources
 from ds_longft.tools.make_data.lengths import Lengths
 from ds_longft.tools.make_data.synth.agents import SCHEMAS, FileSystem, agent_rows
+from ds_longft.tools.make_data.synth.row_plan import Wanted
 from tests.tokenizer import CHATML_WITH_TOOLS, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
 def rows():
-    lengths = Lengths()
-    return list(
-        agent_rows(rows=12, shortest_tokens=8_000, longest_tokens=64_000, seed=1, lengths=lengths, name="agents")
-    )
+    return list(agent_rows(Wanted(12, 64_000, 1, "agents"), shortest_tokens=8_000))
 
 
 def test_tools_do_what_their_schemas_say() -> None:
@@ -53,9 +51,7 @@ def test_lengths_and_seed(rows) -> None:
     assert min(tokens) > 6_000
     assert max(tokens) < 80_000
     assert max(tokens) > 2 * min(tokens)
-    again = list(
-        agent_rows(rows=2, shortest_tokens=8_000, longest_tokens=64_000, seed=1, lengths=lengths, name="agents")
-    )
+    again = list(agent_rows(Wanted(2, 64_000, 1, "agents"), shortest_tokens=8_000))
     assert again == rows[:2]
 
 

@@ -4,21 +4,12 @@ from ds_longft.data.rows import Turn
 from ds_longft.errors import DataError
 from ds_longft.tools.make_data.lengths import Lengths
 from ds_longft.tools.make_data.synth.code import CHARS_PER_TOKEN, code_rows, module_names, read_module
+from ds_longft.tools.make_data.synth.row_plan import Wanted
 
 
 def make(rows, context_tokens, *, tokenizer=None, questions=1, seed=0, part="train"):
-    lengths = Lengths(tokenizer, CHARS_PER_TOKEN)
-    return list(
-        code_rows(
-            rows=rows,
-            context_tokens=context_tokens,
-            questions=questions,
-            seed=seed,
-            part=part,
-            lengths=lengths,
-            name="c",
-        )
-    )
+    wanted = Wanted(rows, context_tokens, seed, "c", Lengths(tokenizer, CHARS_PER_TOKEN))
+    return list(code_rows(wanted, questions=questions, part=part))
 
 
 def test_rows_fit_exactly_and_answers_stand_in_the_context(tokenizer):

@@ -16,12 +16,13 @@ from ds_longft.errors import DataError
 from ds_longft.tools.evaluate.ruler import texts_of_tasks as ruler
 from ds_longft.tools.make_data.lengths import Lengths
 from ds_longft.tools.make_data.synth.lists import TASKS, list_rows
+from ds_longft.tools.make_data.synth.row_plan import Wanted
 from tests.tokenizer import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict]:
-    return list(list_rows(rows=60, context_tokens=2000, seed=1, name="lists", sizes={"1/2": 1, "1": 1}))
+    return list(list_rows(Wanted(60, 2000, 1, "lists"), sizes={"1/2": 1, "1": 1}))
 
 
 def numbers(listed: str, question: str) -> str:
@@ -65,12 +66,12 @@ def test_answers_are_found_again_in_the_text(rows: list[dict]) -> None:
 @pytest.mark.parametrize("tokenizer", [None, tiny_tokenizer()])
 def test_rows_are_as_long_as_planned_and_the_same_again(tokenizer) -> None:
     lengths = Lengths(tokenizer)
-    settings = {"context_tokens": 6000, "name": "n", "sizes": {"1": 1}, "lengths": lengths}
-    made = list(list_rows(rows=6, seed=3, **settings))
-    assert made == list(list_rows(rows=6, seed=3, **settings))
+    wanted = Wanted(6, 6000, 3, "n", lengths)
+    made = list(list_rows(wanted, sizes={"1": 1}))
+    assert made == list(list_rows(wanted, sizes={"1": 1}))
     counted = [lengths.rows([[Turn(m["role"], m["content"]) for m in row["messages"]]])[0] for row in made]
     assert all(5800 < tokens <= 6000 for tokens in counted), counted
-    others = list(list_rows(rows=6, seed=3, first=6, **settings))
+    others = list(list_rows(wanted, sizes={"1": 1}, first=6))
     assert not {m["content"] for row in made for m in row["messages"]} & {
         m["content"] for row in others for m in row["messages"]
     }
@@ -104,4 +105,4 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main([*argv, "--tasks", "links,songs"]) == 64
     assert "expected tasks among keys, links, counts" in capsys.readouterr().err
     with pytest.raises(DataError, match="give a larger context_tokens"):
-        list(list_rows(rows=3, context_tokens=100, seed=0, name="n"))
+        list(list_rows(Wanted(3, 100, 0, "n")))

@@ -9,6 +9,7 @@ from ds_longft.errors import DataError
 from ds_longft.tools.make_data.lengths import Lengths
 from ds_longft.tools.make_data.synth.needle_rows import needle_rows, paragraphs_of
 from ds_longft.tools.make_data.synth.needle_tasks import TASKS, WORDINGS, ask, numbered, solve
+from ds_longft.tools.make_data.synth.row_plan import Wanted
 from ds_longft.tools.make_data.synth.sources import Document
 from tests.unit.tools.make_data.texts import chinese, english
 
@@ -22,7 +23,7 @@ def documents():
 
 @pytest.fixture(scope="module")
 def rows(documents):
-    return list(needle_rows(documents, rows=60, context_tokens=3000, seed=0, name="n", questions=4))
+    return list(needle_rows(documents, Wanted(60, 3000, 0, "n"), questions=4))
 
 
 def split(row):
@@ -94,20 +95,20 @@ def test_a_wrong_answer_or_a_changed_text_is_noticed(rows):
 
 
 def test_the_seed_decides(documents, rows):
-    assert list(needle_rows(documents, rows=60, context_tokens=3000, seed=0, name="n", questions=4)) == rows
-    assert list(needle_rows(documents, rows=5, context_tokens=3000, seed=1, name="n", questions=4)) != rows[:5]
+    assert list(needle_rows(documents, Wanted(60, 3000, 0, "n"), questions=4)) == rows
+    assert list(needle_rows(documents, Wanted(5, 3000, 1, "n"), questions=4)) != rows[:5]
 
 
 def test_only_the_tasks_that_were_asked_for(documents):
-    made = list(needle_rows(documents, rows=5, context_tokens=2000, seed=0, name="n", tasks=["location"]))
+    made = list(needle_rows(documents, Wanted(5, 2000, 0, "n"), tasks=["location"]))
     assert {task for row in made for task in row["tasks"]} == {"location"}
 
 
 def test_texts_too_short_or_in_other_languages_are_an_error(documents):
     with pytest.raises(DataError, match="no English or Chinese text"):
-        next(needle_rows(documents[-1:], rows=1, context_tokens=2000, seed=0, name="n"))
+        next(needle_rows(documents[-1:], Wanted(1, 2000, 0, "n")))
     with pytest.raises(DataError, match="no needle question of at most 300 tokens"):
-        next(needle_rows(documents, rows=1, context_tokens=300, seed=0, name="n"))
+        next(needle_rows(documents, Wanted(1, 300, 0, "n")))
 
 
 def test_wrapped_lines_become_paragraphs():

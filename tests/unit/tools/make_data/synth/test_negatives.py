@@ -13,6 +13,7 @@ from ds_longft.data.rows import Turn
 from ds_longft.errors import DataError
 from ds_longft.tools.make_data.lengths import Lengths
 from ds_longft.tools.make_data.synth.negatives import negative_rows
+from ds_longft.tools.make_data.synth.row_plan import Wanted
 from ds_longft.tools.make_data.synth.sources import Document
 from tests.unit.tools.make_data.texts import chinese, english
 
@@ -35,9 +36,9 @@ def documents() -> list[Document]:
 
 
 def test_neighbours_stand_between_parts_in_their_order(documents: list[Document]) -> None:
-    lengths, settings = Lengths(), {"rows": 6, "context_tokens": 1600, "part_tokens": 200, "name": "n"}
-    rows = list(negative_rows(documents, seed=1, separator=SEPARATOR, **settings))
-    assert rows == list(negative_rows(documents, seed=1, separator=SEPARATOR, **settings))
+    lengths, wanted = Lengths(), Wanted(6, 1600, 1, "n")
+    rows = list(negative_rows(documents, wanted, part_tokens=200, separator=SEPARATOR))
+    assert rows == list(negative_rows(documents, wanted, part_tokens=200, separator=SEPARATOR))
     assert len({row["id"] for row in rows}) == 6
     text_of = {f"n-1-{document.id}": document for document in documents}
     for row in rows:
@@ -58,11 +59,10 @@ def test_neighbours_stand_between_parts_in_their_order(documents: list[Document]
 
 
 def test_what_cannot_be_made(documents: list[Document], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = {"context_tokens": 1600, "part_tokens": 200, "seed": 0, "name": "n"}
     with pytest.raises(DataError, match="12 rows were asked for, and 11 documents"):
-        next(negative_rows(documents, rows=12, **settings))
+        next(negative_rows(documents, Wanted(12, 1600, 0, "n"), part_tokens=200))
     with pytest.raises(DataError, match="no part of another document"):
-        next(negative_rows(documents[:1], rows=1, **settings))
+        next(negative_rows(documents[:1], Wanted(1, 1600, 0, "n"), part_tokens=200))
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": d.text}) + "\n" for d in documents))
     argv = ["data", "synth", "negatives", str(tmp_path / "a.jsonl"), str(tmp_path / "out.jsonl"), "--rows", "3"]
     assert main([*argv, "--context_tokens", "1600", "--part_tokens", "200", "--separator", "\\n##\\n"]) == 0

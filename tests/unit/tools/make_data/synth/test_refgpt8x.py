@@ -34,11 +34,11 @@ def test_the_true_reference_stands_among_near_ones_of_its_language():
     for row in rows:
         *references, question = row["messages"][0]["content"].split("\n\n")
         dialogue = of[question]
-        assert references[row["true_reference"] - 1] == dialogue.reference
+        assert references[row["true_reference"] - 1] == dialogue.text
         assert len(references) == len(set(references)) == row["references"]
-        assert all(d.language == row["language"] for d in source if d.reference in references)
+        assert all(d.language == row["language"] for d in source if d.text in references)
         assert [m["content"] for m in row["messages"][1:]] == [t.content for t in dialogue.turns[1:]]
-        topic = dialogue.reference.split(",")[0]
+        topic = dialogue.text.split(",")[0]
         same_topic += [ref.startswith(topic) for ref in references]
     assert np.mean(same_topic) > 0.9, "neighbours are about the same thing"
     assert 6 < np.mean([row["references"] for row in rows]) < 10
@@ -85,14 +85,15 @@ def test_sources_are_read_with_a_ledger(tmp_path):
     config = SourceConfig(path=str(tmp_path / "a.jsonl"))
     with Ledger(tmp_path / "ledger.jsonl") as ledger:
         found = read_dialogues(config, ledger)
-    assert [(d.reference, len(d.turns), d.language, d.id) for d in found] == [
+        bad = dict(ledger.tally.bad)
+        assert [d.text for d in read_documents(config, ledger)] == ["r", "r"]
+    assert [(d.text, len(d.turns), d.language, d.id) for d in found] == [
         ("r", 2, "en", "a.jsonl:1"),
         ("r", 2, "zh", "a.jsonl:3"),
     ]
-    assert ledger.tally.bad == {"dialogue without <start_chat> and <end_chat>": 1}
-    assert [d.text for d in read_documents(config)] == ["r", "r"]
+    assert bad == {"dialogue without <start_chat> and <end_chat>": 1}
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": []}))
     with pytest.raises(DataError, match="has no references"):
-        read_dialogues(config)
+        read_dialogues(config, ledger)
     with pytest.raises(DataError, match="holds messages rows, expected plain text"):
-        read_documents(config)
+        read_documents(config, ledger)

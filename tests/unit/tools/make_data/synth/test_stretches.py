@@ -11,7 +11,7 @@ from ds_longft.cli import main
 from ds_longft.data.formats import to_row
 from ds_longft.errors import ConfigError, DataError
 from ds_longft.tools.make_data.lengths import Lengths
-from ds_longft.tools.make_data.synth.row_plan import apportion, language_shares, plan_rows
+from ds_longft.tools.make_data.synth.row_plan import Wanted, apportion, language_shares, plan_rows
 from ds_longft.tools.make_data.synth.sources import Document
 from ds_longft.tools.make_data.synth.stretches import running_texts, stretch_rows
 from tests.unit.tools.make_data.texts import chinese, english
@@ -29,8 +29,8 @@ def documents():
 @pytest.fixture(scope="module")
 def made(documents, tokenizer):
     """Rows with lengths counted by a tokenizer."""
-    settings = {"rows": 64, "context_tokens": LONGEST, "seed": 0, "languages": SHARES, "lengths": Lengths(tokenizer)}
-    return list(stretch_rows(documents, name="s", **settings))
+    wanted = Wanted(64, LONGEST, 0, "s", Lengths(tokenizer))
+    return list(stretch_rows(documents, wanted, languages=SHARES))
 
 
 def tokens_of(row, lengths):
@@ -59,10 +59,9 @@ def test_stretches_stand_in_the_texts_as_they_are(made, documents):
 
 
 def test_the_seed_decides_and_lengths_can_be_estimated(documents):
-    settings = {"rows": 6, "context_tokens": 1500, "name": "s"}
-    rows = list(stretch_rows(documents, seed=0, **settings))
-    assert list(stretch_rows(documents, seed=0, **settings)) == rows
-    assert list(stretch_rows(documents, seed=1, **settings)) != rows
+    rows = list(stretch_rows(documents, Wanted(6, 1500, 0, "s")))
+    assert list(stretch_rows(documents, Wanted(6, 1500, 0, "s"))) == rows
+    assert list(stretch_rows(documents, Wanted(6, 1500, 1, "s"))) != rows
     assert all(400 < tokens_of(row, Lengths()) <= 1500 for row in rows)
 
 
@@ -82,7 +81,7 @@ def test_shares_are_kept_to_the_row():
 
 def test_texts_that_are_too_short_are_named(documents):
     with pytest.raises(DataError, match=r"hold 1\d,\d+ tokens together, a stretch of 1,000,000 was wanted"):
-        list(stretch_rows(documents[:3], rows=1, context_tokens=1_000_000, sizes={"1": 1}, seed=0, name="s"))
+        list(stretch_rows(documents[:3], Wanted(1, 1_000_000, 0, "s"), sizes={"1": 1}))
 
 
 def test_a_stretch_goes_on_in_the_next_document_of_its_language(documents, tokenizer):
@@ -96,11 +95,11 @@ def test_a_stretch_goes_on_in_the_next_document_of_its_language(documents, token
 
 
 def test_an_end_of_text_stands_between_documents_of_a_row(documents, tokenizer):
-    settings = {"rows": 4, "context_tokens": 2048, "sizes": {"1": 1}, "seed": 0, "name": "s"}
+    wanted = Wanted(4, 2048, 0, "s", Lengths(tokenizer))
     short = [replace(document, text=document.text[:1500]) for document in documents]
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     for separator, least in (("<|im_end|>", 1), ("\n\n", 0)):
-        made = stretch_rows(short, separator=separator, lengths=Lengths(tokenizer), **settings)
+        made = stretch_rows(short, wanted, sizes={"1": 1}, separator=separator)
         counts = [tokenizer(row["text"])["input_ids"].count(end) for row in made]
         assert sum(counts) >= least * len(counts)
         assert least or not any(counts)
