@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ds_longft.errors import ConfigError, DataError
 from ds_longft.tools.evaluate.needle_facts import HEAD, Needle
 from ds_longft.tools.evaluate.texts import Language, adds_bos, encode
 
+T = TypeVar("T")
+
 MARK = "\u241e"  # stands for the text while the chat template is rendered; no document holds it
+TRIES = 24  # of sizes of a prompt; 3 to 5 are needed
 SENTENCE_END = re.compile(r"[.!?。！？\n]\s*$")
 
 
@@ -127,3 +130,44 @@ def encode_prompt(tokenizer: Any, content: str, *, begins: str = "", chat: bool 
         whole = chat_prompt(tokenizer, content) + begins
         return list(tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"])
     return list(tokenizer(f"{content} {begins}" if begins else content, verbose=False)["input_ids"])
+
+
+def fitted(
+    build: Callable[[int], T],
+    ids_of: Callable[[T], list[int]],
+    tokens: int,
+    least: int,
+    *,
+    answer_tokens: int = 0,
+    what: str,
+) -> tuple[T, list[int]]:
+    """What `build` makes of the most units such that prompt and answer have at most `tokens`, and its token ids; found
+    by the secant through one that fits and one that does not.
+
+    Raises:
+        ConfigError: not even that of `least` units fits. `what`: how it is called.
+    """
+    limit = tokens - answer_tokens
+    text = build(least)
+    ids = ids_of(text)
+    if len(ids) > limit:
+        answer = f", its answer {answer_tokens}" if answer_tokens else ""
+        told = f"{tokens:,} tokens are too few for {what}, whose shortest prompt has {len(ids):,}{answer}"
+        raise ConfigError(f"--lengths: {told}")
+    low, at = (least, len(ids)), 2 * least + 8
+    high: tuple[int, int] | None = None
+    for _ in range(TRIES):
+        tried = build(at)
+        tried_ids = ids_of(tried)
+        here, other = (at, len(tried_ids)), high or low
+        if here[1] <= limit:
+            text, ids, low = tried, tried_ids, here
+        else:
+            high, other = here, low
+        unit = max((here[1] - other[1]) / (here[0] - other[0]), 1e-2)  # tokens
+        if limit - low[1] < unit or (high is not None and low[0] + 1 == high[0]):
+            break
+        at = low[0] + max(1, int((limit - low[1]) / unit))
+        if high is not None:
+            at = min(at, high[0] - 1)
+    return text, ids

@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable
 from functools import partial
 from itertools import product
-from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,7 @@ from rich.table import Table
 from ds_longft.errors import ConfigError
 from ds_longft.tools.evaluate.evaluation import Made, Question, Result, Row, evaluate_on_ranks, mean_with_interval
 from ds_longft.tools.evaluate.flags import FLAGS, Flags, default_lengths, listed, print_tables, token_list
-from ds_longft.tools.evaluate.haystack import encode_prompt
+from ds_longft.tools.evaluate.haystack import encode_prompt, fitted
 
 if TYPE_CHECKING:
     from ds_longft.tools.evaluate.answering import Answering
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 ANSWER_TOKENS = {"coreference": 192, "walks": 256}
 ASKED_TIMES = 4  # the same request in a conversation
 STEPS, DEGREE = 2, 2  # of a walk: at most four nodes are the answer
-FIRST_UNITS = 16  # exchanges or edges; a length that does not hold them is refused
+FEWEST_UNITS = 16  # exchanges or edges; a length that does not hold them is refused
 FORMS = ("note", "letter", "riddle", "report", "recipe", "speech", "diary entry", "song")
 TOPICS = (
     "tapirs", "lighthouses", "bread", "violins", "glaciers", "postage stamps", "beehives", "bicycles", "volcanoes",
@@ -80,7 +79,7 @@ def _measure(answering: Answering, tasks: list[str], lengths: list[int] | None, 
     sizes = lengths or default_lengths(answering.window)
 
     def made(task: str, size: int, i: int) -> Made:
-        ids, wanted, judge = fitted(partial(TASKS[task], answering.tokenizer, f"{seed} {i}"), size)
+        ids, wanted, judge = filled(task, answering.tokenizer, f"{seed} {i}", size)
         return ids, lambda reply, _: {
             "task": task, "length_tokens": size, "prompt_tokens": len(ids), "answers": wanted, "reply": reply,
             "score": round(judge(reply), 4),
@@ -102,17 +101,10 @@ def _measure(answering: Answering, tasks: list[str], lengths: list[int] | None, 
     return answering.ask("reason", settings, questions, summary)
 
 
-def fitted(make: Callable[[int], Asked], tokens: int) -> Asked:
-    """What `make` makes of as many units as `tokens` of a prompt hold. Raises ConfigError where they are too few."""
-    few, more = (len(make(units)[0]) for units in (FIRST_UNITS, 2 * FIRST_UNITS))
-    each = (more - few) / FIRST_UNITS
-    units = FIRST_UNITS + int((tokens - few) / each)
-    while units >= FIRST_UNITS:
-        made = make(units)
-        if len(made[0]) <= tokens:
-            return made
-        units -= max(1, ceil((len(made[0]) - tokens) / each))
-    raise ConfigError(f"--lengths: {tokens:,} tokens hold less than {FIRST_UNITS} parts ({few:,} tokens): give more")
+def filled(task: str, tokenizer: Any, seed: str, tokens: int) -> Asked:
+    """The largest prompt of at most `tokens` tokens. Raises ConfigError: that of `FEWEST_UNITS` parts is longer."""
+    build = partial(TASKS[task], tokenizer, seed)
+    return fitted(build, lambda asked: asked[0], tokens, FEWEST_UNITS, what=task)[0]
 
 
 def coreference(tokenizer: Any, seed: str, units: int) -> Asked:

@@ -11,12 +11,11 @@ import json
 import os
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+from ds_longft.data.progress import Progress, duration
 from ds_longft.errors import DataError
 from ds_longft.model.lora import BASE_CONFIG_FOLDER
 from ds_longft.run_files import EvaluationRow
@@ -24,7 +23,6 @@ from ds_longft.stored import read_lines
 from ds_longft.tools.evaluate.subject import Subject
 
 BEFORE = "-before"
-LINE_EVERY_S = 10.0
 MODEL_FILES = (
     "*.safetensors", "config.json", "adapter_config.json", f"{BASE_CONFIG_FOLDER}/config.json", "tokenizer.json",
     "tokenizer_config.json", "chat_template.jinja",
@@ -69,6 +67,7 @@ class Rows:
         self.path = folder / f"{name}.rows.jsonl"
         self.result_path = folder / f"{name}.json"
         self.settings, self.total = settings, total
+        self._open = ExitStack()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.rows = self._earlier()
@@ -77,34 +76,23 @@ class Rows:
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text(header + "".join(lines), encoding="utf-8")  # without a line that a crash cut
             os.replace(temporary, self.path)
-            self.file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - open as long as it runs
+            self.file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - `close` closes it
+            self._open.enter_context(self.file)
         except OSError as error:
             raise DataError(f"{folder} cannot be written: {error}; give another folder with --out") from error
         self.started = time.monotonic()
         self.earlier = len(self.rows)
-        self._bar: Progress | None = None
-        self._show = show
-        self._next_line_s = self.started + LINE_EVERY_S
         if show and self.earlier:
             print(f"{name}: {self.earlier} of {total} rows are there already", file=sys.stderr, flush=True)
-        if show and sys.stderr.isatty():
-            columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._task = self._bar.add_task(name, total=total, completed=self.earlier)
-            self._bar.start()
+        self._bar = self._open.enter_context(Progress(name, total, show=show))
 
     def add(self, row: dict[str, Any]) -> None:
         """Append a finished row; `key` names it."""
         self.rows.append(row)
         self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        if self._bar:
-            self._bar.update(self._task, completed=len(self.rows))
-        elif self._show and time.monotonic() > self._next_line_s:
-            self._next_line_s = time.monotonic() + LINE_EVERY_S
-            made = len(self.rows) - self.earlier
-            left_min = (time.monotonic() - self.started) / made * (self.total - len(self.rows)) / 60
-            shown = f"{len(self.rows)} of {self.total}, about {left_min:.0f} min left"
-            print(f"{self.result_path.stem}: {shown}", file=sys.stderr, flush=True)
+        done = len(self.rows)
+        left_s = (time.monotonic() - self.started) / (done - self.earlier) * (self.total - done)
+        self._bar.update(done, f"{done} of {self.total}, about {duration(left_s)} left")
 
     def finish(self, kind: str, model: str, result: dict[str, Any]) -> dict[str, Any]:
         """Write the result beside the rows; returns it with model, settings, date and seconds."""
@@ -123,9 +111,7 @@ class Rows:
 
     def close(self) -> None:
         """Stop the bar, close the file."""
-        if self._bar:
-            self._bar.stop()
-        self.file.close()
+        self._open.close()
 
     def _earlier(self) -> list[dict[str, Any]]:
         """Rows made with the same settings; none where the settings differ. A line that is garbage is made again."""

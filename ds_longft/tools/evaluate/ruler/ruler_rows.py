@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ds_longft.errors import ConfigError, DataError
-from ds_longft.tools.evaluate.haystack import encode_prompt
+from ds_longft.tools.evaluate.flags import listed
+from ds_longft.tools.evaluate.haystack import encode_prompt, fitted
 from ds_longft.tools.evaluate.needle_facts import make_needle
 from ds_longft.tools.evaluate.ruler.texts_of_tasks import (
     HOPS,
@@ -26,7 +27,6 @@ from ds_longft.tools.evaluate.ruler.texts_of_tasks import (
 )
 
 EXAMPLE_TOKENS = 500  # of variable tracking's example, answer included
-TRIES = 24  # of sizes of a text; 3 to 5 are needed
 OWN_WORDS = 50  # of a piece of our own documents; those that tell something have two
 NIAH: Mapping[str, Niah] = {
     "niah_single_1": Niah("noise"),
@@ -77,7 +77,7 @@ def choose(names: str, files: Mapping[str, str | None]) -> list[str]:
         ConfigError: an unknown name, or one whose file is not given.
     """
     there = [name if name not in OWN or files[name] else OWN[name] for name in ANSWER_TOKENS]
-    wanted = [part.strip() for part in names.strip("()[]").split(",") if part.strip()]
+    wanted = listed(names)
     unknown = [name for name in wanted if name not in (*there, "all")]
     if unknown or not wanted:
         raise ConfigError(
@@ -108,7 +108,8 @@ def read_material(
             return list(tokenizer(f"{text.asked} {text.begins}", verbose=False)["input_ids"])
 
         shortest = len(ids_of(build(HOPS + 2)))
-        example, _ = fitted(build, ids_of, max(EXAMPLE_TOKENS - ANSWER_TOKENS["vt"], shortest), HOPS + 2)
+        most = max(EXAMPLE_TOKENS - ANSWER_TOKENS["vt"], shortest)
+        example, _ = fitted(build, ids_of, most, HOPS + 2, what="an example")
     words = " ".join(essays).split()
     return Material(words, {t: q for t, (q, _) in read.items()}, {t: d for t, (_, d) in read.items()}, example)
 
@@ -130,47 +131,14 @@ def made_row(
         least = len(material.questions[task][row].documents)
     elif task in OWN.values():
         least = 2
-    limit = length_tokens - answer_tokens(task)
-    try:
-        return fitted(build, lambda t: encode_prompt(tokenizer, t.asked, begins=t.begins.strip()), limit, least)
-    except NoRoom as error:
-        told = f"{length_tokens:,} tokens are too few for {task}, whose shortest prompt has {error}"
-        raise ConfigError(f"--lengths: {told}, its answer {answer_tokens(task)}") from None
-
-
-class NoRoom(Exception):
-    """The smallest text does not fit; says how long it is."""
-
-
-def fitted(
-    build: Callable[[int], Text], ids_of: Callable[[Text], list[int]], limit: int, least: int
-) -> tuple[Text, list[int]]:
-    """The largest text of at most `limit` tokens, found by the secant through one that fits and one that does not.
-
-    Raises:
-        NoRoom: not even that of `least` units.
-    """
-    text = build(least)
-    ids = ids_of(text)
-    if len(ids) > limit:
-        raise NoRoom(f"{len(ids):,}")
-    low, at = (least, len(ids)), 2 * least + 8
-    high: tuple[int, int] | None = None
-    for _ in range(TRIES):
-        tried = build(at)
-        tried_ids = ids_of(tried)
-        here, other = (at, len(tried_ids)), high or low
-        if here[1] <= limit:
-            text, ids, low = tried, tried_ids, here
-        else:
-            high, other = here, low
-        unit = max((here[1] - other[1]) / (here[0] - other[0]), 1e-2)  # tokens
-        if limit - low[1] < unit or (high is not None and low[0] + 1 == high[0]):
-            break
-        at = low[0] + max(1, int((limit - low[1]) / unit))
-        if high is not None:
-            at = min(at, high[0] - 1)
-    return text, ids
+    return fitted(
+        build,
+        lambda text: encode_prompt(tokenizer, text.asked, begins=text.begins.strip()),
+        length_tokens,
+        least,
+        answer_tokens=answer_tokens(task),
+        what=task,
+    )
 
 
 def score(task: str, wanted: Sequence[str], reply: str) -> float:

@@ -19,7 +19,7 @@ from ds_longft.cli import main
 from ds_longft.errors import ConfigError
 from ds_longft.tools.evaluate.longbench.choices import COLUMNS, LETTERS, lettered
 from ds_longft.tools.evaluate.needle_facts import UNLIKE, make_needle
-from ds_longft.tools.evaluate.reason import coreference, f1, fitted, likeness, walks
+from ds_longft.tools.evaluate.reason import coreference, f1, filled, likeness, walks
 from tests.peers import lm_eval_choices, lm_eval_graphwalks
 from tests.tokenizer import tiny_tokenizer
 
@@ -53,14 +53,14 @@ def test_nodes_two_steps_away() -> None:
     assert f1([], []) == 1.0
 
 
-@pytest.mark.parametrize("task", [coreference, walks])
+@pytest.mark.parametrize("task", ["coreference", "walks"])
 @pytest.mark.parametrize("tokens", [5000, 9001])
 def test_lengths_are_filled_and_not_exceeded(task, tokens: int) -> None:
-    ids, wanted, _ = fitted(partial(task, tiny_tokenizer(), "7"), tokens)
+    ids, wanted, _ = filled(task, tiny_tokenizer(), "7", tokens)
     assert 0.95 * tokens - 200 < len(ids) <= tokens
-    assert fitted(partial(task, tiny_tokenizer(), "7"), tokens)[:2] == (ids, wanted)
-    with pytest.raises(ConfigError, match="hold less than 16 parts"):
-        fitted(partial(task, tiny_tokenizer(), "7"), 200)
+    assert filled(task, tiny_tokenizer(), "7", tokens)[:2] == (ids, wanted)
+    with pytest.raises(ConfigError, match=f"--lengths: 200 tokens are too few for {task}"):
+        filled(task, tiny_tokenizer(), "7", 200)
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
