@@ -60,7 +60,7 @@ def needle_rows(
 
 def paragraphs_of(text: str, language: str) -> list[str]:
     """Paragraphs of a few sentences each, on one line each: short and wrapped lines are joined."""
-    blank = "" if language == "zh" else " "
+    blank = WORDINGS[language].blank
     paragraphs: list[str] = []
     current = ""
     for wrapped in text.splitlines():

@@ -10,15 +10,13 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 Task = Literal["recall", "location", "count", "chain", "absent"]
 TASKS: tuple[Task, ...] = ("recall", "location", "count", "chain", "absent")
 TRIES = 30
-HEAD_WORDS, HEAD_CHARS = 6, 8  # of a sentence that is quoted by its beginning: words in English, characters in Chinese
-SENTENCE_CHARS = {"en": (60, 300), "zh": (18, 100)}
 MAX_COUNT = 9
 
 
@@ -36,7 +34,10 @@ class Wording:
     names: tuple[str, ...]
     things: tuple[str, ...]
     sentence: re.Pattern[str]
+    sentence_chars: tuple[int, int]
+    head: re.Pattern[str]  # of a sentence that is quoted by its beginning: six words, or eight Chinese characters
     word: re.Pattern[str]
+    blank: str  # between two sentences
 
 
 EN = Wording(
@@ -54,7 +55,10 @@ EN = Wording(
     ),
     things=("brass key", "sealed letter", "silver compass", "blue ledger", "ivory comb", "glass lantern"),
     sentence=re.compile(r"[^.!?\[\]\"]+[.!?](?=\s|$)"),
+    sentence_chars=(60, 300),
+    head=re.compile(r"(?:\S+\s+){5}\S+"),
     word=re.compile(r"\b[A-Z][a-z]{3,}\b"),
+    blank=" ",
 )  # fmt: skip
 ZH = Wording(
     recall="文中有一句话以“{head}”开头。请一字不差地写出这句话余下的部分。",
@@ -70,7 +74,10 @@ ZH = Wording(
     ),
     things=("铜钥匙", "密信", "银罗盘", "蓝账本", "象牙梳", "琉璃灯"),
     sentence=re.compile(r"[^。！？；\[\]“”\s]+[。！？；]"),
+    sentence_chars=(18, 100),
+    head=re.compile(r".{8}"),
     word=re.compile(r"[\u4e00-\u9fff]{2}"),
+    blank="",
 )  # fmt: skip
 WORDINGS = {"en": EN, "zh": ZH}
 
@@ -90,14 +97,22 @@ def ask(
     `chain` writes its notes into `paragraphs`. `foreign` are paragraphs of other documents, for what is absent.
     """
     words = WORDINGS[language]
-    makers: dict[Task, Callable[[], tuple[str, str] | None]] = {
-        "recall": lambda: _ask_recall(paragraphs, words, language, rng),
-        "location": lambda: _ask_location(paragraphs, words, language, rng),
-        "count": lambda: _ask_count(paragraphs, words, rng),
-        "chain": lambda: _ask_chain(paragraphs, words, rng),
-        "absent": lambda: _ask_absent(paragraphs, foreign, words, language, rng),
-    }
-    return makers[task]()
+    if task == "count":
+        return _ask_count(paragraphs, words, rng)
+    if task == "chain":
+        return _ask_chain(paragraphs, words, rng)
+    found = _sentence(foreign if task == "absent" else paragraphs, words, rng)
+    if found is None:
+        return None
+    place, head, rest = found
+    if task == "recall":
+        return words.recall.format(head=head), rest
+    if task == "location":
+        return words.location.format(head=head), words.located.format(number=place + 1)
+    if any(head in text for text in paragraphs):
+        return None
+    # What is absent is asked for like recall or location.
+    return (words.recall if rng.random() < 0.5 else words.location).format(head=head), words.absent
 
 
 def solve(context: str, question: str, language: str) -> str | None:
@@ -108,15 +123,16 @@ def solve(context: str, question: str, language: str) -> str | None:
     """
     words = WORDINGS[language]
     paragraphs = [(int(number), text) for number, text in _NUMBERED.findall(context)]
-    if read := _read(words.recall, question):
-        rests = [rest for _, text in paragraphs for rest in _rests(text, read["head"], words)]
+    if (head := _quoted(words.recall, question)) is not None:
+        sentences = (found.group().strip() for _, text in paragraphs for found in words.sentence.finditer(text))
+        rests = [sentence[len(head) :].strip() for sentence in sentences if sentence.startswith(head)]
         return rests[0] if len(rests) == 1 else words.absent if not rests else None
-    if read := _read(words.location, question):
-        places = [number for number, text in paragraphs if read["head"] in text]
+    if (head := _quoted(words.location, question)) is not None:
+        places = [number for number, text in paragraphs if head in text]
         return words.located.format(number=places[0]) if len(places) == 1 else words.absent if not places else None
-    if read := _read(words.count, question):
-        return str(sum(_occurs(read["word"], text) for _, text in paragraphs))
-    if read := _read(words.chain, question):
+    if (word := _quoted(words.count, question)) is not None:
+        return str(sum(_occurs(word, text) for _, text in paragraphs))
+    if read := _pattern(words.chain).fullmatch(question):
         note = _pattern(words.note)
         handed = [m.groupdict() for _, text in paragraphs for m in note.finditer(text)]
         next_of = {h["giver"]: h["taker"] for h in handed if h["thing"] == read["thing"]}
@@ -140,63 +156,34 @@ def _pattern(template: str) -> re.Pattern[str]:
     return re.compile(pattern)
 
 
-def _read(template: str, question: str) -> dict[str, str] | None:
-    before, *_ = re.split(r"\{\w+\}", template)
-    if "{head}" in template or "{word}" in template:  # quoted text: anything goes
-        after = re.split(r"\{\w+\}", template)[-1]
-        key = "head" if "{head}" in template else "word"
-        fits = question.startswith(before) and question.endswith(after)
-        return {key: question[len(before) : len(question) - len(after)]} if fits else None
-    found = _pattern(template).fullmatch(question)
-    return found.groupdict() if found else None
-
-
-def _rests(text: str, head: str, words: Wording) -> list[str]:
-    """What follows `head` in each sentence of a paragraph that begins with it."""
-    sentences = (found.group().strip() for found in words.sentence.finditer(text))
-    return [sentence[len(head) :].strip() for sentence in sentences if sentence.startswith(head)]
+def _quoted(template: str, question: str) -> str | None:
+    """What a question of this template quotes; None where it is none."""
+    before, after = re.split(r"\{\w+\}", template)
+    fits = question.startswith(before) and question.endswith(after)
+    return question[len(before) : len(question) - len(after)] if fits else None
 
 
 def _occurs(word: str, text: str) -> bool:
     return re.search(rf"\b{re.escape(word)}\b", text) is not None if word.isascii() else word in text
 
 
-def _sentence(
-    paragraphs: Sequence[str], words: Wording, language: str, rng: random.Random
-) -> tuple[int, str, str] | None:
+def _sentence(paragraphs: Sequence[str], words: Wording, rng: random.Random) -> tuple[int, str, str] | None:
     """(paragraph from 0, beginning, rest) of a random sentence of fitting length."""
-    low, high = SENTENCE_CHARS[language]
-    for _ in range(TRIES):
+    low, high = words.sentence_chars
+    for _ in range(TRIES if paragraphs else 0):
         place = rng.randrange(len(paragraphs))
-        sentences = [
-            s for m in words.sentence.finditer(paragraphs[place]) if low <= len(s := m.group().strip()) <= high
-        ]
+        found = (match.group().strip() for match in words.sentence.finditer(paragraphs[place]))
+        sentences = [sentence for sentence in found if low <= len(sentence) <= high]
         if not sentences:
             continue
         sentence = rng.choice(sentences)
-        if language == "zh":
-            head = sentence[:HEAD_CHARS]
-        else:
-            start = re.match(rf"(?:\S+\s+){{{HEAD_WORDS - 1}}}\S+", sentence)
-            if start is None:
-                continue
-            head = start.group()
-        rest = sentence[len(head) :].strip()
+        start = words.head.match(sentence)
+        if start is None:
+            continue
+        head, rest = start.group(), sentence[start.end() :].strip()
         if len(rest) >= len(head):
             return place, head, rest
     return None
-
-
-def _ask_recall(paragraphs: Sequence[str], words: Wording, language: str, rng: random.Random) -> tuple[str, str] | None:
-    found = _sentence(paragraphs, words, language, rng)
-    return found and (words.recall.format(head=found[1]), found[2])
-
-
-def _ask_location(
-    paragraphs: Sequence[str], words: Wording, language: str, rng: random.Random
-) -> tuple[str, str] | None:
-    found = _sentence(paragraphs, words, language, rng)
-    return found and (words.location.format(head=found[1]), words.located.format(number=found[0] + 1))
 
 
 def _ask_count(paragraphs: Sequence[str], words: Wording, rng: random.Random) -> tuple[str, str] | None:
@@ -221,18 +208,6 @@ def _ask_chain(paragraphs: list[str], words: Wording, rng: random.Random) -> tup
     chain, decoy = names[: hops + 1], names[hops + 1 :]
     notes = [words.note.format(giver=a, taker=b, thing=thing) for a, b in itertools.pairwise(chain)]
     notes += [words.note.format(giver=a, taker=b, thing=other) for a, b in itertools.pairwise(decoy)]
-    blank = "" if words is ZH else " "
     for place, note in zip(rng.sample(range(len(paragraphs)), len(notes)), notes, strict=True):
-        paragraphs[place] = f"{paragraphs[place]}{blank}{note}"
+        paragraphs[place] = f"{paragraphs[place]}{words.blank}{note}"
     return words.chain.format(first=chain[0], thing=thing), chain[-1]
-
-
-def _ask_absent(
-    paragraphs: Sequence[str], foreign: Sequence[str], words: Wording, language: str, rng: random.Random
-) -> tuple[str, str] | None:
-    """Asked like recall or location, about a sentence of another document."""
-    found = _sentence(foreign, words, language, rng) if foreign else None
-    if found is None or any(found[1] in text for text in paragraphs):
-        return None
-    template = words.recall if rng.random() < 0.5 else words.location
-    return template.format(head=found[1]), words.absent
