@@ -8,7 +8,6 @@ folder is RUN/eval, and a name that ends in `-before` is the model the run start
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from contextlib import ExitStack
@@ -21,6 +20,7 @@ from ds_longft.model.lora import BASE_CONFIG_FOLDER
 from ds_longft.run_files import EvaluationRow
 from ds_longft.stored import read_lines
 from ds_longft.tools.evaluate.subject import Subject
+from ds_longft.tools.make_data.convert import written_whole
 
 BEFORE = "-before"
 MODEL_FILES = (
@@ -45,9 +45,8 @@ def result_name(name: str | None, kind: str, before: bool) -> str:
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
     """Complete or as before."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with written_whole(path) as file:
+        file.write(json.dumps(result, ensure_ascii=False, indent=1) + "\n")
 
 
 def weights_identity(subject: Subject) -> list[Any]:
@@ -69,13 +68,10 @@ class Rows:
         self.settings, self.total = settings, total
         self._open = ExitStack()
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             self.rows = self._earlier()
-            header = json.dumps({"settings": settings}, ensure_ascii=False) + "\n"
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows]
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text(header + "".join(lines), encoding="utf-8")  # without a line that a crash cut
-            os.replace(temporary, self.path)
+            with written_whole(self.path) as file:  # without a line that a crash cut
+                for line in ({"settings": settings}, *self.rows):
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
             self.file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - `close` closes it
             self._open.enter_context(self.file)
         except OSError as error:

@@ -21,8 +21,7 @@ from ds_longft.stored import read_lines
 from ds_longft.tools.evaluate.evaluation import mean_with_interval, show_result
 from ds_longft.tools.evaluate.flags import RANKS, Flags, Ranks, token_list
 from ds_longft.tools.evaluate.longbench.choices import RESERVED_TOKENS, read_choices, v2
-from ds_longft.tools.evaluate.longproc.command import choose, longproc
-from ds_longft.tools.evaluate.longproc.problems import read_problems
+from ds_longft.tools.evaluate.longproc.command import choose, longproc, read_problems
 from ds_longft.tools.evaluate.needle import needle
 from ds_longft.tools.evaluate.ruler.command import ruler
 from ds_longft.tools.evaluate.short import short

@@ -14,8 +14,7 @@ import pytest
 from ds_longft.cli import main
 from ds_longft.errors import ConfigError, DataError
 from ds_longft.tools.evaluate.longproc import scores
-from ds_longft.tools.evaluate.longproc.command import choose
-from ds_longft.tools.evaluate.longproc.problems import LENGTHS, Problem, read_problems
+from ds_longft.tools.evaluate.longproc.command import LENGTHS, Problem, choose, read_problems
 from ds_longft.tools.evaluate.longproc.procedures import countdown, travel
 from ds_longft.tools.evaluate.longproc.scores import SCORES, between
 from tests.peers import lm_eval_longproc
