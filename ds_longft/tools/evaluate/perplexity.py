@@ -14,7 +14,7 @@ import numpy as np
 from rich.table import Table
 
 from ds_longft.errors import ConfigError, DataError
-from ds_longft.tools.evaluate.evaluation import Result, evaluate_on_ranks, fingerprint
+from ds_longft.tools.evaluate.evaluation import Result, Row, evaluate_on_ranks, fingerprint
 from ds_longft.tools.evaluate.flags import FLAGS, Flags, positive, print_tables, tokens_of
 from ds_longft.tools.evaluate.longppl import STEP, key_places, longppl, read_key_tokens
 from ds_longft.tools.evaluate.texts import (
@@ -81,44 +81,39 @@ def perplexity(
     if short is not None and (key_tokens is not None or tokens_of("--short", short) < STEP):
         raise ConfigError(f"--short is {short}: expected {STEP} or more tokens, e.g. 4K, and no --key_tokens beside it")
 
-    told = {"text": text or f"built in, {language}", "where": where, "join": join}
-    counts = [None if given is None else tokens_of("", given) for given in (length, window, short)]
+    told = {
+        "text": text or f"built in, {language}",
+        "where": where,
+        "join": join,
+        "window_tokens": None if window is None else tokens_of("--window", window),
+        "buckets": buckets,
+    }
+    if short is not None or key_tokens is not None:
+        told |= {"short_tokens": None if short is None else tokens_of("--short", short), "key_tokens": key_tokens}
+    given = None if length is None else tokens_of("--length", length)
 
     def measure(answering: Answering) -> Result:
-        tokens = counts[0] or answering.window or 8192
+        tokens = given or answering.window or 8192
         source = read_texts(text, language, where=where, characters=CHARACTERS_A_TOKEN * tokens * texts)
-        pieces = pieces_of(answering.tokenizer, source, tokens, texts, join=join or text is None)
-        return _measure(answering, pieces, counts[1], buckets, told, counts[2], key_tokens)
+        return _measure(
+            answering, pieces_of(answering.tokenizer, source, tokens, texts, join=join or text is None), told
+        )
 
     evaluate_on_ranks("eval perplexity", arguments, measure, _show)
 
 
-def _measure(
-    answering: Answering,
-    pieces: list[list[int]],
-    window: int | None,
-    buckets: int,
-    told: dict[str, Any],
-    short: int | None,
-    keys_of: str | None,
-) -> Result:
-    tokens = len(pieces[0])
+def _measure(answering: Answering, pieces: list[list[int]], told: dict[str, Any]) -> Result:
+    tokens, buckets, short, keys_of = len(pieces[0]), told["buckets"], told.get("short_tokens"), told.get("key_tokens")
     bucket = np.arange(1, tokens) * buckets // tokens  # of each predicted token
-    settings = {
-        **told,
-        "length_tokens": tokens,
-        "window_tokens": window,
-        "texts": len(pieces),
-        "texts_fingerprint": fingerprint(pieces),
-        "buckets": buckets,
-    }
-    keys = read_key_tokens(keys_of, settings["texts_fingerprint"], len(pieces)) if keys_of else {}
+    of_texts = fingerprint(pieces)
+    settings = {**told, "length_tokens": tokens, "texts": len(pieces), "texts_fingerprint": of_texts}
+    keys = read_key_tokens(keys_of, of_texts, len(pieces)) if keys_of else {}
     if short or keys_of:
-        settings |= {"short_tokens": short, "key_tokens": keys_of, "key_tokens_fingerprint": fingerprint([keys])}
+        settings["key_tokens_fingerprint"] = fingerprint([keys])
 
-    def losses(key: str) -> list[dict[str, Any]]:
+    def losses(key: str) -> list[Row]:
         piece, of_keys = pieces[int(key)], dict[str, Any]()
-        whole = answering.losses(piece, window)
+        whole = answering.losses(piece, told["window_tokens"])
         if short or keys_of:
             near = answering.losses(piece, short + short // STEP, short) if short else whole
             places = key_places(whole, near) if short else keys[key]
@@ -129,7 +124,7 @@ def _measure(
 
     answering.add(answering.open_rows("perplexity", settings, [str(i) for i in range(len(pieces))]), losses)
 
-    def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    def summary(rows: list[Row]) -> Row:
         return summarize(rows, tokens, buckets) | (longppl(rows) if short or keys_of else {})
 
     return answering.finish("perplexity", summary)

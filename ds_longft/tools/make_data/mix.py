@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ds_longft.data.ledger import Entry, Ledger, Tally
+from ds_longft.data.ledger import Entry, Ledger
 from ds_longft.errors import DataError
 from ds_longft.tools.make_data.convert import written_whole
 from ds_longft.tools.make_data.lengths import Lengths
@@ -72,7 +72,19 @@ def mix_sources(
                     file.writelines(pool.records(_chat_first(rng.permutation(rows).tolist(), pool)))
     finally:
         spool.unlink(missing_ok=True)
-    mixed = _report(pool, train, held_out, recipe, folder, tally, exact=lengths.exact)
+    taken = [*train.tolist(), *held_out.tolist()]
+    mixed = Mixed(
+        train=str(folder / "train.jsonl"),
+        eval=str(folder / "eval.jsonl") if len(held_out) else None,
+        ledger=str(folder / "ledger.jsonl"),
+        train_rows=len(train),
+        eval_rows=len(held_out),
+        tokens=sum(pool.rows[row].tokens for row in taken),
+        exact_lengths=lengths.exact,
+        left_out=tally.left_out,
+        first_left_out=tally.first,
+        kinds=_kinds(pool, taken, set(held_out.tolist()), recipe),
+    )
     (folder / "mix.json").write_text(
         json.dumps({**asdict(mixed), "recipe": recipe.model_dump(mode="json")}, indent=1, ensure_ascii=False)
     )
@@ -173,46 +185,24 @@ def _split(
     return np.sort(np.asarray(train, dtype=np.int64)), np.sort(np.asarray(held, dtype=np.int64))
 
 
-def _report(
-    pool: Pool,
-    train: NDArray[np.int64],
-    held_out: NDArray[np.int64],
-    recipe: Recipe,
-    folder: Path,
-    tally: Tally,
-    *,
-    exact: bool,
-) -> Mixed:
-    mixed = np.concatenate([train, held_out])
-    wanted: dict[str, dict[str, float | None]] = {
-        "source": {s.name: s.share for s in recipe.sources},
-        "language": dict(recipe.languages),
-        "tokens up to": {str(band.up_to_tokens): band.share for band in recipe.lengths},
-    }
+def _kinds(pool: Pool, mixed: Sequence[int], held_out: set[int], recipe: Recipe) -> list[dict[str, Any]]:
+    """Property, value, rows in the pool, share wanted, rows and share in the mix."""
     kinds = []
-    values: dict[str, Sequence[str]] = {
-        "source": [row.source for row in pool.rows],
-        "language": [row.language for row in pool.rows],
-        "tokens up to": [_band(row.tokens, recipe) for row in pool.rows],
-    }
-    for name, of_row in values.items():
+    for name, wanted, of_row in (
+        ("source", {s.name: s.share for s in recipe.sources}, [row.source for row in pool.rows]),
+        ("language", recipe.languages, [row.language for row in pool.rows]),
+        (
+            "tokens up to",
+            {str(band.up_to_tokens): band.share for band in recipe.lengths},
+            [_band(row.tokens, recipe) for row in pool.rows],
+        ),
+    ):
         there, taken = Counter(of_row), Counter(of_row[row] for row in mixed)
-        names = [value for value in [*wanted[name], *sorted(there)] if value]
-        for value in dict.fromkeys(names):
-            share = taken[value] / len(mixed)
+        held = Counter(of_row[row] for row in held_out)
+        for value in dict.fromkeys(value for value in [*wanted, *sorted(there)] if value):
+            rows = taken[value]
             kinds.append(
-                {"of": name, "is": value, "pool": there[value], "wanted": wanted[name].get(value), "rows": taken[value],
-                 "held_out": sum(of_row[row] == value for row in held_out), "share": share}
+                {"of": name, "is": value, "pool": there[value], "wanted": wanted.get(value), "rows": rows,
+                 "held_out": held[value], "share": rows / len(mixed)}
             )  # fmt: skip
-    return Mixed(
-        train=str(folder / "train.jsonl"),
-        eval=str(folder / "eval.jsonl") if len(held_out) else None,
-        ledger=str(folder / "ledger.jsonl"),
-        train_rows=len(train),
-        eval_rows=len(held_out),
-        tokens=int(sum(pool.rows[row].tokens for row in mixed)),
-        exact_lengths=exact,
-        left_out=tally.left_out,
-        first_left_out=tally.first,
-        kinds=kinds,
-    )
+    return kinds

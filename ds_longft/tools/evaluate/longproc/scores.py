@@ -109,11 +109,7 @@ def _table(text: str) -> list[list[str]] | None:
     if len(set(header)) < len(header):
         return None
     rows = [row if len(row) == len(header) else ["N/A"] * len(header) for row in rows]
-    return [[_cell(cell) for cell in row] for row in rows]
-
-
-def _cell(text: str) -> str:
-    return "".join(re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(PUNCTUATION)).split())
+    return [["".join(_words(cell)) for cell in row] for row in rows]
 
 
 def pseudo_to_code(reply: str, _: str, row: dict[str, Any]) -> Scores:
@@ -160,7 +156,7 @@ def travel_planning(reply: str, reference: str, row: dict[str, Any]) -> Scores:
     said = begin + said.split(begin)[1] if begin in said else said
     wanted = begin + wanted.split(begin)[1]
     done, expected = ([line for line in text.strip().split("\n") if line.strip()] for text in (said, wanted))
-    return _scores(0, _followed(done, expected, lambda a, b: _line(b) in _line(a)), plan)
+    return _scores(0, _followed(done, expected, lambda a, b: " ".join(_words(b)) in " ".join(_words(a))), plan)
 
 
 def stops(plan: str) -> list[tuple[str, int]]:
@@ -213,8 +209,9 @@ def _same_step(said: str, wanted: str) -> bool:
     return tried[0] == tried[1]
 
 
-def _line(text: str) -> str:
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(PUNCTUATION)).split())
+def _words(text: str) -> list[str]:
+    """Without case, punctuation and articles."""
+    return re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(PUNCTUATION)).split()
 
 
 Score = Callable[[str, str, dict[str, Any]], Scores]
