@@ -25,6 +25,7 @@ from datetime import UTC, datetime
 
 import torch
 
+from ds_longft.batch import Documents
 from ds_longft.sequence.kernels import (
     CUDNN_MIN_WORK,
     KERNELS,
@@ -82,18 +83,18 @@ class Pack:
         wide = torch.randn(tokens, sum(heads), args.head_dim, device=device, dtype=dtype)
         self.q, self.k, self.v = wide.split(heads, 1)
         self.dout = torch.randn(tokens, args.q_heads, args.head_dim, device=device, dtype=dtype)
-        self.borders = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
-        self.lengths = lengths
+        borders = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+        self.documents = Documents(borders, tuple(lengths))
         self.spec = AttentionSpec(args.head_dim**-0.5)
         # causal: half of the two products of L x L x d
         self.forward_tflop = sum(2 * n * n * args.q_heads * args.head_dim for n in lengths) / 1e12
 
     def forward(self, kernel: Kernel) -> tuple[torch.Tensor, torch.Tensor]:
-        return kernel.forward(self.q, self.k, self.v, self.borders, self.lengths, self.spec)
+        return kernel.forward(self.q, self.k, self.v, self.documents, self.spec)
 
     def backward(self, kernel: Kernel, out: torch.Tensor, lse: torch.Tensor) -> object:
         saved = Saved(self.q, self.k, self.v, out, lse)
-        return kernel.backward(self.dout, saved, self.borders, self.lengths, self.spec)
+        return kernel.backward(self.dout, saved, self.documents, self.spec)
 
 
 def first_ms(pack: Pack, kernel: Kernel, device: torch.device) -> float:

@@ -10,10 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
-from transformers import (
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 

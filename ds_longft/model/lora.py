@@ -52,12 +52,7 @@ def check_lora(hf_config: PretrainedConfig, lora: LoraConfig) -> None:
 
 
 def add_lora(
-    model: PreTrainedModel,
-    lora: LoraConfig,
-    *,
-    seed: int,
-    revision: str | None = None,
-    train_rows: Sequence[int] = (),
+    model: PreTrainedModel, lora: LoraConfig, *, seed: int, revision: str | None = None, train_rows: Sequence[int] = ()
 ) -> peft.PeftModel:
     """Wrap `model` with adapters in the model's dtype, initialised from `seed` alike on every rank; the base is frozen.
 

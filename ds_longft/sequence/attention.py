@@ -65,35 +65,33 @@ def _sinks_gradient(dout: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Te
     return -(weight * products.transpose(0, 1)).sum(1)
 
 
-def _attend(
-    call: _Call, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, cu_seqlens: Tensor
-) -> tuple[Tensor, Tensor]:
+def _attend(call: _Call, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     """The kernel, and the sinks of these heads: inside flash-attn-4, or added to what another kernel gives.
 
     That costs a few copies of `out` in float32: 2 GiB each for 131,072 tokens of 64 heads of 64.
     """
     if sinks is not None and isinstance(call.kernel, FlashAttention4):
-        return call.kernel.forward(q, k, v, cu_seqlens, call.lengths, call.spec, sinks)
-    out, lse = call.kernel.forward(q, k, v, cu_seqlens, call.lengths, call.spec)  # [S, h, d], [h, S]
+        return call.kernel.forward(q, k, v, call.documents, call.spec, sinks)
+    out, lse = call.kernel.forward(q, k, v, call.documents, call.spec)  # [S, h, d], [h, S]
     return (out, lse) if sinks is None else _add_sinks(out, lse, sinks)
 
 
 def _attend_backward(
-    call: _Call, dout: Tensor, saved: Saved, sinks: Tensor | None, cu_seqlens: Tensor
+    call: _Call, dout: Tensor, saved: Saved, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v and of the sinks of these heads, where they are trained."""
     if sinks is not None and isinstance(call.kernel, FlashAttention4) and not call.spec.repeatable:
-        dq, dk, dv, dsinks = call.kernel.backward(dout, saved, cu_seqlens, call.lengths, call.spec, sinks)
+        dq, dk, dv, dsinks = call.kernel.backward(dout, saved, call.documents, call.spec, sinks)
         return dq, dk, dv, dsinks
-    grads = call.kernel.backward(dout, saved, cu_seqlens, call.lengths, call.spec)
+    grads = call.kernel.backward(dout, saved, call.documents, call.spec)
     return *grads, None if sinks is None else _sinks_gradient(dout, saved.out, saved.lse, sinks)
 
 
 @dataclass(frozen=True)
 class _Call:
-    """Everything about one attention that is not a tensor."""
+    """Everything about one attention but what is computed with."""
 
-    lengths: tuple[int, ...]
+    documents: Documents  # of the whole pack
     kernel: Kernel
     spec: AttentionSpec
     group: ProcessGroup | None
@@ -108,23 +106,15 @@ class SpAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        sinks: Tensor | None,
-        cu_seqlens: Tensor,
-        call: _Call,
-        kept: Kept | None,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: _Call, kept: Kept | None
     ) -> Tensor:
-        """q [s, Hq, d], k and v [s, Hkv, d]: this rank's tokens, all heads. cu_seqlens [N + 1]: the whole pack's.
+        """q [s, Hq, d], k and v [s, Hkv, d]: this rank's tokens, all heads. sinks [Hq]: where the model has them.
 
-        sinks [Hq]: the model's attention sinks, where it has them.
         Returns out [s, Hq, d]. The log-sum-exp [h, S] of this rank's heads is saved beside it.
         """
         output = kept.take() if kept is not None else None
         if output is None and call.turns:
-            output = _forward_in_turns(q, k, v, sinks, cu_seqlens, call)
+            output = _forward_in_turns(q, k, v, sinks, call)
             if kept is not None:
                 kept.put(*output)
         if output is None:
@@ -132,30 +122,30 @@ class SpAttention(torch.autograd.Function):
             qg, kg, vg = tokens_to_heads([q, k, v], ranges, call.group)  # [S, h, d]
             kg, vg = call.share.repeated(kg), call.share.repeated(vg)
             of_heads = None if sinks is None else sinks[call.share.q.start : call.share.q.stop]
-            out, lse = _attend(call, qg, kg, vg, of_heads, cu_seqlens)  # [S, h, d], [h, S]
+            out, lse = _attend(call, qg, kg, vg, of_heads)  # [S, h, d], [h, S]
             output = heads_to_tokens([out], [(x.q,) for x in call.shares], call.group)[0], lse
             if kept is not None:
                 kept.put(*output)
         out, lse = output
-        ctx.save_for_backward(q.detach(), k.detach(), v.detach(), sinks, cu_seqlens, out, lse)  # see `ours_alone`
+        ctx.save_for_backward(q.detach(), k.detach(), v.detach(), sinks, out, lse)  # see `ours_alone`
         ctx.call = call
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         """One exchange for q, k, v, out and dout; the kernel; one exchange back for the gradients."""
-        q, k, v, sinks, cu_seqlens, out, lse = ctx.saved_tensors
+        q, k, v, sinks, out, lse = ctx.saved_tensors
         call: _Call = ctx.call
         if not ctx.needs_input_grad[3]:
             sinks = None  # frozen, as under LoRA: the kernels' backward does without, it has `out` and `lse`
         if call.turns:
-            return (*_backward_in_turns(q, k, v, sinks, cu_seqlens, out, lse, dout, call), None, None, None)
+            return (*_backward_in_turns(q, k, v, sinks, out, lse, dout, call), None, None)
         ranges = [(x.q, x.kv, x.kv, x.q, x.q) for x in call.shares]
         qg, kg, vg, og, dog = tokens_to_heads([q, k, v, out, dout], ranges, call.group)  # [S, h, d]
         kg, vg = call.share.repeated(kg), call.share.repeated(vg)
         mine = slice(call.share.q.start, call.share.q.stop)
         of_heads = None if sinks is None else sinks[mine]
-        dq, dk, dv, part = _attend_backward(call, dog, Saved(qg, kg, vg, og, lse), of_heads, cu_seqlens)
+        dq, dk, dv, part = _attend_backward(call, dog, Saved(qg, kg, vg, og, lse), of_heads)
         dsinks = None
         if part is not None:  # the tokens of the whole pack, this rank's heads: the other ranks' heads get zero here
             dsinks = torch.zeros_like(sinks)
@@ -163,12 +153,10 @@ class SpAttention(torch.autograd.Function):
         del qg, kg, vg, og, dog  # the exchange back needs the memory
         dk, dv = call.share.summed(dk), call.share.summed(dv)
         grads = heads_to_tokens([dq, dk, dv], [(x.q, x.kv, x.kv) for x in call.shares], call.group)  # [s, H, d]
-        return (*grads, dsinks, None, None, None)
+        return (*grads, dsinks, None, None)
 
 
-def _forward_in_turns(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, cu_seqlens: Tensor, call: _Call
-) -> tuple[Tensor, Tensor]:
+def _forward_in_turns(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: _Call) -> tuple[Tensor, Tensor]:
     """`SpAttention.forward`, a few key/value heads and their queries at a time: out [s, Hq, d], lse [h, S].
 
     The exchange and the kernel then need memory for those heads only.
@@ -183,7 +171,7 @@ def _forward_in_turns(
         if mine.q:
             heads = mine.repeated(kg), mine.repeated(vg)
             of_heads = None if sinks is None else sinks[mine.q.start : mine.q.stop]
-            part, part_lse = _attend(call, qg, *heads, of_heads, cu_seqlens)
+            part, part_lse = _attend(call, qg, *heads, of_heads)
             if lse is None:
                 lse = part_lse.new_empty(len(call.share.q), part_lse.shape[1])
             lse[mine.q.start - call.share.q.start : mine.q.stop - call.share.q.start] = part_lse
@@ -194,9 +182,8 @@ def _forward_in_turns(
 
 
 def _backward_in_turns(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, cu_seqlens: Tensor, out: Tensor, lse: Tensor, dout: Tensor,
-    call: _Call,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor, dout: Tensor, call: _Call
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """`SpAttention.backward` in the same turns. A kv head that two ranks hold is summed in at least float32.
 
     Writes over those of q, k and v that nothing else reads. Layers with two attentions share them (DiffLlama), and so
@@ -220,7 +207,7 @@ def _backward_in_turns(
             rows = slice(mine.q.start - call.share.q.start, mine.q.stop - call.share.q.start)
             part = lse[rows].contiguous()
             heads = mine.repeated(kg), mine.repeated(vg)
-            dqg, dkg, dvg = call.kernel.backward(dog, Saved(qg, *heads, og, part), cu_seqlens, call.lengths, call.spec)
+            dqg, dkg, dvg = call.kernel.backward(dog, Saved(qg, *heads, og, part), call.documents, call.spec)
             grads = dqg, mine.summed(dkg), mine.summed(dvg)
             del dqg, dkg, dvg
             if dsinks is not None and sinks is not None:
@@ -297,8 +284,8 @@ def ulysses_attention(
     turns: tuple[tuple[HeadShare, ...], ...] = ()
     if kv_heads_at_a_time is not None and kv_heads_at_a_time < max(len(share.kv) for share in shares):
         turns = deal_in_turns(q.shape[1], k.shape[1], sp, kv_heads_at_a_time)
-    call = _Call(documents.lengths, chosen, spec, group, shares, shares[sp_rank], turns, sp_rank)
-    out = SpAttention.apply(q, k, v, s_aux, documents.cu_seqlens, call, kept)
+    call = _Call(documents, chosen, spec, group, shares, shares[sp_rank], turns, sp_rank)
+    out = SpAttention.apply(q, k, v, s_aux, call, kept)
     return out[None, ..., : value.shape[-1]], None
 
 

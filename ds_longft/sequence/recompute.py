@@ -116,11 +116,7 @@ class LayerKeep:
 
 
 def apply_recompute(
-    layers: Sequence[nn.Module],
-    policy: str,
-    *,
-    every: int = 2,
-    keep: Sequence[LayerKeep] | None = None,
+    layers: Sequence[nn.Module], policy: str, *, every: int = 2, keep: Sequence[LayerKeep] | None = None
 ) -> None:
     """Replace the forward of decoder layers by one that recomputes.
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ds_longft.batch import Documents
 from ds_longft.sequence.kernels import KERNELS, AttentionSpec, Job, Kernel, Saved, kernel_by_name
 
 pytestmark = [
@@ -78,10 +79,10 @@ def run(kernel: Kernel, pack: tuple[Tensor, ...], lengths: tuple[int, ...], spec
     """[out, lse, dq, dk, dv]; the gradient pass reads `out` as a slice of a wider buffer."""
     q, k, v, dout, borders = pack
     poison(q, k, v, q[..., 0].T.float())
-    out, lse = kernel.forward(q, k, v, borders, lengths, spec)
+    out, lse = kernel.forward(q, k, v, Documents(borders, tuple(lengths)), spec)
     strided_out = torch.cat([out, torch.full_like(out[:, :1], torch.nan)], 1)[:, :-1]
     poison(q, k, v)
-    grads = kernel.backward(dout, Saved(q, k, v, strided_out, lse), borders, lengths, spec)
+    grads = kernel.backward(dout, Saved(q, k, v, strided_out, lse), Documents(borders, tuple(lengths)), spec)
     return [out, lse, *grads]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ds_longft.batch import Documents
 from ds_longft.sequence.kernels import KERNELS, AttentionSpec, Job, Saved, kernel_by_name
 from tests.faults.assets import pair_keys, write_job
 from tests.faults.ranks import Launcher, trace
@@ -46,14 +47,14 @@ def test_gradients_repeat_to_the_bit(name: str, lengths: tuple[int, ...], window
     if reason is not None:
         pytest.skip(f"{name} {reason}")
     q, k, v, dout, borders = random_pack(lengths, 8, 2, 128)
-    out, lse = kernel.forward(q, k, v, borders, lengths, spec)
-    first = kernel.backward(dout, Saved(q, k, v, out, lse), borders, lengths, spec)
+    out, lse = kernel.forward(q, k, v, Documents(borders, tuple(lengths)), spec)
+    first = kernel.backward(dout, Saved(q, k, v, out, lse), Documents(borders, tuple(lengths)), spec)
     for _ in range(2):
-        again = kernel.backward(dout, Saved(q, k, v, out, lse), borders, lengths, spec)
+        again = kernel.backward(dout, Saved(q, k, v, out, lse), Documents(borders, tuple(lengths)), spec)
         assert [torch.equal(a, b) for a, b in zip(first, again, strict=True)] == [True] * 3
     reference = kernel_by_name("varlen")  # nothing to build; checked against float32 itself
-    usual_out, usual_lse = reference.forward(q, k, v, borders, lengths, spec)
-    usual = reference.backward(dout, Saved(q, k, v, usual_out, usual_lse), borders, lengths, spec)
+    usual_out, usual_lse = reference.forward(q, k, v, Documents(borders, tuple(lengths)), spec)
+    usual = reference.backward(dout, Saved(q, k, v, usual_out, usual_lse), Documents(borders, tuple(lengths)), spec)
     for a, b in zip(first, usual, strict=True):
         assert float((a.float() - b.float()).norm() / b.float().norm()) < 1e-2
 

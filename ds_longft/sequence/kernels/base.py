@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from itertools import accumulate, pairwise
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ds_longft.batch import Documents
 from ds_longft.errors import ModelError
 
 Capability = tuple[int, int]
+Attended = tuple[Tensor, Tensor]  # out, lse
 Gradients = tuple[Tensor, Tensor, Tensor]  # dq, dk, dv
 
 NOT_REPEATABLE = "is not shown to repeat to the bit (train.deterministic)"
@@ -72,33 +74,95 @@ class Saved(NamedTuple):
     lse: Tensor
 
 
-class Kernel(Protocol):
-    """One way to compute attention over a pack. Stateless; called below autograd.
+class Kernel:
+    """One way to compute attention over a pack: what it can do, and its two passes. Stateless; called below autograd.
 
     Shapes: q [S, hq, d]; k, v [S, hk, d] with hq % hk == 0, query head i reading kv head i // (hq / hk). Inputs may
-    be strided views whose last dimension is contiguous. `documents_cu` is [N + 1] int32 on the device of q, `lengths`
-    the same N lengths on the host, all at least 1, their sum S.
+    be strided views whose last dimension is contiguous. `documents` lie on the device of q and fill the pack.
     """
 
-    @property
-    def name(self) -> str:
-        """How configs and messages call it."""
+    name: str
+    """How configs and messages call it."""
+
+    device_type = "cuda"
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
+    oldest: Capability = (8, 0)
+    """The first compute capability it runs on."""
+
+    widest_head: int | None = 256
+    has_window = has_softcap = repeats = False
+    package: str | None = None
+    """What has to be installed: its module."""
 
     def refuses(self, job: Job, *, here: bool = True) -> str | None:
         """Why this kernel cannot do the job exactly, or None if it can.
 
         Without `here` the job is another machine's: what is installed on this one does not count.
         """
+        dtype, head_dim, spec, on_gpu = job.dtype, job.head_dim, job.spec, self.device_type == "cuda"
+        old = on_gpu and (job.capability is None or job.capability < self.oldest)
+        oldest, wide = ".".join(map(str, self.oldest)), self.widest_head is not None and head_dim > self.widest_head
+        up_to = f"up to {self.widest_head} " if self.widest_head is not None else ""
+        names = "bf16 and fp16" if on_gpu else "floating point"
+        return refusal(
+            (job.device_type != self.device_type, f"runs on {self.device_type}, not on {job.device_type}"),
+            (dtype not in self.dtypes, f"takes {names}, not {dtype}"),
+            (old, f"needs compute capability {oldest}, this GPU has {job.capability}"),
+            (on_gpu and (wide or head_dim % 8 != 0), f"takes head dimensions {up_to}in steps of 8, not {head_dim}"),
+            (spec.window is not None and not self.has_window, f"has no sliding window (asked for {spec.window})"),
+            (spec.softcap is not None and not self.has_softcap, f"has no softcap (asked for {spec.softcap})"),
+            (spec.repeatable and not self.repeats, NOT_REPEATABLE),
+            *self.further_limits(job),
+        ) or (self.missing() if here else None)
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, documents_cu: Tensor, lengths: Sequence[int], spec: AttentionSpec
-    ) -> tuple[Tensor, Tensor]:
+    def further_limits(self, job: Job) -> list[tuple[bool, str]]:
+        """More checks as `refusal` takes them."""
+        return []
+
+    def missing(self) -> str | None:
+        """What this machine lacks, or None."""
+        return import_failure(self.package) if self.package else None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, spec: AttentionSpec) -> Attended:
         """(out [S, hq, d] contiguous in q's dtype, lse [hq, S] float32, natural log; float64 for float64 inputs)."""
+        raise NotImplementedError
 
-    def backward(
-        self, dout: Tensor, saved: Saved, documents_cu: Tensor, lengths: Sequence[int], spec: AttentionSpec
-    ) -> Gradients:
+    def backward(self, dout: Tensor, saved: Saved, documents: Documents, spec: AttentionSpec) -> Gradients:
         """Gradients (dq, dk, dv), shaped as q, k, v; dk and dv summed over the query heads that read them."""
+        raise NotImplementedError
+
+
+class PerDocument(Kernel):
+    """A kernel that is called for each document, on slices of the pack."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, spec: AttentionSpec) -> Attended:
+        assert self.has_softcap or spec.softcap is None
+        assert self.has_window or spec.window_for(documents.lengths) is None
+        if len(documents.lengths) == 1:
+            return self.forward_one(q, k, v, spec)  # no copy of the output
+        out = q.new_empty(q.shape)
+        lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+        for a, b in spans(documents.lengths):
+            out[a:b], lse[:, a:b] = self.forward_one(q[a:b], k[a:b], v[a:b], spec)
+        return out, lse
+
+    def backward(self, dout: Tensor, saved: Saved, documents: Documents, spec: AttentionSpec) -> Gradients:
+        if len(documents.lengths) == 1:
+            return self.backward_one(dout, saved, spec)
+        q, k, v, out, lse = saved
+        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+        for a, b in spans(documents.lengths):
+            one = Saved(q[a:b], k[a:b], v[a:b], out[a:b], lse[:, a:b])
+            dq[a:b], dk[a:b], dv[a:b] = self.backward_one(dout[a:b], one, spec)
+        return dq, dk, dv
+
+    def forward_one(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Attended:
+        """`forward` of one document."""
+        raise NotImplementedError
+
+    def backward_one(self, dout: Tensor, saved: Saved, spec: AttentionSpec) -> Gradients:
+        """`backward` of one document."""
+        raise NotImplementedError
 
 
 def spans(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -121,20 +185,6 @@ def import_failure(module: str) -> str | None:
     except Exception as error:  # a compiled package built for another torch or CUDA fails in its own way
         return f"{module} does not import: {type(error).__name__}: {error}"
     return None
-
-
-def flash_refusal(job: Job, oldest: Capability) -> str | None:
-    """What every FlashAttention refuses; `oldest` is the first compute capability it runs on."""
-    dtype, head_dim, capability = job.dtype, job.head_dim, job.capability
-    return refusal(
-        (job.device_type != "cuda", f"runs on cuda, not on {job.device_type}"),
-        (dtype not in (torch.bfloat16, torch.float16), f"takes bf16 and fp16, not {dtype}"),
-        (
-            capability is None or capability < oldest,
-            f"needs compute capability {oldest[0]}.{oldest[1]}, this GPU has {capability}",
-        ),
-        (head_dim > 256 or head_dim % 8 != 0, f"takes head dimensions up to 256 in steps of 8, not {head_dim}"),
-    )
 
 
 def flash_window_left(spec: AttentionSpec, lengths: Sequence[int]) -> int:

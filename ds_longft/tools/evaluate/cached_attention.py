@@ -23,7 +23,8 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from ds_longft.errors import ModelError
 from ds_longft.sequence.attention import ulysses_attention
-from ds_longft.sequence.kernels.base import AttentionSpec, Job, flash_refusal
+from ds_longft.sequence.kernels.base import AttentionSpec, Job
+from ds_longft.sequence.kernels.flash_attn import FlashAttention2
 from ds_longft.sequence.mask import AskedMask, asked_mask, window_of
 
 CACHED = "ds_longft_cached"
@@ -199,7 +200,7 @@ def _merged(parts: Sequence[Tensor], sinks: Tensor | None) -> Tensor:
 def _flash_fits(query: Tensor) -> bool:
     capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else None
     job = Job(query.device.type, query.dtype, query.shape[-1], AttentionSpec(1.0), capability)
-    return flash_refusal(job, oldest=(8, 0)) is None
+    return FlashAttention2().refuses(job, here=False) is None
 
 
 def register() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ds_longft.batch import Documents
 from ds_longft.decide.setting import GIB, Gpu, shipped_gpus
 from ds_longft.errors import ConfigError, ModelError
 from ds_longft.sequence.kept import HostStore
@@ -145,7 +146,7 @@ def attention_rates(
         k, v = (torch.randn(docs * tokens, kv_heads, d, device=device, dtype=dtype) for _ in range(2))
         cu = torch.arange(docs + 1, device=device, dtype=torch.int32) * tokens
         pairs = docs * q_heads * d * tokens * (tokens + 1) / 2 / 1e12
-        own = (cu, (tokens,) * docs, spec)
+        own = (Documents(cu, (tokens,) * docs), spec)
         try:
             out, lse = kernel.forward(q, k, v, *own)
             forward = timed(lambda: kernel.forward(q, k, v, *own), device)  # noqa: B023 - called here

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_longft.batch import Pack
+from ds_longft.batch import Documents, Pack
 from ds_longft.exactness.finding import Finding, Gather, nan_as_inf
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.facts import ModelFacts
@@ -116,13 +116,13 @@ def _error(
 
     q, k, v, dout = random(q_heads), random(kv_heads), random(kv_heads), random(q_heads)
     cu = torch.from_numpy(pack.cu_seqlens).to(device)
-    lengths = (cu[1:] - cu[:-1]).tolist()
-    out, lse = kernel.forward(q, k, v, cu, lengths, spec)
-    grads = kernel.backward(dout, Saved(q, k, v, out, lse), cu, lengths, spec)
+    documents = Documents(cu, tuple(cu.diff().tolist()))
+    out, lse = kernel.forward(q, k, v, documents, spec)
+    grads = kernel.backward(dout, Saved(q, k, v, out, lse), documents, spec)
     wide = torch.float32 if dtype == torch.bfloat16 else torch.float64
     truth = kernel_by_name("math")
     qw, kw, vw, doutw = (t.to(wide) for t in (q, k, v, dout))
-    true_out, true_lse = truth.forward(qw, kw, vw, cu, lengths, spec)
-    true_grads = truth.backward(doutw, Saved(qw, kw, vw, true_out, true_lse), cu, lengths, spec)
+    true_out, true_lse = truth.forward(qw, kw, vw, documents, spec)
+    true_grads = truth.backward(doutw, Saved(qw, kw, vw, true_out, true_lse), documents, spec)
     pairs = zip(("out", "dq", "dk", "dv"), (out, *grads), (true_out, *true_grads), strict=True)
     return max((nan_as_inf(float((a.to(wide) - b).norm() / b.norm().clamp_min(1e-30))), name) for name, a, b in pairs)

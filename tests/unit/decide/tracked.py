@@ -119,7 +119,7 @@ class FlashLike:
 
     name = "flash-attn-4"
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, cu: Tensor, lengths: Any, spec: Any) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Any, spec: Any) -> tuple[Tensor, Tensor]:
         return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
     def backward(self, dout: Tensor, saved: Saved, *_: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ds_longft.batch import Documents
 from ds_longft.errors import ModelError
 from ds_longft.sequence import attention
 from ds_longft.sequence.attention import SpAttention, _add_sinks, _Call, _sinks_gradient
@@ -85,7 +86,9 @@ def flash_attention_4() -> dict[str, ModuleType]:
         spec = as_spec(softmax_scale, causal, window_size_left, window_size_right, softcap)
         lengths = lengths_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, q.shape[-3])
         one = cu_seqlens_q is None  # [1, S, h, d], lse [1, h, S]
-        out, lse = MATH.forward(*((q[0], k[0], v[0]) if one else (q, k, v)), cu_seqlens_q, lengths, spec)
+        out, lse = MATH.forward(
+            *((q[0], k[0], v[0]) if one else (q, k, v)), Documents(cu_seqlens_q, tuple(lengths)), spec
+        )
         if learnable_sink is not None:
             assert learnable_sink.dtype == torch.float32
             out, lse = _add_sinks(out, lse, learnable_sink)
@@ -107,10 +110,12 @@ def flash_attention_4() -> dict[str, ModuleType]:
             missing = k.shape[1] - q.shape[1]
             q, out, dout = (pad(x, (0, 0, 0, 0, missing, 0)) for x in (q, out, dout))
             lse = pad(lse, (missing, 0))
-            grads = MATH.backward(dout[0], Saved(q[0], k[0], v[0], out[0], lse[0]), cu_seqlens_q, lengths, spec)
+            grads = MATH.backward(
+                dout[0], Saved(q[0], k[0], v[0], out[0], lse[0]), Documents(cu_seqlens_q, tuple(lengths)), spec
+            )
             grads = (grads[0][None, missing:], grads[1][None], grads[2][None])
         else:
-            grads = MATH.backward(dout, Saved(q, k, v, out, lse), cu_seqlens_q, lengths, spec)
+            grads = MATH.backward(dout, Saved(q, k, v, out, lse), Documents(cu_seqlens_q, tuple(lengths)), spec)
         if learnable_sink is None:
             return grads
         one = (x[0] if cu_seqlens_q is None else x for x in (dout, out, lse))
@@ -133,7 +138,7 @@ def flash_attention_3() -> dict[str, ModuleType]:
     ):  # fmt: skip
         spec = as_spec(softmax_scale, causal, window_size_left, window_size_right, softcap)
         lengths = lengths_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, q.shape[0])
-        return *MATH.forward(q, k, v, cu_seqlens_q, lengths, spec), q.new_empty(0), q.new_empty(0)
+        return *MATH.forward(q, k, v, Documents(cu_seqlens_q, tuple(lengths)), spec), q.new_empty(0), q.new_empty(0)
 
     def _flash_attn_backward(
         dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, sequed_q=None, sequed_k=None,
@@ -142,7 +147,7 @@ def flash_attention_3() -> dict[str, ModuleType]:
     ):  # fmt: skip
         spec = as_spec(softmax_scale, is_causal, window_size_left, window_size_right, softcap)
         lengths = lengths_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, q.shape[0])
-        grads = MATH.backward(dout, Saved(q, k, v, out, softmax_lse), cu_seqlens_q, lengths, spec)
+        grads = MATH.backward(dout, Saved(q, k, v, out, softmax_lse), Documents(cu_seqlens_q, tuple(lengths)), spec)
         for given, grad in zip((dq, dk, dv), grads, strict=True):
             given.copy_(grad)
         return q.new_empty(0)
@@ -172,7 +177,7 @@ def flash_attention_2() -> dict[str, ModuleType]:
         assert dropout_p == 0.0
         spec = as_spec(softmax_scale, causal, window_size_left, window_size_right, softcap)
         lengths = lengths_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, q.shape[0])
-        return *MATH.forward(q, k, v, cu_seqlens_q, lengths, spec), q.new_empty(0), q.new_empty(0)
+        return *MATH.forward(q, k, v, Documents(cu_seqlens_q, tuple(lengths)), spec), q.new_empty(0), q.new_empty(0)
 
     def _flash_attn_varlen_backward(
         dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
@@ -182,7 +187,7 @@ def flash_attention_2() -> dict[str, ModuleType]:
         assert dropout_p == 0.0
         spec = as_spec(softmax_scale, causal, window_size_left, window_size_right, softcap)
         lengths = lengths_of(cu_seqlens_q, cu_seqlens_k, max_seqlen_k, q.shape[0])
-        grads = MATH.backward(dout, Saved(q, k, v, out, softmax_lse), cu_seqlens_q, lengths, spec)
+        grads = MATH.backward(dout, Saved(q, k, v, out, softmax_lse), Documents(cu_seqlens_q, tuple(lengths)), spec)
         for given, grad in zip((dq, dk, dv), grads, strict=True):
             given.copy_(grad)
         return q.new_empty(0)
@@ -246,12 +251,14 @@ def test_installable_kernels_pass_everything_on(installed, name, lengths, spec):
     installed(name)
     q, k, v, dout, borders = pack(lengths)
     kernel = kernel_by_name(name)
-    out, lse = kernel.forward(q, k, v, borders, lengths, spec)
-    expected, expected_lse = MATH.forward(q, k, v, borders, lengths, spec)
+    out, lse = kernel.forward(q, k, v, Documents(borders, tuple(lengths)), spec)
+    expected, expected_lse = MATH.forward(q, k, v, Documents(borders, tuple(lengths)), spec)
     assert torch.equal(out, expected)
     assert torch.equal(lse, expected_lse)
-    grads = kernel.backward(dout, Saved(q, k, v, out, lse), borders, lengths, spec)
-    for seen, grad in zip(grads, MATH.backward(dout, Saved(q, k, v, out, lse), borders, lengths, spec), strict=True):
+    grads = kernel.backward(dout, Saved(q, k, v, out, lse), Documents(borders, tuple(lengths)), spec)
+    for seen, grad in zip(
+        grads, MATH.backward(dout, Saved(q, k, v, out, lse), Documents(borders, tuple(lengths)), spec), strict=True
+    ):
         assert torch.equal(seen, grad)
 
 
@@ -265,13 +272,15 @@ def test_flash_attention_4_takes_sinks_itself(installed, monkeypatch, lengths, w
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)
     share, steps = HeadShare(range(4), range(2), None), []
     for name in ("flash-attn-4", "math"):
-        call = _Call(tuple(lengths), kernel_by_name(name), AttentionSpec(0.3, window), None, (share,), share)
+        call = _Call(
+            Documents(borders, tuple(lengths)), kernel_by_name(name), AttentionSpec(0.3, window), None, (share,), share
+        )
         if name == "flash-attn-4":  # nothing may be added behind it
             monkeypatch.setattr(attention, "_add_sinks", None)
             monkeypatch.setattr(attention, "_sinks_gradient", None)
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
         given = sinks.clone().requires_grad_(trained)
-        out = SpAttention.apply(*inputs, given, borders, call, None)
+        out = SpAttention.apply(*inputs, given, call, None)
         out.backward(dout)
         monkeypatch.undo()
         installed("flash-attn-4")
@@ -288,9 +297,11 @@ def test_a_fixed_order_is_asked_for_long_documents_in_parts(installed, monkeypat
     monkeypatch.setattr(sys.modules[__name__], "ORDERS", {True})
     q, k, v, dout, borders = pack(lengths)
     spec = AttentionSpec(0.3, repeatable=True, **mask)
-    out, lse = MATH.forward(q, k, v, borders, lengths, spec)
-    grads = kernel_by_name("flash-attn-4").backward(dout, Saved(q, k, v, out, lse), borders, lengths, spec)
-    expected = MATH.backward(dout, Saved(q, k, v, out, lse), borders, lengths, spec)
+    out, lse = MATH.forward(q, k, v, Documents(borders, tuple(lengths)), spec)
+    grads = kernel_by_name("flash-attn-4").backward(
+        dout, Saved(q, k, v, out, lse), Documents(borders, tuple(lengths)), spec
+    )
+    expected = MATH.backward(dout, Saved(q, k, v, out, lse), Documents(borders, tuple(lengths)), spec)
     torch.testing.assert_close(grads, expected)
 
 
@@ -303,7 +314,9 @@ def test_memory_efficient_attention_is_called_for_each_kv_head(monkeypatch, leng
         custom_mask_type, compute_log_sumexp, scale,
     ):  # fmt: skip
         assert (dropout_p, custom_mask_type, compute_log_sumexp) == (0.0, 1, True)
-        out, lse = MATH.forward(query[0], key[0], value[0], cu_seqlens_q, [query.shape[1]], AttentionSpec(scale))
+        out, lse = MATH.forward(
+            query[0], key[0], value[0], Documents(cu_seqlens_q, (query.shape[1],)), AttentionSpec(scale)
+        )
         return out[None], pad(lse, (0, -lse.shape[1] % 32), value=torch.nan)[None], None, None
 
     def backward(
@@ -316,7 +329,9 @@ def test_memory_efficient_attention_is_called_for_each_kv_head(monkeypatch, leng
         assert logsumexp.shape == (1, query.shape[2], -(-length // 32) * 32)
         assert logsumexp[..., length:].isinf().all()
         saved = Saved(query[0], key[0], value[0], out[0], logsumexp[0, :, :length])
-        return *(g[None] for g in MATH.backward(grad_out_[0], saved, None, [length], AttentionSpec(scale))), None
+        return *(
+            g[None] for g in MATH.backward(grad_out_[0], saved, Documents(None, (length,)), AttentionSpec(scale))
+        ), None
 
     for function, op in (("forward", forward), ("backward", backward)):  # on meta torch 2.13 drops `out`
         schema = getattr(torch.ops.aten, f"_efficient_attention_{function}").default._schema.arguments
@@ -326,11 +341,12 @@ def test_memory_efficient_attention_is_called_for_each_kv_head(monkeypatch, leng
     monkeypatch.setattr(torch_builtin, "aten", ops)
     q, k, v, dout, borders = pack(lengths)
     kernel, spec = kernel_by_name("mem-efficient"), AttentionSpec(0.3)
-    out, lse = kernel.forward(q, k, v, borders, lengths, spec)
-    torch.testing.assert_close((out, lse), MATH.forward(q, k, v, borders, lengths, spec))
+    out, lse = kernel.forward(q, k, v, Documents(borders, tuple(lengths)), spec)
+    torch.testing.assert_close((out, lse), MATH.forward(q, k, v, Documents(borders, tuple(lengths)), spec))
     saved = Saved(q, k, v, out, lse)
     torch.testing.assert_close(
-        kernel.backward(dout, saved, borders, lengths, spec), MATH.backward(dout, saved, borders, lengths, spec)
+        kernel.backward(dout, saved, Documents(borders, tuple(lengths)), spec),
+        MATH.backward(dout, saved, Documents(borders, tuple(lengths)), spec),
     )
 
 
@@ -339,10 +355,10 @@ def test_memory_efficient_attention_is_called_for_each_kv_head(monkeypatch, leng
 def test_torch_kernels_bind_to_torchs_schemas(name, lengths):
     q, k, v, dout, borders = (x.bfloat16() if x.is_floating_point() else x for x in pack(lengths, "meta"))
     kernel, spec = kernel_by_name(name), AttentionSpec(0.3)
-    out, lse = kernel.forward(q, k, v, borders, lengths, spec)
+    out, lse = kernel.forward(q, k, v, Documents(borders, tuple(lengths)), spec)
     assert out.shape == q.shape
     assert lse.shape == (q.shape[1], q.shape[0])
-    grads = kernel.backward(dout, Saved(q, k, v, out, lse), borders, lengths, spec)
+    grads = kernel.backward(dout, Saved(q, k, v, out, lse), Documents(borders, tuple(lengths)), spec)
     assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
 
 

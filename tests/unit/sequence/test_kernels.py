@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ds_longft.batch import Documents
 from ds_longft.config.run_config import ModelConfig
 from ds_longft.errors import ModelError
 from ds_longft.sequence.kernels import KERNELS, AttentionSpec, Saved, choose_kernel, kernel_by_name, math_kernel
@@ -64,10 +65,10 @@ def assert_matches_dense(name: str, inputs: tuple[Tensor, ...], lengths: list[in
     q, k, v, dout, borders = inputs
     kernel = kernel_by_name(name)
     before = [x.clone() for x in inputs]
-    out, lse = kernel.forward(q, k, v, borders, lengths, spec)
+    out, lse = kernel.forward(q, k, v, Documents(borders, tuple(lengths)), spec)
     # the exchange hands `out` back as a slice of a wider buffer too
     strided_out = torch.cat([out, torch.full_like(out[:, :1], math.nan)], 1)[:, :-1]
-    grads = kernel.backward(dout, Saved(q, k, v, strided_out, lse), borders, lengths, spec)
+    grads = kernel.backward(dout, Saved(q, k, v, strided_out, lse), Documents(borders, tuple(lengths)), spec)
 
     leaves = [x.detach().double().clone().requires_grad_() for x in (q, k, v)]
     dense_out, dense_lse = dense_attention(*leaves, lengths, spec)
@@ -135,9 +136,9 @@ def test_one_token_documents_see_themselves(name):
     lengths = [1, 1, 1]
     q, k, v, dout, borders = random_pack(lengths, kv_heads=2, group=2, d=8, dtype=torch.float32)
     spec = AttentionSpec(0.5)
-    out, lse = kernel_by_name(name).forward(q, k, v, borders, lengths, spec)
+    out, lse = kernel_by_name(name).forward(q, k, v, Documents(borders, tuple(lengths)), spec)
     assert torch.equal(out, v.repeat_interleave(2, 1))
-    dq, dk, dv = kernel_by_name(name).backward(dout, Saved(q, k, v, out, lse), borders, lengths, spec)
+    dq, dk, dv = kernel_by_name(name).backward(dout, Saved(q, k, v, out, lse), Documents(borders, tuple(lengths)), spec)
     assert float(dq.abs().max()) < 1e-6
     assert float(dk.abs().max()) < 1e-6
     torch.testing.assert_close(dv, dout.unflatten(1, (2, 2)).sum(2))
@@ -151,8 +152,8 @@ def test_a_changed_token_leaves_other_documents_bit_equal(name):
     kernel = kernel_by_name(name)
 
     def run() -> list[Tensor]:
-        out, lse = kernel.forward(q, k, v, borders, lengths, spec)
-        return [out, lse.T, *kernel.backward(dout, Saved(q, k, v, out, lse), borders, lengths, spec)]
+        out, lse = kernel.forward(q, k, v, Documents(borders, tuple(lengths)), spec)
+        return [out, lse.T, *kernel.backward(dout, Saved(q, k, v, out, lse), Documents(borders, tuple(lengths)), spec)]
 
     before = run()
     q[20], k[20], v[20] = 3.0, -2.0, 5.0  # a token of the second document
@@ -169,8 +170,8 @@ def test_every_output_is_written(name):
     kernel, spec = kernel_by_name(name), AttentionSpec(0.3)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty returns with NaN
     try:
-        out, lse = kernel.forward(q, k, v, borders, lengths, spec)
-        grads = kernel.backward(dout, Saved(q, k, v, out, lse), borders, lengths, spec)
+        out, lse = kernel.forward(q, k, v, Documents(borders, tuple(lengths)), spec)
+        grads = kernel.backward(dout, Saved(q, k, v, out, lse), Documents(borders, tuple(lengths)), spec)
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(bool(x.isfinite().all()) for x in (out, lse, *grads))
@@ -179,14 +180,12 @@ def test_every_output_is_written(name):
 @pytest.mark.parametrize(("length", "heads", "window"), [(32768, 16, None), (32768, 32, 4096), (7, 1, None), (1, 4, 1)])
 def test_math_never_holds_all_scores(length, heads, window):
     chunks = list(math_kernel._chunks(length, heads, window))
-    assert chunks[0].start == 0
-    assert chunks[-1].end == length
-    assert all(a.end == b.start for a, b in pairwise(chunks))
-    keys = [c.end - c.first_key for c in chunks]
-    assert (
-        max(heads * (c.end - c.start) * n for c, n in zip(chunks, keys, strict=True))
-        <= 2 * math_kernel.SCORES_PER_CHUNK
-    )
+    assert chunks[0][0].start == 0
+    assert chunks[-1][0].stop == length
+    assert all(a.stop == b.start for (a, _), (b, _) in pairwise(chunks))
+    assert all(rows.stop == seen.stop for rows, seen in chunks)
+    sizes = [(rows.stop - rows.start) * (seen.stop - seen.start) for rows, seen in chunks]
+    assert heads * max(sizes) <= 2 * math_kernel.SCORES_PER_CHUNK
 
 
 @pytest.mark.parametrize(("window", "expected"), [(None, None), (12, None), (11, None), (10, 10), (1, 1)])
