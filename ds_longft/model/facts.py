@@ -101,9 +101,7 @@ class ModelFacts:
         """Read off a model without memory ("meta"): exact for every architecture. Of a multimodal one, its text model.
 
         Call it before ZeRO-3 is switched on for every model that is built.
-
-        Raises:
-            ModelError: no list of decoder layers.
+        Raises ModelError: no list of decoder layers.
         """
         # of a copy: the attention's name is written into the config that a model is made of
         with torch.device("meta"):

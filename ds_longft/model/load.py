@@ -28,9 +28,7 @@ from ds_longft.model.wrapped import is_wrapped, make, text_class
 
 def load_config(model: ModelConfig, max_length_tokens: int, *, attn_implementation: str) -> PretrainedConfig:
     """The model's config with the RoPE change applied, `use_cache` off and the attention's name set. Loads no weights.
-
-    Raises:
-        ModelError: nothing readable at `model.path`, an unsupported model, or a length its positions do not reach.
+    Raises ModelError: nothing readable at `model.path`, an unsupported model, or a length its positions do not reach.
     """
     return prepare_config(read_config(model), model, max_length_tokens, attn_implementation=attn_implementation)
 
@@ -101,9 +99,7 @@ def load_model(
     lies on `device`.
     With `model.random_weights` every rank builds the whole model on `device`, the same on each from `seed`;
     DeepSpeed's initialize partitions it.
-
-    Raises:
-        ModelError: no safetensors, or weights that do not fill the model.
+    Raises ModelError: no safetensors, or weights that do not fill the model.
     """
     # transformers builds every model under zero.Init while the config of an earlier ZeRO-3 model is still alive
     unset_hf_deepspeed_config()

@@ -38,9 +38,7 @@ def stored_as(hf_config: PretrainedConfig) -> dict[str, Any]:
 
 def base_format(hf_config: PretrainedConfig, model: ModelConfig) -> Format | None:
     """In which format the base's weights lie while it is trained; None: dense.
-
-    Raises:
-        ModelError: files in a format that cannot be read, or in another one than `model.quantize` asks for.
+    Raises ModelError: files in a format that cannot be read, or in another one than `model.quantize` asks for.
     """
     name, problem = format_name(stored_as(hf_config), model.quantize)
     if problem:

@@ -41,9 +41,7 @@ class ParameterCounts:
 
 def check_lora(hf_config: PretrainedConfig, lora: LoraConfig) -> None:
     """See that the layers which `lora` names are there, on the model without memory ("meta"): before data is read.
-
-    Raises:
-        ModelError: as `add_lora` would, once data is tokenised and weights are loaded.
+    Raises ModelError: as `add_lora` would, once data is tokenised and weights are loaded.
     """
     with torch.device("meta"):
         model = make(text_class(hf_config), copy.deepcopy(hf_config), attn_implementation="eager")
@@ -57,9 +55,7 @@ def add_lora(
     """Wrap `model` with adapters in the model's dtype, initialised from `seed` alike on every rank; the base is frozen.
 
     `train_rows`: ids of tokens whose rows in the embeddings are trained besides.
-
-    Raises:
-        ModelError: a name of `lora.targets` or `lora.modules_to_save` is no layer of the model, or PEFT refuses.
+    Raises ModelError: a name of `lora.targets` or `lora.modules_to_save` is no layer of the model, or PEFT refuses.
     """
     with seen_dense(model, linears=not lora.dora):
         return _adapted(model, lora, seed, revision, train_rows)
@@ -116,9 +112,7 @@ def _rows_by_module(model: PreTrainedModel, lora: LoraConfig, rows: list[int], t
 
 def _go_on_from(folder: Path, model: peft.PeftModel) -> None:
     """Put the weights of a saved adapter in place of the initial ones.
-
-    Raises:
-        ModelError: no adapter there, or one of another shape, scale or RoPE than this model's.
+    Raises ModelError: no adapter there, or one of another shape, scale or RoPE than this model's.
     """
     if not (folder / WEIGHTS_NAME).is_file() or not (folder / peft.utils.CONFIG_NAME).is_file():
         raise ModelError(f"lora.init_from: {folder} holds no {peft.utils.CONFIG_NAME} with {WEIGHTS_NAME}")
@@ -152,10 +146,8 @@ def _go_on_from(folder: Path, model: peft.PeftModel) -> None:
 
 def load_adapter(base: PreTrainedModel, folder: str | Path) -> peft.PeftModel:
     """The adapter that lies in `folder` on `base`, in the base's dtype.
-
-    Raises:
-        ModelError: it does not fit, or a tensor of its file is not in the model afterwards: PEFT warns at most, and
-            goes on with what the adapter was initialised with.
+    Raises ModelError: it does not fit, or a tensor of its file is not in the model afterwards: PEFT warns at most, and
+    goes on with what the adapter was initialised with.
     """
     widen(base, rows_of_adapter(Path(folder), BASE_CONFIG_FOLDER))
     try:

@@ -39,9 +39,7 @@ class Targets:
 
 def targets_of(model: PreTrainedModel, lora: LoraConfig) -> Targets:
     """What `lora.targets` and `lora.experts` mean on this model.
-
-    Raises:
-        ModelError: a name is no linear layer, or there are no experts.
+    Raises ModelError: a name is no linear layer, or there are no experts.
     """
     head, inside = model.get_output_embeddings(), f"{decoder_name(model)}." if is_wrapped(model.config) else ""
     linears = {

@@ -29,9 +29,7 @@ def read_config(model: ModelConfig) -> PretrainedConfig:
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with `model.add_tokens`.
-
-    Raises:
-        ModelError: there is none at `model.path`.
+    Raises ModelError: there is none at `model.path`.
     """
     from transformers import AutoTokenizer
 
@@ -61,9 +59,7 @@ def _processors_template(path: str, revision: str | None) -> str | None:
 
 def model_path(model: ModelConfig) -> str:
     """`model.path`, absolute where it is a local folder, so that adapters name their base wherever they are read from.
-
-    Raises:
-        ModelError: empty, or a path on this machine that does not exist.
+    Raises ModelError: empty, or a path on this machine that does not exist.
     """
     if not model.path:
         raise ModelError("model.path is not set: give a local Hugging Face folder or a hub id")

@@ -43,9 +43,7 @@ def apply_rope(hf_config: PretrainedConfig, rope: RopeConfig, max_length_tokens:
     """Stretch `hf_config` in place to `max_length_tokens`: the change is in the built model and in what is saved.
 
     Per-layer-type RoPE (Gemma-3) is changed for full attention only: a sliding layer never looks past its window.
-
-    Raises:
-        ModelError: the length does not fit, the model has no RoPE, or it is stretched already.
+    Raises ModelError: the length does not fit, the model has no RoPE, or it is stretched already.
     """
     hf_config = hf_config.get_text_config()
     window = window_tokens(hf_config)
@@ -79,9 +77,7 @@ def check_rope(model: nn.Module, hf_config: PretrainedConfig, document_lengths: 
     Call it after the last step that touches the model (DeepSpeed's initialize may cast buffers).
     `document_lengths`: where the frequencies depend on the length, those of each of these documents are compared too.
     Returns the worst relative difference.
-
-    Raises:
-        ModelError: they differ by more than 1e-5, or no rotary buffers were found although the config states RoPE.
+    Raises ModelError: they differ by more than 1e-5, or no rotary buffers were found although the config states RoPE.
     """
     parts, worst, seen = rope_parts(hf_config), 0.0, set()
     by_length = length_dependent_layers(hf_config)

@@ -50,10 +50,8 @@ RECURRENT_KEYS = ("mamba_", "ssm_", "rwkv", "linear_num_", "linear_attn", "rnn_"
 
 def check_supported(hf_config: PretrainedConfig) -> None:
     """Refuse, by name, every model that cannot be trained exactly here. Looks at config and class, loads no weights.
-
-    Raises:
-        ModelError: encoder-decoder, recurrent or linear-attention layers, other masks, no causal LM class,
-            or a class that does not use transformers' attention interface.
+    Raises ModelError: encoder-decoder, recurrent or linear-attention layers, other masks, no causal LM class, or a
+    class that does not use transformers' attention interface.
     """
     name = hf_config.model_type
     if hf_config.is_encoder_decoder:
@@ -99,9 +97,7 @@ def check_supported(hf_config: PretrainedConfig) -> None:
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The layers of its decoder, first to last.
-
-    Raises:
-        ModelError: they are not where transformers' newer models have them (GPT-2 and its age), or there are none.
+    Raises ModelError: they are not where transformers' newer models have them (GPT-2 and its age), or there are none.
     """
     decoder = model.get_decoder()
     layers = getattr(decoder, "layers", None) or getattr(decoder, "h", None)
@@ -115,9 +111,7 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 def check_class_supported(model_class: type, name: str) -> None:
     """Refuse a model class with recurrent state, or one that would bypass our attention.
-
-    Raises:
-        ModelError: naming the class.
+    Raises ModelError: naming the class.
     """
     if name in STATE_FAMILIES:
         return  # most of them say neither that they keep a state nor that they use the interface: tests do

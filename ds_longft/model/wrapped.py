@@ -50,9 +50,7 @@ def text_class(hf_config: PretrainedConfig) -> Any:
 
 def make(model_class: Any, hf_config: PretrainedConfig, **keywords: Any) -> PreTrainedModel:
     """A model with random weights of one of these classes. It keeps the config, and changes its dtype.
-
-    Raises:
-        ModelError: a package is missing that a multimodal model's towers are made with, though they are left out.
+    Raises ModelError: a package is missing that a multimodal model's towers are made with, though they are left out.
     """
     auto = model_class is AutoModelForCausalLM
     from_config = AutoModelForCausalLM.from_config if auto else model_class._from_config

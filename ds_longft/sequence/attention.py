@@ -36,7 +36,7 @@ from ds_longft.sequence.exchange import (
     shared_heads,
     tokens_to_heads,
 )
-from ds_longft.sequence.kept import Kept
+from ds_longft.sequence.kept import Kept, computed_once
 from ds_longft.sequence.kernels import AttentionSpec, Kernel, Saved, choose_kernel
 from ds_longft.sequence.kernels.flash_attn import FlashAttention4
 from ds_longft.sequence.llama4 import tunes_by_place
@@ -112,21 +112,8 @@ class SpAttention(torch.autograd.Function):
 
         Returns out [s, Hq, d]. The log-sum-exp [h, S] of this rank's heads is saved beside it.
         """
-        output = kept.take() if kept is not None else None
-        if output is None and call.turns:
-            output = _forward_in_turns(q, k, v, sinks, call)
-            if kept is not None:
-                kept.put(*output)
-        if output is None:
-            ranges = [(x.q, x.kv, x.kv) for x in call.shares]
-            qg, kg, vg = tokens_to_heads([q, k, v], ranges, call.group)  # [S, h, d]
-            kg, vg = call.share.repeated(kg), call.share.repeated(vg)
-            of_heads = None if sinks is None else sinks[call.share.q.start : call.share.q.stop]
-            out, lse = _attend(call, qg, kg, vg, of_heads)  # [S, h, d], [h, S]
-            output = heads_to_tokens([out], [(x.q,) for x in call.shares], call.group)[0], lse
-            if kept is not None:
-                kept.put(*output)
-        out, lse = output
+        forward = _forward_in_turns if call.turns else _forward_at_once
+        out, lse = computed_once(kept, lambda: forward(q, k, v, sinks, call))
         ctx.save_for_backward(q.detach(), k.detach(), v.detach(), sinks, out, lse)  # see `ours_alone`
         ctx.call = call
         return out
@@ -154,6 +141,16 @@ class SpAttention(torch.autograd.Function):
         dk, dv = call.share.summed(dk), call.share.summed(dv)
         grads = heads_to_tokens([dq, dk, dv], [(x.q, x.kv, x.kv) for x in call.shares], call.group)  # [s, H, d]
         return (*grads, dsinks, None, None)
+
+
+def _forward_at_once(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: _Call) -> tuple[Tensor, Tensor]:
+    """`SpAttention.forward`, all of this rank's heads: out [s, Hq, d], lse [h, S]."""
+    ranges = [(x.q, x.kv, x.kv) for x in call.shares]
+    qg, kg, vg = tokens_to_heads([q, k, v], ranges, call.group)  # [S, h, d]
+    kg, vg = call.share.repeated(kg), call.share.repeated(vg)
+    of_heads = None if sinks is None else sinks[call.share.q.start : call.share.q.stop]
+    out, lse = _attend(call, qg, kg, vg, of_heads)  # [S, h, d], [h, S]
+    return heads_to_tokens([out], [(x.q,) for x in call.shares], call.group)[0], lse
 
 
 def _forward_in_turns(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: _Call) -> tuple[Tensor, Tensor]:
@@ -241,9 +238,7 @@ def ulysses_attention(
     """transformers' attention function: query [1, Hq, s, d], key [1, Hkv, s, d], value [1, Hkv, s, e] -> [1, s, Hq, e].
 
     attention_mask: the `AskedMask` of the layer's kind, or None where the model makes none.
-
-    Raises:
-        ModelError: the layer asks for something this attention would otherwise have to ignore.
+    Raises ModelError: the layer asks for something this attention would otherwise have to ignore.
     """
     if documents is None or layout is None:
         raise ModelError(

@@ -25,11 +25,11 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
-from ds_longft.sequence.kept import Kept, UnusedOutput
+from ds_longft.sequence.kept import Kept, UnusedOutput, computed_once
 from ds_longft.sequence.linear import Weight, dense, save, saved, unhook, weight_of
 from ds_longft.sequence.llama4 import route_inputs
-from ds_longft.sequence.mlp import add_tile, rounded, tiles_of
 from ds_longft.sequence.reuse import ours_alone
+from ds_longft.sequence.tiles import add_tile, rounded, tiles_of
 
 ROWS_OF_AN_EXPERT = 1024
 """Rows of each expert in a tile, on average: products this large run near the full rate, and 128 experts of 2,048
@@ -225,8 +225,8 @@ class _Grouped(torch.autograd.Function):
     ) -> Tensor:
         """x [.., D], index and weights [t, k]. `tensors`: W, bias, A, B of gate and up, and of down."""
         x2 = x.reshape(-1, x.shape[-1])  # [t, D]
-        before = kept.take() if kept is not None else None
-        if before is None:
+
+        def compute() -> tuple[Tensor, Tensor]:
             out = torch.empty_like(x2)
             first, second = _stacks(spec, [dense(t) for t in tensors])
             for rows in _tiles(index, spec, len(first.weight)):
@@ -237,10 +237,9 @@ class _Grouped(torch.autograd.Function):
                 del c
                 out[rows] = route.summed(y, len(index[rows]))
                 del y
-            if kept is not None:
-                kept.put(out, x2.new_empty(0))
-        else:
-            out = before[0]
+            return out, x2.new_empty(0)
+
+        out, _ = computed_once(kept, compute)
         save(ctx, (x2.detach(), index, weights), tensors)  # see `ours_alone`
         ctx.spec = spec
         return out.view(x.shape)

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -85,25 +85,8 @@ def size_of(parts: Sequence[Part]) -> int:
     return -(-parts[-1].stop // ALIGNED_BYTES) * ALIGNED_BYTES if parts else 0
 
 
-class Home(Protocol):
-    """Where the bytes of layers wait."""
-
-    def put(self, layer: int, memory: Tensor) -> None:
-        """Keep a layer's bytes [n] uint8 on the device: every rank is given all of them, in the same order."""
-
-    def ready(self) -> None:
-        """Every layer is there. Collective."""
-
-    def fetch(self, layer: int, slot: Tensor) -> None:
-        """Bring them into `slot` [at least `room`] uint8, on the current stream."""
-
-    @property
-    def room(self) -> int:
-        """Bytes that a slot needs."""
-
-
 class HostHome:
-    """Host memory, one copy for the ranks of a node, pinned on GPUs.
+    """Layers' bytes in host memory, one copy for the ranks of a node, pinned on GPUs. A slot needs `room` bytes.
 
     Memory without a file, mapped by each of these ranks: /dev/shm is 64 MiB in many containers.
     """
@@ -129,19 +112,19 @@ class HostHome:
             os.close(file)
 
     def put(self, layer: int, memory: Tensor) -> None:
-        """See `Home.put`."""
+        """Keep a layer's bytes [n] uint8 on the device: every rank is given all of them, in the same order."""
         if self.writes:
             self.memory[slice(*self.spans[layer])].copy_(memory)
 
     def ready(self) -> None:
-        """See `Home.ready`. Pinned only now: the pages are there."""
+        """Every layer is there. Collective. Pinned only now: the pages are there."""
         dist.barrier()
         if self.device.type == "cuda":
             cudart = torch.cuda.cudart()
             torch.cuda.check_error(cudart.cudaHostRegister(self.memory.data_ptr(), len(self.memory), 0))
 
     def fetch(self, layer: int, slot: Tensor) -> None:
-        """See `Home.fetch`."""
+        """Bring them into `slot` [at least `room`] uint8, on the current stream."""
         start, stop = self.spans[layer]
         slot[: stop - start].copy_(self.memory[start:stop], non_blocking=True)
 
@@ -160,17 +143,17 @@ class ShardHome:
         self.own: dict[int, Tensor] = {}
 
     def put(self, layer: int, memory: Tensor) -> None:
-        """See `Home.put`."""
+        """As `HostHome.put`."""
         share = self.shares[layer]
         own = memory[self.rank * share : (self.rank + 1) * share]
         self.own[layer] = memory.new_zeros(share)
         self.own[layer][: len(own)] = own
 
     def ready(self) -> None:
-        """See `Home.ready`."""
+        """Every layer is there."""
 
     def fetch(self, layer: int, slot: Tensor) -> None:
-        """See `Home.fetch`. Every rank's share [n / world] -> slot [n]."""
+        """As `HostHome.fetch`. Every rank's share [n / world] -> slot [n]."""
         own = self.own[layer]
         dist.all_gather_into_tensor(slot[: len(own) * self.world], own, group=self.group)
 
@@ -189,7 +172,7 @@ class FrozenLayers:
     """The frozen tensors of a model's decoder layers: put in place just before a layer runs."""
 
     def __init__(
-        self, layers: Sequence[nn.Module], parts: Sequence[list[Part]], home: Home, device: torch.device
+        self, layers: Sequence[nn.Module], parts: Sequence[list[Part]], home: HostHome | ShardHome, device: torch.device
     ) -> None:
         self.home, self.device, self.parts = home, device, list(parts)
         self.modules = [

@@ -63,9 +63,7 @@ class _Decoded(BaseModelOutputWithPast):
 
 def head_rule(causal_lm: Any) -> HeadRule:
     """The rule of a transformers causal language model whose head is still its own.
-
-    Raises:
-        ModelError: its forward does something else between decoder and logits, or cannot be called so.
+    Raises ModelError: its forward does something else between decoder and logits, or cannot be called so.
     """
     config, name = causal_lm.config.get_text_config(), type(causal_lm).__name__
     device = next(causal_lm.parameters()).device

@@ -14,7 +14,7 @@ with a nearly full GPU those make it free cached blocks and wait for the device.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -89,6 +89,16 @@ class Kept:
             self._home = value[0].device
             self._value = tuple(t.to("cpu", copy=True) for t in value)
         return size
+
+
+def computed_once(kept: Kept | None, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """What a first pass left in `kept`; else what `compute` returns, which is left there."""
+    outputs = kept.take() if kept is not None else None
+    if outputs is None:
+        outputs = compute()
+        if kept is not None:
+            kept.put(*outputs)
+    return outputs
 
 
 class UnusedOutput(Kept):

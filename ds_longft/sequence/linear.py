@@ -27,7 +27,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ds_longft.sequence.kept import Kept, UnusedOutput
+from ds_longft.sequence.kept import Kept, UnusedOutput, computed_once
 from ds_longft.sequence.recomputed_input import RecomputedInput
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -170,7 +170,8 @@ class LinearGroup:
             return out
         self._input, self._waiting = None, {}
         made = (self.recomputed_input, source) if self.recomputed_input is not None and source is not None else None
-        outs = _apply(self.members if i == 0 else self.members[i : i + 1], x, self.kept if i == 0 else None, made)
+        tensors, scales = (self.tensors, self.scales) if i == 0 else (self.members[i].tensors(), self.scales[i : i + 1])
+        outs: tuple[Tensor, ...] = _Linears.apply(x, self.kept if i == 0 else None, made, scales, *tensors)
         if isinstance(self.kept, UnusedOutput):
             self.kept.node = outs[0].grad_fn
         if i == 0 and len(outs) > 1:
@@ -195,13 +196,6 @@ class LinearGroup:
         return F.linear(*wide, member.base.bias).view(*x.shape[:-1], -1)
 
 
-def _apply(
-    members: Sequence[Member], x: Tensor, kept: Kept | None, made: tuple[RecomputedInput, Tensor] | None
-) -> tuple[Tensor, ...]:
-    scales = tuple(m.lora[2] if m.lora else 1.0 for m in members)
-    return _Linears.apply(x, kept, made, scales, *(t for m in members for t in m.tensors()))
-
-
 class _Linears(torch.autograd.Function):
     """out_i = x W_i' + bias_i + scale_i (x A_i') B_i' for the members of a group."""
 
@@ -216,12 +210,7 @@ class _Linears(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         """x [.., I] -> m outputs [.., O_i]. `tensors`: W, bias, A, B of each member. `made`: x is made of this."""
         x2 = x.reshape(-1, x.shape[-1])  # [t, I]
-        before = kept.take() if kept is not None else None
-        if before is None:
-            before = linears_forward(x2, scales, tensors)
-            if kept is not None:
-                kept.put(*before)
-        *outs, xa = before
+        *outs, xa = computed_once(kept, lambda: linears_forward(x2, scales, tensors))
         save(ctx, (x2 if made is None else made[1], xa), tensors)
         ctx.scales, ctx.shape, ctx.recomputed_input = scales, x.shape, made[0] if made is not None else None
         # no views for autograd, or a model could not clip them in place (OLMo); what is kept of q, k and v is a copy
@@ -296,7 +285,7 @@ def linears_backward(
     """
     quads = _quads(tensors)
     downs = [a for _, _, a, _ in quads if a is not None]
-    parts = iter(_columns(xa, downs))
+    parts = iter(xa.split([a.shape[0] for a in downs], dim=1) if downs else ())  # [t, r] each, views
     grads: list[Tensor | None] = []
     dxas = []
     for i, ((_, bias, a, b), dy, scale) in enumerate(zip(quads, dys, scales, strict=True)):
@@ -332,11 +321,6 @@ def _input_gradient(
 def _quads(tensors: Sequence[Weight]) -> list[tuple[Any, Any, Any, Any]]:
     """W, bias, A, B of each member."""
     return [tuple(tensors[i : i + 4]) for i in range(0, len(tensors), 4)]  # type: ignore[misc]
-
-
-def _columns(xa: Tensor, downs: Sequence[Tensor]) -> Sequence[Tensor]:
-    """[t, sum of r] -> [t, r] of each member that has an adapter, views."""
-    return xa.split([a.shape[0] for a in downs], dim=1) if downs else ()
 
 
 def fuse_linears(layer: nn.Module) -> list[LinearGroup]:

@@ -12,7 +12,7 @@ Letters: s local tokens, t labelled rows, D hidden size, V vocabulary, N documen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,6 +27,7 @@ from ds_longft.errors import ModelError
 from ds_longft.sequence.head import HeadRule, head_rule
 from ds_longft.sequence.linear import Member, gather_with
 from ds_longft.sequence.new_rows import WithRows
+from ds_longft.sequence.tiles import tiles_of
 
 CHUNK_BYTES = 1 << 29
 """Float32 logits of a chunk: 1,046 rows of a 128K vocabulary. Three and a half such tensors are alive at once."""
@@ -96,9 +97,9 @@ class _Rows:
     chunk_rows: int
     documents: DocumentRows | None
 
-    def chunks(self) -> Iterator[slice]:
+    def chunks(self) -> list[slice]:
         """The rows in pieces whose logits fit."""
-        return (slice(a, a + self.chunk_rows) for a in range(0, len(self.targets), self.chunk_rows))
+        return tiles_of(len(self.targets), self.chunk_rows)
 
     def losses(self, logits: Tensor, rows: slice) -> Tensor:
         """logits [rows, V], not needed again -> [rows], without a graph."""
@@ -259,10 +260,8 @@ class ChunkedHead:
 
         `adapters_off`: it will also run with PEFT's adapters switched off, by the weights it had before them. Under
         ZeRO-3 these are gathered with it; beside `modules_to_save` that is a second head.
-
-        Raises:
-            ModelError: the model has no head, one that is not a linear layer, or a forward that does with it what the
-                loss cannot do.
+        Raises ModelError: the model has no head, one that is not a linear layer, or a forward that does with it what
+        the loss cannot do.
         """
         head = model.get_output_embeddings()  # type: ignore[operator]
         if isinstance(head, TrainableTokensWrapper):

@@ -58,9 +58,7 @@ def asked_mask(
     *, mask_function: MaskFunction, attention_mask: Tensor | None = None, local_size: int | None = None, **_: Any
 ) -> AskedMask:
     """transformers' mask function, registered for our attention. `local_size`: the window, where transformers says it.
-
-    Raises:
-        ModelError: a padding mask, which would be dropped.
+    Raises ModelError: a padding mask, which would be dropped.
     """
     if attention_mask is not None and not pads_nothing(attention_mask):
         raise ModelError("the model got a padding mask, which is not looked at here: give documents without padding")
@@ -80,9 +78,7 @@ def pads_nothing(mask: Tensor) -> bool:
 
 def window_of(layer: str, mask: Any, keyword: int | None) -> int | None:
     """The sliding window in tokens of a layer that got this mask, and this window as its attention's keyword.
-
-    Raises:
-        ModelError: any other mask than a causal one with or without a window, or two windows that contradict.
+    Raises ModelError: any other mask than a causal one with or without a window, or two windows that contradict.
     """
     if isinstance(mask, Tensor) and pads_nothing(mask):
         mask = None  # handed on as it was given to the decoder

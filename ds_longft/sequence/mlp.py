@@ -6,8 +6,6 @@ computes gate and up of a tile again and is done with it. Inside a checkpointed 
 second time, for an output that only feeds the residual add: nothing is computed then (`kept.UnusedOutput`). So gate and
 up run forward twice and down once, as without tiles. Source: TiledMLP of arXiv 2506.13996, which runs all three of them
 forward three times. An MLP without a gate (Nemotron-H) is down(act(up(x))): 21,504 features there.
-
-Gradients of all weights below the MLP, adapters too, are summed over tiles in at least float32 and leave once.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-from ds_longft.sequence.kept import Kept, UnusedOutput
+from ds_longft.sequence.kept import Kept, UnusedOutput, computed_once
 from ds_longft.sequence.linear import (
     LinearGroup,
     Weight,
@@ -32,6 +30,7 @@ from ds_longft.sequence.linear import (
     saved,
 )
 from ds_longft.sequence.reuse import ours_alone
+from ds_longft.sequence.tiles import add_tile, rounded, tiles_of
 
 Combine = Callable[..., Tensor]
 
@@ -88,18 +87,17 @@ class _Tiled(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, kept: Kept | None, spec: _Spec, *tensors: Weight) -> Tensor:
         """x [.., D] -> [.., D]. `tensors`: W, bias, A, B of gate, up and down."""
         x2 = x.reshape(-1, x.shape[-1])  # [t, D]
-        before = kept.take() if kept is not None else None
-        if before is None:
+
+        def compute() -> tuple[Tensor, Tensor]:
             whole = [dense(t) for t in tensors]  # once, not in each tile
             first, second = whole[: spec.split], whole[spec.split :]
             out = torch.empty_like(x2)
             for rows in tiles_of(len(x2), spec.tile_tokens):
                 *made, _ = linears_forward(x2[rows], spec.scales[0], first)
                 out[rows] = linears_forward(spec.combine(*made), spec.scales[1], second)[0]
-            if kept is not None:
-                kept.put(out, x2.new_empty(0))
-        else:
-            out = before[0]
+            return out, x2.new_empty(0)
+
+        out, _ = computed_once(kept, compute)
         save(ctx, [x2.detach()], tensors)  # see `ours_alone`
         ctx.spec = spec
         return out.view(x.shape)
@@ -197,23 +195,3 @@ def _combine(mlp: nn.Module, *, gated: bool) -> Combine:
         return LigerGELUMulFunction.apply
     act: Any = mlp.act_fn
     return (lambda gate, up: act(gate) * up) if gated else act
-
-
-def tiles_of(tokens: int, tile_tokens: int) -> list[slice]:
-    """`tile_tokens` rows each, the last one the rest."""
-    return [slice(a, min(a + tile_tokens, tokens)) for a in range(0, tokens, tile_tokens)]
-
-
-def add_tile(sums: list[Tensor | None], grads: Sequence[Tensor | None], start: int) -> None:
-    """Add a tile's gradients, in at least float32."""
-    for i, grad in enumerate(grads, start):
-        if grad is not None:
-            wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
-            total = sums[i]
-            sums[i] = wide if total is None else total.add_(wide)
-
-
-def rounded(sums: Sequence[Tensor | None], tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The sums over all tiles in the weights' types."""
-    pairs = zip(sums, tensors, strict=True)
-    return [None if total is None or t is None else total.to(t.dtype) for total, t in pairs]

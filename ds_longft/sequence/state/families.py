@@ -62,10 +62,8 @@ def state_layers(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
 
 def spread_state_layers(model: nn.Module) -> int:
     """Replace the forward of a model's layers with a state; returns how many. Again, it changes nothing.
-
-    Raises:
-        ModelError: the config names more such layers than there are modules known here. Their states would end at
-            each rank's own tokens.
+    Raises ModelError: the config names more such layers than there are modules known here. Their states would end at
+    each rank's own tokens.
     """
     count = 0
     for layer, mixer in state_layers(model):
@@ -108,9 +106,7 @@ def _noting(forward: Callable[..., Any], noted: _Noted, *args: Any, **kwargs: An
 
 def _spread_forward(mixer: nn.Module, spread: Mixer, noted: _Noted, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
     """The mixer's forward: hidden_states [1, s, D], or [1, B, D] of the next token of each of B texts.
-
-    Raises:
-        ModelError: no documents, and no states of texts to go on from: each rank's state would start anew.
+    Raises ModelError: no documents, and no states of texts to go on from: each rank's state would start anew.
     """
     if hidden_states.shape[0] != 1:
         raise ModelError(f"{type(mixer).__name__} got a batch of several rows: lay them into one pack")

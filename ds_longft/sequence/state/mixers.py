@@ -204,7 +204,7 @@ def _convolved(
             continue
         if spread.carried is not None:
             spread.carried.keep_tail(t, spread.documents, weight.shape[1] - 1, 0, None)
-        outs.append(causal_conv(t, *given, spread.positions(), spread.documents))
+        outs.append(causal_conv(t, *given, spread.documents.positions, spread.documents))
     return outs
 
 

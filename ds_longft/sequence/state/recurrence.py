@@ -203,9 +203,7 @@ def on_fla(t: Tensor) -> bool:
 
 def _torch_form(layer: nn.Module, name: str) -> Callable[..., Any]:
     """transformers' torch function of that name beside the layer's class; it may be wrapped to call other packages.
-
-    Raises:
-        ModelError: this version of transformers has none.
+    Raises ModelError: this version of transformers has none.
     """
     function = getattr(sys.modules[type(layer).__module__], name, None)
     if function is None:

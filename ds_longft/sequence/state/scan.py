@@ -12,12 +12,13 @@ Letters: S tokens of the pack, T of a piece, C channels, N features of a channel
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from math import isqrt
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ds_longft.sequence.tiles import tiles_of
 
 PIECE_TOKENS = 1024
 """Their states take 512 MiB for 8,192 channels of 16 features in float32; a backward pass has five such tensors. Fewer
@@ -45,7 +46,7 @@ class _Scan(torch.autograd.Function):
         ctx: Any, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, inside: Tensor, ends: Tensor
     ) -> tuple[Tensor, Tensor]:
         state, before, out, wanted = torch.zeros_like(a), [], torch.empty_like(x), [a.new_empty(0, *a.shape)]
-        for piece in _pieces(len(x)):
+        for piece in tiles_of(len(x), PIECE_TOKENS):
             before.append(state)
             states = _states(x[piece], dt[piece], a, b[piece], inside[piece], state)[1]
             out[piece] = torch.einsum("tcn,tn->tc", states, c[piece])
@@ -62,7 +63,7 @@ class _Scan(torch.autograd.Function):
         x, dt, a, b, c, inside, before = ctx.saved_tensors
         dx, ddt, db, dc = (torch.empty_like(t) for t in (x, dt, b, c))
         da, u = torch.zeros_like(a), torch.zeros_like(a)
-        for i, piece in reversed(list(enumerate(_pieces(len(x))))):
+        for i, piece in reversed([*enumerate(tiles_of(len(x), PIECE_TOKENS))]):
             xs, dts, bs = x[piece], dt[piece], b[piece]
             decay, states = _states(xs, dts, a, bs, inside[piece], before[i])
             dc[piece] = torch.einsum("tcn,tc->tn", states, dout[piece])
@@ -80,11 +81,6 @@ class _Scan(torch.autograd.Function):
             dx[piece] = of_added * dts
             ddt[piece] = of_added * xs + torch.einsum("tcn,cn->tc", handed, a)
         return dx, ddt, da, db, dc, None, None
-
-
-def _pieces(tokens: int) -> Iterator[slice]:
-    for first in range(0, tokens, PIECE_TOKENS):
-        yield slice(first, min(first + PIECE_TOKENS, tokens))
 
 
 def _states(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, inside: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:

@@ -126,9 +126,7 @@ class Spread:
             widths: the parts side by side in each tensor; left out, each is one part.
 
         Returns [s, H V].
-
-        Raises:
-            ModelError: more ranks than heads.
+        Raises ModelError: more ranks than heads.
         """
         if self.sp > heads.count:
             raise ModelError(
@@ -172,16 +170,12 @@ class Spread:
         out: Tensor = _ToTokens.apply(self.group, ranges, tensor)
         return out
 
-    def positions(self) -> Tensor:
-        """[S] int64: each token's place in its document."""
-        return self.documents.positions
-
     def with_halo(self, x: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         """x [s, C] -> [h + s, C] with the `tokens` tokens before it, fewer at the pack's start; their positions.
 
         A rank may hold fewer tokens than that: then they come of several ranks.
         """
-        positions = self.positions()
+        positions = self.documents.positions
         if self.group is None:
             return x, positions
         start = self.rank * len(x)

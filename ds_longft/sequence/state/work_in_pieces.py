@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,19 +19,10 @@ from torch.distributed import ProcessGroup
 
 from ds_longft.sequence.exchange import Buffers, heads_into, tokens_to_heads
 from ds_longft.sequence.reuse import ours_alone
+from ds_longft.sequence.tiles import add_tile, rounded, tiles_of
 
 TILE_TOKENS = 8192
 """Tokens that a norm with its gate works on at a time, where a rank has more."""
-
-
-class Places(Protocol):
-    """Where a piece's part of some tensors [s, C] lies."""
-
-    def take(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The parts."""
-
-    def put(self, totals: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
-        """Write what belongs there, or add it where several pieces have the same place."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +56,7 @@ class Columns:
         return [t.squeeze(-1) for t in dealt]
 
     def put(self, totals: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
-        """[S, c] of each part -> [s, C]."""
+        """[S, c] of each part -> [s, C]: written, or added where several pieces have the same place."""
         places = [t.unsqueeze(-1) for t in split(totals, self.widths)]
         heads_into(places, [t.unsqueeze(-1) for t in parts], self.ranges, self.group, Buffers(), self.summed)
 
@@ -75,8 +66,8 @@ class Piece:
     """One part of the work."""
 
     work: Callable[..., Tensor]  # of the parts of what is given
-    inputs: Places
-    output: Places
+    inputs: Rows | Columns  # where they lie in tensors [s, C]
+    output: Rows | Columns
 
 
 def split(tensors: Sequence[Tensor], widths: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -89,7 +80,7 @@ def by_tiles(work: Callable[..., Tensor], weights: Sequence[Tensor], *given: Ten
     tokens = len(given[0])
     if tokens <= TILE_TOKENS:
         return work(*given)
-    rows = [Rows(slice(a, min(a + TILE_TOKENS, tokens))) for a in range(0, tokens, TILE_TOKENS)]
+    rows = map(Rows, tiles_of(tokens, TILE_TOKENS))
     return in_pieces([Piece(work, each, each) for each in rows], given[0].shape[1], weights, given)
 
 
@@ -147,14 +138,10 @@ class _InPieces(torch.autograd.Function):
             grads = torch.autograd.grad(out, [*leaves, *weights], dpart, allow_unused=True)
             del out, dpart
             piece.inputs.put(totals, [_or_zeros(g, leaf) for g, leaf in zip(grads, leaves, strict=False)])
-            for i, grad in enumerate(grads[len(leaves) :]):
-                if grad is not None:
-                    wider = grad.to(torch.promote_types(grad.dtype, torch.float32))
-                    total = sums[i]
-                    sums[i] = wider if total is None else total.add_(wider)
+            add_tile(sums, grads[len(leaves) :], 0)
             del grads, leaves
-        of_weights = [None if s is None else s.to(w.dtype) for s, w in zip(sums, weights, strict=True)]
-        return None, None, None, None, *(d.to(t.dtype) for d, t in zip(totals, given, strict=True)), *of_weights
+        dgiven = (d.to(t.dtype) for d, t in zip(totals, given, strict=True))
+        return None, None, None, None, *dgiven, *rounded(sums, weights)
 
 
 def _total(given: Tensor, summed: bool) -> Tensor:
