@@ -138,7 +138,7 @@ class ModelFacts:
             attention_width=heads * (query_dim + value_dim) // 2,
             softcap=getattr(hf_config, "attn_logit_softcapping", None),
             windows=layer_windows(hf_config),
-            state_products=sum(map(_state_products, model.modules())),
+            state_products=sum(map(_products_of_state, model.modules())),
             vocab=hf_config.vocab_size,
             capped_logits=getattr(hf_config, "final_logit_softcapping", None) is not None,
             weights=sum(p.numel() for p in model.parameters()),
@@ -285,6 +285,16 @@ def _state_facts(m: Any) -> StateFacts | None:
     return StateFacts("conv", conv, conv, 0, 1, conv) if conv else None
 
 
+def _products_of_state(m: Any) -> int:
+    """Multiply-adds of one token in this module's own recurrence, or convolution; 0 for any other module."""
+    if isinstance(m, nn.Conv1d):
+        return m.weight.numel()
+    state = _state_facts(m)
+    if state is None:
+        return 0
+    return (3 if state.kind in ("delta", "kimi") else 2) * state.heads * state.keys * state.values
+
+
 def visible_pairs(length_tokens: int, window_tokens: int | None) -> int:
     """Pairs (query, key) of one document under the causal mask, itself included, within the window."""
     window = min(window_tokens or length_tokens, length_tokens)
@@ -305,21 +315,6 @@ def layer_windows(hf_config: PretrainedConfig) -> tuple[int | None, ...]:
         types = [layer for layer in types if layer in (*ATTENTION_LAYERS, "attention", "hybrid")]
     by_type = {"sliding_attention": window, "chunked_attention": getattr(hf_config, "attention_chunk_size", None)}
     return tuple(map(by_type.get, types))
-
-
-def _state_products(module: Any) -> int:
-    """Multiply-adds of one token in this module's own recurrence, or convolution; 0 for any other module."""
-    if isinstance(module, nn.Conv1d):
-        return module.weight.numel()
-    if hasattr(module, "head_k_dim"):  # gated delta rule
-        return int(3 * module.num_v_heads * module.head_k_dim * module.head_v_dim)
-    if hasattr(module, "forget_gate"):  # Kimi's delta rule
-        return int(3 * module.num_heads * module.head_dim**2)
-    if hasattr(module, "ssm_state_size"):  # Mamba-1 and 2
-        return int(2 * module.intermediate_size * module.ssm_state_size)
-    if hasattr(module, "slope_rate"):  # lightning attention
-        return int(2 * module.num_attention_heads * module.head_dim**2)
-    return 0
 
 
 def _stacks_of(layer: nn.Module) -> list[nn.Parameter]:

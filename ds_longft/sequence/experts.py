@@ -133,21 +133,24 @@ class _Stack:
     bias: Tensor | None  # [E, out]
     a: Tensor | None  # [E, r, in]
     b: Tensor | None  # [E, r, out], LoRA's factor in it
+    transposed: bool  # the model holds it so
+    scale: float  # LoRA's factor
+    shapes: tuple[torch.Size, torch.Size] | None  # of A and B, as PEFT holds them
 
     @classmethod
     def of(
-        cls, spec: _Spec, scale: float, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None
-    ) -> Any:
+        cls, transposed: bool, scale: float, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None
+    ) -> _Stack:
         """From the tensors as the model and PEFT hold them. The rank is filled up to what grouped products want."""
-        weight = weight if spec.transposed else weight.transpose(1, 2)
+        weight = weight if transposed else weight.transpose(1, 2)
         if a is None or b is None:
-            return cls(weight, bias, None, None)
-        experts = len(weight)
+            return cls(weight, bias, None, None, transposed, scale, None)
+        experts, shapes = len(weight), (a.shape, b.shape)
         rank = len(a) // experts
         a = a.view(experts, rank, -1)  # [r E, in], expert by expert
         b = b.view(len(b), rank, experts).permute(2, 1, 0) * scale  # [out, r E], rank by rank
         more = (0, 0, 0, -rank % ALIGNED)
-        return cls(weight, bias, F.pad(a, more).contiguous(), F.pad(b, more).contiguous())
+        return cls(weight, bias, F.pad(a, more).contiguous(), F.pad(b, more).contiguous(), transposed, scale, shapes)
 
     def forward(self, x: Tensor, route: _Route, weights: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """x [n, in] -> [n, out] and x A' [n, r]; `weights` [n, 1] of the bias."""
@@ -171,25 +174,23 @@ class _Stack:
         return dx, dxa
 
     def gradients(
-        self, spec: _Spec, scale: float, x: Tensor, dy: Tensor, low: tuple[Tensor | None, Tensor | None],
-        weights: Tensor | None, route: _Route, needed: Sequence[bool], shapes: Sequence[torch.Size | None],
+        self, x: Tensor, dy: Tensor, xa: Tensor | None, dxa: Tensor | None, weights: Tensor | None, route: _Route,
+        needed: Sequence[bool],
     ) -> list[Tensor | None]:  # fmt: skip
-        """Gradients of W, bias, A and B, shaped as the model and PEFT hold them. `low`: x A' and its gradient."""
+        """Gradients of W, bias, A and B, shaped as the model and PEFT hold them. `xa`: x A', `dxa`: its gradient."""
         grads: list[Tensor | None] = [None] * 4
         if needed[0]:
-            pair = (x, dy) if spec.transposed else (dy, x)
-            grads[0] = _outer(*pair, route)
+            grads[0] = _outer(x, dy, route) if self.transposed else _outer(dy, x, route)
         if needed[1] and self.bias is not None:
             rows = dy if weights is None else dy * weights
             sums = torch.zeros_like(self.bias, dtype=torch.promote_types(dy.dtype, torch.float32))
             grads[1] = sums.index_add_(0, route.experts, rows.to(sums.dtype))
-        xa, dxa = low
-        if xa is None or dxa is None or shapes[2] is None or shapes[3] is None:
-            return grads
-        rank = shapes[2][0] // len(self.weight)
-        grads[2] = _outer(dxa, x, route)[:, :rank].reshape(shapes[2])  # [E, r, in]
-        b = _outer(xa, dy, route)[:, :rank] * scale  # [E, r, out]
-        grads[3] = b.permute(2, 1, 0).reshape(shapes[3])
+        if xa is not None and dxa is not None and self.shapes is not None:
+            of_a, of_b = self.shapes
+            rank = of_a[0] // len(self.weight)
+            grads[2] = _outer(dxa, x, route)[:, :rank].reshape(of_a)  # [E, r, in]
+            b = _outer(xa, dy, route)[:, :rank] * self.scale  # [E, r, out]
+            grads[3] = b.permute(2, 1, 0).reshape(of_b)
         return grads
 
 
@@ -250,7 +251,7 @@ class _Grouped(torch.autograd.Function):
         x2, index, weights, *tensors = map(dense, saved(ctx))
         spec: _Spec = ctx.spec
         first, second = _stacks(spec, tensors)
-        needed, shapes = ctx.needs_input_grad[5:], [None if t is None else t.shape for t in tensors]
+        needed = ctx.needs_input_grad[5:]
         dout = dout.reshape(x2.shape)
         dx = (x2 if ours_alone(x2) else torch.empty_like(x2)) if ctx.needs_input_grad[0] else None
         dweights = torch.empty_like(weights) if ctx.needs_input_grad[2] else None
@@ -271,20 +272,14 @@ class _Grouped(torch.autograd.Function):
                     of_row += (dy * second.bias[route.experts]).sum(-1, dtype=of_row.dtype)
                 dweights[rows] = of_row[route.back].view(t, -1).to(weights.dtype)
             ca = None if second.a is None else grouped(scaled, second.a.transpose(1, 2), route.ends)
-            grads = second.gradients(
-                spec, spec.scales[1], scaled, dy, (ca, dca), w, route, needed[4:], shapes[4:]
-            )  # fmt: skip
-            add_tile(sums, grads, 4)
+            add_tile(sums, second.gradients(scaled, dy, ca, dca, w, route, needed[4:]), 4)
             del scaled, c, dy
             (dleaf,) = torch.autograd.grad(product, leaf, (dscaled * w).to(dscaled.dtype))
             dleaf = dleaf.contiguous()
             del product, leaf, dscaled
             dxs, dxa = first.input_gradient(dleaf, route)
-            grads = first.gradients(
-                spec, spec.scales[0], xs, dleaf, (xa, dxa), None, route, needed[:4], shapes[:4]
-            )  # fmt: skip
-            add_tile(sums, grads, 0)
-            del dleaf, xs, grads
+            add_tile(sums, first.gradients(xs, dleaf, xa, dxa, None, route, needed[:4]), 0)
+            del dleaf, xs
             if dx is not None:
                 dx[rows] = route.summed(dxs, t)
             del dxs
@@ -329,10 +324,10 @@ def _groups(ends: Tensor) -> Iterator[tuple[int, int]]:
         start = end
 
 
-def _stacks(spec: _Spec, tensors: Sequence[Tensor | None]) -> tuple[_Stack, _Stack]:
+def _stacks(spec: _Spec, tensors: Sequence[Any]) -> tuple[_Stack, _Stack]:
     """Gate and up, and down."""
-    first, second = tensors[:4], tensors[4:]
-    return _Stack.of(spec, spec.scales[0], *first), _Stack.of(spec, spec.scales[1], *second)  # type: ignore[arg-type]
+    first, second = ((spec.transposed, scale) for scale in spec.scales)
+    return _Stack.of(*first, *tensors[:4]), _Stack.of(*second, *tensors[4:])
 
 
 def _tiles(index: Tensor, spec: _Spec, experts: int) -> list[slice]:

@@ -158,6 +158,9 @@ class ShardHome:
         dist.all_gather_into_tensor(slot[: len(own) * self.world], own, group=self.group)
 
 
+Home = HostHome | ShardHome
+
+
 @dataclass
 class Slot:
     """Memory on the device for one layer."""
@@ -172,7 +175,7 @@ class FrozenLayers:
     """The frozen tensors of a model's decoder layers: put in place just before a layer runs."""
 
     def __init__(
-        self, layers: Sequence[nn.Module], parts: Sequence[list[Part]], home: HostHome | ShardHome, device: torch.device
+        self, layers: Sequence[nn.Module], parts: Sequence[list[Part]], home: Home, device: torch.device
     ) -> None:
         self.home, self.device, self.parts = home, device, list(parts)
         self.modules = [

@@ -67,8 +67,7 @@ def route_inputs(layer: nn.Module) -> None:
 
 def _gated(activation: Any, gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
-    out: Tensor = up * activation(gate)
-    return out
+    return up * activation(gate)
 
 
 def _routed(moe: Any, x: Tensor) -> tuple[Tensor, Tensor]:

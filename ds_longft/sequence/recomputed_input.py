@@ -45,8 +45,7 @@ class RecomputedInput:
     def again(self, source: Tensor) -> Tensor:
         """What the norm made of `source`, without a graph."""
         with torch.no_grad():
-            made: Tensor = self._forward(source)
-        return made
+            return self._forward(source)
 
 
 def same_memory(a: Tensor, b: Tensor) -> bool:

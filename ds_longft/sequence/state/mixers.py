@@ -52,8 +52,7 @@ def gated_delta_net(layer: Any, x: Tensor, spread: Spread) -> Tensor:
 
     out = spread.by_heads(layer, heads, work, tensors, widths)  # [s, H dv]
     norm, project = (layer.norm, layer.out_proj) if hasattr(layer, "out_proj") else (layer.o_norm, layer.o_proj)
-    projected: Tensor = project(gated_norm(norm, out, z)[None])
-    return projected
+    return project(gated_norm(norm, out, z)[None])
 
 
 def _delta_channels(dk: int, dv: int, share: HeadShare) -> tuple[range, ...]:
@@ -93,8 +92,7 @@ def kimi_delta_attention(layer: Any, x: Tensor, spread: Spread) -> Tensor:
         return out.flatten(1)
 
     out = spread.by_heads(layer, heads, work, (q, k, v, raw, b))  # [s, H d]
-    projected: Tensor = layer.o_proj(gated_norm(layer.o_norm, out, layer.g_b_proj(layer.g_a_proj(x2)))[None])
-    return projected
+    return layer.o_proj(gated_norm(layer.o_norm, out, layer.g_b_proj(layer.g_a_proj(x2)))[None])
 
 
 def mamba2(layer: Any, x: Tensor, spread: Spread) -> Tensor:
@@ -154,15 +152,13 @@ def mamba1(layer: Any, x: Tensor, spread: Spread) -> Tensor:
         return (out + xs * layer.D[own]).to(xs.dtype)
 
     out = spread.by_heads(layer, heads, work, (xs, dt, b, c)) * F.silu(z)
-    projected: Tensor = layer.out_proj(out[None])
-    return projected
+    return layer.out_proj(out[None])
 
 
 def short_convolution(layer: Any, x: Tensor, spread: Spread) -> Tensor:
     """LFM2: no state but the convolution's; a halo is all it needs of other ranks."""
     b, c, xs = layer.in_proj(x)[0].chunk(3, -1)  # [s, D]
-    out: Tensor = layer.out_proj((c * _convolved_with_halo(b * xs, layer.conv, None, spread))[None])
-    return out
+    return layer.out_proj((c * _convolved_with_halo(b * xs, layer.conv, None, spread))[None])
 
 
 def lightning_attention(layer: Any, x: Tensor, spread: Spread) -> tuple[Tensor, None]:

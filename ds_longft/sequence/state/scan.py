@@ -36,8 +36,7 @@ def selective_scan(
 
     Returns [S, C], and the states [E, C, N], without gradient.
     """
-    out: tuple[Tensor, Tensor] = _Scan.apply(x, dt, a, b, c, inside, ends)
-    return out
+    return _Scan.apply(x, dt, a, b, c, inside, ends)
 
 
 class _Scan(torch.autograd.Function):

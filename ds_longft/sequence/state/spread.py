@@ -160,15 +160,13 @@ class Spread:
         """[s, C] each -> [S, c] each; `ranges`: the channels of each tensor that each rank works on."""
         if self.group is None:
             return tuple(tensors)
-        out: tuple[Tensor, ...] = _ToHeads.apply(self.group, ranges, *tensors)
-        return out
+        return _ToHeads.apply(self.group, ranges, *tensors)
 
     def to_tokens(self, tensor: Tensor, ranges: Sequence[range]) -> Tensor:
         """[S, c] -> [s, C]; `ranges`: the channels of each rank, without gap or overlap."""
         if self.group is None:
             return tensor
-        out: Tensor = _ToTokens.apply(self.group, ranges, tensor)
-        return out
+        return _ToTokens.apply(self.group, ranges, tensor)
 
     def with_halo(self, x: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         """x [s, C] -> [h + s, C] with the `tokens` tokens before it, fewer at the pack's start; their positions.

@@ -96,8 +96,7 @@ def in_pieces(
     """
     trained = [w for w in weights if w.requires_grad]
     flags = summed or [False] * len(given)
-    out: Tensor = _InPieces.apply(pieces, channels, flags, trained, *given, *trained)
-    return out
+    return _InPieces.apply(pieces, channels, flags, trained, *given, *trained)
 
 
 class _InPieces(torch.autograd.Function):
