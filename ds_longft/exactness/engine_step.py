@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ds_longft.batch import Pack
 from ds_longft.layout import ParallelLayout
-from ds_longft.model.dropout import random_rates, switch_off, switch_on
 from ds_longft.objectives.objective import Objective
 
 Backpropagate = Callable[[Any, Sequence[Pack], float, ParallelLayout, torch.device], Tensor]
@@ -39,9 +38,8 @@ def weights_held(engine: Any) -> Iterator[None]:
     inner = engine.optimizer
     while isinstance(getattr(inner, "optimizer", None), torch.optim.Optimizer):
         inner = inner.optimizer
-    counters = {
-        name: getattr(engine, name) for name in ("global_steps", "global_samples", "micro_steps", "skipped_steps")
-    }
+    names = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+    counters = {name: getattr(engine, name) for name in names}
     inner.step = lambda *_, **__: None
     try:
         yield
@@ -50,32 +48,6 @@ def weights_held(engine: Any) -> Iterator[None]:
         engine.set_gradient_accumulation_boundary(None)
         for name, value in counters.items():
             setattr(engine, name, value)
-
-
-@contextmanager
-def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Inside, dropout keeps everything; what is compared must not be random."""
-    rates = random_rates(model)
-    switch_off(rates)
-    try:
-        yield
-    finally:
-        switch_on(rates)
-
-
-@contextmanager
-def live_reference(objective: Objective) -> Iterator[None]:
-    """Inside, an objective with precomputed log-probabilities computes them: they belong to whole answers, and packs
-    here are cut. Its reference is the model without adapters, in full fine-tuning the model itself (nothing is trained
-    yet).
-    """
-    usual = objective.reference
-    if usual == "precomputed":
-        objective.reference = "adapter_off"
-    try:
-        yield
-    finally:
-        objective.reference = usual
 
 
 def step_gradients(
@@ -90,17 +62,21 @@ def step_gradients(
 
     Call it inside `weights_held`. The loss is what the run would log.
     """
-    objective = engine.module
-    usual, objective.layout = objective.layout, layout
+    objective: Objective = engine.module
+    usual = objective.layout, objective.reference
+    objective.layout = layout
+    if objective.reference == "precomputed":
+        # Those log-probabilities belong to whole answers, and packs here are cut. The reference is the model without
+        # adapters, in full fine-tuning the model itself (nothing is trained yet).
+        objective.reference = "adapter_off"
     accumulation = _Accumulation(engine, len(packs))
     try:
-        with live_reference(objective):
-            loss_sum = backpropagate(accumulation, packs, total_weight, layout, device)
+        loss_sum = backpropagate(accumulation, packs, total_weight, layout, device)
         dist.all_reduce(loss_sum)
         grads = _whole_gradients(objective.model)
         engine.step()  # lets go of the gradients
     finally:
-        objective.layout = usual
+        objective.layout, objective.reference = usual
     return Gradients(float(loss_sum) / total_weight if total_weight else 0.0, grads)
 
 

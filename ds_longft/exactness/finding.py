@@ -22,26 +22,13 @@ def nan_as_inf(value: float) -> float:
 class Finding:
     """One row of the table. The same on every rank."""
 
-    check: str
-    """The check's number and name, e.g. `1 loss and gradients`."""
-
-    what: str
-    """What was compared."""
-
-    ok: bool | None
-    """None: the check does not apply, `note` says why."""
-
-    measured: str = ""
-    """What was measured, for people."""
-
-    tolerance: str = ""
-    """What is allowed."""
-
-    note: str = ""
-    """Where it failed: the likely cause. Else what was looked at."""
-
-    value: float | None = None
-    """The number that was judged, for machines."""
+    check: str  # its number and name, e.g. `1 loss and gradients`
+    what: str  # what was compared
+    ok: bool | None  # None: the check does not apply, `note` says why
+    measured: str = ""  # for people
+    tolerance: str = ""  # what is allowed
+    note: str = ""  # where it failed: the likely cause. Else what was looked at
+    value: float | None = None  # the number that was judged, for machines
 
     @classmethod
     def judged(
@@ -64,14 +51,9 @@ class Tolerance:
 
     loss: float
     gradient_norm: float
-    direction: float
-    """1 - cosine between the two whole gradients."""
-
-    worst: float
-    """Largest difference of one parameter's gradient, against the norm of the whole gradient."""
-
-    leak: float
-    """What another document's states may move, against those of the document that was changed."""
+    direction: float  # 1 - cosine between the two whole gradients
+    worst: float  # largest difference of one parameter's gradient, against the norm of the whole gradient
+    leak: float  # what another document's states may move, against those of the document that was changed
 
 
 TOLERANCE = {

@@ -9,13 +9,14 @@ import torch
 
 from ds_longft.batch import Step
 from ds_longft.errors import ModelError
-from ds_longft.exactness.engine_step import Backpropagate, step_gradients, weights_held, without_dropout
+from ds_longft.exactness.engine_step import Backpropagate, step_gradients, weights_held
 from ds_longft.exactness.finding import TOLERANCE, Finding, Gather
 from ds_longft.exactness.gradients import Suspects, judge
 from ds_longft.exactness.isolation import check_borders, check_isolation
 from ds_longft.exactness.labels import check_labels
 from ds_longft.exactness.packs import shortened, two_documents, weight_of
 from ds_longft.layout import ParallelLayout
+from ds_longft.model.dropout import without_dropout
 
 
 def check_first_step(

@@ -20,15 +20,9 @@ class Difference:
     """A step's distance from the reference's; relative."""
 
     loss: float
-    ratio: float
-    """Gradient norm over the reference's."""
-
-    direction: float
-    """1 - cosine between the two gradients."""
-
-    worst: float
-    """Largest difference of one parameter, against the norm of the whole reference gradient."""
-
+    ratio: float  # gradient norm over the reference's
+    direction: float  # 1 - cosine between the two gradients
+    worst: float  # largest difference of one parameter, against the norm of the whole reference gradient
     worst_name: str
 
     @property
@@ -94,8 +88,7 @@ class Suspects:
 
     layout: ParallelLayout
     loss: float
-    means_of_means: Sequence[float] = ()
-    """Losses that averaging over the ranks' own means would give, where they are known."""
+    means_of_means: Sequence[float] = ()  # losses that averaging over the ranks' own means would give, where known
 
     def cause(self, d: Difference) -> str:
         """The likely cause of a difference, in one or two sentences."""
@@ -109,7 +102,7 @@ class Suspects:
         factors = {"sp": sp, "dp": dp, "the number of ranks": world}
         for name, n in factors.items():
             for ratio, how in ((float(n), "multiplied"), (1.0 / n, "divided")):
-                if n > 1 and _near(d.ratio, ratio, 0.02) and d.direction < 0.05:
+                if n > 1 and math.isclose(d.ratio, ratio, rel_tol=0.02) and d.direction < 0.05:
                     return (
                         f"the gradient points the right way and is {d.ratio:.3f} times as long: scaled by {name} "
                         f"({how} by {n}). The loss's factor and the engine's averaging over ranks do not match"
@@ -122,10 +115,6 @@ class Suspects:
             "loss and gradient differ: the forward pass is another one. If check 2 fails as well, documents see each "
             "other; if 3 fails, labels are wrong; if 4 fails, positions are; if 7 fails, the attention kernel is"
         )
-
-
-def _near(a: float, b: float, relative: float) -> bool:
-    return abs(a - b) <= relative * abs(b)
 
 
 def finite(gradients: Gradients) -> bool:

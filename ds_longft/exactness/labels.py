@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -23,14 +24,11 @@ def check_labels(packs: Sequence[Pack], total_weight: float, layout: ParallelLay
     `total_weight`: what the loss of the step is divided by. Collective; the findings are the same on every rank.
     """
     counts = gather(_count(packs, layout))
-    per_group = [c for rank, c in enumerate(counts) if rank % layout.sp == 0]
-    targets = sum(c["targets"] for c in per_group)
-    crossing = sum(c["crossing"] for c in per_group)
-    shifted = sum(c["not_next"] for c in per_group)
-    trained = sum(c["trained"] for c in counts)
-    astray = max(sum(c["astray"] for c in counts), abs(targets - trained))  # one lost and one doubled are two
-    wrong = sum(c["wrong"] for c in counts)
-    weight = sum(c["trained_weight"] for c in counts)
+    none = Counter[str]()
+    of_packs, count = sum(counts[:: layout.sp], none), sum(counts, none)  # of each dp rank, of all ranks
+    targets, crossing, shifted = of_packs["targets"], of_packs["crossing"], of_packs["not_next"]
+    trained, wrong, weight = count["trained"], count["wrong"], count["trained_weight"]
+    astray = max(count["astray"], abs(targets - trained))  # one lost and one doubled are two
     lost = abs(weight - total_weight) / max(abs(total_weight), 1e-30)
     judged = partial(Finding.judged, CHECK)
     return [
@@ -71,10 +69,9 @@ def check_labels(packs: Sequence[Pack], total_weight: float, layout: ParallelLay
     ]
 
 
-def _count(packs: Sequence[Pack], layout: ParallelLayout) -> dict[str, Any]:
+def _count(packs: Sequence[Pack], layout: ParallelLayout) -> Counter[str]:
     """What this rank sees: of the whole packs, and of its own slices."""
-    count: dict[str, Any] = dict.fromkeys(("targets", "crossing", "not_next", "trained", "astray", "wrong"), 0)
-    count["trained_weight"] = 0.0
+    count: Any = Counter()  # a sum of weights too
     for pack in packs:
         trained = (pack.labels != IGNORE_INDEX) & (pack.loss_weights != 0)
         last = pack.cu_seqlens[1:] - 1  # of each document

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import nn
 
 Rates = list[tuple[nn.Module, str, float]]
@@ -24,7 +27,13 @@ def switch_off(rates: Rates) -> None:
         setattr(module, name, 0.0)
 
 
-def switch_on(rates: Rates) -> None:
-    """As it was."""
-    for module, name, rate in rates:
-        setattr(module, name, rate)
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is deterministic: what is compared must not be random."""
+    rates = random_rates(model)
+    switch_off(rates)
+    try:
+        yield
+    finally:
+        for module, name, rate in rates:
+            setattr(module, name, rate)

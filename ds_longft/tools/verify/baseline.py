@@ -20,9 +20,10 @@ from torch.nn.functional import cross_entropy
 
 from ds_longft.batch import Pack
 from ds_longft.config.run_config import RunConfig
-from ds_longft.exactness.engine_step import Gradients, without_dropout
+from ds_longft.exactness.engine_step import Gradients
 from ds_longft.exactness.isolation import decoder_of
 from ds_longft.layout import ParallelLayout
+from ds_longft.model.dropout import without_dropout
 from ds_longft.model.load import load_config, load_model, trained_rows
 from ds_longft.model.lora import add_lora
 from ds_longft.model.packed import unpack

@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from ds_longft.config.run_config import OptimConfig
-from ds_longft.exactness.engine_step import Gradients, step_gradients, weights_held, without_dropout
+from ds_longft.exactness.engine_step import Gradients, step_gradients, weights_held
 from ds_longft.exactness.finding import TOLERANCE, Finding
 from ds_longft.exactness.gradients import Suspects, judge
 from ds_longft.exactness.isolation import check_borders, check_isolation
 from ds_longft.exactness.labels import check_labels
 from ds_longft.exactness.packs import in_two, two_documents, weight_of
+from ds_longft.model.dropout import without_dropout
 from ds_longft.model.facts import ModelFacts
 from ds_longft.tools.verify.baseline import Baseline
 from ds_longft.tools.verify.dropout_masks import check_dropout

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ds_longft.model.dropout import random_rates, switch_off, switch_on
+from ds_longft.model.dropout import random_rates, without_dropout
 from tests.distributed.models import tiny_config, tiny_model
 
 
@@ -19,7 +19,6 @@ def test_noise_on_routers(family: str, key: str) -> None:
     model = tiny_model(tiny_config(family, **changes), attn="eager", dtype=torch.float32)
     rates = random_rates(model)
     assert {rate for _, _, rate in rates} == {0.125}
-    switch_off(rates)
-    assert random_rates(model) == []
-    switch_on(rates)
+    with without_dropout(model):
+        assert random_rates(model) == []
     assert len(random_rates(model)) == len(rates)
