@@ -34,7 +34,7 @@ from ds_longft.model.facts import ModelFacts, StateFacts
 from ds_longft.sequence.experts import grouped, tile_of
 from ds_longft.sequence.kernels import AttentionSpec, kernel_by_name
 from ds_longft.sequence.state.families import state_layers
-from ds_longft.sequence.state.recurrence import causal_conv, decayed_attention, gated_delta
+from ds_longft.sequence.state.recurrence import causal_conv, decayed_attention, delta_rule
 
 MAX_ELEMENTS = 1 << 31  # of a product's result at a time: the head's is computed in parts, here as in training
 
@@ -142,7 +142,7 @@ def state_ms(
     g = -0.2 * torch.rand(tokens, heads, device=device)
     beta = torch.rand(tokens, heads, device=device, dtype=dtype)
     calls = {
-        "delta": lambda *leaves: gated_delta(mixer, *leaves, beta, documents),
+        "delta": lambda *leaves: delta_rule(mixer, *leaves, beta, documents),
         "decay": lambda *leaves: decayed_attention(*leaves, documents),
     }
     if state.kind not in calls:

@@ -166,10 +166,14 @@ def _random_model(
             fill_random(made, [*made.modules()], device)
             made.tie_weights()
             return made
-        trust = {"trust_remote_code": True} if model.trust_remote_code else {}
-        name = hf_config._attn_implementation
-        with torch.device(device):
-            return make(text_class(hf_config), hf_config, dtype=dtype, attn_implementation=name, **trust)
+        return _made(model, hf_config, dtype, device)
+
+
+def _made(model: ModelConfig, hf_config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    trust = {"trust_remote_code": True} if model.trust_remote_code else {}
+    name = hf_config._attn_implementation
+    with device:
+        return make(text_class(hf_config), hf_config, dtype=dtype, attn_implementation=name, **trust)
 
 
 def skeleton(
@@ -180,10 +184,7 @@ def skeleton(
     `packed`: how its weights lie, where files were read; left out, as `model.quantize` says.
     """
     unset_hf_deepspeed_config()
-    trust = {"trust_remote_code": True} if model.trust_remote_code else {}
-    name = hf_config._attn_implementation
-    with torch.device("meta"):
-        made = make(text_class(hf_config), hf_config, dtype=dtype, attn_implementation=name, **trust)
+    made = _made(model, hf_config, dtype, torch.device("meta"))
     form = base_format(hf_config, model)
     pack_empty(made, as_it_would_be(made, form) if packed is None and form else packed or [], dtype)
     return made.train()

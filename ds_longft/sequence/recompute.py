@@ -53,12 +53,10 @@ class LayerKeep:
     store: HostStore | None = None  # whatever goes to the host
     attention: Place = "device"
     input: Place = "device"
-    last: Holder | None = None
-    """What the layer ends with: its output is not computed again, unless something saves it."""
+    last: Holder | None = None  # what the layer ends with: its output is not computed again, unless something saves it
+    # slots of the newest call on the device: of linears, which may be given back; of attention output and layer input
     waiting: list[tuple[LinearGroup, Kept]] = field(default_factory=list)
-    """The newest call's slots on the device, which may be given back."""
     outputs: list[Kept] = field(default_factory=list)
-    """The newest call's slots of attention output and layer input on the device."""
 
     def slots(self) -> list[tuple[Holder, Kept]]:
         """A new slot for each group of one call: nothing stale can be taken."""

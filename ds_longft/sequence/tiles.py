@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 
 
+def wide(t: Tensor) -> Tensor:
+    """In float32 at least."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
 def tiles_of(rows: int, tile_rows: int) -> list[slice]:
     """`tile_rows` rows each, the last one the rest."""
     return [slice(a, min(a + tile_rows, rows)) for a in range(0, rows, tile_rows)]
@@ -17,9 +22,8 @@ def add_tile(sums: list[Tensor | None], grads: Sequence[Tensor | None], start: i
     """Add a tile's gradients, in at least float32."""
     for i, grad in enumerate(grads, start):
         if grad is not None:
-            wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
             total = sums[i]
-            sums[i] = wide if total is None else total.add_(wide)
+            sums[i] = wide(grad) if total is None else total.add_(wide(grad))
 
 
 def rounded(sums: Sequence[Tensor | None], tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

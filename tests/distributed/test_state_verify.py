@@ -20,8 +20,8 @@ def state_not_reset(stack: ExitStack) -> None:
     def faulty(layer: Any, q: Any, k: Any, v: Any, g: Any, beta: Any, documents: Any, *_: Any) -> Any:
         return plain(layer, q, k, v, g, beta, type(documents)(documents.cu_seqlens, (sum(documents.lengths),)))
 
-    plain = mixers.gated_delta
-    stack.enter_context(patch.object(mixers, "gated_delta", faulty))
+    plain = mixers.delta_rule
+    stack.enter_context(patch.object(mixers, "delta_rule", faulty))
 
 
 def halo_missing(stack: ExitStack) -> None:

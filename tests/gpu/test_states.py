@@ -80,7 +80,7 @@ def test_gated_delta(groups: int, dtype: torch.dtype) -> None:
     layer = layer_of("qwen3_next", "Qwen3NextGatedDeltaNet")
     q, k, v = random(groups, 64, dtype=dtype), random(groups, 64, dtype=dtype), random(4, 128, dtype=dtype)
     g, beta = -F.softplus(random(4, dtype=torch.float32)) * 0.2, random(4, dtype=dtype).sigmoid()
-    compared(lambda *t: recurrence.gated_delta(layer, *t, documents()), [q, k, v, g, beta], dtype)
+    compared(lambda *t: recurrence.delta_rule(layer, *t, documents()), [q, k, v, g, beta], dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -123,7 +123,7 @@ def test_kimi_delta() -> None:
     layer = layer_of("kimi_linear", "KimiLinearDeltaAttention")
     q, k, v = (random(3, 64, dtype=dtype) for _ in range(3))
     g, beta = -F.softplus(random(3, 64, dtype=torch.float32)) * 0.2, random(3, dtype=dtype).sigmoid()
-    compared(lambda *t: recurrence.kimi_delta(layer, *t, documents()), [q, k, v, g, beta], dtype)
+    compared(lambda *t: recurrence.delta_rule(layer, *t, documents()), [q, k, v, g, beta], dtype)
 
 
 @pytest.mark.parametrize("kind", ["gated delta", "kimi", "decayed"])
@@ -146,9 +146,9 @@ def test_states_behind_documents(kind: str) -> None:
             if kind == "decayed":
                 out = recurrence.decayed_attention(*given[:4], documents(), carried)
             elif kind == "kimi":
-                out = recurrence.kimi_delta(kimi, *given, documents(), carried)
+                out = recurrence.delta_rule(kimi, *given, documents(), carried)
             else:
-                out = recurrence.gated_delta(gated, *given, documents(), carried)
+                out = recurrence.delta_rule(gated, *given, documents(), carried)
         assert carried.state is not None
         assert carried.state.shape == (5, heads, d, d)
         found.append((carried.state, out.float()))

@@ -29,17 +29,10 @@ NOT_REPEATABLE = "is not shown to repeat to the bit (train.deterministic)"
 class AttentionSpec:
     """Causal attention inside each document, as one layer of the model asks for it. Hashable."""
 
-    scale: float
-    """Factor on q @ k, usually 1 / sqrt(d)."""
-
-    window: int | None = None
-    """Token i sees keys j with i - window < j <= i; None sees all of its document up to i."""
-
-    softcap: float | None = None
-    """Scores become softcap * tanh(score / softcap); None leaves them alone."""
-
-    repeatable: bool = False
-    """The same inputs give the same gradients to the bit."""
+    scale: float  # on q @ k, usually 1 / sqrt(d)
+    window: int | None = None  # token i sees keys j with i - window < j <= i; None: all of its document up to i
+    softcap: float | None = None  # scores become softcap * tanh(score / softcap); None leaves them alone
+    repeatable: bool = False  # the same inputs give the same gradients to the bit
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
@@ -60,8 +53,7 @@ class Job:
     dtype: torch.dtype
     head_dim: int
     spec: AttentionSpec
-    capability: Capability | None = None
-    """Compute capability of the GPU; None off CUDA."""
+    capability: Capability | None = None  # of the GPU; None off CUDA
 
 
 class Saved(NamedTuple):
@@ -81,18 +73,13 @@ class Kernel:
     be strided views whose last dimension is contiguous. `documents` lie on the device of q and fill the pack.
     """
 
-    name: str
-    """How configs and messages call it."""
-
+    name: str  # as configs and messages call it
     device_type = "cuda"
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
-    oldest: Capability = (8, 0)
-    """The first compute capability it runs on."""
-
+    oldest: Capability = (8, 0)  # the first compute capability it runs on
     widest_head: int | None = 256
     has_window = has_softcap = repeats = False
-    package: str | None = None
-    """What has to be installed: its module."""
+    package: str | None = None  # the module that has to be installed
 
     def refuses(self, job: Job, *, here: bool = True) -> str | None:
         """Why this kernel cannot do the job exactly, or None if it can.

@@ -20,6 +20,7 @@ from torch.distributed import ProcessGroup
 
 from ds_longft.batch import Documents
 from ds_longft.layout import ParallelLayout
+from ds_longft.sequence.tiles import wide
 
 L2_EPSILON = 1e-6
 """Of the norm of queries and keys in delta rules, as flash-linear-attention and transformers have it."""
@@ -54,7 +55,7 @@ class Carried:
     def keep(self, states: Sequence[Tensor] | Tensor) -> None:
         """States behind each document of the pack, [..] of each."""
         state = states if isinstance(states, Tensor) else torch.stack(list(states))
-        self.state = state[: self.texts].to(torch.promote_types(state.dtype, torch.float32))
+        self.state = wide(state[: self.texts])
 
     def delta(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
         """A delta rule's next token: q, k [B, G, K], v [B, H, V], g [B, H] or [B, H, K], beta [B, H] -> [B, H, V]."""

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_longft.sequence.tiles import wide
+
 STATES_AT_A_TIME = 4096
 """Chunks times heads of one turn: 256 MiB for 128 x 128 elements in float32."""
 
@@ -103,7 +105,7 @@ def chunk_backward(
         decay = (gc[..., :, None] - gc[..., None, :]).tril().exp2().tril()  # [n, H, c, c]
         dqc = _product(doc, state.mT) * gc.exp2()[..., None] * scale
         dkc = _product(vc, dstate.mT) * (last - gc).exp2()[..., None]
-        at_last = (_wide(h[0, some]) * dh[0, some]).sum((2, 3)) * last[..., 0].exp2() + (dkc * kc).sum((2, 3))
+        at_last = (wide(h[0, some]) * dh[0, some]).sum((2, 3)) * last[..., 0].exp2() + (dkc * kc).sum((2, 3))
         da = (_product(doc, vc.mT) * decay * scale).to(q.dtype)
         dqc += _product(da, kc)
         dkc += _product(da.mT, qc)
@@ -122,11 +124,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda and a.dtype != torch.float32:
         flat = torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32)
         return flat.unflatten(0, a.shape[:2])
-    return _wide(a) @ _wide(b)
-
-
-def _wide(t: Tensor) -> Tensor:
-    return t.to(torch.promote_types(t.dtype, torch.float32))
+    return wide(a) @ wide(b)
 
 
 def _chunks(cu_seqlens: Tensor, chunk_size: int) -> Tensor:

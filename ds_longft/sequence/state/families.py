@@ -7,19 +7,15 @@ One line a class. Model types that are not in `config/state_families.py` are ref
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from ds_longft.batch import Documents
 from ds_longft.config.state_families import STATE_FAMILIES, STATE_LAYERS
 from ds_longft.errors import ModelError
-from ds_longft.layout import ParallelLayout
 from ds_longft.sequence.linear import gather_with
 from ds_longft.sequence.state import mixers
-from ds_longft.sequence.state.carried import States
 from ds_longft.sequence.state.spread import NextTokens, Spread, weights_of
 
 Mixer = Callable[[Any, Tensor, Spread], Any]
@@ -42,16 +38,6 @@ MIXERS: dict[str, Mixer] = {
 """Class of the module -> its forward here."""
 
 
-@dataclass
-class _Noted:
-    """What a decoder layer was called with, for mixers that it does not hand that on to (Jamba)."""
-
-    documents: Documents | None = None
-    layout: ParallelLayout | None = None
-    states: States | None = None
-    few: bool = False  # heads at a time
-
-
 def state_layers(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
     """(decoder layer, its module that carries a state) of every such layer."""
     for parent in model.modules():
@@ -70,7 +56,7 @@ def spread_state_layers(model: nn.Module) -> int:
         count += 1
         if isinstance(mixer.forward, partial):
             continue
-        noted = _Noted()
+        noted: dict[str, Any] = {}  # for mixers that the layer does not hand on to what it is called with (Jamba)
         layer.forward = partial(_noting, layer.forward, noted)
         mixer.forward = partial(_spread_forward, mixer, MIXERS[type(mixer).__name__], noted)
     config: Any = getattr(model, "config", None)
@@ -94,26 +80,28 @@ def gather_state_layers(model: nn.Module) -> None:
         gather_with(mixer, [weight for weight in read if id(weight) not in own])
 
 
-def _noting(forward: Callable[..., Any], noted: _Noted, *args: Any, **kwargs: Any) -> Any:
+def _noting(forward: Callable[..., Any], noted: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
     """A decoder layer's forward. Inside of a checkpoint, so that the recomputation gets the same documents."""
-    noted.documents, noted.layout, noted.states = (kwargs.get(name) for name in ("documents", "layout", "states"))
-    noted.few = kwargs.get("kv_heads_at_a_time") is not None
+    noted.update(kwargs)
     try:
         return forward(*args, **kwargs)
     finally:
-        noted.documents = noted.layout = noted.states = None
+        noted.clear()
 
 
-def _spread_forward(mixer: nn.Module, spread: Mixer, noted: _Noted, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+def _spread_forward(
+    mixer: nn.Module, spread: Mixer, noted: dict[str, Any], hidden_states: Tensor, *_: Any, **__: Any
+) -> Any:
     """The mixer's forward: hidden_states [1, s, D], or [1, B, D] of the next token of each of B texts.
     Raises ModelError: no documents, and no states of texts to go on from: each rank's state would start anew.
     """
+    documents, layout, states = (noted.get(name) for name in ("documents", "layout", "states"))
     if hidden_states.shape[0] != 1:
         raise ModelError(f"{type(mixer).__name__} got a batch of several rows: lay them into one pack")
-    states = noted.states
     carried = None if states is None else states.of(mixer)
-    if noted.documents is not None and noted.layout is not None:
-        return spread(mixer, hidden_states, Spread.of(noted.documents, noted.layout, carried, noted.few))
+    if documents is not None and layout is not None:
+        few = noted.get("kv_heads_at_a_time") is not None
+        return spread(mixer, hidden_states, Spread.of(documents, layout, carried, few))
     if states is None:
         raise ModelError(
             f"{type(mixer).__name__} was called without `documents` and `layout`: its state would run on from one "

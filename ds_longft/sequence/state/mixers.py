@@ -20,16 +20,10 @@ from torch import Tensor
 
 from ds_longft.sequence.exchange import HeadShare
 from ds_longft.sequence.state.gated_norm import gated_norm
-from ds_longft.sequence.state.recurrence import (
-    causal_conv,
-    decayed_attention,
-    gated_delta,
-    kimi_delta,
-    selective_scan,
-    wide,
-)
+from ds_longft.sequence.state.recurrence import causal_conv, decayed_attention, delta_rule, selective_scan
 from ds_longft.sequence.state.spread import SCAN_COPIES, Heads, NextTokens, Spread, by_width
 from ds_longft.sequence.state.work_in_pieces import by_tiles
+from ds_longft.sequence.tiles import wide
 
 
 def gated_delta_net(layer: Any, x: Tensor, spread: Spread) -> Tensor:
@@ -45,10 +39,8 @@ def gated_delta_net(layer: Any, x: Tensor, spread: Spread) -> Tensor:
         g = -wide(layer.A_log[own]).exp() * F.softplus(wide(a) + layer.dt_bias[own])  # [S, h]
         beta = b.sigmoid() * (2.0 if getattr(layer, "allow_neg_eigval", False) else 1.0)
         q, k = (_as_read(t.unflatten(1, (-1, dk)), mine) for t in (q, k))  # [S, g, dk]
-        out = gated_delta(
-            layer, q, k, v.unflatten(1, (-1, dv)), g, beta, spread.documents, spread.carried
-        )  # [S, h, dv]
-        return out.flatten(1)
+        v = v.unflatten(1, (-1, dv))  # [S, h, dv]
+        return delta_rule(layer, q, k, v, g, beta, spread.documents, spread.carried).flatten(1)
 
     out = spread.by_heads(layer, heads, work, tensors, widths)  # [s, H dv]
     norm, project = (layer.norm, layer.out_proj) if hasattr(layer, "out_proj") else (layer.o_norm, layer.o_proj)
@@ -88,8 +80,7 @@ def kimi_delta_attention(layer: Any, x: Tensor, spread: Spread) -> Tensor:
         q, k, v, raw = (t.unflatten(1, (-1, d)) for t in (q, k, v, wide(raw) + forget.dt_bias[own.start : own.stop]))
         rate = wide(forget.A_log.flatten()[mine.q.start : mine.q.stop]).exp()[:, None]
         g = -rate * F.softplus(raw)  # [S, h, d]
-        out = kimi_delta(layer, q, k, v, g, b.sigmoid(), spread.documents, spread.carried)
-        return out.flatten(1)
+        return delta_rule(layer, q, k, v, g, b.sigmoid(), spread.documents, spread.carried).flatten(1)
 
     out = spread.by_heads(layer, heads, work, (q, k, v, raw, b))  # [s, H d]
     return layer.o_proj(gated_norm(layer.o_norm, out, layer.g_b_proj(layer.g_a_proj(x2)))[None])
@@ -104,13 +95,11 @@ def mamba2(layer: Any, x: Tensor, spread: Spread) -> Tensor:
     inner, p, n = layer.intermediate_size, layer.head_dim, layer.ssm_state_size
     state = layer.n_groups * n
     z, xs, bc, dt = projected.split([inner, inner, 2 * state, layer.num_heads], -1)  # [s, C]
-    heads = Heads(
-        layer.num_heads,
-        layer.n_groups,
-        lambda r: (by_width(r.q, p), by_width(r.kv, n), by_width(r.kv, n), r.q),
-        p,
-        n * p,
-    )
+
+    def reads(share: HeadShare) -> tuple[range, ...]:
+        return by_width(share.q, p), by_width(share.kv, n), by_width(share.kv, n), share.q
+
+    heads = Heads(layer.num_heads, layer.n_groups, reads, p, n * p)
 
     def work(mine: HeadShare, xs: Tensor, b: Tensor, c: Tensor, dt: Tensor) -> Tensor:
         xs, b, c = _convolved(layer, (xs, b, c), (0, inner, inner + state), heads.reads(mine)[:3], spread)
@@ -170,8 +159,7 @@ def lightning_attention(layer: Any, x: Tensor, spread: Spread) -> tuple[Tensor, 
     def work(mine: HeadShare, qkv: Tensor) -> Tensor:
         q, k, v = qkv.unflatten(1, (-1, 3 * d)).split(d, -1)  # [S, h, d]
         slope = wide(layer.slope_rate.flatten()[mine.q.start : mine.q.stop])
-        out = decayed_attention(q, k, v, (-slope).expand(len(q), -1), spread.documents, spread.carried)
-        return out.flatten(1)
+        return decayed_attention(q, k, v, (-slope).expand(len(q), -1), spread.documents, spread.carried).flatten(1)
 
     out, norm = spread.by_heads(layer, heads, work, (qkv,)), layer.norm
     gate = layer.output_gate(x)[0]

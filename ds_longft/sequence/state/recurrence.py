@@ -30,6 +30,7 @@ from ds_longft.sequence.state import scan
 from ds_longft.sequence.state.carried import Carried
 from ds_longft.sequence.state.chunk_backward import fla_refuses, register_where_needed
 from ds_longft.sequence.state.spread import CHUNK_TOKENS
+from ds_longft.sequence.tiles import wide
 
 
 def has_fla() -> bool:
@@ -48,19 +49,10 @@ def kernel_in_words(device_type: str) -> str:
     return "flash-linear-attention, a piece of its backward pass in torch (Triton before 3.7.1 fails on Hopper)"
 
 
-def wide(t: Tensor) -> Tensor:
-    """In float32 at least."""
-    return t.to(torch.promote_types(t.dtype, torch.float32))
-
-
 def causal_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    positions: Tensor,
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, positions: Tensor,
     documents: Documents | None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Depthwise: each channel of a token from its document's last k tokens.
 
     x [n, C], weight [C, k], positions [n]: places in the documents. `documents`: of exactly these tokens, where they
@@ -69,8 +61,7 @@ def causal_conv(
     if on_fla(x) and documents is not None and activation in (None, "silu", "swish"):
         from fla.modules.causal_conv1d import causal_conv1d
 
-        out: Tensor = causal_conv1d(x[None].contiguous(), weight, bias, activation=activation, **documents.borders)[0]
-        return out[0]
+        return causal_conv1d(x[None].contiguous(), weight, bias, activation=activation, **documents.borders)[0][0]
     k, wider = weight.shape[1], wide(x)
     total = wider * weight[:, -1]
     for back in range(1, k):  # the token `back` places before, if it is of the same document
@@ -80,31 +71,40 @@ def causal_conv(
     return total if activation is None else ACT2FN[activation](total)
 
 
-def gated_delta(
+def delta_rule(
     layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, documents: Documents,
     carried: Carried | None = None,
 ) -> Tensor:  # fmt: skip
-    """Gated delta rule with a decay for each head, arXiv 2412.06464.
+    """A gated delta rule: a decay for each head (arXiv 2412.06464), or for each feature of a key (Kimi, 2510.26692).
 
-    q, k [S, G, K], not yet normalised, v [S, H, V], g [S, H] the decays' logarithms, beta [S, H]. Returns [S, H, V].
+    q, k [S, G, K], not yet normalised, v [S, H, V], g [S, H] or [S, H, K] the decays' logarithms, beta [S, H].
+    Returns [S, H, V].
     """
+    if carried is not None and carried.state is not None:
+        return carried.delta(q, k, v, g, beta)
+    by_feature = g.dim() == 3
+    how: dict[str, Any] = {"use_qk_l2norm_in_kernel": True, "output_final_state": carried is not None}
     if on_fla(q):
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule as rule
-    else:
-        rule = _torch_form(layer, "torch_chunk_gated_delta_rule")
-    return _delta(rule, q, k, v, g, beta, documents, carried)
+        if by_feature:
+            from fla.ops.kda import chunk_kda as rule
+        else:
+            from fla.ops.gated_delta_rule import chunk_gated_delta_rule as rule
 
-
-def kimi_delta(
-    layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, documents: Documents,
-    carried: Carried | None = None,
-) -> Tensor:  # fmt: skip
-    """The same with a decay for each feature of a key, g [S, H, K], arXiv 2510.26692."""
-    if on_fla(q):
-        from fla.ops.kda import chunk_kda as rule
-    else:
-        rule = _torch_form(layer, "chunk_kimi_delta_attention")
-    return _delta(rule, q, k, v, g, beta, documents, carried)
+        out, state = rule(*(t[None] for t in (q, k, v, g, beta)), **how, **documents.borders)
+        if carried is not None:
+            carried.keep(state)
+        return out[0]
+    rule = _torch_form(layer, "chunk_kimi_delta_attention" if by_feature else "torch_chunk_gated_delta_rule")
+    outs, states = [], []
+    q, k = (t.repeat_interleave(v.shape[1] // t.shape[1], 1) for t in (q, k))  # transformers before 5.24 does not
+    for parts in zip(*(t.split(documents.lengths) for t in (q, k, v, g, beta)), strict=True):  # a document at a time
+        qd, kd, vd, gd, bd = (t[None] for t in parts)
+        out, state = rule(qd, kd, vd, g=gd, beta=bd, **how)
+        outs.append(out[0])
+        states.append(state)
+    if carried is not None:
+        carried.keep(torch.cat(states))
+    return torch.cat(outs)
 
 
 def decayed_attention(
@@ -166,31 +166,6 @@ def selective_scan(
     if carried is not None:
         carried.keep(states)
     return out
-
-
-def _delta(
-    rule: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, documents: Documents,
-    carried: Carried | None,
-) -> Tensor:  # fmt: skip
-    """A delta rule over all documents at once, or a document at a time."""
-    if carried is not None and carried.state is not None:
-        return carried.delta(q, k, v, g, beta)
-    how: dict[str, Any] = {"use_qk_l2norm_in_kernel": True, "output_final_state": carried is not None}
-    if on_fla(q):
-        out, state = rule(*(t[None] for t in (q, k, v, g, beta)), **how, **documents.borders)
-        if carried is not None:
-            carried.keep(state)
-        return out[0]
-    outs, states = [], []
-    q, k = (t.repeat_interleave(v.shape[1] // t.shape[1], 1) for t in (q, k))  # transformers before 5.24 does not
-    for parts in zip(*(t.split(documents.lengths) for t in (q, k, v, g, beta)), strict=True):
-        qd, kd, vd, gd, bd = (t[None] for t in parts)
-        out, state = rule(qd, kd, vd, g=gd, beta=bd, **how)
-        outs.append(out[0])
-        states.append(state)
-    if carried is not None:
-        carried.keep(torch.cat(states))
-    return torch.cat(outs)
 
 
 def on_fla(t: Tensor) -> bool:
