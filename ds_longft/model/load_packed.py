@@ -126,15 +126,13 @@ class _Packer(HfQuantizer):
         """Weight -> the tensors that hold it in the files."""
         if self.form.name == "mxfp4":
             return {name: [f"{name}_blocks", f"{name}_scales"] for name in ("gate_up_proj", "down_proj")}
-        more = {
-            "nf4": [
-                ".nested_absmax", ".nested_quant_map", ".quant_map", ".absmax", ".quant_state.bitsandbytes__nf4"
-            ],
-            "int8": [],
-            "fp8": ["_scale_inv"],
-        }  # fmt: skip
-        beside = ["SCB", "weight_format"] if self.form.name == "int8" else []
-        return {"weight": ["weight", *(f"weight{end}" for end in more[self.form.name]), *beside]}
+        of_nf4 = ("nested_absmax", "nested_quant_map", "quant_map", "absmax", "quant_state.bitsandbytes__nf4")
+        beside = {
+            "nf4": [f"weight.{name}" for name in of_nf4],
+            "int8": ["SCB", "weight_format"],
+            "fp8": ["weight_scale_inv"],
+        }
+        return {"weight": ["weight", *beside[self.form.name]]}
 
     def _process_model_before_weight_loading(self, model: Any, dtype: Any = None, **kwargs: Any) -> None:
         self.dtype = dtype or torch.float32

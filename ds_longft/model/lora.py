@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
+import torch.distributed as dist
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -196,15 +198,15 @@ def gather_adapter_state(model: peft.PeftModel) -> dict[str, torch.Tensor]:
     """
     # tied weights count under each of their names, as PEFT expects them
     trained = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    gathered: AbstractContextManager[Any] = nullcontext()
     if any(hasattr(p, "ds_id") for p in trained.values()):
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters(list(dict.fromkeys(trained.values())), modifier_rank=None):
-            whole = _on_cpu(trained) if _is_rank_zero() else {}
-    else:
-        whole = _on_cpu(trained) if _is_rank_zero() else {}
-    if not whole:
-        return {}
+        gathered = deepspeed.zero.GatheredParameters(list(dict.fromkeys(trained.values())), modifier_rank=None)
+    with gathered:
+        if dist.is_available() and dist.is_initialized() and dist.get_rank():
+            return {}
+        whole = {name: p.detach().to("cpu", copy=True) for name, p in trained.items()}
     state = get_peft_model_state_dict(model, state_dict=whole, save_embedding_layers=False)
     empty = [name for name, tensor in state.items() if tensor.numel() == 0]
     assert state, "no adapter weight was gathered"
@@ -242,10 +244,6 @@ def save_base_config(base: PreTrainedModel, folder: str | Path) -> None:
     spell_for_older_readers(Path(folder) / BASE_CONFIG_FOLDER)
 
 
-def _on_cpu(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    return {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
-
-
 def _own_storage(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Safetensors refuses tensors that share memory (tied embeddings): the later one gets a copy."""
     seen: set[int] = set()
@@ -262,11 +260,6 @@ def _same_bytes(tensor: torch.Tensor, loaded: torch.Tensor | None) -> bool:
         return False
     a, b = (t.to("cpu", loaded.dtype).contiguous().view(torch.uint8) for t in (tensor, loaded))
     return torch.equal(a, b)
-
-
-def _is_rank_zero() -> bool:
-    distributed = torch.distributed
-    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
 def _leaf_names(model: nn.Module) -> list[str]:

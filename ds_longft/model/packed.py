@@ -82,13 +82,10 @@ class Format:
 
 
 FORMATS: dict[str, Format] = {
-    form.name: form
-    for form in (
-        Format("nf4", 4, 64, high_first=True),
-        Format("mxfp4", 4, 32, powers=True),
-        Format("int8", 8, 0),
-        Format("fp8", 8, 128, rows=128),
-    )
+    "nf4": Format("nf4", 4, 64, high_first=True),
+    "mxfp4": Format("mxfp4", 4, 32, powers=True),
+    "int8": Format("int8", 8, 0),
+    "fp8": Format("fp8", 8, 128, rows=128),
 }
 
 
@@ -117,7 +114,12 @@ class Packed(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         """uint8 codes -> `shape`, rounded to the type it was loaded in."""
         with torch.no_grad():
-            dense = _by_kernel(self, codes) if codes.is_cuda else _by_torch(self, codes)
+            if codes.is_cuda:
+                from ds_longft.model.packed_kernel import dense as by_kernel  # triton: on GPUs only
+
+                dense = by_kernel(self, codes)
+            else:
+                dense = _by_torch(self, codes)
             dense = dense.to(self.dtype).view(self.lies)
             return dense.transpose(-1, -2) if self.turned else dense
 
@@ -148,12 +150,6 @@ def _by_torch(packed: Packed, codes: Tensor) -> Tensor:
     values = values.view(-1, columns)
     scales = scales.view(-1, -(-columns // of_block)).repeat_interleave(of_block, 1)[:, :columns]
     return (values * scales.repeat_interleave(rows, 0)[: len(values)]).to(packed.rounded)
-
-
-def _by_kernel(packed: Packed, codes: Tensor) -> Tensor:
-    from ds_longft.model.packed_kernel import dense  # triton: on GPUs only
-
-    return dense(packed, codes)
 
 
 def quantize(weight: Tensor, form: Format) -> tuple[Tensor, Tensor]:

@@ -30,8 +30,12 @@ MAX_RELATIVE_ERROR = 1e-5  # HF's own float32 arithmetic stays near 1e-6; bf16 r
 def window_tokens(hf_config: PretrainedConfig) -> int | None:
     """The longest document the model's positions are made for, in tokens; None where the config states none."""
     window = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
-    full = [part for layer_type, part in rope_parts(hf_config).items() if layer_type in (None, "full_attention")]
-    return reached_tokens(window, full) if window else window
+    return reached_tokens(window, _seeing_all(hf_config)) if window else window
+
+
+def _seeing_all(hf_config: PretrainedConfig) -> list[dict]:
+    """RoPE of the layers that see whole documents: of all, or of those of that type."""
+    return [part for layer_type, part in rope_parts(hf_config).items() if layer_type in (None, "full_attention")]
 
 
 def positions_end(hf_config: PretrainedConfig) -> int | None:
@@ -47,7 +51,7 @@ def apply_rope(hf_config: PretrainedConfig, rope: RopeConfig, max_length_tokens:
     """
     hf_config = hf_config.get_text_config()
     window = window_tokens(hf_config)
-    full = [part for layer_type, part in rope_parts(hf_config).items() if layer_type in (None, "full_attention")]
+    full = _seeing_all(hf_config)
     if rope.type != "none":
         if not rope_parts(hf_config) or window is None:
             raise ModelError(
@@ -199,11 +203,10 @@ def seen_tokens(hf_config: PretrainedConfig, rope: RopeConfig) -> int | None:
     window = window_tokens(hf_config)
     if rope.type != "abf" or rope.theta is None or window is None:
         return None
-    reaches = [
+    reaches = (
         window * (rope.theta / parameters["rope_theta"]) ** _critical_share(hf_config, parameters, window)
-        for layer_type, parameters in rope_parts(hf_config).items()
-        if layer_type in (None, "full_attention")
-    ]
+        for parameters in _seeing_all(hf_config)
+    )
     return round(min(reaches, default=window))
 
 
