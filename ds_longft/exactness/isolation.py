@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -78,33 +79,22 @@ def check_isolation(
             other = nan_as_inf(float(shares[c:d].max())) if j != i else 0.0
             if other > worst_other:
                 worst_other, leak = other, f"a token of document {i} moves document {j}"
+    dropped = (
+        f"{leak}: attention does not stop at the borders of the documents (their mask, cu_seqlens, was dropped or "
+        "documents were merged)"
+    )
+    backwards = "earlier tokens see a later one: attention is not causal"
+    at_most = partial(Finding.at_most, CHECK)
+    moves = partial(Finding.judged, CHECK, "states behind the changed token do move")
+    if most_own < math.inf:
+        still = "nothing moves at all: the model does not read its input"
+        own_states = moves(least_own > 0, f"{least_own:.1e}", "> 0", still, value=least_own)
+    else:
+        own_states = moves(False, "no number", "> 0", "the model's hidden states are no numbers", value=most_own)
     return [
-        Finding.at_most(
-            CHECK,
-            "states of other documents, one token changed",
-            worst_other,
-            allowed,
-            f"{leak}: attention does not stop at the borders of the documents (their mask, cu_seqlens, was dropped or "
-            f"documents were merged)",
-        ),
-        Finding.at_most(
-            CHECK,
-            "states before the changed token",
-            worst_earlier,
-            allowed,
-            "earlier tokens see a later one: attention is not causal",
-        ),
-        Finding.judged(
-            CHECK,
-            "states behind the changed token do move",
-            0 < least_own <= most_own < math.inf,
-            f"{least_own:.1e}" if most_own < math.inf else "no number",
-            "> 0",
-            "nothing moves at all: the model does not read its input"
-            if most_own < math.inf
-            else "the model's hidden states are no numbers",
-            value=least_own if most_own < math.inf else most_own,
-        ),
+        at_most("states of other documents, one token changed", worst_other, allowed, dropped),
+        at_most("states before the changed token", worst_earlier, allowed, backwards),
+        own_states,
     ]
 
 

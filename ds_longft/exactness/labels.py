@@ -31,41 +31,27 @@ def check_labels(packs: Sequence[Pack], total_weight: float, layout: ParallelLay
     astray = max(count["astray"], abs(targets - trained))  # one lost and one doubled are two
     lost = abs(weight - total_weight) / max(abs(total_weight), 1e-30)
     judged = partial(Finding.judged, CHECK)
+    leaking = (
+        f"{crossing:,} labels leak over a document border: the last token of a document is trained to predict the "
+        "first of the next. Labels have to be shifted inside each document"
+    )
+    unshifted = "labels are not shifted by one token inside their document"
+    off = (
+        f"{astray:,} targets are lost or doubled and {wrong:,} tokens, targets or weights differ when a pack is sliced "
+        "over the ranks"
+    )
+    uncounted = (
+        f"the ranks train a weight of {weight:.6g}, the loss is divided by {total_weight:.6g}: targets were lost or "
+        "added after the data was counted"
+    )
+    first = "targets that are the first token of another document"
+    next_token = "labels that are not the token after theirs"
+    once, of_all = "targets of the packs, trained by exactly one rank", f"{trained:,} of {targets:,}"
     return [
-        judged(
-            "targets that are the first token of another document",
-            crossing == 0,
-            f"{crossing:,}",
-            "0",
-            f"{crossing:,} labels leak over a document border: the last token of a document is trained to predict the "
-            f"first of the next. Labels have to be shifted inside each document",
-            value=crossing,
-        ),
-        judged(
-            "labels that are not the token after theirs",
-            shifted == 0,
-            f"{shifted:,} of {targets:,}",
-            "0",
-            "labels are not shifted by one token inside their document",
-            value=shifted,
-        ),
-        judged(
-            "targets of the packs, trained by exactly one rank",
-            astray == 0 and wrong == 0,
-            f"{trained:,} of {targets:,}",
-            "all, once",
-            f"{astray:,} targets are lost or doubled and {wrong:,} tokens, targets or weights differ when a pack is "
-            f"sliced over the ranks",
-            value=astray,
-        ),
-        Finding.at_most(
-            CHECK,
-            "sum of trained weights against the loss's divisor",
-            lost,
-            1e-5,
-            f"the ranks train a weight of {weight:.6g}, the loss is divided by {total_weight:.6g}: targets were "
-            f"lost or added after the data was counted",
-        ),
+        judged(first, crossing == 0, f"{crossing:,}", "0", leaking, value=crossing),
+        judged(next_token, shifted == 0, f"{shifted:,} of {targets:,}", "0", unshifted, value=shifted),
+        judged(once, astray == 0 and wrong == 0, of_all, "all, once", off, value=astray),
+        Finding.at_most(CHECK, "sum of trained weights against the loss's divisor", lost, 1e-5, uncounted),
     ]
 
 
