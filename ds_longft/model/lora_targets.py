@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from ds_longft.config.run_config import LoraConfig
 from ds_longft.errors import ModelError
 from ds_longft.model.packed import packed_weights
-from ds_longft.model.wrapped import decoder_name, is_wrapped
+from ds_longft.model.wrapped import is_wrapped, name_of
 
 NOT_ADAPTED = {"jamba": ["dt_proj"], "falcon_h1": ["out_proj"], "nemotron_h": ["out_proj"]}
 """Linears whose weight is read without calling them: Jamba's forward does, the others' fused kernels do elsewhere."""
@@ -41,7 +41,10 @@ def targets_of(model: PreTrainedModel, lora: LoraConfig) -> Targets:
     """What `lora.targets` and `lora.experts` mean on this model.
     Raises ModelError: a name is no linear layer, or there are no experts.
     """
-    head, inside = model.get_output_embeddings(), f"{decoder_name(model)}." if is_wrapped(model.config) else ""
+    head, inside = (
+        model.get_output_embeddings(),
+        f"{name_of(model, model.get_decoder())}." if is_wrapped(model.config) else "",
+    )
     linears = {
         name: module
         for name, module in model.named_modules()
@@ -79,7 +82,7 @@ def targets_of(model: PreTrainedModel, lora: LoraConfig) -> Targets:
         asked = lora.targets if lora.targets == "all-linear" else named
     left_out: str | list[str] | None = sorted(excluded) or None
     if is_wrapped(model.config) and experts:  # PEFT makes plain names of the pattern where it knows a mixture's type
-        outside = rf"(?!{re.escape(inside)}|{re.escape(_name_of(model, head))}$).*"
+        outside = rf"(?!{re.escape(inside)}|{re.escape(name_of(model, head))}$).*"
         left_out = "|".join([outside, *(rf"(?:.*\.)?{re.escape(name)}" for name in sorted(excluded))])
     return Targets(asked, sorted(parameters) or None, left_out)
 
@@ -93,13 +96,11 @@ def _inside(model: PreTrainedModel, names: set[str], head: nn.Module) -> str:
     """In a multimodal model a pattern of the text model's layers alone: PEFT would adapt layers of the same names in
     the towers too, where the adapter is loaded with them.
     """
-    called = _name_of(model, head)
-    pattern = rf"{re.escape(decoder_name(model))}\.(?:.*\.)?(?:{'|'.join(sorted(map(re.escape, names)))})"
+    called = name_of(model, head)
+    pattern = (
+        rf"{re.escape(name_of(model, model.get_decoder()))}\.(?:.*\.)?(?:{'|'.join(sorted(map(re.escape, names)))})"
+    )
     return "|".join([pattern, *([re.escape(called)] if _leaf(called) in names else [])])
-
-
-def _name_of(model: PreTrainedModel, part: nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if module is part)
 
 
 def stacked_experts(model: nn.Module) -> dict[str, int]:

@@ -62,10 +62,9 @@ def make(model_class: Any, hf_config: PretrainedConfig, **keywords: Any) -> PreT
     return model
 
 
-def decoder_name(model: PreTrainedModel) -> str:
-    """Its decoder's name in a model, as `model.language_model`."""
-    decoder = model.get_decoder()
-    return next(name for name, module in model.named_modules() if module is decoder)
+def name_of(model: nn.Module, part: nn.Module) -> str:
+    """A module's name in a model, as `model.language_model`."""
+    return next(name for name, module in model.named_modules() if module is part)
 
 
 def whole_on_meta(hf_config: PretrainedConfig) -> PreTrainedModel:

@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,8 @@ class DiskStore:
         if self._threads is None:
             for _ in range(BUFFERS):
                 self._buffers.put(_Buffer(self.device))
-            self._threads = ThreadPoolExecutor(THREADS, "disk", initializer=_use, initargs=(self.device,))
+            use_device = partial(torch.cuda.set_device, self.device) if self._streams else None
+            self._threads = ThreadPoolExecutor(THREADS, "disk", use_device)
         return self._threads.submit(work, *args)
 
     def _file(self, key: Hashable) -> Any:
@@ -253,8 +255,3 @@ def _whole(call: Callable[[int, memoryview, int], int], fd: int, view: memoryvie
         if count <= 0:
             raise OSError(errno.EIO, "the file ended early")
         done += count
-
-
-def _use(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_device(device)

@@ -22,6 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+Ranges = Sequence[Sequence[range]]
+"""`ranges[p][i]`: the heads of `tensors[i]` that rank p works on."""
+
 
 @dataclass(frozen=True)
 class HeadShare:
@@ -29,9 +32,9 @@ class HeadShare:
 
     q: range  # query heads of the model
     kv: range  # key/value heads of the model they read
+    # Kernels read kv head i with query heads i*g .. (i+1)*g - 1. Where this rank's queries do not fall into groups of
+    # one size, received kv heads are repeated by this index so that they do.
     repeat: tuple[int, ...] | None
-    """Kernels read kv head i with query heads i*g .. (i+1)*g - 1. Where this rank's queries do not fall into groups of
-    one size, received kv heads are repeated by this index so that they do; None where nothing is repeated."""
 
     def repeated(self, kv: Tensor) -> Tensor:
         """Keys or values [S, kv received, d] -> [S, kv as the kernel reads them, d].
@@ -115,16 +118,12 @@ class Buffers:
 
 
 def tokens_to_heads(
-    tensors: Sequence[Tensor],
-    ranges: Sequence[Sequence[range]],
-    group: ProcessGroup | None,
-    buffers: Buffers | None = None,
+    tensors: Sequence[Tensor], ranges: Ranges, group: ProcessGroup | None, buffers: Buffers | None = None
 ) -> list[Tensor]:
     """Exchange local tensors [s, H, d], all heads of some tokens, for [S, h, d], some heads of all tokens.
 
-    `ranges[p][i]` are the heads of `tensors[i]` that rank p receives. The results are views of one received buffer
-    (stride of a token: all heads received), which the attention kernels read without a copy. With `buffers` they are
-    valid until the next exchange with the same.
+    The results are views of one received buffer (stride of a token: all heads received), which the attention kernels
+    read without a copy. With `buffers` they are valid until the next exchange with the same.
     """
     if group is None:
         return [t[:, heads.start : heads.stop] for t, heads in zip(tensors, ranges[0], strict=True)]
@@ -143,9 +142,7 @@ def tokens_to_heads(
     return list(received.view(world * s, widths[me], d).split([len(heads) for heads in ranges[me]], dim=1))
 
 
-def heads_to_tokens(
-    tensors: Sequence[Tensor], ranges: Sequence[Sequence[range]], group: ProcessGroup | None
-) -> list[Tensor]:
+def heads_to_tokens(tensors: Sequence[Tensor], ranges: Ranges, group: ProcessGroup | None) -> list[Tensor]:
     """Exchange [S, h, d], some heads of all tokens, back for [s, H, d], all heads of the local tokens.
 
     Heads that several ranks hold are summed, which is what their gradient asks for.
@@ -159,7 +156,7 @@ def heads_to_tokens(
 def heads_into(
     totals: Sequence[Tensor],
     tensors: Sequence[Tensor],
-    ranges: Sequence[Sequence[range]],
+    ranges: Ranges,
     group: ProcessGroup | None,
     buffers: Buffers,
     summed: Sequence[bool],
@@ -181,9 +178,7 @@ def shared_heads(shares: Sequence[HeadShare]) -> bool:
     return any(b.kv.start < a.kv.stop for a, b in pairwise(shares))
 
 
-def _back(
-    tensors: Sequence[Tensor], ranges: Sequence[Sequence[range]], group: ProcessGroup, buffers: Buffers
-) -> list[list[Tensor]]:
+def _back(tensors: Sequence[Tensor], ranges: Ranges, group: ProcessGroup, buffers: Buffers) -> list[list[Tensor]]:
     """For each tensor the parts [s, h of rank p, d] that each rank p sent."""
     me, world = dist.get_rank(group), len(ranges)
     big_s, _, d = tensors[0].shape

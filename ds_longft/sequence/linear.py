@@ -37,6 +37,10 @@ Weight = Tensor | nn.Module | None
 """A tensor, or the module that makes it of a packed one."""
 
 
+Made = tuple[RecomputedInput, Tensor] | None
+"""What makes a group's input again in the backward pass, and of what."""
+
+
 def dense(weight: Weight) -> Any:
     """The tensor itself."""
     return weight() if isinstance(weight, nn.Module) else weight
@@ -201,12 +205,7 @@ class _Linears(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        kept: Kept | None,
-        made: tuple[RecomputedInput, Tensor] | None,
-        scales: tuple[float, ...],
-        *tensors: Weight,
+        ctx: Any, x: Tensor, kept: Kept | None, made: Made, scales: tuple[float, ...], *tensors: Weight
     ) -> tuple[Tensor, ...]:
         """x [.., I] -> m outputs [.., O_i]. `tensors`: W, bias, A, B of each member. `made`: x is made of this."""
         x2 = x.reshape(-1, x.shape[-1])  # [t, I]

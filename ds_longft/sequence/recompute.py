@@ -139,13 +139,7 @@ def apply_recompute(
 
 
 def _checkpointed(
-    run: Callable[..., Any],
-    forward: Forward,
-    keep: LayerKeep,
-    hidden: Tensor,
-    *args: Any,
-    inner: bool = False,
-    **kwargs: Any,
+    run: Forward, forward: Forward, keep: LayerKeep, hidden: Tensor, *args: Any, inner: bool = False, **kwargs: Any
 ) -> Any:
     """Checkpoint one call of a layer; what `keep` names is computed once. `inner`: inside of another checkpoint."""
     if not torch.is_grad_enabled():
@@ -184,7 +178,7 @@ def _with_slots(
 
 
 def _from(
-    source: Kept, run: Callable[..., Any], layer: Forward, keep: LayerKeep, hidden: Tensor, *args: Any, **kwargs: Any
+    source: Kept, run: Forward, layer: Forward, keep: LayerKeep, hidden: Tensor, *args: Any, **kwargs: Any
 ) -> Any:
     """Checkpoint `layer(hidden, ...)`, its input waiting in `source`.
 
@@ -252,7 +246,7 @@ class _Segment:
     checkpointed again; the last one's backward pass comes first, so its tensors are kept at once.
     """
 
-    def __init__(self, layers: list[nn.Module], keeps: list[LayerKeep], run: Callable[..., Any]) -> None:
+    def __init__(self, layers: list[nn.Module], keeps: list[LayerKeep], run: Forward) -> None:
         self.run, self.keeps = run, keeps
         self.forwards: list[Forward] = [layer.forward for layer in layers]
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []

@@ -11,7 +11,6 @@ Letters: s tokens of this rank, S of the pack, D hidden, H heads, G groups of he
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +29,11 @@ def gated_delta_net(layer: Any, x: Tensor, spread: Spread) -> Tensor:
     """Qwen3-Next, Qwen3.5, OLMo-Hybrid: x [1, s, D] -> [1, s, D]."""
     tensors, widths, z = _delta_projections(layer, x[0])
     dk, dv = layer.head_k_dim, layer.head_v_dim
-    heads = Heads(layer.num_v_heads, layer.num_k_heads, partial(_delta_channels, dk, dv), dv, dk * dv)
+
+    def reads(share: HeadShare) -> tuple[range, ...]:
+        return by_width(share.kv, dk), by_width(share.kv, dk), by_width(share.q, dv), share.q, share.q
+
+    heads = Heads(layer.num_v_heads, layer.num_k_heads, reads, dv, dk * dv)
 
     def work(mine: HeadShare, q: Tensor, k: Tensor, v: Tensor, b: Tensor, a: Tensor) -> Tensor:
         offsets = (0, layer.key_dim, 2 * layer.key_dim)
@@ -45,11 +48,6 @@ def gated_delta_net(layer: Any, x: Tensor, spread: Spread) -> Tensor:
     out = spread.by_heads(layer, heads, work, tensors, widths)  # [s, H dv]
     norm, project = (layer.norm, layer.out_proj) if hasattr(layer, "out_proj") else (layer.o_norm, layer.o_proj)
     return project(gated_norm(norm, out, z)[None])
-
-
-def _delta_channels(dk: int, dv: int, share: HeadShare) -> tuple[range, ...]:
-    """What a share of the heads reads of q, k, v, b and a."""
-    return by_width(share.kv, dk), by_width(share.kv, dk), by_width(share.q, dv), share.q, share.q
 
 
 def _delta_projections(layer: Any, x: Tensor) -> tuple[Sequence[Tensor], Sequence[tuple[int, ...]], Tensor]:

@@ -23,7 +23,7 @@ from torch.distributed import ProcessGroup
 from ds_longft.batch import Documents
 from ds_longft.errors import ModelError
 from ds_longft.layout import ParallelLayout
-from ds_longft.sequence.exchange import HeadShare, deal_heads, heads_to_tokens, share_of, tokens_to_heads
+from ds_longft.sequence.exchange import HeadShare, Ranges, deal_heads, heads_to_tokens, share_of, tokens_to_heads
 from ds_longft.sequence.state.carried import Carried
 from ds_longft.sequence.state.work_in_pieces import Columns, Piece, in_pieces, split
 
@@ -156,7 +156,7 @@ class Spread:
         flags = [any(list(islice(of_parts, len(of)))) for of in widths]
         return in_pieces(pieces, channels, weights_of(layer), tensors, flags)
 
-    def to_heads(self, tensors: Sequence[Tensor], ranges: Sequence[Sequence[range]]) -> tuple[Tensor, ...]:
+    def to_heads(self, tensors: Sequence[Tensor], ranges: Ranges) -> tuple[Tensor, ...]:
         """[s, C] each -> [S, c] each; `ranges`: the channels of each tensor that each rank works on."""
         if self.group is None:
             return tuple(tensors)
@@ -184,7 +184,7 @@ class Spread:
 class NextTokens(Spread):
     """One more token of each text, the same on every rank; `documents` are those that were read."""
 
-    def to_heads(self, tensors: Sequence[Tensor], ranges: Sequence[Sequence[range]]) -> tuple[Tensor, ...]:
+    def to_heads(self, tensors: Sequence[Tensor], ranges: Ranges) -> tuple[Tensor, ...]:
         """[B, C] each -> [B, c] each."""
         return tuple(t[:, r.start : r.stop] for t, r in zip(tensors, ranges[self.rank], strict=True))
 
@@ -200,7 +200,7 @@ class NextTokens(Spread):
 
 class _ToHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, group: ProcessGroup, ranges: Sequence[Sequence[range]], *tensors: Tensor) -> Any:
+    def forward(ctx: Any, group: ProcessGroup, ranges: Ranges, *tensors: Tensor) -> Any:
         ctx.group, ctx.ranges, ctx.rows = group, ranges, len(tensors[0]) * len(ranges)
         dealt = tokens_to_heads([t.unsqueeze(-1) for t in tensors], ranges, group)
         return tuple(t.squeeze(-1) for t in dealt)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ds_longft.sequence.exchange import Buffers, heads_into, tokens_to_heads
+from ds_longft.sequence.exchange import Buffers, Ranges, heads_into, tokens_to_heads
 from ds_longft.sequence.reuse import ours_alone
 from ds_longft.sequence.tiles import add_tile, rounded, tiles_of
 
@@ -46,7 +46,7 @@ class Columns:
     """Some heads of all tokens of the pack: taken from all ranks, and put back there."""
 
     widths: Sequence[Sequence[int]]  # parts of each tensor, side by side
-    ranges: Sequence[Sequence[range]]  # of each rank, the channels of each part
+    ranges: Ranges  # of each rank, the channels of each part
     group: ProcessGroup | None
     summed: Sequence[bool]  # of each part: other ranks or pieces have some of the channels too
 
@@ -136,7 +136,8 @@ class _InPieces(torch.autograd.Function):
             (dpart,) = piece.output.take([dout])
             grads = torch.autograd.grad(out, [*leaves, *weights], dpart, allow_unused=True)
             del out, dpart
-            piece.inputs.put(totals, [_or_zeros(g, leaf) for g, leaf in zip(grads, leaves, strict=False)])
+            of_leaves = zip(grads, leaves, strict=False)
+            piece.inputs.put(totals, [torch.zeros_like(leaf) if g is None else g for g, leaf in of_leaves])
             add_tile(sums, grads[len(leaves) :], 0)
             del grads, leaves
         dgiven = (d.to(t.dtype) for d, t in zip(totals, given, strict=True))
@@ -148,7 +149,3 @@ def _total(given: Tensor, summed: bool) -> Tensor:
     if summed:
         return torch.zeros_like(given, dtype=torch.promote_types(given.dtype, torch.float32))
     return given if ours_alone(given) else torch.empty_like(given, memory_format=torch.contiguous_format)
-
-
-def _or_zeros(grad: Tensor | None, leaf: Tensor) -> Tensor:
-    return torch.zeros_like(leaf) if grad is None else grad
