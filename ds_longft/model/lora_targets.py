@@ -41,10 +41,8 @@ def targets_of(model: PreTrainedModel, lora: LoraConfig) -> Targets:
     """What `lora.targets` and `lora.experts` mean on this model.
     Raises ModelError: a name is no linear layer, or there are no experts.
     """
-    head, inside = (
-        model.get_output_embeddings(),
-        f"{name_of(model, model.get_decoder())}." if is_wrapped(model.config) else "",
-    )
+    head, decoder = model.get_output_embeddings(), name_of(model, model.get_decoder())
+    inside = f"{decoder}." if is_wrapped(model.config) else ""
     linears = {
         name: module
         for name, module in model.named_modules()
@@ -77,7 +75,7 @@ def targets_of(model: PreTrainedModel, lora: LoraConfig) -> Targets:
         parameters |= {_in_layer(name) for name in experts}
     asked: str | list[str] = sorted(modules)
     if is_wrapped(model.config):
-        asked = _inside(model, modules, head)
+        asked = _inside(decoder, modules, name_of(model, head))
     elif not experts:
         asked = lora.targets if lora.targets == "all-linear" else named
     left_out: str | list[str] | None = sorted(excluded) or None
@@ -92,15 +90,12 @@ def _routes(name: str, linear: nn.Linear, experts: int | None) -> bool:
     return linear.out_features == experts and not {"router", "gate", "classifier"}.isdisjoint(name.split("."))
 
 
-def _inside(model: PreTrainedModel, names: set[str], head: nn.Module) -> str:
+def _inside(decoder: str, names: set[str], head: str) -> str:
     """In a multimodal model a pattern of the text model's layers alone: PEFT would adapt layers of the same names in
     the towers too, where the adapter is loaded with them.
     """
-    called = name_of(model, head)
-    pattern = (
-        rf"{re.escape(name_of(model, model.get_decoder()))}\.(?:.*\.)?(?:{'|'.join(sorted(map(re.escape, names)))})"
-    )
-    return "|".join([pattern, *([re.escape(called)] if _leaf(called) in names else [])])
+    pattern = rf"{re.escape(decoder)}\.(?:.*\.)?(?:{'|'.join(sorted(map(re.escape, names)))})"
+    return "|".join([pattern, *([re.escape(head)] if _leaf(head) in names else [])])
 
 
 def stacked_experts(model: nn.Module) -> dict[str, int]:
