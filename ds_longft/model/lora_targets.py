@@ -41,8 +41,10 @@ def targets_of(model: PreTrainedModel, lora: LoraConfig) -> Targets:
     """What `lora.targets` and `lora.experts` mean on this model.
     Raises ModelError: a name is no linear layer, or there are no experts.
     """
-    head, decoder = model.get_output_embeddings(), name_of(model, model.get_decoder())
-    inside = f"{decoder}." if is_wrapped(model.config) else ""
+    head, decoder = model.get_output_embeddings(), ""
+    if is_wrapped(model.config):
+        decoder = name_of(model, model.get_decoder())
+    inside = f"{decoder}." if decoder else ""
     linears = {
         name: module
         for name, module in model.named_modules()

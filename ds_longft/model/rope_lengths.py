@@ -48,12 +48,9 @@ def set_rope_lengths(model: nn.Module, lengths: Sequence[int], tokens: Sequence[
     """Rotate the tokens of the next forward passes by the lengths of the documents they are of.
 
     Call it before each forward pass. transformers' own choice is switched off for good on the first call. Free for
-    models whose RoPE does not depend on the length. Returns whether the model's does.
-
-    Args:
-        model: a decoder, or a model around one.
-        lengths: [N] tokens of each document, whole.
-        tokens: [N] how many of them are among the tokens of the pass, in order. None: all tokens are of one document.
+    models whose RoPE does not depend on the length. Returns whether the model's does. `model`: a decoder, or a model
+    around one. `lengths` [N]: tokens of each document, whole. `tokens` [N]: how many of them are among the tokens of
+    the pass, in order; None: all tokens are of one document.
     """
     hf_config = model.config
     assert isinstance(hf_config, PretrainedConfig)

@@ -100,12 +100,9 @@ class Experts:
 def group_experts(layer: nn.Module, tile_tokens: int | None) -> list[Experts]:
     """Replace the forward of a decoder layer's stacked experts by a grouped one, where theirs is known."""
     route_inputs(layer)
-    found = []
-    for parent in layer.modules():
-        for child in parent.children():
-            if not isinstance(parent, ParamWrapper) and (experts := _experts(child, tile_tokens)) is not None:
-                found.append(experts)
-    return found
+    parents = [module for module in layer.modules() if not isinstance(module, ParamWrapper)]
+    found = (_experts(child, tile_tokens) for parent in parents for child in parent.children())
+    return [experts for experts in found if experts is not None]
 
 
 def _experts(outer: nn.Module, tile_tokens: int | None) -> Experts | None:

@@ -111,8 +111,7 @@ class UnusedOutput(Kept):
 
     def __init__(self) -> None:
         super().__init__()
-        self.allowed = False
-        self.used = False
+        self.allowed = self.used = False
         self.calls = 0
         self.node: object = None  # the outputs' place in the autograd graph
         self._shapes: list[torch.Size] = []

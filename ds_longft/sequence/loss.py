@@ -101,18 +101,14 @@ class _Rows:
         """The rows in pieces whose logits fit."""
         return tiles_of(len(self.targets), self.chunk_rows)
 
-    def losses(self, logits: Tensor, rows: slice) -> Tensor:
-        """logits [rows, V], not needed again -> [rows], without a graph."""
-        return self.loss(logits, self.targets[rows], self.weights[rows], gradient=False)[0]
-
-    def losses_and_gradient(self, logits: Tensor, rows: slice, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The same, and the gradient of their sum [rows, V]. `scale` [t] or [1] multiplies the losses."""
+    def losses(
+        self, logits: Tensor, rows: slice, *, gradient: bool, scale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `TokenLoss` of some rows, logits [rows, V]. `scale` [t] or [1] multiplies the losses."""
         weights = self.weights[rows]
         if scale is not None:
             weights = weights * (scale if len(scale) == 1 else scale[rows])
-        losses, dlogits = self.loss(logits, self.targets[rows], weights, gradient=True)
-        assert dlogits is not None
-        return losses, dlogits
+        return self.loss(logits, self.targets[rows], weights, gradient=gradient)
 
     def zero(self, hidden: Tensor) -> Tensor:
         """The empty sum: a scalar in at least float32, or [N] float64."""
@@ -141,14 +137,11 @@ class _FrozenHeadLoss(torch.autograd.Function):
         total = labelled.zero(hidden)
         for rows in labelled.chunks():
             logits = head.plain(hidden[rows])  # [rows, V]
-            if grad is None:
-                total += labelled.sum(labelled.losses(logits, rows), rows)
-            else:
-                losses, dlogits = labelled.losses_and_gradient(logits, rows)
-                total += labelled.sum(losses, rows)
+            losses, dlogits = labelled.losses(logits, rows, gradient=grad is not None)
+            total += labelled.sum(losses, rows)
+            if grad is not None and dlogits is not None:
                 torch.mm(dlogits, head.base.weight, out=grad[rows])
-                del dlogits
-            del logits  # gone before the next chunk's are made
+            del logits, dlogits  # gone before the next chunk's are made
         ctx.grad, ctx.labelled = grad, labelled
         return total
 
@@ -175,7 +168,7 @@ class _TrainedHeadLoss(torch.autograd.Function):
         ctx.head, ctx.labelled = head, labelled
         total = labelled.zero(hidden)
         for rows in labelled.chunks():
-            total += labelled.sum(labelled.losses(head.plain(hidden[rows]), rows), rows)
+            total += labelled.sum(labelled.losses(head.plain(hidden[rows]), rows, gradient=False)[0], rows)
         return total
 
     @staticmethod
@@ -196,7 +189,7 @@ class _TrainedHeadLoss(torch.autograd.Function):
             h = hidden[rows].detach().requires_grad_()
             with torch.enable_grad():
                 logits = head.plain(h, leaves)
-            _, dlogits = labelled.losses_and_gradient(logits, rows, scale)
+            _, dlogits = labelled.losses(logits, rows, gradient=True, scale=scale)
             dhidden[rows], *grads = torch.autograd.grad(logits, [h, *trained], dlogits)
             for total in sums:
                 total.add_(grads.pop(0))

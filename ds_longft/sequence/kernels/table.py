@@ -61,14 +61,9 @@ def choose_kernel(
 ) -> tuple[Kernel, str]:
     """The kernel for one layer and one pack, and why.
 
-    Args:
-        name: a kernel's name, or `auto` for the first of the table that fits.
-        device, dtype, head_dim: of q, k and v.
-        heads: query heads that the kernel is given; under sp, of the rank that has the most.
-        spec: what the layer asks for.
-        lengths: the pack's document lengths in tokens, on the host; they decide whether a window narrows anything, and
-            between cuDNN and one launch for all documents.
-
+    `name`: of a kernel, or `auto` for the first of the table that fits. `heads`: query heads that the kernel is given;
+    under sp, of the rank that has the most. `lengths`: the pack's documents in tokens, on the host; they decide whether
+    a window narrows anything, and between cuDNN and one launch for all documents.
     Cheap enough to be called for every layer. Raises ModelError if the kernel asked for by name does not fit, saying
     why and which fit.
     """

@@ -30,10 +30,8 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """x and dt [S, C], a [C, N] negative, b and c [S, N], all of one dtype.
 
-    Args:
-        inside: [S] bool, false for the first token of a document: its state starts at zero.
-        ends: [E] int64, tokens in ascending order behind which the state is wanted.
-
+    `inside` [S] bool: false for the first token of a document, whose state starts at zero. `ends` [E] int64: tokens in
+    ascending order behind which the state is wanted.
     Returns [S, C], and the states [E, C, N], without gradient.
     """
     return _Scan.apply(x, dt, a, b, c, inside, ends)

@@ -116,16 +116,9 @@ class Spread:
     ) -> Tensor:
         """`work(share, *parts)` on whole documents with the heads of this rank: [S, c] of each part -> [S, h V].
 
-        All of them at once, or some at a time (`turns_of`): then nothing of the work is kept.
-
-        Args:
-            layer: its parameters are what the work reads beside the parts.
-            heads: what of the parts belongs to which head.
-            work: is handed the share of the heads that it works on.
-            tensors: [s, C] each.
-            widths: the parts side by side in each tensor; left out, each is one part.
-
-        Returns [s, H V].
+        All of them at once, or some at a time (`turns_of`): then nothing of the work is kept. `tensors` [s, C]: the parts
+        side by side, of these `widths`; left out, each is one part. `heads`: what of the parts belongs to which head.
+        The layer's parameters are what the work reads beside the parts. Returns [s, H V].
         Raises ModelError: more ranks than heads.
         """
         if self.sp > heads.count:
