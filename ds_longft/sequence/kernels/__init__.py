@@ -1,7 +1,4 @@
-"""Attention kernels: one interface, a table of implementations, and the choice among them.
-
-`choose_kernel` picks one for a layer and a pack; `kernel_by_name` finds it again in the backward pass.
-"""
+"""Attention kernels: one interface, a table of implementations, and the choice among them."""
 
 from ds_longft.sequence.kernels.base import AttentionSpec, Capability, Job, Kernel, Saved
 from ds_longft.sequence.kernels.table import CUDNN_MIN_WORK, KERNELS, choose_kernel, kernel_by_name

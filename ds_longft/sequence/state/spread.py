@@ -116,7 +116,7 @@ class Spread:
     ) -> Tensor:
         """`work(share, *parts)` on whole documents with the heads of this rank: [S, c] of each part -> [S, h V].
 
-        All of them at once, or some at a time (`turns_of`): then nothing of the work is kept. `tensors` [s, C]: the parts
+        All of them at once, or some at a time (`turns_of`): then nothing of the work is kept. `tensors` [s, C]: parts
         side by side, of these `widths`; left out, each is one part. `heads`: what of the parts belongs to which head.
         The layer's parameters are what the work reads beside the parts. Returns [s, H V].
         Raises ModelError: more ranks than heads.
