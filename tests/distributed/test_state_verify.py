@@ -26,7 +26,7 @@ def state_not_reset(stack: ExitStack) -> None:
 
 def halo_missing(stack: ExitStack) -> None:
     def faulty(self: Spread, x: torch.Tensor, tokens: int) -> Any:
-        positions = self.positions()
+        positions = self.documents.positions
         return x, positions[self.rank * len(x) :][: len(x)] if self.group is not None else positions
 
     stack.enter_context(patch.object(Spread, "with_halo", faulty))
