@@ -12,7 +12,8 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationE
 
 from ds_longft.errors import ConfigError
 from ds_longft.objectives.objective import Passes, Reference
-from ds_longft.sequence.kernels import KERNELS, Capability
+from ds_longft.sequence.kernels import KERNELS
+from ds_longft.sequence.kernels.base import Capability
 
 GIB = 2**30
 

@@ -129,10 +129,8 @@ def _pretrained_model(
     rows = narrowed(hf_config, read_config(model) if model.add_tokens else hf_config)
     placement = {} if zero3 or device.type == "cpu" else {"device_map": {"": device}}
     try:
-        how = {
-            "dtype": dtype, "use_safetensors": True, "attn_implementation": hf_config._attn_implementation,
-            "output_loading_info": True, **placement, **source_of(model),
-        }  # fmt: skip
+        how = {"dtype": dtype, "use_safetensors": True, "attn_implementation": hf_config._attn_implementation}
+        how |= {"output_loading_info": True, **placement, **source_of(model)}
         if packs:
             loaded, report = load_packed(text_class(hf_config), path, model, hf_config, **how)
         else:

@@ -83,14 +83,8 @@ def save_whole(model: PreTrainedModel, state: dict[str, Tensor], folder: Path) -
         return
     unset_hf_deepspeed_config()  # one rank alone reads them
     source = {"revision": config._commit_hash} if getattr(config, "_commit_hash", None) else {}
-    towers = _part_of(whole_class(config), text=False).from_pretrained(
-        base,
-        config=copy.deepcopy(config),
-        dtype=model.dtype,
-        use_safetensors=True,
-        attn_implementation="eager",
-        **source,
-    )
+    how = {"dtype": model.dtype, "use_safetensors": True, "attn_implementation": "eager", **source}
+    towers = _part_of(whole_class(config), text=False).from_pretrained(base, config=copy.deepcopy(config), **how)
     whole = whole_on_meta(config)
     whole.config.use_cache = True  # off for training only
     whole.save_pretrained(folder, state_dict={**towers.state_dict(), **state})

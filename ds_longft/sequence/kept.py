@@ -80,15 +80,14 @@ class Kept:
         size, self._value, self.first_pass = self.device_bytes, None, False
         return size
 
-    def move_out(self) -> int:
-        """Move it to ordinary host memory until it is taken; returns the bytes. Slow: for a GPU that is full."""
-        size, value = self.device_bytes, self._value
-        if size and value:
+    def move_out(self) -> None:
+        """Move it to ordinary host memory until it is taken. Slow: for a GPU that is full."""
+        value = self._value
+        if self.device_bytes and value:
             if value[0].is_cuda:  # what failed may have been on another stream than the one that computes these
                 torch.cuda.synchronize(value[0].device)
             self._home = value[0].device
             self._value = tuple(t.to("cpu", copy=True) for t in value)
-        return size
 
 
 def computed_once(kept: Kept | None, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
