@@ -221,15 +221,10 @@ def save_adapter(model: peft.PeftModel, state_dict: Mapping[str, torch.Tensor], 
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = _own_storage(state_dict)
-    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-    config = model.peft_config["default"]
-    training_mode = config.inference_mode
+    save_file(_own_storage(state_dict), folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    config = copy.copy(model.peft_config["default"])
     config.inference_mode = True  # as PEFT writes it: the adapter is frozen when it is loaded
-    try:
-        config.save_pretrained(folder)
-    finally:
-        config.inference_mode = training_mode
+    config.save_pretrained(folder)
     save_base_config(model.get_base_model(), folder)
 
 
