@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ds_longft.errors import ModelError
 from ds_longft.sequence.experts import Experts
-from ds_longft.sequence.kept import HostKept, HostStore, Kept, UnusedOutput
+from ds_longft.sequence.kept import HostStore, Kept, UnusedOutput
 from ds_longft.sequence.linear import LinearGroup
 from ds_longft.sequence.mlp import TiledMlp
 from ds_longft.sequence.recomputed_input import same_memory
@@ -70,15 +70,16 @@ class LayerKeep:
         """`unused` for what the layer ends with, if that is known."""
         return [(self.last, unused)] if self.last is not None else []
 
-    def attention_slot(self) -> Kept | None:
-        """Where the attention's output waits; None: it is computed again."""
-        if self.attention in ("host", "disk"):
-            return self._on_host("attention", disk=self.attention == "disk")
-        return self._on_device() if self.attention == "device" else None
-
-    def input_slot(self) -> Kept:
-        """Where the layer's input waits."""
-        return self._on_device() if self.input == "device" else self._on_host("input", disk=self.input == "disk")
+    def slot(self, name: Literal["attention", "input"]) -> Kept | None:
+        """Where the attention's output or the layer's input waits; None: it is computed again."""
+        place: Place = getattr(self, name)
+        if place == "nowhere":
+            return None
+        if place == "device":
+            self.outputs.append(Kept())
+            return self.outputs[-1]
+        assert self.store is not None, f"layer {self.index}: no host memory for its {name}"
+        return self.store.slot(self.index, name, disk=place == "disk")
 
     def give_linears(self) -> int:
         """Let go of the linears' outputs that wait on the device, now and in later calls; returns the bytes."""
@@ -102,15 +103,6 @@ class LayerKeep:
         self.attention = "host" if self.attention == "device" else self.attention
         self.input = "host" if self.input == "device" else self.input
         return size
-
-    def _on_device(self) -> Kept:
-        slot = Kept()
-        self.outputs.append(slot)
-        return slot
-
-    def _on_host(self, name: str, *, disk: bool = False) -> HostKept:
-        assert self.store is not None, f"layer {self.index}: no host memory for its {name}"
-        return self.store.slot(self.index, name, disk=disk)
 
 
 def apply_recompute(
@@ -146,15 +138,13 @@ def _checkpointed(
         return forward(hidden, *args, **kwargs)
     unused = UnusedOutput()
     keep.outputs = []
-    attention = keep.attention_slot()
+    attention = keep.slot("attention")
     if attention is not None:
         kwargs["kept"] = attention
     slots = [*keep.slots(), *keep.last_slot(unused)]
     layer = partial(_with_slots, forward, slots, unused)
-    if inner:  # torch saves its arguments by the hooks of the segment around it: they are recomputed too
-        out = run(layer, hidden, *args, **kwargs)
-    else:
-        out = _from(keep.input_slot(), run, layer, keep, hidden, *args, **kwargs)
+    # Inside, torch saves its arguments by the hooks of the segment around it: they are recomputed too.
+    out = run(layer, hidden, *args, **kwargs) if inner else _from(run, layer, keep, hidden, *args, **kwargs)
     for slot in (attention, *(slot for _, slot in slots)):
         if slot is not None:
             slot.first_pass = False
@@ -177,15 +167,14 @@ def _with_slots(
     return out
 
 
-def _from(
-    source: Kept, run: Forward, layer: Forward, keep: LayerKeep, hidden: Tensor, *args: Any, **kwargs: Any
-) -> Any:
-    """Checkpoint `layer(hidden, ...)`, its input waiting in `source`.
+def _from(run: Forward, layer: Forward, keep: LayerKeep, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Checkpoint `layer(hidden, ...)`, its input waiting where `keep` says.
 
     Not among the arguments of the checkpointed call: torch keeps those. An empty tensor is: torch restores the random
     state of its arguments' device only, and dropout must draw the same mask again.
     """
-    first, needs_grad = [hidden], hidden.requires_grad
+    first, needs_grad, source = [hidden], hidden.requires_grad, keep.slot("input")
+    assert source is not None, "a layer's input is always kept"
 
     def call(_: Tensor, *args: Any, **kwargs: Any) -> Any:
         if first:
@@ -289,7 +278,7 @@ class _Segment:
         if not torch.is_grad_enabled():
             return segment(hidden)
         self.keeps[0].outputs = []
-        out = _from(self.keeps[0].input_slot(), self.run, segment, self.keeps[0], hidden)
+        out = _from(self.run, segment, self.keeps[0], hidden)
         unused.first_pass = False
         unused.allowed = _ends_with(out, unused.node)
         return out
