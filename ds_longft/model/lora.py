@@ -59,18 +59,30 @@ def add_lora(
     `train_rows`: ids of tokens whose rows in the embeddings are trained besides.
     Raises ModelError: a name of `lora.targets` or `lora.modules_to_save` is no layer of the model, or PEFT refuses.
     """
-    with seen_dense(model, linears=not lora.dora):
-        return _adapted(model, lora, seed, revision, train_rows)
+    # PEFT initialises on the CPU and then moves: the CPU's seed alone decides
+    with seen_dense(model, linears=not lora.dora), torch.random.fork_rng(devices=[]), whole_rows():
+        config = _peft_config(model, lora, revision, list(train_rows))
+        torch.manual_seed(seed)
+        try:
+            # PEFT would keep adapters of a bf16 model in fp32; the optimizer holds fp32 master weights already
+            adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+        except (TypeError, ValueError) as error:
+            raise ModelError(
+                f"PEFT cannot adapt this {model.config.model_type} so: {error}. Change lora.targets, "
+                f"lora.experts, lora.modules_to_save, lora.dropout or lora.dora"
+            ) from error
+        assert isinstance(adapted, peft.PeftModel)
+        if lora.init_from is not None:
+            _go_on_from(Path(lora.init_from).expanduser(), adapted)
+    return adapted
 
 
-def _adapted(
-    model: PreTrainedModel, lora: LoraConfig, seed: int, revision: str | None, train_rows: Sequence[int]
-) -> peft.PeftModel:
+def _peft_config(model: PreTrainedModel, lora: LoraConfig, revision: str | None, rows: list[int]) -> peft.LoraConfig:
     targets = targets_of(model, lora)
     check_names("lora.modules_to_save", lora.modules_to_save, _leaf_names(model))
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     saved = set(lora.modules_to_save) & {"embed_tokens", "lm_head"}
-    config = peft.LoraConfig(
+    return peft.LoraConfig(
         task_type=peft.TaskType.CAUSAL_LM,
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -83,26 +95,10 @@ def _adapted(
         modules_to_save=list(lora.modules_to_save) or None,  # PEFT may add to the list it is given
         # one matrix that is both embedding and head must stay one while it is trained, or it could not be merged
         ensure_weight_tying=tied and bool(saved),
-        trainable_token_indices=_rows_by_module(model, lora, list(train_rows), tied) or None,
+        trainable_token_indices=_rows_by_module(model, lora, rows, tied) or None,
         base_model_name_or_path=model.config.name_or_path,
         revision=revision,
     )
-    # PEFT initialises on the CPU and then moves: the CPU's seed alone decides
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        # PEFT would keep adapters of a bf16 model in fp32; the optimizer holds fp32 master weights already
-        try:
-            with whole_rows():
-                adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
-        except (TypeError, ValueError) as error:
-            raise ModelError(
-                f"PEFT cannot adapt this {model.config.model_type} so: {error}. Change lora.targets, "
-                f"lora.experts, lora.modules_to_save, lora.dropout or lora.dora"
-            ) from error
-    assert isinstance(adapted, peft.PeftModel)
-    if lora.init_from is not None:
-        _go_on_from(Path(lora.init_from).expanduser(), adapted)
-    return adapted
 
 
 def _rows_by_module(model: PreTrainedModel, lora: LoraConfig, rows: list[int], tied: bool) -> dict[str, list[int]]:
