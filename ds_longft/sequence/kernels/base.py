@@ -91,7 +91,7 @@ class Kernel:
         oldest, wide = ".".join(map(str, self.oldest)), self.widest_head is not None and head_dim > self.widest_head
         up_to = f"up to {self.widest_head} " if self.widest_head is not None else ""
         names = "bf16 and fp16" if on_gpu else "floating point"
-        return refusal(
+        checks = [
             (job.device_type != self.device_type, f"runs on {self.device_type}, not on {job.device_type}"),
             (dtype not in self.dtypes, f"takes {names}, not {dtype}"),
             (old, f"needs compute capability {oldest}, this GPU has {job.capability}"),
@@ -100,10 +100,11 @@ class Kernel:
             (spec.softcap is not None and not self.has_softcap, f"has no softcap (asked for {spec.softcap})"),
             (spec.repeatable and not self.repeats, NOT_REPEATABLE),
             *self.further_limits(job),
-        ) or (self.missing() if here else None)
+        ]
+        return next((reason for wrong, reason in checks if wrong), None) or (self.missing() if here else None)
 
     def further_limits(self, job: Job) -> list[tuple[bool, str]]:
-        """More checks as `refusal` takes them."""
+        """More of what it cannot do: whether the job asks for it, and words."""
         return []
 
     def missing(self) -> str | None:
@@ -155,11 +156,6 @@ class PerDocument(Kernel):
 def spans(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
     """(start, end) of each document, in tokens."""
     return pairwise(accumulate(lengths, initial=0))
-
-
-def refusal(*checks: tuple[bool, str]) -> str | None:
-    """The reason of the first check that holds."""
-    return next((reason for wrong, reason in checks if wrong), None)
 
 
 @lru_cache
