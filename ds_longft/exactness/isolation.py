@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -101,19 +100,12 @@ def check_isolation(
 @torch.no_grad()
 def _hidden_states(engine: Any, pack: Pack, layout: ParallelLayout, device: torch.device) -> Tensor:
     """[s, D] float32: what the last layer hands to the head, for this rank's tokens."""
-    was_training = engine.training
+    was_training, seen = engine.training, list[Any]()
+    handle = decoder_of(engine.module.model).register_forward_hook(lambda _module, _given, out: seen.append(out))
     engine.eval()
-    with _captured(decoder_of(engine.module.model)) as seen:
-        engine(shard(pack, layout, device))
-    engine.train(was_training)
-    return seen[0][0].float()
-
-
-@contextmanager
-def _captured(decoder: nn.Module) -> Iterator[list[Tensor]]:
-    seen: list[Tensor] = []
-    handle = decoder.register_forward_hook(lambda _m, _a, out: seen.append(out.last_hidden_state.detach()))
     try:
-        yield seen
+        engine(shard(pack, layout, device))
     finally:
         handle.remove()
+    engine.train(was_training)
+    return seen[0].last_hidden_state[0].float()

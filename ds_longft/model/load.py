@@ -96,8 +96,7 @@ def load_model(
 
     `ds_engine_config`: the DeepSpeed JSON with every "auto" resolved. With ZeRO stage 3, torch.distributed must be
     initialised, the weights are partitioned while they are read, and rank 0 alone reads them. Otherwise the whole model
-    lies on `device`.
-    With `model.random_weights` every rank builds the whole model on `device`, the same on each from `seed`;
+    lies on `device`. With `model.random_weights` every rank builds the whole model there, the same on each from `seed`;
     DeepSpeed's initialize partitions it.
     Raises ModelError: no safetensors, or weights that do not fill the model.
     """

@@ -1,10 +1,9 @@
 """`ulysses` attention: exchange -> kernel -> exchange back, as one autograd function.
 
-Where each rank of a group holds whole documents, the kernel alone.
-Registered with transformers' AttentionInterface, so that any model that uses the interface works unpatched. The batch's
-`documents` and the `layout` travel as keyword arguments of `model.forward`; nothing is global.
-Its output can be kept across activation checkpointing (`kept`), so that the kernel's forward, the largest
-part of a long step, is not run twice.
+Where each rank of a group holds whole documents, the kernel alone. Registered with transformers' AttentionInterface, so
+that any model that uses the interface works unpatched. The batch's `documents` and the `layout` travel as keyword
+arguments of `model.forward`; nothing is global. Its output can be kept across activation checkpointing (`kept`), so
+that the kernel's forward, the largest part of a long step, is not run twice.
 
 Letters: s tokens of this rank, S of the pack, Hq / Hkv heads of the model, h heads of this rank, d head size.
 """

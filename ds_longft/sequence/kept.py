@@ -1,6 +1,5 @@
-"""What a checkpointed layer's first call leaves for its second: on the GPU, in pinned host memory, or in files.
-
-Which of it is kept is decided elsewhere (`decide/what_is_kept.py`).
+"""What a checkpointed layer's first call leaves for its second: on the GPU, in pinned host memory, or in files (which
+of it: `decide/what_is_kept.py`).
 
 Host copies go out on a stream of their own during the forward pass and come back on another during the backward pass,
 those of the layer before already on their way while a layer is computed. At 131,072 tokens and sp 2 the gate and up

@@ -17,10 +17,8 @@ from ds_longft.layout import ParallelLayout
 def shard(pack: Pack, layout: ParallelLayout, device: torch.device, *, by_document: bool = False) -> Batch:
     """Slice [S] arrays into this rank's contiguous part: s = S / sp tokens, or the documents that were dealt to it.
 
-    `by_document`: targets know their document.
-
-    Copies are pinned and asynchronous on GPUs. Positions without a target are dropped here, on the host: finding them
-    on the device would cost a synchronisation.
+    `by_document`: targets know their document. Copies are pinned and asynchronous on GPUs. Positions without a target
+    are dropped here, on the host: finding them on the device would cost a synchronisation.
     """
     local = pack.part(layout.sp, layout.sp_rank)
     labels, weights = pack.labels[local], pack.loss_weights[local]
