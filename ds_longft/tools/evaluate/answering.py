@@ -139,7 +139,7 @@ class Answering:
 
         def opened() -> set[str]:
             folder = results.result_folder(self.subject, self.flags.out)
-            file = results.result_name(self.flags.name, kind, self.flags.before)
+            file = (self.flags.name or kind) + (results.BEFORE if self.flags.before else "")
             served = {} if self.flags.server is None else {"server": self.flags.server}
             whole = {"weights": results.weights_identity(self.subject), **served, **settings}
             self._rows = results.Rows(folder, file, whole, total=len(keys))

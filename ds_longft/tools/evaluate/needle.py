@@ -72,9 +72,16 @@ def needle(
         seed: the same seed asks the same questions.
     """
     arguments = dict(locals())
-    spoken = _languages(languages)
-    fractions: list[float | None] = _depths(depths) if form == "single" else [None]
     positive(trials=trials)
+    spoken: list[Any] = listed(languages)
+    if not spoken or not set(spoken) <= set(get_args(Language)):
+        raise ConfigError(f"--languages is {languages!r}: expected en, zh, or en,zh")
+    try:
+        percents = [float(part) for part in listed(depths)]
+    except ValueError:
+        percents = [-1.0]
+    if not all(0 <= percent <= 100 for percent in percents):
+        raise ConfigError(f"--depths is {depths!r}: expected percents of the text, e.g. 0,50,100")
     if not 2 <= facts <= MAX_FACTS:
         raise ConfigError(f"--facts is {facts}: expected 2 to {MAX_FACTS}")
     given = {"en": haystack_en, "zh": haystack_zh}
@@ -83,7 +90,7 @@ def needle(
         "form": form,
         "facts": 1 if form == "single" else facts,
         "lengths": None if lengths is None else token_list("--lengths", lengths),
-        "depths": fractions,
+        "depths": [percent / 100 for percent in percents] if form == "single" else [None],
         "trials": trials,
         "languages": spoken,
         "haystacks": {language: file or "built in" for language, file in files.items()},
@@ -170,23 +177,6 @@ def _summary(rows: list[Row], settings: dict[str, Any]) -> dict[str, Any]:
         "exact_percent": exact, "found_percent": found, "grid": grid, "lengths": sizes, "depths": depths,
         "samples": samples,
     }  # fmt: skip
-
-
-def _depths(value: str) -> list[float | None]:
-    try:
-        numbers = [float(part) for part in listed(value)]
-    except ValueError:
-        numbers = [-1.0]
-    if not all(0 <= number <= 100 for number in numbers):
-        raise ConfigError(f"--depths is {value!r}: expected percents of the text, e.g. 0,50,100")
-    return [number / 100 for number in numbers]
-
-
-def _languages(value: str) -> list[Language]:
-    spoken: list[Any] = listed(value)
-    if not spoken or not set(spoken) <= set(get_args(Language)):
-        raise ConfigError(f"--languages is {value!r}: expected en, zh, or en,zh")
-    return spoken
 
 
 def _show(result: dict[str, Any], path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,6 @@ from ds_longft.tools.evaluate.texts import (
     adds_bos,
     encode,
     read_texts,
-    token_stream,
 )
 
 if TYPE_CHECKING:
@@ -141,7 +141,8 @@ def pieces_of(tokenizer: Any, texts: list[str], tokens: int, count: int, *, join
     """
     bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
     body = tokens - len(bos)
-    streams = [token_stream(tokenizer, texts)] if join else [encode(tokenizer, text) for text in texts]
+    streams = [encode(tokenizer, f"{text}\n\n" if join else text) for text in texts]
+    streams = [list(chain.from_iterable(streams))] if join else streams
     longest = max(map(len, streams), default=0)
     if longest < body:
         hint = "" if join else ", lay shorter ones together with --join"

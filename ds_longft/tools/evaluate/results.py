@@ -38,11 +38,6 @@ def result_folder(subject: Subject, out: str | None) -> Path:
     return Path("eval") / (subject.adapter or Path(subject.base.path)).name
 
 
-def result_name(name: str | None, kind: str, before: bool) -> str:
-    """File name of a result, without its ending."""
-    return (name or kind) + (BEFORE if before else "")
-
-
 def write_result(path: Path, result: dict[str, Any]) -> None:
     """Complete or as before."""
     with written_whole(path) as file:

@@ -27,6 +27,7 @@ from ds_longft.train.device_memory import total_and_outside_torch
 Place = Literal["resident", "sharded", "host"]
 """As `model.base` has them."""
 
+ELEMENT_BYTES = 2  # bfloat16
 MLP_TILE_TOKENS = 8192
 """Of a prompt at a time in a gated MLP: its features, 14,336 in a Llama-8B, are the widest thing a GPU holds."""
 
@@ -51,7 +52,6 @@ class Room:
     quantize: str  # format of the weights, "" where they are dense
     memory_gib: float  # of each GPU
     host_gib: float  # of the node
-    element_bytes: int = 2
 
     @classmethod
     def of(cls, subject: Subject, processes: Processes) -> Room:
@@ -114,13 +114,13 @@ class Room:
     def _setting(self, tokens: int) -> Setting:
         return Setting(
             (tokens,), self.sp, self.world, lora_r=None, stage=0, quantize=self.quantize,
-            element_bytes=self.element_bytes, tile_tokens=MLP_TILE_TOKENS,
+            element_bytes=ELEMENT_BYTES, tile_tokens=MLP_TILE_TOKENS,
         )  # fmt: skip
 
     def _weights(self, place: Place) -> float:
         facts, setting = self.facts, self._setting(1)
         layers = bytes_of_layers(facts, setting)
-        whole = self.element_bytes * (facts.weights - facts.layers_weights) + made_dense(facts, setting)
+        whole = ELEMENT_BYTES * (facts.weights - facts.layers_weights) + made_dense(facts, setting)
         if place not in STREAMED:
             return whole + layers
         slots = SLOTS * layers * facts.largest_layer / facts.layers_weights
@@ -131,13 +131,13 @@ class Room:
         tokens = -(-asked.tokens // self.sp) + asked.texts * asked.answer_tokens
         latent = getattr(self.config, "kv_lora_rank", None)  # of all heads (DeepSeek)
         of_token = latent + self.config.qk_rope_head_dim if latent else 2 * facts.kv_heads * facts.head_dim
-        keys = sum(each.attends for each in facts.by_layer) * tokens * of_token * self.element_bytes
+        keys = sum(each.attends for each in facts.by_layer) * tokens * of_token * ELEMENT_BYTES
         of_states = (s.heads * s.keys * s.values for each in facts.by_layer if (s := each.state))
         return float(keys + 4 * asked.texts * sum(of_states) / self.sp)
 
     def _work(self, asked: Asked) -> float:
         """The largest of all layers' attention, state and MLP, and the logits."""
-        setting, e, most = self._setting(asked.tokens), self.element_bytes, 0.0
+        setting, e, most = self._setting(asked.tokens), ELEMENT_BYTES, 0.0
         for kind in self.facts.kinds:
             x = Sizes(kind, setting)
             inputs = 2 * x.u + x.q + 2 * x.k  # the stream, normed, and what is made of it

@@ -62,18 +62,16 @@ def read_texts(path: str | None, language: Language, *, where: str | None = None
     if not found.exists():
         raise DataError(f"no such file or folder: {path!r}")
     files = sorted(p for p in found.rglob("*") if p.is_file()) if found.is_dir() else [found]
-    texts = list(chain.from_iterable(_file_texts(file, taken) for file in files if _is_text(file)))
+    texts = list(chain.from_iterable(_file_texts(file, taken) for file in files))
     if not texts:
         kept = f" with {where}" if where else ""
         raise DataError(f"{path} holds no text{kept}: expected {', '.join(PLAIN + SUFFIXES)} (.gz too)")
     return texts
 
 
-def _is_text(file: Path) -> bool:
-    return bool({*PLAIN, *SUFFIXES} & set(file.suffixes)) and not file.name.startswith(".")
-
-
 def _file_texts(file: Path, taken: Where) -> Iterator[str]:
+    if file.name.startswith(".") or not {*PLAIN, *SUFFIXES} & set(file.suffixes):
+        return
     packed = file.suffix == ".gz"
     if (file.suffixes[-2] if packed else file.suffix) in PLAIN:
         raw = file.read_bytes()
@@ -82,18 +80,16 @@ def _file_texts(file: Path, taken: Where) -> Iterator[str]:
     for origin, row in read_rows(SourceConfig(path=str(file))):
         if isinstance(row, BadRow):
             raise DataError(f"{origin}: {row}")
-        if taken.takes(row):
-            yield _row_text(origin, row)
-
-
-def _row_text(origin: str, row: dict[str, Any]) -> str:
-    for column in COLUMNS:
-        if isinstance(row.get(column), str):
-            return str(row[column])
-    turns = row.get("messages")
-    if isinstance(turns, list):
-        return "\n\n".join(str(turn.get("content", "")) for turn in turns if isinstance(turn, dict))
-    raise DataError(f"{origin}: no text column; seen {', '.join(row)}, expected one of {', '.join(COLUMNS)}, messages")
+        if not taken.takes(row):
+            continue
+        turns = row.get("messages")
+        if (text := next((row[column] for column in COLUMNS if isinstance(row.get(column), str)), None)) is not None:
+            yield text
+        elif isinstance(turns, list):
+            yield "\n\n".join(str(turn.get("content", "")) for turn in turns if isinstance(turn, dict))
+        else:
+            expected = f"expected one of {', '.join(COLUMNS)}, messages"
+            raise DataError(f"{origin}: no text column; seen {', '.join(row)}, {expected}")
 
 
 def english(characters: int) -> str:
@@ -139,14 +135,6 @@ def chinese(characters: int) -> str:
         parts.append(sentence)
         total += len(sentence)
     return "".join(parts)
-
-
-def token_stream(tokenizer: Any, texts: list[str]) -> list[int]:
-    """All texts as token ids, one after the other."""
-    ids: list[int] = []
-    for text in texts:
-        ids += encode(tokenizer, text + "\n\n")
-    return ids
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

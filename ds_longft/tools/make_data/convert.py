@@ -24,6 +24,7 @@ from ds_longft.data.preferences import PREFERENCE, PreferenceRow, is_preference,
 from ds_longft.data.progress import Progress, say_once
 from ds_longft.data.readers import Source, find_source, first_record
 from ds_longft.data.rows import BadRow, Row, Turn
+from ds_longft.errors import DataError
 from ds_longft.tools.make_data.language import detect_language
 from ds_longft.tools.make_data.where import EVERY_ROW, Where
 
@@ -127,7 +128,8 @@ def made_of_rows(
                 tally.usable += 1
                 yield made
             bar.update(block.position_bytes, f"{tally.usable:,} rows")
-    where.refuse_nothing(tally.usable - before, source.config.path)
+    if tally.usable == before and where != EVERY_ROW:
+        raise DataError(f"{source.config.path} holds no row that is taken by {where}: correct the column or the value")
 
 
 def _identity(record: dict[str, Any], seen: set[int]) -> dict[str, str]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ds_longft.errors import ConfigError, DataError
+from ds_longft.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,6 @@ class Where:
             and not any(_is(record, *pair) for pair in self.exclude.items())
             and all(number_of(record, column) >= least for column, least in self.least.items())
         )
-
-    def refuse_nothing(self, rows: int, path: str) -> None:
-        """Raises DataError where rows were chosen and none was there."""
-        if rows == 0 and (self.where or self.exclude or self.least):
-            raise DataError(f"{path} holds no row that is taken by {self}: correct the column or the value")
 
     def __str__(self) -> str:
         given = (("where", self.where), ("exclude", self.exclude), ("least", self.least))

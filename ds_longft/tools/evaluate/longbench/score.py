@@ -109,19 +109,16 @@ def scores_by_length(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, floa
     """LongBench-E: the same for each bucket of `length`; buckets without rows are left out."""
     of_bucket: dict[str, list[dict[str, Any]]] = {bucket: [] for bucket in BUCKETS}
     for row in rows:
-        of_bucket[_bucket(row)].append(row)
+        length = row.get("length")
+        if not isinstance(length, int | float):
+            told = f"length is {length!r} in a row of {row['dataset']}"
+            raise DataError(f"{told}: --by_length needs a number in every row")
+        of_bucket[BUCKETS[(length >= 4000) + (length >= 8000)]].append(row)
     result: dict[str, dict[str, float]] = {}
     for bucket, held in of_bucket.items():
         for task, value in task_scores(held).items():
             result.setdefault(task, {})[bucket] = value
     return result
-
-
-def _bucket(row: dict[str, Any]) -> str:
-    length = row.get("length")
-    if not isinstance(length, int | float):
-        raise DataError(f"length is {length!r} in a row of {row['dataset']}: --by_length needs a number in every row")
-    return BUCKETS[0] if length < 4000 else BUCKETS[1] if length < 8000 else BUCKETS[2]
 
 
 def print_scores(result: dict[str, Any]) -> None:

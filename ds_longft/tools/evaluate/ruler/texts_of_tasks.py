@@ -151,16 +151,15 @@ def common_words(units: int, length_tokens: int, rng: random.Random) -> Text:
 
 
 def _word_list(units: int, often: int, seldom: int, rng: random.Random) -> tuple[str, list[str]]:
-    words = rng.sample(plain_words(), units) if units <= len(plain_words()) else _many_words(units, rng)
+    if units <= len(plain_words()):
+        words = rng.sample(plain_words(), units)
+    else:
+        pairs = Pairs.of_package()
+        words = [pairs[i] for i in rng.sample(range(len(pairs)), units)]
     common = words[:10]
     listed = common * often + words[10:] * seldom
     rng.shuffle(listed)
     return _numbered(listed), common
-
-
-def _many_words(units: int, rng: random.Random) -> list[str]:
-    pairs = Pairs.of_package()
-    return [pairs[i] for i in rng.sample(range(len(pairs)), units)]
 
 
 def _numbered(words: Sequence[str]) -> str:

@@ -97,8 +97,9 @@ def agent_rows(wanted: Wanted, *, shortest_tokens: int, first: int = 0) -> Itera
 def _trajectory(rng: random.Random, wanted_tokens: int, per_token: float) -> list[dict[str, Any]]:
     """One agent's way to a value, read by as many files as fill the length. `per_token`: characters."""
     subject, value = f"{rng.choice(WORDS)}-{rng.randint(100, 999)}", rng.randint(1000, 9999)
-    files = _files(rng, max(2, wanted_tokens // (LINE_TOKENS * sum(LINES_OF_FILE) // 2) + 1))
-    last = f"{rng.choice(FOLDERS)}/{rng.choice(WORDS)}_{rng.randint(10, 99)}.txt"
+    count = max(2, wanted_tokens // (LINE_TOKENS * sum(LINES_OF_FILE) // 2) + 1)
+    files = {path: _lines(rng, rng.randint(*LINES_OF_FILE)) for path in sorted({_path(rng) for _ in range(count)})}
+    last = _path(rng)
     files[last] = _lines(rng, rng.randint(*LINES_OF_FILE))
     fact = f"The count of {subject} is {value}."
     files[last].insert(rng.randrange(len(files[last])), fact)
@@ -137,9 +138,8 @@ def _trajectory(rng: random.Random, wanted_tokens: int, per_token: float) -> lis
     return messages
 
 
-def _files(rng: random.Random, count: int) -> dict[str, list[str]]:
-    paths = {f"{rng.choice(FOLDERS)}/{rng.choice(WORDS)}_{rng.randint(10, 99)}.txt" for _ in range(count)}
-    return {path: _lines(rng, rng.randint(*LINES_OF_FILE)) for path in sorted(paths)}
+def _path(rng: random.Random) -> str:
+    return f"{rng.choice(FOLDERS)}/{rng.choice(WORDS)}_{rng.randint(10, 99)}.txt"
 
 
 def _lines(rng: random.Random, count: int) -> list[str]:

@@ -98,14 +98,11 @@ def module_names(part: Part) -> list[str]:
     for folder, below, inside in os.walk(library):
         below[:] = set(below) - LEFT_OUT - NOT_THE_LIBRARY
         files += [Path(folder, file).relative_to(library).as_posix() for file in inside if file.endswith(".py")]
-    names = [name for name in sorted(files) if _is_eval(name) == (part == "eval")]
+    drawn = {name: int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 16**8 for name in files}
+    names = [name for name in sorted(files) if (drawn[name] < EVAL_SHARE) == (part == "eval")]
     if not names:
         raise DataError(f"the Python standard library has no source at {library}: install Python with its .py files")
     return names
-
-
-def _is_eval(name: str) -> bool:
-    return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) < EVAL_SHARE * 16**8
 
 
 def _library() -> Path:

@@ -87,23 +87,17 @@ def nearest(texts: Sequence[str], wanted: Sequence[int], count: int, embed: Embe
     if count < 1 or not wanted:
         return np.zeros((len(wanted), 0), dtype=np.int64)
     with needs_extra("synth", "finding references that are like each other"):
+        from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.neighbors import NearestNeighbors
-    vectors = tf_idf(texts) if embed is None else embed(texts)
+    tf_idf = TfidfVectorizer(
+        token_pattern=TERMS, ngram_range=(1, 2), sublinear_tf=True, max_features=MAX_TERMS, dtype=np.float32
+    )
+    vectors = tf_idf.fit_transform(texts) if embed is None else embed(texts)
     index = NearestNeighbors(n_neighbors=count + 1, metric="cosine", algorithm="brute").fit(vectors)
     found = index.kneighbors(vectors[np.asarray(wanted)], return_distance=False)
     return np.stack(
         [np.asarray([i for i in near if i != own][:count]) for near, own in zip(found, wanted, strict=True)]
     )
-
-
-def tf_idf(texts: Sequence[str]) -> Vectors:
-    """Sparse TF-IDF vectors of texts in any language, [texts, terms]."""
-    with needs_extra("synth", "finding references that are like each other"):
-        from sklearn.feature_extraction.text import TfidfVectorizer
-    vectorizer = TfidfVectorizer(
-        token_pattern=TERMS, ngram_range=(1, 2), sublinear_tf=True, max_features=MAX_TERMS, dtype=np.float32
-    )
-    return vectorizer.fit_transform(texts)
 
 
 def sentence_embedder(model: str) -> Embed:
