@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json as json_text
 import math
-from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +17,13 @@ from rich.table import Table
 
 from ds_longft.config.run_config import DataConfig, SourceConfig
 from ds_longft.data.formats import TOKEN_GAINS
+from ds_longft.data.readers import read_rows
+from ds_longft.data.rows import BadRow
+from ds_longft.data.tokenize import tokenize_sources
 from ds_longft.errors import ConfigError
 from ds_longft.tools.evaluate.evaluation import Result, Row, evaluate_on_ranks
 from ds_longft.tools.evaluate.flags import RANKS, Flags, Ranks, print_tables, tokens_of
+from ds_longft.tools.make_data.convert import written_whole
 
 if TYPE_CHECKING:
     from ds_longft.tools.evaluate.answering import Answering
@@ -73,8 +75,6 @@ def score(
 
 
 def _measure(answering: Answering, path: str, out: Path, window: int, length: int | None, tokens: bool) -> Result:
-    from ds_longft.data.tokenize import tokenize_sources
-
     processes, source = answering.processes, SourceConfig(path=path)
     longest = length or answering.window or 8192
     data = DataConfig(max_length_tokens=longest, max_bad_fraction=1)
@@ -118,16 +118,10 @@ def _write(out: Path, source: SourceConfig, scores: dict[str, dict[str, Any]]) -
 
     Memory: the places of the records in a file beside `out`, not the records.
     """
-    from ds_longft.data.blocks import parse_block
-    from ds_longft.data.readers import find_source
-    from ds_longft.tools.make_data.convert import written_whole
-
-    blocks = find_source(source).blocks()
-    records: Iterator[tuple[str, Any]] = chain.from_iterable(parse_block(block) for block in blocks)
     spool, places, left_out = out.with_name(f".{out.name}.unsorted"), dict[str, int](), 0
     with spool.open("wb") as file:
-        for origin, record in records:
-            if origin not in scores:
+        for origin, record in read_rows(source):
+            if origin not in scores or isinstance(record, BadRow):
                 left_out += 1
                 continue
             places[origin] = file.tell()

@@ -31,7 +31,6 @@ class ReadText:
 
     pack: Pack
     positions: NDArray[np.int64]  # [S] in the text, of the tokens of the pack
-    tokens: int  # of the text
 
 
 def read_in_windows(
@@ -55,7 +54,7 @@ def read_in_windows(
         positions.append(np.arange(start, start + len(part)))
     pack = pack_of(documents, multiple)
     positions.append(np.zeros(pack.padding_tokens, dtype=np.int64))
-    return ReadText(pack, np.concatenate(positions), len(array))
+    return ReadText(pack, np.concatenate(positions))
 
 
 @torch.no_grad()

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from ds_longft.errors import ConfigError
 from ds_longft.tools.evaluate.evaluation import Made, Question, Result, Row, evaluate_on_ranks, fingerprint
-from ds_longft.tools.evaluate.flags import FLAGS, Flags
+from ds_longft.tools.evaluate.flags import FLAGS, Flags, positive, print_tables
 from ds_longft.tools.evaluate.texts import CHARACTERS_A_TOKEN, Language, read_texts
 
 if TYPE_CHECKING:
@@ -80,9 +79,9 @@ def short(
         language: of the built-in text.
     """
     arguments = dict(locals())
-    if texts < 1 or length < 2:
-        raise ConfigError(f"--texts is {texts}, --length is {length}: expected 1 or more, and 2 or more")
-
+    positive(texts=texts)
+    if length < 2:
+        raise ConfigError(f"--length is {length}: expected 2 or more")
     told = {"text": text, "where": where, "language": language}
     evaluate_on_ranks("eval short", arguments, lambda answering: _measure(answering, told, texts, length), _show)
 
@@ -129,7 +128,7 @@ def _show(result: dict[str, Any], path: Path) -> None:
     table = Table("short", "")
     table.add_row(f"loss of {result['texts']} texts of {result['length_tokens']} tokens", f"{result['loss']:.4f}")
     table.add_row(f"right of {result['questions']} questions", f"{result['right_percent']:.1f} %")
-    Console().print(table)
+    print_tables(path, table)
 
 
 def is_right(answer: str, reply: str) -> bool:
