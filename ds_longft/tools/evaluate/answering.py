@@ -24,13 +24,7 @@ from ds_longft.tools.evaluate.position_loss import read_in_windows, token_losses
 from ds_longft.tools.evaluate.processes import Processes
 from ds_longft.tools.evaluate.room import Asked, Place, Room
 from ds_longft.tools.evaluate.served import Server
-from ds_longft.tools.evaluate.subject import (
-    Loaded,
-    find_subject,
-    load_subject,
-    subject_tokenizer,
-    subject_window,
-)
+from ds_longft.tools.evaluate.subject import Loaded, find_subject, load_subject, subject_tokenizer, subject_window
 
 Item = TypeVar("Item")
 

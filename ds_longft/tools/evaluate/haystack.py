@@ -109,7 +109,7 @@ def build_prompt(
 def chat_around(tokenizer: Any, content: str) -> tuple[list[int], list[int]]:
     """Token ids in front of and behind the mark, with the chat template around it where the tokenizer has one."""
     if tokenizer.chat_template:
-        whole = chat_prompt(tokenizer, content)
+        whole = chat_prompt(tokenizer, [("user", content)])
     else:
         whole = (tokenizer.bos_token if adds_bos(tokenizer) else "") + content + "\n\nAnswer:"
     head, found, tail = whole.partition(MARK)
@@ -117,18 +117,28 @@ def chat_around(tokenizer: Any, content: str) -> tuple[list[int], list[int]]:
     return encode(tokenizer, head), encode(tokenizer, tail)
 
 
-def chat_prompt(tokenizer: Any, content: str) -> str:
-    """A question in the chat template, up to where the answer begins."""
-    turns = [{"role": "user", "content": content}]
+def chat_prompt(tokenizer: Any, turns: Sequence[tuple[str, str]]) -> str:
+    """A chat of (role, content) in the chat template, up to where the answer begins."""
+    messages = [{"role": role, "content": content} for role, content in turns]
     # Answers are short: a model that would think first (Qwen3) is asked not to. Other templates do not look at it.
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False))
+    keys = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+    return str(tokenizer.apply_chat_template(messages, **keys))
+
+
+def without_middle(tokenizer: Any, text: str, ids: Sequence[int], most: int) -> str:
+    """A text of these ids; where they are more than `most`, its first and its last half of so many, as LongBench cuts:
+    decoded and joined, the result may be some tokens longer.
+    """
+    if len(ids) <= most:
+        return text
+    half = most // 2
+    return "".join(tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:half], ids[-half:]))
 
 
 def encode_prompt(tokenizer: Any, content: str, *, begins: str = "", chat: bool = True) -> list[int]:
     """Token ids of a question, in the chat template where there is one, and of how its answer begins."""
     if chat and tokenizer.chat_template:
-        whole = chat_prompt(tokenizer, content) + begins
-        return list(tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"])
+        return encode(tokenizer, chat_prompt(tokenizer, [("user", content)]) + begins)
     return list(tokenizer(f"{content} {begins}" if begins else content, verbose=False)["input_ids"])
 
 

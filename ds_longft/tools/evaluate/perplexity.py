@@ -18,13 +18,7 @@ from ds_longft.errors import ConfigError, DataError
 from ds_longft.tools.evaluate.evaluation import Result, Row, evaluate_on_ranks, fingerprint
 from ds_longft.tools.evaluate.flags import FLAGS, Flags, positive, print_tables, tokens_of
 from ds_longft.tools.evaluate.longppl import STEP, key_places, longppl, read_key_tokens
-from ds_longft.tools.evaluate.texts import (
-    CHARACTERS_A_TOKEN,
-    Language,
-    adds_bos,
-    encode,
-    read_texts,
-)
+from ds_longft.tools.evaluate.texts import CHARACTERS_A_TOKEN, Language, adds_bos, encode, read_texts
 
 if TYPE_CHECKING:
     from ds_longft.tools.evaluate.answering import Answering

@@ -21,7 +21,8 @@ from rich.table import Table
 from ds_longft.errors import ConfigError
 from ds_longft.tools.evaluate.evaluation import Made, Question, Result, Row, evaluate_on_ranks, mean_with_interval
 from ds_longft.tools.evaluate.flags import FLAGS, Flags, default_lengths, listed, print_tables, token_list
-from ds_longft.tools.evaluate.haystack import encode_prompt, fitted
+from ds_longft.tools.evaluate.haystack import chat_prompt, encode_prompt, fitted
+from ds_longft.tools.evaluate.texts import encode
 
 if TYPE_CHECKING:
     from ds_longft.tools.evaluate.answering import Answering
@@ -126,10 +127,7 @@ def coreference(tokenizer: Any, seed: str, units: int) -> Asked:
     wanted = f"{code} {same[1]}"
     turns.append(("user", f"Put {code} in front of the second {form} about {topic}, and repeat it word by word."))
     if tokenizer.chat_template:
-        messages = [{"role": role, "content": content} for role, content in turns]
-        keys = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-        text = tokenizer.apply_chat_template(messages, **keys)
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = encode(tokenizer, chat_prompt(tokenizer, turns))
     else:
         said = "\n\n".join(f"{role.capitalize()}: {content}" for role, content in turns)
         ids = tokenizer(f"{said}\n\nAssistant:", verbose=False)["input_ids"]

@@ -17,7 +17,8 @@ from ds_longft.data.rows import BadRow
 from ds_longft.errors import ConfigError, DataError
 from ds_longft.tools.evaluate.evaluation import Result, Row, evaluate_on_ranks, fingerprint, mean_with_interval
 from ds_longft.tools.evaluate.flags import FLAGS, Flags, positive, print_tables, tokens_of
-from ds_longft.tools.evaluate.haystack import encode_prompt
+from ds_longft.tools.evaluate.haystack import encode_prompt, without_middle
+from ds_longft.tools.evaluate.texts import encode
 
 if TYPE_CHECKING:
     from ds_longft.tools.evaluate.answering import Answering
@@ -43,12 +44,7 @@ RESERVED_TOKENS = 128  # of the window, for the chat template
 
 
 def v2(
-    model: str,
-    data: str,
-    *,
-    max_length: int | str | None = None,
-    limit: int | None = None,
-    flags: Flags = FLAGS,
+    model: str, data: str, *, max_length: int | str | None = None, limit: int | None = None, flags: Flags = FLAGS
 ) -> None:
     """Answer LongBench v2 by the likeliest letter, without generating anything.
 
@@ -86,10 +82,7 @@ def read_choices(data: str, limit: int | None) -> list[dict[str, Any]]:
 def lettered(tokenizer: Any, row: dict[str, Any], longest: int) -> tuple[list[int], list[int]]:
     """The prompt up to where the letters differ, and the token of each letter there."""
     text = PROMPT.format(**row)
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if len(ids) > longest:  # as its own code cuts it: the question comes last
-        half = longest // 2
-        text = "".join(tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:half], ids[-half:]))
+    text = without_middle(tokenizer, text, encode(tokenizer, text), longest)
     whole = [encode_prompt(tokenizer, text, begins=BEGINS + letter) for letter in LETTERS]
     at = next(i for i, tokens in enumerate(zip(*whole, strict=False)) if len(set(tokens)) > 1)
     letters = [ids[at] for ids in whole]

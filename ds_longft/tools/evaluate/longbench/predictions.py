@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ds_longft.errors import ConfigError
 from ds_longft.tools.evaluate.evaluation import Made, Question, Result, evaluate_on_ranks, fingerprint
 from ds_longft.tools.evaluate.flags import FLAGS, Flags, listed, positive, tokens_of
-from ds_longft.tools.evaluate.haystack import encode_prompt
+from ds_longft.tools.evaluate.haystack import encode_prompt, without_middle
 from ds_longft.tools.evaluate.longbench.score import print_scores, scored
 from ds_longft.tools.evaluate.longbench.task_rows import find_copy, read_prompts, read_task
 from ds_longft.tools.evaluate.longbench.tasks import TASKS, Task, check_packages
@@ -111,13 +111,8 @@ def choose_tasks(names: str, *, e: bool) -> list[Task]:
 
 
 def prompt_ids(tokenizer: Any, text: str, task: Task, max_length: int) -> list[int]:
-    """Token ids of a filled template: the middle cut out where it is too long, then put into the chat template.
-
-    As LongBench's code does: both halves are decoded and joined before the template is added, so that the result may be
-    some tokens longer than `max_length`. Few-shot and code tasks are continued as plain text.
+    """Token ids of a filled template, without its middle where it is too long, in the chat template. Few-shot and code
+    tasks are continued as plain text.
     """
-    ids = tokenizer(text, verbose=False)["input_ids"]
-    if len(ids) > max_length:
-        half = max_length // 2
-        text = "".join(tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:half], ids[-half:]))
-    return encode_prompt(tokenizer, text, chat=task.chat)
+    cut = without_middle(tokenizer, text, tokenizer(text, verbose=False)["input_ids"], max_length)
+    return encode_prompt(tokenizer, cut, chat=task.chat)
