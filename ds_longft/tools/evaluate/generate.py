@@ -54,12 +54,9 @@ class Reader:
         `room_tokens`: how many may be added to each; None for none. Memory, with room: a rank's share of the texts'
         tokens, and the room, x layers with keys x kv heads x head size x 2; states of this rank's heads of each text.
         """
-        nothing = (np.full(len(ids), IGNORE_INDEX, dtype=np.int64) for ids in texts)
-        documents = [
-            (np.asarray(ids, dtype=np.int64), none, np.zeros(len(ids), dtype=np.float32))
-            for ids, none in zip(texts, nothing, strict=True)
-        ]
-        pack = pack_of(documents, self.layout.sp)
+        tokens = [np.asarray(ids, dtype=np.int64) for ids in texts]
+        untrained = [(ids, np.full_like(ids, IGNORE_INDEX), np.zeros(len(ids), dtype=np.float32)) for ids in tokens]
+        pack = pack_of(untrained, self.layout.sp)
         batch = shard(pack, self.layout, self.loaded.device)
         mine = pack.part(self.layout.sp, self.layout.sp_rank)
         starts = pack.cu_seqlens[: len(texts)].tolist()
