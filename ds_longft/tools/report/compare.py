@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ds_longft.tools.pages.charts import Line, line_chart
 from ds_longft.tools.pages.shell import facts_table, shell, words_table
-from ds_longft.tools.report.run_facts import RunFacts
+from ds_longft.tools.report.run_facts import RunFacts, points
 from ds_longft.tools.report.tables import overview, progress
 from ds_longft.tools.report.verdict import cost, verdict
 
@@ -24,7 +24,7 @@ def comparison_page(runs: Sequence[RunFacts]) -> str:
     charts = "".join(
         line_chart(
             [
-                Line(name, [(r["step"], r[key]) for r in records(run) if r.get(key) is not None], i)
+                Line(name, points(records(run), key), i)
                 for i, (name, run) in enumerate(zip(names, runs, strict=True))
             ],
             name=title, x_label="optimizer step", y_label="per target token or pair",
@@ -33,13 +33,11 @@ def comparison_page(runs: Sequence[RunFacts]) -> str:
             ("Training loss", "loss", lambda run: run.steps), ("Held-out loss", "eval_loss", lambda run: run.held_out),
         )
     )  # fmt: skip
+    told = words_table(["", *names], different, "Settings of each run") if different else "<p>No setting differs.</p>"
     sections = [
         ("Results", words_table(["", *names], [*results, *costs], "What came of each run")),
         ("Losses", f"<div class=pair>{charts}</div>" if charts else ""),
-        (
-            "What differs",
-            words_table(["", *names], different, "Settings of each run") if different else "<p>No setting differs.</p>",
-        ),
+        ("What differs", told),
         ("What all share", facts_table([(row[0], row[1]) for row in settings if row not in different])),
     ]
     return shell(" and ".join(names), f"{len(runs)} runs compared", "good", sections)

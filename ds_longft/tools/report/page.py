@@ -11,7 +11,7 @@ from typing import Any
 
 from ds_longft.tools.pages.charts import MAX_POINTS, Line, bar_chart, heat_table, line_chart
 from ds_longft.tools.pages.shell import commands, details, facts_table, shell, table, tiles, wide, words_table
-from ds_longft.tools.report.run_facts import TITLES, Evaluation, RunFacts
+from ds_longft.tools.report.run_facts import TITLES, Evaluation, RunFacts, points
 from ds_longft.tools.report.tables import (
     data_line,
     data_rows,
@@ -26,9 +26,7 @@ from ds_longft.tools.report.verdict import cost, duration, verdict
 from ds_longft.train.smooth import FEWEST, running_mean, steps_of_a_mean
 
 HUB = "https://huggingface.co/"
-ON_A_HUB = re.compile(
-    r"[A-Za-z0-9][\w.-]*/[\w.-]+"
-)  # owner/name; a folder may look alike, and then the link leads nowhere
+ON_A_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner/name, or a folder: then the link leads nowhere
 
 
 def html_page(facts: RunFacts) -> str:
@@ -51,12 +49,8 @@ def html_page(facts: RunFacts) -> str:
 def _result(facts: RunFacts) -> str:
     """What a reader wants first: before and after, the cost, the command."""
     rows = [list(row) for row in verdict(facts)]
-    curves = [
-        Line(f"{label}{_of(e, r)}", _curve(r), i)
-        for i, (e, label, r) in enumerate(
-            (e, label, r) for e in facts.evaluations if e.kind == "perplexity" for label, r in e.pair
-        )
-    ]
+    losses = [(e, label, r) for e in facts.evaluations if e.kind == "perplexity" for label, r in e.pair]
+    curves = [Line(f"{label}{_of(e, r)}", _curve(r), i) for i, (e, label, r) in enumerate(losses)]
     chart = line_chart(curves, name="Loss by position", x_label="position, tokens", y_label="nats per token")
     grids = "".join(wide(grid, name) for name, grid in _grids(facts))
     told = [("data", data_line(facts)), ("cost", cost(facts)), ("time", duration(facts))]
@@ -109,44 +103,36 @@ def _run(facts: RunFacts) -> str:
 
 def _training(facts: RunFacts) -> str:
     def line(key: str, label: str, style: int = 0) -> Line:
-        return Line(label, [(r["step"], r[key]) for r in facts.steps if r.get(key) is not None], style)
+        return Line(label, points(facts.steps, key), style)
 
-    held_out = Line("held out", _held_out(facts, "eval_loss"), 1)
-    planned = facts.plan and facts.plan.get("peak_gib")
-    level = (f"planned {planned:.1f}", float(planned)) if isinstance(planned, int | float) else None
+    def held_out(key: str) -> Line:
+        return Line("held out", points(facts.held_out, key), 1)
 
     def smoothed(key: str, label: str) -> list[Line]:
         """What was recorded; of many steps it is pale, and their running mean lies over it."""
-        points = line(key, label).points
-        if len(points) < FEWEST:
-            return [line(key, label)]
-        count = steps_of_a_mean(len(points))
-        drawn = "recorded" if len(points) <= MAX_POINTS else "lowest and highest"
-        return [Line(drawn, points, 4), Line(f"mean of {count}", running_mean(points, count))]
+        recorded = points(facts.steps, key)
+        if len(recorded) < FEWEST:
+            return [Line(label, recorded)]
+        count = steps_of_a_mean(len(recorded))
+        drawn = "recorded" if len(recorded) <= MAX_POINTS else "lowest and highest"
+        return [Line(drawn, recorded, 4), Line(f"mean of {count}", running_mean(recorded, count))]
 
+    planned = facts.plan and facts.plan.get("peak_gib")
+    level = (f"planned {planned:.1f}", float(planned)) if isinstance(planned, int | float) else None
     chart = partial(line_chart, x_label="optimizer step", from_zero=True)
+    losses = [*smoothed("loss", "training"), held_out("eval_loss")]
     padding = [line("padding_percent", "padding", 0), line("data_wait_percent", "waiting for data", 1)]
+    pairs = [line("rewards/accuracies", "training"), held_out("eval_rewards/accuracies")]
     charts = [
-        chart(
-            [*smoothed("loss", "training"), held_out], name="Loss", y_label="per target token or pair", from_zero=False
-        ),
+        chart(losses, name="Loss", y_label="per target token or pair", from_zero=False),
+        chart(pairs, name="Accuracy", y_label="share of pairs") if pairs[0].points else "",
         chart([line("learning_rate", "learning rate")], name="Learning rate", y_label=""),
         chart(smoothed("grad_norm", "norm"), name="Gradient norm", y_label="before clipping"),
         chart(smoothed("tokens_per_s_per_gpu", "tokens/s"), name="Speed", y_label="tokens/s per rank"),
         chart([line("peak_gib", "peak so far, fullest rank")], name="Memory", y_label="GiB per rank", level=level),
         chart(padding, name="Padding and balance", y_label="percent of tokens, percent of time"),
     ]
-    if any("rewards/accuracies" in r for r in facts.steps):  # preference pairs
-        pairs = [
-            line("rewards/accuracies", "training"),
-            Line("held out", _held_out(facts, "eval_rewards/accuracies"), 1),
-        ]
-        charts.insert(1, chart(pairs, name="Accuracy", y_label="share of pairs"))
     return f"<div class=pair>{''.join(charts)}</div>" if any(charts) else ""
-
-
-def _held_out(facts: RunFacts, key: str) -> list[tuple[float, float]]:
-    return [(r["step"], r[key]) for r in facts.held_out if r.get(key) is not None]
 
 
 def _data(facts: RunFacts) -> str:
@@ -162,12 +148,9 @@ def _evaluation(evaluation: Evaluation) -> str:
     results = evaluation.pair
     different = differences_line(evaluation)
     notes = f"<p class=bad>{escape(different)}</p>" if different else ""
-    made = details(
-        "How it was made",
-        "".join(
-            f"<p><b>{label}</b> <small>{escape('; '.join((r['model'], r['date'], settings_line(r))))}</small></p>"
-            for label, r in results
-        ),
+    made = "".join(
+        f"<p><b>{label}</b> <small>{escape('; '.join((r['model'], r['date'], settings_line(r))))}</small></p>"
+        for label, r in results
     )
     columns, rows = evaluation_rows(evaluation)
     numbers = wide(table(columns, rows, evaluation.title), evaluation.title)
@@ -177,7 +160,12 @@ def _evaluation(evaluation: Evaluation) -> str:
         grids = [wide(grid, name) for language in languages for name, grid in _heat(results, language)]
         picture = f"<div class=heats>{''.join(grids)}</div>"
     long = len(rows) > 12 or evaluation.kind == "perplexity"  # its curves are in the first section
-    return notes + picture + (details(f"{len(rows)} numbers", numbers) if long else numbers) + made
+    return (
+        notes
+        + picture
+        + (details(f"{len(rows)} numbers", numbers) if long else numbers)
+        + (details("How it was made", made))
+    )
 
 
 def _curve(result: dict[str, Any]) -> list[tuple[float, float]]:
@@ -215,11 +203,9 @@ def _sample(sample: dict[str, Any]) -> str:
     right = sample.get("exact", sample.get("right"))
     wanted = sample["answer"] if sample["answers"] is None else ", ".join(sample["answers"])
     place = ""
-    if sample["length_tokens"] is not None:
+    if (tokens := sample["length_tokens"]) is not None:
         depths = ", ".join(f"{100 * d:.0f} %" for d in sample["stands_at"])
-        place = (
-            f"<small>{sample['length_tokens']:,} tokens, at {depths}: {escape(' '.join(sample['hidden']))}</small><br>"
-        )
+        place = f"<small>{tokens:,} tokens, at {depths}: {escape(' '.join(sample['hidden']))}</small><br>"
     verdict = "right" if right else "wrong"
     return (
         f"<li>{place}{escape(sample['question'])}<br>expected {escape(wanted)}, "

@@ -113,6 +113,11 @@ class RunFacts:
         """Whether the page should be made again soon."""
         return self.status.startswith("running")
 
+    @property
+    def steps_s(self) -> float:
+        """Time of all optimizer steps."""
+        return float(sum(r["step_s"] for r in self.steps if r.get("step_s") is not None))
+
 
 def gather_facts(folder: Path) -> RunFacts:
     """Read a run's folder.
@@ -166,6 +171,11 @@ def gather_facts(folder: Path) -> RunFacts:
     )
 
 
+def points(records: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    """(step, value) of the records that have one."""
+    return [(r["step"], r[key]) for r in records if r.get(key) is not None]
+
+
 def _number(path: Path) -> tuple[int, str]:
     tail = path.name.rpartition("-")[2]
     return (int(tail) if tail.isdigit() else -1, path.name)
@@ -175,14 +185,12 @@ def _status(folder: Path, status: dict[str, Any], records: list[dict[str, Any]])
     """How the run stands, and the error that ended it."""
     code, error = status.get("exit_code"), status.get("error")
     last = f"step {records[-1]['step']}" if records else "no step yet"
-    if code is None:
-        file = folder / "metrics.jsonl"
-        age_s = time.time() - file.stat().st_mtime if file.exists() else 0.0
-        if age_s > SILENT_S:
-            return f"silent for {age_s / 60:.0f} minutes, {last}", error
-        return f"running, {last}", error
-    known = {0: "done", 64: "config or data refused", 70: "not finite", 71: "hung", 75: "stopped and saved"}
-    return f"{known.get(code, 'failed')} (exit code {code}), {last}", error
+    if code is not None:
+        known = {0: "done", 64: "config or data refused", 70: "not finite", 71: "hung", 75: "stopped and saved"}
+        return f"{known.get(code, 'failed')} (exit code {code}), {last}", error
+    file = folder / "metrics.jsonl"
+    age_s = time.time() - file.stat().st_mtime if file.exists() else 0.0
+    return f"silent for {age_s / 60:.0f} minutes, {last}" if age_s > SILENT_S else f"running, {last}", error
 
 
 def _evaluations(folder: Path, unreadable: list[str]) -> list[Evaluation]:

@@ -61,15 +61,15 @@ def progress(facts: RunFacts) -> Pairs:
         values = [r["eval_loss"] for r in facts.held_out]
         pairs.append(("held-out loss", " → ".join(f"{v:.4f}" for v in dict.fromkeys((values[0], values[-1])))))
     timed = facts.steps[1:] or facts.steps  # the first step warms up
-    pairs.append(("speed", f"{fmean(_known(timed, 'tokens_per_s_per_gpu')):,.0f} tokens/s per rank"))
-    pairs.append(("peak memory", f"{max(_known(facts.steps, 'peak_gib')):.1f} GiB per rank"))
-    pairs.append(("padding", f"{fmean(_known(facts.steps, 'padding_percent')):.1f} %"))
-    pairs.append(("time in steps", f"{sum(_known(facts.steps, 'step_s')) / 60:.1f} min"))
-    skipped = sum("skipped" in r for r in facts.steps)
-    if skipped:
+    pairs += [
+        ("speed", f"{fmean(_known(timed, 'tokens_per_s_per_gpu')):,.0f} tokens/s per rank"),
+        ("peak memory", f"{max(_known(facts.steps, 'peak_gib')):.1f} GiB per rank"),
+        ("padding", f"{fmean(_known(facts.steps, 'padding_percent')):.1f} %"),
+        ("time in steps", f"{facts.steps_s / 60:.1f} min"),
+    ]
+    if skipped := sum("skipped" in r for r in facts.steps):
         pairs.append(("skipped steps", f"{skipped} (not finite)"))
-    spikes = [r["step"] for r in facts.steps if "loss_spike" in r]
-    if spikes:
+    if spikes := [r["step"] for r in facts.steps if "loss_spike" in r]:
         pairs.append(("loss spikes", f"{len(spikes)}, the last at step {spikes[-1]}"))
     return pairs
 
@@ -81,15 +81,8 @@ def _known(records: Sequence[dict[str, Any]], key: str) -> list[float]:
 
 def data_rows(statistics: dict[str, Any]) -> Pairs:
     """Statistics of one set."""
-    left_out = [
-        f"{statistics[key]:,} {words}"
-        for key, words in (
-            ("bad_rows", "bad"),
-            ("overlong_rows_dropped", "too long"),
-            ("truncated_rows", "cut in the middle"),
-        )
-        if statistics.get(key)
-    ]
+    words = {"bad_rows": "bad", "overlong_rows_dropped": "too long", "truncated_rows": "cut in the middle"}
+    left_out = [f"{statistics[key]:,} {word}" for key, word in words.items() if statistics.get(key)]
     pairs = [
         ("rows", f"{statistics['rows']:,}"),
         ("tokens", f"{statistics['tokens']:,}"),
@@ -124,7 +117,6 @@ def evaluation_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]
         return suite_rows(evaluation.pair[-1][1])
     values = {label: _figures(result) for label, result in evaluation.pair}
     names = list(dict.fromkeys(name for figures in values.values() for name in figures))
-    columns = ["", *values]
     both = len(values) == 2
     rows = []
     for name in names:
@@ -135,7 +127,7 @@ def evaluation_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]
             before, after = cells
             row.append("" if before is None or after is None else f"{after - before:+.{digits}f}")
         rows.append(row)
-    return columns + (["difference"] if both else []), rows
+    return ["", *values, *["difference"] * both], rows
 
 
 def suite_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -200,8 +192,7 @@ def _figures(result: dict[str, Any]) -> dict[str, float | None]:
 
 def settings_line(result: dict[str, Any]) -> str:
     """How a result was made, in one line."""
-    hidden = {"weights"}
-    shown = {k: v for k, v in result["settings"].items() if k not in hidden and v not in (None, False, [])}
+    shown = {k: v for k, v in result["settings"].items() if k != "weights" and v not in (None, False, [])}
     return "; ".join(f"{key.replace('_', ' ')} {_list(value)}" for key, value in shown.items())
 
 
@@ -226,7 +217,7 @@ def reproduce(facts: RunFacts) -> list[str]:
     again, sp = f"{facts.folder}-again", str(facts.machine.get("sp") or 1)
     config = str(facts.folder / "config.yaml")
     gpus = ["--gpus", str(facts.machine.get("world") or 1)]
-    commands = [["ds-longft", "train", config, *gpus, "--sp", sp, "--output_dir", again]]
+    commands = [["train", config, *gpus, "--sp", sp, "--output_dir", again]]
     for evaluation in facts.evaluations:
         for label, result in evaluation.pair:
             kind = result["kind"]
@@ -234,8 +225,8 @@ def reproduce(facts: RunFacts) -> list[str]:
             called = "longbench run" if kind.startswith("longbench") else kind.partition("-")[0]
             name = ["--name", evaluation.name] if evaluation.name != kind else []
             before = ["--before"] if label == "before" else []
-            commands.append(["ds-longft", "eval", *called.split(), again, *words(result["settings"]), *name, *before])
-    return [shlex.join(command) for command in commands]
+            commands.append(["eval", *called.split(), again, *words(result["settings"]), *name, *before])
+    return [shlex.join(["ds-longft", *command]) for command in commands]
 
 
 def _needle_words(settings: dict[str, Any]) -> list[str]:

@@ -27,7 +27,7 @@ def verdict(facts: RunFacts) -> list[Row]:
 def cost(facts: RunFacts) -> str:
     """GPU hours of the steps, e.g. `0.6 GPU hours (8 x H100)`; empty where nothing was trained."""
     world, device = facts.machine.get("world") or 1, str(facts.machine.get("device") or "unknown")
-    hours = world * sum(r["step_s"] for r in facts.steps if r.get("step_s") is not None) / 3600
+    hours = world * facts.steps_s / 3600
     if not hours:
         return ""
     return f"{hours:.3g} {'CPU process' if device.lower() == 'cpu' else 'GPU'} hours ({world} x {device})"
@@ -35,8 +35,9 @@ def cost(facts: RunFacts) -> str:
 
 def duration(facts: RunFacts) -> str:
     """Time of the steps, of the start before them, and when it ended, e.g. `8.0 min of steps, 1.1 min of start-up`."""
-    steps_s = sum(r["step_s"] for r in facts.steps if r.get("step_s") is not None)
-    parts = [f"{s / 60:.1f} min of {what}" for s, what in ((steps_s, "steps"), (facts.start_up_s, "start-up")) if s]
+    parts = [
+        f"{s / 60:.1f} min of {what}" for s, what in ((facts.steps_s, "steps"), (facts.start_up_s, "start-up")) if s
+    ]
     return ", ".join(parts) + (f"; ended {facts.ended}" if facts.ended else "")
 
 
