@@ -16,7 +16,6 @@ import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
-from itertools import chain
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
@@ -67,11 +66,9 @@ def bind(function: Callable[..., Any], name: str, argv: list[str]) -> inspect.Bo
     that do not exist (and the nearest that does), values of another type, arguments missing or one too many.
     """
     parameters = _parameters(function)
-    texts: dict[str, Any] = {}
-    parsed, rest = _parser(function, name, shown=False).parse_known_args(
-        [_underscored(word, parameters) for word in argv]
-    )
-    texts |= vars(parsed)
+    given = [_underscored(word, parameters) for word in argv]
+    parsed, rest = _parser(function, name, shown=False).parse_known_args(given)
+    texts: dict[str, Any] = vars(parsed)
     problems = []
     keys = [p.name for p in parameters.values() if p.annotation == RunKeys]
     flags, words = _unknown(rest)
@@ -104,8 +101,8 @@ def bind(function: Callable[..., Any], name: str, argv: list[str]) -> inspect.Bo
     bound = inspect.BoundArguments(inspect.signature(function), {})
     for p in inspect.signature(function, eval_str=True).parameters.values():
         if is_dataclass(p.annotation):
-            given = {field.name: values[field.name] for field in fields(p.annotation) if field.name in values}
-            bound.arguments[p.name] = replace(p.default, **given)
+            shared = {field.name: values[field.name] for field in fields(p.annotation) if field.name in values}
+            bound.arguments[p.name] = replace(p.default, **shared)
         elif p.name in values:
             bound.arguments[p.name] = values[p.name]
     return bound
@@ -113,14 +110,12 @@ def bind(function: Callable[..., Any], name: str, argv: list[str]) -> inspect.Bo
 
 def as_words(arguments: dict[str, Any]) -> list[str]:
     """Arguments as the words of a command line, for a process that is started with them."""
-    keys = [value for value in arguments.values() if isinstance(value, tuple)]
-    shared = [vars(value).items() for value in arguments.values() if is_dataclass(value)]
-    flags = [
-        f"--{key}" if value is True else f"--{key}={value}"
-        for key, value in chain(((k, v) for k, v in arguments.items() if not is_dataclass(v)), *shared)
-        if value is not None and value is not False and not isinstance(value, tuple)
-    ]
-    return [*chain(*keys), *flags]
+    words = [word for value in arguments.values() if isinstance(value, tuple) for word in value]
+    flags = {key: value for key, value in arguments.items() if not is_dataclass(value) and not isinstance(value, tuple)}
+    for shared in filter(is_dataclass, arguments.values()):
+        flags |= vars(shared)
+    given = {key: value for key, value in flags.items() if value is not None and value is not False}
+    return [*words, *(f"--{key}" if value is True else f"--{key}={value}" for key, value in given.items())]
 
 
 def tokens_of(flag: str, value: int | str) -> int:
@@ -160,22 +155,23 @@ class _Constants(dict[str, Any]):
 
     def __missing__(self, name: str) -> Any:
         for node in self.tree.body:
-            if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
-                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                if name in [target.id for target in targets if isinstance(target, ast.Name)]:
-                    code = compile(ast.Expression(node.value), self.module, "eval", dont_inherit=True)
+            match node:
+                case (
+                    ast.Assign(targets=[ast.Name(id=found)], value=ast.expr() as value)
+                    | ast.AnnAssign(target=ast.Name(id=found), value=ast.expr() as value)
+                ) if found == name:
                     try:
+                        code = compile(ast.Expression(value), self.module, "eval", dont_inherit=True)
                         return eval(code, {}, self)
                     except Exception:  # it is computed
                         return getattr(importlib.import_module(self.module), name)
-            if isinstance(node, ast.ImportFrom) and node.module:
-                for alias in node.names:
-                    if name == (alias.asname or alias.name) and node.module.startswith("ds_longft"):
-                        return _Constants(node.module, _source_of(node.module)[1])[alias.name]
-                    if name == (alias.asname or alias.name):
-                        return getattr(importlib.import_module(node.module), alias.name)
-            if isinstance(node, ast.ClassDef) and node.name == name:
-                return getattr(importlib.import_module(self.module), name)
+                case ast.ClassDef(name=found) if found == name:
+                    return getattr(importlib.import_module(self.module), name)
+                case ast.ImportFrom(module=str(source), names=names):
+                    for alias in (alias for alias in names if name == (alias.asname or alias.name)):
+                        if source.startswith("ds_longft"):
+                            return _Constants(source, _source_of(source)[1])[alias.name]
+                        return getattr(importlib.import_module(source), alias.name)
         raise KeyError(name)
 
 

@@ -35,29 +35,25 @@ PAIRS = "a pair is two documents of this length, prompt and chosen and prompt an
 
 def length_table(plans: list[Plan], question: Question) -> Table:
     """Longest pack of each way, most tokens first within each sp; of pairs, the longest documents."""
-    caption = (
-        f"{question.gpu.name} ({question.gpu.source}); reserve of 6 % not used; tokens/s of all {question.gpus} GPUs"
-    )
-    if question.model.max_positions:
-        caption += (
-            f"\nthe model's window is {question.model.max_positions:,} tokens; for longer documents set model.rope.type"
-        )
-    longest = "longest pack"
-    if question.objective == "dpo":
-        longest = "longest documents"
-        caption += f"\n{PAIRS}; reference: {question.reference}; one pass where not said"
-    caption += "".join(f"\n{line}" for line in estimated(question.model))
-    table = Table("sp", longest, "recomputation, JSON", "peak GiB", "host GiB", "step s", "tokens/s", caption=caption)
+    gpu, window, pairs = question.gpu, question.model.max_positions, question.objective == "dpo"
+    caption = [f"{gpu.name} ({gpu.source}); reserve of 6 % not used; tokens/s of all {question.gpus} GPUs"]
+    if window:
+        caption.append(f"the model's window is {window:,} tokens; for longer documents set model.rope.type")
+    if pairs:
+        caption.append(f"{PAIRS}; reference: {question.reference}; one pass where not said")
+    caption += estimated(question.model)
+    longest = "longest documents" if pairs else "longest pack"
+    columns = ("sp", longest, "recomputation, JSON", "peak GiB", "host GiB", "step s", "tokens/s")
+    table = Table(*columns, caption="\n".join(caption))
     for p in sorted(plans, key=lambda p: (p.setting.sp, -p.setting.tokens)):
-        table.add_row(
-            str(p.setting.sp),
-            f"{question.length(p.setting):,}",
-            p.label,
+        host_gib = p.memory.host * p.setting.world / GIB
+        numbers = (
             f"{p.memory.peak_gib:.1f}",
-            f"{p.memory.host * p.setting.world / GIB:.0f}",
+            f"{host_gib:.0f}",
             f"{p.time.total_s:.1f}",
             f"{p.time.tokens_per_s:,.0f}",
         )
+        table.add_row(str(p.setting.sp), f"{question.length(p.setting):,}", p.label, *numbers)
     return table
 
 
@@ -104,56 +100,54 @@ def length_in_words(plan: Plan, question: Question) -> str:
 
 def recipe(plan: Plan, question: Question, model: str) -> str:
     """The plan as a run config, ready but for the data."""
-    x = plan.setting
-    train: dict[str, Any] = {"recompute": x.recompute}
-    if x.recompute == "every_k":
-        train["recompute_every"] = x.every
-    base_gib = question.base_gib if x.base == "host" else 0.0
-    kept_gib = plan.memory.host * x.world / GIB - base_gib
-    if kept_gib > 0 and x.host_gib:
-        train["offload_host_gib"] = min(x.host_gib, math.ceil(kept_gib))
-    if plan.memory.disk:
-        train["offload_disk"] = "/path/on/nvme"
-    if x.tile_tokens:
-        train["mlp_tile_tokens"] = x.tile_tokens
-    if x.kv_heads:
-        train["kv_heads_at_a_time"] = x.kv_heads
-    pairs = question.objective == "dpo"
+    x, gpu = plan.setting, question.gpu
     max_length, window = question.length(x), question.model.max_positions
-    stretch: dict[str, Any] = {"rope": {"type": "abf"}} if window and max_length > window else {}
-    asked = {"kernel": question.kernel} if question.kernel else {}
-    if not question.fused:
-        asked["liger"] = "off"
-    if x.base in STREAMED:
-        asked["base"] = x.base
-    if x.quantize and x.quantize != "mxfp4":
-        asked["quantize"] = x.quantize
-    experts = {"experts": True} if x.lora_experts else {}
+    stretched = bool(window) and max_length > window
+    kept_gib = plan.memory.host * x.world / GIB - (question.base_gib if x.base == "host" else 0.0)
+    pairs = {"objective": "dpo", "dpo": {"reference": x.reference, "passes": x.passes}}
     content: dict[str, Any] = {
         "ds_config": plan.ds_config,
         "output_dir": "runs/planned",
         "sp": x.sp,
-        **({"objective": "dpo", "dpo": {"reference": x.reference, "passes": x.passes}} if pairs else {}),
-        "model": {"path": model, **asked, **stretch},
-        "lora": None if x.lora_r is None else {"r": x.lora_r, "alpha": 2 * x.lora_r, **experts},
+        **(pairs if question.objective == "dpo" else {}),
+        "model": _chosen(
+            path=model,
+            kernel=question.kernel,
+            liger="" if question.fused else "off",
+            base=x.base if x.base in STREAMED else "",
+            quantize=x.quantize if x.quantize != "mxfp4" else "",
+            rope={"type": "abf"} if stretched else {},
+        ),
+        "lora": None if x.lora_r is None else _chosen(r=x.lora_r, alpha=2 * x.lora_r, experts=x.lora_experts),
         "data": {"train": ["data/train.jsonl"], "max_length_tokens": max_length},
         "optim": _optim(x, LEARNING_RATES[question.objective, x.lora_r is not None]),
-        "train": train,
+        "train": _chosen(
+            recompute=x.recompute,
+            recompute_every=x.every if x.recompute == "every_k" else 0,
+            offload_host_gib=min(x.host_gib, math.ceil(kept_gib)) if kept_gib > 0 else 0,
+            offload_disk="/path/on/nvme" if plan.memory.disk else "",
+            mlp_tile_tokens=x.tile_tokens,
+            kv_heads_at_a_time=x.kv_heads,
+        ),
     }
     head = (
-        f"# Planned for {question.gpus} x {question.gpu.name} ({question.gpu.source}), "
-        f"{length_in_words(plan, question)} per pack:\n"
-        f"# peak {plan.memory.peak_gib:.1f} of {question.gpu.memory_gib:.1f} GiB, {plan.time.total_s:.1f} s per step "
+        f"# Planned for {question.gpus} x {gpu.name} ({gpu.source}), {length_in_words(plan, question)} per pack:\n"
+        f"# peak {plan.memory.peak_gib:.1f} of {gpu.memory_gib:.1f} GiB, {plan.time.total_s:.1f} s per step "
         f"with {x.kernel}, {plan.time.tokens_per_s:,.0f} tokens/s of all GPUs, {x.dp} "
         f"pack{'s' * (x.dp > 1)} per step.\n"
     )
-    if stretch:
+    if stretched:
         head += (
             f"# The model's window is {window:,} tokens: model.rope stretches it, and training has to teach its use.\n"
         )
     if x.reference == "precomputed":
         head += "#   ds-longft data ref_logps this.yaml --data.train my.jsonl\n"
     return head + "#   deepspeed launch/train.py this.yaml --data.train my.jsonl\n" + dump_yaml(content)
+
+
+def _chosen(**keys: Any) -> dict[str, Any]:
+    """Those keys that are set."""
+    return {key: value for key, value in keys.items() if value}
 
 
 def _optim(x: Setting, adam: float) -> dict[str, Any]:
