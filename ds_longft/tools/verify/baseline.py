@@ -6,7 +6,8 @@ loading of the weights and the placing of adapters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from ds_longft.batch import Pack
-from ds_longft.config.run_config import RunConfig
+from ds_longft.config.run_config import DpoConfig, RunConfig
 from ds_longft.exactness.engine_step import Gradients
 from ds_longft.exactness.isolation import decoder_of
 from ds_longft.layout import ParallelLayout
@@ -28,6 +29,8 @@ from ds_longft.model.load import load_config, load_model, trained_rows
 from ds_longft.model.lora import add_lora
 from ds_longft.model.packed import unpack
 from ds_longft.model.rope_lengths import set_rope_lengths
+from ds_longft.objectives.objective import reference_of
+from ds_longft.objectives.pair_loss import pair_losses
 from ds_longft.tools.verify.verified_run import wake_adapters
 
 
@@ -87,10 +90,6 @@ def attention_name(hf_config: Any) -> str:
     return "eager" if softcap or hf_config.model_type == "gpt_oss" else "sdpa"
 
 
-Scales = Callable[[nn.Module, Pack], tuple[float, dict[int, float]]]
-"""For a pack of pairs: the sum of their losses, and what each document's token losses are multiplied with."""
-
-
 def baseline_step(
     model: nn.Module,
     packs: Sequence[Pack],
@@ -98,14 +97,16 @@ def baseline_step(
     device: torch.device,
     rank: int,
     world: int,
-    pair_scales: Scales | None = None,
+    dpo: DpoConfig | None = None,
 ) -> Baseline:
-    """Loss and gradients of one step over `packs`; ranks share the packs out and add up. Collective."""
+    """Loss and gradients of one step over `packs`, of pairs where `dpo` is given; ranks share the packs out and add up.
+    Collective.
+    """
     token_losses = [np.zeros(pack.tokens) for pack in packs]
     of_pairs = torch.zeros((), dtype=torch.float64, device=device)
     with without_dropout(model):
         for i in range(rank, len(packs), world):
-            loss_of_pairs, scales = pair_scales(model, packs[i]) if pair_scales is not None else (0.0, {})
+            loss_of_pairs, scales = (0.0, {}) if dpo is None else pair_scales(model, packs[i], dpo, device)
             of_pairs += loss_of_pairs
             for a, b, losses in document_losses(model, packs[i], device):
                 (losses.sum() * scales.get(a, 1.0) / total_weight).backward()
@@ -127,7 +128,7 @@ def baseline_step(
     whole = losses_of_all.cpu().numpy()
     borders = np.cumsum([0, *(pack.tokens for pack in packs)])
     return Baseline(
-        Gradients((float(whole.sum()) if pair_scales is None else float(of_pairs)) / total_weight, grads),
+        Gradients((float(whole.sum()) if dpo is None else float(of_pairs)) / total_weight, grads),
         [whole[a:b] for a, b in pairwise(borders)],
     )
 
@@ -166,3 +167,37 @@ def document_losses(model: nn.Module, pack: Pack, device: torch.device) -> Itera
     for of in document_logits(model, pack, device):
         losses = torch.zeros(of.stop - of.start, device=device)
         yield of.start, of.stop, losses.index_add(0, of.rows, of.losses)
+
+
+@torch.no_grad()
+def pair_scales(model: nn.Module, pack: Pack, dpo: DpoConfig, device: torch.device) -> tuple[float, dict[int, float]]:
+    """(weighted sum of the pairs' losses, what the loss multiplies each document's token losses with, by its first
+    token).
+
+    The log-probabilities come from documents one at a time; the reference is the same model without adapters, or, where
+    every weight is trained, the model itself, which nothing has changed yet.
+    """
+    if not pack.pairs:  # padding alone
+        return 0.0, {}
+    count = len(pack.pairs)
+    starts = pack.cu_seqlens[: 2 * count].tolist()
+    policy = _logps(model, pack, starts, device)
+    reference = None
+    if reference_of(dpo, lora=hasattr(model, "peft_config")) != "none":
+        with model.disable_adapter() if hasattr(model, "peft_config") else nullcontext():  # type: ignore[operator]
+            reference = _logps(model, pack, starts, device)
+    targets = [float((pack.loss_weights[a:b] != 0).sum()) for a, b in zip(starts, pack.cu_seqlens[1:], strict=False)]
+    lengths = torch.tensor(targets, dtype=torch.float64, device=device).clamp_min(1.0).view(-1, 2)
+    weights = torch.from_numpy(pack.pairs.weights.astype(np.float64)).to(device)
+    pairs = pair_losses(policy, reference, lengths, dpo)
+    # The token losses are -log p.
+    scales = (-pairs.gradient * weights[:, None]).flatten().tolist()
+    return float(pairs.losses @ weights), dict(zip(starts, scales, strict=True))
+
+
+def _logps(model: nn.Module, pack: Pack, starts: list[int], device: torch.device) -> Any:
+    """[P, 2] float64; 0 for a document without a target."""
+    sums = dict.fromkeys(starts, 0.0)
+    for a, _, losses in document_losses(model, pack, device):
+        sums[a] = -float(losses.double().sum())
+    return torch.tensor(list(sums.values()), dtype=torch.float64, device=device).view(-1, 2)

@@ -1,38 +1,48 @@
-"""The checks in the order that needs least memory: reference model, engine, what it saved, kernels."""
+"""The checks in the order that needs least memory: reference model, engine, what it saved, kernels; what they found."""
 
 from __future__ import annotations
 
 import gc
+import json
 import os
 import platform
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
+from ds_longft.batch import Pack
 from ds_longft.config.check import preflight
 from ds_longft.config.ds_json import Device
 from ds_longft.config.run_config import RunConfig
 from ds_longft.errors import ModelError
 from ds_longft.exactness.finding import Finding
-from ds_longft.exactness.packs import weight_of
+from ds_longft.exactness.packs import documents_of, weight_of
 from ds_longft.ranks.join import Launch, join
 from ds_longft.tools import quickstart
+from ds_longft.tools.look.colour import coloured
 from ds_longft.tools.verify.baseline import baseline_model, baseline_step
 from ds_longft.tools.verify.command import Options
 from ds_longft.tools.verify.engine_checks import check_engine
-from ds_longft.tools.verify.findings_table import print_report, trained_text
 from ds_longft.tools.verify.kernel_error import check_kernels
-from ds_longft.tools.verify.pair_scales import pair_scales
 from ds_longft.tools.verify.quantized_distance import check_distance
 from ds_longft.tools.verify.saving import check_saved
 from ds_longft.tools.verify.verified_run import VerifiedRun, first_layers
+
+MAX_CHARS = 400  # of a stretch without targets
+FILE_WIDTH = 180  # of the table where there is no terminal to ask
 
 
 def run_checks(config: RunConfig, options: Options, launch: Launch, device: Device) -> int:
@@ -58,7 +68,7 @@ def run_checks(config: RunConfig, options: Options, launch: Launch, device: Devi
     if launch.rank == 0:
         if options.layers is not None:
             facts["model"] = f"the first {options.layers} layers of {config.model.path}"
-        print_report(findings, facts, sample, as_json=options.json)
+        _print_report(findings, facts, sample, as_json=options.json)
     agreement.gather(None)
     dist.destroy_process_group()
     return 1 if any(f.ok is False for f in findings) else 0
@@ -83,9 +93,8 @@ def verify_model(
     reference = None
     if checks & {1, 6}:
         model = baseline_model(subject.config, subject.dtype, device)
-        pairs = subject.config.documents_per_row > 1
-        scales = partial(pair_scales, dpo=subject.config.dpo, device=device) if pairs else None
-        reference = baseline_step(model, packs, weight_of(packs), device, layout.rank, layout.world, scales)
+        dpo = subject.config.dpo if subject.config.documents_per_row > 1 else None
+        reference = baseline_step(model, packs, weight_of(packs), device, layout.rank, layout.world, dpo)
         del model
         _free()
     with tempfile.TemporaryDirectory(prefix="ds_longft-verify-") as work:
@@ -116,7 +125,7 @@ def verify_model(
         "tokens": sum(pack.tokens - pack.padding_tokens for pack in packs),
         "documents": sum(len(pack.cu_seqlens) - 1 - bool(pack.padding_tokens) for pack in packs),
     }
-    return [f for number in sorted(found) for f in found[number]], facts, trained_text(packs[0], subject.tokenizer)
+    return [f for number in sorted(found) for f in found[number]], facts, _trained_text(packs[0], subject.tokenizer)
 
 
 def _free() -> None:
@@ -124,3 +133,45 @@ def _free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _trained_text(pack: Pack, tokenizer: Any) -> Text:
+    """The first document of a pack that trains something, decoded; what the model learns to write is green."""
+    documents = [d for d in documents_of(pack) if d[2].any()]
+    if not documents:
+        return Text()
+    ids, _, weights = documents[0]
+    trained = np.concatenate([[False], weights[:-1] != 0])  # a token is trained by the label of the one before it
+    edges = [0, *(np.flatnonzero(trained[1:] != trained[:-1]) + 1).tolist(), len(ids)]
+    return coloured(((tokenizer.decode(ids[a:b]), float(trained[a])) for a, b in pairwise(edges)), MAX_CHARS)
+
+
+def _print_report(findings: list[Finding], facts: dict[str, Any], sample: Text | None, *, as_json: bool) -> None:
+    """One table, or one JSON object with the same content."""
+    failed = [f for f in findings if f.ok is False]
+    if as_json:
+        names = {"tolerance": "allowed"}
+        rows = [{names.get(key, key): value for key, value in asdict(f).items()} for f in findings]
+        print(json.dumps({"ok": not failed, **facts, "findings": rows}), flush=True)
+        return
+    width = None if sys.stdout.isatty() else FILE_WIDTH
+    console = Console(highlight=False, width=width)
+    if sample:
+        console.rule("one document as it is trained: the model learns to write what is green", align="left")
+        console.print(sample, soft_wrap=True)
+        console.rule()
+    console.print(", ".join(f"{key} {value}" for key, value in facts.items()))
+    table = Table("check", "what", "measured", "allowed", "", "cause or remark")
+    before = ""
+    for f in findings:
+        verdict = Text("-", "dim") if f.ok is None else Text("ok", "green") if f.ok else Text("FAILED", "bold red")
+        table.add_row(f.check if f.check != before else "", f.what, f.measured, f.tolerance, verdict, f.note)
+        before = f.check
+    console.print(table)
+    judged = sum(f.ok is not None for f in findings)
+    if failed:
+        console.print(
+            f"[bold red]{len(failed)} of {judged} findings failed[/]: this run would not train what it should."
+        )
+    else:
+        console.print(f"[bold green]All {judged} findings passed.[/]")
