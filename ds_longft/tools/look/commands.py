@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as json_text
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,6 @@ from ds_longft.data.stream import Stream
 from ds_longft.data.tokenize import Input, tokenize_sources
 from ds_longft.errors import ConfigError, DataError, ModelError
 from ds_longft.model.hidden_torch import show_torch
-from ds_longft.tools.look.colour import coloured
 from ds_longft.tools.look.cost import cost_of_run
 from ds_longft.tools.look.statistics import GROUP_COLUMNS, Statistics, facts, kept_in_words, statistics
 
@@ -228,6 +227,24 @@ def inspect(
         used = f"{at:,} of {max(at, run.budget_tokens):,} tokens"  # a longer row has a pack of its length
         line = f"pack {pack}: {len(heads)} documents, {used}, {targets:,} trained {shown_as}"
     console.print(f"\n{line}", markup=False, soft_wrap=True)
+
+
+def coloured(parts: Iterable[tuple[str, float]], max_chars: int, *, marked: bool = False) -> Text:
+    """(text, weight) pieces in a row; those without weight are cut where they are longer than `max_chars`.
+
+    `marked`: brackets too, where no colour is seen.
+    """
+    text = Text()
+    for piece, weight in parts:
+        if weight:
+            text.append(f"[[{piece}]]" if marked else piece, style="bold green")
+        elif len(piece) > max_chars:
+            half = max_chars // 2
+            text.append(piece[:half]).append(f" [... {len(piece) - 2 * half:,} characters ...] ", style="dim")
+            text.append(piece[-half:] if half else "")
+        else:
+            text.append(piece)
+    return text
 
 
 def _parts(one: TokenizedRow, tokenizer: Any, weighting: Weighting) -> list[tuple[str, float]]:

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ds_longft.errors import ConfigError
-from ds_longft.tools.report.compare import MOST_RUNS, comparison_page
 from ds_longft.tools.report.markdown import markdown_page
-from ds_longft.tools.report.page import html_page
+from ds_longft.tools.report.page import MOST_RUNS, comparison_page, html_page
 from ds_longft.tools.report.run_facts import RunFacts, gather_facts
 
 CARD_MARK = "<!-- ds-longft report -->"

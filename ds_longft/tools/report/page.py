@@ -1,7 +1,8 @@
-"""The page: one HTML file with everything in it. No network, no fonts, no pictures beside it."""
+"""The page of a run, or of several beside each other: one HTML file. No network, no fonts, no pictures beside it."""
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Iterable, Sequence
@@ -27,6 +28,8 @@ from ds_longft.train.smooth import FEWEST, running_mean, steps_of_a_mean
 
 HUB = "https://huggingface.co/"
 ON_A_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner/name, or a folder: then the link leads nowhere
+
+MOST_RUNS = 5  # a chart has five colours
 
 
 def html_page(facts: RunFacts) -> str:
@@ -221,3 +224,46 @@ def _again(facts: RunFacts) -> str:
 def _in_order(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
     order = list(TITLES)
     return sorted(evaluations, key=lambda e: (order.index(e.kind) if e.kind in order else len(order), e.name))
+
+
+def comparison_page(runs: Sequence[RunFacts]) -> str:
+    """The whole page."""
+    names = _names(runs)
+    settings = _by_key([dict(overview(run)) for run in runs])
+    different = [row for row in settings if len(set(row[1:])) > 1]
+    results = _by_key([{**{what: after for what, _, after in verdict(run)}, **dict(progress(run))} for run in runs])
+    costs = [["cost", *(cost(run) or "-" for run in runs)]]
+    charts = "".join(
+        line_chart(
+            [
+                Line(name, points(records(run), key), i)
+                for i, (name, run) in enumerate(zip(names, runs, strict=True))
+            ],
+            name=title, x_label="optimizer step", y_label="per target token or pair",
+        )
+        for title, key, records in (
+            ("Training loss", "loss", lambda run: run.steps), ("Held-out loss", "eval_loss", lambda run: run.held_out),
+        )
+    )  # fmt: skip
+    told = words_table(["", *names], different, "Settings of each run") if different else "<p>No setting differs.</p>"
+    sections = [
+        ("Results", words_table(["", *names], [*results, *costs], "What came of each run")),
+        ("Losses", f"<div class=pair>{charts}</div>" if charts else ""),
+        ("What differs", told),
+        ("What all share", facts_table([(row[0], row[1]) for row in settings if row not in different])),
+    ]
+    return shell(" and ".join(names), f"{len(runs)} runs compared", "good", sections)
+
+
+def _names(runs: Sequence[RunFacts]) -> list[str]:
+    """Folder names; where two are alike their paths below the folder that holds all of them."""
+    short, paths = [run.folder.name for run in runs], [run.folder.absolute() for run in runs]
+    if len(set(short)) == len(short) or len(set(paths)) < len(paths):
+        return short
+    above = os.path.commonpath(paths)
+    return [str(path.relative_to(above)) for path in paths]
+
+
+def _by_key(of_runs: Sequence[dict[str, str]]) -> list[list[str]]:
+    keys = dict.fromkeys(key for facts in of_runs for key in facts)
+    return [[key, *(facts.get(key, "-") for facts in of_runs)] for key in keys]

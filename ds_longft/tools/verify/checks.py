@@ -32,7 +32,7 @@ from ds_longft.exactness.finding import Finding
 from ds_longft.exactness.packs import documents_of, weight_of
 from ds_longft.ranks.join import Launch, join
 from ds_longft.tools import quickstart
-from ds_longft.tools.look.colour import coloured
+from ds_longft.tools.look.commands import coloured
 from ds_longft.tools.verify.baseline import baseline_model, baseline_step
 from ds_longft.tools.verify.command import Options
 from ds_longft.tools.verify.engine_checks import check_engine

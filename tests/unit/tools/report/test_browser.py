@@ -20,8 +20,7 @@ import yaml
 from ds_longft.errors import ConfigError
 from ds_longft.tools.look.html import page as data_page
 from ds_longft.tools.look.statistics import Group, Packs, PairLengths, Retention, Statistics
-from ds_longft.tools.report.compare import comparison_page
-from ds_longft.tools.report.page import html_page
+from ds_longft.tools.report.page import comparison_page, html_page
 from ds_longft.tools.report.run_facts import gather_facts
 from tests.unit.tools.report.test_report import poisonings, read_once, run
 
