@@ -182,10 +182,7 @@ class _Packer(HfQuantizer):
         """Never written by transformers."""
         return False
 
-    @property
-    def is_trainable(self) -> bool:
-        """Adapters are."""
-        return True
+    is_trainable: Any = True  # adapters are
 
 
 class _Pack(ConversionOps):

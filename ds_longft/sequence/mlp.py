@@ -147,9 +147,7 @@ def tile_mlp(layer: nn.Module, groups: Sequence[LinearGroup], tile_tokens: int) 
     for module in layer.modules():
         ours = (getattr(module, name, None) for name in (*gate_up.names, *down.names))
         if all(a is b for a, b in zip(ours, (*gate_up.modules, *down.modules), strict=True)):
-            if not _is_plain(module, gate_up, down):
-                return None
-            return TiledMlp(module, gate_up, down, tile_tokens)
+            return TiledMlp(module, gate_up, down, tile_tokens) if _is_plain(module, gate_up, down) else None
     return None
 
 
@@ -184,14 +182,10 @@ def _is_plain(mlp: nn.Module, gate_up: LinearGroup, down: LinearGroup) -> bool:
 
 def _combine(mlp: nn.Module, *, gated: bool) -> Combine:
     """act(gate) * up as the module computes it: liger's kernels in its modules, else two operations; act(up)."""
-    kind = type(mlp).__name__
-    if kind == "LigerSwiGLUMLP":
-        from liger_kernel.ops import LigerSiLUMulFunction
+    of_liger = {"LigerSwiGLUMLP": "LigerSiLUMulFunction", "LigerGEGLUMLP": "LigerGELUMulFunction"}
+    if (name := of_liger.get(type(mlp).__name__)) is not None:
+        from liger_kernel import ops
 
-        return LigerSiLUMulFunction.apply
-    if kind == "LigerGEGLUMLP":
-        from liger_kernel.ops import LigerGELUMulFunction
-
-        return LigerGELUMulFunction.apply
+        return getattr(ops, name).apply
     act: Any = mlp.act_fn
     return (lambda gate, up: act(gate) * up) if gated else act
