@@ -188,12 +188,10 @@ class LinearGroup:
         The reference of a preference pair then is the policy before its first step, to the bit; another product may
         round otherwise (on CPUs it does).
         """
-        member = self.members[i]
+        member, x2 = self.members[i], x.reshape(-1, x.shape[-1])  # [t, I]
         rank = sum(m.lora[0].out_features for m in self.members if m.lora)
-        x2 = x.reshape(-1, x.shape[-1])  # [t, I]
-        if member.lora is None or not folds(
-            len(x2), x2.shape[1], sum(m.base.out_features for m in self.members if m.lora)
-        ):
+        outer = sum(m.base.out_features for m in self.members if m.lora)
+        if member.lora is None or not folds(len(x2), x2.shape[1], outer):
             return member.base(x)
         weight = member.base.weight
         wide = _beside(x2, x2.new_zeros(len(x2), rank)), _beside(weight, weight.new_zeros(len(weight), rank))
