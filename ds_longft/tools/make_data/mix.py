@@ -167,11 +167,12 @@ def _split(
         elif parts == {"eval"}:
             held += rows
         else:
-            train += [row for row in rows if pool.rows[row].part != "eval"]
+            reason, detail = "shares text with a training row", "it was to be held out"
             for row in rows:
                 if pool.rows[row].part == "eval":
-                    detail = "it was to be held out"
-                    ledger.add(Entry(pool.rows[row].origin, "shares text with a training row", detail, "set_aside"))
+                    ledger.add(Entry(pool.rows[row].origin, reason, detail, "set_aside"))
+                else:
+                    train.append(row)
     room = round(recipe.held_out * len(chosen)) - len(held)
     for number in np.random.default_rng([recipe.seed, 2]).permutation(len(free)).tolist():
         rows = free[number]

@@ -90,13 +90,11 @@ def count(prediction: str, answer: str, classes: Sequence[str]) -> float:
 
 
 def retrieval(prediction: str, answer: str, classes: Sequence[str]) -> float:
-    """The same; the answer reads "Paragraph 12"."""
-    return count(prediction, _number_in(answer, "Paragraph "), classes)
-
-
-def retrieval_zh(prediction: str, answer: str, classes: Sequence[str]) -> float:
-    """The same; the answer reads "段落12"."""
-    return count(prediction, _number_in(answer, "段落"), classes)
+    """The same; the answer reads "Paragraph 12", or "段落12"."""
+    found = re.search(r"(Paragraph |段落)(\d+)", answer)
+    if found is None:
+        raise DataError(f"answers: seen {answer!r}, expected 'Paragraph ' or '段落' and a number")
+    return count(prediction, found[2], classes)
 
 
 def code(prediction: str, answer: str, classes: Sequence[str]) -> float:
@@ -122,13 +120,6 @@ def _words(text: str) -> list[str]:
 def _words_zh(text: str) -> list[str]:
     words = ("".join(c for c in word.lower() if c not in PUNCTUATION_WITH_ZH) for word in _jieba()(text))
     return [bare for word in words if (bare := "".join(word.split()))]
-
-
-def _number_in(answer: str, word: str) -> str:
-    found = re.search(rf"{word}(\d+)", answer)
-    if found is None:
-        raise DataError(f"answers: seen {answer!r}, expected {word!r} and a number")
-    return found[1]
 
 
 @lru_cache
@@ -182,7 +173,7 @@ TASKS: Mapping[str, Task] = {
         Task("lsht", "zh", FEW, 64, classification, first_line_only=True, chat=False),
         Task("passage_count", "en", SYNTHETIC, 32, count, in_e=True),
         Task("passage_retrieval_en", "en", SYNTHETIC, 32, retrieval, in_e=True),
-        Task("passage_retrieval_zh", "zh", SYNTHETIC, 32, retrieval_zh),
+        Task("passage_retrieval_zh", "zh", SYNTHETIC, 32, retrieval),
         Task("lcc", "code", CODE, 64, code, chat=False, in_e=True),
         Task("repobench-p", "code", CODE, 64, code, chat=False, in_e=True),
     )

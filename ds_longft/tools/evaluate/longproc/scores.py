@@ -216,11 +216,5 @@ def _words(text: str) -> list[str]:
 
 Score = Callable[[str, str, dict[str, Any]], Scores]
 """Of a reply, the reference and the row."""
-SCORES: dict[str, Score] = {
-    "countdown": countdown,
-    "path_traversal": path_traversal,
-    "tom_tracking": tom_tracking,
-    "html_to_tsv": html_to_tsv,
-    "pseudo_to_code": pseudo_to_code,
-    "travel_planning": travel_planning,
-}
+_SCORES: tuple[Score, ...] = (countdown, path_traversal, tom_tracking, html_to_tsv, pseudo_to_code, travel_planning)
+SCORES = {score.__name__: score for score in _SCORES}
