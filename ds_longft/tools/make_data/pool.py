@@ -1,10 +1,10 @@
-"""`Pool`: every usable row of a mix's sources, on disk, with what decides about it in memory."""
+"""Every usable row of a mix's sources, on disk, with what decides about it in memory."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -40,9 +40,9 @@ AGENTS_SPAN = 8  # the longest trajectory of an agent over the shortest
 MEASURED_TOGETHER = 64  # rows; the tokenizer works on them in parallel
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class PooledRow:
-    """What decides about a row, and tells it from others."""
+    """What decides about a row, and tells it from others. The row itself waits on disk."""
 
     at: int  # where it begins in the file
     source: str
@@ -56,30 +56,16 @@ class PooledRow:
     signature: NDArray[np.uint64]
 
 
-@dataclass
-class Pool:
-    """Rows by number; the rows themselves lie in `file`, one JSON object a line."""
-
-    file: Path
-    rows: list[PooledRow] = field(default_factory=list)
-
-    def records(self, rows: Iterable[int]) -> Iterator[str]:
-        """The lines of these rows, in this order."""
-        with self.file.open("rb") as file:
-            for row in rows:
-                file.seek(self.rows[row].at)
-                yield file.readline().decode()
-
-
 def fill_pool(
     recipe: Recipe, file: Path, ledger: Ledger, lengths: Lengths, *, root: Path | None, progress: bool
-) -> Pool:
-    """Read or make the rows of every source. Rows that are unusable, or too long, are listed in the ledger.
+) -> list[PooledRow]:
+    """Read or make the rows of every source, and write them to `file`, one JSON object a line. Rows that are unusable,
+    or too long, are listed in the ledger.
 
     Raises:
         DataError: a source is not found, holds preference pairs, or has too many bad rows.
     """
-    pool = Pool(file)
+    pool: list[PooledRow] = []
     with file.open("wb") as out:
         for source in recipe.sources:
             bad_before, read_before = ledger.tally.unusable_rows, ledger.tally.read
@@ -182,7 +168,7 @@ def _is_held_out(text: str, held_out: float) -> bool:
 
 
 def _add(
-    pool: Pool,
+    pool: list[PooledRow],
     out: IO[bytes],
     batch: Sequence[tuple[dict[str, Any], str]],
     source: MixSource,
@@ -194,7 +180,7 @@ def _add(
     nothing = np.zeros(0, dtype=np.uint64)
     rows = [to_row(r, "text" if "text" in r else "messages", source=source.name, origin="") for r, _ in batch]
     for (record, part), row, tokens in zip(batch, rows, _measured(rows, lengths), strict=True):
-        origin = f"{source.name}:{record.get('id', len(pool.rows) + 1)}"
+        origin = f"{source.name}:{record.get('id', len(pool) + 1)}"
         if isinstance(tokens, BadRow):
             ledger.add(Entry.of(origin, tokens))
             continue
@@ -202,7 +188,7 @@ def _add(
             detail = f"{tokens} tokens, the limit is {recipe.max_length_tokens}"
             ledger.add(Entry(origin, "too long", detail, "overlong"))
             continue
-        pool.rows.append(
+        pool.append(
             PooledRow(
                 at=out.tell(),
                 source=source.name,
