@@ -61,8 +61,9 @@ class Flags(Ranks):
             runs/mine-merged`, which is asked instead of a GPU here. MODEL is then the served folder.
         before: evaluate the model that the run MODEL started from.
         base: the base model of an adapter, where it has moved.
-        out: folder of the results. Left out: RUN/eval, or eval/<model>.
-        name: of the result. Left out: that of the evaluation.
+        out: folder of the result, NAME.json, and its rows, with which a command goes on that was stopped and is started
+            again with the same settings. Left out: RUN/eval, or eval/<model>.
+        name: of the result. Left out: that of the evaluation, e.g. needle. With --before it ends in -before.
         json: print one JSON object instead of tables.
     """
 

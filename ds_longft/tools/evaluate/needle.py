@@ -54,8 +54,7 @@ def needle(
 ) -> None:
     """Hide facts in long text at every depth, ask for them, and count exact answers.
 
-    The result goes to RUN/eval/needle.json with a heatmap beside it (needle-before.json with --before). Stopped and
-    started again with the same settings, it goes on.
+    A heatmap lies beside the result.
 
     Args:
         model: output folder of a run, adapter, model folder or hub id.

@@ -41,10 +41,7 @@ def perplexity(
     language: Language = "en",
     flags: Flags = FLAGS,
 ) -> None:
-    """Measure the mean loss of every stretch of positions over long texts.
-
-    The result goes to RUN/eval/perplexity.json (perplexity-before.json with --before). Stopped and started again with
-    the same settings, it goes on. With --sp N every text is split over N GPUs.
+    """Measure the mean loss of every stretch of positions over long texts; with --sp N each is split over N GPUs.
 
     Args:
         model: output folder of a run, adapter, model folder or hub id.

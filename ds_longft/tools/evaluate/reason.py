@@ -57,9 +57,6 @@ def reason(
 ) -> None:
     """Ask for the second of four like answers in a long conversation, and for nodes of a long graph two steps away.
 
-    The result goes to RUN/eval/reason.json (reason-before.json with --before). Stopped and started again with the same
-    settings, it goes on.
-
     Args:
         model: output folder of a run, adapter, model folder or hub id.
         lengths: tokens of the prompt, e.g. 4K,32K,128K. Left out: the model's window and four halvings of it.

@@ -67,9 +67,6 @@ def short(
 ) -> None:
     """Ask 60 short questions and measure the loss on short texts.
 
-    The result goes to RUN/eval/short.json (short-before.json with --before). Stopped
-    and started again with the same settings, it goes on.
-
     Args:
         model: output folder of a run, adapter, model folder or hub id.
         text: text file, JSONL or folder for the loss. Left out: the Python documentation of this machine.

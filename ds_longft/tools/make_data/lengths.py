@@ -86,16 +86,18 @@ class Lengths:
             BadRow: the chat template refuses a row.
             ConfigError: a chat is among them, and the tokenizer has no usable chat template.
         """
+        all_tools = tools or [""] * len(rows)
         if self._tokenizer is None:
-            return [
-                sum(self.text(_all_of(turn)) + TOKENS_PER_TURN for turn in turns) + self.text(schemas)
-                for turns, schemas in zip(rows, tools or [""] * len(rows), strict=True)
-            ]
+            estimated = []
+            for turns, schemas in zip(rows, all_tools, strict=True):
+                said = [t.content + t.thinking + "".join(c.name + c.arguments for c in t.calls) for t in turns]
+                estimated.append(sum(map(self.text, said)) + TOKENS_PER_TURN * len(said) + self.text(schemas))
+            return estimated
         rendered = [
             Rendered(turns[0].content, ())
             if turns[0].role == "text"
             else self._template.render(turns, schemas, own_rule=True)
-            for turns, schemas in zip(rows, tools or [""] * len(rows), strict=True)
+            for turns, schemas in zip(rows, all_tools, strict=True)
         ]
         encodings = self._backend.encode_batch([row.text for row in rendered], add_special_tokens=False)
         ends = [2 if turns[0].role == "text" else 0 for turns in rows]  # bos and eos, which templates write themselves
@@ -103,7 +105,3 @@ class Lengths:
             len(encode_pieces(self._backend, row.text, encoding, row.borders).ids) + end
             for row, encoding, end in zip(rendered, encodings, ends, strict=True)
         ]
-
-
-def _all_of(turn: Turn) -> str:
-    return turn.content + turn.thinking + "".join(call.name + call.arguments for call in turn.calls)

@@ -48,7 +48,6 @@ def v2(
 ) -> None:
     """Answer LongBench v2 by the likeliest letter, without generating anything.
 
-    The result goes to RUN/eval/longbench-v2.json. Stopped and started again with the same settings, it goes on.
     Published numbers are of generated answers: compare what was made here with each other.
 
     Args:

@@ -33,8 +33,7 @@ def run(
 ) -> None:
     """Answer LongBench greedily as its own code does, and score the answers.
 
-    Answers go to RUN/eval/longbench.rows.jsonl as they are made (`eval longbench score` reads them too), scores to
-    RUN/eval/longbench.json. Stopped and started again with the same settings, it goes on.
+    Answers go to RUN/eval/longbench.rows.jsonl as they are made (`eval longbench score` reads them too).
 
     Args:
         model: output folder of a run, adapter, model folder or hub id.

@@ -68,9 +68,7 @@ def longproc(
 ) -> None:
     """Ask LongProc: long answers that follow a procedure, scored by program.
 
-    Countdown, path traversal, theory-of-mind tracking, HTML to TSV, pseudocode to C++, travel planning. The result goes
-    to RUN/eval/longproc.json (longproc-before.json with --before). Stopped and started again with the same settings, it
-    goes on.
+    Countdown, path traversal, theory-of-mind tracking, HTML to TSV, pseudocode to C++, travel planning.
 
     Args:
         model: output folder of a run, adapter, model folder or hub id.

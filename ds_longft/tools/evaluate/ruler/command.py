@@ -45,8 +45,7 @@ def ruler(
     """Ask RULER's 13 tasks: needles of eight kinds, variable tracking, common and frequent words, documents.
 
     The prompts are made here, so long that with the answer they fill a length and never exceed it, and asked in the
-    model's chat template with the beginning of the answer. The result goes to RUN/eval/ruler.json (ruler-before.json
-    with --before). Stopped and started again with the same settings, it goes on.
+    model's chat template with the beginning of the answer.
 
     Args:
         model: output folder of a run, adapter, model folder or hub id.
