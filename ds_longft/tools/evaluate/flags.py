@@ -53,9 +53,10 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Flags(Ranks):
-    """How a model is asked, and where its results go.
+    """How a model is asked, and where its results go. The model is the first word of each of these commands.
 
     Args:
+        model: output folder of a run, adapter, model folder or hub id.
         batch_tokens: prompts of one length are read together, at most this many tokens at once.
         server: address of an OpenAI-compatible server of this model, e.g. http://localhost:8000/v1 of `vllm serve
             runs/mine-merged`, which is asked instead of a GPU here. MODEL is then the served folder.

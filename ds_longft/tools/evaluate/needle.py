@@ -57,7 +57,6 @@ def needle(
     A heatmap lies beside the result.
 
     Args:
-        model: output folder of a run, adapter, model folder or hub id.
         lengths: prompt lengths in tokens, e.g. 8K,32K,128K. Left out: the model's window and four halvings of it.
         depths: where in the text, in percent; for form single.
         trials: questions of a cell.

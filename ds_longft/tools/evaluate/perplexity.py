@@ -44,7 +44,6 @@ def perplexity(
     """Measure the mean loss of every stretch of positions over long texts; with --sp N each is split over N GPUs.
 
     Args:
-        model: output folder of a run, adapter, model folder or hub id.
         text: text file, JSONL or folder. Left out: the Python documentation of this machine.
         length: tokens of each text, e.g. 32K or 128K. Left out: the model's window.
         texts: how many texts of that length, spread evenly over what is there.

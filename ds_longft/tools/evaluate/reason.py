@@ -58,7 +58,6 @@ def reason(
     """Ask for the second of four like answers in a long conversation, and for nodes of a long graph two steps away.
 
     Args:
-        model: output folder of a run, adapter, model folder or hub id.
         lengths: tokens of the prompt, e.g. 4K,32K,128K. Left out: the model's window and four halvings of it.
         tasks: coreference, walks, or both.
         rows: of each task and length.

@@ -68,7 +68,6 @@ def short(
     """Ask 60 short questions and measure the loss on short texts.
 
     Args:
-        model: output folder of a run, adapter, model folder or hub id.
         text: text file, JSONL or folder for the loss. Left out: the Python documentation of this machine.
         where: column=value, rows to take.
         texts: how many short texts.

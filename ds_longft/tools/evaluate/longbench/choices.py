@@ -51,7 +51,6 @@ def v2(
     Published numbers are of generated answers: compare what was made here with each other.
 
     Args:
-        model: output folder of a run, adapter, model folder or hub id.
         data: your copy of its rows: data.json, JSONL or parquet.
         max_length: tokens of a text with its question; the middle of longer ones is cut. Left out: the window less 128.
         limit: only this many rows, from the first.

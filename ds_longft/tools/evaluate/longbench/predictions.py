@@ -36,7 +36,6 @@ def run(
     Answers go to RUN/eval/longbench.rows.jsonl as they are made (`eval longbench score` reads them too).
 
     Args:
-        model: output folder of a run, adapter, model folder or hub id.
         data: folder of LongBench's data sets. Left out: fetched from the hub.
         prompts: dataset2prompt.json. Left out: looked for in that folder.
         tasks: names separated by commas, en, zh, code, or all.

@@ -71,7 +71,6 @@ def longproc(
     Countdown, path traversal, theory-of-mind tracking, HTML to TSV, pseudocode to C++, travel planning.
 
     Args:
-        model: output folder of a run, adapter, model folder or hub id.
         data: your copy of the `data` folder of princeton-pli/LongProc, or of the repository.
         tasks: names separated by commas, or all.
         lengths: of the answers: 0.5k, 2k, 8k.

@@ -48,7 +48,6 @@ def ruler(
     model's chat template with the beginning of the answer.
 
     Args:
-        model: output folder of a run, adapter, model folder or hub id.
         lengths: tokens of prompt and answer, e.g. 4K,32K,128K. Left out: the model's window and four halvings of it.
         tasks: names separated by commas, or all.
         rows: of each task and length; published are 500.

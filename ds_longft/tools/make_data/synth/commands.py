@@ -57,7 +57,6 @@ def refgpt8x(
 
     Args:
         source: set with references: RefGPT-Fact, {reference, messages}, {context, qas} or {document, question, answer}.
-        out: JSONL file to write.
         rows: how many dialogues to take. Left out: as many as keep the amount of text, dialogues / mean.
         mean_references: mean of the Poisson distribution.
         embedding: sentence-transformers model to find neighbours by. Left out: TF-IDF.
@@ -87,8 +86,6 @@ def needle(
     Lengths are drawn between --context_tokens and a quarter of it.
 
     Args:
-        source: set of plain texts, or of references.
-        out: JSONL file to write.
         questions: asked of one context, one after the other.
         tasks: which of them, comma separated.
     """
@@ -102,7 +99,6 @@ def code(out: str, *, questions: int = 1, part: Part = "train", flags: Made = CO
     The same seed gives the same rows on the same Python.
 
     Args:
-        out: JSONL file to write, in `messages` form.
         questions: how many are asked of one context, one after the other.
         part: train or eval; the two never share a module.
     """
@@ -121,7 +117,6 @@ def agents(out: str, *, shortest_tokens: int | str = "20K", flags: Made = AGENTS
     that counts them needs a chat template that writes tools.
 
     Args:
-        out: JSONL file to write.
         shortest_tokens: of the shortest row, about.
     """
     wanted, shortest = flags.wanted(), tokens_of("--shortest_tokens", shortest_tokens)
@@ -147,8 +142,6 @@ def stretches(
     Two rows may overlap.
 
     Args:
-        source: set of plain texts, or of references; a file, a folder, or a pattern in quotes.
-        out: JSONL file to write.
         sizes: part of the longest row and its share, e.g. 1/4:3,1/2:2,1:2. Left out: halves of halves down to 1/32.
         languages: shares of the rows, e.g. zh:0.15; others as there is text.
         separator: what stands between two documents of a row, which attention reaches over; \\n is a line break. The
@@ -173,8 +166,6 @@ def negatives(
     other documents that are most like the part before them. No document is drawn twice.
 
     Args:
-        source: set of plain texts, or of references; a file, a folder, or a pattern in quotes.
-        out: JSONL file to write.
         part_tokens: of a part.
         separator: what stands between parts; \\n is a line break.
         embedding: folder or hub id of a sentence-transformers model that finds neighbours. Left out: TF-IDF.
@@ -201,7 +192,6 @@ def lists(
     another. counts: the names that come most often.
 
     Args:
-        out: JSONL file to write, in `messages` form.
         questions: asked of one list, one after the other; of counts one.
         tasks: which of them, comma separated.
         sizes: part of the longest row and its share, e.g. 1/4:3,1/2:2,1:2. Left out: halves of halves down to 1/32.

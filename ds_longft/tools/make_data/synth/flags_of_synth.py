@@ -15,9 +15,10 @@ if TYPE_CHECKING:  # a help should not wait for these
 
 @dataclass(frozen=True)
 class Named:
-    """What rows are called.
+    """What rows are called, and the file that each of these commands writes.
 
     Args:
+        out: JSONL file to write.
         seed: the same seed gives the same rows.
         name: written to each row as its source.
         json: print one JSON object instead of a line.
@@ -70,6 +71,7 @@ class MadeOfTexts(Made):
     """Which texts rows are made of.
 
     Args:
+        source: set of plain texts, or of references; a file, a folder, or a pattern in quotes.
         where: column=value, rows of the source to take.
         exclude: column=value, rows of the source to leave out.
     """
