@@ -22,7 +22,7 @@ Capability = tuple[int, int]
 Attended = tuple[Tensor, Tensor]  # out, lse
 Gradients = tuple[Tensor, Tensor, Tensor]  # dq, dk, dv
 
-NOT_REPEATABLE = "is not shown to repeat to the bit (train.deterministic)"
+UNREPEATABLE = "is not shown to repeat to the bit (train.deterministic)"
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ class AttentionSpec:
     def window_for(self, lengths: Sequence[int]) -> int | None:
         """The window in tokens, or None where it is no narrower than the longest document: full attention is faster."""
         return None if self.window is None or self.window >= max(lengths) else self.window
+
+    def keys_to_the_left(self, lengths: Sequence[int]) -> int:
+        """The window as FlashAttention counts it: without the token itself, -1 for all."""
+        window = self.window_for(lengths)
+        return -1 if window is None else window - 1
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ class Kernel:
             (on_gpu and (wide or head_dim % 8 != 0), f"takes head dimensions {up_to}in steps of 8, not {head_dim}"),
             (spec.window is not None and not self.has_window, f"has no sliding window (asked for {spec.window})"),
             (spec.softcap is not None and not self.has_softcap, f"has no softcap (asked for {spec.softcap})"),
-            (spec.repeatable and not self.repeats, NOT_REPEATABLE),
+            (spec.repeatable and not self.repeats, UNREPEATABLE),
             *self.further_limits(job),
         ]
         return next((reason for wrong, reason in checks if wrong), None) or (self.missing() if here else None)
@@ -168,9 +173,3 @@ def import_failure(module: str) -> str | None:
     except Exception as error:  # a compiled package built for another torch or CUDA fails in its own way
         return f"{module} does not import: {type(error).__name__}: {error}"
     return None
-
-
-def flash_window_left(spec: AttentionSpec, lengths: Sequence[int]) -> int:
-    """The window as FlashAttention counts it: keys to the left of the token itself, -1 for all."""
-    window = spec.window_for(lengths)
-    return -1 if window is None else window - 1

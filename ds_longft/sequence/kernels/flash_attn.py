@@ -13,17 +13,7 @@ import torch
 from torch import Tensor
 
 from ds_longft.batch import Documents
-from ds_longft.sequence.kernels.base import (
-    NOT_REPEATABLE,
-    Attended,
-    AttentionSpec,
-    Gradients,
-    Job,
-    Kernel,
-    Saved,
-    flash_window_left,
-    spans,
-)
+from ds_longft.sequence.kernels.base import UNREPEATABLE, Attended, AttentionSpec, Gradients, Job, Kernel, Saved, spans
 
 REPEATABLE_QUERIES = 32768
 """Queries of a document at a time: their dq in float32 takes 16 MiB a head."""
@@ -43,7 +33,7 @@ class FlashAttention4(Kernel):
             (major not in (9, 10, 11), f"has no complete backward for compute capability {job.capability}"),
             (major > 9 and 128 < head_dim < 256, f"takes up to 128, or 256, on Blackwell, not {head_dim}"),
             (major > 9 and head_dim == 256 and spec.softcap is not None, "has no softcap at 256 on Blackwell"),
-            (major > 9 and spec.repeatable, NOT_REPEATABLE),
+            (major > 9 and spec.repeatable, UNREPEATABLE),
         ]
 
     def forward(
@@ -185,7 +175,7 @@ def _arguments(documents: Documents, spec: AttentionSpec) -> dict[str, Any]:
     return {
         **_borders(documents),
         "softmax_scale": spec.scale,
-        "window_size_left": flash_window_left(spec, documents.lengths),
+        "window_size_left": spec.keys_to_the_left(documents.lengths),
         "window_size_right": 0,
         "softcap": spec.softcap or 0.0,
     }

@@ -14,17 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds_longft.batch import Documents
-from ds_longft.sequence.kernels.base import (
-    Attended,
-    AttentionSpec,
-    Gradients,
-    Job,
-    Kernel,
-    PerDocument,
-    Saved,
-    flash_window_left,
-    spans,
-)
+from ds_longft.sequence.kernels.base import Attended, AttentionSpec, Gradients, Job, Kernel, PerDocument, Saved, spans
 from ds_longft.sequence.kernels.math_kernel import MathKernel
 
 aten = torch.ops.aten
@@ -123,7 +113,7 @@ class TorchVarlen(Kernel):
             "dropout_p": 0.0,
             "is_causal": True,
             "scale": spec.scale,
-            "window_size_left": flash_window_left(spec, documents.lengths),
+            "window_size_left": spec.keys_to_the_left(documents.lengths),
             "window_size_right": 0,
         }
 
