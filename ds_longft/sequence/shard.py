@@ -28,7 +28,6 @@ def shard(pack: Pack, layout: ParallelLayout, device: torch.device, *, by_docume
         tensor = torch.from_numpy(np.ascontiguousarray(array))
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
-    of_rows = np.searchsorted(pack.cu_seqlens, rows + local.start, side="right").astype(np.int64) - 1
     own = None
     if layout.sp > 1 and pack.whole_documents(layout.sp):
         first, last = np.searchsorted(pack.cu_seqlens, [local.start, local.stop])
@@ -43,5 +42,10 @@ def shard(pack: Pack, layout: ParallelLayout, device: torch.device, *, by_docume
         target_weights=put(weights[rows]),  # [t]
         documents=Documents(put(pack.cu_seqlens), tuple(np.diff(pack.cu_seqlens).tolist()), own),
         document_tokens=tuple(np.diff(np.clip(pack.cu_seqlens, local.start, local.stop)).tolist()),
-        target_documents=put(of_rows) if by_document else None,  # [t]
+        target_documents=put(_documents_of(rows + local.start, pack)) if by_document else None,  # [t]
     )
+
+
+def _documents_of(tokens: NDArray[np.int64], pack: Pack) -> NDArray[np.int64]:
+    """The number of the document each token of the whole pack lies in."""
+    return np.searchsorted(pack.cu_seqlens, tokens, side="right").astype(np.int64) - 1

@@ -85,11 +85,7 @@ def by_tiles(work: Callable[..., Tensor], weights: Sequence[Tensor], *given: Ten
 
 
 def in_pieces(
-    pieces: Sequence[Piece],
-    channels: int,
-    weights: Sequence[Tensor],
-    given: Sequence[Tensor],
-    summed: Sequence[bool] | None = None,
+    pieces: list[Piece], channels: int, weights: Sequence[Tensor], given: Sequence[Tensor], summed: Sequence[bool] = ()
 ) -> Tensor:
     """The work of all pieces -> [s, `channels`]. `weights`: what it reads beside the `given` tensors [s, C]. `summed`:
     of each of those whether several pieces read the same of it.
@@ -102,12 +98,7 @@ def in_pieces(
 class _InPieces(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        pieces: Sequence[Piece],
-        channels: int,
-        summed: Sequence[bool],
-        weights: Sequence[Tensor],
-        *tensors: Tensor,
+        ctx: Any, pieces: list[Piece], channels: int, summed: Sequence[bool], weights: list[Tensor], *tensors: Tensor
     ) -> Tensor:
         given = tensors[: len(summed)]
         out: Tensor | None = None
@@ -136,10 +127,10 @@ class _InPieces(torch.autograd.Function):
             (dpart,) = piece.output.take([dout])
             grads = torch.autograd.grad(out, [*leaves, *weights], dpart, allow_unused=True)
             del out, dpart
-            of_leaves = zip(grads, leaves, strict=False)
-            piece.inputs.put(totals, [torch.zeros_like(leaf) if g is None else g for g, leaf in of_leaves])
+            parts = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, leaves, strict=False)]
+            piece.inputs.put(totals, parts)
             add_tile(sums, grads[len(leaves) :], 0)
-            del grads, leaves
+            del grads, leaves, parts
         dgiven = (d.to(t.dtype) for d, t in zip(totals, given, strict=True))
         return None, None, None, None, *dgiven, *rounded(sums, weights)
 
