@@ -139,7 +139,8 @@ class _FrozenHeadLoss(torch.autograd.Function):
             logits = head.plain(hidden[rows])  # [rows, V]
             losses, dlogits = labelled.losses(logits, rows, gradient=grad is not None)
             total += labelled.sum(losses, rows)
-            if grad is not None and dlogits is not None:
+            if grad is not None:
+                assert dlogits is not None
                 torch.mm(dlogits, head.base.weight, out=grad[rows])
             del logits, dlogits  # gone before the next chunk's are made
         ctx.grad, ctx.labelled = grad, labelled
