@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.work import SHAPES, append, start
-from ds_longft.config.run_config import parse_tokens
+from ds_longft.config.section import parse_tokens
 from ds_longft.ranks.join import visible_gpus
 
 AIM = 1.2  # ours begins at so many times the peer's longest

@@ -95,7 +95,8 @@ def ours(files: list[str], args: argparse.Namespace) -> dict[str, Any]:
     """From files to packs, as a training run does it."""
     from transformers import AutoTokenizer
 
-    from ds_longft.config.run_config import DataConfig, SourceConfig
+    from ds_longft.config.data_keys import SourceConfig
+    from ds_longft.config.run_config import DataConfig
     from ds_longft.data.loader import StepLoader
     from ds_longft.data.tokenize import tokenize_sources
 

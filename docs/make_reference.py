@@ -15,17 +15,18 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from ds_longft.config.data_keys import SourceConfig
 from ds_longft.config.messages import describe, on_resume
 from ds_longft.config.other_trainers import EXPLANATIONS, HOLDS_ANYWAY, KEYS_OF_OTHER_TOOLS
 from ds_longft.config.proof import proofs
-from ds_longft.config.run_config import RunConfig, SourceConfig
+from ds_longft.config.run_config import RunConfig
 from ds_longft.data.columns import EVERY_CHAT, EVERY_ROW, LAYOUTS
 from ds_longft.tools.models import page as models_page
 
 HEAD = """\
 # Run config
 
-Made from `ds_longft/config/run_config.py` by `make docs`. The same keys stand in a YAML file, `mine.yaml` (nested),
+Made from the code in `ds_longft/config` by `make docs`. The same keys stand in a YAML file, `mine.yaml` (nested),
 on the command line (`--data.max_length_tokens 128K`) and in `ds-longft config --help`. The command line wins over the
 file, the file over the defaults. Unknown keys are refused, and the nearest known one is named. 128K and 1M count tokens
 (1024-based), `null` switches off.

@@ -120,7 +120,7 @@ def as_words(arguments: dict[str, Any]) -> list[str]:
 
 def tokens_of(flag: str, value: int | str) -> int:
     """`128K` -> 131072. Raises ConfigError for what is no positive count."""
-    from ds_longft.config.run_config import parse_tokens  # brings pydantic, which a help should not wait for
+    from ds_longft.config.section import parse_tokens  # brings pydantic, which a help should not wait for
 
     tokens = parse_tokens(value)
     if isinstance(tokens, str) and tokens.strip().isdigit():

@@ -47,26 +47,27 @@ def merge_ds_config(
     `world` counts all ranks. `hidden_size` sizes the buckets; None where the model's config is not at hand.
     """
     engine, problems = _checked(raw)
-    sp, dp = (_pop_number(engine, key) for key in ("sequence_parallel_size", "data_parallel_size"))
+    given = (engine.pop(key, "auto") for key in ("sequence_parallel_size", "data_parallel_size"))
+    sp, dp = (None if number == "auto" else number for number in given)
     zero = engine.setdefault("zero_optimization", {})
     stage = zero.setdefault("stage", 0)
     problems += _stage_problems(stage, zero)
     if sp is not None and sp < 1:
-        problems.append(f"ds_config: sequence_parallel_size is {sp}: it counts GPUs, give 1 or more")
+        problems.append(f"sequence_parallel_size is {sp}: it counts GPUs, give 1 or more")
     elif dp is not None and (sp or 1) * dp != world:
         problems.append(
-            f"ds_config: data_parallel_size {dp} x sequence_parallel_size {sp or 1} is not the {world} ranks of this "
-            f"run: leave data_parallel_size out, it follows from the other two"
+            f"data_parallel_size {dp} x sequence_parallel_size {sp or 1} is not the {world} ranks of this run: leave "
+            "data_parallel_size out, it follows from the other two"
         )
     if config.train.verify_first and zero.get("round_robin_gradients") is True:
         problems.append(
-            "ds_config: zero_optimization.round_robin_gradients is true, and train.verify_first reads gradients, which "
-            "DeepSpeed cannot with it: leave one of them out"
+            "zero_optimization.round_robin_gradients is true, and train.verify_first reads gradients, which DeepSpeed "
+            "cannot with it: leave one of them out"
         )
     hpz = zero.get("zero_hpz_partition_size", 1)
     if isinstance(hpz, int) and world % hpz:
         problems.append(
-            f"ds_config: zero_optimization.zero_hpz_partition_size is {hpz}, which does not divide the {world} ranks: "
+            f"zero_optimization.zero_hpz_partition_size is {hpz}, which does not divide the {world} ranks: "
             f"it counts the ranks that share a second copy of the weights, in most cases those of a node"
         )
     named = "optimizer" in engine and config.optim.type not in OPTIMIZER_PARAMS
@@ -79,7 +80,7 @@ def merge_ds_config(
         problems += _fill_or_compare(engine, key, value, why)
     if config.model.base not in ("auto", "engine") and "offload_param" in zero:
         problems.append(
-            f"ds_config: zero_optimization.offload_param is set, and model.base is {config.model.base}: both say where "
+            f"zero_optimization.offload_param is set, and model.base is {config.model.base}: both say where "
             "frozen weights lie. Leave one of them out"
         )
     of_stage_3 = tuple(
@@ -90,12 +91,10 @@ def merge_ds_config(
     problems += _sum_type_problems(engine)
     _fill_sum_types(engine, stage, lora=config.lora is not None, packs=config.train.gradient_accumulation_steps)
     engine.setdefault("steps_per_print", NEVER_PRINT)
-    problems += [f'ds_config: {key} is "auto", which nothing here can fill: give a value' for key in _autos(engine)]
+    problems += [f'{key} is "auto", which nothing here can fill: give a value' for key in _autos(engine)]
     if problems:
-        raise ConfigError(problems)
-    return DeepSpeedSettings(
-        engine=engine, sp=sp, stage=stage, resident_if_fits=resident_if_fits, of_stage_3=of_stage_3
-    )
+        raise ConfigError([f"ds_config: {problem}" for problem in problems])
+    return DeepSpeedSettings(engine, sp, stage, resident_if_fits, of_stage_3)
 
 
 def _checked(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -109,7 +108,7 @@ def _checked(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         elif isinstance(content, dict):
             entries, place = content, engine.setdefault(name, {})
         else:
-            problems.append(f"ds_config: {name} is {json.dumps(content)}, expected a section {{...}}")
+            problems.append(f"{name} is {json.dumps(content)}, expected a section {{...}}")
             continue
         for leaf, value in entries.items():
             key = leaf if place is engine else f"{name}.{leaf}"
@@ -123,54 +122,46 @@ def _checked(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 def _value_problem(key: str, value: Any) -> str | None:
     if key in REFUSED:
         reason, harmless = REFUSED[key]
-        switch = value.get("enabled") if isinstance(value, dict) else value
-        off = switch in (harmless, "auto") if isinstance(value, dict) else switch == harmless
-        return None if off else f"ds_config: {key} is {json.dumps(value)}, which is refused: {reason}"
-    known = {*ALLOWED, *(key.partition(".")[0] for key in ALLOWED)}
+        off = value.get("enabled") in (harmless, "auto") if isinstance(value, dict) else value == harmless
+        return None if off else f"{key} is {json.dumps(value)}, which is refused: {reason}"
     if key not in ALLOWED:
-        return f"ds_config: unknown key {key}{nearest(key, known)}"
+        known = {*ALLOWED, *(key.partition(".")[0] for key in ALLOWED)}
+        return f"unknown key {key}{nearest(key, known)}"
     kinds = ALLOWED[key]
     if key in LOWEST and value != "auto":
         whole = isinstance(value, int | float) and not isinstance(value, bool) and float(value).is_integer()
         if whole and value >= LOWEST[key]:
             return None
-        return f"ds_config: {key} is {json.dumps(value)}, expected a whole number of at least {LOWEST[key]}"
+        return f"{key} is {json.dumps(value)}, expected a whole number of at least {LOWEST[key]}"
     if (value == "auto" and dict not in kinds) or (
         isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
     ):
         return None
     wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a section {...}"}
-    return f"ds_config: {key} is {json.dumps(value)}, expected {wanted[kinds[-1]]}"
+    return f"{key} is {json.dumps(value)}, expected {wanted[kinds[-1]]}"
 
 
 def _stage_problems(stage: Any, zero: dict[str, Any]) -> list[str]:
     """Offload sections are dropped where their device is "none"; the rest must fit the stage."""
-    problems = []
     if stage not in (0, 1, 2, 3):
-        problems.append(f"ds_config: zero_optimization.stage is {json.dumps(stage)}, expected 0, 1, 2 or 3")
-        return problems
+        return [f"zero_optimization.stage is {json.dumps(stage)}, expected 0, 1, 2 or 3"]
+    problems = []
     ratio = zero.get("offload_optimizer", {}).get("ratio", 1.0)
     if ratio != 1.0:
         problems.append(
-            f"ds_config: zero_optimization.offload_optimizer.ratio is {json.dumps(ratio)}: DeepSpeed then steps a part "
-            "of the weights with a second optimizer, which no schedule reaches; leave it out"
+            f"zero_optimization.offload_optimizer.ratio is {json.dumps(ratio)}: DeepSpeed then steps a part of the "
+            "weights with a second optimizer, which no schedule reaches; leave it out"
         )
-    for key, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
-        target = zero.get(key, {}).get("device", "none")
+    for name, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
+        key, target = f"zero_optimization.{name}", zero.get(name, {}).get("device", "none")
         if target not in ("none", "cpu", "nvme"):
-            problems.append(
-                f"ds_config: zero_optimization.{key}.device is {json.dumps(target)}, expected none, cpu or nvme"
-            )
+            problems.append(f"{key}.device is {json.dumps(target)}, expected none, cpu or nvme")
         elif target == "none":
-            zero.pop(key, None)
+            zero.pop(name, None)
         elif stage < lowest:
-            problems.append(
-                f"ds_config: zero_optimization.{key} needs stage {lowest} or more, zero_optimization.stage is {stage}"
-            )
-        elif target == "nvme" and not zero[key].get("nvme_path"):
-            problems.append(
-                f"ds_config: zero_optimization.{key}.device is nvme: give zero_optimization.{key}.nvme_path"
-            )
+            problems.append(f"{key} needs stage {lowest} or more, zero_optimization.stage is {stage}")
+        elif target == "nvme" and not zero[name].get("nvme_path"):
+            problems.append(f"{key}.device is nvme: give {key}.nvme_path")
     return problems
 
 
@@ -194,22 +185,19 @@ def _values_from_run(
     optim, gas = config.optim, config.train.gradient_accumulation_steps
     bf16 = config.model.dtype == "bf16" or (config.model.dtype == "auto" and device == "cuda")
     why_bf16 = f"model.dtype {config.model.dtype}" + (f" on {device}" if config.model.dtype == "auto" else "")
+    batch = f"{world} ranks x train.gradient_accumulation_steps; the engine counts all ranks"
     values: dict[str, tuple[Any, str]] = {
         "train_micro_batch_size_per_gpu": (1, "a micro batch is one pack; data.pack_tokens sets its size"),
         "gradient_accumulation_steps": (gas, "train.gradient_accumulation_steps"),
-        "train_batch_size": (
-            world * gas,
-            f"{world} ranks x train.gradient_accumulation_steps; the engine counts all ranks",
-        ),
+        "train_batch_size": (world * gas, batch),
         "gradient_clipping": (optim.max_grad_norm or 0.0, "optim.max_grad_norm"),
         "bf16.enabled": (bf16, why_bf16),
     }
     if "optimizer" in engine:
         values["optimizer.params.lr"] = (optim.learning_rate, "optim.learning_rate")
         values["optimizer.params.weight_decay"] = (optim.weight_decay, "optim.weight_decay")
-        values["optimizer.type"] = ("SGD", "optim.type")
+        values["optimizer.type"] = ("AdamW" if optim.type == "adamw" else "SGD", "optim.type")
         if optim.type == "adamw":
-            values["optimizer.type"] = ("AdamW", "optim.type")
             values["optimizer.params.betas"] = (list(optim.betas), "optim.betas")
             values["optimizer.params.eps"] = (optim.eps, "optim.eps")
     return values
@@ -224,13 +212,10 @@ def _fill_or_compare(engine: dict[str, Any], key: str, value: Any, why: str) -> 
     seen = place.get(leaf, "auto")
     if seen == "auto":
         place[leaf] = value
-        return []
-    if _agree(seen, value):
-        return []
-    return [
-        f'ds_config: {key} is {json.dumps(seen)}, the run config gives {json.dumps(value)} ({why}): set it to "auto", '
-        f"or make the two agree"
-    ]
+    elif not _agree(seen, value):
+        given = f"the run config gives {json.dumps(value)} ({why})"
+        return [f'{key} is {json.dumps(seen)}, {given}: set it to "auto", or make the two agree']
+    return []
 
 
 def _agree(seen: Any, value: Any) -> bool:
@@ -262,9 +247,8 @@ def _sum_type_problems(engine: dict[str, Any]) -> list[str]:
         "data_types.grad_accum_dtype": engine.get("data_types", {}).get("grad_accum_dtype", "auto"),
     }
     return [
-        f"ds_config: {key} is {json.dumps(value)}, expected {' or '.join(exact)}: this run's gradients are "
-        f"{exact[-1]}, and rounded to less before they are added, they depend on the number of ranks and packs; leave "
-        f"the key out"
+        f"{key} is {json.dumps(value)}, expected {' or '.join(exact)}: this run's gradients are {exact[-1]}, and "
+        "rounded to less before they are added, they depend on the number of ranks and packs; leave the key out"
         for key, value in seen.items()
         if value not in ("auto", *exact)
     ]
@@ -274,7 +258,7 @@ def _optimizer_problems(engine: dict[str, Any], config: RunConfig) -> list[str]:
     """Parameters that the optimizer would raise over, after the model is loaded."""
     known = OPTIMIZER_PARAMS.get(config.optim.type, ())
     return [
-        f"ds_config: optimizer.params.{key} is {json.dumps(value)}, which optim.type {config.optim.type} does not know"
+        f"optimizer.params.{key} is {json.dumps(value)}, which optim.type {config.optim.type} does not know"
         f"{nearest(key, known) or ': known are ' + ', '.join(known)}"
         for key, value in engine.get("optimizer", {}).get("params", {}).items()
         if key not in known
@@ -289,22 +273,13 @@ def _fill_sum_types(engine: dict[str, Any], stage: int, *, lora: bool, packs: in
     errors on 4 ranks, 16 micro-steps: 5.9e-3 in bf16, 2.7e-3 with bf16 between the ranks alone, 4e-9 all in float32.
     Below stage 2 float32 sums would need another optimizer of DeepSpeed's.
     """
-    data_types = engine.setdefault("data_types", {})
     in_bf16 = engine["bf16"]["enabled"] and stage in (2, 3)
-    defaults = (
-        (data_types, "grad_accum_dtype", in_bf16 and (lora or packs > 1)),
-        (engine, "communication_data_type", in_bf16 and lora),
-    )
-    for section, key, in_float32 in defaults:
+    sums = (engine.setdefault("data_types", {}), "grad_accum_dtype", in_bf16 and (lora or packs > 1))
+    for section, key, in_float32 in (sums, (engine, "communication_data_type", in_bf16 and lora)):
         if section.get(key, "auto") == "auto":
             section.pop(key, None)
             if in_float32:
                 section[key] = "fp32"
-
-
-def _pop_number(engine: dict[str, Any], key: str) -> int | None:
-    value = engine.pop(key, "auto")
-    return None if value == "auto" else value
 
 
 def _autos(content: Any, prefix: str = "") -> list[str]:

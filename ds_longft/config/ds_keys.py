@@ -8,57 +8,38 @@ from __future__ import annotations
 
 NUMBER: tuple[type, ...] = (int, float)
 
-# Dotted key -> types of its value. A dict stands for a section whose inside is DeepSpeed's business.
-ALLOWED: dict[str, tuple[type, ...]] = {
-    "train_batch_size": (int,),
-    "train_micro_batch_size_per_gpu": (int,),
-    "gradient_accumulation_steps": (int,),
-    "gradient_clipping": NUMBER,
-    "sequence_parallel_size": (int,),
-    "data_parallel_size": (int,),
-    "bf16.enabled": (bool,),
-    "bf16.immediate_grad_update": (bool,),
-    "optimizer.type": (str,),
-    "optimizer.params": (dict,),
-    "zero_optimization.stage": (int,),
-    "zero_optimization.contiguous_gradients": (bool,),
-    "zero_optimization.reduce_scatter": (bool,),
-    "zero_optimization.reduce_bucket_size": NUMBER,
-    "zero_optimization.use_multi_rank_bucket_allreduce": (bool,),
-    "zero_optimization.allgather_partitions": (bool,),
-    "zero_optimization.allgather_bucket_size": NUMBER,
-    "zero_optimization.overlap_comm": (bool,),
-    "zero_optimization.round_robin_gradients": (bool,),
-    "zero_optimization.offload_optimizer": (dict,),
-    "zero_optimization.offload_param": (dict,),
-    "zero_optimization.sub_group_size": NUMBER,
-    "zero_optimization.zero_hpz_partition_size": (int,),
-    "zero_optimization.memory_efficient_linear": (bool,),
-    "zero_optimization.ignore_unused_parameters": (bool,),
-    "zero_optimization.log_trace_cache_warnings": (bool,),
-    "zero_optimization.enable_sanity_checks": (bool,),
-    "zero_optimization.stage3_prefetch_bucket_size": NUMBER,
-    "zero_optimization.stage3_param_persistence_threshold": NUMBER,
-    "zero_optimization.stage3_model_persistence_threshold": NUMBER,
-    "zero_optimization.stage3_max_live_parameters": NUMBER,
-    "zero_optimization.stage3_max_reuse_distance": NUMBER,
-    "zero_optimization.stage3_gather_16bit_weights_on_model_save": (bool,),
-    "zero_optimization.stage3_use_all_reduce_for_fetch_params": (bool,),
-    "zero_optimization.stage3_allgather_sequential": (bool,),
-    "zero_allow_untested_optimizer": (bool,),
-    "zero_force_ds_cpu_optimizer": (bool,),
-    "communication_data_type": (str,),
-    "data_types.grad_accum_dtype": (str,),
-    "disable_python_gc": (bool,),
-    "steps_per_print": NUMBER,
-    "wall_clock_breakdown": (bool,),
-    "memory_breakdown": (bool,),
-    "dump_state": (bool,),
-    "aio": (dict,),
-    "flops_profiler": (dict,),
-    "comms_logger": (dict,),
-    "checkpoint": (dict,),
+_OF_ZERO: dict[tuple[type, ...], str] = {
+    (int,): "stage zero_hpz_partition_size",
+    NUMBER: (
+        "reduce_bucket_size allgather_bucket_size sub_group_size stage3_prefetch_bucket_size "
+        "stage3_param_persistence_threshold stage3_model_persistence_threshold stage3_max_live_parameters "
+        "stage3_max_reuse_distance"
+    ),
+    (bool,): (
+        "contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce allgather_partitions overlap_comm "
+        "round_robin_gradients memory_efficient_linear ignore_unused_parameters log_trace_cache_warnings "
+        "enable_sanity_checks stage3_gather_16bit_weights_on_model_save stage3_use_all_reduce_for_fetch_params "
+        "stage3_allgather_sequential"
+    ),
+    (dict,): "offload_optimizer offload_param",
 }
+_OTHERS: dict[tuple[type, ...], str] = {
+    (int,): (
+        "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps sequence_parallel_size "
+        "data_parallel_size"
+    ),
+    NUMBER: "gradient_clipping steps_per_print",
+    (bool,): (
+        "bf16.enabled bf16.immediate_grad_update zero_allow_untested_optimizer zero_force_ds_cpu_optimizer "
+        "disable_python_gc wall_clock_breakdown memory_breakdown dump_state"
+    ),
+    (str,): "optimizer.type communication_data_type data_types.grad_accum_dtype",
+    (dict,): "optimizer.params aio flops_profiler comms_logger checkpoint",
+}
+ALLOWED = {key: kinds for kinds, keys in _OTHERS.items() for key in keys.split()} | {
+    f"zero_optimization.{key}": kinds for kinds, keys in _OF_ZERO.items() for key in keys.split()
+}
+"""Dotted key -> types of its value. A dict stands for a section whose inside is DeepSpeed's business."""
 
 # Whole numbers, and the lowest DeepSpeed can work with.
 LOWEST = {

@@ -10,8 +10,10 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, BeforeValidator, ValidationError
 from pydantic.fields import FieldInfo
 
+from ds_longft.config.data_keys import SourceConfig
 from ds_longft.config.other_trainers import nearest
-from ds_longft.config.run_config import OnResume, RunConfig, SourceConfig, parse_tokens
+from ds_longft.config.run_config import RunConfig
+from ds_longft.config.section import OnResume, parse_tokens
 
 _NO_VALUE = object()
 _BOUNDS = {Gt: ("gt", "above"), Ge: ("ge", "at least"), Lt: ("lt", "below"), Le: ("le", "at most")}

@@ -45,24 +45,24 @@ KINDS = {
 
 
 def engine_problems(kind: str, stage: int, *, offloaded: bool, named: bool) -> list[str]:
-    """What of the DeepSpeed JSON does not go with an optimizer.
+    """What of the DeepSpeed JSON does not go with an optimizer, named by its key.
 
     `named`: the JSON has a section `optimizer`, which this one is not made from.
     """
     facts, problems = KINDS[kind], []
     if facts.why and stage not in facts.stages:
         problems.append(
-            f"ds_config: zero_optimization.stage is {stage}, but optim.type is {kind}: {facts.why}. "
+            f"zero_optimization.stage is {stage}, but optim.type is {kind}: {facts.why}. "
             f"Set ds_config to {facts.ds_config}"
         )
     if offloaded and not facts.offload:
         problems.append(
-            f"ds_config: zero_optimization.offload_optimizer is given, but optim.type is {kind}, whose state stays on "
+            f"zero_optimization.offload_optimizer is given, but optim.type is {kind}, whose state stays on "
             "the GPU: leave it out, or set optim.type to adamw"
         )
     if named:
         problems.append(
-            f"ds_config: there is a section optimizer, but optim.type is {kind}, which is made from the keys optim.*: "
+            f"there is a section optimizer, but optim.type is {kind}, which is made from the keys optim.*: "
             "leave the section out"
         )
     return problems

@@ -5,69 +5,58 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-# How other trainers spell our keys, or what we do instead of what the key asks for.
-KEYS_OF_OTHER_TOOLS = {
-    **dict.fromkeys(
-        [
-            "sequence_parallel_degree",
-            "sequence_parallel_size",
-            "context_parallel_size",
-            "sp_size",
-            "cp_size",
-            "ulysses_size",
-        ],
-        "sp",
+# Our keys, and how other trainers spell them or what asks for the same.
+_THEIRS = {
+    "sp": "sequence_parallel_degree sequence_parallel_size context_parallel_size sp_size cp_size ulysses_size",
+    "data.max_length_tokens": (
+        "cutoff_len max_seq_length max_seq_len seq_length seq_len sequence_len max_length model_max_length block_size"
     ),
-    **dict.fromkeys(
-        ["cutoff_len", "max_seq_length", "max_seq_len", "seq_length", "seq_len", "sequence_len", "max_length"],
-        "data.max_length_tokens",
-    ),
-    **dict.fromkeys(["model_max_length", "block_size"], "data.max_length_tokens"),
-    **dict.fromkeys(["model_name_or_path", "model_name", "base_model", "model_path", "pretrained_model"], "model.path"),
-    **dict.fromkeys(["dataset", "datasets", "train_file", "dataset_name", "data_path", "train_data"], "data.train"),
-    **dict.fromkeys(["eval_file", "val_data", "eval_dataset", "validation_file"], "data.eval"),
-    **dict.fromkeys(["val_set_size", "val_size", "eval_split"], "data.eval_fraction"),
-    **dict.fromkeys(["lora_r", "lora_rank", "rank"], "lora.r"),
-    "lora_alpha": "lora.alpha",
-    "lora_dropout": "lora.dropout",
-    **dict.fromkeys(["lora_target", "lora_target_modules", "target_modules"], "lora.targets"),
-    **dict.fromkeys(["use_rslora", "lora_use_rslora"], "lora.rslora"),
-    **dict.fromkeys(["use_dora", "lora_use_dora", "peft_use_dora"], "lora.dora"),
-    **dict.fromkeys(["additional_target", "lora_modules_to_save"], "lora.modules_to_save"),
-    "lr": "optim.learning_rate",
-    **dict.fromkeys(["lr_scheduler_type", "lr_scheduler", "scheduler"], "optim.schedule"),
-    "optimizer": "optim.type",
-    **dict.fromkeys(["gradient_clipping", "max_norm", "clip_grad_norm", "grad_clip"], "optim.max_grad_norm"),
-    **dict.fromkeys(["adam_beta1", "adam_beta2"], "optim.betas"),
-    **dict.fromkeys(["adam_epsilon", "adam_eps"], "optim.eps"),
-    **dict.fromkeys(["num_train_epochs", "num_epochs", "n_epochs"], "train.epochs"),
-    **dict.fromkeys(["grad_accum", "accumulate_grad_batches", "gas"], "train.gradient_accumulation_steps"),
-    **dict.fromkeys(["save_steps", "save_interval"], "train.save_every_steps"),
-    **dict.fromkeys(["eval_steps", "eval_interval"], "train.eval_every_steps"),
-    "save_total_limit": "train.keep_checkpoints",
-    **dict.fromkeys(["gradient_checkpointing", "activation_checkpointing"], "train.recompute"),
-    **dict.fromkeys(["resume_from_checkpoint", "auto_resume_from_checkpoints"], "train.resume"),
-    **dict.fromkeys(["sample_packing", "neat_packing", "group_by_length", "sort_by_length"], "data.packing"),
-    **dict.fromkeys(["streaming", "pretraining_dataset"], "data.stream_window_mib"),
-    **dict.fromkeys(["preprocessing_num_workers", "dataset_num_proc", "num_proc"], "data.workers"),
-    **dict.fromkeys(["attn_implementation", "flash_attention", "flash_attn"], "model.kernel"),
-    **dict.fromkeys(["bf16", "torch_dtype", "precision"], "model.dtype"),
-    **dict.fromkeys(["load_in_4bit", "load_in_8bit", "quantization_bit", "quant_bits"], "model.quantize"),
-    **dict.fromkeys(["rope_scaling", "rope_type"], "model.rope.type"),
-    **dict.fromkeys(["rope_theta"], "model.rope.theta"),
-    **dict.fromkeys(["wandb_project"], "log.project"),
-    **dict.fromkeys(["wandb_name", "run_name", "wandb_run_id"], "log.name"),
-    **dict.fromkeys(["report_to", "log_with", "tracker"], "log.trackers"),
-    **dict.fromkeys(["use_wandb"], "log.wandb"),
-    **dict.fromkeys(["hub_model_id", "push_to_hub_model_id"], "hub.repo"),
-    **dict.fromkeys(["deepspeed", "deepspeed_config"], "ds_config"),
-    **dict.fromkeys(["rl", "stage", "rlhf_type", "trainer_type"], "objective"),
-    **dict.fromkeys(["pref_beta", "dpo_beta", "rl_beta"], "dpo.beta"),
-    **dict.fromkeys(["loss_type", "pref_loss", "dpo_loss"], "dpo.loss"),
-    **dict.fromkeys(["dpo_label_smoothing", "cdpo_label_smoothing"], "dpo.label_smoothing"),
-    **dict.fromkeys(["pref_ftx", "dpo_ftx", "rpo_alpha"], "dpo.rpo_alpha"),
-    **dict.fromkeys(["ref_model", "ref_model_name_or_path", "precompute_ref_log_probs"], "dpo.reference"),
+    "model.path": "model_name_or_path model_name base_model model_path pretrained_model",
+    "data.train": "dataset datasets train_file dataset_name data_path train_data",
+    "data.eval": "eval_file val_data eval_dataset validation_file",
+    "data.eval_fraction": "val_set_size val_size eval_split",
+    "lora.r": "lora_r lora_rank rank",
+    "lora.alpha": "lora_alpha",
+    "lora.dropout": "lora_dropout",
+    "lora.targets": "lora_target lora_target_modules target_modules",
+    "lora.rslora": "use_rslora lora_use_rslora",
+    "lora.dora": "use_dora lora_use_dora peft_use_dora",
+    "lora.modules_to_save": "additional_target lora_modules_to_save",
+    "optim.learning_rate": "lr",
+    "optim.schedule": "lr_scheduler_type lr_scheduler scheduler",
+    "optim.type": "optimizer",
+    "optim.max_grad_norm": "gradient_clipping max_norm clip_grad_norm grad_clip",
+    "optim.betas": "adam_beta1 adam_beta2",
+    "optim.eps": "adam_epsilon adam_eps",
+    "train.epochs": "num_train_epochs num_epochs n_epochs",
+    "train.gradient_accumulation_steps": "grad_accum accumulate_grad_batches gas",
+    "train.save_every_steps": "save_steps save_interval",
+    "train.eval_every_steps": "eval_steps eval_interval",
+    "train.keep_checkpoints": "save_total_limit",
+    "train.recompute": "gradient_checkpointing activation_checkpointing",
+    "train.resume": "resume_from_checkpoint auto_resume_from_checkpoints",
+    "data.packing": "sample_packing neat_packing group_by_length sort_by_length",
+    "data.stream_window_mib": "streaming pretraining_dataset",
+    "data.workers": "preprocessing_num_workers dataset_num_proc num_proc",
+    "model.kernel": "attn_implementation flash_attention flash_attn",
+    "model.dtype": "bf16 torch_dtype precision",
+    "model.quantize": "load_in_4bit load_in_8bit quantization_bit quant_bits",
+    "model.rope.type": "rope_scaling rope_type",
+    "model.rope.theta": "rope_theta",
+    "log.project": "wandb_project",
+    "log.name": "wandb_name run_name wandb_run_id",
+    "log.trackers": "report_to log_with tracker",
+    "log.wandb": "use_wandb",
+    "hub.repo": "hub_model_id push_to_hub_model_id",
+    "ds_config": "deepspeed deepspeed_config",
+    "objective": "rl stage rlhf_type trainer_type",
+    "dpo.beta": "pref_beta dpo_beta rl_beta",
+    "dpo.loss": "loss_type pref_loss dpo_loss",
+    "dpo.label_smoothing": "dpo_label_smoothing cdpo_label_smoothing",
+    "dpo.rpo_alpha": "pref_ftx dpo_ftx rpo_alpha",
+    "dpo.reference": "ref_model ref_model_name_or_path precompute_ref_log_probs",
 }
+KEYS_OF_OTHER_TOOLS = {theirs: ours for ours, names in _THEIRS.items() for theirs in names.split()}
 EXPLANATIONS = {
     **dict.fromkeys(
         ["per_device_train_batch_size", "micro_batch_size", "train_micro_batch_size_per_gpu", "batch_size"],
@@ -130,8 +119,8 @@ def trainer_of(keys: Iterable[str]) -> tuple[str, int]:
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """`: did you mean X?` for the closest of the known words, or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
-    return f": did you mean {close[0]}?" if close else ""
+    close = _close(word, known, cutoff)
+    return f": did you mean {close}?" if close else ""
 
 
 def unknown_key(key: str, known: list[str]) -> str:
@@ -158,9 +147,8 @@ def _leaf(key: str) -> str:
     return key.rpartition(".")[2].lower().replace("-", "_")
 
 
-def _close(word: str, known: list[str], cutoff: float) -> str | None:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
-    return close[0] if close else None
+def _close(word: str, known: Iterable[str], cutoff: float) -> str | None:
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)), None)
 
 
 def _spelled_elsewhere(leaf: str, known: list[str]) -> str | None:
@@ -168,5 +156,5 @@ def _spelled_elsewhere(leaf: str, known: list[str]) -> str | None:
     if leaf in KEYS_OF_OTHER_TOOLS:
         return KEYS_OF_OTHER_TOOLS[leaf]
     by_leaf = {k.rpartition(".")[2]: k for k in reversed(known)}
-    close = difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.8)
-    return by_leaf[close[0]] if close else None
+    close = _close(leaf, by_leaf, 0.8)
+    return by_leaf[close] if close else None

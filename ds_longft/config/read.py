@@ -150,16 +150,13 @@ def _chosen(section: BaseModel, indent: str) -> Iterator[str]:
 def _keys_that_are_no_words(content: Any, path: tuple[int | str, ...] = ()) -> list[str]:
     """`1: 2` has a number for a key, which no section has and no message could name."""
     items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
-    where = f" of {dotted(path)}" if path else ""
-    return [
-        text
-        for key, value in items
-        for text in (
-            [f"key {'null' if key is None else str(key).lower()}{where} is no text"]
-            if isinstance(content, dict) and not isinstance(key, str)
-            else _keys_that_are_no_words(value, (*path, key))
-        )
-    ]
+    where, texts = f" of {dotted(path)}" if path else "", []
+    for key, value in items:
+        if isinstance(content, dict) and not isinstance(key, str):
+            texts.append(f"key {'null' if key is None else str(key).lower()}{where} is no text")
+        else:
+            texts += _keys_that_are_no_words(value, (*path, key))
+    return texts
 
 
 def _read_command_line(argv: list[str]) -> tuple[dict[str, Any], Problems]:
@@ -195,9 +192,7 @@ def _command_line() -> CliSettingsSource[Any]:
 
 def _unreadable(message: str) -> tuple[str, str]:
     """The key of a value that the command-line library could not take apart, and a text with what it expects."""
-    match = re.search(
-        r"argument --(?P<flag>[\w.]+): |field \"(?P<field>[\w.]+)\"|encountered for (?P<list>[\w.]+)", message
-    )
+    match = re.search(r"argument --([\w.]+): |field \"([\w.]+)\"|encountered for ([\w.]+)", message)
     key = next(filter(None, match.groups()), None) if match else None
     if key is None or key not in all_keys():
         return EVERY_KEY, message
@@ -207,8 +202,7 @@ def _unreadable(message: str) -> tuple[str, str]:
 
 def _without_flag(argv: list[str], key: str) -> list[str]:
     """The command line without a flag and its value."""
-    kept = []
-    is_value = False
+    kept, is_value = [], False
     for word in argv:
         is_flag = word.split("=")[0] == f"--{key}"
         is_value = is_value and not word.startswith("--")
@@ -221,8 +215,7 @@ def _without_flag(argv: list[str], key: str) -> list[str]:
 def _unrecognised(arguments: list[str]) -> tuple[Problems, list[str]]:
     """One problem for each flag nobody knows, and the words; one right behind such a flag is taken for its value."""
     problems: Problems = {}
-    words = []
-    behind_flag = False
+    words, behind_flag = [], False
     for argument in arguments:
         if argument.startswith("-"):
             key = argument.split("=")[0].lstrip("-")
@@ -247,7 +240,6 @@ def _validate(
     content: dict[str, Any], problems: Problems, preflight: Callable[[RunConfig], object] | None
 ) -> RunConfig:
     """Validate each key alone, then the rules across keys, but for rules that read a wrong key."""
-    content = _tidy(content)
     try:
         config = RunConfig.model_validate(content, context=EACH_KEY_ALONE)
     except ValidationError as error:
@@ -280,14 +272,6 @@ def _goes_by(problem: str, key: str | None) -> bool:
     return key is not None and (key == EVERY_KEY or bool(re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", problem)))
 
 
-def _tidy(content: dict[str, Any]) -> dict[str, Any]:
-    """A single word for a list-or-word key reaches us from the command line as a list of one: unwrap the keyword."""
-    lora = content.get("lora")
-    if isinstance(lora, dict) and lora.get("targets") == ["all-linear"]:
-        return {**content, "lora": {**lora, "targets": "all-linear"}}
-    return content
-
-
 def _deep_merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """`over` laid on `base`: sections merge key by key, anything else replaces."""
     merged = dict(base)
@@ -299,12 +283,9 @@ def _deep_merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def _without(content: Any, unknown: list[tuple[int | str, ...]]) -> Any:
     """A copy of the nested content that lacks the entries at these places."""
-    if isinstance(content, list):
-        items: Any = enumerate(content)
-    elif isinstance(content, dict):
-        items = content.items()
-    else:
+    if not isinstance(content, list | dict):
         return content
+    items: Any = content.items() if isinstance(content, dict) else enumerate(content)
     kept = {
         key: _without(value, [loc[1:] for loc in unknown if loc[0] == key and len(loc) > 1])
         for key, value in items

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ds_longft.config.run_config import RunConfig, Section
+    from ds_longft.config.run_config import RunConfig
+    from ds_longft.config.section import Section
 
 
 def unused(config: RunConfig) -> dict[str, bool]:

@@ -1,6 +1,6 @@
 """How far a model's positions reach, and whether `model.rope` stretches them to the longest row.
 
-One rule for `config.json` before torch is imported (`check`) and for the loaded config (`model.rope`).
+One rule for `config.json` before torch is imported (`model_json`) and for the loaded config (`model.rope`).
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ds_longft.config.run_config import RopeConfig
+from ds_longft.config.model_keys import RopeConfig
 
 
 def reached_tokens(window: int, parts: Iterable[Mapping[str, Any]]) -> int:

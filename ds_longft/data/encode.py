@@ -88,20 +88,24 @@ class Encoder:
         encoded = self._plain_text(row, encoding) if row.is_text else self._chat(row, rendered, encoding)
         if encoded.targets == 0 or row.weight == 0:
             return BadRow("nothing to train on", "no answer has a weight above 0")
-        if len(encoded.input_ids) <= self.max_length_tokens:
+        length = len(encoded.input_ids)
+        if length <= self.max_length_tokens:
             return encoded
-        seen = f"{len(encoded.input_ids)} tokens, the limit is {self.max_length_tokens}"
-        too_long = Overlong("too long", seen)
+        cut, reason = None, "too long"
         try:
-            if self.overlong == "truncate":
-                return self._truncate(row, len(encoded.input_ids))
-            if self.overlong == "cut_turns":
-                return self._cut_turns(row, len(encoded.input_ids))
-        except Overlong as bad:
-            too_long = bad
-        except BadRow as bad:
+            if row.is_text and self.overlong in ("truncate", "cut_turns"):
+                reason = "too long, and plain text is trained whole, never cut"
+            elif self.overlong == "truncate":
+                reason, cut = "too long, and the answers alone do not fit", self._truncate(row, length)
+            elif self.overlong == "cut_turns":
+                reason = "too long, and no beginning of it that ends with a trained answer fits"
+                cut = self._cut_turns(row, length)
+        except BadRow as bad:  # the template refuses what is left
             return bad
-        too_long.tokens, too_long.targets = len(encoded.input_ids), encoded.targets
+        if cut is not None:
+            return cut
+        too_long = Overlong(reason, f"{length} tokens, the limit is {self.max_length_tokens}")
+        too_long.tokens, too_long.targets = length, encoded.targets
         return too_long
 
     def _plain_text(self, row: Row, encoding: Encoding) -> EncodedRow:
@@ -123,18 +127,15 @@ class Encoder:
         rendered = self._render(row)
         return self._chat(row, rendered, self.tokenizer.encode(rendered.text, add_special_tokens=False))
 
-    def _truncate(self, row: Row, length: int) -> EncodedRow:
-        """Cut the middle of the longest turns that are no answers until the row fits."""
-        seen = f"{length} tokens, the limit is {self.max_length_tokens}"
-        if row.is_text:
-            raise Overlong("too long, and plain text is trained whole, never cut", seen)
+    def _truncate(self, row: Row, length: int) -> EncodedRow | None:
+        """Cut the middle of the longest turns that are no answers until the row fits; None where it does not."""
         documents = [i for i, turn in enumerate(row.turns) if turn.role in ("system", "user", "tool")]
         parts = {i: self.tokenizer.encode(row.turns[i].content, add_special_tokens=False) for i in documents}
         excess = length - self.max_length_tokens
         for _ in range(TRUNCATE_ROUNDS):
             kept = _level({i: len(part.ids) for i, part in parts.items()}, excess)
             if kept is None:
-                break
+                return None
             turns = [
                 replace(turn, content=_without_middle(turn.content, parts[i], kept[i])) if i in parts else turn
                 for i, turn in enumerate(row.turns)
@@ -144,13 +145,10 @@ class Encoder:
             if over <= 0:
                 return replace(encoded, truncated=True)
             excess += over
-        raise Overlong("too long, and the answers alone do not fit", seen)
+        return None
 
-    def _cut_turns(self, row: Row, length: int) -> EncodedRow:
+    def _cut_turns(self, row: Row, length: int) -> EncodedRow | None:
         """The longest beginning of the row that fits and ends with a whole answer; nothing of it is another text."""
-        seen = f"{length} tokens, the limit is {self.max_length_tokens}"
-        if row.is_text:
-            raise Overlong("too long, and plain text is trained whole, never cut", seen)
         answers = [i for i, turn in enumerate(row.turns) if turn.role == "assistant"][:-1]
         characters = np.cumsum([len(turn.content) + len(turn.thinking) for turn in row.turns])
         share = self.max_length_tokens / length
@@ -165,9 +163,7 @@ class Encoder:
                 number -= 1
             else:
                 break
-        if best is None or best.targets == 0:
-            raise Overlong("too long, and no beginning of it that ends with a trained answer fits", seen)
-        return replace(best, truncated=True)
+        return None if best is None or best.targets == 0 else replace(best, truncated=True)
 
 
 def weighted_by_gain(encoded: EncodedRow) -> EncodedRow | BadRow:
@@ -185,10 +181,7 @@ def weighted_by_gain(encoded: EncodedRow) -> EncodedRow | BadRow:
     new = np.flatnonzero((np.diff(places, prepend=-1) != 1) | (np.diff(weights, prepend=-1) != 0))
     ends = np.append(places[new[1:] - 1], places[-1]) + 1
     return replace(
-        encoded,
-        span_start=places[new].astype(np.int32),
-        span_end=ends.astype(np.int32),
-        span_weight=weights[new],
+        encoded, span_start=places[new].astype(np.int32), span_end=ends.astype(np.int32), span_weight=weights[new]
     )
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
 
+from ds_longft.config.data_keys import SourceConfig, is_pattern
 from ds_longft.config.endings import EXPECTED, LINES, SUFFIXES, UNREAD, not_read, suffix_of
-from ds_longft.config.run_config import SourceConfig, is_pattern
 from ds_longft.errors import DataError
 
 # Written beside data by `datasets`, its hub and LLaMA-Factory, and texts about it.

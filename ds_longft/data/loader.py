@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ds_longft.batch import Pack, Step
-from ds_longft.config.run_config import DataConfig
+from ds_longft.config.data_keys import DataConfig
 from ds_longft.data.deal import deal_documents
 from ds_longft.data.pack import filler_pack
 from ds_longft.data.pack_plan import EQUAL_COST_TOKENS, PackPlan, plan_epoch

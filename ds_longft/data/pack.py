@@ -47,10 +47,7 @@ def filler_pack(tokens: int, pad_id: int = 0) -> Pack:
 
 def documents_of(pack: Pack) -> list[Document]:
     """The documents of a pack, without its padding."""
-    borders = pack.cu_seqlens.tolist()
-    spans = list(pairwise(borders))
-    if pack.padding_tokens:
-        spans = spans[:-1]
+    spans = list(pairwise(pack.cu_seqlens.tolist()))[: -1 if pack.padding_tokens else None]
     return [(pack.input_ids[a:b], pack.labels[a:b], pack.loss_weights[a:b]) for a, b in spans]
 
 
@@ -58,20 +55,12 @@ def pack_of(documents: Sequence[Document], multiple: int, pad_id: int = 0) -> Pa
     """Documents laid head to tail and padded to a multiple of `multiple` tokens."""
     if not documents:
         return filler_pack(multiple, pad_id)
-    padding = -sum(len(ids) for ids, _, _ in documents) % multiple
-    parts = list(documents)
-    if padding:
-        blank = filler_pack(padding, pad_id)
-        parts.append((blank.input_ids, blank.labels, blank.loss_weights))
-    lengths = [len(ids) for ids, _, _ in parts]
-    return Pack(
-        input_ids=np.concatenate([ids for ids, _, _ in parts]),
-        position_ids=np.concatenate([np.arange(n, dtype=np.int64) for n in lengths]),
-        labels=np.concatenate([labels for _, labels, _ in parts]),
-        loss_weights=np.concatenate([weights for _, _, weights in parts]),
-        cu_seqlens=np.cumsum([0, *lengths], dtype=np.int32),
-        padding_tokens=padding,
-    )
+    lengths = [len(ids) for ids, _, _ in documents]
+    padding = -sum(lengths) % multiple
+    pack = _blank([*lengths, padding] if padding else lengths, pad_id, padding, ())
+    for (ids, labels, weights), (a, b) in zip(documents, pairwise(pack.cu_seqlens.tolist()), strict=False):
+        pack.input_ids[a:b], pack.labels[a:b], pack.loss_weights[a:b] = ids, labels, weights
+    return pack
 
 
 def _blank(lengths: Sequence[int], pad_id: int, padding: int, rows: tuple[int, ...]) -> Pack:

@@ -16,8 +16,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from ds_longft.config.data_keys import SourceConfig
 from ds_longft.config.endings import LINES, SUFFIXES, suffix_of
-from ds_longft.config.run_config import SourceConfig
 from ds_longft.data.blocks import PARQUET_ROWS, Block, file_blocks, limited, parse_block
 from ds_longft.data.files import is_remote, local_files
 from ds_longft.data.rows import BadRow

@@ -23,7 +23,7 @@ import pyarrow as pa
 from filelock import FileLock
 
 from ds_longft.batch import Pack, Step
-from ds_longft.config.run_config import DataConfig
+from ds_longft.config.data_keys import DataConfig
 from ds_longft.data.blocks import Block
 from ds_longft.data.cache import LEDGER, sealed_set
 from ds_longft.data.encode_blocks import Task

@@ -36,6 +36,7 @@ _TOOLS = (
     '{"type": "object", "properties": {"word": {"type": "string", "description": "The word."}}, "required": '
     '["word"]}}}]'
 )
+MISSING = "an answer is missing from its text, or there twice"
 THOUGHT_LEFT_OUT = "thinking that the chat template leaves out of an earlier answer"
 
 
@@ -84,12 +85,14 @@ class ChatTemplate:
         self._check_nothing_is_left_out(turns, tools, text)
         answers = _answers(turns)
         if not self.marked:
-            by_turn, left_out = self._by_frame(turns, tools, text)
+            filled = self._filled(turns, tools, text)
+            by_turn = spans_of(filled, turns, text, self._openings, self._closing, self.turn_ends)
+            left_out = _thoughts_left_out(turns, filled)
         elif len(marks) == len(answers):
             by_turn = {i: self._marked_span(text, *span) for i, span in zip(answers, marks, strict=True)}
             left_out = []
             if any(turn.calls or turn.thinking for turn in turns):
-                left_out = self._thoughts_left_out(turns, self._filled(turns, tools, text))
+                left_out = _thoughts_left_out(turns, self._filled(turns, tools, text))
             for turn in turns:
                 if not _is_in(turn.content.strip(), text):
                     raise self._rewrites(turns, BadRow("the chat template rewrites what is said", turn.content[:60]))
@@ -100,9 +103,7 @@ class ChatTemplate:
             raise BadRow("the chat template rewrites an answer with thinking", self._keeps_thinking)
         lost = [i for i in answers if turns[i].trained and i not in by_turn]
         if lost:
-            raise BadRow(
-                "the chat template rewrites what is said", "an answer is missing from its text, or there twice"
-            )
+            raise BadRow("the chat template rewrites what is said", MISSING)
         spans = tuple(replace(by_turn[i], weight=turns[i].weight) for i in answers if turns[i].trained)
         return Rendered(text, spans, (THOUGHT_LEFT_OUT,) if left_out else ())
 
@@ -139,17 +140,11 @@ class ChatTemplate:
         if turn.calls:
             as_text, blank = self._way_of_calls
             message["content"] = turn.content or blank
-            message["tool_calls"] = [
-                {
-                    "type": "function",
-                    "function": {
-                        "name": call.name,
-                        "arguments": call.arguments if as_text else json.loads(call.arguments),
-                    },
-                    **({"id": call.id} if call.id else {}),
-                }
-                for call in turn.calls
-            ]
+            message["tool_calls"] = []
+            for call in turn.calls:
+                arguments = call.arguments if as_text else json.loads(call.arguments)
+                function = {"type": "function", "function": {"name": call.name, "arguments": arguments}}
+                message["tool_calls"].append(function | ({"id": call.id} if call.id else {}))
         if self.in_parts and message["content"] is not None:
             message["content"] = [{"type": "text", "text": message["content"]}]
         more = {"name": turn.name, "tool_call_id": turn.call_id}
@@ -191,21 +186,11 @@ class ChatTemplate:
             raise BadRow("the chat template writes no tools", "set data.chat_template to one that does")
         for turn in turns:
             if turn.role != "assistant" and not _is_in(turn.content.strip(), text):
-                raise BadRow(
-                    "the chat template leaves out what is said", f"by {turn.role}: {turn.content.strip()[:40]!r}"
-                )
+                seen = f"by {turn.role}: {turn.content.strip()[:40]!r}"
+                raise BadRow("the chat template leaves out what is said", seen)
             for call in turn.calls:
                 if call.name not in text:
                     raise BadRow("the chat template leaves out a tool call", call.name)
-
-    def _by_frame(self, turns: Sequence[Turn], tools: str, text: str) -> tuple[dict[int, Span], list[int]]:
-        """(span of each answer in `text`, answers whose thought is not there)."""
-        filled = self._filled(turns, tools, text)
-        spans = spans_of(filled, turns, text, self._openings, self._closing, self.turn_ends)
-        return spans, self._thoughts_left_out(turns, filled)
-
-    def _thoughts_left_out(self, turns: Sequence[Turn], filled: Filled) -> list[int]:
-        return [i for i in _answers(turns) if turns[i].thinking.strip() and (i, "t") not in filled.at]
 
     def _filled(self, turns: Sequence[Turn], tools: str, text: str) -> Filled:
         """Where in `text`, the render of `turns`, things are said. Raises `BadRow`: it is not what was said."""
@@ -214,13 +199,10 @@ class ChatTemplate:
         def frame(*roles: Role) -> str:
             return self._render([self._named(t, i) if t.role in roles else t for i, t in enumerate(turns)], tools)[0]
 
-        ways: tuple[Callable[[], str], ...] = (
-            # the frame of other chats with the same roles fits nearly always, and costs nothing
-            partial(self._frame_of_roles, tuple(turn.role for turn in turns))
-            if plain
-            else partial(frame, "system", "user", "assistant", "tool"),
-            partial(frame, "assistant", "tool"),  # some templates look into what the user says
-        )
+        whole = partial(frame, "system", "user", "assistant", "tool")
+        if plain:  # the frame of other chats with the same roles fits nearly always, and costs nothing
+            whole = partial(self._frame_of_roles, tuple(turn.role for turn in turns))
+        ways = (whole, partial(frame, "assistant", "tool"))  # some templates look into what the user says
         seen = BadRow("the chat template rewrites what is said")
         for way in ways:
             try:
@@ -276,14 +258,11 @@ class ChatTemplate:
             except BadRow:
                 same = False
             if same:
-                return (
-                    f"data.chat_template: {file.name} keeps it as given, and is otherwise the same; data.thinking: "
-                    "last or none leaves it out"
-                )
-        return (
-            "a data.chat_template with {% generation %} marks around answers as they are given would keep it; "
-            "data.thinking: last or none leaves it out"
-        )
+                keeps = f"data.chat_template: {file.name} keeps it as given, and is otherwise the same"
+                break
+        else:
+            keeps = "a data.chat_template with {% generation %} marks around answers as they are given would keep it"
+        return f"{keeps}; data.thinking: last or none leaves it out"
 
     @cached_property
     def _frame_of_roles(self) -> Callable[[tuple[Role, ...]], str]:
@@ -312,6 +291,10 @@ class ChatTemplate:
 def _is_in(said: str, text: str) -> bool:
     """Whether a text holds these words, as they are or as JSON writes them."""
     return said in text or json.dumps(said, ensure_ascii=False)[1:-1] in text
+
+
+def _thoughts_left_out(turns: Sequence[Turn], filled: Filled) -> list[int]:
+    return [i for i in _answers(turns) if turns[i].thinking.strip() and (i, "t") not in filled.at]
 
 
 def _answers(turns: Sequence[Turn]) -> list[int]:

@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 from filelock import FileLock
 
-from ds_longft.config.run_config import DataConfig, SourceConfig
+from ds_longft.config.data_keys import DataConfig, SourceConfig
 from ds_longft.data.cache import LEDGER, PartSeal, SealedSet, close_set, part_file, sealed_set, whole_parts
 from ds_longft.data.encode import Encoder, Overlong, without_trimmed_offsets
 from ds_longft.data.encode_blocks import Result, RowKind, Task, encoded_blocks
@@ -35,8 +35,6 @@ from ds_longft.data.template_source import load_template
 from ds_longft.data.tokenized import TokenizedSet
 from ds_longft.errors import DataError
 from ds_longft.stored import Unreadable
-
-__all__ = ["TokenizedSet", "tokenize_sources"]
 
 LAYOUT_VERSION = 5  # raise it when the same input gives other tokens, spans or columns
 PART_BLOCKS = 64  # of about 1 MB each: what a killed process may have to do again
@@ -81,9 +79,13 @@ class Input:
         return cls(tuple(found), tuple(formats), encoder)
 
     @property
-    def kind(self) -> RowKind:
+    def rows(self) -> type[TokenizedSet]:
         """The kind of all rows."""
-        return RowKind.of(self.formats[0])
+        return RowKind.of(self.formats[0]).tokenized
+
+    def opened(self, folder: Path, sealed: SealedSet) -> TokenizedSet:
+        """The set of this input in a folder."""
+        return self.rows.open([folder / part.file for part in sealed.parts], folder.name, sealed.tally)
 
     @property
     def size_bytes(self) -> int:
@@ -145,23 +147,21 @@ def tokenize_sources(
         ConfigError: no chat template, or one that does not show where the answers are.
     """
     found = Input.of(sources, tokenizer, data, progress=progress, pairs=pairs)
-    fingerprint = found.fingerprint
     cache = Path(data.cache_dir).expanduser()
-    folder = cache / fingerprint
+    folder = cache / found.fingerprint
     try:
-        found_set = sealed_set(folder, every_byte=every_byte)
+        sealed = sealed_set(folder, every_byte=every_byte)
     except Unreadable:
         try:
             cache.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(f"data.cache_dir {data.cache_dir} cannot be made: {error.strerror or error}") from None
-        with FileLock(cache / f"{fingerprint}.lock"):  # a second process waits, and finds the set made
-            found_set = _make(folder, found, data.workers, progress=progress, every_byte=every_byte)
-    found_set.tally.check(data.max_bad_fraction, folder / LEDGER)
-    if progress and (remark := found_set.tally.unused_remark()):
+        with FileLock(cache / f"{folder.name}.lock"):  # a second process waits, and finds the set made
+            sealed = _make(folder, found, data.workers, progress=progress, every_byte=every_byte)
+    sealed.tally.check(data.max_bad_fraction, folder / LEDGER)
+    if progress and (remark := sealed.tally.unused_remark()):
         say_once(remark)
-    files = [folder / part.file for part in found_set.parts]
-    return found.kind.tokenized.open(files, fingerprint, found_set.tally)
+    return found.opened(folder, sealed)
 
 
 def tokenized_already(
@@ -171,20 +171,12 @@ def tokenized_already(
     found = Input.of(sources, tokenizer, data, pairs=pairs)
     folder = Path(data.cache_dir).expanduser() / found.fingerprint
     try:
-        parts = sealed_set(folder, every_byte=False)
+        return found.opened(folder, sealed_set(folder, every_byte=False))
     except Unreadable:
         return None
-    return found.kind.tokenized.open([folder / part.file for part in parts.parts], found.fingerprint, parts.tally)
 
 
-def _make(
-    folder: Path,
-    found: Input,
-    workers: int | None,
-    *,
-    progress: bool,
-    every_byte: bool,
-) -> SealedSet:
+def _make(folder: Path, found: Input, workers: int | None, *, progress: bool, every_byte: bool) -> SealedSet:
     """The set at `folder`, made now unless another process just did; a damaged one is said and made again."""
     if folder.exists():
         try:
@@ -247,7 +239,7 @@ def write_set(
             numbered = ((i // PART_BLOCKS, *task) for i, task in enumerate(tasks))
             new = (task for task in numbered if task[0] not in whole)
             for part, of_part in groupby(encoded_blocks(new, found.encoder, workers, size_bytes), key=itemgetter(0)):
-                _write_part(folder, part, ((at, result) for _, at, result in of_part), bar, found.kind.tokenized.schema)
+                _write_part(folder, part, ((at, result) for _, at, result in of_part), bar, found.rows.schema)
         close_set(folder)
     except Overlong as too_long:
         shutil.rmtree(folder, ignore_errors=True)

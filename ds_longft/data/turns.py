@@ -39,6 +39,11 @@ def text_of(value: Any, what: str) -> str:
     return value
 
 
+def _named(value: Any, what: str) -> str:
+    """A name that may be left out."""
+    return text_of(value, what) if value else ""
+
+
 def list_of(value: Any, what: str) -> list[Any]:
     """A list with something in it. Raises `BadRow`."""
     if not isinstance(value, list):
@@ -162,14 +167,9 @@ class _Message:
         return calls
 
     def _result(self, content: Any) -> Turn:
-        name = self._get("name")
-        call = self._get("tool_call_id")
-        return Turn(
-            "tool",
-            text_of(content, "content") if isinstance(content, str) or content is None else _json(content),
-            name=text_of(name, "name") if name else "",
-            call_id=text_of(call, "tool_call_id") if call else "",
-        )
+        words = text_of(content, "content") if isinstance(content, str) or content is None else _json(content)
+        name, call = _named(self._get("name"), "name"), _named(self._get("tool_call_id"), "tool_call_id")
+        return Turn("tool", words, name=name, call_id=call)
 
 
 def _is_parts(content: Any) -> bool:
@@ -189,9 +189,9 @@ class _Parts:
             if isinstance(part, str):
                 self.text += text_of(part, "content")
                 continue
-            kind = (
-                part.get("type", "text" if "text" in part else None) if isinstance(part, dict) else type(part).__name__
-            )
+            kind: Any = type(part).__name__
+            if isinstance(part, dict):
+                kind = part.get("type", "text" if "text" in part else None)
             if kind in ("text", "input_text", "output_text"):
                 self.text += text_of(part.get("text"), "content")
             elif kind in ("thinking", "reasoning"):
@@ -199,14 +199,11 @@ class _Parts:
             elif kind == "tool_use":
                 self.calls += calls_of([part])
             elif kind == "tool_result":
-                result = part.get("content")
-                words = (
-                    _Parts(result).text if _is_parts(result) else result if isinstance(result, str) else _json(result)
-                )
-                call = part.get("tool_use_id")
-                self.results.append(
-                    Turn("tool", text_of(words, "content"), call_id=text_of(call, "id") if call else "")
-                )
+                words = part.get("content")
+                if not isinstance(words, str):
+                    words = _Parts(words).text if _is_parts(words) else _json(words)
+                call = _named(part.get("tool_use_id"), "id")
+                self.results.append(Turn("tool", text_of(words, "content"), call_id=call))
             else:
                 others.add(str(kind))
         if others:
@@ -227,12 +224,8 @@ def calls_of(value: Any) -> tuple[Call, ...]:
         arguments = _parsed(given, "arguments of a tool call")
         if not isinstance(arguments, dict):
             raise BadRow("arguments of a tool call are not an object", f"seen {type(arguments).__name__}")
-        name = call.get("id")
-        calls.append(
-            Call(
-                text_of(inner.get("name"), "name of a tool call"), _json(arguments), text_of(name, "id") if name else ""
-            )
-        )
+        name = text_of(inner.get("name"), "name of a tool call")
+        calls.append(Call(name, _json(arguments), _named(call.get("id"), "id")))
     return tuple(calls)
 
 

@@ -130,21 +130,15 @@ class Adviser:
         run = self.run
         if run.facts.state_products:
             return []
-        lora_r, objective = self.setting.lora_r, run.config.objective
+        x = self.setting
         question = Question(
-            run.facts,
-            run.gpu,
-            run.world,
-            0.0,
-            lora_r=lora_r,
-            lora_experts=self.setting.lora_experts,
-            objective=objective,
+            run.facts, run.gpu, run.world, 0.0, lora_r=x.lora_r, lora_experts=x.lora_experts, pairs=x.pairs
         )
-        longest = question.longest(replace(self.setting, offload_params=False), "")
+        longest = question.longest(replace(x, offload_params=False), "")
         tokens = question.length(longest.setting) if longest else 0
-        if not 0 < tokens < question.length(self.setting):
+        if not 0 < tokens < question.length(x):
             return []
-        if objective == "dpo":
+        if x.pairs:
             return [
                 f"  data.max_length_tokens: {tokens} (and data.pack_tokens: {2 * tokens})   are the longest pair and "
                 f"pack predicted to fit"

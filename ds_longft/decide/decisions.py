@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -57,8 +57,7 @@ class Run:
         A kernel that the GPU has no rates for counts as its fastest.
         """
         config, zero = self.config, self.engine_config.get("zero_optimization", {})
-        needs = Needs.of(config)
-        rows = needs.documents_per_row
+        needs, rows = Needs.of(config), config.documents_per_row
         return Setting(
             lengths=(-(-config.longest_pack_tokens // rows),) * rows,
             sp=self.sp,
@@ -81,7 +80,7 @@ class Run:
             kv_heads=config.train.kv_heads_at_a_time,
             kernel=self.kernel if self.kernel in self.gpu.attention_tflops else self.gpu.kernels[0],
             fused=self.fused,
-            pairs=rows > 1,
+            pairs=config.pairs,
             reference=needs.reference,
             passes=needs.passes,
             optimizer=config.optim.type,
@@ -93,22 +92,15 @@ class Run:
 class Decisions:
     """How a run saves memory."""
 
-    recompute: str  # what train.recompute is, or what its `auto` becomes
-    every: int  # layers of a segment
-    tile_tokens: int | None
-    kv_heads: int | None
-    passes: str  # of pairs
+    setting: Setting  # the run's, with `auto` settled
     keep: tuple[Keep, ...] | None = None  # where each layer's tensors wait; None: on the GPU
-    setting: Setting | None = None  # all of it as the planner describes it, where it does
+    planned: bool = True  # False on CPUs: nothing but what the config says
 
     @classmethod
-    def as_configured(cls, config: RunConfig, layers: int) -> Decisions:
-        """Nothing but what the config says: on CPUs, and for models that the planner does not describe."""
-        train, passes = config.train, Needs.of(config).passes
-        keep = (Keep(attention="disk", input="disk"),) * layers if train.offload_disk else None
-        return cls(
-            train.recompute, train.recompute_every, train.mlp_tile_tokens, train.kv_heads_at_a_time, passes, keep
-        )
+    def as_configured(cls, run: Run) -> Decisions:
+        """Those of a run on CPUs."""
+        keep = (Keep(attention="disk", input="disk"),) * run.facts.layers if run.config.train.offload_disk else None
+        return cls(replace(run.setting, element_bytes=4), keep, planned=False)
 
 
 def decide(run: Run) -> Decisions:
@@ -125,6 +117,4 @@ def decide(run: Run) -> Decisions:
         setting = fastest_of(passes_of(setting), model, gpu)
     outside = (gpu.context_gib + (gpu.nccl_gib if run.world > 1 else 0.0)) * GIB
     keep, _ = place(model, setting, gpu.memory_gib * (1 - SPARE_SHARE) * GIB - outside)
-    return Decisions(
-        setting.recompute, setting.every, setting.tile_tokens, setting.kv_heads, setting.passes, keep, setting
-    )
+    return Decisions(setting, keep)

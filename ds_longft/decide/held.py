@@ -7,15 +7,7 @@ from functools import lru_cache
 from ds_longft.config.optimizers import KINDS
 from ds_longft.decide.setting import Setting
 from ds_longft.decide.simulated_step import SimulatedStep
-from ds_longft.decide.tensors import (
-    REFERENCE,
-    TRAINABLE,
-    WEIGHTS,
-    Keep,
-    Sizes,
-    bytes_of_layers,
-    made_dense,
-)
+from ds_longft.decide.tensors import REFERENCE, TRAINABLE, WEIGHTS, Keep, Sizes, bytes_of_layers, made_dense
 from ds_longft.decide.timeline import Timeline
 from ds_longft.model.facts import ModelFacts
 

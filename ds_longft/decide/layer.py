@@ -1,14 +1,15 @@
 """One decoder layer on a timeline, forward and backward: tensors are held and dropped in the order the code does it.
 
-Every function follows one piece of the package (named in its docstring); docs/plan.md has the same as formulas. Letters
-and sizes: `tensors.py`.
+Every function follows one piece of the package (named in its docstring); what mixes tokens is in `mixing.py`.
+docs/plan.md has the same as formulas. Letters and sizes: `tensors.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ds_longft.decide.tensors import ATTENTION, AWAY, GROUPS, LAYER_INPUTS, LINEARS, TRAINABLE, WORK, Keep, Sizes
+from ds_longft.decide.mixing import attention, attention_backward, rope, state, state_backward
+from ds_longft.decide.tensors import AWAY, GROUPS, LAYER_INPUTS, LINEARS, TRAINABLE, Keep, Sizes
 from ds_longft.decide.timeline import Timeline
 
 _QK_NORMS = tuple(f"{name} norm{copy}" for name in "qk" for copy in ("", " x32", " narrow"))
@@ -74,13 +75,13 @@ class Layer:
         place = keep.attention if x.recompute in ("keep_attention", "auto") else ""
         if z.model.attends or z.state:  # layers of an MLP alone have one norm (Nemotron-H)
             self.norm("norm1", saving)
-        self._state(i, saving, first)
+        state(t, z, i, keep.state, saving=saving, first=first)
         self._linears(i, "qkv", keep.qkv, {"q": z.q + 2 * z.gate, "k": z.k, "v": z.k}, 3 * z.a, first)
         self._qk_norm(saving)
         if not x.fused:
-            self._rope()
+            rope(t, z)
         if first or not place:
-            self._attention(i, place)
+            attention(t, z, i, place)
         t.hold("attention gated", 2 * z.gate)  # the gate's sigmoid, and the product; queries are copied from beside it
         self._linears(i, "o", keep.o, {"o": z.u}, z.a, first)
         if not saving:
@@ -109,7 +110,7 @@ class Layer:
         t.hold("routes", z.routes)
         if first:
             t.hold("experts", z.u)
-            t.during("the experts, forward", z.experts_forward())
+            t.during("the experts, forward", z.of_experts()[0])
         if not saving:
             t.drop("routes")
 
@@ -120,7 +121,7 @@ class Layer:
             return
         t.hold("of experts", z.u if x.lora_r is None else 0.0)
         t.hold("expert sums", z.expert_sums(), TRAINABLE)
-        t.during("the experts, backward", max(z.experts_backward(), z.tile_gradient()))
+        t.during("the experts, backward", max(z.of_experts()[1], z.tile_gradient()))
         t.drop("expert sums", "routes")
 
     def _mlp_forward(self, i: int, saving: bool, first: bool) -> None:
@@ -188,120 +189,6 @@ class Layer:
             t.drop(*outs, f"{group} a")
         t.hold(f"kept {group} {i}", total, LINEARS)
 
-    def _rope(self) -> None:
-        """transformers' rotary embedding: q cos + rotate_half(q) sin, then the same for k."""
-        t, z = self.t, self.z
-        for name, size in (("q", z.q), ("k", z.k)):
-            t.hold(f"{name} cos", size)
-            t.hold(f"{name} half", size / 2)
-            t.hold(f"{name} turned", size)
-            t.drop(f"{name} half")
-            t.hold(f"{name} sin", size)
-            t.drop(f"{name} turned")
-            t.hold(f"{name} rotated", size, at="the rotary embedding")
-            t.drop(f"{name} cos", f"{name} sin")
-        t.drop("q rotated", "k rotated")  # they take the place of q and k
-
-    def _attention(self, i: int, place: str) -> None:
-        """`attention.SpAttention.forward`, all heads at once or in turns."""
-        t, z, at = self.t, self.z, "attention, forward"
-        part, turn = ATTENTION if place else WORK, z.turn
-        size = 0.0 if place in AWAY else z.q + z.lse  # what waits elsewhere is in transit
-        if z.turns > 1:
-            t.hold(f"attention {i}", size, part)
-            t.hold("out", z.q + z.lse - size)
-        if z.setting.sp > 1:
-            t.hold("send", turn * z.send)
-            t.hold("heads", turn * (z.qs + 2 * z.kr), at=at)
-            if z.turns == 1:
-                t.drop("send")
-            t.hold("repeated", turn * 2 * z.ks if z.repeated else 0.0)
-            t.hold("computed", turn * (z.qs + z.lse if z.turns > 1 else z.qs), at=at)
-            if z.turns == 1:
-                t.hold("received", z.q)
-        elif z.turns > 1:
-            t.during(at, turn * (z.q + z.lse))
-        if z.turns == 1:
-            t.hold(f"attention {i}", size, part, at=at)
-        t.drop("send", "heads", "repeated", "computed", "received", "out")
-
-    def _state(self, i: int, saving: bool, first: bool) -> None:
-        """`state/mixers.py`: projections, exchange, convolution and recurrence, exchange, gated norm. The recurrence is
-        computed again: it takes less time for what it would hold than the projections before it.
-        """
-        t, f, kept = self.t, self.z.state, self.keep[i].state
-        if f is None:
-            return
-        many, at = self.z.setting.sp > 1, "a layer with a state, forward"
-        if first or not kept:
-            t.hold("projected", f.projected)
-        inside = f.saved + f.forward + f.given * (2 if many else 1)
-        if f.turns == 1:
-            # convolutions keep copies of what they are given; what is part of a larger tensor stays beside them
-            t.hold(f"state {i}", f.saved + (f.given if f.gate else 0.0))
-            t.hold("state out", f.out)
-            t.during(at, f.forward + (f.given if many else 0.0))
-        else:
-            t.hold("state out", f.out)
-            t.during(at, (inside + f.out) / f.turns)
-        t.during("a gated norm", f.tile(self.z.setting))
-        t.hold("normed", f.out)
-        if not saving:
-            t.drop("projected", f"state {i}", "state out", "normed")
-        if first and kept == "device":
-            t.hold(f"kept state {i}", f.projected, LINEARS)
-
-    def _state_backward(self, i: int) -> None:
-        """The gradients of what was projected are written over it where heads are worked on in turns."""
-        t, f = self.t, self.z.state
-        if f is None:
-            return
-        many, at = self.z.setting.sp > 1, "a layer with a state, backward"
-        t.hold("dnormed", f.out)
-        t.drop("normed")
-        t.hold("dgate", f.gate if f.turns > 1 else 0.0)  # else nothing but the gate reads the tensor any more
-        t.during("a gated norm, backward", 2 * f.tile(self.z.setting))
-        t.drop("dnormed")
-        if f.turns == 1:
-            t.during(at, f.backward + (f.out if many else 0.0))
-            t.drop("state out", f"state {i}")
-        else:
-            t.hold("dgiven", f.dgiven)
-            inside = f.saved + f.backward + 2 * f.out + f.given * (2 if many else 1)
-            t.during(at, inside / f.turns)
-            t.drop("state out")
-        if f.turns > 1 and not f.gate:
-            t.drop("projected")
-        t.hold("dprojected", f.projected)
-        t.drop("projected", "dgate", "dgiven", f"kept state {i}")
-
-    def _attention_backward(self, i: int) -> None:
-        """`attention.SpAttention.backward`: exchange, kernel, exchange back; all heads at once or in turns."""
-        t, z, at = self.t, self.z, "attention, backward"
-        turn, many, grads = z.turn, z.setting.sp > 1, z.qs + 2 * z.ks
-        if z.turns > 1:  # written over q, k and v
-            t.hold("dq dk dv", 2 * z.k * 4 / z.setting.element_bytes if z.wide else 0.0)
-        if many:
-            t.hold("send", turn * (z.send + 2 * z.q))
-            t.hold("heads", turn * (3 * z.qs + 2 * z.kr), at=at)
-            t.drop("send")
-            t.hold("repeated", turn * 2 * z.ks if z.repeated else 0.0)
-        t.hold("grads", turn * grads, at=at)
-        t.during(at, turn * z.kernel_backward())
-        if z.turns > 1:
-            t.during("join", turn * (z.qs + 2 * z.kr) if many else 0.0)
-            t.drop("heads", "repeated", "grads")
-        elif many:
-            t.drop("heads", "repeated")
-            t.hold("join", z.qs + 2 * z.kr)
-            t.hold("received", z.send)
-            t.drop("join")
-            t.hold("dq dk dv", z.q + 2 * z.k, at="the exchange after attention, backward")
-            t.drop("grads", "received")
-        if z.turns == 1:
-            t.drop("q", "k", "v")
-        t.drop(f"attention {i}", "dattention")
-
     def backward(self, i: int) -> None:
         """One layer's backward pass; the gradient of its output is held as "g"."""
         t, z, x = self.t, self.z, self.z.setting
@@ -320,8 +207,8 @@ class Layer:
         self._weight_gradient("o_proj")
         t.drop("o a", f"kept o {i}", "attention gated")
         t.hold("dgate of attention", z.gate)
-        self._attention_backward(i)
-        self._state_backward(i)
+        attention_backward(t, z, i)
+        state_backward(t, z, i)
         if z.turns == 1:
             t.drop(f"kept qkv {i}")
         if not x.fused:

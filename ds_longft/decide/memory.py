@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 from ds_longft.decide.held import models, of_optimizer, step_timeline
 from ds_longft.decide.setting import GIB, Gpu, Setting
-from ds_longft.decide.tensors import BEFORE_STATE, GROUPS, Keep, Sizes, bytes_of_layers
-from ds_longft.decide.what_is_kept import disk_bytes, host_share, place, spend
+from ds_longft.decide.tensors import BEFORE_STATE, GROUPS, Keep, by_layer, bytes_of_layers
+from ds_longft.decide.what_is_kept import bytes_elsewhere, host_share, place, spend
 from ds_longft.model.facts import ModelFacts
 
 SPARE_SHARE = 0.06
@@ -59,8 +59,7 @@ def predict(model: ModelFacts, setting: Setting, gpu: Gpu) -> Memory:
         names = {"qkv": GROUPS[0], "o": GROUPS[1], "gate_up": GROUPS[2], "state": BEFORE_STATE}
         if setting.tile_tokens:
             del names["gate_up"]  # tiles have no whole output to keep
-        sizes = {kind: Sizes(kind, setting) for kind in model.kinds}
-        costs = [{group: sizes[kind].group(group) for group in names.values()} for kind in model.by_layer]
+        costs = [{group: z.group(group) for group in names.values()} for z in by_layer(model, setting)]
         elsewhere = host or any(k.on_disk for k in keep)
         allowed = 0.0 if elsewhere else host_share(setting)  # linears are worth less than what is there already
         places, _, on_host = spend(costs, room - timeline.peak, allowed)
@@ -70,7 +69,7 @@ def predict(model: ModelFacts, setting: Setting, gpu: Gpu) -> Memory:
             keep = tuple(replace(k, **more) for k, more in zip(keep, kept, strict=True))
             timeline = step_timeline(model, setting, keep)
     host += host_bytes(model, setting)
-    disk = disk_bytes(model, setting, keep)
+    disk = bytes_elsewhere(model, setting, keep, ("disk",))
     return Memory(timeline.peak, timeline.moment, timeline.at_peak, outside, host, disk, keep)
 
 

@@ -49,10 +49,10 @@ def note_in_plan(folder: Path, given_back: dict[str, float]) -> None:
 def foresee_run(run: Run, decisions: Decisions) -> dict[str, Any] | None:
     """What `ds-longft plan --json` prints, for this run: the longest pack as one document, every token a target.
 
-    Seconds only for GPU types that have rates of its kernel. None where the planner does not describe the run: pairs.
+    Seconds only for GPU types that have rates of its kernel. None of pairs.
     """
     model, gpu = run.facts, run.gpu
-    if run.config.objective != "sft" or decisions.setting is None:
+    if run.config.pairs:
         return None
     setting, has_rates = replace(decisions.setting, kernel=run.kernel), run.has_rates
     has_rates = has_rates and run.kernel in gpu.attention_tflops
@@ -82,7 +82,7 @@ def as_json(plan: Plan, question: Question) -> dict[str, Any]:
         **({"quantize": x.quantize} if x.quantize else {}),
         "mlp_tile_tokens": x.tile_tokens,
         "kv_heads_at_a_time": x.kv_heads,
-        **({"passes": x.passes, "reference": x.reference} if question.objective == "dpo" else {}),
+        **({"passes": x.passes, "reference": x.reference} if x.pairs else {}),
         "peak_gib": round(plan.memory.peak_gib, 2),
         "peak_at": plan.memory.moment,
         "host_gib_per_rank": round(plan.memory.host / GIB, 2),

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ds_longft.config.optimizers import KINDS
-from ds_longft.config.run_config import DOCUMENTS_PER_ROW
 from ds_longft.decide.held import STREAMED
 from ds_longft.decide.memory import Memory, predict, stays_resident
 from ds_longft.decide.setting import GIB, Base, Gpu, Setting
@@ -51,21 +50,17 @@ def savers(setting: Setting, model: ModelFacts) -> Iterator[Setting]:
     then in two.
     """
     for settled in passes_of(setting):
-        yield from _tiles_and_turns(settled, model)
-
-
-def _tiles_and_turns(setting: Setting, model: ModelFacts) -> Iterator[Setting]:
-    yield setting
-    segments = setting.stage == 3 and setting.recompute in ("every_k", "sqrt")  # not tiled there (`train.install`)
-    tiles = setting.tile_tokens is None and setting.of_a_pass.local_tokens > TILE_TOKENS and not segments
-    if tiles:
-        setting = replace(setting, tile_tokens=TILE_TOKENS)
-        yield setting
-    if setting.kv_heads is None and model.kv_heads > setting.sp:
-        setting = replace(setting, kv_heads=1)
-        yield setting
-    if tiles:
-        yield replace(setting, tile_tokens=LEAST_TILE_TOKENS)
+        yield (x := settled)
+        segments = x.stage == 3 and x.recompute in ("every_k", "sqrt")  # not tiled there (`train.install`)
+        tiles = x.tile_tokens is None and x.of_a_pass.local_tokens > TILE_TOKENS and not segments
+        if tiles:
+            x = replace(x, tile_tokens=TILE_TOKENS)
+            yield x
+        if x.kv_heads is None and model.kv_heads > x.sp:
+            x = replace(x, kv_heads=1)
+            yield x
+        if tiles:
+            yield replace(x, tile_tokens=LEAST_TILE_TOKENS)
 
 
 def last_resorts(setting: Setting, model: ModelFacts) -> Iterator[Setting]:
@@ -149,7 +144,7 @@ class Question:
     disk_gb_s: float = 0.0  # 0: not known
     lora_r: int | None = 16
     lora_experts: bool = False
-    objective: str = "sft"
+    pairs: bool = False  # of preferences
     reference: Reference = "none"  # of pairs
     passes: Passes = "auto"  # of pairs; auto: both are considered
     optimizer: str = "adamw"  # as optim.type
@@ -162,7 +157,7 @@ class Question:
     @property
     def documents_per_row(self) -> int:
         """A pair is two documents of one pack, each as long as is asked for."""
-        return DOCUMENTS_PER_ROW[self.objective]
+        return 2 if self.pairs else 1
 
     def settings(self, *, streamed: bool) -> Iterator[tuple[Setting, str]]:
         """Every way that is considered: sp, DeepSpeed JSON, recomputation, host memory. Lengths are not set yet.
@@ -170,9 +165,11 @@ class Question:
         `streamed`: those in which frozen weights come a layer ahead, or all others.
         """
         m, kernel = self.model, self.kernel or next(iter(self.gpu.attention_tflops))
-        lora, memory_gib = self.lora_r is not None, self.gpu.memory_gib
-        of_weights = 0 if self.quantize else 2 * m.weights  # ZeRO-3 divides no packed ones
-        resident = stays_resident(of_weights, lora=lora, offload_params=False, memory_gib=memory_gib)
+        lora, of_weights = (
+            self.lora_r is not None,
+            0 if self.quantize else 2 * m.weights,
+        )  # ZeRO-3 divides no packed ones
+        resident = stays_resident(of_weights, lora=lora, offload_params=False, memory_gib=self.gpu.memory_gib)
         for sp in (d for d in range(1, self.gpus + 1) if self.gpus % d == 0 and d <= m.most_ranks):
             base = Setting(
                 lengths=(LENGTH_STEP,),
@@ -187,20 +184,20 @@ class Question:
                 kernel=kernel,
                 fused=self.fused,
                 targets=self.targets,
-                pairs=self.objective == "dpo",
+                pairs=self.pairs,
                 reference=self.reference,
-                passes=self.passes if self.objective == "dpo" else "one",
+                passes=self.passes if self.pairs else "one",
                 optimizer=self.optimizer,
             )
             ways, kind = [(base, "ds_configs/zero3_sp.json")], KINDS[self.optimizer]
             if kind.ds_config:  # not under all stages of ZeRO
                 ways = [(replace(base, base="engine", stage=max(kind.stages)), kind.ds_config)]
-            elif self.lora_r is not None:
-                if not resident:
-                    ways.append((replace(base, stage=2), "ds_configs/zero2_sp.json"))
-            elif kind.offload:
-                away = replace(base, resident=False, offload_optimizer=True, offload_params=True)
-                ways.append((away, "ds_configs/zero3_offload.json"))
+            elif lora and not resident:
+                ways.append((replace(base, stage=2), "ds_configs/zero2_sp.json"))
+            elif not lora and kind.offload:
+                ways.append(
+                    (replace(base, offload_optimizer=True, offload_params=True), "ds_configs/zero3_offload.json")
+                )
             if streamed:
                 ways = [(replace(base, base=b, stage=2), "ds_configs/zero3_sp.json") for b in self.streams(kind.stages)]
             for way, ds_config in ways:
@@ -303,7 +300,7 @@ def alternatives(question: Question, plan: Plan) -> dict[str, Plan | None]:
     """Of pairs: the fastest setting at the plan's length with the other number of passes, and with the reference from
     elsewhere, by the key that asks for it; None where nothing fits.
     """
-    if question.objective == "sft":
+    if not question.pairs:
         return {}
     passes: Passes = "two" if plan.setting.passes == "one" else "one"
     live: Reference = "adapter_off" if question.lora_r is not None else "model"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ds_longft.decide.layer import Layer
-from ds_longft.decide.tensors import AWAY, BEFORE_STATE, GROUPS, HEAD, TRANSIT, Keep, Sizes
+from ds_longft.decide.tensors import AWAY, BEFORE_STATE, GROUPS, HEAD, TRANSIT, Keep, Sizes, by_layer
 from ds_longft.decide.timeline import Timeline
 from ds_longft.sequence.kept import LEAVING
 from ds_longft.sequence.loss import CHUNK_BYTES
@@ -31,8 +31,7 @@ class SimulatedStep:
     layers: list[Layer] = field(init=False)
 
     def __post_init__(self) -> None:
-        of_kinds = {kind: Layer(self.t, Sizes(kind, self.z.setting), self.keep) for kind in self.z.model.kinds}
-        self.layers = [of_kinds[kind] for kind in self.z.model.by_layer]
+        self.layers = [Layer(self.t, z, self.keep) for z in by_layer(self.z.model, self.z.setting)]
 
     def run(self) -> None:
         """Embedding, layers, head, and back."""

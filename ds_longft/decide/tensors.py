@@ -6,7 +6,7 @@ Sizes in bytes: U = s D e (a hidden state), Q = s Hq d e, K = s Hkv d e, F = s I
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 
 from ds_longft.decide.setting import Setting
@@ -83,10 +83,10 @@ class StateSizes:
     out: float  # the recurrence's output [S, h, V]
     gate: float  # of what is projected, what gates the output where it is a part of one tensor (Mamba-2)
     dgiven: float  # gradients of what is given, where they find no place in it; of B and C in float32
-    turns: int  # in which this rank works on its heads
     saved: float  # what autograd keeps of convolution and recurrence beside these, all heads
     forward: float  # beside these while the recurrence runs: states of all chunks, keys and values of its matrix form
     backward: float  # the same while it runs backward
+    turns: int  # in which this rank works on its heads
 
     @classmethod
     def of(cls, m: ModelFacts, x: Setting) -> StateSizes:
@@ -127,15 +127,15 @@ class StateSizes:
             saved, forward, backward, turns = 2 * given, 6 * given, 8 * given, 1
         unit = float(s * e)
         return cls(
-            projected=x.local_tokens * e * outs,
+            projected=float(x.local_tokens * e * outs),
             given=unit * given,
             out=unit * values,
             gate=unit * gate,
             dgiven=unit * dgiven,
-            turns=turns,
             saved=unit * saved,
             forward=unit * forward,
             backward=unit * backward,
+            turns=turns,
         )
 
     def tile(self, x: Setting) -> float:
@@ -147,58 +147,37 @@ AWAY = ("host", "disk")
 """Places beside the GPU."""
 
 
-@dataclass
 class Sizes:
     """Bytes of a rank's tensors, for the rank with the most heads."""
 
-    model: ModelFacts
-    setting: Setting
-    u: float = field(init=False)
-    q: float = field(init=False)
-    k: float = field(init=False)
-    f: float = field(init=False)
-    a: float = field(init=False)  # x A' of one linear: s r e
-    qs: float = field(init=False)  # [S, h, d]: this rank's query heads of the whole pack
-    ks: float = field(init=False)  # [S, hk, d] as the kernel reads them
-    kr: float = field(init=False)  # [S, hk, d] as received
-    send: float = field(init=False)  # q, k, v for all ranks
-    lse: float = field(init=False)  # [h, S] float32
-    turns: int = field(init=False)  # in which attention works through its heads
-    turn: float = field(init=False)  # share of the heads in one of them
-    tile: float = field(init=False)  # share of the tokens in one MLP tile; 0: no tiles
-    wide: bool = field(init=False)  # some kv head lies on two ranks
-    repeated: bool = field(init=False)  # this rank's kv heads are repeated for the kernel
-    gate: float = field(init=False)  # of what gates attention's output (Qwen3.5), beside the queries; 0: nothing does
-    gated: bool = field(init=False)  # the MLP has a gate projection
-    rows: int = field(init=False)  # copies of tokens in one tile of the experts; 0: a dense model
-    routes: float = field(init=False)  # what a router leaves for its backward pass
-    state: StateSizes | None = field(init=False)  # of a layer that carries one
-
-    def __post_init__(self) -> None:
-        m, x = self.model, self.setting
+    def __init__(self, model: ModelFacts, setting: Setting) -> None:
+        self.model, self.setting = m, x = model, setting
         s, big_s, e = x.local_tokens, x.tokens, x.element_bytes
-        self.u, self.f = s * m.hidden * e, s * m.inter * e
-        self.q, self.k = s * m.q_heads * m.head_dim * e, s * m.kv_heads * m.head_dim * e
-        self.a = s * (x.lora_r or 0) * e
-        self.state = StateSizes.of(m, x) if m.state else None
+        self.u, self.f = float(s * m.hidden * e), float(s * m.inter * e)
+        self.q, self.k = float(s * m.q_heads * m.head_dim * e), float(s * m.kv_heads * m.head_dim * e)
+        self.a = float(s * (x.lora_r or 0) * e)  # x A' of one linear
+        self.state = StateSizes.of(m, x) if m.state else None  # of a layer that carries one
         shares = deal_heads(m.q_heads, m.kv_heads, x.sp)
         most = max(shares, key=lambda share: (len(share.q), len(share.repeat or share.kv)))
-        unit = big_s * m.head_dim * e
-        self.qs, self.ks, self.kr = unit * len(most.q), unit * len(most.repeat or most.kv), unit * len(most.kv)
-        self.send = s * m.head_dim * e * sum(len(p.q) + 2 * len(p.kv) for p in shares)
-        self.lse = big_s * len(most.q) * 4
+        unit = float(big_s * m.head_dim * e)
+        self.qs = unit * len(most.q)  # [S, h, d]: this rank's query heads of the whole pack
+        self.ks, self.kr = unit * len(most.repeat or most.kv), unit * len(most.kv)  # as the kernel reads, as received
+        self.repeated = most.repeat is not None  # this rank's kv heads, for the kernel
+        self.send = float(s * m.head_dim * e * sum(len(p.q) + 2 * len(p.kv) for p in shares))  # q, k, v for all ranks
+        self.lse = float(big_s * len(most.q) * 4)  # [h, S] float32
         heads = max(len(share.kv) for share in shares)
-        self.turns = -(-heads // x.kv_heads) if x.kv_heads else 1
-        self.turn = min(1.0, (x.kv_heads or heads) / heads)
-        self.wide = any(b.kv.start < a.kv.stop for a, b in pairwise(shares))
-        self.tile = min(1.0, x.tile_tokens / s) if x.tile_tokens else 0.0
-        self.repeated = most.repeat is not None
+        self.turns = -(-heads // x.kv_heads) if x.kv_heads else 1  # in which attention works through its heads
+        self.turn = min(1.0, (x.kv_heads or heads) / heads)  # share of the heads in one of them
+        self.wide = any(b.kv.start < a.kv.stop for a, b in pairwise(shares))  # some kv head lies on two ranks
+        self.tile = min(1.0, x.tile_tokens / s) if x.tile_tokens else 0.0  # share of the tokens; 0: no MLP tiles
         outs = {name: o for name, _, o in m.linear_io}
+        # Of what gates attention's output (Qwen3.5), beside the queries; 0: nothing does.
         self.gate = self.q if m.attends and outs.get("q_proj") == 2 * m.q_heads * m.head_dim else 0.0
-        self.gated = "gate_proj" in outs
+        self.gated = "gate_proj" in outs  # the MLP
         tile = tile_of(m.experts, m.experts_used, x.tile_tokens) if m.experts else 0
-        self.rows = m.experts_used * min(s, tile)
-        # float32 probabilities of all experts, indices and weights of those used
+        self.rows = m.experts_used * min(s, tile)  # copies of tokens in one tile of the experts; 0: a dense model
+        # What a router leaves for its backward pass: float32 probabilities of all experts, indices and weights of those
+        # used.
         self.routes = s * (4.0 * m.experts + 20 * m.experts_used)
         if not m.attends:
             self.q = self.k = self.qs = self.ks = self.kr = self.send = self.lse = 0.0
@@ -217,17 +196,13 @@ class Sizes:
             return 0.0
         return (m.hidden + x.lora_r) * (tokens + m.inter) * x.element_bytes
 
-    def experts_forward(self) -> float:
-        """`experts._Grouped.forward`: of a tile outputs twice; or rows, gate and up, and what is made of them."""
-        wide, inner = (self.rows * self.setting.element_bytes * n for n in (self.model.hidden, self.model.expert_inter))
-        return max(2.125 * wide, wide + 4 * inner)
-
-    def experts_backward(self) -> float:
-        """`experts._Grouped.backward`: of a tile rows, gate and up, and their gradients; or rows, the outputs'
-        gradients, and what the routing weights' gradient is made of.
+    def of_experts(self) -> tuple[float, float]:
+        """`experts._Grouped`. Forward: of a tile outputs twice; or rows, gate and up, and what is made of them.
+        Backward: of a tile rows, gate and up, and their gradients; or rows, the outputs' gradients, and what the
+        routing weights' gradient is made of.
         """
         wide, inner = (self.rows * self.setting.element_bytes * n for n in (self.model.hidden, self.model.expert_inter))
-        return max(wide + 9 * inner, 2 * wide + 7 * inner)
+        return max(2.125 * wide, wide + 4 * inner), max(wide + 9 * inner, 2 * wide + 7 * inner)
 
     def expert_sums(self) -> float:
         """Float32 sums over the tiles of what is trained of a layer's experts."""
@@ -252,3 +227,9 @@ class Sizes:
         if self.setting.kernel in ("varlen", "flash-attn-2"):  # dk and dv for every query head, summed afterwards
             return dq + 4 * rows + (2 * self.qs if grouped else 0.0)
         return dq + 8 * rows + (4 * self.ks * 2 / self.setting.element_bytes if grouped else 0.0)
+
+
+def by_layer(model: ModelFacts, setting: Setting) -> list[Sizes]:
+    """Those of each layer; layers that are alike share one."""
+    of_kinds = {kind: Sizes(kind, setting) for kind in model.kinds}
+    return [of_kinds[kind] for kind in model.by_layer]

@@ -9,6 +9,7 @@ type's (`Gpu`), times its sustained share.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,12 +18,11 @@ import numpy as np
 
 from ds_longft.data.deal import deal_documents
 from ds_longft.decide.setting import Gpu, Setting
-from ds_longft.decide.simulated_step import bytes_away
 from ds_longft.decide.state_time import state_seconds
-from ds_longft.decide.tensors import BEFORE_STATE, GROUPS, Keep, Sizes, bytes_of_layers
-from ds_longft.decide.what_is_kept import disk_bytes, segment_starts
+from ds_longft.decide.tensors import Keep, Sizes, bytes_of_layers
+from ds_longft.decide.what_is_kept import bytes_elsewhere
+from ds_longft.decide.work import expert_elements, forward_weights, layer_forwards, moved_bytes, multiplied_weights
 from ds_longft.model.facts import ModelFacts, visible_pairs
-from ds_longft.sequence.linear import folds
 
 HOST_S = 0.015
 """Host time of a layer, forward, again and backward: Python, torch and DeepSpeed launch some 250 kernels. Small models
@@ -37,9 +37,6 @@ PER_DOCUMENT = ("cudnn",)
 GROUPED = 0.7
 """Share of the rate of a large matrix product that grouped ones have, `experts.ROWS_OF_AN_EXPERT` rows each. An
 estimate."""
-
-WIDTH_OF_A_PRODUCT = 64
-"""Features that a grouped product with an adapter's rank costs at least: a tile of the tensor cores. An estimate."""
 
 WITHOUT_GRADIENT = "passes without gradient"
 DISK = "waiting for the disk"
@@ -88,13 +85,12 @@ def predict_time(model: ModelFacts, setting: Setting, gpu: Gpu, keep: Sequence[K
     attention_forward = 1 + again * (forwards - 1)
     attention_s = attention_forward * attention(model, x, gpu, "forward") + attention(model, x, gpu, "backward")
 
-    moved = moved_bytes(model, x, forwards) + expert_bytes(model, x)
     parts = {
         "attention": attention_s,
         "layers with a state": state_seconds(model, x, gpu, forwards),
         "matrix products": _products(x, gpu, multiplied_weights(model, x, keep)),
         "experts": _products(x, gpu, expert_elements(model, x) / GROUPED),
-        "elementwise and LoRA": moved / (gpu.memory_gb_s * 1e9),
+        "elementwise and LoRA": moved_bytes(model, x, forwards) / (gpu.memory_gb_s * 1e9),
         "exchange": _exchange(model, x, gpu, attention_forward, forwards, 1),
         "gathering weights": _gathering(model, x, gpu, min(forwards + 1, 3)),
         "dequantising": (forwards + 1) * _dequantising_s(model, x, gpu),
@@ -106,7 +102,7 @@ def predict_time(model: ModelFacts, setting: Setting, gpu: Gpu, keep: Sequence[K
     else:
         parts["optimizer"] = trained / (x.world if x.stage else 1) * 40 / (gpu.memory_gb_s * 1e9)
     compute_s, streamed_s = sum(parts.values()) / times, _streamed_s(model, x, gpu)
-    kept_s = _kept_s(model, x, keep, gpu)
+    kept_s = bytes_elsewhere(model, x, keep) / (gpu.host_gb_s * 1e9)  # goes there, or comes back
     again_s = max(1.0, forwards - 1) * streamed_s  # layers come once forward, and when they run again
     if x.base == "sharded":
         parts["gathering weights"] = times * _not_hidden(streamed_s, again_s, compute_s)
@@ -114,7 +110,7 @@ def predict_time(model: ModelFacts, setting: Setting, gpu: Gpu, keep: Sequence[K
     # kept tensors leave one way while weights come the other, and come back beside them
     parts["host copies"] = times * _not_hidden(max(kept_s, streamed_s), kept_s + again_s, compute_s)
     if x.disk_gb_s:
-        of_node = disk_bytes(model, x, keep) * (x.local_world or x.world)
+        of_node = bytes_elsewhere(model, x, keep, ("disk",)) * (x.local_world or x.world)
         way_s = of_node / (x.disk_gb_s * 1e9)
         parts[DISK] = times * _not_hidden(way_s, way_s, compute_s)
     host_s = times * (forwards + 2) / 4 * _host(model, x)
@@ -122,60 +118,6 @@ def predict_time(model: ModelFacts, setting: Setting, gpu: Gpu, keep: Sequence[K
     ahead = passes_ahead(setting)
     parts[WITHOUT_GRADIENT] = times * sum(without_gradient(model, x, gpu, adapters=on) for on in ahead)
     return StepTime({k: v for k, v in parts.items() if v}, setting.tokens, x.world, x.sp)
-
-
-def multiplied_weights(model: ModelFacts, x: Setting, keep: Sequence[Keep]) -> float:
-    """Weights that each local token meets in the products of one pass forward, again and back; adapters apart."""
-    forwards = layer_forwards(model, x)
-    passes = forwards + (1 if x.lora_r is not None else 2)
-    linears = passes * linear_weights(model)
-    if forwards > 1 and not model.norm_after_mlp:  # the last one is not computed again for its own backward pass
-        linears -= sum(_elements(kind, GROUPS[3]) * count for kind, count in model.kinds.items())
-    if x.lora_r is not None:  # nothing before the first layer's projections is trained
-        linears -= _elements(model.by_layer[0], (*GROUPS[0], *BEFORE_STATE))
-    kept = zip(model.by_layer, keep, strict=True)
-    linears -= sum(_elements(kind, group) for kind, k in kept for group in _kept_groups(k))
-    return linears + model.head_weights * x.targets * (2 if x.lora_r is not None else 4)
-
-
-def linear_weights(model: ModelFacts) -> int:
-    """Elements of all layers' linears, experts apart."""
-    return sum(kind.layer_weights * count for kind, count in model.kinds.items())
-
-
-def moved_bytes(
-    model: ModelFacts, x: Setting, forwards: float, *, backward: bool = True, adapters: bool = True
-) -> float:
-    """Read and written by all layers' elementwise kernels, and by their adapters."""
-    moved = 0.0
-    for kind, count in model.kinds.items():
-        moved += count * elementwise_bytes(kind, Sizes(kind, x), forwards, backward=backward)
-        moved += count * adapters * lora_bytes(kind, x, forwards, backward=backward)
-    return moved
-
-
-def expert_elements(model: ModelFacts, x: Setting, *, backward: bool = True) -> float:
-    """Elements of experts that each local token meets in grouped products, of all layers: forward once, gate and up
-    again in the backward pass, then gradients of inputs, and of weights that are trained. A narrow adapter's products
-    cost as much as those of `WIDTH_OF_A_PRODUCT` features.
-    """
-    one, sides = model.expert_weights, sum(i + o for i, o in model.expert_io)
-    again = one - model.hidden * model.expert_inter  # gate and up
-    of_weights = one + backward * (again + one * (1 if x.lora_r is not None else 2))
-    adapted = x.lora_r is not None and x.lora_experts
-    # forward, x A' of all again, dy B and its product with A, gradients of A and of B
-    of_adapters = max(x.lora_r or 0, WIDTH_OF_A_PRODUCT) * sides * (1 + backward * 3) if adapted else 0.0
-    return model.expert_layers * model.experts_used * (of_weights + of_adapters)
-
-
-def expert_bytes(model: ModelFacts, x: Setting, *, backward: bool = True) -> float:
-    """Read and written by `experts._Grouped` of all layers beside its products: rows copied, gated, scaled, added."""
-    adapted = x.lora_r is not None and x.lora_experts
-    wide, inner = model.hidden, model.expert_inter
-    per_row = (6 + 3 * adapted) * wide + (9 + 7 * adapted) * inner
-    if backward:
-        per_row += (7 + 5 * adapted) * wide + (20 + 9 * adapted) * inner
-    return x.local_tokens * x.element_bytes * model.expert_layers * model.experts_used * per_row
 
 
 def passes_ahead(setting: Setting) -> list[bool]:
@@ -186,28 +128,13 @@ def passes_ahead(setting: Setting) -> list[bool]:
 
 def without_gradient(model: ModelFacts, x: Setting, gpu: Gpu, *, adapters: bool) -> float:
     """Seconds of one forward pass that keeps nothing: the reference's, or the model's own ahead of two passes."""
-    moved = moved_bytes(model, x, 1, backward=False, adapters=adapters) + expert_bytes(model, x, backward=False)
+    moved = moved_bytes(model, x, 1, backward=False, adapters=adapters)
     seconds = attention(model, x, gpu, "forward") + state_seconds(model, x, gpu, 1, backward=False)
     seconds += _products(x, gpu, forward_weights(model, x))
     seconds += _products(x, gpu, expert_elements(model, x, backward=False) / GROUPED)
     seconds += moved / (gpu.memory_gb_s * 1e9) + _dequantising_s(model, x, gpu)
     seconds += _exchange(model, x, gpu, 1, 1, 0) + _gathering(model, x, gpu, 1)
     return max(seconds, _host(model, x) / 4, _streamed_s(model, x, gpu))
-
-
-def forward_weights(model: ModelFacts, x: Setting) -> float:
-    """Weights that each local token meets in one forward pass."""
-    return linear_weights(model) + model.head_weights * x.targets
-
-
-def layer_forwards(model: ModelFacts, setting: Setting) -> float:
-    """How often a layer runs forward, on average: 2 with recomputation, in segments 3 but for their last layers."""
-    if setting.recompute == "none":
-        return 1.0
-    if setting.recompute not in ("every_k", "sqrt"):
-        return 2.0
-    segments = len(segment_starts(model, setting))
-    return (3 * model.layers - segments) / model.layers
 
 
 def attention(model: ModelFacts, setting: Setting, gpu: Gpu, direction: str) -> float:
@@ -219,14 +146,8 @@ def attention(model: ModelFacts, setting: Setting, gpu: Gpu, direction: str) -> 
     per_pair = (4 if direction == "forward" else 10) * heads
     share = gpu.sustained.get(f"attention_{direction}", 1.0)
     table = gpu.attention_tflops[setting.kernel][direction]
-    counts: dict[int, int] = {}
-    for length in setting.lengths:
-        counts[length] = counts.get(length, 0) + 1
-    kinds: dict[tuple[int | None, int], int] = {}
-    for kind in model.attentions:
-        kinds[kind] = kinds.get(kind, 0) + 1
-    seconds = 0.0
-    for (window, d), layers in kinds.items():
+    counts, seconds = Counter(setting.lengths), 0.0
+    for (window, d), layers in Counter(model.attentions).items():
         narrow = WIDER_HEADS if d > WIDEST_HEADS else min(1.0, d / 128) ** NARROW_HEADS
         for length, documents in counts.items():
             work = per_pair * d * visible_pairs(length, window) * documents * layers
@@ -247,33 +168,6 @@ def rate_at(table: Sequence[Sequence[float]], tokens: int) -> float:
         if tokens <= n1:
             return r0 + (r1 - r0) * math.log(tokens / n0) / math.log(n1 / n0)
     return points[-1][1]
-
-
-def elementwise_bytes(model: ModelFacts, z: Sizes, forwards: float, *, backward: bool = True) -> float:
-    """Read and written by a layer's norms, rotary embedding, activation and residual adds."""
-    forth = 2 * 2 * z.u + 2 * 3 * z.u + 3 * z.f + 2 * (z.q + z.k)
-    back = 2 * 3 * z.u + 2 * 3 * z.u + 5 * z.f + 2 * (z.q + z.k)
-    wide = 1 if z.setting.fused else 2.5  # float32 copies of transformers' own norm and rotary embedding
-    return wide * (forwards * forth + backward * back)
-
-
-def lora_bytes(model: ModelFacts, x: Setting, forwards: float, *, backward: bool = True) -> float:
-    """`linear._Linears`: x A' reads the input, adding reads and writes the output; backward reads dy twice and x once,
-    and adds to dx. Where the term is folded into the product, its input is copied instead.
-    """
-    if x.lora_r is None:
-        return 0.0
-    tokens, per_token = min(x.local_tokens, x.tile_tokens or x.local_tokens), 0.0
-    alone = [(name,) for name, _, _ in model.linear_io if model.state and all(name not in group for group in GROUPS)]
-    for group in (*GROUPS, *alone):
-        shapes = [(i, o) for name, i, o in model.linear_io if name in group]
-        if not shapes:
-            continue
-        inner, outer = shapes[0][0], sum(o for _, o in shapes)
-        per_token += forwards * (inner + 2 * (inner if folds(tokens, inner, outer) else outer))
-        folded = len(shapes) == 1 and folds(tokens, outer, inner)
-        per_token += backward * (2 * outer + inner + 2 * (outer if folded else inner))
-    return x.local_tokens * x.element_bytes * per_token
 
 
 def _products(x: Setting, gpu: Gpu, weights: float) -> float:
@@ -308,15 +202,6 @@ def dealt_whole(model: ModelFacts, x: Setting) -> bool:
     return not x.pairs and deal_documents(np.array(x.lengths), x.sp, x.local_tokens, cost_tokens) is not None
 
 
-def _kept_groups(keep: Keep) -> list[tuple[str, ...]]:
-    kept = (keep.qkv, keep.o, keep.gate_up, keep.state)
-    return [g for g, where in zip((*GROUPS[:3], BEFORE_STATE), kept, strict=True) if where]
-
-
-def _elements(model: ModelFacts, names: tuple[str, ...]) -> int:
-    return sum(i * o for n, i, o in model.linear_io if n in names)
-
-
 def _gathering(model: ModelFacts, x: Setting, gpu: Gpu, passes: float) -> float:
     """ZeRO-3: released weights come once a pass; from the host, if they lie there. Nothing hidden is counted off."""
     if x.stage < 3 or (not x.offload_params and (x.resident or x.world == 1)):
@@ -341,13 +226,6 @@ def _streamed_s(model: ModelFacts, x: Setting, gpu: Gpu) -> float:
     if x.base == "sharded":
         return size * (x.world - 1) / x.world / (gpu.all_gather_gb_s * 1e9)
     return size / (gpu.host_gb_s * 1e9) if x.base == "host" else 0.0
-
-
-def _kept_s(model: ModelFacts, x: Setting, keep: Sequence[Keep], gpu: Gpu) -> float:
-    """Seconds in which what is kept on the host goes there, or comes back."""
-    of_kinds = {kind: Sizes(kind, x) for kind in model.kinds}
-    size = sum(sum(bytes_away(of_kinds[kind], k)) for kind, k in zip(model.by_layer, keep, strict=True))
-    return size / (gpu.host_gb_s * 1e9)
 
 
 def _not_hidden(forward_s: float, backward_s: float, compute_s: float) -> float:

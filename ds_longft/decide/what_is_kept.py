@@ -12,10 +12,7 @@ from dataclasses import replace
 from ds_longft.decide.held import step_timeline
 from ds_longft.decide.setting import GIB, Setting
 from ds_longft.decide.simulated_step import bytes_away
-from ds_longft.decide.tensors import (
-    Keep,
-    Sizes,
-)
+from ds_longft.decide.tensors import AWAY, Keep, Sizes, by_layer
 from ds_longft.model.facts import ModelFacts
 from ds_longft.sequence.kept import LEAVING
 
@@ -38,8 +35,7 @@ def place(model: ModelFacts, setting: Setting, room: float) -> tuple[tuple[Keep,
     away = [Keep(attention="", input="host" if i in inputs else "device") for i in range(count)]
     host = sizes.u * len(inputs)
     free = room - step_timeline(model, setting, tuple(away)).peak
-    of_kinds = {kind: Sizes(kind, setting) for kind in model.kinds}
-    attentions = [of_kinds[kind].q + of_kinds[kind].lse for kind in model.by_layer]
+    attentions = [of_layer.q + of_layer.lse for of_layer in by_layer(model, setting)]
     transit = LEAVING * max(attentions) if keeping else 0.0
     for i in reversed(inputs):  # the peak holds every input that stays
         if sizes.u > free - transit:
@@ -119,7 +115,7 @@ def host_share(setting: Setting) -> float:
     return setting.host_gib * GIB / (setting.local_world or setting.world)
 
 
-def disk_bytes(model: ModelFacts, setting: Setting, keep: Sequence[Keep]) -> float:
-    """Bytes of a rank's files."""
-    of_kinds = {kind: Sizes(kind, setting) for kind in model.kinds}
-    return sum(sum(bytes_away(of_kinds[kind], k, ("disk",))) for kind, k in zip(model.by_layer, keep, strict=True))
+def bytes_elsewhere(model: ModelFacts, setting: Setting, keep: Sequence[Keep], where: tuple[str, ...] = AWAY) -> float:
+    """Bytes of what a rank keeps on the host or the disk."""
+    layers = zip(by_layer(model, setting), keep, strict=True)
+    return sum(sum(bytes_away(z, k, where)) for z, k in layers)

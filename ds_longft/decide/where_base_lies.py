@@ -102,5 +102,4 @@ def with_room(run: Run, host_gib: float) -> Run:
 
 
 def _fits(run: Run) -> bool:
-    setting = decide(run).setting
-    return setting is None or predict(run.facts, setting, run.gpu).fits(run.gpu)
+    return predict(run.facts, decide(run).setting, run.gpu).fits(run.gpu)

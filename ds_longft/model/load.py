@@ -14,7 +14,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from ds_longft.config.run_config import ModelConfig, RopeConfig
+from ds_longft.config.model_keys import RopeConfig
+from ds_longft.config.run_config import ModelConfig
 from ds_longft.config.state_families import STATE_FAMILIES
 from ds_longft.errors import ModelError
 from ds_longft.model.load_packed import as_it_would_be, base_format, load_packed, stored_as

@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PretrainedConfig
 
-from ds_longft.config.run_config import RopeConfig
+from ds_longft.config.model_keys import RopeConfig
 from ds_longft.config.window import reached_tokens, stretch_factor, window_problem
 from ds_longft.errors import ModelError
 from ds_longft.model.rope_formulas import config_of_type, expected_frequencies, rope_parts, rotary_dim

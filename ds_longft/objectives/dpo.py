@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ds_longft.batch import Batch, Pack
-from ds_longft.config.run_config import DpoConfig
+from ds_longft.config.train_keys import DpoConfig
 from ds_longft.data.pairs import pair_sides
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.lora import adapters_off

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ds_longft.batch import Pack
-from ds_longft.config.run_config import DpoConfig, RunConfig
+from ds_longft.config.run_config import RunConfig
+from ds_longft.config.train_keys import DpoConfig
 from ds_longft.layout import ParallelLayout
 
 Reference = Literal["none", "adapter_off", "precomputed", "model"]
@@ -20,9 +21,8 @@ Passes = Literal["auto", "one", "two"]
 
 @dataclass(frozen=True)
 class Needs:
-    """What an objective needs beside one pass of the model over single documents; known before a model is built."""
+    """What an objective needs beside one pass of the model over a pack; known before a model is built."""
 
-    documents_per_row: int = 1
     reference: Reference = "none"  # where a reference's log-probabilities come from
     passes: Passes = "one"
 
@@ -31,8 +31,7 @@ class Needs:
         """What the objective of a run config needs."""
         if config.objective == "sft":
             return cls()
-        reference = reference_of(config.dpo, lora=config.lora is not None)
-        return cls(config.documents_per_row, reference, config.dpo.passes)
+        return cls(reference_of(config.dpo, lora=config.lora is not None), config.dpo.passes)
 
 
 def reference_of(dpo: DpoConfig, *, lora: bool) -> Reference:

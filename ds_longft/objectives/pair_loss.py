@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ds_longft.config.run_config import DpoConfig
+from ds_longft.config.train_keys import DpoConfig
 
 METRICS = (
     "rewards/chosen",

@@ -12,14 +12,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import NoReturn
 
-from ds_longft.errors import (
-    EXIT_CONFIG,
-    EXIT_HANG,
-    EXIT_NON_FINITE,
-    EXIT_PORT,
-    EXIT_REQUEUE,
-    LongftError,
-)
+from ds_longft.errors import EXIT_CONFIG, EXIT_HANG, EXIT_NON_FINITE, EXIT_PORT, EXIT_REQUEUE, LongftError
 from ds_longft.ranks.interrupt import heeded
 from ds_longft.ranks.join import Launch, free_port, visible_gpus
 

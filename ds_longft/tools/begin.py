@@ -13,8 +13,9 @@ from functools import partial
 from pathlib import Path
 
 from ds_longft.command_line import RunKeys
-from ds_longft.config.check import HUB_ID, preflight, problems_of_paths, read_model_config
 from ds_longft.config.ds_file import stage_asked
+from ds_longft.config.model_json import HUB_ID, read_model_config
+from ds_longft.config.preflight import preflight, problems_of_paths
 from ds_longft.config.read import dump_chosen, dump_config, load_run_config
 from ds_longft.config.run_config import RunConfig
 from ds_longft.errors import EXIT_UNCHECKED, ConfigError, ModelError

@@ -53,7 +53,7 @@ def ref_logps(config: RunKeys, *, ranks: int | None = None, json: bool = False) 
 
 def of_pairs(config: RunConfig) -> RunConfig:
     """The config as its reference is computed. Raises ConfigError where it has none."""
-    if config.objective != "dpo":
+    if not config.pairs:
         raise ConfigError("ds-longft data ref_logps: objective is sft, which has no reference: set objective to dpo")
     if config.dpo.loss == "simpo":
         raise ConfigError("ds-longft data ref_logps: dpo.loss simpo has no reference: nothing is to be computed")
@@ -65,7 +65,7 @@ def _compute(config: RunConfig, launch: Launch, gpus: int, *, as_json: bool) -> 
     """On every rank alike: tokenize, build the run's engine, fill the files of the training and evaluation sets."""
     import torch.distributed as dist
 
-    from ds_longft.config.check import preflight
+    from ds_longft.config.preflight import preflight
     from ds_longft.data.pairs import PairSet
     from ds_longft.data.tokenize import tokenize_sources
     from ds_longft.layout import ParallelLayout

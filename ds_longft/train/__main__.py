@@ -13,7 +13,7 @@ import traceback
 from functools import partial
 from pathlib import Path
 
-from ds_longft.config.check import preflight
+from ds_longft.config.preflight import preflight
 from ds_longft.config.read import load_run_config
 from ds_longft.errors import LongftError, RankError
 from ds_longft.ranks.console import outlive_the_console, speak_utf8

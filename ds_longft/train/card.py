@@ -12,7 +12,7 @@ from ds_longft.model.lora import BASE_CONFIG_FOLDER
 from ds_longft.model.read_model import model_path
 from ds_longft.objectives.objective import loss_in_words
 from ds_longft.train.hub import hub_id, named_elsewhere
-from ds_longft.train.metrics import training_loss
+from ds_longft.train.metrics import held_out, training_loss
 
 LOAD_ADAPTER = """```python
 from peft import PeftModel
@@ -80,7 +80,6 @@ def write_card(
         "tags": ["ds_longft", "long-context"],
     }
     steps = [r for r in history if r.get("loss") is not None]
-    evals = [r for r in history if r.get("eval_loss") is not None]
     facts = {
         "base model": named_elsewhere(base) + (f", quantised ({quantized})" if quantized else ""),
         "training": f"LoRA r={config.lora.r}, alpha={config.lora.alpha:g}" if config.lora else "all weights",
@@ -94,15 +93,8 @@ def write_card(
     if steps:
         facts["optimizer steps"] = str(steps[-1]["step"])
         facts["tokens"] = f"{steps[-1].get('tokens_seen') or 0:,}"
-        label, value = training_loss(steps)
-        facts[label] = value
-    accuracies = [r["eval_rewards/accuracies"] for r in evals if "eval_rewards/accuracies" in r]
-    if accuracies:
-        facts["held-out accuracy"] = f"{accuracies[0]:.2f} -> {accuracies[-1]:.2f}"
-    if evals:
-        facts["held-out loss"] = " -> ".join(
-            f"{r['eval_loss']:.4f}" for r in (evals[:1] + evals[-1:] if len(evals) > 1 else evals)
-        )
+        facts |= dict([training_loss(steps)])
+    facts |= held_out(history)
     head = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     how = (LOAD_STRETCHED if stretched else LOAD_ADAPTER) + "\n\n" + EXPORT if config.lora else LOAD_MODEL

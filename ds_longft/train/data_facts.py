@@ -33,11 +33,7 @@ def write_data_facts(
     told = {name: statistics(part) for name, part in parts.items()}
     if held_out is not None and held_out.tally is train.tally:  # a part of one source: it was counted before the split
         told["held out"] = {key: value for key, value in told["held out"].items() if key not in LEFT_OUT}
-    facts = {
-        "total_steps": total_steps,
-        "parts": told,
-        "sample": sample(train, tokenizer),
-    }
+    facts = {"total_steps": total_steps, "parts": told, "sample": sample(train, tokenizer)}
     (folder / DATA_FACTS).write_text(json.dumps(facts, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from ds_longft.decide.decisions import Decisions, Run
-from ds_longft.decide.setting import GIB, Setting
+from ds_longft.decide.setting import GIB
 from ds_longft.decide.time import DISK, predict_time
-from ds_longft.decide.what_is_kept import disk_bytes
+from ds_longft.decide.what_is_kept import bytes_elsewhere
 from ds_longft.errors import ConfigError, LongftError
 from ds_longft.ranks.join import Agreement
 from ds_longft.sequence.disk import CHUNK_BYTES, DiskStore, free_bytes, is_direct, is_memory
@@ -58,8 +57,7 @@ def check_disk(run: Run, decisions: Decisions, device: torch.device, agreement: 
     Raises ConfigError: it does not, with what was measured and what is needed.
     """
     folder, keep = run.config.train.offload_disk, decisions.keep or ()
-    setting = decisions.setting or replace(run.setting, element_bytes=4 if device.type == "cpu" else 2)
-    size = run.local_world * disk_bytes(run.facts, setting.of_a_pass, keep) if keep else 0.0
+    size = run.local_world * bytes_elsewhere(run.facts, decisions.setting.of_a_pass, keep, ("disk",)) if keep else 0.0
     if folder is None or not size:
         return folder and f"nothing has to go to {folder} (train.offload_disk)"
 
@@ -73,8 +71,8 @@ def check_disk(run: Run, decisions: Decisions, device: torch.device, agreement: 
             )
 
     _all_ok(room, agreement)
-    if decisions.setting is not None:
-        _keeps_up(run, decisions.setting, decisions, size)
+    if decisions.planned:
+        _keeps_up(run, decisions, size)
     return (
         f"{size / GIB:.1f} GiB of a step lie in files without a name in {folder}, which the ranks of a node write and "
         f"read at {run.disk_gb_s:.2f} GB/s"
@@ -82,8 +80,9 @@ def check_disk(run: Run, decisions: Decisions, device: torch.device, agreement: 
     )
 
 
-def _keeps_up(run: Run, setting: Setting, decisions: Decisions, size: float) -> None:
+def _keeps_up(run: Run, decisions: Decisions, size: float) -> None:
     """`size`: bytes of a node's ranks."""
+    setting = decisions.setting
     time = predict_time(run.facts, setting, run.gpu, decisions.keep or ())
     waiting_s = time.parts.get(DISK, 0.0)
     compute_s = time.total_s - waiting_s

@@ -1,8 +1,7 @@
 """Model, adapters, recomputation and optimizer put together, and handed to DeepSpeed.
 
 The order matters and is the same for every run: load (ZeRO-3 partitions at load) -> RoPE check -> LoRA -> output head
--> recomputation (innermost forward first) -> optimizer -> engine. The engine gets no mpu: then every ZeRO stage
-averages gradients over all ranks, and one loss scale is right for all stages.
+-> recomputation (innermost forward first) -> optimizer -> engine, which gets no mpu (`config/ds_json.py` says why).
 """
 
 from __future__ import annotations
@@ -128,16 +127,13 @@ def make_objective(
     reference_model: nn.Module | None = None,
 ) -> Objective:
     """What the run trains for: the one place where an objective is chosen."""
-    kernel, heads = config.model.kernel, decisions.kv_heads
+    kernel, heads = config.model.kernel, decisions.setting.kv_heads
     if config.objective == "sft":
         factors = config.train.router_aux_loss, config.train.router_z_loss
         return SftObjective(model, layout, kernel, heads, factors)
     switch_off(random_rates(model))  # dropout would blur the reference, and two passes would draw two masks
-    dpo = DpoObjective(
-        model, layout, config.dpo, kernel, reference_model=reference_model, kv_heads_at_a_time=heads
-    )  # fmt: skip
-    dpo.passes = "two" if decisions.passes == "two" else "one"
-    return dpo
+    dpo = config.dpo.model_copy(update={"passes": decisions.setting.passes})
+    return DpoObjective(model, layout, dpo, kernel, reference_model=reference_model, kv_heads_at_a_time=heads)
 
 
 def _load(run: Run, device: torch.device) -> tuple[PreTrainedModel, FrozenLayers | None]:
@@ -164,9 +160,9 @@ def frozen_reference(
     model.requires_grad_(False)
     switch_off(random_rates(model))
     held: list[LinearGroup | Experts] = []
-    if decisions.tile_tokens:
+    if decisions.setting.tile_tokens:
         for layer in decoder_layers(model):
-            fused = fuse_and_tile(layer, run.stage, decisions.tile_tokens)
+            fused = fuse_and_tile(layer, run.stage, decisions.setting.tile_tokens)
             held += [*fused.groups, *fused.experts]
     return model, held
 

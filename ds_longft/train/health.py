@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,20 +71,12 @@ class Watchdog:
 
     def _end(self, section: str) -> None:
         self._ending.set()
-        here = {
-            "rank": self.rank,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "count": self._count,
-            "section": section,
-        }
-        try:
-            with open(self._path(self.rank), "w") as f:
-                f.write(json.dumps(here) + "\n")
-                f.flush()
-                faulthandler.dump_traceback(f)
-        except OSError:
-            pass  # a full disk must not keep us from ending
+        here: dict[str, Any] = {"rank": self.rank, "host": socket.gethostname(), "pid": os.getpid()}
+        here |= {"count": self._count, "section": section}
+        with suppress(OSError), open(self._path(self.rank), "w") as f:  # a full disk must not keep us from ending
+            f.write(json.dumps(here) + "\n")
+            f.flush()
+            faulthandler.dump_traceback(f)
         faulthandler.dump_traceback(sys.stderr)
         time.sleep(min(5.0, self.limit_s))  # for the other ranks' files
         seen = {r: report for r in range(self.world) if (report := self._report(r)) is not None} | {self.rank: here}

@@ -124,21 +124,10 @@ def known_run(
     form = base_format(hf_config, config.model)
     base, why = settle_base(settings, config, facts, memory_gib, saved_stage, form.name if form else "")
     run = Run(
-        config=config,
-        engine_config=settings.engine,
-        hf_config=hf_config,
-        facts=facts,
-        sp=layout.sp,
-        world=layout.world,
-        local_world=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        gpu=gpu,
-        has_rates=has_rates,
-        kernel=kernel,
-        disk_gb_s=disk_gb_s,
-        fused=liger_fits(config, facts.model_type),
-        base=base,
-        why=why,
-    )
+        config=config, engine_config=settings.engine, hf_config=hf_config, facts=facts, sp=layout.sp,
+        world=layout.world, local_world=int(os.environ.get("LOCAL_WORLD_SIZE", "1")), gpu=gpu, has_rates=has_rates,
+        kernel=kernel, disk_gb_s=disk_gb_s, fused=liger_fits(config, facts.model_type), base=base, why=why,
+    )  # fmt: skip
     if not open_to_us or memory_gib is None or "offload_param" in settings.engine["zero_optimization"]:
         return run
     found = with_room(run, node_memory_gib())
@@ -149,7 +138,7 @@ def known_run(
 
 def decided(run: Run, device: torch.device) -> Decisions:
     """How the run saves memory: as the planner decides; on a CPU as configured."""
-    return decide(run) if device.type == "cuda" else Decisions.as_configured(run.config, run.facts.layers)
+    return decide(run) if device.type == "cuda" else Decisions.as_configured(run)
 
 
 @dataclass
@@ -179,13 +168,13 @@ class Recompute:
         """
         config, stage = run.config, run.stage
         layers = decoder_layers(base)
-        policy, places = decisions.recompute, decisions.keep
+        policy, places, setting = decisions.setting.recompute, decisions.keep, decisions.setting
         made = cls(policy, int(config.train.offload_host_gib * 2**30) // run.local_world)
         made.keep = [LayerKeep(i) for i in range(len(layers))]
         # Segments call layers outside of the gathering that a fused layer needs under ZeRO-3.
         if not (stage == 3 and policy in ("every_k", "sqrt")):
             for keep, layer in zip(made.keep, layers, strict=True):
-                fused = fuse_and_tile(layer, stage, decisions.tile_tokens)
+                fused = fuse_and_tile(layer, stage, setting.tile_tokens)
                 made.groups.append(fused.groups)
                 made.experts += fused.experts
                 made.uneven += fused.uneven
@@ -208,7 +197,7 @@ class Recompute:
             made._place(places, device, config.train.offload_disk)
         if frozen is not None:
             frozen.install(layers)
-        apply_recompute(layers, policy, every=decisions.every, keep=made.keep)
+        apply_recompute(layers, policy, every=setting.every, keep=made.keep)
         return made
 
     def _place(self, places: Sequence[Keep], device: torch.device, folder: str | None) -> None:

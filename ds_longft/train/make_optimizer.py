@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_longft.config.run_config import OptimConfig
+from ds_longft.config.train_keys import OptimConfig
 
 COUNTED: dict[str, float] = {"step": 0, "k": 0, "weight_sum": 0.0, "lr_max": -1.0, "scheduled_lr": 0.0}
 """What optimizers count in their parameter groups (Apex-like ones, schedule-free), and how it begins."""

@@ -62,11 +62,9 @@ NOTABLE_PERCENT = 5.0
 
 def step_line(record: Record, total_steps: int) -> str:
     """The console line of one step, 80 columns where nothing is odd; metrics.jsonl has all of it."""
-    speed = f"{record['tokens_per_s_per_gpu']:,.0f} tok/s/GPU"
-    if record.get("mfu") is None:
-        speed = speed.replace("GPU", "rank")
-    else:
-        speed += f"  MFU {record['mfu']:.0%}"
+    on_gpu = record.get("mfu") is not None
+    speed = f"{record['tokens_per_s_per_gpu']:,.0f} tok/s/{'GPU' if on_gpu else 'rank'}"
+    speed += f"  MFU {record['mfu']:.0%}" if on_gpu else ""
     without = f"SKIPPED: {record['skipped']}" if "skipped" in record else "no targets"
     loss = without if record["loss"] is None else f"loss {record['loss']:.4f}"
     if "rewards/accuracies" in record:
@@ -94,7 +92,7 @@ def pace(step_s: float, left: int, steps_per_epoch: int | None) -> str | None:
         return None
     epoch = ""
     if steps_per_epoch is not None:
-        steps = "1 step" if steps_per_epoch == 1 else f"{steps_per_epoch:,} steps"
+        steps = f"{steps_per_epoch:,} step" + "s" * (steps_per_epoch != 1)
         epoch = f"an epoch of {steps} takes about {duration(steps_per_epoch * step_s)}, "
     end = time.strftime("%a %H:%M", time.localtime(time.time() + left * step_s))
     return f"at {step_s:.1f} s per step {epoch}the {left:,} steps that are left {duration(left * step_s)}, until {end}"
@@ -154,8 +152,7 @@ class Records:
         if not self.active:
             return
         if record["loss"] is not None:
-            above = spike_of(record["loss"], self.recent_losses)
-            if above is not None:
+            if (above := spike_of(record["loss"], self.recent_losses)) is not None:
                 record = {**record, "loss_spike": above}
             self.recent_losses.append(record["loss"])
         self._write(record)
@@ -235,8 +232,7 @@ def read_metrics(path: Path) -> list[Record]:
 
 def plot_loss(records: list[Record], path: Path) -> None:
     """Training and evaluation loss over steps as a PNG."""
-    train = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
-    evals = [(r["step"], r["eval_loss"]) for r in records if r.get("eval_loss") is not None]
+    train, evals = ([(r["step"], r[key]) for r in records if r.get(key) is not None] for key in ("loss", "eval_loss"))
     of_pairs = any("rewards/accuracies" in r for r in records)
     if not train:
         return
@@ -275,31 +271,35 @@ def training_loss(steps: list[Record]) -> tuple[str, str]:
     return label, f"{first:.4f} -> {last:.4f}"
 
 
+def held_out(records: list[Record]) -> dict[str, str]:
+    """Loss, and of pairs accuracy, of the first and the last evaluation."""
+    kept = {"held-out loss": ("eval_loss", ".4f"), "held-out accuracy": ("eval_rewards/accuracies", ".2f")}
+    found = {}
+    for label, (key, digits) in kept.items():
+        values = [format(r[key], digits) for r in records if r.get(key) is not None]
+        if values:
+            found[label] = " -> ".join([*values[:1], *values[1:][-1:]])
+    return found
+
+
 def summary_table(records: list[Record], folder: Path, minutes: float) -> Table:
     """The table a run ends with: first and last loss, speed, memory, and where everything lies."""
     steps = [r for r in records if r.get("loss") is not None]
-    evals = [r["eval_loss"] for r in records if r.get("eval_loss") is not None]
     table = Table(title="\nDone", show_header=False, title_justify="left", box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     if steps:
         table.add_row(*training_loss(steps))
-    if evals:
-        table.add_row(
-            "held-out loss, first -> last",
-            f"{evals[0]:.4f} -> {evals[-1]:.4f}" if len(evals) > 1 else f"{evals[0]:.4f}",
-        )
-    accuracies = [r["eval_rewards/accuracies"] for r in records if "eval_rewards/accuracies" in r]
-    if accuracies:
-        table.add_row("held-out accuracy, first -> last", f"{accuracies[0]:.2f} -> {accuracies[-1]:.2f}")
+    for label, value in held_out(records).items():
+        table.add_row(f"{label}, first -> last", value)
     if steps:
         timed = steps[1:] or steps  # the first step includes warming up
         speed = fmean(r.get("tokens_per_s_per_gpu") or 0.0 for r in timed)
         table.add_row("speed", f"{speed:,.0f} tokens/s per rank")
         table.add_row("peak memory", f"{max(r.get('peak_gib') or 0.0 for r in steps):.1f} GiB per rank")
     table.add_row("time", f"{minutes:.1f} min")
-    adapter = folder / "adapter_model.safetensors"
-    table.add_row("adapter" if adapter.exists() else "model", str(adapter if adapter.exists() else folder))
-    for name, file in (("metrics", "metrics.jsonl"), ("config", "config.yaml"), ("loss plot", "loss.png")):
+    adapter = "adapter_model.safetensors"
+    result = ("adapter", adapter) if (folder / adapter).exists() else ("model", "")
+    for name, file in (result, ("metrics", METRICS), ("config", "config.yaml"), ("loss plot", "loss.png")):
         table.add_row(name, str(folder / file))
     return table

@@ -113,12 +113,7 @@ def rehearse(
 
 
 def choose_passes(
-    engine: Any,
-    wanted: str,
-    pack: Pack,
-    layout: ParallelLayout,
-    device: torch.device,
-    memory: DeviceMemory | None,
+    engine: Any, wanted: str, pack: Pack, layout: ParallelLayout, device: torch.device, memory: DeviceMemory | None
 ) -> str | None:
     """`dpo.passes: auto`: the plan's choice, and where that is one pass, whether the longest pack fits so. Collective;
     a line, None if nothing was open. Call `settle` before.

@@ -1,4 +1,4 @@
-"""What a checkpoint may be continued with: every key, by the class that it has in `config/run_config.py`.
+"""What a checkpoint may be continued with: every key, by the class that its declaration has in `config`.
 
 Nothing is listed here by name but what a key leads to: the type that `auto` became, the packs of a step, the rows, the
 weights. Two spellings of the same run are the same run, and a key nobody thought of is refused.
@@ -16,7 +16,8 @@ from pydantic import ConfigDict
 
 from ds_longft import __version__
 from ds_longft.config.messages import keys_on_resume
-from ds_longft.config.run_config import OnResume, RunConfig
+from ds_longft.config.run_config import RunConfig
+from ds_longft.config.section import OnResume
 from ds_longft.errors import CheckpointError
 from ds_longft.layout import ParallelLayout
 from ds_longft.run_files import StateOfAnyVersion
@@ -88,7 +89,7 @@ def read_state(path: Path) -> TrainState:
 def what_decides(config: RunConfig, engine_config: dict[str, Any], layout: ParallelLayout) -> dict[str, Any]:
     """Key -> what its value leads to, for every key that a checkpoint is not continued without."""
     values = keys_on_resume(config, {OnResume.REFUSED})
-    if config.objective == "sft":
+    if not config.pairs:
         values = {key: value for key, value in values.items() if not key.startswith("dpo.")}
     # Two ways to say the same are one: what counts is what came of the key.
     packs = values.pop("train.gradient_accumulation_steps")

@@ -27,7 +27,6 @@ from ds_longft.layout import ParallelLayout
 from ds_longft.model.load_packed import base_format
 from ds_longft.model.lora import trainable_parameters
 from ds_longft.model.lora_targets import adapted_in_words
-from ds_longft.model.peaks import peak_tflops
 from ds_longft.model.wrapped import is_wrapped
 from ds_longft.ranks.interrupt import StopRequest
 from ds_longft.ranks.join import Launch
@@ -120,24 +119,11 @@ def _train(
         records.say(writer.stop_remark)
     pusher = Pusher(config.hub, records.say) if config.hub.repo is not None and launch.rank == 0 else None
     trainer = Trainer(
-        config=config,
-        layout=joined.layout,
-        device=device,
-        built=built,
-        train_loader=resumed.train_loader,
-        eval_loader=resumed.eval_loader,
-        records=records,
-        checkpoints=prepared.checkpoints,
-        write_model=writer.write_weights,
-        state=state,
-        agreement=agreement,
-        stop=stop,
-        watchdog=watchdog,
-        saved_step=state.step,
+        config=config, layout=joined.layout, device=device, built=built, train_loader=resumed.train_loader,
+        eval_loader=resumed.eval_loader, records=records, checkpoints=prepared.checkpoints,
+        write_model=writer.write_weights, state=state, agreement=agreement, stop=stop, watchdog=watchdog,
         pusher=pusher if config.hub.push_every_save else None,
-        relief=built.recompute.relief(device),
-        peak_tflops=peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None,
-    )
+    )  # fmt: skip
     try:
         finished = trainer.run()
     except BaseException:

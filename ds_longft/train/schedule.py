@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ds_longft.config.run_config import OptimConfig
+from ds_longft.config.train_keys import OptimConfig
 
 
 def learning_rate(step: int, total_steps: int, optim: OptimConfig) -> float:

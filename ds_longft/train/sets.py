@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ds_longft.config.run_config import DataConfig, RunConfig, SourceConfig
+from ds_longft.config.data_keys import DataConfig, SourceConfig
+from ds_longft.config.run_config import RunConfig
 from ds_longft.data.pairs import PairSet
 from ds_longft.data.stream import Stream
 from ds_longft.data.tokenize import Input, tokenize_sources
@@ -29,8 +30,7 @@ def tokenized(
     needs = Needs.of(config)
 
     def make(sources: list[SourceConfig], data: DataConfig = config.data) -> TokenizedSet:
-        pairs = needs.documents_per_row > 1
-        made = tokenize_sources(sources, tokenizer, data, progress=progress, pairs=pairs, every_byte=every_byte)
+        made = tokenize_sources(sources, tokenizer, data, progress=progress, pairs=config.pairs, every_byte=every_byte)
         made.check_ids(vocab)
         if needs.reference != "precomputed":
             return made

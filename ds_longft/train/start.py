@@ -286,20 +286,12 @@ def _new_state(joined: Joined, prepared: Prepared, loader: StepLoader, first: in
     if total_steps is None:
         total_steps = epochs_in_steps(config.train.epochs, loader.steps_per_epoch, config.train.max_steps)
     return TrainState(
-        step=0,
-        epoch=0,
-        step_in_epoch=0,
-        tokens_seen=0,
-        total_steps=total_steps,
-        world=layout.world,
-        rows=loader.rows_name(first),
-        order=loader.fingerprint,
-        trained=trained_fingerprint(built.model),
-        decides=what_decides(config, joined.settings.engine, layout),
-        may_change=what_may_change(config),
+        step=0, epoch=0, step_in_epoch=0, tokens_seen=0, total_steps=total_steps, world=layout.world,
+        rows=loader.rows_name(first), order=loader.fingerprint, trained=trained_fingerprint(built.model),
+        decides=what_decides(config, joined.settings.engine, layout), may_change=what_may_change(config),
         model=what_the_model_is(joined.hf_config),
         base=joined.agreement.broadcast(start_fingerprint(built.model)),
-    )
+    )  # fmt: skip
 
 
 def _rehearse(joined: Joined, prepared: Prepared, loader: StepLoader) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,11 +114,8 @@ class Status:
 
     def _peer_said_why(self) -> bool:
         """Whether another rank of this run has left its reason."""
-        path = self.folder / STATUS if self.folder is not None else None
-        try:
-            if path is None or path.stat().st_mtime < self.begun:
-                return False
-        except OSError:
-            return False
-        content = read_if_good(path, StatusFile)
-        return content is not None and content.exit_code is not None and content.rank != self.launch.rank
+        with suppress(OSError):
+            if self.folder is not None and (self.folder / STATUS).stat().st_mtime >= self.begun:
+                content = read_if_good(self.folder / STATUS, StatusFile)
+                return content is not None and content.exit_code is not None and content.rank != self.launch.rank
+        return False

@@ -1,4 +1,9 @@
-"""Forward, backward and optimizer of one step: the one place where the loss rule becomes a gradient."""
+"""Forward, backward and optimizer of one step: the one place where the loss rule becomes a gradient.
+
+L = sum(w * ce) / sum(w), both sums over every pack of the optimizer step, every accumulation micro-step, every sp and
+dp rank. W = sum(w) is known from the data plan before the first backward pass: each rank backpropagates
+local_sum * world / W, the engine averages over the world, and no differentiable collective is needed.
+"""
 
 from __future__ import annotations
 

@@ -1,12 +1,7 @@
 """The loop. Reads top to bottom: run -> step -> evaluate -> save.
 
 Rank-local wishes (a signal came, the time is up) become decisions of all ranks at fixed places: with the sums of a
-step, between the packs of a step or an evaluation, and after a save.
-
-One loss rule: L = sum(w * ce) / sum(w), both sums over every pack of the optimizer step, every accumulation
-micro-step, every sp and dp rank. The divisor W is known from the data plan before the first backward pass, so each
-rank backpropagates local_sum * world / W, the engine averages over the world, and no differentiable collective is
-needed.
+step, between the packs of a step or an evaluation, and after a save. The loss rule is in `step.py`.
 """
 
 from __future__ import annotations
@@ -30,9 +25,9 @@ from ds_longft.decide.setting import GIB
 from ds_longft.errors import CheckpointError, NonFiniteError
 from ds_longft.exactness.first_step import check_first_step, raise_if_wrong
 from ds_longft.layout import ParallelLayout
+from ds_longft.model.peaks import peak_tflops
 from ds_longft.ranks.interrupt import StopRequest
 from ds_longft.ranks.join import Agreement
-from ds_longft.sequence.relief import Relief
 from ds_longft.train.checkpoint import Checkpoints, rng_state, set_rng_state
 from ds_longft.train.engine import Built
 from ds_longft.train.health import Watchdog, describe_packs, write_nonfinite
@@ -63,14 +58,17 @@ class Trainer:
     agreement: Agreement
     stop: StopRequest
     watchdog: Watchdog
-    peak_tflops: float | None = None  # bf16 dense peak of one GPU, for MFU
-    stopping: bool = False  # agreed on: the same on every rank
-    saved_step: int = 0  # of the newest checkpoint
     pusher: Pusher | None = None  # on rank 0, where checkpoints are uploaded
-    relief: Relief | None = None  # where something could be given back when the GPU is full
-    _waited_s: float = 0.0  # the loader's wait, as of the previous step
-    _failed_saves: int = 0  # in a row
-    _skipped: int = 0  # steps in a row
+
+    def __post_init__(self) -> None:
+        on_gpu = self.device.type == "cuda"
+        self.peak_tflops = peak_tflops(torch.cuda.get_device_name(self.device)) if on_gpu else None  # bf16, for MFU
+        self.relief = self.built.recompute.relief(self.device)  # where something could be given back by a full GPU
+        self.stopping = False  # agreed on: the same on every rank
+        self.saved_step = self.state.step  # of the newest checkpoint
+        self._waited_s = 0.0  # the loader's wait, as of the previous step
+        self._failed_saves = 0  # in a row
+        self._skipped = 0  # steps in a row
 
     def run(self) -> bool:
         """Train from `state` to the end; False when asked to stop before it. The last whole step is saved either
@@ -109,15 +107,10 @@ class Trainer:
         step = next(steps)
         steps.close()
         findings = check_first_step(
-            self.built.engine,
-            step,
-            self.layout,
-            self.device,
-            backpropagate=backpropagate,
-            gather=self.agreement.gather,
-            vocab_size=self.built.run.facts.vocab,
+            self.built.engine, step, self.layout, self.device, backpropagate=backpropagate,
+            gather=self.agreement.gather, vocab_size=self.built.run.facts.vocab,
             dtype=torch.bfloat16 if self.built.engine.bfloat16_enabled() else torch.float32,
-        )
+        )  # fmt: skip
         raise_if_wrong(findings)
         for finding in findings:
             self.records.say(f"verified: {finding.what} {finding.measured} (allowed {finding.tolerance})")
@@ -150,12 +143,9 @@ class Trainer:
         if nonfinite:
             self._report_nonfinite(nonfinite, step, [of_pack[0] for of_pack in of_packs])
         self._skipped = self._skipped + 1 if nonfinite else 0
-        self.state = replace(
-            self.state,
-            step=self.state.step + 1,
-            step_in_epoch=self.state.step_in_epoch + 1,
-            tokens_seen=self.state.tokens_seen + step.tokens,
-        )
+        at = self.state
+        seen_tokens = at.tokens_seen + step.tokens
+        self.state = replace(at, step=at.step + 1, step_in_epoch=at.step_in_epoch + 1, tokens_seen=seen_tokens)
         step_s = time.monotonic() - started + wait_s
         given_gib = self.relief.take_note() / GIB if self.relief is not None else 0.0
         own = torch.tensor([peak_gib(self.device), wait_s, arrived, given_gib], dtype=torch.float64, device=self.device)
@@ -232,12 +222,10 @@ class Trainer:
         if train.on_nonfinite == "skip" and self._skipped < train.max_skipped_in_a_row:
             self.records.say(text)
             return
-        skipped = (
-            f" ({self._skipped} steps before it were skipped: train.max_skipped_in_a_row)" if self._skipped else ""
-        )
+        before = f" ({self._skipped} steps before it were skipped: train.max_skipped_in_a_row)" if self._skipped else ""
         skip = "" if train.on_nonfinite == "skip" else ", or set train.on_nonfinite to skip"
         raise NonFiniteError(
-            f"{text}{skipped} Look at them with `ds-longft data inspect`, lower optim.learning_rate{skip}."
+            f"{text}{before} Look at them with `ds-longft data inspect`, lower optim.learning_rate{skip}."
         )
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ds_longft.config.check import preflight
+from ds_longft.config.preflight import preflight
 from ds_longft.config.read import load_run_config
 from ds_longft.config.run_config import RunConfig
 from ds_longft.errors import ConfigError, DataError, NonFiniteError

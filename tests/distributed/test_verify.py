@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from ds_longft.batch import Batch, Documents, Pack
-from ds_longft.config.check import preflight
+from ds_longft.config.preflight import preflight
 from ds_longft.config.run_config import RunConfig
 from ds_longft.data.pack import build_pack
 from ds_longft.layout import ParallelLayout

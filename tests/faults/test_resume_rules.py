@@ -1,5 +1,5 @@
 """F19, F20: a resume with another value of every key there is: refused with both values, in force from there on, equal to
-rounding, or equal bit for bit, as the key says of itself in `run_config.py`.
+rounding, or equal bit for bit, as the key says of itself where it is declared.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ import yaml
 from pydantic import BaseModel
 from transformers import LlamaConfig
 
+from ds_longft.config.data_keys import SourceConfig
 from ds_longft.config.messages import _models_of, all_keys, on_resume
 from ds_longft.config.read import load_run_config
-from ds_longft.config.run_config import DpoConfig, OnResume, RunConfig, SourceConfig
+from ds_longft.config.run_config import DpoConfig, RunConfig
+from ds_longft.config.section import OnResume
 from ds_longft.errors import CheckpointError
 from ds_longft.train.resume_rules import (
     TrainState,

@@ -11,9 +11,9 @@ import pytest
 from transformers import AutoConfig
 
 from ds_longft.cli import main
-from ds_longft.config.check import check_run
 from ds_longft.config.ds_file import load_ds_config
 from ds_longft.config.ds_json import merge_ds_config
+from ds_longft.config.preflight import check_run
 from ds_longft.config.read import dump_config, load_run_config
 from ds_longft.config.run_config import RunConfig
 from ds_longft.config.yaml_io import load_yaml

@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig, PretrainedConfig
 
+from ds_longft.config.model_keys import Quantize, RopeConfig
 from ds_longft.config.read import config_of_run
-from ds_longft.config.run_config import LoraConfig, ModelConfig, Quantize, RopeConfig, RunConfig
+from ds_longft.config.run_config import LoraConfig, ModelConfig, RunConfig
 from ds_longft.decide.decisions import Run
 from ds_longft.decide.held import STREAMED
 from ds_longft.decide.setting import Base, Gpu

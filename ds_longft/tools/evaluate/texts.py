@@ -16,8 +16,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+from ds_longft.config.data_keys import SourceConfig
 from ds_longft.config.endings import SUFFIXES
-from ds_longft.config.run_config import SourceConfig
 from ds_longft.data.readers import read_rows
 from ds_longft.data.rows import BadRow
 from ds_longft.errors import DataError

@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ds_longft.command_line import RunKeys
-from ds_longft.config.run_config import RunConfig, SourceConfig
+from ds_longft.config.data_keys import SourceConfig
+from ds_longft.config.run_config import RunConfig
 from ds_longft.data.pack_plan import plan_epoch
 from ds_longft.data.progress import say_once
 from ds_longft.data.stream import Stream
@@ -280,8 +281,7 @@ def _tokenized(run: RunConfig, sources: Sequence[SourceConfig], tokenizer: Any) 
     if run.data.stream_window_mib is not None and sources is run.data.train:
         say_once("data.train is a stream: this is its first window")
         return Stream(Input.of(sources, tokenizer, run.data, progress=True, streaming=True), run.data).window(0)
-    pairs = run.objective == "dpo"
-    return tokenize_sources(sources, tokenizer, run.data, progress=True, pairs=pairs)
+    return tokenize_sources(sources, tokenizer, run.data, progress=True, pairs=run.pairs)
 
 
 def load_tokenizer(path: str, **kwargs: Any) -> Any:

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ds_longft.config.run_config import DataConfig, ModelConfig, SourceConfig
+from ds_longft.config.data_keys import SourceConfig
+from ds_longft.config.run_config import DataConfig, ModelConfig
 from ds_longft.config.yaml_io import dump_yaml
 from ds_longft.data.formats import FORMATS
 from ds_longft.data.ledger import Tally

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from ds_longft.config.run_config import SourceConfig
+from ds_longft.config.data_keys import SourceConfig
 from ds_longft.data.blocks import parse_block
 from ds_longft.data.formats import TOKEN_GAINS, detect_format, to_row
 from ds_longft.data.ledger import Entry, Ledger, Tally

@@ -13,7 +13,7 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from ds_longft.config.run_config import SourceConfig, is_pattern
+from ds_longft.config.data_keys import SourceConfig, is_pattern
 from ds_longft.data.formats import to_row
 from ds_longft.data.ledger import Entry, Ledger
 from ds_longft.data.preferences import PREFERENCE

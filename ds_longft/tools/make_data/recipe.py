@@ -8,10 +8,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
+from ds_longft.config.data_keys import SourceConfig
 from ds_longft.config.messages import dotted
 from ds_longft.config.other_trainers import nearest
 from ds_longft.config.read import read_config_file
-from ds_longft.config.run_config import Section, SourceConfig, Tokens, parse_tokens
+from ds_longft.config.run_config import Section
+from ds_longft.config.section import Tokens, parse_tokens
 from ds_longft.errors import ConfigError
 from ds_longft.tools.make_data.synth.negatives import PART_TOKENS, PARTS
 from ds_longft.tools.make_data.synth.row_plan import size_parts

@@ -10,8 +10,11 @@ from typing import Any
 from rich.console import Console
 
 from ds_longft.command_line import RunKeys
+from ds_longft.config.model_keys import Quantize
 from ds_longft.config.quantized import full_training_problem
-from ds_longft.config.run_config import DpoConfig, ModelConfig, OptimizerName, Quantize, parse_tokens
+from ds_longft.config.run_config import DpoConfig, ModelConfig
+from ds_longft.config.section import parse_tokens
+from ds_longft.config.train_keys import OptimizerName
 from ds_longft.decide.plan_json import as_json, memory_parts
 from ds_longft.decide.search import Plan, Question, alternatives, fastest, longest_of_each
 from ds_longft.decide.setting import Gpu
@@ -221,8 +224,7 @@ def question_of(
     question = Question(
         model=facts, gpu=with_fitting_kernels(rates, facts, kernel, tokens), gpus=gpus, host_gib=host_gib,
         disk_gib=disk_gib, disk_gb_s=disk_gb_s, lora_r=lora_r, lora_experts=asked.lora_experts,
-        objective=asked.objective or "sft",
-        reference=reference_of(DpoConfig(reference=reference), lora=not full) if pairs else "none",
+        pairs=pairs, reference=reference_of(DpoConfig(reference=reference), lora=not full) if pairs else "none",
         passes=passes, optimizer=optimizer, quantize=form, kernel=kernel, fused=asked.liger != "off",
         targets=targets, documents=documents,
     )  # fmt: skip

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from ds_longft.decide.setting import Setting
     from ds_longft.model.facts import ModelFacts
 
-LEARNING_RATES = {("sft", True): 1e-4, ("sft", False): 1e-5, ("dpo", True): 5e-6, ("dpo", False): 5e-7}
-"""Where to begin, by objective and whether adapters are trained."""
+LEARNING_RATES = {(False, True): 1e-4, (False, False): 1e-5, (True, True): 5e-6, (True, False): 5e-7}
+"""Where to begin, by whether rows are pairs and whether adapters are trained."""
 
 MUON_RATE = 0.02  # DeepSpeed's default
 
@@ -35,7 +35,7 @@ PAIRS = "a pair is two documents of this length, prompt and chosen and prompt an
 
 def length_table(plans: list[Plan], question: Question) -> Table:
     """Longest pack of each way, most tokens first within each sp; of pairs, the longest documents."""
-    gpu, window, pairs = question.gpu, question.model.max_positions, question.objective == "dpo"
+    gpu, window, pairs = question.gpu, question.model.max_positions, question.pairs
     caption = [f"{gpu.name} ({gpu.source}); reserve of 6 % not used; tokens/s of all {question.gpus} GPUs"]
     if window:
         caption.append(f"the model's window is {window:,} tokens; for longer documents set model.rope.type")
@@ -95,7 +95,7 @@ def write_png(plan: Plan, question: Question, path: str | Path) -> None:
 def length_in_words(plan: Plan, question: Question) -> str:
     """Tokens of a pack; of pairs those of its documents too."""
     tokens = f"{plan.setting.tokens:,} tokens"
-    return tokens if question.objective == "sft" else f"pairs of 2 x {question.length(plan.setting):,} = {tokens}"
+    return f"pairs of 2 x {question.length(plan.setting):,} = {tokens}" if question.pairs else tokens
 
 
 def recipe(plan: Plan, question: Question, model: str) -> str:
@@ -109,7 +109,7 @@ def recipe(plan: Plan, question: Question, model: str) -> str:
         "ds_config": plan.ds_config,
         "output_dir": "runs/planned",
         "sp": x.sp,
-        **(pairs if question.objective == "dpo" else {}),
+        **(pairs if question.pairs else {}),
         "model": _chosen(
             path=model,
             kernel=question.kernel,
@@ -120,7 +120,7 @@ def recipe(plan: Plan, question: Question, model: str) -> str:
         ),
         "lora": None if x.lora_r is None else _chosen(r=x.lora_r, alpha=2 * x.lora_r, experts=x.lora_experts),
         "data": {"train": ["data/train.jsonl"], "max_length_tokens": max_length},
-        "optim": _optim(x, LEARNING_RATES[question.objective, x.lora_r is not None]),
+        "optim": _optim(x, LEARNING_RATES[question.pairs, x.lora_r is not None]),
         "train": _chosen(
             recompute=x.recompute,
             recompute_every=x.every if x.recompute == "every_k" else 0,

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ds_longft.config.check import resolve_sp
 from ds_longft.config.ds_file import load_ds_config, stage_asked
 from ds_longft.config.ds_json import merge_ds_config
+from ds_longft.config.preflight import resolve_sp
 from ds_longft.config.read import load_run_config
 from ds_longft.config.run_config import RunConfig
 from ds_longft.data.pack_plan import costs_of, plan_epoch
@@ -47,10 +47,9 @@ def plan_of_run(words: Sequence[str], gpus: int, gpu: str, host_gib: float) -> t
     config = load_run_config(words)
     run = _known(config, gpus, Gpu.load(gpu), host_gib)
     setting = decide(run).setting
-    assert setting is not None, "a run on GPUs is described"
     memory = predict(run.facts, setting, run.gpu)
     question = Question(
-        run.facts, run.gpu, gpus, host_gib, lora_r=setting.lora_r, objective=config.objective, quantize=setting.quantize
+        run.facts, run.gpu, gpus, host_gib, lora_r=setting.lora_r, pairs=config.pairs, quantize=setting.quantize
     )
     found = Plan(setting, memory, predict_time(run.facts, setting, run.gpu, memory.keep), config.ds_config)
     if not memory.fits(run.gpu):
@@ -131,7 +130,7 @@ def _epoch_in_words(words: Sequence[str], found: Plan, model: ModelFacts) -> lis
     if not here or run.data.stream_window_mib is not None:
         return []
     with suppress(LongftError):  # rows that cannot be trained on are refused by a start; a plan is of memory and time
-        rows = tokenized_already(run.data.train, load_tokenizer(run.model), run.data, pairs=run.objective == "dpo")
+        rows = tokenized_already(run.data.train, load_tokenizer(run.model), run.data, pairs=run.pairs)
         if rows is None:
             return [f"how long an epoch takes is known once `ds-longft data tokenize {words[0]}` has counted the rows"]
         lengths = rows.lengths[rows.lengths > 0][: round(len(rows) * (1 - run.data.eval_fraction))]

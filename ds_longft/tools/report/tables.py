@@ -21,7 +21,7 @@ def overview(facts: RunFacts) -> Pairs:
     rope = config.model.rope
     given = {"factor": rope.factor, "theta": rope.theta, "attention factor": rope.attention_factor}
     stretched = ", ".join(f"{key} {value:g}" for key, value in given.items() if value is not None)
-    dpo = config.dpo if config.objective == "dpo" else None
+    dpo = config.dpo if config.pairs else None
     weighting = f"{config.data.weighting} weighting" if dpo is None else "every pair by its weight"
     alone = " (longer rows alone)" if config.budget_tokens < config.longest_pack_tokens else ""
     world, sp = machine.get("world"), machine.get("sp")

@@ -13,7 +13,7 @@ from pathlib import Path
 from string import Template
 
 from ds_longft.command_line import RunKeys
-from ds_longft.config.check import preflight
+from ds_longft.config.preflight import preflight
 from ds_longft.config.read import load_run_config
 from ds_longft.config.run_config import RunConfig
 from ds_longft.config.shipped import find_file

@@ -24,8 +24,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ds_longft.batch import Pack
-from ds_longft.config.check import preflight
 from ds_longft.config.ds_json import Device
+from ds_longft.config.preflight import preflight
 from ds_longft.config.run_config import RunConfig
 from ds_longft.errors import ModelError
 from ds_longft.exactness.finding import Finding
@@ -93,7 +93,7 @@ def verify_model(
     reference = None
     if checks & {1, 6}:
         model = baseline_model(subject.config, subject.dtype, device)
-        dpo = subject.config.dpo if subject.config.documents_per_row > 1 else None
+        dpo = subject.config.dpo if subject.config.pairs else None
         reference = baseline_step(model, packs, weight_of(packs), device, layout.rank, layout.world, dpo)
         del model
         _free()

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from ds_longft.command_line import RunKeys, as_words
 from ds_longft.config.read import load_run_config
-from ds_longft.config.run_config import RunConfig, parse_tokens
+from ds_longft.config.run_config import RunConfig
+from ds_longft.config.section import parse_tokens
 from ds_longft.errors import ConfigError
 from ds_longft.ranks.join import Launch, visible_gpus
 from ds_longft.ranks.launch import launch_ranks
@@ -78,7 +79,7 @@ def verify(
 
 def _ranks(asked: int | None, config: RunConfig, gpus: int) -> int:
     """How many to start. Raises ConfigError with what each of them would refuse, before there is any."""
-    from ds_longft.config.check import preflight
+    from ds_longft.config.preflight import preflight
     from ds_longft.tools import quickstart
 
     sp = config.sp if isinstance(config.sp, int) else None

@@ -9,7 +9,8 @@ import torch
 
 from ds_longft.config.ds_json import merge_ds_config
 from ds_longft.config.optimizers import KINDS
-from ds_longft.config.run_config import OptimConfig, OptimizerName, RunConfig
+from ds_longft.config.run_config import OptimConfig, RunConfig
+from ds_longft.config.train_keys import OptimizerName
 from ds_longft.errors import ConfigError
 from ds_longft.train.make_optimizer import make_optimizer
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ds_longft.config.check import check_run
+from ds_longft.config.preflight import check_run
 from ds_longft.config.proof import proof_problem, proofs, why_not_proved
 from ds_longft.config.run_config import RunConfig
 from ds_longft.errors import ConfigError

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ds_longft.config.data_keys import SourceConfig
 from ds_longft.config.messages import all_keys
 from ds_longft.config.other_trainers import KEYS_OF_OTHER_TOOLS
 from ds_longft.config.read import dump_config, load_run_config
-from ds_longft.config.run_config import LogConfig, LoraConfig, RunConfig, SourceConfig
+from ds_longft.config.run_config import LogConfig, LoraConfig, RunConfig
 from ds_longft.config.yaml_io import load_yaml
 from ds_longft.errors import EXIT_CONFIG, ConfigError
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ds_longft.config.run_config import DataConfig, SourceConfig
+from ds_longft.config.data_keys import SourceConfig
+from ds_longft.config.run_config import DataConfig
 from ds_longft.data import encode_blocks
 from ds_longft.data import tokenize as module
 from ds_longft.data.tokenize import tokenize_sources

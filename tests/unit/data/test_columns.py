@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from ds_longft.config.run_config import DataConfig, SourceConfig
+from ds_longft.config.data_keys import SourceConfig
+from ds_longft.config.run_config import DataConfig
 from ds_longft.data.columns import ASKED, BOOKKEEPING, EVERY_CHAT, EVERY_ROW, LAYOUTS, is_bookkeeping
 from ds_longft.data.readers import find_source
 from ds_longft.data.tokenize import tokenize_sources

@@ -3,7 +3,8 @@ import threading
 import numpy as np
 import pytest
 
-from ds_longft.config.run_config import DataConfig, SourceConfig
+from ds_longft.config.data_keys import SourceConfig
+from ds_longft.config.run_config import DataConfig
 from ds_longft.data.loader import StepLoader
 from ds_longft.data.tokenize import tokenize_sources
 from ds_longft.errors import DataError

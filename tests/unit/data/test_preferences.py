@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from ds_longft.batch import IGNORE_INDEX
-from ds_longft.config.run_config import DataConfig, SourceConfig
+from ds_longft.config.data_keys import SourceConfig
+from ds_longft.config.run_config import DataConfig
 from ds_longft.data.loader import StepLoader
 from ds_longft.data.pairs import PairSet, pair_sides
 from ds_longft.data.preferences import to_preference

@@ -8,7 +8,7 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
-from ds_longft.config.run_config import SourceConfig
+from ds_longft.config.data_keys import SourceConfig
 from ds_longft.data.readers import find_source, read_rows
 from ds_longft.data.rows import BadRow
 from ds_longft.errors import DataError

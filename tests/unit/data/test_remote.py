@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ds_longft.config.run_config import SourceConfig
+from ds_longft.config.data_keys import SourceConfig
 from ds_longft.data.readers import read_rows
 from ds_longft.errors import DataError
 

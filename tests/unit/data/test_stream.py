@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ds_longft.config.data_keys import SourceConfig
 from ds_longft.config.read import load_run_config
-from ds_longft.config.run_config import DataConfig, SourceConfig
+from ds_longft.config.run_config import DataConfig
 from ds_longft.data import blocks, readers, stream
 from ds_longft.data.stream import Stream, StreamLoader
 from ds_longft.data.tokenize import Input, tokenize_sources

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from ds_longft.batch import IGNORE_INDEX
-from ds_longft.config.run_config import DataConfig, SourceConfig
+from ds_longft.config.data_keys import SourceConfig
+from ds_longft.config.run_config import DataConfig
 from ds_longft.data import encode_blocks
 from ds_longft.data import tokenize as module
 from ds_longft.data.pack import build_pack

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from ds_longft.config.run_config import DataConfig, SourceConfig
+from ds_longft.config.data_keys import SourceConfig
+from ds_longft.config.run_config import DataConfig
 from ds_longft.data.formats import to_row
 from ds_longft.data.tokenize import tokenize_sources
 from ds_longft.tools.look.statistics import statistics

@@ -141,14 +141,12 @@ def test_the_run_takes_the_passes_that_the_plan_names(length: str, memory_gib: f
 
     def chosen(**keys: Any) -> Setting:
         config = RunConfig.model_validate({"objective": "dpo", "data": {"max_length_tokens": length}, **keys})
-        found = decide(known(config, LLAMA_8B, memory_gib=memory_gib)).setting
-        assert found is not None
-        return found
+        return decide(known(config, LLAMA_8B, memory_gib=memory_gib)).setting
 
     of_run = chosen()
     assert of_run.passes == passes
     gpu = replace(Gpu.load("h200"), memory_gib=memory_gib)
-    plan = fastest(Question(sizes(LLAMA_8B), gpu, 1, 0.0, objective="dpo", reference="adapter_off"), of_run.tokens // 2)
+    plan = fastest(Question(sizes(LLAMA_8B), gpu, 1, 0.0, pairs=True, reference="adapter_off"), of_run.tokens // 2)
     assert plan is not None
     assert plan.setting.passes == passes
     asked_for = chosen(dpo={"passes": "two"}, train={"recompute": "full"})
@@ -171,7 +169,7 @@ def test_nothing_is_computed_again_where_there_is_room_to_spare(
     def chosen(**train: Any) -> str:
         data = {"max_length_tokens": tokens}
         config = RunConfig.model_validate({"data": data, "lora": {"r": 16}, "train": train})
-        return decide(known(config, family, memory_gib=memory_gib)).recompute
+        return decide(known(config, family, memory_gib=memory_gib)).setting.recompute
 
     assert chosen() == expected
     assert chosen(recompute="keep_attention") == "keep_attention"  # what is asked for stays
@@ -224,14 +222,14 @@ def test_every_family_gets_a_choice(
             }
         )
         run = known(config, FAMILIES[family], world=world, sp=sp, stage=stage, memory_gib=memory_gib)
-        setting = decide(run)
-        assert setting.keep is not None
-        assert len(setting.keep) == run.hf_config.num_hidden_layers
-        on_host = any("host" in (place.input, place.attention) for place in setting.keep)
+        decisions = decide(run)
+        assert decisions.keep is not None
+        assert len(decisions.keep) == run.hf_config.num_hidden_layers
+        on_host = any("host" in (place.input, place.attention) for place in decisions.keep)
         assert host_gib or not on_host
         if memory_gib > 100 and length == "4K":
-            assert setting.tile_tokens is None
-            assert setting.kv_heads is None
+            assert decisions.setting.tile_tokens is None
+            assert decisions.setting.kv_heads is None
 
 
 def test_auto_recomputes_more_where_nothing_else_fits() -> None:
@@ -241,9 +239,7 @@ def test_auto_recomputes_more_where_nothing_else_fits() -> None:
         config = RunConfig.model_validate(
             {"data": {"max_length_tokens": length}, "train": {"offload_host_gib": host_gib}}
         )
-        found = decide(known(config, LLAMA_8B, stage=stage)).setting
-        assert found is not None
-        return found
+        return decide(known(config, LLAMA_8B, stage=stage)).setting
 
     assert chosen("128K").recompute == "auto"
     assert chosen("320K").recompute == "full"
@@ -274,8 +270,7 @@ def test_the_same_run_gets_the_same_answer_and_the_planner_gives_it() -> None:
         assert decisions == again
         foreseen = foresee_run(run, decisions)
         assert foreseen is not None
-        assert decisions.setting is not None
-        assert (foreseen["recompute"], foreseen["sp"]) == (decisions.recompute, sp)
+        assert (foreseen["recompute"], foreseen["sp"]) == (decisions.setting.recompute, sp)
         memory = predict(run.facts, decisions.setting, run.gpu)
         assert foreseen["peak_gib"] == pytest.approx(memory.peak_gib, abs=0.01)
         bare = [(k.input, k.attention) for k in memory.keep]

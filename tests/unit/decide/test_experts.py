@@ -10,8 +10,9 @@ from ds_longft.config.run_config import LoraConfig
 from ds_longft.decide.setting import Gpu, Setting
 from ds_longft.decide.simulated_step import SimulatedStep
 from ds_longft.decide.tensors import Keep, Sizes
-from ds_longft.decide.time import expert_elements, multiplied_weights, predict_time
+from ds_longft.decide.time import predict_time
 from ds_longft.decide.timeline import Timeline
+from ds_longft.decide.work import expert_elements, multiplied_weights
 from ds_longft.model.lora import add_lora
 from tests.distributed.models import tiny_model
 from tests.unit.decide.shapes import GPT_OSS, MIXTRAL, QWEN_30B, sizes

@@ -14,9 +14,10 @@ from ds_longft.decide.search import savers
 from ds_longft.decide.setting import GIB, Gpu, Setting
 from ds_longft.decide.simulated_step import SimulatedStep
 from ds_longft.decide.tensors import Keep, Sizes
-from ds_longft.decide.time import forward_weights, multiplied_weights, passes_ahead, predict_time
+from ds_longft.decide.time import passes_ahead, predict_time
 from ds_longft.decide.timeline import Timeline
 from ds_longft.decide.what_is_kept import spend
+from ds_longft.decide.work import forward_weights, multiplied_weights
 from tests.unit.decide.shapes import LLAMA_8B, LLAMA_13B, QWEN_7B, SMOLLM2, sizes
 from tests.unit.decide.tracked import Tracked, tracked_step
 

@@ -14,7 +14,8 @@ from ds_longft.decide.search import fastest_saver
 from ds_longft.decide.setting import GIB, Gpu, Setting
 from ds_longft.decide.state_time import passes_of
 from ds_longft.decide.tensors import Keep, Sizes
-from ds_longft.decide.time import multiplied_weights, predict_time
+from ds_longft.decide.time import predict_time
+from ds_longft.decide.work import multiplied_weights
 from ds_longft.model.facts import ModelFacts, StateFacts
 
 GPU = Gpu.load("h200")

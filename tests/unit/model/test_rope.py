@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from ds_longft.config.run_config import ModelConfig, RopeConfig
+from ds_longft.config.model_keys import RopeConfig
+from ds_longft.config.run_config import ModelConfig
 from ds_longft.errors import ModelError
 from ds_longft.model.load import config_remarks, load_config, load_model
 from ds_longft.model.read_model import read_config

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from ds_longft.config.run_config import LoraConfig, ModelConfig, RopeConfig
+from ds_longft.config.model_keys import RopeConfig
+from ds_longft.config.run_config import LoraConfig, ModelConfig
 from ds_longft.errors import ModelError
 from ds_longft.model.load import load_config, load_model
 from ds_longft.model.lora import add_lora, gather_adapter_state, save_adapter

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ds_longft.config.run_config import DataConfig, SourceConfig
+from ds_longft.config.data_keys import SourceConfig
+from ds_longft.config.run_config import DataConfig
 from ds_longft.data.tokenize import tokenize_sources
 from ds_longft.train.data_facts import sample, write_data_facts
 from tests.tokenizer import tiny_tokenizer

@@ -53,4 +53,5 @@ def test_a_cpu_run_does_what_is_configured(tmp_path: Path) -> None:
     config = RunConfig.model_validate({"model": {"path": str(tmp_path)}, "train": {"recompute": "sqrt"}})
     layout = cast(ParallelLayout, SimpleNamespace(sp=1, world=1))
     decisions = decided(known_run(config, ZERO3, layout, torch.device("cpu")), torch.device("cpu"))
-    assert (decisions.recompute, decisions.tile_tokens, decisions.keep, decisions.setting) == ("sqrt", None, None, None)
+    assert (decisions.setting.recompute, decisions.setting.tile_tokens) == ("sqrt", None)
+    assert (decisions.keep, decisions.planned) == (None, False)

@@ -54,7 +54,7 @@ def draw(rng: random.Random) -> tuple[Question, Any, str, int, Any]:
         gpus=rng.choice([1, 2, 4, 8]),
         host_gib=rng.choice([0.0, 20.0, 200.0]),
         lora_r=lora_r,
-        objective=objective,
+        pairs=objective == "dpo",
         quantize=rng.choice(["", "nf4", "int8", "fp8"]) if lora_r is not None else "",
         reference=rng.choice([live, "precomputed"]) if objective == "dpo" else "none",
         fused=rng.random() < 0.8,
@@ -83,7 +83,7 @@ def of_plan(plan: Plan, question: Question, host_gib: float) -> Decisions:
     x, gpu = replace(plan.setting, local_world=question.gpus, host_gib=host_gib), question.gpu
     room = gpu.memory_gib * (1 - SPARE_SHARE) - gpu.context_gib - gpu.nccl_gib * (question.gpus > 1)
     keep, _ = place(question.model, x, room * GIB)
-    return Decisions(x.recompute, x.every, x.tile_tokens, x.kv_heads, x.passes, keep, x)
+    return Decisions(x, keep)
 
 
 def test_plan_and_run_decide_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

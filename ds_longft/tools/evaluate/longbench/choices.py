@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from ds_longft.config.run_config import SourceConfig
+from ds_longft.config.data_keys import SourceConfig
 from ds_longft.data.readers import read_rows
 from ds_longft.data.rows import BadRow
 from ds_longft.errors import ConfigError, DataError

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ds_longft.command_line import tokens_of
-from ds_longft.config.run_config import SourceConfig
+from ds_longft.config.data_keys import SourceConfig
 from ds_longft.data.formats import to_row
 from ds_longft.data.ledger import Ledger
 from ds_longft.errors import ConfigError

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ds_longft.config.run_config import SourceConfig
+from ds_longft.config.data_keys import SourceConfig
 from ds_longft.data.formats import grounded, language_of, to_row
 from ds_longft.data.ledger import Ledger
 from ds_longft.data.readers import find_source

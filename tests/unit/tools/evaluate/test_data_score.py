@@ -16,7 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ds_longft.cli import main
-from ds_longft.config.run_config import DataConfig, SourceConfig
+from ds_longft.config.data_keys import SourceConfig
+from ds_longft.config.run_config import DataConfig
 from ds_longft.data.tokenize import tokenize_sources
 from ds_longft.tools.evaluate.data_score import SCORES
 from ds_longft.tools.make_data.mix import mix_sources

@@ -129,7 +129,8 @@ def test_a_step_by_definition() -> None:
 
 
 def test_an_adapter_is_loaded_with_the_stretched_rope(tmp_path: Path) -> None:
-    from ds_longft.config.run_config import LoraConfig, ModelConfig, RopeConfig
+    from ds_longft.config.model_keys import RopeConfig
+    from ds_longft.config.run_config import LoraConfig, ModelConfig
     from ds_longft.model.load import load_config, load_model
 
     base = save_tiny(tmp_path / "base")

@@ -10,7 +10,8 @@ from tests.unit.tools.make_data.texts import chinese, english
 
 
 def test_counted_lengths_are_those_of_the_tokenized_set(tokenizer, tmp_path):
-    from ds_longft.config.run_config import DataConfig, SourceConfig
+    from ds_longft.config.data_keys import SourceConfig
+    from ds_longft.config.run_config import DataConfig
     from ds_longft.data.tokenize import tokenize_sources
 
     (tmp_path / "a.jsonl").write_text(

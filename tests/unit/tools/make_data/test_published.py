@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ds_longft.config.run_config import SourceConfig
+from ds_longft.config.data_keys import SourceConfig
 from ds_longft.data.formats import detect_format, to_row
 from ds_longft.data.preferences import to_preference
 from ds_longft.data.rows import BadRow

@@ -242,7 +242,7 @@ def test_a_live_reference_is_said_to_keep_weights_from_coming_ahead(
 
 @pytest.mark.parametrize(("passes", "said"), [("one", True), ("two", False)])
 def test_without_adapters_the_order_is_forgotten_in_one_pass_only(passes: Literal["one", "two"], said: bool) -> None:
-    question = Question(sizes(LLAMA_8B), Gpu.load("h100-80"), 8, 0.0, objective="dpo", reference="adapter_off")
+    question = Question(sizes(LLAMA_8B), Gpu.load("h100-80"), 8, 0.0, pairs=True, reference="adapter_off")
     setting = Setting((8192,) * 2, 8, 8, resident=False, reference="adapter_off", passes=passes)
     plan = question.plan(setting, "ds_configs/zero3_sp.json", 8192)
     assert plan is not None

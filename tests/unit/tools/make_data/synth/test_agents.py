@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from ds_longft.cli import main
-from ds_longft.config.run_config import DataConfig, SourceConfig
+from ds_longft.config.data_keys import SourceConfig
+from ds_longft.config.run_config import DataConfig
 from ds_longft.data.formats import to_row
 from ds_longft.data.tokenize import tokenize_sources
 from ds_longft.tools.make_data.lengths import Lengths

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from ds_longft.config.run_config import SourceConfig
+from ds_longft.config.data_keys import SourceConfig
 from ds_longft.data.ledger import Ledger
 from ds_longft.data.rows import Turn
 from ds_longft.errors import DataError, LongftError

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from ds_longft.config.check import check_run, preflight, read_model_config, resolve_sp
 from ds_longft.config.ds_json import DeepSpeedSettings
+from ds_longft.config.model_json import read_model_config
+from ds_longft.config.preflight import check_run, preflight, resolve_sp
 from ds_longft.config.read import dump_config, load_run_config
 from ds_longft.config.run_config import RunConfig
 from ds_longft.config.yaml_io import dump_yaml, load_yaml
@@ -361,7 +362,7 @@ def test_preflight_without_a_json(folder: Path) -> None:
 
 def test_checking_imports_neither_torch_nor_deepspeed() -> None:
     code = (
-        "import sys, ds_longft.config.check, ds_longft.config.read, ds_longft.cli\n"
+        "import sys, ds_longft.config.preflight, ds_longft.config.read, ds_longft.cli\n"
         "print([m for m in ('torch', 'deepspeed', 'transformers', 'datasets') if m in sys.modules])"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
