@@ -2,7 +2,7 @@
 
 Bai et al., "LongBench: A Bilingual, Multitask Benchmark for Long Context Understanding" (2023). Scores must compare
 with published ones, so what looks like a mistake there is repeated here and marked "as published". Prompt templates are
-read from the user's copy (`task_rows.py`). Packages, all in `pip install ds-longft[eval]`: `rouge` (1.0.1), `jieba`
+read from the user's copy (`predictions.py`). Packages, all in `pip install ds-longft[eval]`: `rouge` (1.0.1), `jieba`
 (0.42.1), `fuzzywuzzy` (0.18.0 without python-Levenshtein).
 """
 

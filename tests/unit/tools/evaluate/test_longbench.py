@@ -12,9 +12,8 @@ import pytest
 from ds_longft.cli import main
 from ds_longft.errors import ConfigError, DataError
 from ds_longft.tools.evaluate.longbench import predictions
-from ds_longft.tools.evaluate.longbench.predictions import choose_tasks, prompt_ids
+from ds_longft.tools.evaluate.longbench.predictions import choose_tasks, prompt_ids, read_task
 from ds_longft.tools.evaluate.longbench.score import read_predictions, row_score, scores_by_length, task_scores
-from ds_longft.tools.evaluate.longbench.task_rows import read_task
 from ds_longft.tools.evaluate.longbench.tasks import TASKS, averages
 from ds_longft.tools.evaluate.processes import Processes
 from tests.tokenizer import tiny_tokenizer

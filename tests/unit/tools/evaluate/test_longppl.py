@@ -33,8 +33,8 @@ def test_the_number_of_its_package(
 ) -> None:
     """Of a model by its own key tokens, and of another by the same. Thresholds are lower: random weights learnt nothing."""
     limits = {"alpha": 0.1, "beta": -9.0}
-    monkeypatch.setattr("ds_longft.tools.evaluate.longppl.GAIN", limits["alpha"])
-    monkeypatch.setattr("ds_longft.tools.evaluate.longppl.MOST", -limits["beta"])
+    monkeypatch.setattr("ds_longft.tools.evaluate.perplexity.GAIN", limits["alpha"])
+    monkeypatch.setattr("ds_longft.tools.evaluate.perplexity.MOST", -limits["beta"])
     tokenizer = tiny_tokenizer()
     text = "one and two and three, and then the other: where? " * 60
     ids = tokenizer(text, add_special_tokens=False)["input_ids"][:TOKENS]
@@ -61,10 +61,10 @@ def test_the_number_of_its_package(
 
 
 def test_thresholds_as_published() -> None:
-    from ds_longft.tools.evaluate import longppl
+    from ds_longft.tools.evaluate import perplexity
 
     long, short = torch.tensor([0.0, 1.0, 1.0, 2.5, 1.9]).numpy(), torch.tensor([0.0, 3.1, 2.9, 9.0, 9.0]).numpy()
-    assert longppl.key_places(long, short) == [1, 4]
+    assert perplexity.key_places(long, short) == [1, 4]
     rows = [{"key_tokens": [1, 4], "key_loss_sum": 2.9}, {"key_tokens": [2], "key_loss_sum": 0.4}]
-    assert longppl.longppl(rows) == {"longppl": round(math.exp(1.1), 3), "key_tokens": 3}
-    assert longppl.longppl([{"key_tokens": [], "key_loss_sum": 0.0}]) == {"longppl": None, "key_tokens": 0}
+    assert perplexity.longppl(rows) == {"longppl": round(math.exp(1.1), 3), "key_tokens": 3}
+    assert perplexity.longppl([{"key_tokens": [], "key_loss_sum": 0.0}]) == {"longppl": None, "key_tokens": 0}
