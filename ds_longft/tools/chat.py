@@ -50,7 +50,7 @@ def chat(
     options = {"max_new_tokens": max_new_tokens, "eos_token_id": sorted(end_ids(loaded, tokenizer)), **sampling}
     if question is not None or not sys.stdin.isatty():
         asked = question if question is not None else sys.stdin.read()
-        _answer(loaded, tokenizer, [_turn("user", about + asked)], options)
+        _answer(loaded, tokenizer, [{"role": "user", "content": about + asked}], options)
         return
     print(f"{subject.shown} on {loaded.device}. {SERVE.format(model=model)}")
     turns: list[dict[str, str]] = []
@@ -58,9 +58,9 @@ def chat(
         if line == "/new":
             turns = []
             continue
-        turns.append(_turn("user", about + line))
+        turns.append({"role": "user", "content": about + line})
         about = ""
-        turns.append(_turn("assistant", _answer(loaded, tokenizer, turns, options)))
+        turns.append({"role": "assistant", "content": _answer(loaded, tokenizer, turns, options)})
 
 
 def _answer(loaded: Any, tokenizer: Any, turns: list[dict[str, str]], options: dict[str, Any]) -> str:
@@ -82,10 +82,6 @@ def _answer(loaded: Any, tokenizer: Any, turns: list[dict[str, str]], options: d
         )  # fmt: skip
     answer: str = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
     return answer
-
-
-def _turn(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
 
 
 def _line() -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json as json_text
 import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,11 @@ def report(
     if out and (page.suffix != ".html" or not page.parent.is_dir()):
         raise ConfigError(f"--out is {out}: expected a file .html in a folder that is there")
     if more:
-        _compare([run, *more], page)
+        if len(more) >= MOST_RUNS:
+            raise ConfigError(f"{1 + len(more)} runs are given: at most {MOST_RUNS} are compared on a page")
+        runs = [gather_facts(Path(one).expanduser()) for one in (run, *more)]
+        page.write_text(comparison_page(runs), encoding="utf-8")
+        print(f"{page}  {page.stat().st_size / 1024:.0f} KiB ({len(runs)} runs)")
         return
     while True:
         facts = gather_facts(folder)
@@ -56,13 +59,6 @@ def report(
         print(json_text.dumps({"page": str(page), "markdown": str(text), "status": facts.status}))
     else:
         print(f"{page}  {page.stat().st_size / 1024:.0f} KiB ({facts.status})\n{text}")
-
-
-def _compare(runs: Sequence[str], page: Path) -> None:
-    if len(runs) > MOST_RUNS:
-        raise ConfigError(f"{len(runs)} runs are given: at most {MOST_RUNS} are compared on a page")
-    page.write_text(comparison_page([gather_facts(Path(run).expanduser()) for run in runs]), encoding="utf-8")
-    print(f"{page}  {page.stat().st_size / 1024:.0f} KiB ({len(runs)} runs)")
 
 
 def write_report(facts: RunFacts, page: Path) -> None:

@@ -127,7 +127,9 @@ def suite(
     }
     path = folder / "suite.json"
     results.write_result(path, result)
-    _report(Path(run).expanduser())
+    facts = gather_facts(Path(run).expanduser())
+    write_report(facts, facts.folder / "report.html")
+    add_to_card(facts, facts.folder / "README.md")
     show_result((result, path), json, _show)
 
 
@@ -174,13 +176,6 @@ def compared(before: Scored, after: Scored) -> list[dict[str, Any]]:
             }
         )
     return made
-
-
-def _report(run: Path) -> None:
-    """The page and the card, with the table in them."""
-    facts = gather_facts(run)
-    write_report(facts, run / "report.html")
-    add_to_card(facts, run / "README.md")
 
 
 def _show(result: dict[str, Any], path: Path) -> None:

@@ -61,10 +61,8 @@ class Baseline:
 
 def baseline_model(config: RunConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The run's model, rounded to the run's type, then in float32; its adapters too."""
-    hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation="sdpa")
-    hf_config._attn_implementation = attention_name(hf_config)
     model: Any = load_model(
-        config.model, hf_config, ds_engine_config=None, dtype=dtype, device=device, seed=config.seed
+        config.model, plain_config(config), ds_engine_config=None, dtype=dtype, device=device, seed=config.seed
     )
     unpack(model)
     if config.lora is not None:
@@ -83,11 +81,15 @@ def in_float32(model: nn.Module) -> nn.Module:
     return model.train()
 
 
-def attention_name(hf_config: Any) -> str:
-    """transformers' own attention that honours all the config asks for: its sdpa knows neither softcap nor sinks."""
-    hf_config = hf_config.get_text_config()
-    softcap = getattr(hf_config, "attn_logit_softcapping", None)
-    return "eager" if softcap or hf_config.model_type == "gpt_oss" else "sdpa"
+def plain_config(config: RunConfig) -> Any:
+    """The model's config with transformers' own attention that honours all it asks for: sdpa knows neither softcap nor
+    sinks.
+    """
+    hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation="sdpa")
+    text = hf_config.get_text_config()
+    softcap = getattr(text, "attn_logit_softcapping", None)
+    hf_config._attn_implementation = "eager" if softcap or text.model_type == "gpt_oss" else "sdpa"
+    return hf_config
 
 
 def baseline_step(

@@ -14,11 +14,11 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from ds_longft.batch import Pack
 from ds_longft.config.run_config import RunConfig
 from ds_longft.exactness.finding import Finding
-from ds_longft.model.load import load_config, load_model
+from ds_longft.model.load import load_model
 from ds_longft.model.lora import WEIGHTS_NAME
 from ds_longft.model.packed import unpack
 from ds_longft.model.wrapped import text_class
-from ds_longft.tools.verify.baseline import attention_name, document_losses, in_float32
+from ds_longft.tools.verify.baseline import document_losses, in_float32, plain_config
 
 CHECK = "6 save and load"
 SAME = 1e-5
@@ -32,8 +32,7 @@ def check_saved(
 
     `loss_before`: sum of w * ce over `pack` by the reference, whose weights the engine started with.
     """
-    hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation="sdpa")
-    hf_config._attn_implementation = attention_name(hf_config)
+    hf_config = plain_config(config)
     if config.lora is None:
         unset_hf_deepspeed_config()  # of the engine's models: this one is loaded by one rank alone
         model: Any = text_class(hf_config).from_pretrained(
