@@ -100,7 +100,7 @@ def as_json(found: Statistics, rows: TokenizedSet) -> dict[str, Any]:
     lengths = [
         {
             "up_to_tokens": bound,
-            "rows": sum(counts[i] for counts in found.by_source.values()),
+            "rows": found.rows_by_length[i],
             "tokens": found.tokens_by_length[i],
             "by_source": {name: counts[i] for name, counts in found.by_source.items()},
             "by_language": {name: counts[i] for name, counts in found.by_language.items()},
@@ -133,12 +133,10 @@ def show(found: Statistics) -> None:
             table.add_row(Text(group.name), *group.cells)
         table.add_section()
     console.print(table)
-    most = max(sum(counts[i] for counts in found.by_source.values()) for i in range(len(found.bounds)))
     bars = Table("tokens up to", "rows", *map(rich_escape, found.by_language), "")
-    for i, bound in enumerate(found.bounds):
-        count = sum(counts[i] for counts in found.by_source.values())
-        of_language = [f"{counts[i]:,}" for counts in found.by_language.values()]
-        bars.add_row(f"{bound:,}", f"{count:,}", *of_language, "█" * round(WIDTH * count / most))
+    for bound, count, *of_language in zip(found.bounds, found.rows_by_length, *found.by_language.values(), strict=True):
+        bar = "█" * round(WIDTH * count / max(found.rows_by_length))
+        bars.add_row(f"{bound:,}", f"{count:,}", *(f"{n:,}" for n in of_language), bar)
     console.print(bars)
     table = Table("packing", found.packs.packing)
     left_out = [f"{count:,} {reason}{_first(found, reason)}" for reason, count in found.left_out.items()]
@@ -284,12 +282,12 @@ def _tokenized(run: RunConfig, sources: Sequence[SourceConfig], tokenizer: Any) 
     return tokenize_sources(sources, tokenizer, run.data, progress=True, pairs=run.pairs)
 
 
-def load_tokenizer(path: str, **kwargs: Any) -> Any:
+def load_tokenizer(path: str) -> Any:
     """A Hugging Face tokenizer by folder or hub id. Raises ModelError."""
     from transformers import AutoTokenizer  # seconds, and not needed for `--help`
 
     try:
-        return AutoTokenizer.from_pretrained(Path(path).expanduser() if path.startswith("~") else path, **kwargs)
+        return AutoTokenizer.from_pretrained(Path(path).expanduser() if path.startswith("~") else path)
     except Exception as error:  # every tokenizer backend has its own way to fail on a missing or broken file
         why = next(iter(str(error).splitlines()), type(error).__name__)
         raise ModelError(f"no tokenizer can be read from {path!r}: {why}") from error

@@ -50,7 +50,7 @@ def page(stats: Statistics, *, title: str, note: str = "") -> str:
 def _charts(stats: Statistics) -> str:
     labels = [_short(bound) for bound in stats.bounds]
     length = "tokens up to"
-    rows = np.sum(list(stats.by_source.values()), axis=0)
+    rows = np.asarray(stats.rows_by_length)
     cost = rows * np.divide(stats.tokens_by_length, np.maximum(rows, 1)) ** 2
     shares = [
         (what, (100 * np.asarray(amounts) / max(1, np.sum(amounts))).tolist())

@@ -108,6 +108,11 @@ class Statistics:
     retention: list[Retention]
     pairs: PairLengths | None
 
+    @property
+    def rows_by_length(self) -> list[int]:
+        """Rows in each length class."""
+        return [sum(counts) for counts in zip(*self.by_source.values(), strict=True)]
+
 
 def statistics(
     rows: TokenizedSet, data: DataConfig, *, dp: int, sp: int, accumulation: int, seed: int,
