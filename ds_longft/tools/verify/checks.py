@@ -34,7 +34,6 @@ from ds_longft.ranks.join import Launch, join
 from ds_longft.tools import quickstart
 from ds_longft.tools.look.commands import coloured
 from ds_longft.tools.verify.baseline import baseline_model, baseline_step
-from ds_longft.tools.verify.command import Options
 from ds_longft.tools.verify.engine_checks import check_engine
 from ds_longft.tools.verify.kernel_error import check_kernels
 from ds_longft.tools.verify.quantized_distance import check_distance
@@ -45,43 +44,46 @@ MAX_CHARS = 400  # of a stretch without targets
 FILE_WIDTH = 180  # of the table where there is no terminal to ask
 
 
-def run_checks(config: RunConfig, options: Options, launch: Launch, device: Device) -> int:
+def run_checks(
+    config: RunConfig, launch: Launch, *, device: Device, checks: frozenset[int], layers: int | None,
+    tokens: int | None, original: str | None, as_json: bool,
+) -> int:  # fmt: skip
     """All ranks call it alike. Returns 0 where every check passed, 1 where one failed."""
     if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // launch.local_world)))
     quickstart.prepare(config)
-    with first_layers(config, options.layers) as shortened, _original(config, options) as original:
+    with first_layers(config, layers) as shortened, _dense(config, original, layers) as dense:
         settings, sp = preflight(shortened, world=launch.world, local_world=launch.local_world, device=device)
         torch_device, agreement = join(launch)
         from transformers.utils import logging
 
         logging.set_verbosity_error()  # it would list the weights of the layers left out
         try:
-            made = VerifiedRun.make(shortened, settings, sp, torch_device, agreement, tokens=options.tokens)
-            findings, facts, sample = verify_model(made, options.checks, original)
+            made = VerifiedRun.make(shortened, settings, sp, torch_device, agreement, tokens=tokens)
+            findings, facts, sample = verify_model(made, checks, dense)
         except torch.OutOfMemoryError as error:
             raise ModelError(
                 f"out of GPU memory: the reference needs the whole model in float32 on one GPU. Give --layers to "
                 f"verify the first layers, or fewer --tokens ({str(error).splitlines()[0]})"
             ) from error
     if launch.rank == 0:
-        if options.layers is not None:
-            facts["model"] = f"the first {options.layers} layers of {config.model.path}"
-        _print_report(findings, facts, sample, as_json=options.json)
+        if layers is not None:
+            facts["model"] = f"the first {layers} layers of {config.model.path}"
+        _print_report(findings, facts, sample, as_json=as_json)
     agreement.gather(None)
     dist.destroy_process_group()
     return 1 if any(f.ok is False for f in findings) else 0
 
 
 @contextmanager
-def _original(config: RunConfig, options: Options) -> Iterator[str | None]:
+def _dense(config: RunConfig, original: str | None, layers: int | None) -> Iterator[str | None]:
     """The folder of the unquantised model, as many layers of it as are verified."""
-    if options.original is None:
+    if original is None:
         yield None
         return
-    model = config.model.model_copy(update={"path": options.original, "revision": None})
-    with first_layers(config.model_copy(update={"model": model}), options.layers) as shortened:
+    model = config.model.model_copy(update={"path": original, "revision": None})
+    with first_layers(config.model_copy(update={"model": model}), layers) as shortened:
         yield shortened.model.path
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 from ds_longft.command_line import RunKeys, as_words
 from ds_longft.config.read import load_run_config
@@ -12,17 +11,6 @@ from ds_longft.config.section import parse_tokens
 from ds_longft.errors import ConfigError
 from ds_longft.ranks.join import Launch, visible_gpus
 from ds_longft.ranks.launch import launch_ranks
-
-
-@dataclass(frozen=True)
-class Options:
-    """What is asked of `verify` beside the run config."""
-
-    layers: int | None
-    tokens: int | None
-    checks: frozenset[int]
-    json: bool
-    original: str | None
 
 
 def verify(
@@ -73,8 +61,10 @@ def verify(
         return launch_ranks("ds_longft.tools.verify", as_words(arguments), ranks=started, gpus=gpus)
     from ds_longft.tools.verify.checks import run_checks
 
-    options = Options(layers, count, numbers, json, original)
-    return run_checks(run, options, Launch.from_environment(), device="cuda" if gpus else "cpu")
+    return run_checks(
+        run, Launch.from_environment(), device="cuda" if gpus else "cpu", checks=numbers, layers=layers, tokens=count,
+        original=original, as_json=json,
+    )  # fmt: skip
 
 
 def _ranks(asked: int | None, config: RunConfig, gpus: int) -> int:

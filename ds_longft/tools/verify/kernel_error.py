@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +25,7 @@ CHECK = "7 attention kernel"
 ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-@dataclass(frozen=True)
-class Asked:
+class Asked(NamedTuple):
     """What a layer asks of attention, and the kernel chosen for it."""
 
     spec: AttentionSpec
@@ -78,8 +76,7 @@ def check_kernels(
     kv = len(share.repeat or share.kv)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     findings = []
-    for one in asked:
-        spec, head_dim, dtype, chosen, reason = one.spec, one.head_dim, one.dtype, one.kernel, one.reason
+    for spec, head_dim, dtype, chosen, reason in asked:
         shape = (pack.tokens, len(share.q), kv, head_dim)
         fitting = [
             kernel.name
@@ -88,9 +85,8 @@ def check_kernels(
             and kernel.refuses(Job(device.type, dtype, head_dim, spec, capability)) is None
         ]
         for name in (chosen, *fitting):
-            error, where = max(
-                gather(_error(kernel_by_name(name), shape, pack, spec, dtype, device))
-            )  # infinity for NaN
+            of_ranks = gather(_error(kernel_by_name(name), shape, pack, spec, dtype, device))
+            error, where = max(of_ranks)  # infinity for NaN
             window = "" if spec.window is None else f", window {spec.window}"
             what = f"{name}{' (chosen)' if name == chosen else ''}, head size {head_dim}{window}: worst of {where}"
             cause = f"kernel {name} computes another attention on these shapes: set model.kernel to another one"
@@ -100,13 +96,9 @@ def check_kernels(
 
 
 def _error(
-    kernel: Kernel,
-    shape: tuple[int, int, int, int],
-    pack: Pack,
-    spec: AttentionSpec,
-    dtype: torch.dtype,
+    kernel: Kernel, shape: tuple[int, int, int, int], pack: Pack, spec: AttentionSpec, dtype: torch.dtype,
     device: torch.device,
-) -> tuple[float, str]:
+) -> tuple[float, str]:  # fmt: skip
     """The largest relative error among output and gradients, infinity for one that is no number, and which it is of."""
     tokens, q_heads, kv_heads, d = shape
     generator = torch.Generator(device).manual_seed(0)
