@@ -15,14 +15,12 @@ Not counted: recomputation, adapters (under 1%), norms, activations, embeddings,
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
@@ -31,7 +29,7 @@ from ds_longft.config.state_families import STATE_FAMILIES
 from ds_longft.model.rope import positions_end
 from ds_longft.model.rope_formulas import config_head_dim, layer_configs
 from ds_longft.model.supported import ATTENTION_LAYERS, decoder_layers
-from ds_longft.model.wrapped import make, text_class
+from ds_longft.model.wrapped import on_meta, text_class
 
 LINEARS = (nn.Linear, Conv1D)  # GPT-2's are called convolutions, and have their weight the other way round
 
@@ -103,9 +101,7 @@ class ModelFacts:
         Call it before ZeRO-3 is switched on for every model that is built.
         Raises ModelError: no list of decoder layers.
         """
-        # of a copy: the attention's name is written into the config that a model is made of
-        with torch.device("meta"):
-            model = make(text_class(hf_config), copy.deepcopy(hf_config), attn_implementation="eager")
+        model = on_meta(text_class(hf_config), hf_config)
         hf_config = hf_config.get_text_config()
         head, layer = model.get_output_embeddings(), decoder_layers(model)[0]
         body = sum(m.weight.numel() for m in model.modules() if isinstance(m, LINEARS) and m is not head)

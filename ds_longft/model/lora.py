@@ -24,7 +24,7 @@ from ds_longft.model.lora_targets import check_names, targets_of
 from ds_longft.model.new_tokens import rows_of_adapter, whole_rows, widen
 from ds_longft.model.packed import packed_weights, seen_dense
 from ds_longft.model.rope_formulas import rope_parts
-from ds_longft.model.wrapped import make, text_class
+from ds_longft.model.wrapped import on_meta, text_class
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 BASE_CONFIG_FOLDER = "base_config"  # the base's config as trained: its RoPE may differ from the base's own
@@ -45,8 +45,7 @@ def check_lora(hf_config: PretrainedConfig, lora: LoraConfig) -> None:
     """See that the layers which `lora` names are there, on the model without memory ("meta"): before data is read.
     Raises ModelError: as `add_lora` would, once data is tokenised and weights are loaded.
     """
-    with torch.device("meta"):
-        model = make(text_class(hf_config), copy.deepcopy(hf_config), attn_implementation="eager")
+    model = on_meta(text_class(hf_config), hf_config)
     targets_of(model, lora)
     check_names("lora.modules_to_save", lora.modules_to_save, _leaf_names(model))
 

@@ -67,10 +67,13 @@ def name_of(model: nn.Module, part: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is part)
 
 
-def whole_on_meta(hf_config: PretrainedConfig) -> PreTrainedModel:
-    """All of a model without memory: it knows what its weights are called in files."""
+def on_meta(model_class: Any, hf_config: PretrainedConfig) -> PreTrainedModel:
+    """A model of one of these classes without memory: its modules, their shapes, what its weights are called in files.
+
+    Of a copy of the config: the attention's name is written into the one that a model is made of.
+    """
     with torch.device("meta"):
-        return make(whole_class(hf_config), copy.deepcopy(hf_config), attn_implementation="eager")
+        return make(model_class, copy.deepcopy(hf_config), attn_implementation="eager")
 
 
 def save_whole(model: PreTrainedModel, state: dict[str, Tensor], folder: Path) -> None:
@@ -85,7 +88,7 @@ def save_whole(model: PreTrainedModel, state: dict[str, Tensor], folder: Path) -
     source = {"revision": config._commit_hash} if getattr(config, "_commit_hash", None) else {}
     how = {"dtype": model.dtype, "use_safetensors": True, "attn_implementation": "eager", **source}
     towers = _part_of(whole_class(config), text=False).from_pretrained(base, config=copy.deepcopy(config), **how)
-    whole = whole_on_meta(config)
+    whole = on_meta(whole_class(config), config)
     whole.config.use_cache = True  # off for training only
     whole.save_pretrained(folder, state_dict={**towers.state_dict(), **state})
     copy_preparation(base, folder, **source)

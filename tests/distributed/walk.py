@@ -13,7 +13,7 @@ from ds_longft.errors import ModelError
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.rope import check_rope
 from ds_longft.model.supported import OTHER_MODELS, check_class_supported, check_supported
-from ds_longft.model.wrapped import is_wrapped, make, text_class, whole_on_meta
+from ds_longft.model.wrapped import is_wrapped, make, on_meta, text_class, whole_class
 from tests.distributed.pool import WorkerPool
 from tests.unit.sequence.zoo import ACCURACY, Way, ours, tiny, truth
 
@@ -45,7 +45,7 @@ def walk(rank: int, world: int, model_type: str) -> dict[str, str | float]:
         pass
     try:
         config = tiny(model_type)
-        size = sum(p.numel() for p in whole_on_meta(config).parameters())
+        size = sum(p.numel() for p in on_meta(whole_class(config), config).parameters())
         if size > LARGEST:
             return {"unknown": f"its smallest model here has {size:,} weights"}
     except Exception as error:

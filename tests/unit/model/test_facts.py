@@ -16,7 +16,7 @@ from ds_longft.errors import ModelError
 from ds_longft.model.facts import ModelFacts, layer_windows, visible_pairs
 from ds_longft.model.peaks import peak_tflops
 from ds_longft.model.supported import check_supported, decoder_layers
-from ds_longft.model.wrapped import whole_on_meta
+from ds_longft.model.wrapped import on_meta, whole_class
 from tests.unit.model.tiny import FAMILIES, tiny_config
 from tests.unit.sequence.zoo import SMALL, model_types, tiny
 
@@ -137,7 +137,7 @@ def test_facts_are_those_of_the_model(model_type: str) -> None:
     """
     try:
         config = tiny(model_type)
-        model = whole_on_meta(config)
+        model = on_meta(whole_class(config), config)
     except Exception as error:
         pytest.skip(f"{type(error).__name__}: {str(error).splitlines()[0]}")
     try:
