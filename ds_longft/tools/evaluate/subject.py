@@ -60,11 +60,6 @@ class Loaded:
     plain: Any
     device: torch.device
 
-    @property
-    def window(self) -> int | None:
-        """Tokens the model's positions are made for."""
-        return window_tokens(self.plain.config)
-
 
 def find_subject(model: str, *, before: bool = False, base: str | None = None, quantize: Quantize = "auto") -> Subject:
     """Tell what `model` is. `quantize`: another format of its weights than the run's.

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ds_longft.model.lora import add_lora, save_adapter
+from ds_longft.model.rope import window_tokens
 from ds_longft.tools.evaluate.cached_attention import CACHED, OnThisRank, cached_attention, register
 from ds_longft.tools.evaluate.generate import generate
 from ds_longft.tools.evaluate.subject import find_subject, load_subject
@@ -146,7 +147,7 @@ def test_an_adapter_is_loaded_with_the_stretched_rope(tmp_path: Path) -> None:
     save_adapter(model, get_peft_model_state_dict(model), tmp_path / "run")
     register()
     loaded = load_subject(find_subject(str(tmp_path / "run")), CPU, attention=CACHED)
-    assert loaded.window == 256
+    assert window_tokens(loaded.plain.config) == 256
     assert loaded.plain.config.rope_parameters["rope_theta"] == 5e5
     ids = list(range(3, 100))
     with torch.no_grad():
