@@ -16,7 +16,7 @@ import tokenize
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,6 +69,10 @@ class Module:
         whole = first == 1 and last == len(self.lines)
         note = "" if whole else f" (lines {first}-{last})"
         return f"# file: {self.name}{note}\n{''.join(self.lines[first - 1 : last]).rstrip()}\n\n"
+
+    def around(self, first: int, last: int, margin: int) -> str:
+        """These lines, and so many before and behind them."""
+        return self.excerpt(max(1, first - margin), min(len(self.lines), last + margin))
 
 
 def code_rows(wanted: Wanted, *, questions: int, part: Part) -> Iterator[dict[str, Any]]:
@@ -168,8 +172,9 @@ def _row(
 
         pairs = [(QUESTIONS[kind].format(name=t.name, file=module.name), t.answers[kind]) for t, kind in asked]
         left = limit - ruler.chat(in_turns("", pairs))
-        span = Target("", min(t.first for t in near), max(t.last for t in near), {})
-        own = _around(module, span, left // 2, ruler) if left > 0 else None
+        # The module, or the lines around the functions where it is longer; None if not even those fit.
+        around = partial(module.around, min(t.first for t in near), max(t.last for t in near))
+        own = _longest(around, len(module.lines), left // 2, ruler) if left > 0 else None
         if own is None:
             continue
         order = rng.sample(names, len(names))
@@ -183,14 +188,6 @@ def _row(
                 kinds = ", ".join(kind for _, kind in asked)
                 return messages, {"file": module.name, "topics": ", ".join(asked_names), "kind": kinds}
     raise DataError(f"rows of {limit} tokens are too short for a function and its question: give 1K or more")
-
-
-def _around(module: Module, target: Target, limit: int, ruler: _Ruler) -> str | None:
-    """The module, or the lines around the function where it is longer than `limit`; None if not even those fit."""
-    end = len(module.lines)
-    return _longest(
-        lambda margin: module.excerpt(max(1, target.first - margin), min(end, target.last + margin)), end, limit, ruler
-    )
 
 
 def _without(functions: list[str], own: Module, names: list[str]) -> Iterator[Module]:
