@@ -33,14 +33,9 @@ class Line:
 
 
 def line_chart(
-    lines: Sequence[Line],
-    *,
-    name: str,
-    x_label: str,
-    y_label: str,
-    level: tuple[str, float] | None = None,
+    lines: Sequence[Line], *, name: str, x_label: str, y_label: str, level: tuple[str, float] | None = None,
     from_zero: bool = False,
-) -> str:
+) -> str:  # fmt: skip
     """A figure with axes, legend and a readout that follows the arrow keys; "" where all points stand at one x.
 
     `level`: a horizontal line with a name, e.g. what was planned.
@@ -87,14 +82,9 @@ def line_chart(
 
 
 def column_chart(
-    labels: Sequence[str],
-    series: Sequence[tuple[str, Sequence[float]]],
-    *,
-    name: str,
-    x_label: str,
-    y_label: str,
+    labels: Sequence[str], series: Sequence[tuple[str, Sequence[float]]], *, name: str, x_label: str, y_label: str,
     stacked: bool = False,
-) -> str:
+) -> str:  # fmt: skip
     """Columns over labels, each series in a colour of its own: beside each other, or on top of each other.
 
     Of more than five series the fifth and later ones are one, "others". "" where there is nothing to see; under a
@@ -142,14 +132,9 @@ def _grid(heights: Sequence[float], marked: Sequence[float]) -> list[str]:
 
 
 def _figure(
-    parts: Sequence[str],
-    facts: Sequence[tuple[str, Sequence[tuple[float, float | str, float]]]],
-    styles: Iterable[int],
-    *,
-    name: str,
-    x_label: str,
-    y_label: str,
-) -> str:
+    parts: Sequence[str], facts: Sequence[tuple[str, Sequence[tuple[float, float | str, float]]]],
+    styles: Iterable[int], *, name: str, x_label: str, y_label: str,
+) -> str:  # fmt: skip
     """`facts`: of each line its label and points (place in the picture, x, y), for the readout."""
     middle = (WIDTH + LEFT - RIGHT) / 2
     drawn = "".join(parts) + (

@@ -93,14 +93,9 @@ def plain_config(config: RunConfig) -> Any:
 
 
 def baseline_step(
-    model: nn.Module,
-    packs: Sequence[Pack],
-    total_weight: float,
-    device: torch.device,
-    rank: int,
-    world: int,
+    model: nn.Module, packs: Sequence[Pack], total_weight: float, device: torch.device, rank: int, world: int,
     dpo: DpoConfig | None = None,
-) -> Baseline:
+) -> Baseline:  # fmt: skip
     """Loss and gradients of one step over `packs`, of pairs where `dpo` is given; ranks share the packs out and add up.
     Collective.
     """

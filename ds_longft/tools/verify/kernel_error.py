@@ -64,13 +64,8 @@ def asked_of_attention(engine: Any, pack: Pack, layout: ParallelLayout, device: 
 
 
 def check_kernels(
-    asked: list[Asked],
-    facts: ModelFacts,
-    pack: Pack,
-    layout: ParallelLayout,
-    device: torch.device,
-    gather: Gather,
-) -> list[Finding]:
+    asked: list[Asked], facts: ModelFacts, pack: Pack, layout: ParallelLayout, device: torch.device, gather: Gather,
+) -> list[Finding]:  # fmt: skip
     """The chosen kernel, and the others of the table that fit, on this rank's heads and the pack's documents."""
     share = deal_heads(facts.q_heads, facts.kv_heads, layout.sp)[layout.sp_rank]
     kv = len(share.repeat or share.kv)

@@ -80,15 +80,9 @@ class VerifiedRun:
 
     @classmethod
     def make(
-        cls,
-        config: RunConfig,
-        settings: DeepSpeedSettings,
-        sp: int,
-        device: torch.device,
-        agreement: Agreement,
-        *,
+        cls, config: RunConfig, settings: DeepSpeedSettings, sp: int, device: torch.device, agreement: Agreement, *,
         tokens: int | None,
-    ) -> VerifiedRun:
+    ) -> VerifiedRun:  # fmt: skip
         """Read the user's data and lay it into packs as the run would. Collective.
 
         Raises:
