@@ -26,7 +26,7 @@ from ds_longft.tools.evaluate.needle import needle
 from ds_longft.tools.evaluate.ruler.command import ruler
 from ds_longft.tools.evaluate.short import short
 from ds_longft.tools.report.command import add_to_card, write_report
-from ds_longft.tools.report.run_facts import gather_facts
+from ds_longft.tools.report.run_facts import RunFacts, gather_facts
 from ds_longft.tools.report.tables import suite_rows
 
 Scored = dict[str, dict[str, dict[str, float]]]
@@ -127,9 +127,7 @@ def suite(
     }
     path = folder / "suite.json"
     results.write_result(path, result)
-    facts = gather_facts(Path(run).expanduser())
-    write_report(facts, facts.folder / "report.html")
-    add_to_card(facts, facts.folder / "README.md")
+    _report(gather_facts(Path(run).expanduser()))
     show_result((result, path), json, _show)
 
 
@@ -176,6 +174,12 @@ def compared(before: Scored, after: Scored) -> list[dict[str, Any]]:
             }
         )
     return made
+
+
+def _report(facts: RunFacts) -> None:
+    """The page and the card, with the table in them."""
+    write_report(facts, facts.folder / "report.html")
+    add_to_card(facts, facts.folder / "README.md")
 
 
 def _show(result: dict[str, Any], path: Path) -> None:
