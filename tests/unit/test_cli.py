@@ -440,7 +440,9 @@ def test_no_command_imports_torch_in_silence(tmp_path: Path) -> None:
         f"data stats {config}",  # the last: it puts torch back where it can be found, for a model's sizes
     )  # fmt: skip
     asked = [line.split() for line in words]
-    alone = {name: value for name, value in os.environ.items() if name != "RANK"}  # an earlier test may have been a rank
+    alone = {
+        name: value for name, value in os.environ.items() if name != "RANK"
+    }  # an earlier test may have been a rank
     done = subprocess.run(
         [sys.executable, "-c", SILENT.format(words=asked)], cwd=tmp_path, capture_output=True, text=True, check=True,
         timeout=120, env={**alone, "HF_HUB_OFFLINE": "1"},
