@@ -46,15 +46,10 @@ def to_row(record: Mapping[str, Any], format: str, *, source: str, origin: str) 
     turns = [replace(t, weight=0.0) if t.role == "assistant" and t.says_nothing else t for t in turns]
     own, language, weight = columns.get("source"), language_of(columns), columns.get("weight")
     return Row(
-        turns=tuple(turns),
-        source=text_of(own, "source") if isinstance(own, str) and own else source,
-        origin=origin,
-        language=language,
-        weight=weight_of(weight, "weight of the row"),
-        tools=tools,
-        gains=gains_of(columns.get(TOKEN_GAINS)),
-        unused=tuple(sorted(unused | set(columns.unused))),
-    )
+        turns=tuple(turns), source=text_of(own, "source") if isinstance(own, str) and own else source, origin=origin,
+        language=language, weight=weight_of(weight, "weight of the row"), tools=tools,
+        gains=gains_of(columns.get(TOKEN_GAINS)), unused=tuple(sorted(unused | set(columns.unused))),
+    )  # fmt: skip
 
 
 def system_of(columns: Columns, turns: list[Turn]) -> list[Turn]:

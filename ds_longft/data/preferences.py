@@ -76,16 +76,11 @@ def to_preference(record: Mapping[str, Any], *, source: str, origin: str) -> Pre
     _check(prompt, chosen, rejected)
     own, language = columns.get("source"), language_of(columns)
     return PreferenceRow(
-        prompt=tuple(prompt),
-        chosen=tuple(chosen),
-        rejected=tuple(rejected),
-        source=text_of(own, "source") if isinstance(own, str) and own else source,
-        origin=origin,
-        language=language,
-        weight=weight_of(columns.get("weight"), "weight of the row"),
-        tools=tools_in(columns),
+        prompt=tuple(prompt), chosen=tuple(chosen), rejected=tuple(rejected),
+        source=text_of(own, "source") if isinstance(own, str) and own else source, origin=origin, language=language,
+        weight=weight_of(columns.get("weight"), "weight of the row"), tools=tools_in(columns),
         unused=tuple(sorted(unused | set(columns.unused))),
-    )
+    )  # fmt: skip
 
 
 def _prompt(columns: Columns, unused: set[str]) -> list[Turn]:

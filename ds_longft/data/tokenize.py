@@ -195,15 +195,10 @@ def _encoder(tokenizer: Any, data: DataConfig, *, chats: bool) -> Encoder:
     backend.no_truncation()
     backend.no_padding()
     return Encoder(
-        tokenizer=backend,
-        template=load_template(tokenizer, data.chat_template) if chats else None,
-        eos_id=tokenizer.eos_token_id,
-        max_length_tokens=data.max_length_tokens,
-        overlong=data.overlong,
-        thinking=data.thinking,
-        train_turns=data.train_turns,
-        by_gain=data.weighting == "gain",
-    )
+        tokenizer=backend, template=load_template(tokenizer, data.chat_template) if chats else None,
+        eos_id=tokenizer.eos_token_id, max_length_tokens=data.max_length_tokens, overlong=data.overlong,
+        thinking=data.thinking, train_turns=data.train_turns, by_gain=data.weighting == "gain",
+    )  # fmt: skip
 
 
 def _format_of(source: Source, pairs: bool) -> str:

@@ -110,15 +110,10 @@ class TokenizedSet:
             return self._table.column(name)[at].values.to_numpy(zero_copy_only=True)
 
         return TokenizedRow(
-            index=index,
-            input_ids=values("input_ids"),
-            span_start=values("span_start"),
-            span_end=values("span_end"),
-            span_weight=values("span_weight"),
-            row_weight=self._table.column("row_weight")[at].as_py(),
-            targets=self._table.column("targets")[at].as_py(),
-            origin=self._table.column("origin")[at].as_py(),
-        )
+            index=index, input_ids=values("input_ids"), span_start=values("span_start"), span_end=values("span_end"),
+            span_weight=values("span_weight"), row_weight=self._table.column("row_weight")[at].as_py(),
+            targets=self._table.column("targets")[at].as_py(), origin=self._table.column("origin")[at].as_py(),
+        )  # fmt: skip
 
     def counts(self) -> dict[str, Any]:
         """The set in a few numbers."""

@@ -59,33 +59,19 @@ class Run:
         config, zero = self.config, self.engine_config.get("zero_optimization", {})
         needs, rows = Needs.of(config), config.documents_per_row
         return Setting(
-            lengths=(-(-config.longest_pack_tokens // rows),) * rows,
-            sp=self.sp,
-            world=self.world,
+            lengths=(-(-config.longest_pack_tokens // rows),) * rows, sp=self.sp, world=self.world,
             lora_r=config.lora.r if config.lora else None,
-            lora_experts=config.lora is not None and config.lora.experts,
-            stage=self.stage,
-            base=self.base,
-            quantize=self.quantize,
-            resident=zero.get("stage3_param_persistence_threshold", 0) >= self.facts.weights,
-            offload_optimizer="offload_optimizer" in zero,
-            offload_params="offload_param" in zero,
-            recompute=config.train.recompute,
-            every=config.train.recompute_every,
-            host_gib=config.train.offload_host_gib,
-            disk_gib=math.inf if config.train.offload_disk else 0.0,
-            disk_gb_s=self.disk_gb_s,
-            local_world=self.local_world,
-            tile_tokens=config.train.mlp_tile_tokens,
+            lora_experts=config.lora is not None and config.lora.experts, stage=self.stage, base=self.base,
+            quantize=self.quantize, resident=zero.get("stage3_param_persistence_threshold", 0) >= self.facts.weights,
+            offload_optimizer="offload_optimizer" in zero, offload_params="offload_param" in zero,
+            recompute=config.train.recompute, every=config.train.recompute_every,
+            host_gib=config.train.offload_host_gib, disk_gib=math.inf if config.train.offload_disk else 0.0,
+            disk_gb_s=self.disk_gb_s, local_world=self.local_world, tile_tokens=config.train.mlp_tile_tokens,
             kv_heads=config.train.kv_heads_at_a_time,
             kernel=self.kernel if self.kernel in self.gpu.attention_tflops else self.gpu.kernels[0],
-            fused=self.fused,
-            pairs=config.pairs,
-            reference=needs.reference,
-            passes=needs.passes,
-            optimizer=config.optim.type,
-            accumulation=config.train.gradient_accumulation_steps,
-        )
+            fused=self.fused, pairs=config.pairs, reference=needs.reference, passes=needs.passes,
+            optimizer=config.optim.type, accumulation=config.train.gradient_accumulation_steps,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

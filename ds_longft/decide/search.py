@@ -172,23 +172,11 @@ class Question:
         resident = stays_resident(of_weights, lora=lora, offload_params=False, memory_gib=self.gpu.memory_gib)
         for sp in (d for d in range(1, self.gpus + 1) if self.gpus % d == 0 and d <= m.most_ranks):
             base = Setting(
-                lengths=(LENGTH_STEP,),
-                sp=sp,
-                world=self.gpus,
-                lora_r=self.lora_r,
-                lora_experts=self.lora_experts,
-                stage=2 if resident else 3,
-                base="resident" if resident else "engine",
-                quantize=self.quantize,
-                resident=False,
-                kernel=kernel,
-                fused=self.fused,
-                targets=self.targets,
-                pairs=self.pairs,
-                reference=self.reference,
-                passes=self.passes if self.pairs else "one",
-                optimizer=self.optimizer,
-            )
+                lengths=(LENGTH_STEP,), sp=sp, world=self.gpus, lora_r=self.lora_r, lora_experts=self.lora_experts,
+                stage=2 if resident else 3, base="resident" if resident else "engine", quantize=self.quantize,
+                resident=False, kernel=kernel, fused=self.fused, targets=self.targets, pairs=self.pairs,
+                reference=self.reference, passes=self.passes if self.pairs else "one", optimizer=self.optimizer,
+            )  # fmt: skip
             ways, kind = [(base, "ds_configs/zero3_sp.json")], KINDS[self.optimizer]
             if kind.ds_config:  # not under all stages of ZeRO
                 ways = [(replace(base, base="engine", stage=max(kind.stages)), kind.ds_config)]

@@ -127,16 +127,9 @@ class StateSizes:
             saved, forward, backward, turns = 2 * given, 6 * given, 8 * given, 1
         unit = float(s * e)
         return cls(
-            projected=float(x.local_tokens * e * outs),
-            given=unit * given,
-            out=unit * values,
-            gate=unit * gate,
-            dgiven=unit * dgiven,
-            saved=unit * saved,
-            forward=unit * forward,
-            backward=unit * backward,
-            turns=turns,
-        )
+            projected=float(x.local_tokens * e * outs), given=unit * given, out=unit * values, gate=unit * gate,
+            dgiven=unit * dgiven, saved=unit * saved, forward=unit * forward, backward=unit * backward, turns=turns,
+        )  # fmt: skip
 
     def tile(self, x: Setting) -> float:
         """Float32 temporaries of a gated norm while it works on some tokens, forward; twice that backward."""

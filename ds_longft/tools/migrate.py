@@ -13,9 +13,8 @@ from pydantic import ValidationError
 from ds_longft.config.messages import all_keys, validation_problems
 from ds_longft.config.other_trainers import EXPLANATIONS, HOLDS_ANYWAY, KEYS_OF_OTHER_TOOLS, trainer_of
 from ds_longft.config.read import read_config_file
-from ds_longft.config.rules import contradictions
+from ds_longft.config.rules import contradictions, unused
 from ds_longft.config.run_config import EACH_KEY_ALONE, RunConfig
-from ds_longft.config.unused import unused
 from ds_longft.config.yaml_io import dump_yaml
 from ds_longft.errors import ConfigError
 from ds_longft.tools.migrate_defaults import ASKS_NOTHING, left_out, meant_by_absence

@@ -28,14 +28,10 @@ def check_model(
     names, lines = [], {}
     for window, d in dict.fromkeys(facts.attentions or ((None, facts.head_dim),)):
         kernel, reason = choose_kernel(
-            config.model.kernel,
-            device=device,
-            dtype=dtype,
-            heads=-(-facts.q_heads // sp),
-            head_dim=d,
+            config.model.kernel, device=device, dtype=dtype, heads=-(-facts.q_heads // sp), head_dim=d,
             spec=AttentionSpec(d**-0.5, window, facts.softcap, config.train.deterministic),
             lengths=(config.data.max_length_tokens,),
-        )
+        )  # fmt: skip
         names.append(kernel.name)
         lines[f"{kernel.name} ({reason})"] = True
     states = f"; layers with a state: {kernel_in_words(device.type)}" if facts.state_products else ""
