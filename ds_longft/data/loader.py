@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import queue
-import threading
 import time
+from collections import deque
 from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -122,41 +123,21 @@ class StepLoader:
         What fails in the thread is raised here; the thread ends when the iterator is closed or used up.
         """
         plan = self.plan(epoch)
-        ready: queue.Queue[Step | BaseException | None] = queue.Queue(maxsize=STEPS_AHEAD)
-        closed = threading.Event()
-
-        def put(item: Step | BaseException | None) -> None:
-            while not closed.is_set():
-                try:
-                    return ready.put(item, timeout=0.1)
-                except queue.Full:
-                    continue
-
-        def work() -> None:
-            try:
-                for index in range(start, len(plan)):
-                    if closed.is_set():
-                        return
-                    put(self._build(plan, epoch, index))
-                put(None)
-            except BaseException as error:  # handed to the consumer, whatever it is
-                put(error)
-
-        thread = threading.Thread(target=work, name="ds_longft-loader", daemon=True)
-        thread.start()
+        ahead: deque[Future[Step]] = deque()
+        numbers = iter(range(start, len(plan)))
+        pool = ThreadPoolExecutor(1, thread_name_prefix="ds_longft-loader")
         try:
             while True:
-                before_s = time.perf_counter()
-                item = ready.get()
-                self.wait_s += time.perf_counter() - before_s
-                if item is None:
+                for index in islice(numbers, STEPS_AHEAD + 1 - len(ahead)):
+                    ahead.append(pool.submit(self._build, plan, epoch, index))
+                if not ahead:
                     return
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
+                before_s = time.perf_counter()
+                step = ahead.popleft().result()
+                self.wait_s += time.perf_counter() - before_s
+                yield step
         finally:
-            closed.set()
-            thread.join()
+            pool.shutdown(cancel_futures=True)
 
     def _build(self, plan: PackPlan, epoch: int, index: int) -> Step:
         numbers = plan.packs_of_step(index)

@@ -115,7 +115,7 @@ def test_the_fingerprint_changes_with_what_changes_the_steps(tokenized, change):
 
 
 def loader_threads():
-    return [thread for thread in threading.enumerate() if thread.name == "ds_longft-loader"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("ds_longft-loader")]
 
 
 def test_closing_early_ends_the_thread(tokenized):
