@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ds_longft.config.model_keys import ModelConfig
 from ds_longft.config.run_config import RunConfig
 from ds_longft.layout import ParallelLayout
 from ds_longft.model.lora import BASE_CONFIG_FOLDER
@@ -14,42 +15,14 @@ from ds_longft.objectives.objective import loss_in_words
 from ds_longft.train.hub import hub_id, named_elsewhere
 from ds_longft.train.metrics import held_out, training_loss
 
-LOAD_ADAPTER = """```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-base = AutoModelForCausalLM.from_pretrained({base!r}{revision})
-model = PeftModel.from_pretrained(base, {folder!r})
-tokenizer = AutoTokenizer.from_pretrained({folder!r})
-```"""
-
-WIDER = "base.resize_token_embeddings({rows})  # {tokens} were added"
-
-LOAD_STRETCHED = """\
+STRETCHED = """\
 The base model's rotary position embedding was stretched ({rope}), and an adapter does not carry that:
 load the base with the config in `base_config/`, or it works with other positions than it was trained with.
 
-```python
-from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-config = AutoConfig.from_pretrained({base_config!r})
-base = AutoModelForCausalLM.from_pretrained({base!r}, config=config{revision})
-model = PeftModel.from_pretrained(base, {folder!r})
-tokenizer = AutoTokenizer.from_pretrained({folder!r})
-```"""
-
+"""
 EXPORT = "`ds-longft export {folder} {folder}-merged` makes an ordinary model folder of it, adapter merged and checked."
-
-LOAD_MODEL = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained({folder!r})
-tokenizer = AutoTokenizer.from_pretrained({folder!r})
-```"""
-
-
 LOADING = "## Loading it"
+CAUSAL, MULTIMODAL = "AutoModelForCausalLM", "AutoModelForImageTextToText"
 
 
 def copy_card(run: Path, work: Path, out: Path) -> None:
@@ -57,9 +30,7 @@ def copy_card(run: Path, work: Path, out: Path) -> None:
     card = run / "README.md"
     about, heading, loading = card.read_text(encoding="utf-8").partition(LOADING) if card.is_file() else ("", "", "")
     if heading:
-        load = LOAD_MODEL.format(folder=str(out))
-        if "AutoModelForImageTextToText" in loading:
-            load = load.replace("AutoModelForCausalLM", "AutoModelForImageTextToText")
+        load = _load_model(MULTIMODAL if MULTIMODAL in loading else CAUSAL, out)
         about = about.replace('library_name: "peft"', 'library_name: "transformers"')
         (work / "README.md").write_text(f"{about}{heading}\n\n{load}\n", encoding="utf-8")
 
@@ -97,21 +68,36 @@ def write_card(
     facts |= held_out(history)
     head = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
-    how = (LOAD_STRETCHED if stretched else LOAD_ADAPTER) + "\n\n" + EXPORT if config.lora else LOAD_MODEL
-    if config.lora and config.model.add_tokens:
-        tokens = ", ".join(config.model.add_tokens[:3]) + (", ..." if len(config.model.add_tokens) > 3 else "")
-        grow = WIDER.format(rows=vocab_size, tokens=tokens)
-        how = how.replace("model = PeftModel", grow.replace("{", "{{").replace("}", "}}") + "\nmodel = PeftModel")
-    if wrapped:
-        how = how.replace("AutoModelForCausalLM", "AutoModelForImageTextToText")
-    load = how.format(
-        base=base,
-        revision=f", revision={config.model.revision!r}" if config.model.revision else "",
-        folder=str(folder),
-        base_config=str(folder / BASE_CONFIG_FOLDER),
-        rope=config.model.rope.type,
-    )
+    kind = MULTIMODAL if wrapped else CAUSAL
+    load = _load_adapter(kind, folder, config.model, vocab_size) if config.lora else _load_model(kind, folder)
     (folder / "README.md").write_text(
         f"---\n{head}\n---\n\n# {folder.resolve().name}\n\n| | |\n|---|---|\n{rows}\n\n{LOADING}\n\n{load}\n\n"
         "`config.yaml` beside this file runs the same training again; `metrics.jsonl` holds every step.\n"
     )
+
+
+def _load_model(kind: str, folder: Path) -> str:
+    """How a whole model is loaded."""
+    lines = [f"from transformers import {kind}, AutoTokenizer", "", f"model = {kind}.from_pretrained({str(folder)!r})"]
+    return _code([*lines, f"tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})"])
+
+
+def _load_adapter(kind: str, folder: Path, model: ModelConfig, vocab_size: int) -> str:
+    """How an adapter is loaded on its base, which may need other positions, and rows for tokens that were added."""
+    stretched, added = model.rope.type != "none", model.add_tokens
+    more = ", config=config" * stretched + (f", revision={model.revision!r}" if model.revision else "")
+    lines = ["from peft import PeftModel"]
+    lines += [f"from transformers import {'AutoConfig, ' * stretched}{kind}, AutoTokenizer", ""]
+    if stretched:
+        lines.append(f"config = AutoConfig.from_pretrained({str(folder / BASE_CONFIG_FOLDER)!r})")
+    lines.append(f"base = {kind}.from_pretrained({model_path(model)!r}{more})")
+    if added:
+        named = ", ".join(added[:3]) + (", ..." if len(added) > 3 else "")
+        lines.append(f"base.resize_token_embeddings({vocab_size})  # {named} were added")
+    lines.append(f"model = PeftModel.from_pretrained(base, {str(folder)!r})")
+    code = _code([*lines, f"tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})"])
+    return f"{STRETCHED.format(rope=model.rope.type) if stretched else ''}{code}\n\n{EXPORT.format(folder=folder)}"
+
+
+def _code(lines: list[str]) -> str:
+    return "\n".join(["```python", *lines, "```"])
