@@ -44,20 +44,14 @@ def launch_ranks(module: str, argv: list[str], *, ranks: int, gpus: int, hand_on
 
     def tell_ranks(number: int, frame: FrameType | None) -> None:
         for process in processes:
-            if process.poll() is None:
-                process.send_signal(number)
+            process.send_signal(number)  # nothing, where it has ended
 
     if hand_on:
         for number in heeded():
             signal.signal(number, tell_ranks)
     for rank in range(ranks):
-        processes.append(
-            subprocess.Popen(
-                command,
-                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                preexec_fn=end_with_parent,  # noqa: PLW1509 - one system call, which takes no lock
-            )
-        )
+        own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(subprocess.Popen(command, env=own, preexec_fn=end_with_parent))  # noqa: PLW1509 - takes no lock
     try:
         while not any(process.poll() for process in processes) and any(process.poll() is None for process in processes):
             time.sleep(0.1)
@@ -69,8 +63,7 @@ def launch_ranks(module: str, argv: list[str], *, ranks: int, gpus: int, hand_on
 def _end(processes: list[subprocess.Popen[bytes]]) -> None:
     """End what is left; those that heed TERM only between two packs, and wait for a peer that is gone, by force."""
     for process in processes:
-        if process.poll() is None:
-            process.terminate()
+        process.terminate()
     until = time.monotonic() + GRACE_S
     for process in processes:
         try:

@@ -47,11 +47,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def heard(reason: str) -> None:
         if launch.rank == 0:
-            print(
-                f"\n{reason}: saving after this pack, then it ends. Ctrl-C again ends it now",
-                file=sys.stderr,
-                flush=True,
-            )
+            said = f"\n{reason}: saving after this pack, then it ends. Ctrl-C again ends it now"
+            print(said, file=sys.stderr, flush=True)
 
     stop.at_once, stop.heard = leave, heard
     with stop.listening(launched=launched):

@@ -115,10 +115,8 @@ def known_run(
     if hf_config is None:
         hf_config = load_config(config.model, config.data.max_length_tokens, attn_implementation=ULYSSES)
     facts = facts or ModelFacts.from_config(hf_config)
-    name, total_gib = "", 0.0
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        name, total_gib = properties.name, properties.total_memory / GIB
+    of_gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    name, total_gib = (of_gpu.name, of_gpu.total_memory / GIB) if of_gpu else ("", 0.0)
     gpu, has_rates = gpu_of_run(name, total_gib, memory_gib or total_gib)
     open_to_us = settings.resident_if_fits and config.model.base == "auto" and saved_stage != 3
     form = base_format(hf_config, config.model)

@@ -149,13 +149,9 @@ def join_processes(
     facts = ModelFacts.from_config(hf_config)
     if config.lora is not None:
         check_lora(hf_config, config.lora)
-    kernel, kernels = check_model(
-        config,
-        facts,
-        sp,
-        torch.device("cuda", launch.local_rank) if cuda else torch.device("cpu"),
-        torch.bfloat16 if settings.engine["bf16"]["enabled"] else torch.float32,
-    )
+    own = torch.device("cuda", launch.local_rank) if cuda else torch.device("cpu")
+    dtype = torch.bfloat16 if settings.engine["bf16"]["enabled"] else torch.float32
+    kernel, kernels = check_model(config, facts, sp, own, dtype)
     phases.done("checks and imports", "processes join")
     hang_s = 60 * config.train.hang_minutes
     # The watchdog comes first; start-up, where ranks read a model at different speeds, has half an hour at least.
@@ -203,8 +199,7 @@ def build_engine(joined: Joined) -> Prepared:
         disk_gb_s = measured_gb_s(folder, device, joined.launch.local_world, joined.agreement)
     known = known_run(
         config, settings, layout, device, hf_config=joined.hf_config, facts=joined.facts, memory_gib=memory_gib,
-        saved_stage=found[1].decides.get(STAGE) if found else None, kernel=joined.kernel,
-        disk_gb_s=disk_gb_s,
+        saved_stage=found[1].decides.get(STAGE) if found else None, kernel=joined.kernel, disk_gb_s=disk_gb_s,
     )  # fmt: skip
     remarks = []
     if known.why:
@@ -218,11 +213,11 @@ def build_engine(joined: Joined) -> Prepared:
         remarks.append(line)
     if joined.launch.rank == 0:  # on a CPU the memory of a whole process is what is measured: nothing is foreseen
         write_plan(joined.folder, foresee_run(known, decisions) if device.type == "cuda" else None)
-    phases = joined.phases
+    done = joined.phases.done
     built = build(
-        known, layout, device, decisions=decisions, loaded=lambda: phases.done("model loaded", "the engine is built")
+        known, layout, device, decisions=decisions, loaded=lambda: done("model loaded", "the engine is built")
     )
-    phases.done("engine built", "a rehearsal, where memory may be short")
+    done("engine built", "a rehearsal, where memory may be short")
     return Prepared(built, checkpoints, found, tuple(remarks))
 
 
@@ -232,7 +227,7 @@ def resume(joined: Joined, data: RunData, prepared: Prepared) -> Resumed:
     The rehearsal comes before the load, because it clears the optimizer's state.
     """
     config, layout, built, found = joined.config, joined.layout, prepared.built, prepared.found
-    first = found[1].epoch if found is not None else 0
+    first = found[1].epoch if found else 0
     train_loader = _loader(joined, data.train, config.train.gradient_accumulation_steps, first)
     state = _new_state(joined, prepared, train_loader, first)
     if found is not None:
