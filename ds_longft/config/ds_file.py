@@ -17,9 +17,13 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
 
     A relative path that does not exist here is looked for among the shipped files.
     """
+
+    def whole(digits: str) -> int | float:  # one that no counter holds is infinite, which is refused where it stands
+        return int(digits) if len(digits) < 20 else math.inf
+
     try:
         text = find_file(path).read_text(encoding="utf-8-sig")
-        content = json.loads(text, object_pairs_hook=_unique, parse_int=_whole_number)
+        content = json.loads(text, object_pairs_hook=_unique, parse_int=whole)
         too_deep = nested_too_deeply(content)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
@@ -45,11 +49,6 @@ def stage_asked(path: str | Path) -> str:
 
 class _RepeatedKeyError(Exception):
     """A JSON object holds a key twice; Python's reader would silently keep the last."""
-
-
-def _whole_number(digits: str) -> int | float:
-    """One that no counter holds is infinite, which is refused where it stands."""
-    return int(digits) if len(digits) < 20 else math.inf
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -108,7 +108,8 @@ def _chosen(root: Path, found: Iterable[Path], wanted: str | None) -> Files:
     if wanted is not None:
         splits = {file: split_of(file.relative_to(root)) for file in data}
         named = sorted({split for split in splits.values() if split})
-        others = [file for file, split in splits.items() if not _is_same_split(split or "train", wanted)]
+        same = next((words for words in SPLITS.values() if wanted in words), (wanted,))  # words for one split
+        others = [file for file, split in splits.items() if (split or "train") not in same]
         data = [file for file in data if file not in others]
         if wanted != "train" and not named:
             raise DataError(
@@ -139,10 +140,6 @@ def split_of(file: Path) -> str | None:
             if re.search(rf"(?:^|[^a-z])(?:{'|'.join(words)})(?:[^a-z]|$)", part.lower()):
                 return split
     return None
-
-
-def _is_same_split(one: str, other: str) -> bool:
-    return one == other or any(one in words and other in words for words in SPLITS.values())
 
 
 def is_member(name: str) -> bool:

@@ -204,9 +204,9 @@ class TokenizedSet:
             )
         order = np.random.default_rng(seed).permutation(len(self))
         parts: Sequence[NDArray[np.int64]] = np.sort(order[held_out:]), np.sort(order[:held_out])
+        names = [repr((self.fingerprint, name, fraction, seed)).encode() for name in ("train", "eval")]
         train, evaluation = (
-            self.part(part, _digest(self.fingerprint, name, fraction, seed))
-            for name, part in zip(("train", "eval"), parts, strict=True)
+            self.part(part, hashlib.sha256(name).hexdigest()[:16]) for name, part in zip(names, parts, strict=True)
         )
         return train, evaluation
 
@@ -254,7 +254,3 @@ def columns_of(rows: Sequence[Sequence[EncodedRow]], input_ids: Sequence[NDArray
 def record_batch(columns: Mapping[str, Any], schema: pa.Schema) -> pa.RecordBatch:
     """Columns by name as one Arrow batch."""
     return pa.RecordBatch.from_arrays([pa.array(columns[f.name], type=f.type) for f in schema], schema=schema)
-
-
-def _digest(*parts: Any) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

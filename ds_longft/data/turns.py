@@ -82,20 +82,17 @@ def turns_of(messages: list[Any], unused: set[str] | None = None) -> list[Turn]:
             raise BadRow("a message is not an object", f"seen {type(message).__name__}")
         reader = _Message(message)
         for turn in reader.turns():
-            if reader.is_call and turns and turns[-1].role == "assistant":
-                turns[-1] = _one_answer(turns[-1], turn)
-            else:
+            if not (reader.is_call and turns and turns[-1].role == "assistant"):
                 turns.append(turn)
+                continue
+            said = turns[-1]  # a call in a message of its own belongs to the answer before it
+            if said.weight != turn.weight:
+                seen = f"seen {said.weight:g} and {turn.weight:g}"
+                raise BadRow("an answer and its call have different weights", seen)
+            turns[-1] = replace(said, calls=said.calls + turn.calls)
         if unused is not None:
             unused |= {f"{key} of a message" for key in unused_keys(message, reader.read)}
     return turns
-
-
-def _one_answer(said: Turn, called: Turn) -> Turn:
-    """An answer, and a call that stands in a message of its own behind it."""
-    if said.weight != called.weight:
-        raise BadRow("an answer and its call have different weights", f"seen {said.weight:g} and {called.weight:g}")
-    return replace(said, calls=said.calls + called.calls)
 
 
 class _Message:

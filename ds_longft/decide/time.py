@@ -185,8 +185,9 @@ def _exchange(model: ModelFacts, x: Setting, gpu: Gpu, forwards: float, state_fo
     """What goes to the other ranks and comes from them, read and written on both ends: of attention q, k, v and the
     output, back also the outputs' gradients; of layers with a state what their recurrence reads and puts out.
     """
-    if x.sp == 1 or dealt_whole(model, x):
-        return 0.0
+    cost_tokens = model.equal_cost_tokens(lora=x.lora_r is not None)
+    if x.sp == 1 or (not x.pairs and deal_documents(np.array(x.lengths), x.sp, x.local_tokens, cost_tokens)):
+        return 0.0  # one rank, or documents that the loader deals whole to the ranks
     total = 0.0
     for kind, count in model.kinds.items():
         z = Sizes(kind, x)
@@ -194,12 +195,6 @@ def _exchange(model: ModelFacts, x: Setting, gpu: Gpu, forwards: float, state_fo
         if z.state is not None:
             total += count * (state_forwards + backward) * (z.state.given + z.state.out)
     return total * (x.sp - 1) / x.sp / (gpu.all_to_all_gb_s * 1e9) + 4 * total / (gpu.memory_gb_s * 1e9)
-
-
-def dealt_whole(model: ModelFacts, x: Setting) -> bool:
-    """Whether the loader deals the pack's documents whole to the ranks (`data.deal`): nothing is exchanged then."""
-    cost_tokens = model.equal_cost_tokens(lora=x.lora_r is not None)
-    return not x.pairs and deal_documents(np.array(x.lengths), x.sp, x.local_tokens, cost_tokens) is not None
 
 
 def _gathering(model: ModelFacts, x: Setting, gpu: Gpu, passes: float) -> float:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import resource
+import secrets
 import shutil
 import sys
 import time
@@ -140,8 +141,9 @@ class Records:
         chosen = trackers.chosen(self.log) if self.active else {}
         if not chosen:
             return run_id
-        trackers.quiet_environment()
-        run_id = run_id or trackers.new_id()
+        os.environ.setdefault("WANDB_SILENT", "true")  # libraries ask and print less, where they have a switch for it
+        os.environ.setdefault("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")
+        run_id = run_id or secrets.token_hex(4)  # a name that no other run has; wandb takes it as it is
         project = self.log.project or os.environ.get("WANDB_PROJECT") or "ds_longft"
         run = trackers.TrackedRun(run_id, project, self.log.name or self.folder.name, self.folder, config)
         self.trackers = [Background(name, tracker, run, self.say) for name, tracker in chosen.items()]

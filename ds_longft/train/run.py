@@ -79,15 +79,9 @@ def run(
         resumed = resume(joined, data, prepared)
         return _train(joined, data, prepared, resumed, stop, started)
     except torch.OutOfMemoryError as error:
-        raise memory_error(error, status) from error
-
-
-def memory_error(error: torch.OutOfMemoryError, status: Status) -> GpuMemoryError:
-    """The error with the planner's advice for this run."""
-    known = status.run
-    if known is None:
-        return GpuMemoryError(f"out of GPU memory {status.where}: {error}")
-    return Adviser(known).error(error, status.where)
+        if status.run is None:
+            raise GpuMemoryError(f"out of GPU memory {status.where}: {error}") from error
+        raise Adviser(status.run).error(error, status.where) from error  # the planner's advice for this run
 
 
 def _train(

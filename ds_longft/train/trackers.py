@@ -6,9 +6,7 @@ costs the training nothing. What a tracker cannot do is said once.
 
 from __future__ import annotations
 
-import os
 import queue
-import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -204,20 +202,9 @@ class Background:
             self.say(f"{self.name} is lost ({why}); metrics.jsonl has every record")
 
 
-def new_id() -> str:
-    """A name for a run that no other has; wandb takes it as it is."""
-    return secrets.token_hex(4)
-
-
 def left_behind() -> bool:
     """Whether a tracker is still at work; its library may then keep an ordinary exit waiting."""
     return any(thread.name.startswith(THREAD) for thread in threading.enumerate())
-
-
-def quiet_environment() -> None:
-    """Libraries ask and print less, where they have a switch for it."""
-    os.environ.setdefault("WANDB_SILENT", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")
 
 
 def _numbers(record: Record) -> Record:
