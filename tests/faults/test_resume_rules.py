@@ -104,7 +104,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "data.chat_template": ("--data.chat_template", SAME_TEMPLATE),
     "data.workers": ("--data.workers", "2"),
     "data.cache_dir": ("--data.cache_dir", "{elsewhere}"),
-    "data.stream_window_mib": ("--data.stream_window_mib", "4", "--data.eval_fraction", "0", "--train.epochs", "1", "--train.max_steps", "9"),
+    "data.stream_window_mib": ("--data.stream_window_mib", "4", "--data.eval_fraction", "0", "--train.eval_every_steps", "null", "--train.epochs", "1", "--train.max_steps", "9"),
     "data.max_bad_fraction": ("--data.max_bad_fraction", "0.5"),
     "optim.type": ("--optim.type", "sgd"),
     "optim.learning_rate": ("--optim.learning_rate", "3e-2"),
