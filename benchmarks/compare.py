@@ -5,10 +5,10 @@
     python benchmarks/compare.py --layers 4 --steps 1 --grads           are the gradients the same? seconds a row
     python benchmarks/compare.py --tiny --grads                         a rehearsal on 2 CPU ranks
 
-Each measurement is a start of its own (step.py, peer_alst.py, ceilings.py), so that one that runs out of memory costs
-only its own cell. A row fails, and with it the command, when the two did not start from the same weights, or when the
-first losses differ by more than 1e-4 of it (bf16; 1e-6 in the rehearsal's fp32). With --grads every LoRA-B gradient
-is compared too (norms and keys in full fine-tuning): cosine at least 0.999, norm within 1%.
+Each measurement is a start of its own (step.py, peer_alst.py or peer_ringmaster.py, ceilings.py), so that one that
+runs out of memory costs only its own cell. A row fails, and with it the command, when the two did not start from the
+same weights, or when the first losses differ by more than 1e-4 of it (bf16; 1e-6 in the rehearsal's fp32). With --grads
+every LoRA-B gradient is compared too (norms and keys in full fine-tuning): cosine at least 0.999, norm within 1%.
 """
 
 from __future__ import annotations
@@ -50,14 +50,22 @@ class Row:
     kernels: tuple[str, str] = FA4
     full: bool = False
     shape: str = "llama8b"
+    ringmaster: bool = False  # the peer is Axolotl's, which knows models with states; else DeepSpeed's ALST
 
     def ours(self) -> list[str]:
         """step.py's arguments; its DeepSpeed JSON is the default, zero3_sp.json."""
         return [*self._same(), "--kernel", self.kernels[0], "--fingerprint"]
 
-    def peer(self) -> list[str]:
-        """peer_alst.py's arguments."""
-        return [*self._same(), "--attn", self.kernels[1], "--fingerprint"]
+    def peer(self, stage: int) -> tuple[str, list[str]]:
+        """The peer's script and its arguments; `stage` of ZeRO where it has one."""
+        same = [*self._same(), "--attn", self.kernels[1], "--fingerprint"]
+        if self.ringmaster:
+            return "peer_ringmaster.py", same
+        return "peer_alst.py", [*same, "--stage", str(stage)]
+
+    def peer_is(self, stage: int) -> str:
+        """What the peer is made of."""
+        return "ringmaster, FSDP2, Liger, PEFT" if self.ringmaster else f"DeepSpeed ALST, Liger, PEFT, ZeRO-{stage}"
 
     def floor(self) -> list[str]:
         """ceilings.py's arguments."""
@@ -75,6 +83,7 @@ ROWS = (
     Row("longalign 131072 sp2 lora fa4", "longalign:131072"),
     Row("16x8192 packs dp2", "8192x8", sp=1),
     Row("65536 sp2 full", "65536", full=True),
+    Row("131072 sp2 hybrid8b lora fa4", "131072", shape="hybrid8b", ringmaster=True),
     Row("65536 sp1 lora fa4", "65536", gpus=1, sp=1),
     Row("65536 sp1 lora cudnn", "65536", gpus=1, sp=1, kernels=CUDNN),
     Row("4x16384 sp1 lora fa4", "16384x4", gpus=1, sp=1),
@@ -88,6 +97,7 @@ TINY = (
     Row("256 sp2 lora", "256", kernels=ON_CPU, shape="tiny"),
     Row("256 sp2 full", "256", kernels=ON_CPU, shape="tiny", full=True),
     Row("8x64 packs dp2", "64x4", sp=1, kernels=ON_CPU, shape="tiny"),
+    Row("2x128 sp2 lora, ringmaster", "128x2", kernels=ON_CPU, shape="tiny", ringmaster=True),
     Row("longalign 512 sp1 lora", "longalign:512", gpus=1, sp=1, kernels=ON_CPU, shape="tiny"),
 )
 
@@ -135,10 +145,10 @@ def measure(row: Row, args: argparse.Namespace) -> dict[str, Any]:
         grads = {side: ["--grads", str(at / f"{side}.safetensors")] if args.grads else [] for side in ("ours", "peer")}
         host = ["--host_gib", str(args.host_gib)] if args.host_gib else []
         ours = start("step.py", row.gpus, [*row.ours(), *host, *common, *grads["ours"]], at, args.timeout_s)
-        stage = ["--stage", str(args.peer_stage)]
         peer = {}
         if not args.no_peer:
-            peer = start("peer_alst.py", row.gpus, [*row.peer(), *stage, *common, *grads["peer"]], at, args.timeout_s)
+            script, words = row.peer(args.peer_stage)
+            peer = start(script, row.gpus, [*words, *common, *grads["peer"]], at, args.timeout_s)
         floor = start("ceilings.py", 0, [*row.floor(), *layers], at, args.timeout_s)
         compared = None
         if args.grads and "value" in ours and "value" in peer:
@@ -189,7 +199,7 @@ def result_lines(
         "ours": ours["command"],
         "peer_min_s": peer.get("min_s"),
         "peer_steps_s": peer.get("steps_s"),
-        "peer": peer.get("error") or f"DeepSpeed ALST, Liger, PEFT, ZeRO-{args.peer_stage}: {peer.get('command')}",
+        "peer": peer.get("error") or f"{row.peer_is(args.peer_stage)}: {peer.get('command')}",
     }
     if not peer:
         step = {key: value for key, value in step.items() if not (key.startswith("peer") or key == "ratio")}

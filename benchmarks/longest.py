@@ -1,6 +1,7 @@
 """How long a sample may be: ours and the peer's, on the same GPUs with the same memory, by trying.
 
     python benchmarks/longest.py --layers 15 --leave_gib 79            every weight trained, as on an 80 GB GPU
+    python benchmarks/longest.py --layers 2 --leave_gib 90.5           as all 32 on two H200s: the other 30 take 48.75
     python benchmarks/longest.py --lora --low 256K --high 1M --step 64K
 
 Two steps at each length tried (the second holds the optimizer's states, which the first makes at its end), halving
@@ -42,9 +43,9 @@ def main() -> None:
     parser.add_argument("--high", default="256K")
     parser.add_argument("--step", default="16K", help="lengths are multiples of this")
     parser.add_argument(
-        "--ours_from", help="ours begins here, say at the plan's longest; left out, at 1.2 times the peer's"
+        "--ours_at",
+        help="this length is tried of ours first, say the plan's longest; only where it does not fit is there a search",
     )
-    parser.add_argument("--ours_below", help="ours ends below; left out, twice --high")
     parser.add_argument("--timeout_s", type=int, default=300, help="of one length; longer counts as not fitting")
     parser.add_argument("--append", help="append the result to this file")
     args = parser.parse_args()
@@ -60,9 +61,9 @@ def main() -> None:
         return "error" not in found
 
     peer = longest(lambda tokens: fits("peer", tokens), low, high, step)
-    begin = int(parse_tokens(args.ours_from)) if args.ours_from else max(low, -(-int(AIM * peer) // step) * step)
-    end = int(parse_tokens(args.ours_below)) if args.ours_below else 2 * high
-    ours = longest(lambda tokens: fits("ours", tokens), begin, end, step)
+    begin = max(low, -(-int(AIM * peer) // step) * step)
+    at = int(parse_tokens(args.ours_at)) if args.ours_at else 0
+    ours = at if at and fits("ours", at) else longest(lambda tokens: fits("ours", tokens), begin, at or 2 * high, step)
     del held
     if not ours:
         raise SystemExit(f"ours does not fit {begin:,} tokens; the peer's longest is {peer:,}")

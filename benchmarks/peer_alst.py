@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
 import os
 import sys
@@ -26,45 +25,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.work import (
-    ADAPTER,
-    SEED,
-    SHAPES,
-    append,
-    fingerprint,
-    is_settled,
-    lengths_of,
-    peak_gib,
-    provenance,
-    sample,
-    save_gradients,
-    shape_of,
-    slowest,
-    step_times,
-)
+from benchmarks.peer import parser, report, take_steps
+from benchmarks.work import ADAPTER, SEED, SHAPES, fingerprint, lengths_of, sample, save_gradients, shape_of
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--shape", default="llama8b", choices=[k for k, v in SHAPES.items() if v["model_type"] == "llama"]
-    )
-    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
-    parser.add_argument("--documents", default="131072", help="document lengths, as step.py takes them")
-    parser.add_argument("--sp", type=int, help="default: all ranks")
-    parser.add_argument("--attn", default="sdpa", help="transformers' name of the attention kernel")
-    parser.add_argument("--full", action="store_true", help="full fine-tuning instead of LoRA r16 on all linears")
-    parser.add_argument("--steps", type=int, default=3, help="the first is warming up")
-    parser.add_argument(
-        "--settle", action="store_true", help="go on, to 10 steps at most, until the last two are within 2 %%"
-    )
-    parser.add_argument("--stage", type=int, default=3, help="of ZeRO; the tutorial's is 3")
-    parser.add_argument("--tiled_mlp", action="store_true", help="ALST's TiledMLP: less memory")
-    parser.add_argument("--offload_ckpt", action="store_true", help="layer inputs in host memory: less memory")
-    parser.add_argument("--append", help="append the result to this file")
-    parser.add_argument("--fingerprint", action="store_true", help="name the weights that the first step starts from")
-    parser.add_argument("--grads", help="rank 0 writes gradients of the first step here (safetensors)")
-    return parser.parse_args()
+    found = parser(__doc__ or "", [k for k, v in SHAPES.items() if v["model_type"] == "llama"], "sdpa")
+    found.add_argument("--stage", type=int, default=3, help="of ZeRO; the tutorial's is 3")
+    found.add_argument("--tiled_mlp", action="store_true", help="ALST's TiledMLP: less memory")
+    found.add_argument("--offload_ckpt", action="store_true", help="layer inputs in host memory: less memory")
+    return found.parse_args()
 
 
 def main() -> None:
@@ -119,7 +89,9 @@ def main() -> None:
             get_checkpoint_hidden_states_offloading_ctx_manager as offload,
         )
 
-    def step(batch: dict[str, Any]) -> torch.Tensor:
+    batch = inputs()
+
+    def step(first: bool) -> torch.Tensor:
         with offload():
             # The model asks for `labels` to compute a loss at all; what it uses are the shifted ones.
             out = engine(**batch, labels=batch["shift_labels"], num_items_in_batch=None, use_cache=False)
@@ -127,54 +99,14 @@ def main() -> None:
             if group is not None:
                 loss = mean_over_shards(loss, batch["shift_labels"], group.get_sequence_parallel_group())
             engine.backward(loss)
-        if args.grads and not losses:
+        if args.grads and first:
             save_gradients(model, args.grads, rank)
         engine.step()
         return loss.detach()
 
-    def synchronize() -> None:
-        if cuda:
-            torch.cuda.synchronize()
-
-    times, losses = list[float](), list[float]()
-    batch = inputs()
-    for i in range(10 if args.settle else args.steps):
-        if args.settle and is_settled(times):
-            break
-        synchronize()
-        begin = time.time()
-        loss = step(batch)
-        synchronize()
-        times.append(slowest(time.time() - begin, device))
-        dist.all_reduce(loss)
-        losses.append(float(loss) / world)
-        if i == 0 and cuda and args.steps > 1:
-            torch.cuda.reset_peak_memory_stats()
-        if rank == 0:
-            print(f"step {i} loss {losses[-1]:.4f} {times[-1]:.2f} s", flush=True)
-    peak = peak_gib(device)
-    if rank == 0:
-        timed = step_times(times)
-        tokens = sum(lengths_of(args.documents)) * world // sp
-        result = {
-            **provenance(
-                world,
-                *(torch, deepspeed, transformers),
-                script=f"torchrun --nproc_per_node {world} benchmarks/peer_alst.py",
-            ),
-            "what": f"peer ALST {args.shape} {args.documents} sp{sp} {'full' if args.full else 'lora'} {args.attn}",
-            **timed,
-            "unit": "s",
-            "tokens_per_s_per_gpu": round(tokens / timed["value"] / world, 1),
-            "peak_gib": peak,
-            "loss_first": round(losses[0], 5),
-            "build_s": round(build_s, 1),
-            "steps_s": [round(t, 3) for t in times],
-            **({"fingerprint": start} if start else {}),
-        }
-        print(json.dumps(result), flush=True)
-        if args.append:
-            append(args.append, result)
+    steps = take_steps(args, step, device, rank)
+    modules = (torch, deepspeed, transformers)
+    report(args, "ALST", "peer_alst.py", modules, steps, device, sp=sp, build_s=build_s, start=start)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -6,6 +6,7 @@
 #   TEXTS=/path/to/longdocs examples/extend_smollm2/half.sh
 #   LENGTH=2048 ROWS=60 STEPS=1 RULER="--lengths 2K --tasks fwe --rows 1" SHORT=2 examples/extend_smollm2/half.sh   # rehearsal on a CPU
 #
+# PARALLEL=1 does side by side what need not wait: models so small leave most of a GPU idle.
 # OUT: where all of it goes. LENGTH, ROWS, STEPS, TEXTS, MODEL as in run.sh. Of data made before (ONLY=data of run.sh),
 # OUT/data-all/train.jsonl and run.yaml are read.
 set -euo pipefail
@@ -15,14 +16,23 @@ OUT=${OUT:-runs/half_of_smollm2}
 RULER=${RULER:---lengths 4K,16K,64K --rows 4 --batch_tokens 512K}
 SHORT=${SHORT:-64}
 longft() { "$PYTHON" -m ds_longft.cli "$@"; }
+jobs=()
+go() { if [ "${PARALLEL:-0}" = 0 ]; then "$@"; else "$@" & jobs+=($!); fi; }
+all_done() { for job in "${jobs[@]}"; do wait "$job"; done; jobs=(); }
 # One pack of half the length a step, where run.sh takes two of a quarter: steps of a model so small wait for the host.
 train() {
   ONLY=train RUN="$OUT/$1" DATA="$OUT/data-$1" examples/extend_smollm2/run.sh \
     --data.pack_tokens $((LENGTH / 2)) --train.gradient_accumulation_steps 1
 }
+evaluate() { # evaluate RUN [--before]
+  longft eval ruler "$OUT/$1" $RULER "${@:2}"
+  longft eval short "$OUT/$1" --texts "$SHORT" "${@:2}"
+}
 
 ONLY=data DATA="$OUT/data-all" examples/extend_smollm2/run.sh
 train all
+go evaluate all --before
+go evaluate all
 longft data score "$OUT/all" "$OUT/data-all/train.jsonl" "$OUT/scored.jsonl" --short $((LENGTH / 16)) --length "$LENGTH"
 $PYTHON - "$OUT" <<'PY'
 import json, random, sys
@@ -43,13 +53,12 @@ for name, rows in (("scored", scored), ("drawn", random.Random(0).sample(scored,
     (out / f"data-{name}" / "train.jsonl").write_text("".join(lines))
     print(f"{name}: {len(kept)} of {len(scored)} rows, {sum(row['tokens'] for row in kept):,} tokens")
 PY
-train scored
-train drawn
-for which in "all --before" all scored drawn; do
-  read -r run before <<<"$which"
-  longft eval ruler "$OUT/$run" $RULER $before
-  longft eval short "$OUT/$run" --texts "$SHORT" $before
-done
+go train scored
+go train drawn
+all_done
+go evaluate scored
+go evaluate drawn
+all_done
 $PYTHON - "$OUT" <<'PY'
 import json, sys
 from pathlib import Path

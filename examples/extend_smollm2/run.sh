@@ -41,8 +41,8 @@ part() { [ "$ONLY" = all ] || [ "$ONLY" = "$1" ]; }
 part data || part train || part before || part after || { echo "ONLY is $ONLY: expected data, train, before, after or all" >&2; exit 64; }
 
 if [ -z "$MODEL" ]; then
-  MODEL=~/.cache/ds_longft/quickstart/SmolLM2-135M-Instruct
-  $PYTHON -c "from ds_longft.tools.smollm2 import prepare_smollm2; prepare_smollm2('~/.cache/ds_longft/quickstart')"
+  MODEL=~/.cache/ds_longft/quickstart/SmolLM2-135M-Instruct; mkdir -p "${MODEL%/*}"
+  $PYTHON -c "from pathlib import Path; from ds_longft.tools.quickstart import make_model; make_model(Path('$MODEL'))"
 fi
 if part data && [ ! -f "$DATA/run.yaml" ]; then
   mkdir -p "$DATA/texts"
