@@ -136,18 +136,19 @@ def test_kernels_are_measured_by_name_as_documented() -> None:
 
 
 @pytest.mark.slow
-def test_our_step_and_the_peers_have_the_same_loss_and_gradients(tmp_path: Path) -> None:
+@pytest.mark.parametrize("row", ["256 sp2 lora", "2x128 sp2 lora, ringmaster"])
+def test_our_step_and_the_peers_have_the_same_loss_and_gradients(row: str, tmp_path: Path) -> None:
     """One sample over two CPU ranks in float32, each side a process group of its own."""
     out = tmp_path / "results.jsonl"
-    command = [sys.executable, "benchmarks/compare.py", "--tiny", "--grads", "--steps", "1", "--only", "256 sp2 lora"]
+    command = [sys.executable, "benchmarks/compare.py", "--tiny", "--grads", "--steps", "1", "--only", row]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, "--append", str(out)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     lines = {line["what"]: line for line in map(json.loads, out.read_text().splitlines())}
-    gradients = lines["gradients 256 sp2 lora"]
+    gradients = lines[f"gradients {row}"]
     assert gradients["modules"] == 14  # seven linears in each of two layers
     assert gradients["worst_cosine"] > 1 - 1e-6
     assert gradients["worst_norm_error"] < 1e-4
-    assert lines["floor share 256 sp2 lora"]["floor_s"] > 0
+    assert lines[f"floor share {row}"]["floor_s"] > 0

@@ -200,3 +200,15 @@ def test_messages_one_looks_up_are_those_that_are_said() -> None:
     for text in ours:
         for words in re.split(r"\d+|'[^']*'|\.\.\.|^N problems", text):
             assert words.strip(" ,:") in code, text
+
+
+IMPORTED = re.compile(r"from (ds_longft[\w.]*) import ([\w, ]+)")
+SCRIPTS = [*ROOT.glob("*/*.sh"), *ROOT.glob("*/*/*.sh"), *ROOT.glob("*/*.sbatch"), ROOT / "Makefile", *PAGES]
+
+
+@pytest.mark.parametrize("path", [p for p in SCRIPTS if IMPORTED.search(p.read_text())], ids=lambda p: p.name)
+def test_what_a_script_imports_is_there(path: Path) -> None:
+    """Shell scripts and pages hold lines of Python that no type checker sees."""
+    for module, names in IMPORTED.findall(path.read_text()):
+        for name in names.split(","):
+            assert hasattr(importlib.import_module(module), name.strip()), f"{path}: {module} has no {name.strip()}"
