@@ -293,7 +293,8 @@ def start(script: str, ranks: int, arguments: list[str], folder: Path, timeout_s
         with log.open("wb") as sink:
             subprocess.run(command, cwd=ROOT, stdout=sink, stderr=sink, timeout=timeout_s, check=False)
     except subprocess.TimeoutExpired:
-        return {"error": f"longer than {timeout_s} s"}
+        last = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("step ")][-1:]
+        return {"error": f"longer than {timeout_s} s" + (f", behind {last[0]}" if last else ", before its first step")}
     if out.exists():  # written last: what goes wrong when ranks part costs no result
         return dict(json.loads(out.read_text().splitlines()[-1]))
     words = [line.strip() for line in log.read_text(errors="replace").splitlines()]

@@ -50,7 +50,7 @@ class Encoder:
     """Everything a process needs to encode rows. Picklable."""
 
     tokenizer: Tokenizer
-    template: ChatTemplate | None  # None: plain text only
+    template: ChatTemplate | None  # None: plain text only, a chat is a bad row
     eos_id: int | None
     max_length_tokens: int
     overlong: Literal["drop", "truncate", "cut_turns", "error"]
@@ -80,7 +80,8 @@ class Encoder:
         return results  # type: ignore[return-value]
 
     def _render(self, row: Row) -> Rendered:
-        assert self.template is not None, "a chat template is loaded before the first chat is encoded"
+        if self.template is None:
+            raise BadRow("a chat, and the tokenizer has no usable chat template", "set data.chat_template")
         turns = chosen_turns(row.turns, self.thinking, self.train_turns)
         return self.template.render(turns, row.tools, own_rule=self.thinking == "last")
 

@@ -33,7 +33,7 @@ from ds_longft.data.progress import Progress, say_once
 from ds_longft.data.readers import Source, find_source, first_record
 from ds_longft.data.template_source import load_template
 from ds_longft.data.tokenized import TokenizedSet
-from ds_longft.errors import DataError
+from ds_longft.errors import ConfigError, DataError
 from ds_longft.stored import Unreadable
 
 LAYOUT_VERSION = 5  # raise it when the same input gives other tokens, spans or columns
@@ -72,8 +72,9 @@ class Input:
                 if source.remark:
                     say_once(source.remark)
         formats = [_format_of(source, pairs) for source in found]
-        encoder = _encoder(tokenizer, data, chats=any(name != "text" for name in formats))
-        if progress and encoder.template is not None:
+        chats = any(name != "text" for name in formats)
+        encoder = _encoder(tokenizer, data, chats=chats)
+        if progress and chats and encoder.template is not None:
             for remark in encoder.template.remarks:
                 say_once(remark)
         return cls(tuple(found), tuple(formats), encoder)
@@ -191,11 +192,18 @@ def _make(folder: Path, found: Input, workers: int | None, *, progress: bool, ev
 
 
 def _encoder(tokenizer: Any, data: DataConfig, *, chats: bool) -> Encoder:
+    """`chats`: whether a source begins with one. One that begins with plain text may hold some too."""
+    try:
+        template = load_template(tokenizer, data.chat_template)
+    except ConfigError:
+        if chats or data.chat_template is not None:
+            raise
+        template = None  # plain text needs none
     backend = without_trimmed_offsets(tokenizer.backend_tokenizer)  # a copy of our own
     backend.no_truncation()
     backend.no_padding()
     return Encoder(
-        tokenizer=backend, template=load_template(tokenizer, data.chat_template) if chats else None,
+        tokenizer=backend, template=template,
         eos_id=tokenizer.eos_token_id, max_length_tokens=data.max_length_tokens, overlong=data.overlong,
         thinking=data.thinking, train_turns=data.train_turns, by_gain=data.weighting == "gain",
     )  # fmt: skip

@@ -72,7 +72,13 @@ def wait(name: str, process: subprocess.Popen[str], begun: float) -> Result:
     if process.returncode:
         print(text[-8000:], flush=True)
     lines = [line for line in text.splitlines() if re.search(r"\d+ (passed|failed|error)", line)] or text.splitlines()
-    return Result(name, lines[-1].strip("= ") if lines else "", time.monotonic() - begun, process.returncode == 0)
+    return said(Result(name, lines[-1].strip("= ") if lines else "", time.monotonic() - begun, process.returncode == 0))
+
+
+def said(result: Result) -> Result:
+    """Printed as soon as it is known: a check that is stopped has told what it had found."""
+    print(f"{'ok  ' if result.good else 'FAIL'} {result.name}, {result.seconds:.0f} s: {result.seen}", flush=True)
+    return result
 
 
 def kernels(gpus: int) -> list[Result]:
@@ -115,7 +121,8 @@ def runs(gpus: int) -> list[Result]:
     if done.returncode:
         print((done.stdout + done.stderr)[-8000:], flush=True)
     last = (done.stdout.strip().splitlines() or ["no output"])[-1]
-    return [*results, Result(f"verify, sp {gpus}", last[:120], time.monotonic() - begun, done.returncode == 0)]
+    verified = Result(f"verify, sp {gpus}", last[:120], time.monotonic() - begun, done.returncode == 0)
+    return [*results, said(verified)]
 
 
 def steps(gpus: int, count: int, gpu: str, results: str | None) -> list[Result]:
@@ -134,8 +141,7 @@ def steps(gpus: int, count: int, gpu: str, results: str | None) -> list[Result]:
             f"{line['value']:.2f} s, planned {line['predicted_s']:.2f} ({line.get('time_error', 0):+.1%}); "
             f"{line['peak_gib']:.1f} GiB, planned {line['predicted_peak_gib']:.1f} ({line.get('peak_error', 0):+.1%})"
         )
-        found.append(Result(case.name, seen, time.monotonic() - begun, good))
-        print(f"{'ok  ' if good else 'OFF '} {case.name}: {seen}", flush=True)
+        found.append(said(Result(case.name, seen, time.monotonic() - begun, good)))
     return found
 
 

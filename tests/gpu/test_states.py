@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ds_longft.batch import Documents
 from ds_longft.sequence.state import recurrence, work_in_pieces
 from ds_longft.sequence.state.carried import Carried
-from tests.unit.sequence.state.test_gated_norm import NORMS, made_norm, output_and_gradients
+from tests.unit.sequence.state.test_gated_norm import HERE, made_norm, output_and_gradients
 
 pytestmark = [
     pytest.mark.gpu,
@@ -92,7 +92,7 @@ def test_decayed_attention(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("name", HERE)
 def test_gated_norm(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """In tiles, as a long pack has them."""
     torch.manual_seed(0)

@@ -24,7 +24,12 @@ OF_EACH_HEAD = {
 }
 """The features of a head are normed with one weight for all heads, then gated."""
 
-GATED_FIRST = {"NemotronHRMSNormGated", "GraniteMoeHybridRMSNormGated", "BambaRMSNormGated"}
+GATED_FIRST = {
+    "NemotronHRMSNormGated",
+    "Zamba2RMSNormGated",  # Nemotron-H's in transformers 5.17
+    "GraniteMoeHybridRMSNormGated",
+    "BambaRMSNormGated",
+}
 """Gated with SiLU, then normed in groups of `group_size` features."""
 
 

@@ -24,6 +24,7 @@ from ds_longft.tools.evaluate.longbench.choices import RESERVED_TOKENS, read_cho
 from ds_longft.tools.evaluate.longproc.command import choose, longproc, read_problems
 from ds_longft.tools.evaluate.needle import needle
 from ds_longft.tools.evaluate.ruler.command import ruler
+from ds_longft.tools.evaluate.ruler.ruler_rows import choose as choose_ruler
 from ds_longft.tools.evaluate.short import short
 from ds_longft.tools.report.command import add_to_card, write_report
 from ds_longft.tools.report.run_facts import RunFacts, gather_facts
@@ -91,8 +92,9 @@ def suite(
     if flags.gpus is None and flags.weights != "sharded":
         flags = replace(flags, gpus=max(flags.sp, visible_gpus() // flags.sp * flags.sp))
     given, size = None if lengths is None else token_list("--lengths", lengths), SIZES[preset]
+    choose_ruler("all", {"qa_1": squad, "qa_2": hotpotqa})  # a mistake comes before hours of answers
     for task, answers in choose("all", size.answers, run_code=False) if longproc_data else ():
-        read_problems(str(longproc_data), task, answers, 1)  # a mistake comes before hours of RULER
+        read_problems(str(longproc_data), task, answers, 1)
     if longbench_v2:
         read_choices(longbench_v2, 1)
     from ds_longft.tools.evaluate import results  # brings torch

@@ -106,6 +106,21 @@ def test_text_needs_no_chat_template(run, write_jsonl, tokenizer):
         run(write_jsonl([chat("q", "a")], "chat.jsonl"), tokenizer=base)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_file_that_begins_with_plain_text_may_hold_chats(run, write_jsonl, tokenizer, workers):
+    """As `data mix` writes them, in any order; without a template they are bad rows with a reason."""
+    rows = [{"text": "some words"}, chat("q", "an answer"), {"text": "more"}]
+    found = run(write_jsonl(rows), workers=workers)
+    alone = [run(write_jsonl([row], name="alone.jsonl")).row(0) for row in rows]
+    assert [list(found.row(i).input_ids) for i in range(3)] == [list(one.input_ids) for one in alone]
+    base = copy.deepcopy(tokenizer)
+    base.chat_template = None
+    assert len(run(write_jsonl(rows), tokenizer=base, max_bad_fraction=0.5, workers=workers)) == 2
+    with pytest.raises(DataError, match="a chat, and the tokenizer has no usable chat template"):
+        run(write_jsonl(rows), tokenizer=base, max_bad_fraction=0.0, workers=workers)
+
+
+
 def test_bad_rows_go_to_the_ledger_with_their_line(run, write_jsonl, tmp_path):
     rows = [chat("q", "a")] * 8 + ["{broken", chat("q", "")]
     path = write_jsonl(rows)

@@ -21,6 +21,7 @@ from ds_longft.tools.evaluate.ruler.texts_of_tasks import (
     Text,
     common_words,
     frequent_words,
+    plain_words,
     question_answering,
     tracking,
     with_example,
@@ -75,6 +76,7 @@ def choose(names: str, files: Mapping[str, str | None]) -> list[str]:
 
     Raises:
         ConfigError: an unknown name, or one whose file is not given.
+        LongftError: tasks draw words, and the package that has them is not installed.
     """
     there = [name if name not in OWN or files[name] else OWN[name] for name in ANSWER_TOKENS]
     wanted = listed(names)
@@ -84,7 +86,10 @@ def choose(names: str, files: Mapping[str, str | None]) -> list[str]:
             f"--tasks: no task {', '.join(unknown) or names!r}; there are all, {', '.join(there)}"
             + ("" if all(files.values()) else "; qa_1 is there with --squad, qa_2 with --hotpotqa")
         )
-    return [name for name in there if {"all", name} & set(wanted)]
+    chosen = [name for name in there if {"all", name} & set(wanted)]
+    if {"cwe", *NIAH} & set(chosen):
+        plain_words()  # what is missing is said before a model is loaded
+    return chosen
 
 
 def answer_tokens(task: str) -> int:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ds_longft.errors import ConfigError
+from ds_longft.tools.make_data.extras import needs_extra
 
 SHUFFLE_SEED = 42  # of orders that are the same in every row
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -249,8 +249,6 @@ def plain_words() -> list[str]:
 
 
 def _listed(kind: str) -> list[str]:
-    try:
+    with needs_extra("eval", "RULER's words"):
         from wonderwords import RandomWord
-    except ModuleNotFoundError:
-        raise ConfigError("RULER's words need the package wonderwords: pip install 'ds-longft[eval]'") from None
     return sorted(set(RandomWord()._categories[kind]))
