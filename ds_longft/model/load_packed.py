@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -164,6 +164,32 @@ class _Packer(HfQuantizer):
         """Of files that are quantised."""
         return {"deserialize": _Read}
 
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+        """Of newer transformers its own, from the two above; 5.17 asks for all of it here.
+
+        Patterns end with `$`: there the first that a tensor's name begins with takes it.
+        """
+        if hasattr(HfQuantizer, "get_load_operations"):
+            return list(super().update_weight_conversions(weight_conversions, *model))
+        if not self.pre_quantized:
+            return weight_conversions
+        converters = []
+        for one in weight_conversions:
+            of_weights = isinstance(one, WeightConverter) and all(s.endswith(".weight") for s in one.source_patterns)
+            if self.form.name != "fp8" or not of_weights:
+                converters.append(one)
+                continue
+            for suffix in ("", "_scale_inv"):  # experts that lie one by one: codes and scales are stacked alike
+                sources = [f"{source}{suffix}$" for source in one.source_patterns]
+                copy = WeightConverter(sources, [f"{t}{suffix}" for t in one.target_patterns], list(one.operations))
+                copy.scope_prefix, copy.base_model_prefix = one.scope_prefix, one.base_model_prefix
+                converters.append(copy)
+        of_files = [
+            WeightConverter([f"{name}$" for name in names], weight, [_Read(self)])
+            for weight, names in self.serialized_names.items()
+        ]
+        return [*converters, *of_files]
+
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self.pre_quantized and self.form.name == "fp8":
             for module, name in self._stacks(model):
@@ -173,7 +199,7 @@ class _Packer(HfQuantizer):
                 assert codes is not None and scales is not None
                 del module._parameters[f"{name}_scale_inv"]
                 packed = Packed(self.form, tuple(codes.shape), self.dtype, scales.detach())
-                pack(module, name, packed, codes.detach().view(torch.uint8))
+                pack(module, name, packed, _fp8_codes(codes.detach()))
         self.remove_quantization_config(model)
         if not next(packed_weights(model), None):
             raise ModelError(f"no layer of this {model.config.model_type} is quantised as {self.form.name}")
@@ -238,7 +264,7 @@ def _parts(
         return blocks, scales, (*blocks.shape[:2], blocks.shape[2] * 32), True
     codes = parts["weight"]
     if form.name == "fp8":
-        return codes.view(torch.uint8), parts["weight_scale_inv"], shape, False
+        return _fp8_codes(codes), parts["weight_scale_inv"], shape, False
     if form.name == "int8":
         return codes.view(torch.uint8), parts["SCB"] / 127, shape, False
     state = json.loads(bytes(parts["weight.quant_state.bitsandbytes__nf4"].tolist()))
@@ -250,3 +276,8 @@ def _parts(
     if state["blocksize"] != form.columns:
         raise ModelError(f"a checkpoint of nf4 in blocks of {state['blocksize']} weights; blocks of 64 can be read")
     return codes, scales, shape, False
+
+
+def _fp8_codes(codes: Tensor) -> Tensor:
+    """As uint8; transformers 5.17 has made them wider, which changes no value."""
+    return codes.to(torch.float8_e4m3fn).view(torch.uint8)

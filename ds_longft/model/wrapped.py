@@ -110,8 +110,8 @@ def _mend(hf_config: PretrainedConfig) -> None:
         from transformers.models.llama4 import modeling_llama4 as llama4
 
         llama4.Llama4ForCausalLM.get_decoder = lambda self: self.model
-        if not hasattr(llama4.MoeCausalLMOutputWithPast, "image_outputs"):
-            of_text = llama4.MoeCausalLMOutputWithPast
+        of_text = getattr(llama4, "MoeCausalLMOutputWithPast", None)  # 5.17 has another, and no such fault
+        if of_text is not None and not hasattr(of_text, "image_outputs"):
             llama4.MoeCausalLMOutputWithPast = type(of_text.__name__, (of_text,), {"image_outputs": None})
     if hf_config.model_type == "nemotron_h_omni":
         omni = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(hf_config)]

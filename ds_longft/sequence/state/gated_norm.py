@@ -30,7 +30,7 @@ GATED_FIRST = {
     "GraniteMoeHybridRMSNormGated",
     "BambaRMSNormGated",
 }
-"""Gated with SiLU, then normed in groups of `group_size` features."""
+"""Gated with SiLU, then normed in groups of `group_size` features; those of transformers 5.17 that name none: of all."""
 
 
 def gated_norm(norm: Any, out: Tensor, z: Tensor) -> Tensor:
@@ -55,6 +55,6 @@ def _normed(norm: Any, out: Tensor, z: Tensor) -> Tensor:
     if name in GATED_FIRST and kernel:
         from fla.modules.norm.layernorm_gated import rmsnorm_fn
 
-        grouped = {"group_size": norm.group_size, "norm_before_gate": False}
+        grouped = {"group_size": getattr(norm, "group_size", None), "norm_before_gate": False}
         return rmsnorm_fn(out, norm.weight, None, z, norm.variance_epsilon, **grouped)
     return norm.forward(out[None], z[None])[0]

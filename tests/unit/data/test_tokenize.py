@@ -120,7 +120,6 @@ def test_a_file_that_begins_with_plain_text_may_hold_chats(run, write_jsonl, tok
         run(write_jsonl(rows), tokenizer=base, max_bad_fraction=0.0, workers=workers)
 
 
-
 def test_bad_rows_go_to_the_ledger_with_their_line(run, write_jsonl, tmp_path):
     rows = [chat("q", "a")] * 8 + ["{broken", chat("q", "")]
     path = write_jsonl(rows)
