@@ -15,6 +15,7 @@ from typing import Any
 from ds_longft import __version__
 from ds_longft.command_line import bind, described, help_of
 from ds_longft.errors import EXIT_CONFIG, LongftError
+from ds_longft.ranks.console import quiet_libraries
 
 HELP = """\
 ds-longft: fine-tuning on very long samples, one sample split over many GPUs.
@@ -122,6 +123,7 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, or 64 for a mistake in what was asked."""
+    quiet_libraries()
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv), alone=argv is None)
     except LongftError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import locale
+import logging
 import os
 import sys
 from typing import Any, TextIO
@@ -49,6 +50,11 @@ def outlive_the_console() -> None:
     for name in ("stdout", "stderr"):
         if not isinstance(getattr(sys, name), LastingStream):
             setattr(sys, name, LastingStream(getattr(sys, name)))
+
+
+def quiet_libraries() -> None:
+    """bitsandbytes 0.50 asks every process on a CPU for a kernel of a product that nothing here computes."""
+    logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
 
 
 def speak_utf8() -> None:

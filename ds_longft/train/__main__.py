@@ -16,7 +16,7 @@ from pathlib import Path
 from ds_longft.config.preflight import preflight
 from ds_longft.config.read import load_run_config
 from ds_longft.errors import LongftError, RankError
-from ds_longft.ranks.console import outlive_the_console, speak_utf8
+from ds_longft.ranks.console import outlive_the_console, quiet_libraries, speak_utf8
 from ds_longft.ranks.interrupt import StopRequest
 from ds_longft.ranks.join import Launch, visible_gpus
 from ds_longft.train.secrets import redact
@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None:
         speak_utf8()
     outlive_the_console()
+    quiet_libraries()
     launched = "RANK" in os.environ or "SLURM_PROCID" in os.environ
     launch = Launch.from_environment()
     status = Status(launch)

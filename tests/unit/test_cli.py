@@ -445,7 +445,7 @@ def test_no_command_imports_torch_in_silence(tmp_path: Path) -> None:
     }  # an earlier test may have been a rank
     done = subprocess.run(
         [sys.executable, "-c", SILENT.format(words=asked)], cwd=tmp_path, capture_output=True, text=True, check=True,
-        timeout=120, env={**alone, "HF_HUB_OFFLINE": "1"},
+        timeout=120, env={**alone, "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)},
     )  # fmt: skip
     parts = done.stderr.split("begun ")[1:]
     assert len(parts) == len(asked)

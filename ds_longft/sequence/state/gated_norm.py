@@ -30,7 +30,7 @@ GATED_FIRST = {
     "GraniteMoeHybridRMSNormGated",
     "BambaRMSNormGated",
 }
-"""Gated with SiLU, then normed in groups of `group_size` features; those of transformers 5.17 that name none: of all."""
+"""Gated with SiLU, then normed in groups of `group_size` features; those that name none: of all."""
 
 
 def gated_norm(norm: Any, out: Tensor, z: Tensor) -> Tensor:
