@@ -108,11 +108,10 @@ def has_fa4() -> bool:
 
 def runs(gpus: int) -> list[Result]:
     """Whole runs over all GPUs, at most two."""
-    repeated = ("tests/gpu/test_repeatable.py", "-k", "test_runs_repeat")
-    results = [
-        wait(*start_tests("kills, signals, not finite, resume at another sp", "tests/gpu/test_faults.py")),
-        wait(*start_tests("runs repeated and resumed to the bit", *repeated)),
-    ]
+    started = [
+        start_tests("kills, signals, not finite, resume at another sp", "tests/gpu/test_faults.py"),
+        start_tests("runs repeated and resumed to the bit", "tests/gpu/test_repeatable.py", "-k", "test_runs_repeat"),
+    ]  # side by side, and beside them what follows: the models are small, and each start waits for imports
     begun = time.monotonic()
     done = subprocess.run(
         [sys.executable, "benchmarks/verify_kernels.py", "--kernels", "flash-attn-4,cudnn" if has_fa4() else "cudnn"],
@@ -121,8 +120,8 @@ def runs(gpus: int) -> list[Result]:
     if done.returncode:
         print((done.stdout + done.stderr)[-8000:], flush=True)
     last = (done.stdout.strip().splitlines() or ["no output"])[-1]
-    verified = Result(f"verify, sp {gpus}", last[:120], time.monotonic() - begun, done.returncode == 0)
-    return [*results, said(verified)]
+    verified = said(Result(f"verify, sp {gpus}", last[:120], time.monotonic() - begun, done.returncode == 0))
+    return [verified, *(wait(*each) for each in reversed(started))]
 
 
 def steps(gpus: int, count: int, gpu: str, results: str | None) -> list[Result]:

@@ -418,6 +418,7 @@ SILENT = """
 import os, subprocess, sys
 sys.modules["torch"] = sys.modules["transformers"] = None  # an import of them ends the command
 os.execv = subprocess.Popen = None  # and so does the start of a process
+sys.stdout = sys.stderr  # where it is said is another matter
 from ds_longft.cli import main
 for words in {words!r}:
     print("begun", *words, file=sys.stderr, flush=True)
