@@ -136,7 +136,8 @@ class ChatTemplate:
         """A turn as templates know messages."""
         message: dict[str, Any] = {"role": turn.role, "content": turn.content}
         if turn.thinking:
-            message["reasoning_content"] = turn.thinking  # transformers gives it its other names too
+            # two names for it, as newer transformers gives it: gpt-oss's template reads the second
+            message["reasoning_content"] = message["thinking"] = turn.thinking
         if turn.calls:
             as_text, blank = self._way_of_calls
             message["content"] = turn.content or blank

@@ -78,6 +78,9 @@ def load_packed(cls: Any, path: str, model: ModelConfig, hf_config: PretrainedCo
     plain = type(hf_config).from_dict({k: v for k, v in hf_config.to_dict().items() if k != "quantization_config"})
     plain._attn_implementation = hf_config._attn_implementation
     loaded, report = cls.from_pretrained(path, config=plain, quantization_config=_How(form, stored), **kwargs)
+    if converters := getattr(loaded, "_weight_conversions", None):  # a merged model is saved by what is left of them
+        reads = [c for c in converters if any(isinstance(op, _Read) for op in getattr(c, "operations", ()))]
+        loaded._weight_conversions = [c for c in converters if c not in reads] or None
     if own is None:
         unpack(loaded)
     elif stored:

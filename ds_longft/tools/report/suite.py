@@ -92,11 +92,9 @@ def suite(
     if flags.gpus is None and flags.weights != "sharded":
         flags = replace(flags, gpus=max(flags.sp, visible_gpus() // flags.sp * flags.sp))
     given, size = None if lengths is None else token_list("--lengths", lengths), SIZES[preset]
-    choose_ruler("all", {"qa_1": squad, "qa_2": hotpotqa})  # a mistake comes before hours of answers
-    for task, answers in choose("all", size.answers, run_code=False) if longproc_data else ():
-        read_problems(str(longproc_data), task, answers, 1)
-    if longbench_v2:
-        read_choices(longbench_v2, 1)
+    texts: dict[str, Any] = {"essays": essays, "squad": squad, "hotpotqa": hotpotqa}
+    data = {"longproc_data": longproc_data, "longbench_v2": longbench_v2}
+    _check(texts, data, size)
     from ds_longft.tools.evaluate import results  # brings torch
     from ds_longft.tools.evaluate.subject import find_subject, subject_window
 
@@ -104,8 +102,6 @@ def suite(
     after = find_subject(run, base=base)
     sizes = given or _lengths(preset, subject_window(after) or 8192)
     folder = results.result_folder(after, None)
-    texts: dict[str, Any] = {"essays": essays, "squad": squad, "hotpotqa": hotpotqa}
-    data = {"longproc_data": longproc_data, "longbench_v2": longbench_v2}
     asks: dict[str, Callable[..., None]] = {
         "ruler": partial(ruler, run, lengths=",".join(map(str, sizes)), rows=rows or size.rows, **texts),
         "needle": partial(needle, run, lengths=",".join(map(str, sizes)), trials=size.trials),
@@ -131,6 +127,16 @@ def suite(
     results.write_result(path, result)
     _report(gather_facts(Path(run).expanduser()))
     show_result((result, path), json, _show)
+
+
+def _check(texts: dict[str, Any], data: dict[str, str | None], size: Any) -> None:
+    """What is wrong with the files that are asked about, and what is not installed, before hours of answers."""
+    choose_ruler("all", {"qa_1": texts["squad"], "qa_2": texts["hotpotqa"]})
+    if folder := data["longproc_data"]:
+        for task, answers in choose("all", size.answers, run_code=False):
+            read_problems(folder, task, answers, 1)
+    if file := data["longbench_v2"]:
+        read_choices(file, 1)
 
 
 def _lengths(preset: Preset, window: int) -> list[int]:

@@ -270,7 +270,7 @@ def test_the_text_is_that_of_apply_chat_template(family, chat):
     for turn in map(apart if template._reads_thinking else within, turns):
         message = {"role": turn.role, "content": turn.content}
         if turn.thinking:
-            message["reasoning_content"] = turn.thinking
+            message["reasoning_content"] = message["thinking"] = turn.thinking
         if turn.calls:
             message["tool_calls"] = [
                 {"type": "function", "id": c.id, "function": {"name": c.name, "arguments": json.loads(c.arguments)}}
