@@ -1,11 +1,12 @@
 """How long a sample may be: ours and the peer's, on the same GPUs with the same memory, by trying.
 
     python benchmarks/longest.py --layers 15 --leave_gib 79            every weight trained, as on an 80 GB GPU
-    python benchmarks/longest.py --layers 2 --leave_gib 90.5           as all 32 on two H200s: the other 30 take 48.75
+    python benchmarks/longest.py --layers 2 --leave_gib 30.25          as all 32 on two of 79 GiB: 30 layers take 48.75
     python benchmarks/longest.py --lora --low 256K --high 1M --step 64K
 
 Two steps at each length tried (the second holds the optimizer's states, which the first makes at its end), halving
-what is open between --low, which should fit, and --high, which should not. A GPU with more memory stands in for one
+what is open between --low, which should fit, and --high, which should not. Layers that are left out take no host
+memory for their inputs: fewer layers stand for all only where the GPUs are full first. A GPU with more memory stands in for one
 with less: this process holds what --leave_gib does not leave. The peer is ALST with all it has against memory (tiled
 MLP, layer inputs in host memory); ours what `train.recompute: auto` makes of it.
 """
