@@ -6,9 +6,9 @@
 
 Two steps at each length tried (the second holds the optimizer's states, which the first makes at its end), halving
 what is open between --low, which should fit, and --high, which should not. Layers that are left out take no host
-memory for their inputs: fewer layers stand for all only where the GPUs are full first. A GPU with more memory stands in for one
-with less: this process holds what --leave_gib does not leave. The peer is ALST with all it has against memory (tiled
-MLP, layer inputs in host memory); ours what `train.recompute: auto` makes of it.
+memory for their inputs: fewer layers stand for all only where the GPUs are full first. A GPU with more memory stands
+in for one with less: this process holds what --leave_gib does not leave. The peer is ALST with all it has against
+memory (tiled MLP, layer inputs in host memory); ours what `train.recompute: auto` makes of it.
 """
 
 from __future__ import annotations
