@@ -180,9 +180,13 @@ CASES = [
 
 
 def assert_equal(ours: Any, truth: Any, float32: str | None = None) -> None:
-    """1e-10, but for parameters whose name holds `float32`, where the model itself computes in float32."""
+    """1e-10, but for parameters whose name holds `float32`, where the model itself computes in float32: 1e-6.
+
+    Where it does so on the way of everything (all names hold ""), so does the loss: a router's product of other tokens
+    at a time is rounded otherwise on some processors, which was 1.2e-10 of the loss.
+    """
     (loss, grads), (ref_loss, ref) = ours, truth
-    assert loss == pytest.approx(ref_loss, rel=1e-10)
+    assert loss == pytest.approx(ref_loss, rel=1e-9 if float32 == "" else 1e-10)
     assert set(ref) <= set(grads)
     errors = {name: relative_error(grads[name], ref[name]) for name in ref}
     limits = {name: 1e-6 if float32 is not None and float32 in name else 1e-10 for name in errors}
