@@ -114,6 +114,7 @@ def resumed(rank: int, world: int, folder: str, work: str, kind: str, stage: int
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.manual_seed(0)
     path = tmp_path_factory.mktemp("model")
     AutoModelForCausalLM.from_config(tiny_config("llama", initializer_range=0.05)).float().save_pretrained(path)
     return str(path)
