@@ -3,7 +3,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 
-.PHONY: help setup quickstart check format docs test test-all test-gpu
+.PHONY: help setup quickstart check format docs test test-oldest test-all test-gpu
 .DEFAULT_GOAL := help
 
 help:
@@ -11,6 +11,7 @@ help:
 	@echo "make quickstart  train a small real model on long code samples: 2 CPU ranks, or one rank a GPU"
 	@echo "make check       ruff, mypy, import contracts"
 	@echo "make test        the tests that need no GPU; TESTS=tests/unit for some of them, WORKERS=8 on more cores"
+	@echo "make test-oldest the same with the oldest transformers that is allowed"
 	@echo "make test-all    these, and the ones that take minutes to hours"
 	@echo "make test-gpu    what needs GPUs, on one or two of them: kernels, whole runs, time and memory beside the plan"
 	@echo "make format      let ruff format and mend what it can"
@@ -52,6 +53,12 @@ PYTEST = PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
 
 test: setup
 	$(PYTEST) -m "not gpu and not slow" $(TESTS)
+
+# With the oldest transformers that pyproject.toml allows.
+OLDEST = build/oldest
+test-oldest: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(OLDEST) transformers==5.17.0 huggingface_hub==1.33.0
+	PYTHONPATH="$(CURDIR)/$(OLDEST)" $(PYTEST) -m "not gpu and not slow" $(TESTS)
 
 # Also the long ones: the soak of kills, a real SLURM, hosts that lose each other.
 test-all: setup

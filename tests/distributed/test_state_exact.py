@@ -7,7 +7,7 @@ float64 while they run, in the reference as in ours.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -78,7 +78,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 @contextmanager
 def in_float64() -> Iterator[None]:
     """Inside, what asks for float32 gets float64."""
-    with patch.object(torch, "float32", torch.float64), patch.object(torch.Tensor, "float", torch.Tensor.double):
+    with ExitStack() as stack:
+        for name in ("float32", "float"):
+            stack.enter_context(patch.object(torch, name, torch.float64))
+        stack.enter_context(patch.object(torch.Tensor, "float", torch.Tensor.double))
         yield
 
 
