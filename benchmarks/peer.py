@@ -1,14 +1,14 @@
-"""What the peers' steps share: the command line, the loop that times them, the result line."""
+"""What the peers' steps share: the command line, the loss, the result line."""
 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from benchmarks.work import append, is_settled, lengths_of, peak_gib, provenance, slowest, step_times
+from benchmarks.work import append, lengths_of, peak_gib, provenance, step_times
 
 
 def parser(description: str, shapes: Sequence[str], attn: str) -> argparse.ArgumentParser:
@@ -30,36 +30,13 @@ def parser(description: str, shapes: Sequence[str], attn: str) -> argparse.Argum
     return found
 
 
-def take_steps(
-    args: argparse.Namespace, step: Callable[[bool], Any], device: Any, rank: int
-) -> tuple[list[float], list[float]]:
-    """Seconds of each step, of the slowest rank, and the mean of the ranks' losses.
-
-    `step` is told whether it is the first; it returns this rank's loss, a tensor. The peak counts from the second on.
-    """
-    import torch
+def mean_loss(loss: Any) -> float:
+    """Of the ranks' losses, each a tensor. Collective."""
     import torch.distributed as dist
 
-    def synchronize() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    times, losses = list[float](), list[float]()
-    for i in range(10 if args.settle else args.steps):
-        if args.settle and is_settled(times):
-            break
-        synchronize()
-        begin = time.time()
-        loss = step(i == 0)
-        synchronize()
-        times.append(slowest(time.time() - begin, device))
-        dist.all_reduce(loss)
-        losses.append(float(loss) / dist.get_world_size())
-        if i == 0 and device.type == "cuda" and args.steps > 1:
-            torch.cuda.reset_peak_memory_stats()
-        if rank == 0:
-            print(f"step {i} loss {losses[-1]:.4f} {times[-1]:.2f} s", flush=True)
-    return times, losses
+    mean = loss.detach().clone()
+    dist.all_reduce(mean)
+    return float(mean) / dist.get_world_size()
 
 
 def report(
@@ -73,10 +50,8 @@ def report(
     sp: int,
     build_s: float,
     start: str | None,
-) -> dict[str, Any]:
-    """The result, printed and appended by rank 0. Collective."""
-    import json
-
+) -> None:
+    """Rank 0 prints the result and appends it. Collective."""
     import torch.distributed as dist
 
     world, (times, losses) = dist.get_world_size(), steps
@@ -98,4 +73,3 @@ def report(
         print(json.dumps(result), flush=True)
         if args.append:
             append(args.append, result)
-    return result

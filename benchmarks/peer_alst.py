@@ -25,8 +25,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.peer import parser, report, take_steps
-from benchmarks.work import ADAPTER, SEED, SHAPES, fingerprint, lengths_of, sample, save_gradients, shape_of
+from benchmarks.peer import mean_loss, parser, report
+from benchmarks.work import ADAPTER, SEED, SHAPES, fingerprint, lengths_of, sample, save_gradients, shape_of, take_steps
 
 
 def arguments() -> argparse.Namespace:
@@ -91,7 +91,7 @@ def main() -> None:
 
     batch = inputs()
 
-    def step(first: bool) -> torch.Tensor:
+    def step(i: int) -> float:
         with offload():
             # The model asks for `labels` to compute a loss at all; what it uses are the shifted ones.
             out = engine(**batch, labels=batch["shift_labels"], num_items_in_batch=None, use_cache=False)
@@ -99,12 +99,12 @@ def main() -> None:
             if group is not None:
                 loss = mean_over_shards(loss, batch["shift_labels"], group.get_sequence_parallel_group())
             engine.backward(loss)
-        if args.grads and first:
+        if args.grads and i == 0:
             save_gradients(model, args.grads, rank)
         engine.step()
-        return loss.detach()
+        return mean_loss(loss)
 
-    steps = take_steps(args, step, device, rank)
+    steps = take_steps(args, step, device)
     modules = (torch, deepspeed, transformers)
     report(args, "ALST", "peer_alst.py", modules, steps, device, sp=sp, build_s=build_s, start=start)
     dist.barrier()

@@ -21,8 +21,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.peer import parser, report, take_steps
-from benchmarks.work import ADAPTER, SEED, compared, fingerprint, lengths_of, sample, shape_of
+from benchmarks.peer import mean_loss, parser, report
+from benchmarks.work import ADAPTER, SEED, compared, fingerprint, lengths_of, sample, shape_of, take_steps
 
 SHAPES = ("hybrid8b", "llama8b", "tiny")
 
@@ -60,19 +60,19 @@ def main() -> None:
     whole = {name: torch.from_numpy(array).to(device)[None] for name, array in arrays.items()}  # each [1, S]
     targets = torch.tensor(float(pack.loss_weights.sum()), device=device)
 
-    def step(first: bool) -> torch.Tensor:
+    def step(i: int) -> float:
         # The context manager cuts the batch, and divides the targets by the ranks, whose gradients FSDP2 averages.
         batch = {name: tensor.clone() for name, tensor in whole.items()}
         loss = model(**batch, labels=batch["shift_labels"], num_items_in_batch=targets, use_cache=False).loss
         loss.backward()
-        if args.grads and first:
+        if args.grads and i == 0:
             save_gradients(model, args.grads, rank)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.detach().clone()
+        return mean_loss(loss)
 
-    steps = take_steps(args, step, device, rank)
+    steps = take_steps(args, step, device)
     modules = (torch, transformers, ringmaster)
     report(args, "ringmaster", "peer_ringmaster.py", modules, steps, device, sp=world, build_s=build_s, start=start)
     dist.barrier()

@@ -38,15 +38,15 @@ from benchmarks.work import (
     adapter_of,
     append,
     fingerprint,
-    is_settled,
     lengths_of,
     peak_gib,
     provenance,
     sample,
     save_gradients,
     shape_of,
-    slowest,
     step_times,
+    synchronize,
+    take_steps,
 )
 from ds_longft.batch import Pack
 
@@ -242,49 +242,32 @@ def main() -> None:
         kept = rehearse(built.engine, built.recompute, pack, layout, device, memory)
     relief = built.recompute.relief(device) or nullcontext()
 
-    def step(pack: Pack, total_weight: float) -> float:
-        total = (
-            backpropagate_pack(built.engine, pack, launch.world / total_weight, layout, device).reshape(-1)[0].double()
-        )
-        dist.all_reduce(total)
-        if args.grads and not losses:
-            save_gradients(built.model, args.grads, launch.rank)
-        set_learning_rate(built.engine, config.optim.learning_rate)
-        built.engine.step()
-        return float(total) / total_weight
+    def plain_step(i: int) -> float:
+        with relief:
+            total = backpropagate_pack(built.engine, pack, launch.world / total_weight, layout, device)
+            total = total.reshape(-1)[0].double()
+            dist.all_reduce(total)
+            if args.grads and i == 0:
+                save_gradients(built.model, args.grads, launch.rank)
+            set_learning_rate(built.engine, config.optim.learning_rate)
+            built.engine.step()
+            return float(total) / total_weight
 
-    def synchronize() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+    def step(i: int) -> float:
+        if not (args.profile and i == args.steps - 1):
+            return plain_step(i)
+        from torch.profiler import ProfilerActivity, profile
 
-    times, losses = list[float](), list[float]()
-    for i in range(10 if args.settle else args.steps):
-        if args.settle and is_settled(times):
-            break
-        synchronize()
-        begin = time.time()
-        if args.profile and i == args.steps - 1:
-            from torch.profiler import ProfilerActivity, profile
-
-            with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU], record_shapes=True) as prof:
-                with relief:
-                    losses.append(step(pack, total_weight))
-                synchronize()
-            if launch.rank == 0:
-                print(
-                    prof.key_averages().table(sort_by="self_device_time_total", row_limit=24, max_name_column_width=60)
-                )
-                print(shape_table(prof))
-                prof.export_chrome_trace(args.profile)
-        else:
-            with relief:
-                losses.append(step(pack, total_weight))
-        synchronize()
-        times.append(slowest(time.time() - begin, device))
-        if i == 0 and args.steps > 1 and device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU], record_shapes=True) as prof:
+            loss = plain_step(i)
+            synchronize(device)
         if launch.rank == 0:
-            print(f"step {i} loss {losses[-1]:.4f} {times[-1]:.2f} s", flush=True)
+            print(prof.key_averages().table(sort_by="self_device_time_total", row_limit=24, max_name_column_width=60))
+            print(shape_table(prof))
+            prof.export_chrome_trace(args.profile)
+        return loss
+
+    times, losses = take_steps(args, step, device)
     timed = step_times(times[: len(times) - bool(args.profile)] or times)
     peak = peak_gib(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

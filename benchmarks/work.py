@@ -13,6 +13,8 @@ import os
 import re
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -246,6 +248,38 @@ def slowest(seconds: float, device: Any) -> float:
     box = torch.tensor(seconds, dtype=torch.float64, device=device)
     dist.all_reduce(box, op=dist.ReduceOp.MAX)
     return float(box)
+
+
+def take_steps(args: Any, step: Callable[[int], float], device: Any) -> tuple[list[float], list[float]]:
+    """Seconds of each step, of the slowest rank, and its loss: `args.steps` of them, or until they settle. Collective.
+
+    `step` is told its number and returns the loss. The peak counts from the second step on.
+    """
+    import torch
+    import torch.distributed as dist
+
+    times, losses = list[float](), list[float]()
+    for i in range(10 if args.settle else args.steps):
+        if args.settle and is_settled(times):
+            break
+        synchronize(device)
+        begin = time.time()
+        losses.append(step(i))
+        synchronize(device)
+        times.append(slowest(time.time() - begin, device))
+        if i == 0 and args.steps > 1 and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        if dist.get_rank() == 0:
+            print(f"step {i} loss {losses[-1]:.4f} {times[-1]:.2f} s", flush=True)
+    return times, losses
+
+
+def synchronize(device: Any) -> None:
+    """Wait for a GPU."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def peak_gib(device: Any) -> float | None:

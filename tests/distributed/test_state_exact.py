@@ -7,7 +7,7 @@ float64 while they run, in the reference as in ours.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -20,7 +20,7 @@ from ds_longft.sequence.state import spread, work_in_pieces
 from tests.distributed import test_engine
 from tests.distributed.models import reference_sum
 from tests.distributed.test_engine import baseline_step, one_step
-from tests.distributed.test_exact import PACKS, assert_equal, gradients, reference
+from tests.distributed.test_exact import PACKS, assert_equal, in_float64, wide_gradients, wide_reference
 
 MOE = {
     "num_local_experts": 4,
@@ -73,28 +73,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "LFM2": ("lfm2", {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3}),
     "MiniMax": ("minimax", {**MOE, "layer_types": ["linear_attention", "full_attention"], "block_size": 8, "num_attention_heads": 5, "num_key_value_heads": 5}),
 }  # fmt: skip
-
-
-@contextmanager
-def in_float64() -> Iterator[None]:
-    """Inside, what asks for float32 gets float64."""
-    with ExitStack() as stack:
-        for name in ("float32", "float"):
-            stack.enter_context(patch.object(torch, name, torch.float64))
-        stack.enter_context(patch.object(torch.Tensor, "float", torch.Tensor.double))
-        yield
-
-
-def wide_gradients(rank: int, world: int, *args: Any) -> Any:
-    """`gradients` in float64 throughout."""
-    with in_float64():
-        return gradients(rank, world, *args)
-
-
-def wide_reference(*args: Any) -> Any:
-    """`reference` in float64 throughout."""
-    with in_float64():
-        return reference(*args)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -18,14 +18,8 @@ from tests.distributed import test_engine
 from tests.distributed.models import reference_sum, relative_error
 from tests.distributed.pool import WorkerPool
 from tests.distributed.test_engine import baseline_step
-from tests.distributed.test_state_exact import (
-    FAMILIES,
-    NEMOTRON,
-    engine_step,
-    in_float64,
-    wide_gradients,
-    wide_reference,
-)
+from tests.distributed.test_exact import in_float64, wide_gradients, wide_reference
+from tests.distributed.test_state_exact import FAMILIES, NEMOTRON, engine_step
 
 FIVE = {"num_attention_heads": 5, "num_key_value_heads": 5, "hidden_size": 40}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {

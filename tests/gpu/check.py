@@ -109,8 +109,8 @@ def has_fa4() -> bool:
 def runs(gpus: int) -> list[Result]:
     """Whole runs over all GPUs, at most two."""
     started = [
-        start_tests("kills, signals, not finite, resume at another sp", "tests/gpu/test_faults.py"),
         start_tests("runs repeated and resumed to the bit", "tests/gpu/test_repeatable.py", "-k", "test_runs_repeat"),
+        start_tests("kills, signals, not finite, resume at another sp", "tests/gpu/test_faults.py"),
     ]  # side by side, and beside them what follows: the models are small, and each start waits for imports
     begun = time.monotonic()
     done = subprocess.run(
@@ -121,7 +121,7 @@ def runs(gpus: int) -> list[Result]:
         print((done.stdout + done.stderr)[-8000:], flush=True)
     last = (done.stdout.strip().splitlines() or ["no output"])[-1]
     verified = said(Result(f"verify, sp {gpus}", last[:120], time.monotonic() - begun, done.returncode == 0))
-    return [verified, *(wait(*each) for each in reversed(started))]
+    return [verified, *(wait(*each) for each in started)]
 
 
 def steps(gpus: int, count: int, gpu: str, results: str | None) -> list[Result]:

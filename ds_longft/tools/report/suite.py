@@ -129,7 +129,7 @@ def suite(
     show_result((result, path), json, _show)
 
 
-def _check(texts: dict[str, Any], data: dict[str, str | None], size: Any) -> None:
+def _check(texts: dict[str, Any], data: dict[str, str | None], size: Size) -> None:
     """What is wrong with the files that are asked about, and what is not installed, before hours of answers."""
     choose_ruler("all", {"qa_1": texts["squad"], "qa_2": texts["hotpotqa"]})
     if folder := data["longproc_data"]:

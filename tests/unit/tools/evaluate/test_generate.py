@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from transformers import AutoModelForCausalLM
 
 from ds_longft.model.lora import add_lora, save_adapter
@@ -66,7 +67,8 @@ LONGROPE = {
     "short_factor": [1.0 + i / 8 for i in range(8)], "long_factor": [3.0 + i for i in range(8)],
 }  # fmt: skip
 SINCE_5_24 = pytest.mark.skipif(
-    transformers.__version__ < "5.24", reason="transformers 5.17 goes on otherwise where an answer crosses the switch"
+    Version(transformers.__version__) < Version("5.24"),
+    reason="transformers 5.17 goes on otherwise where an answer crosses the switch",
 )
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 8.0}
 
