@@ -80,6 +80,7 @@ def main() -> None:
         "unit": "tokens",
         "peer_value": peer or None,
         "ratio": round(ours / peer, 3) if peer else None,
+        **({} if peer else {"peer_below": low, "ratio_above": round(ours / low, 3)}),
         "step": step,
         "tried": {side: {n: f.get("error") or f["value"] for n, f in found.items()} for side, found in tried.items()},
         "peak_gib": best.get("peak_gib"),

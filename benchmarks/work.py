@@ -11,10 +11,13 @@ import json
 import math
 import os
 import re
+import resource
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -22,6 +25,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import psutil
 
 from ds_longft.batch import IGNORE_INDEX, Pack
 
@@ -29,6 +33,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 RAISED = re.compile(r"(\[rank\d+\]:\s*)?[\w.]*(Error|Exception)\b")
 """Begins the last line of a traceback, and no warning that tells of an error."""
+
+FRAME = re.compile(r'File "(?P<file>.+)", line (?P<line>\d+) in (?P<name>\S+)')
+"""A call in a stack of faulthandler's."""
 
 SEED = 0  # of the weights and of the adapters
 SETTLED = 0.02  # steps that differ by no more of each other are taken to be equal
@@ -323,18 +330,52 @@ def start(script: str, ranks: int, arguments: list[str], folder: Path, timeout_s
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else []
     command = [sys.executable, *launcher, str(ROOT / "benchmarks" / script), *arguments, "--append", str(out)]
     log = folder / f"{script}.log"
-    try:
-        with log.open("wb") as sink:
-            subprocess.run(command, cwd=ROOT, stdout=sink, stderr=sink, timeout=timeout_s, check=False)
-    except subprocess.TimeoutExpired:
-        last = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("step ")][-1:]
-        return {"error": f"longer than {timeout_s} s" + (f", behind {last[0]}" if last else ", before its first step")}
+    late = False
+    # what is ended by SIGABRT, below, leaves no core file of a GPU's address space
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    environment = {**os.environ, "PYTHONFAULTHANDLER": "1"}
+    with log.open("wb") as sink:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=sink, stderr=sink, env=environment)
+        try:
+            process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            late = True
+            end_with_stacks(process.pid)
     if out.exists():  # written last: what goes wrong when ranks part costs no result
         return dict(json.loads(out.read_text().splitlines()[-1]))
     words = [line.strip() for line in log.read_text(errors="replace").splitlines()]
     print("\n".join(words[-40:]), file=sys.stderr, flush=True)
+    if late:
+        steps = [line for line in words if line.startswith("step ")]
+        behind = f"behind {steps[-1]}" if steps else "before its first step"
+        return {"error": f"longer than {timeout_s} s, {behind}{where(words)}"}
     errors = [line for line in words if RAISED.match(line)]
     return {"error": (errors[:1] or words[-1:] or ["no result"])[0][:300]}
+
+
+def end_with_stacks(pid: int) -> None:
+    """End a process and all that it started. Each rank tells where it was: faulthandler's answer to SIGABRT.
+
+    The launcher goes first. Killed alone, it would leave its ranks behind, with the memory of the GPUs.
+    """
+    launcher = psutil.Process(pid)
+    below = launcher.children(recursive=True)
+    if below:
+        launcher.kill()
+    for process in below or [launcher]:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGABRT)
+    for process in psutil.wait_procs([launcher, *below], timeout=10)[1]:
+        process.kill()
+
+
+def where(words: list[str]) -> str:
+    """Of the first stack among the lines, the four calls at its top."""
+    if "Fatal Python error: Aborted" not in words:
+        return ""
+    stack = words[words.index("Fatal Python error: Aborted") :]
+    frames = [m for m in map(FRAME.match, stack) if m][:4]
+    return ", in " + " < ".join(f"{Path(m['file']).name}:{m['line']} {m['name']}" for m in frames)
 
 
 def append(path: str | Path, *results: dict[str, Any]) -> None:

@@ -4,9 +4,9 @@
     python -m tests.gpu.check --part steps        one of: kernels, runs, steps
     python -m tests.gpu.check --steps 2           of each timed row, the first is warming up
 
-`kernels`: attention and loss kernels, forward, backward and repeated, the relief of a full GPU; on one GPU, or halved
-over two. `runs`: kills, signals, resumes at another sp, runs repeated to the bit, and `verify` at sp 2. `steps`: time
-and peak of the headline rows beside what `ds-longft plan` predicts: within 10 % and 5 %. Exit code 1 when a row falls
+`kernels`: kernels of attention, loss and states, forward, backward and repeated, the relief of a full GPU; on one GPU, or
+shared out to two. `runs`: kills, signals, resumes at another sp, runs repeated to the bit, frozen weights, and `verify`
+at sp 2. `steps`: time and peak of the headline rows beside what `ds-longft plan` predicts: within 10 % and 5 %. Exit code 1 when a row falls
 short.
 """
 
@@ -18,11 +18,13 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.length import Case, compare, run
-from benchmarks.work import append
+from benchmarks.work import append, end_with_stacks
 from ds_longft.ranks.join import visible_gpus
 from ds_longft.sequence.kernels.base import import_failure
 
@@ -30,6 +32,8 @@ ROOT = Path(__file__).resolve().parents[2]
 K = 1024
 MOST_TIME_OFF, MOST_PEAK_OFF = 0.10, 0.05
 PART_S = 600  # of one part
+CORES = len(os.sched_getaffinity(0))
+VISIBLE = (os.environ.get("CUDA_VISIBLE_DEVICES") or "0,1").split(",")
 
 HEADLINE = (
     Case("128K LoRA sp2", f"{128 * K}", stage=3),
@@ -52,27 +56,36 @@ class Result:
     good: bool
 
 
-def start_tests(name: str, *words: str, gpu: int | None = None) -> tuple[str, subprocess.Popen[str], float]:
-    """Start pytest on some files of tests/gpu, on one GPU or on all."""
-    environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": str(gpu)} if gpu is not None else {})}
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--timeout", "300", "-p", "no:cacheprovider", *words]
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    return name, process, time.monotonic()
+@dataclass(frozen=True)
+class Tests:
+    """Files of tests/gpu, on one GPU or on all, by so many workers."""
 
+    name: str
+    words: tuple[str, ...]
+    gpu: int | None = None
+    workers: int = 1
 
-def wait(name: str, process: subprocess.Popen[str], begun: float) -> Result:
-    """The last line of what pytest said; all of it where something failed."""
-    try:
-        text, _ = process.communicate(timeout=PART_S - (time.monotonic() - begun))
-    except subprocess.TimeoutExpired:
-        process.kill()
-        text = process.communicate()[0] + f"\nlonger than {PART_S} s"
-    if process.returncode:
-        print(text[-8000:], flush=True)
-    lines = [line for line in text.splitlines() if re.search(r"\d+ (passed|failed|error)", line)] or text.splitlines()
-    return said(Result(name, lines[-1].strip("= ") if lines else "", time.monotonic() - begun, process.returncode == 0))
+    def run(self) -> Result:
+        """The last line of what pytest said; all of it where something failed."""
+        begun = time.monotonic()
+        of_one = {"CUDA_VISIBLE_DEVICES": VISIBLE[self.gpu]} if self.gpu is not None else {}
+        options = ["-q", "-m", "gpu", "--timeout", "300", "-p", "no:cacheprovider"]
+        options += ["-n", str(self.workers), "--dist", "worksteal"] if self.workers > 1 else []
+        command = [sys.executable, "-m", "pytest", *options, *(f"tests/gpu/test_{word}.py" for word in self.words)]
+        process = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, **of_one}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        try:
+            text, _ = process.communicate(timeout=PART_S)
+        except subprocess.TimeoutExpired:
+            end_with_stacks(process.pid)
+            text = process.communicate()[0] + f"\nlonger than {PART_S} s"
+        if process.returncode:
+            print(text[-8000:], flush=True)
+        counted = [line for line in text.splitlines() if re.search(r"\d+ (passed|failed|error)", line)]
+        last = (counted or text.splitlines() or [""])[-1].strip("= ")
+        good = process.returncode == 0 and " passed" in last  # where all is skipped, nothing was tested
+        return said(Result(self.name, last, time.monotonic() - begun, good))
 
 
 def said(result: Result) -> Result:
@@ -81,24 +94,28 @@ def said(result: Result) -> Result:
     return result
 
 
+def side_by_side(*chains: Sequence[Callable[[], Result]]) -> list[Result]:
+    """What each chain found, link by link; the chains run at the same time."""
+    with ThreadPoolExecutor(len(chains)) as pool:
+        found = pool.map(lambda chain: [link() for link in chain], chains)
+        return [result for results in found for result in results]
+
+
 def kernels(gpus: int) -> list[Result]:
-    """On one GPU one behind the other, on two side by side."""
+    """On one GPU one behind the other, on two side by side. Kernels are compiled by as many workers as there are cores for."""
+    workers = max(1, min(8, CORES // (2 * gpus)))
     second = min(1, gpus - 1)
-    halves = [
-        ("attention kernels", ("tests/gpu/test_kernels.py", "tests/gpu/test_cached_attention.py"), 0),
-        (
-            "loss kernel, repeated gradients, dropout, full GPUs",
-            (
-                *("tests/gpu/test_cross_entropy.py", "tests/gpu/test_repeatable.py", "tests/gpu/test_dropout.py"),
-                *("tests/gpu/test_relief.py", "tests/gpu/test_own_memory.py", "tests/gpu/test_dpo_start.py"),
-                *("-k", "not test_runs_repeat"),
-            ),
-            second,
-        ),
-    ]
+    attention = Tests("attention kernels", ("kernels", "cached_attention"), 0, workers)
+    alone = Tests(
+        "a GPU alone: full, shared, quantised, DPO's start", ("relief", "own_memory", "quantized", "dpo_start"), second
+    )
+    others = Tests(
+        "loss kernel, states, repeated gradients, dropout, disk",
+        ("cross_entropy", "states", "repeatable", "dropout", "disk"), second, workers,
+    )  # fmt: skip
     if gpus == 1:
-        return [wait(*start_tests(name, *words, gpu=gpu)) for name, words, gpu in halves]
-    return [wait(*started) for started in [start_tests(name, *words, gpu=gpu) for name, words, gpu in halves]]
+        return side_by_side([alone.run, attention.run, others.run])
+    return side_by_side([attention.run], [alone.run, others.run])
 
 
 def has_fa4() -> bool:
@@ -106,12 +123,8 @@ def has_fa4() -> bool:
     return import_failure("flash_attn.cute.interface") is None
 
 
-def runs(gpus: int) -> list[Result]:
-    """Whole runs over all GPUs, at most two."""
-    started = [
-        start_tests("runs repeated and resumed to the bit", "tests/gpu/test_repeatable.py", "-k", "test_runs_repeat"),
-        start_tests("kills, signals, not finite, resume at another sp", "tests/gpu/test_faults.py"),
-    ]  # side by side, and beside them what follows: the models are small, and each start waits for imports
+def verify(gpus: int) -> Result:
+    """`verify` with the kernels that there are."""
     begun = time.monotonic()
     done = subprocess.run(
         [sys.executable, "benchmarks/verify_kernels.py", "--kernels", "flash-attn-4,cudnn" if has_fa4() else "cudnn"],
@@ -120,8 +133,19 @@ def runs(gpus: int) -> list[Result]:
     if done.returncode:
         print((done.stdout + done.stderr)[-8000:], flush=True)
     last = (done.stdout.strip().splitlines() or ["no output"])[-1]
-    verified = said(Result(f"verify, sp {gpus}", last[:120], time.monotonic() - begun, done.returncode == 0))
-    return [verified, *(wait(*each) for each in started)]
+    return said(Result(f"verify, sp {gpus}", last[:120], time.monotonic() - begun, done.returncode == 0))
+
+
+def runs(gpus: int) -> list[Result]:
+    """Whole runs over all GPUs, at most two. The models are small, and each start waits for imports: several at a time."""
+    frozen = Tests("frozen weights brought beside the compute", ("frozen",))  # it looks at times, so nothing beside it
+    whole = Tests(
+        "kills, signals, not finite, resumes, runs to the bit",
+        ("faults", "repeatable_runs"),
+        None,
+        max(1, min(6, CORES // 4)),
+    )
+    return [frozen.run(), *side_by_side([whole.run], [lambda: verify(gpus)])]
 
 
 def steps(gpus: int, count: int, gpu: str, results: str | None) -> list[Result]:

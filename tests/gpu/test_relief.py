@@ -15,7 +15,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 def three_steps(*words: str) -> dict[str, Any]:
-    environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "CUDA_VISIBLE_DEVICES": "0"}
+    one = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "CUDA_VISIBLE_DEVICES": one}
     done = subprocess.run(
         [sys.executable, "-m", "tests.gpu.full_gpu", *words], capture_output=True, text=True, timeout=200,
         env=environment, check=False,

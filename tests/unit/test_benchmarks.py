@@ -117,6 +117,22 @@ def test_what_stopped_a_measurement_is_named_and_not_a_warning_before_it(tmp_pat
         assert start(str(script), ranks, [], tmp_path, 60) == {"error": "MemoryError: out of memory"}
 
 
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_what_takes_too_long_tells_where_it_was_and_leaves_nothing_behind(tmp_path: Path, ranks: int) -> None:
+    script = tmp_path / "stuck.py"
+    script.write_text(
+        "import os, pathlib, time\n"
+        f"pathlib.Path({str(tmp_path)!r}, 'rank-' + os.environ.get('RANK', '0')).write_text(str(os.getpid()))\n"
+        "def waits_for_ever():\n    time.sleep(900)\n"
+        "print('step 0 loss 1.5000 2.00 s', flush=True)\nwaits_for_ever()\n"
+    )
+    said = start(str(script), ranks, [], tmp_path, 3 + 9 * (ranks > 0))["error"]
+    assert "behind step 0 loss 1.5000 2.00 s, in stuck.py:4 waits_for_ever < stuck.py:6 <module>" in said
+    for pid in tmp_path.glob("rank-*"):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid.read_text()), 0)
+
+
 def test_compared_are_trained_parameters_with_a_gradient() -> None:
     assert compared("base_model.model.model.layers.0.mlp.up_proj.lora_B.default.weight")
     assert compared("model.layers.0.self_attn.k_proj.weight")
