@@ -107,7 +107,7 @@ def build_model(args: argparse.Namespace, mesh: Any, device: Any) -> tuple[Any, 
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=dtype, attn_implementation="sdpa")
     model.set_attn_implementation(runtime.attn_implementation)
     if "layer_types" in shape:
-        from ds_longft.sequence.state.chunk_backward import register_where_needed
+        from ds_longft.sequence.state.chunk_piece import register_where_needed
 
         register_where_needed()
     ringmaster.wire_recurrent_layers(model)

@@ -34,8 +34,9 @@ def check_model(
         )  # fmt: skip
         names.append(kernel.name)
         lines[f"{kernel.name} ({reason})"] = True
-    states = f"; layers with a state: {kernel_in_words(device.type)}" if facts.state_products else ""
-    return names[0], "attention kernel: " + "; ".join(lines) + states
+    heads = {(s.kind, s.keys, s.values) for s in (of.state for of in facts.kinds) if s and s.kind in ("delta", "decay")}
+    words = f"; layers with a state: {kernel_in_words(heads, dtype, device)}" if facts.state_products else ""
+    return names[0], "attention kernel: " + "; ".join(lines) + words
 
 
 def check_zero_section(engine_config: dict[str, Any]) -> None:

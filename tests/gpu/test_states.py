@@ -92,6 +92,16 @@ def test_decayed_attention(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("keys", "values", "delta"), [(128, 128, True), (64, 128, True), (128, 64, False)])
+def test_our_kernel_of_the_piece_agrees(keys: int, values: int, delta: bool, dtype: torch.dtype) -> None:
+    """Where it does not, torch's products run, slower and unseen by the tests above."""
+    from ds_longft.sequence.state.chunk_kernel import Shape, agrees
+
+    shape = Shape(keys, values, dtype, dtype if delta else torch.float32, delta)
+    assert agrees(shape, torch.device("cuda", torch.cuda.current_device()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", HERE)
 def test_gated_norm(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """In tiles, as a long pack has them."""

@@ -1,8 +1,4 @@
-"""The piece of flash-linear-attention's backward pass that Triton 3.4 to 3.7.0 compiles wrongly on Hopper, in torch.
-
-FLA refuses there (its issue 640), and so would every layer with a decay for each head: gated delta rule, Mamba-2,
-lightning attention. It has a registry of other implementations for such pieces; ours goes in as the last of them, after
-TileLang's, which needs nvcc and does not take the float32 states of Mamba-2. torch 2.13 comes with Triton 3.7.1.
+"""The piece of flash-linear-attention's backward pass that `chunk_piece.py` is about, in torch.
 
 Per chunk of c tokens and head, with S the state before it, dS the gradient of the state behind it, G the running sum of
 the decays' logarithms (to base 2), all of it batched products:
@@ -14,7 +10,6 @@ Letters: S tokens, N chunks, c tokens of one, G groups of heads that share keys,
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -24,34 +19,6 @@ from ds_longft.sequence.tiles import wide
 
 STATES_AT_A_TIME = 4096
 """Chunks times heads of one turn: 256 MiB for 128 x 128 elements in float32."""
-
-
-def fla_refuses() -> bool:
-    """Whether FLA's own kernel would refuse on this machine."""
-    from fla.utils import IS_NVIDIA_HOPPER, TRITON_ABOVE_3_4_0, TRITON_ABOVE_3_7_1
-
-    return bool(IS_NVIDIA_HOPPER and TRITON_ABOVE_3_4_0 and not TRITON_ABOVE_3_7_1)
-
-
-@cache
-def register_where_needed() -> bool:
-    """Hand `chunk_backward` to FLA where it would refuse; returns whether. Again, it does nothing."""
-    if not fla_refuses():
-        return False
-    from fla.backends import BaseBackend, register
-
-    class InTorch(BaseBackend):
-        backend_type = "ds_longft"
-        priority = 9  # the lowest runs first, others have 5
-
-        def chunk_bwd_dqkwg_verifier(self, q: Tensor, *_: Any, **given: Any) -> tuple[bool, str | None]:
-            ours = given.get("g") is not None and given.get("cu_seqlens") is not None and not given.get("state_v_first")
-            return ours, None if ours else "only packed documents with a decay for each head"
-
-        chunk_bwd_dqkwg = staticmethod(chunk_backward)
-
-    register("common")(InTorch)
-    return True
 
 
 def chunk_backward(
@@ -79,17 +46,13 @@ def chunk_backward(
     assert g is not None and cu_seqlens is not None
     tokens, groups, heads = q.shape[1], q.shape[2], v.shape[2]
     if chunk_indices is None:
-        chunk_indices = _chunks(cu_seqlens, chunk_size)
+        chunk_indices = chunks_of(cu_seqlens, chunk_size)
     # a row more, which the places behind a document's end are written to
     dq, dk, dg = (t.new_empty(tokens + 1, *t.shape[2:]) for t in (q[0:1], k[0:1], g))
     dw = None if w is None else w.new_empty(tokens + 1, *w.shape[2:])
     for part in range(0, len(chunk_indices), max(1, STATES_AT_A_TIME // heads)):
         some = slice(part, part + max(1, STATES_AT_A_TIME // heads))
-        document, number = chunk_indices[some].long().unbind(1)
-        begin = cu_seqlens.long()[document] + number * chunk_size
-        end = torch.minimum(begin + chunk_size, cu_seqlens.long()[document + 1])
-        rows = begin[:, None] + torch.arange(chunk_size, device=q.device)  # [n, c]
-        inside = rows < end[:, None]
+        rows, end, inside = rows_of(chunk_indices[some], cu_seqlens, chunk_size)
         read, written = rows.clamp(max=tokens - 1), rows.where(inside, tokens)
         seen = inside[:, None, :, None]
 
@@ -127,9 +90,18 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return wide(a) @ wide(b)
 
 
-def _chunks(cu_seqlens: Tensor, chunk_size: int) -> Tensor:
+def chunks_of(cu_seqlens: Tensor, chunk_size: int) -> Tensor:
     """[N, 2]: document and number of each chunk."""
     counts = -(-cu_seqlens.diff() // chunk_size)
     document = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
     number = torch.arange(len(document), device=counts.device) - (counts.cumsum(0) - counts)[document]
     return torch.stack([document, number], 1)
+
+
+def rows_of(chunk_indices: Tensor, cu_seqlens: Tensor, chunk_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of n chunks [n, 2]: places [n, c] of their tokens in the pack, each one's end [n], which places are inside."""
+    document, number = chunk_indices.long().unbind(1)
+    begin = cu_seqlens.long()[document] + number * chunk_size
+    end = torch.minimum(begin + chunk_size, cu_seqlens.long()[document + 1])
+    rows = begin[:, None] + torch.arange(chunk_size, device=cu_seqlens.device)
+    return rows, end, rows < end[:, None]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from ds_longft.batch import Documents
 from ds_longft.errors import ModelError
 from ds_longft.sequence.state import scan
 from ds_longft.sequence.state.carried import Carried
-from ds_longft.sequence.state.chunk_backward import fla_refuses, register_where_needed
+from ds_longft.sequence.state.chunk_piece import fla_refuses, piece_in_words, register_where_needed
 from ds_longft.sequence.state.spread import CHUNK_TOKENS
 from ds_longft.sequence.tiles import wide
 
@@ -38,15 +38,17 @@ def has_fla() -> bool:
     return importlib.util.find_spec("fla") is not None
 
 
-def kernel_in_words(device_type: str) -> str:
-    """What computes the states, for the line that a run starts with."""
-    if device_type != "cuda":
+def kernel_in_words(heads: Iterable[tuple[str, int, int]], dtype: torch.dtype, device: torch.device) -> str:
+    """What computes the states, for the line that a run starts with. `heads`: of layers with a decay for each head,
+    "delta" or "decay", and the features of a head's keys and values.
+    """
+    if device.type != "cuda":
         return "torch (CPU)"
     if not has_fla():
         return "torch, slow (pip install -e .[hybrid] brings Triton kernels)"
     if not fla_refuses():
         return "flash-linear-attention"
-    return "flash-linear-attention, a piece of its backward pass in torch (Triton before 3.7.1 fails on Hopper)"
+    return f"flash-linear-attention, {piece_in_words(heads, dtype, device)}"
 
 
 def causal_conv(

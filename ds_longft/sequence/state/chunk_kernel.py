@@ -1,0 +1,201 @@
+"""The piece of `chunk_backward.py` as one Triton kernel that Triton 3.4 to 3.7.0 compiles rightly on Hopper.
+
+What goes wrong there is the transpose of a product that lies in the registers of the tensor cores (FLA's issue 640):
+the gradient of the scores, transposed for that of the keys. Here both are products, dA = do v^T and dA^T = v do^T, and
+what is transposed was loaded. No trust all the same: `agrees` runs it beside torch's products before it is used.
+
+Of a pack's 131,072 tokens, 32 heads of 128 features, torch moves 160 GB of intermediate results, this some 20.
+Letters as in `chunk_backward.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ds_longft.sequence.state import chunk_backward as in_torch
+from ds_longft.sequence.state.spread import CHUNK_TOKENS
+
+KEYS_AT_A_TIME = VALUES_AT_A_TIME = 64
+"""Features of a program: sums of 64 x 64 in float32 are 32 registers a thread, and there are five."""
+
+WARPS, STAGES = 4, 2
+ROWS_AT_A_TIME = 1 << 17
+"""Tokens times heads whose dq and dk wait to be summed over heads that share keys: 32 MiB each of 128 bf16 features."""
+
+ALLOWED = {torch.float32: 5e-3}  # of the norm; Triton multiplies float32 as TF32
+OTHERWISE = 2e-2
+
+
+def chunk_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    h: Tensor,
+    dh: Tensor,
+    w: Tensor | None = None,
+    g: Tensor | None = None,
+    dv: Tensor | None = None,
+    scale: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+    chunk_size: int = 64,
+    chunk_indices: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """As `chunk_backward.chunk_backward`, for chunks of 16, 32 or 64 tokens."""
+    assert g is not None and cu_seqlens is not None
+    (tokens, groups, keys), (heads, values) = q.shape[1:], v.shape[2:]
+    q, k, v, do, h, dh, g = (t.contiguous() for t in (q, k, v, do, h, dh, g))
+    if chunk_indices is None:
+        chunk_indices = in_torch.chunks_of(cu_seqlens, chunk_size)
+    blocks = triton.cdiv(keys, KEYS_AT_A_TIME)
+    dg = g.new_empty(blocks, tokens, heads)
+    dw = None if w is None else w.new_empty(1, tokens, heads, keys)
+
+    def launch(first: int, some: Tensor, dq: Tensor, dk: Tensor) -> None:
+        with torch.cuda.device_of(q):
+            _piece[(len(some) * blocks, heads)](
+                q, k, v, do, h, dh, v if dv is None else dv.contiguous(), g, dq, dk, q if dw is None else dw, dg,
+                some, cu_seqlens, float(scale), first, tokens, groups, heads,
+                K=keys, V=values, C=chunk_size, BK=KEYS_AT_A_TIME, BV=VALUES_AT_A_TIME, HAS_W=dw is not None,
+                num_warps=WARPS, num_stages=STAGES,
+            )  # fmt: skip
+
+    if groups == heads:
+        dq, dk = (t.new_empty(tokens, heads, keys) for t in (q, k))
+        launch(0, chunk_indices.contiguous(), dq, dk)
+        return dq[None], dk[None], dw, dg.sum(0)[None]
+    # a row more, which the places behind a document's end are written to
+    dq, dk = (t.new_empty(tokens + 1, groups, keys) for t in (q, k))
+    at_a_time = max(1, ROWS_AT_A_TIME // (heads * chunk_size))
+    for first in range(0, len(chunk_indices), at_a_time):
+        some = chunk_indices[first : first + at_a_time].contiguous()
+        of_heads = [t.new_empty(len(some) * chunk_size, heads, keys) for t in (q, k)]
+        launch(first, some, *of_heads)
+        rows, _ends, inside = in_torch.rows_of(some, cu_seqlens, chunk_size)  # [n, c]
+        read, written = (rows - rows[0, 0]).clamp(max=len(some) * chunk_size - 1), rows.where(inside, tokens)
+        for out, each in zip((dq, dk), of_heads, strict=True):
+            out[written] = each.unflatten(1, (groups, -1)).sum(2, dtype=torch.float32).to(out.dtype)[read]
+    return dq[None, :tokens], dk[None, :tokens], dw, dg.sum(0)[None]
+
+
+@triton.jit(do_not_specialize=["first_chunk", "tokens", "groups", "heads"])
+def _piece(  # type: ignore[no-untyped-def]  # one binary for all numbers of heads, so that what `agrees` tries is what runs
+    q, k, v, do, h, dh, dv, g, dq, dk, dw, dg, chunks, cu_seqlens, scale, first_chunk, tokens, groups, heads,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, HAS_W: tl.constexpr,
+):  # fmt: skip
+    """One chunk and head, BK features of its keys. Rows of dq and dk count from the first of these chunks."""
+    blocks = tl.cdiv(K, BK)
+    part, block = tl.program_id(0).to(tl.int64) // blocks, tl.program_id(0) % blocks
+    head = tl.program_id(1).to(tl.int64)
+    document = tl.load(chunks + 2 * part).to(tl.int64)
+    begin = tl.load(cu_seqlens + document).to(tl.int64) + tl.load(chunks + 2 * part + 1).to(tl.int64) * C
+    end = tl.minimum(begin + C, tl.load(cu_seqlens + document + 1).to(tl.int64))
+    place = tl.arange(0, C)
+    rows = begin + place
+    inside = rows < end
+    features = block * BK + tl.arange(0, BK)
+    of_keys = inside[:, None] & (features < K)[None, :]
+    state = ((first_chunk + part) * heads + head) * K * V
+
+    dq_sum = tl.zeros([C, BK], dtype=tl.float32)
+    dk_sum = tl.zeros([C, BK], dtype=tl.float32)
+    dw_sum = tl.zeros([C, BK], dtype=tl.float32)
+    da = tl.zeros([C, C], dtype=tl.float32)  # [queries, keys]
+    da_transposed = tl.zeros([C, C], dtype=tl.float32)
+    at_last = 0.0  # of dg, from the state
+    for first in range(0, V, BV):
+        values = first + tl.arange(0, BV)
+        at = (rows[:, None] * heads + head) * V + values[None, :]  # [C, BV]
+        of_values = inside[:, None] & (values < V)[None, :]
+        v_part = tl.load(v + at, mask=of_values, other=0.0)
+        do_part = tl.load(do + at, mask=of_values, other=0.0)
+        of_state = state + features[None, :] * V + values[:, None]  # [BV, BK]
+        there = (values < V)[:, None] & (features < K)[None, :]
+        s = tl.load(h + of_state, mask=there, other=0.0)
+        ds = tl.load(dh + of_state, mask=there, other=0.0)
+        at_last += tl.sum(s.to(tl.float32) * ds.to(tl.float32))
+        da = tl.dot(do_part, tl.trans(v_part), da)
+        da_transposed = tl.dot(v_part, tl.trans(do_part), da_transposed)
+        dq_sum = tl.dot(do_part, s.to(do_part.dtype), dq_sum)
+        dk_sum = tl.dot(v_part, ds.to(v_part.dtype), dk_sum)
+        if HAS_W:
+            dv_part = tl.load(dv + at, mask=of_values, other=0.0)
+            dw_sum = tl.dot(dv_part.to(v_part.dtype), s.to(v_part.dtype), dw_sum)
+    if HAS_W:
+        out = (rows[:, None] * heads + head) * K + features[None, :]
+        tl.store(dw + out, (-dw_sum).to(dw.dtype.element_ty), mask=of_keys)
+
+    of_group = (rows[:, None] * groups + head // (heads // groups)) * K + features[None, :]
+    q_part = tl.load(q + of_group, mask=of_keys, other=0.0)
+    k_part = tl.load(k + of_group, mask=of_keys, other=0.0)
+    decay = tl.load(g + rows * heads + head, mask=inside, other=0.0)  # sums from the chunk's first token
+    last = tl.load(g + (end - 1) * heads + head)
+    dq_sum = dq_sum * (tl.exp2(decay) * scale)[:, None]
+    dk_sum = dk_sum * tl.where(inside, tl.exp2(last - decay), 0.0)[:, None]
+    at_last = at_last * tl.exp2(last) + tl.sum(dk_sum * k_part.to(tl.float32))
+
+    both = inside[:, None] & inside[None, :]
+    seen = both & (place[:, None] >= place[None, :])
+    da = tl.where(seen, da * tl.exp2(decay[:, None] - decay[None, :]), 0.0) * scale
+    seen_from = both & (place[:, None] <= place[None, :])  # [keys, queries]
+    da_transposed = tl.where(seen_from, da_transposed * tl.exp2(decay[None, :] - decay[:, None]), 0.0) * scale
+    dq_sum = tl.dot(da.to(k_part.dtype), k_part, dq_sum)
+    dk_sum = tl.dot(da_transposed.to(q_part.dtype), q_part, dk_sum)
+
+    of_decay = tl.sum(dq_sum * q_part.to(tl.float32), 1) - tl.sum(dk_sum * k_part.to(tl.float32), 1)
+    of_decay += tl.where(rows == end - 1, at_last, 0.0)
+    tl.store(dg + (block * tokens + rows) * heads + head, of_decay, mask=inside)
+    from_first = rows - tl.load(cu_seqlens + tl.load(chunks)).to(tl.int64) - tl.load(chunks + 1).to(tl.int64) * C
+    of_head = (from_first[:, None] * heads + head) * K + features[None, :]
+    tl.store(dq + of_head, dq_sum.to(dq.dtype.element_ty), mask=of_keys)
+    tl.store(dk + of_head, dk_sum.to(dk.dtype.element_ty), mask=of_keys)
+
+
+class Shape(NamedTuple):
+    """What the kernel is compiled for."""
+
+    keys: int  # K
+    values: int  # V
+    dtype: torch.dtype
+    of_states: torch.dtype
+    has_w: bool  # delta rules
+    chunk_tokens: int = CHUNK_TOKENS
+
+
+@cache
+def agrees(shape: Shape, device: torch.device) -> bool:
+    """Whether the kernel gives what torch's products give in float32, on random numbers of that shape."""
+    chunk, groups, heads = shape.chunk_tokens, 2, 4
+    lengths = (chunk + 6, 1, 3 * chunk)
+    tokens = sum(lengths)
+    random = torch.Generator(device).manual_seed(0)
+
+    def numbers(*sizes: int, of: torch.dtype = shape.dtype) -> Tensor:
+        return torch.randn(1, *sizes, generator=random, device=device).to(of)
+
+    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0)
+    chunks = in_torch.chunks_of(cu_seqlens, chunk)
+    g = -torch.rand(1, tokens, heads, generator=random, device=device)
+    of_keys = [numbers(tokens, groups, shape.keys) for _ in range(2)]
+    of_values = [numbers(tokens, heads, shape.values) for _ in range(2)]
+    states = [numbers(len(chunks), heads, shape.keys, shape.values, of=shape.of_states) for _ in range(2)]
+    delta = [numbers(tokens, heads, d) for d in (shape.keys, shape.values)] if shape.has_w else [None, None]
+
+    def gradients(piece: Callable[..., tuple[Tensor | None, ...]], change: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        q, k, v, do, h, dh, w, dv = (
+            None if t is None else change(t) for t in (*of_keys, *of_values, *states, *delta)
+        )  # fmt: skip
+        made = piece(q, k, v, do, h, dh, w, g, dv, shape.keys**-0.5, cu_seqlens, chunk, chunks)
+        return [t.float() for t in made if t is not None]
+
+    both = zip(gradients(chunk_backward, Tensor.clone), gradients(in_torch.chunk_backward, Tensor.float), strict=True)
+    allowed = ALLOWED.get(shape.dtype, OTHERWISE)
+    return all(float((ours - wanted).norm() / wanted.norm()) <= allowed for ours, wanted in both)

@@ -1,0 +1,88 @@
+"""Which code runs the piece of flash-linear-attention's backward pass that Triton 3.4 to 3.7.0 breaks on Hopper.
+
+FLA refuses there (its issue 640), and so would every layer with a decay for each head: gated delta rule, Mamba-2,
+lightning attention. It has a registry of other implementations for such pieces; ours goes in as the last of them, after
+TileLang's, which needs nvcc and does not take the float32 states of Mamba-2: a kernel that avoids what breaks
+(`chunk_kernel.py`), with a Triton that it was tested with and where it agrees with torch's products, else these
+(`chunk_backward.py`). torch 2.13 comes with Triton 3.7.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_longft.sequence.state.chunk_backward import chunk_backward
+from ds_longft.sequence.state.spread import CHUNK_TOKENS
+
+TESTED_WITH: frozenset[str] = frozenset()
+"""Versions of Triton with which `tests/gpu/test_states.py` passed on an H100 or H200. None yet: so far the kernel was
+compiled for them, and gave torch's numbers in Triton's interpreter."""
+
+
+def fla_refuses() -> bool:
+    """Whether FLA's own kernel would refuse on this machine."""
+    from fla.utils import IS_NVIDIA_HOPPER, TRITON_ABOVE_3_4_0, TRITON_ABOVE_3_7_1
+
+    return bool(IS_NVIDIA_HOPPER and TRITON_ABOVE_3_4_0 and not TRITON_ABOVE_3_7_1)
+
+
+@cache
+def register_where_needed() -> bool:
+    """Hand `backward_piece` to FLA where it would refuse; returns whether. Again, it does nothing."""
+    if not fla_refuses():
+        return False
+    from fla.backends import BaseBackend, register
+
+    class Ours(BaseBackend):
+        backend_type = "ds_longft"
+        priority = 9  # the lowest runs first, others have 5
+
+        def chunk_bwd_dqkwg_verifier(self, q: Tensor, *_: Any, **given: Any) -> tuple[bool, str | None]:
+            ours = given.get("g") is not None and given.get("cu_seqlens") is not None and not given.get("state_v_first")
+            return ours, None if ours else "only packed documents with a decay for each head"
+
+        chunk_bwd_dqkwg = staticmethod(backward_piece)
+
+    register("common")(Ours)
+    return True
+
+
+def backward_piece(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, h: Tensor, dh: Tensor, w: Tensor | None = None, **given: Any
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """FLA's `chunk_bwd_dqkwg`: see `chunk_backward.chunk_backward`."""
+    if not is_tested():
+        return chunk_backward(q, k, v, do, h, dh, w, **given)
+    from ds_longft.sequence.state.chunk_kernel import Shape, agrees
+    from ds_longft.sequence.state.chunk_kernel import chunk_backward as by_kernel
+
+    chunk_tokens = given.get("chunk_size", CHUNK_TOKENS)
+    shape = Shape(q.shape[3], v.shape[3], q.dtype, h.dtype, w is not None, chunk_tokens)
+    return (by_kernel if agrees(shape, q.device) else chunk_backward)(q, k, v, do, h, dh, w, **given)
+
+
+def is_tested() -> bool:
+    """Whether the kernel was tested with this Triton."""
+    import triton
+
+    return triton.__version__ in TESTED_WITH
+
+
+def piece_in_words(heads: Iterable[tuple[str, int, int]], dtype: torch.dtype, device: torch.device) -> str:
+    """What runs it, for the line that a run starts with. `heads`: "delta" or "decay", K, V.
+
+    The kernel is tried for it, some seconds of compiling that the first step would need.
+    """
+    if not is_tested():
+        return "a piece of its backward pass in torch (Triton before 3.7.1 fails on Hopper)"
+    from ds_longft.sequence.state.chunk_kernel import Shape, agrees
+
+    states = {"delta": dtype, "decay": torch.float32}
+    if all(agrees(Shape(keys, values, dtype, states[kind], kind == "delta"), device) for kind, keys, values in heads):
+        return "a piece of its backward pass in a kernel of ours (Triton before 3.7.1 fails on Hopper)"
+    return "a piece of its backward pass in torch, slower (Triton before 3.7.1 fails on Hopper, here our kernel too)"
