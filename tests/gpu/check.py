@@ -4,10 +4,10 @@
     python -m tests.gpu.check --part steps        one of: kernels, runs, steps
     python -m tests.gpu.check --steps 2           of each timed row, the first is warming up
 
-`kernels`: kernels of attention, loss and states, forward, backward and repeated, the relief of a full GPU; on one GPU, or
-shared out to two. `runs`: kills, signals, resumes at another sp, runs repeated to the bit, frozen weights, and `verify`
-at sp 2. `steps`: time and peak of the headline rows beside what `ds-longft plan` predicts: within 10 % and 5 %. Exit code 1 when a row falls
-short.
+`kernels`: kernels of attention, loss and states, forward, backward and repeated, the relief of a full GPU; on one GPU,
+or shared out to two. `runs`: kills, signals, resumes at another sp, runs repeated to the bit, frozen weights, and
+`verify` at sp 2. `steps`: time and peak of the headline rows beside what `ds-longft plan` predicts: within 10 % and
+5 %. Exit code 1 when a row falls short.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def side_by_side(*chains: Sequence[Callable[[], Result]]) -> list[Result]:
 
 
 def kernels(gpus: int) -> list[Result]:
-    """On one GPU one behind the other, on two side by side. Kernels are compiled by as many workers as there are cores for."""
+    """On one GPU one behind the other, on two side by side. Workers share the compiling of kernels."""
     workers = max(1, min(8, CORES // (2 * gpus)))
     second = min(1, gpus - 1)
     attention = Tests("attention kernels", ("kernels", "cached_attention"), 0, workers)
@@ -137,7 +137,7 @@ def verify(gpus: int) -> Result:
 
 
 def runs(gpus: int) -> list[Result]:
-    """Whole runs over all GPUs, at most two. The models are small, and each start waits for imports: several at a time."""
+    """Whole runs over all GPUs, at most two. The models are small, and a start takes half a minute: several at a time."""
     frozen = Tests("frozen weights brought beside the compute", ("frozen",))  # it looks at times, so nothing beside it
     whole = Tests(
         "kills, signals, not finite, resumes, runs to the bit",
