@@ -53,6 +53,10 @@ def weights_identity(subject: Subject) -> list[Any]:
     return [subject.shown, *in_fewer_bits, [[name, stat.st_size, int(stat.st_mtime)] for name, stat in stats]]
 
 
+MARK_EVERY_S = 1.0
+"""Rows that come within it are of one handful."""
+
+
 class Rows:
     """The rows of one evaluation, with a progress bar over them. One process writes."""
 
@@ -71,19 +75,36 @@ class Rows:
             self._open.enter_context(self.file)
         except OSError as error:
             raise DataError(f"{folder} cannot be written: {error}; give another folder with --out") from error
-        self.started = time.monotonic()
+        self.started = self._last_s = self._marked_s = time.monotonic()
         self.earlier = len(self.rows)
+        self._marks: list[tuple[float, int]] = []  # the first and the last: when so many rows were there
         if show and self.earlier:
             print(f"{name}: {self.earlier} of {total} rows are there already", file=sys.stderr, flush=True)
         self._bar = self._open.enter_context(Progress(name, total, show=show))
 
     def add(self, row: dict[str, Any]) -> None:
         """Append a finished row; `key` names it."""
+        now, before = time.monotonic(), len(self.rows)
+        if before == self.earlier:
+            self._marked_s = now
+        elif now - self._marked_s > MARK_EVERY_S:
+            self._marks, self._marked_s = [*self._marks[:1], (self._last_s, before)], now
+        self._last_s = now
         self.rows.append(row)
         self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
         done = len(self.rows)
-        left_s = (time.monotonic() - self.started) / (done - self.earlier) * (self.total - done)
-        self._bar.update(done, f"{done} of {self.total}, about {duration(left_s)} left")
+        left = f", about {duration(self._row_s() * (self.total - done))} left" if self._marks else ""
+        self._bar.update(done, f"{done} of {self.total}{left}")
+
+    def _row_s(self) -> float:
+        """Seconds a row. They come in handfuls, asked side by side, so what counts is how many there were when the next
+        handful began to come. The first is counted only while there is no other: it holds the building of kernels.
+        """
+        (begin_s, begin), (end_s, end) = (
+            *([(self.started, self.earlier)] if len(self._marks) == 1 else []),
+            *self._marks,
+        )
+        return (end_s - begin_s) / (end - begin)
 
     def finish(self, kind: str, model: str, result: dict[str, Any]) -> dict[str, Any]:
         """Write the result beside the rows; returns it with model, settings, date and seconds."""
