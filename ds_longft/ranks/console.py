@@ -7,6 +7,7 @@ import locale
 import logging
 import os
 import sys
+import warnings
 from typing import Any, TextIO
 
 NOBODY_THERE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)
@@ -52,9 +53,22 @@ def outlive_the_console() -> None:
             setattr(sys, name, LastingStream(getattr(sys, name)))
 
 
+SPOKEN_TO_THEIR_DEVELOPERS = (
+    "Argument aux_data .* cannot be converted to a JitArgument",  # flash-attn-4: 700 characters a kernel
+    r"barrier\(\): using the device under current context",  # torch, of the device that we have set
+)
+
+
 def quiet_libraries() -> None:
-    """bitsandbytes 0.50 asks every process on a CPU for a kernel of a product that nothing here computes."""
-    logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
+    """Silence what libraries say in every run and no user can act on.
+
+    bitsandbytes 0.50 asks every process on a CPU for a kernel of a product that nothing here computes; liger tells
+    which of its kernels for other makers' GPUs cannot be imported.
+    """
+    for name in ("bitsandbytes.backends.cpu", "liger_kernel.backends.registry"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in SPOKEN_TO_THEIR_DEVELOPERS:
+        warnings.filterwarnings("ignore", message)
 
 
 def speak_utf8() -> None:
