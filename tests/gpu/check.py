@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from benchmarks.length import Case, compare, run
@@ -56,36 +57,32 @@ class Result:
     good: bool
 
 
-@dataclass(frozen=True)
-class Tests:
-    """Files of tests/gpu, on one GPU or on all, by so many workers."""
+def ran(name: str, command: Sequence[str], wanted: str, gpu: int | None = None) -> Result:
+    """The last line of what a command said that has what is `wanted`; all of it where something failed."""
+    begun = time.monotonic()
+    of_one = {"CUDA_VISIBLE_DEVICES": VISIBLE[gpu]} if gpu is not None else {}
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, env={**os.environ, **of_one}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        text, _ = process.communicate(timeout=PART_S)
+    except subprocess.TimeoutExpired:
+        end_with_stacks(process.pid)
+        text = process.communicate()[0] + f"\nlonger than {PART_S} s"
+    if process.returncode:
+        print(text[-8000:], flush=True)
+    found = [line for line in text.splitlines() if re.search(wanted, line)]
+    last = (found or text.splitlines() or [""])[-1].strip("= ")
+    return said(Result(name, last[:120], time.monotonic() - begun, process.returncode == 0 and bool(found)))
 
-    name: str
-    words: tuple[str, ...]
-    gpu: int | None = None
-    workers: int = 1
 
-    def run(self) -> Result:
-        """The last line of what pytest said; all of it where something failed."""
-        begun = time.monotonic()
-        of_one = {"CUDA_VISIBLE_DEVICES": VISIBLE[self.gpu]} if self.gpu is not None else {}
-        options = ["-q", "-m", "gpu", "--timeout", "300", "-p", "no:cacheprovider"]
-        options += ["-n", str(self.workers), "--dist", "worksteal"] if self.workers > 1 else []
-        command = [sys.executable, "-m", "pytest", *options, *(f"tests/gpu/test_{word}.py" for word in self.words)]
-        process = subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, **of_one}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        try:
-            text, _ = process.communicate(timeout=PART_S)
-        except subprocess.TimeoutExpired:
-            end_with_stacks(process.pid)
-            text = process.communicate()[0] + f"\nlonger than {PART_S} s"
-        if process.returncode:
-            print(text[-8000:], flush=True)
-        counted = [line for line in text.splitlines() if re.search(r"\d+ (passed|failed|error)", line)]
-        last = (counted or text.splitlines() or [""])[-1].strip("= ")
-        good = process.returncode == 0 and " passed" in last  # where all is skipped, nothing was tested
-        return said(Result(self.name, last, time.monotonic() - begun, good))
+def suite(name: str, files: Sequence[str], gpu: int | None = None, workers: int = 1) -> Callable[[], Result]:
+    """To run files of tests/gpu, on one GPU or on all, by so many workers. Where all is skipped, nothing was tested."""
+    options = ["-q", "-m", "gpu", "--timeout", "300", "-p", "no:cacheprovider"]
+    options += ["-n", str(workers), "--dist", "worksteal"] if workers > 1 else []
+    command = ["-m", "pytest", *options, *(f"tests/gpu/test_{file}.py" for file in files)]
+    return partial(ran, name, command, r"\d+ passed", gpu)
 
 
 def said(result: Result) -> Result:
@@ -105,17 +102,15 @@ def kernels(gpus: int) -> list[Result]:
     """On one GPU one behind the other, on two side by side. Workers share the compiling of kernels."""
     workers = max(1, min(8, CORES // (2 * gpus)))
     second = min(1, gpus - 1)
-    attention = Tests("attention kernels", ("kernels", "cached_attention"), 0, workers)
-    alone = Tests(
+    attention = suite("attention kernels", ("kernels", "cached_attention"), 0, workers)
+    alone = suite(
         "a GPU alone: full, shared, quantised, DPO's start", ("relief", "own_memory", "quantized", "dpo_start"), second
     )
-    others = Tests(
+    others = suite(
         "loss kernel, states, repeated gradients, dropout, disk",
         ("cross_entropy", "states", "repeatable", "dropout", "disk"), second, workers,
     )  # fmt: skip
-    if gpus == 1:
-        return side_by_side([alone.run, attention.run, others.run])
-    return side_by_side([attention.run], [alone.run, others.run])
+    return side_by_side([alone, attention, others]) if gpus == 1 else side_by_side([attention], [alone, others])
 
 
 def has_fa4() -> bool:
@@ -123,29 +118,16 @@ def has_fa4() -> bool:
     return import_failure("flash_attn.cute.interface") is None
 
 
-def verify(gpus: int) -> Result:
-    """`verify` with the kernels that there are."""
-    begun = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "benchmarks/verify_kernels.py", "--kernels", "flash-attn-4,cudnn" if has_fa4() else "cudnn"],
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=PART_S,
-    )  # fmt: skip
-    if done.returncode:
-        print((done.stdout + done.stderr)[-8000:], flush=True)
-    last = (done.stdout.strip().splitlines() or ["no output"])[-1]
-    return said(Result(f"verify, sp {gpus}", last[:120], time.monotonic() - begun, done.returncode == 0))
-
-
 def runs(gpus: int) -> list[Result]:
     """Whole runs over all GPUs, at most two. The models are small, and a start takes half a minute: several at a time."""
-    frozen = Tests("frozen weights brought beside the compute", ("frozen",))  # it looks at times, so nothing beside it
-    whole = Tests(
-        "kills, signals, not finite, resumes, runs to the bit",
-        ("faults", "repeatable_runs"),
-        None,
-        max(1, min(6, CORES // 4)),
+    frozen = suite("frozen weights brought beside the compute", ("frozen",))  # it looks at times, so nothing beside it
+    several = max(1, min(6, CORES // 4))
+    whole = suite(
+        "kills, signals, not finite, resumes, runs to the bit", ("faults", "repeatable_runs"), workers=several
     )
-    return [frozen.run(), *side_by_side([whole.run], [lambda: verify(gpus)])]
+    names = "flash-attn-4,cudnn" if has_fa4() else "cudnn"
+    verify = partial(ran, f"verify, sp {gpus}", ["benchmarks/verify_kernels.py", "--kernels", names], r"^\{")
+    return [frozen(), *side_by_side([whole], [verify])]
 
 
 def steps(gpus: int, count: int, gpu: str, results: str | None) -> list[Result]:

@@ -10,7 +10,7 @@ Letters: S tokens, N chunks, c tokens of one, G groups of heads that share keys,
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,32 +21,32 @@ STATES_AT_A_TIME = 4096
 """Chunks times heads of one turn: 256 MiB for 128 x 128 elements in float32."""
 
 
-def chunk_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    do: Tensor,
-    h: Tensor,
-    dh: Tensor,
-    w: Tensor | None = None,
-    g: Tensor | None = None,
-    dv: Tensor | None = None,
-    scale: float = 1.0,
-    cu_seqlens: Tensor | None = None,
-    chunk_size: int = 64,
-    chunk_indices: Tensor | None = None,
-    **_: Any,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """FLA's `chunk_bwd_dqkwg`, source `fla/ops/common/chunk_o.py` of 0.6.0.
+class Handed(NamedTuple):
+    """What FLA hands to `chunk_bwd_dqkwg` (`fla/ops/common/chunk_o.py` of 0.6.0)."""
 
-    q, k [1, S, G, K], v, do, dv [1, S, H, V], h, dh [1, N, H, K, V], g [1, S, H] float32; chunk_indices [N, 2]: the
-    document of each chunk, and its number there. Returns dq, dk like q and k, dw [1, S, H, K] where there is w, and dg
-    [1, S, H] float32.
-    """
-    assert g is not None and cu_seqlens is not None
+    q: Tensor  # [1, S, G, K]
+    k: Tensor  # [1, S, G, K]
+    v: Tensor  # [1, S, H, V]
+    do: Tensor  # [1, S, H, V]
+    h: Tensor  # [1, N, H, K, V]
+    dh: Tensor  # [1, N, H, K, V]
+    w: Tensor | None  # [1, S, H, K], of delta rules
+    dv: Tensor | None  # [1, S, H, V], likewise
+    g: Tensor  # [1, S, H] float32
+    scale: float
+    cu_seqlens: Tensor
+    chunk_size: int
+    chunk_indices: Tensor  # [N, 2]: the document of each chunk, and its number there
+
+
+Gradients = tuple[Tensor, Tensor, Tensor | None, Tensor]
+"""dq, dk like q and k, dw [1, S, H, K] where there is w, dg [1, S, H] float32."""
+
+
+def chunk_backward(handed: Handed) -> Gradients:
+    """The piece, as products of torch."""
+    q, k, v, do, h, dh, w, dv, g, scale, cu_seqlens, chunk_size, chunk_indices = handed
     tokens, groups, heads = q.shape[1], q.shape[2], v.shape[2]
-    if chunk_indices is None:
-        chunk_indices = chunks_of(cu_seqlens, chunk_size)
     # a row more, which the places behind a document's end are written to
     dq, dk, dg = (t.new_empty(tokens + 1, *t.shape[2:]) for t in (q[0:1], k[0:1], g))
     dw = None if w is None else w.new_empty(tokens + 1, *w.shape[2:])

@@ -4,13 +4,13 @@ What goes wrong there is the transpose of a product that lies in the registers o
 the gradient of the scores, transposed for that of the keys. Here both are products, dA = do v^T and dA^T = v do^T, and
 what is transposed was loaded. No trust all the same: `agrees` runs it beside torch's products before it is used.
 
-Of a pack's 131,072 tokens, 32 heads of 128 features, torch moves 160 GB of intermediate results, this some 20.
+Of a pack's 131,072 tokens, 32 heads of 128 features, torch moves 160 GB and this some 20, by count.
 Letters as in `chunk_backward.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_longft.sequence.state import chunk_backward as in_torch
+from ds_longft.sequence.state.chunk_backward import Gradients, Handed
 from ds_longft.sequence.state.spread import CHUNK_TOKENS
 
 KEYS_AT_A_TIME = VALUES_AT_A_TIME = 64
@@ -33,28 +34,12 @@ ALLOWED = {torch.float32: 5e-3}  # of the norm; Triton multiplies float32 as TF3
 OTHERWISE = 2e-2
 
 
-def chunk_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    do: Tensor,
-    h: Tensor,
-    dh: Tensor,
-    w: Tensor | None = None,
-    g: Tensor | None = None,
-    dv: Tensor | None = None,
-    scale: float = 1.0,
-    cu_seqlens: Tensor | None = None,
-    chunk_size: int = 64,
-    chunk_indices: Tensor | None = None,
-    **_: Any,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """As `chunk_backward.chunk_backward`, for chunks of 16, 32 or 64 tokens."""
-    assert g is not None and cu_seqlens is not None
+def chunk_backward(handed: Handed) -> Gradients:
+    """The piece, for chunks of 16, 32 or 64 tokens."""
+    q, k, v, do, h, dh, g = (t.contiguous() for t in (*handed[:6], handed.g))
+    w, dv, scale, chunk_size = handed.w, handed.dv, handed.scale, handed.chunk_size
+    cu_seqlens, chunk_indices = handed.cu_seqlens, handed.chunk_indices.contiguous()
     (tokens, groups, keys), (heads, values) = q.shape[1:], v.shape[2:]
-    q, k, v, do, h, dh, g = (t.contiguous() for t in (q, k, v, do, h, dh, g))
-    if chunk_indices is None:
-        chunk_indices = in_torch.chunks_of(cu_seqlens, chunk_size)
     blocks = triton.cdiv(keys, KEYS_AT_A_TIME)
     dg = g.new_empty(blocks, tokens, heads)
     dw = None if w is None else w.new_empty(1, tokens, heads, keys)
@@ -70,13 +55,13 @@ def chunk_backward(
 
     if groups == heads:
         dq, dk = (t.new_empty(tokens, heads, keys) for t in (q, k))
-        launch(0, chunk_indices.contiguous(), dq, dk)
+        launch(0, chunk_indices, dq, dk)
         return dq[None], dk[None], dw, dg.sum(0)[None]
     # a row more, which the places behind a document's end are written to
     dq, dk = (t.new_empty(tokens + 1, groups, keys) for t in (q, k))
     at_a_time = max(1, ROWS_AT_A_TIME // (heads * chunk_size))
     for first in range(0, len(chunk_indices), at_a_time):
-        some = chunk_indices[first : first + at_a_time].contiguous()
+        some = chunk_indices[first : first + at_a_time]
         of_heads = [t.new_empty(len(some) * chunk_size, heads, keys) for t in (q, k)]
         launch(first, some, *of_heads)
         rows, _ends, inside = in_torch.rows_of(some, cu_seqlens, chunk_size)  # [n, c]
@@ -173,29 +158,32 @@ class Shape(NamedTuple):
 @cache
 def agrees(shape: Shape, device: torch.device) -> bool:
     """Whether the kernel gives what torch's products give in float32, on random numbers of that shape."""
-    chunk, groups, heads = shape.chunk_tokens, 2, 4
-    lengths = (chunk + 6, 1, 3 * chunk)
-    tokens = sum(lengths)
+    lengths = (shape.chunk_tokens + 6, 1, 3 * shape.chunk_tokens)
+    allowed = ALLOWED.get(shape.dtype, OTHERWISE)
+    return all(error <= allowed for error in errors(random_piece(shape, lengths, 2, 4, device)))
+
+
+def errors(handed: Handed) -> list[float]:
+    """Of the kernel's gradients against torch's in float32, relative by norm."""
+    named = handed._asdict().items()
+    single: dict[str, Any] = {name: t.float() for name, t in named if isinstance(t, Tensor) and t.is_floating_point()}
+    both = zip(chunk_backward(handed), in_torch.chunk_backward(handed._replace(**single)), strict=True)
+    return [float((a.float() - b).norm() / b.norm()) for a, b in both if a is not None and b is not None]
+
+
+def random_piece(shape: Shape, lengths: Sequence[int], groups: int, heads: int, device: torch.device) -> Handed:
+    """Random numbers for documents of these lengths, of a generator of its own."""
+    tokens, keys, values = sum(lengths), shape.keys, shape.values
     random = torch.Generator(device).manual_seed(0)
 
     def numbers(*sizes: int, of: torch.dtype = shape.dtype) -> Tensor:
         return torch.randn(1, *sizes, generator=random, device=device).to(of)
 
     cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0)
-    chunks = in_torch.chunks_of(cu_seqlens, chunk)
+    chunks = in_torch.chunks_of(cu_seqlens, shape.chunk_tokens)
+    q, k = (numbers(tokens, groups, keys) for _ in range(2))
+    v, do = (numbers(tokens, heads, values) for _ in range(2))
+    h, dh = (numbers(len(chunks), heads, keys, values, of=shape.of_states) for _ in range(2))
+    w, dv = (numbers(tokens, heads, d) if shape.has_w else None for d in (keys, values))
     g = -torch.rand(1, tokens, heads, generator=random, device=device)
-    of_keys = [numbers(tokens, groups, shape.keys) for _ in range(2)]
-    of_values = [numbers(tokens, heads, shape.values) for _ in range(2)]
-    states = [numbers(len(chunks), heads, shape.keys, shape.values, of=shape.of_states) for _ in range(2)]
-    delta = [numbers(tokens, heads, d) for d in (shape.keys, shape.values)] if shape.has_w else [None, None]
-
-    def gradients(piece: Callable[..., tuple[Tensor | None, ...]], change: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        q, k, v, do, h, dh, w, dv = (
-            None if t is None else change(t) for t in (*of_keys, *of_values, *states, *delta)
-        )  # fmt: skip
-        made = piece(q, k, v, do, h, dh, w, g, dv, shape.keys**-0.5, cu_seqlens, chunk, chunks)
-        return [t.float() for t in made if t is not None]
-
-    both = zip(gradients(chunk_backward, Tensor.clone), gradients(in_torch.chunk_backward, Tensor.float), strict=True)
-    allowed = ALLOWED.get(shape.dtype, OTHERWISE)
-    return all(float((ours - wanted).norm() / wanted.norm()) <= allowed for ours, wanted in both)
+    return Handed(q, k, v, do, h, dh, w, dv, g, keys**-0.5, cu_seqlens, shape.chunk_tokens, chunks)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_longft.sequence.state.chunk_backward import chunk_backward
+from ds_longft.sequence.state.chunk_backward import Gradients, Handed, chunk_backward, chunks_of
 from ds_longft.sequence.state.spread import CHUNK_TOKENS
 
 TESTED_WITH: frozenset[str] = frozenset()
@@ -53,17 +53,20 @@ def register_where_needed() -> bool:
 
 
 def backward_piece(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, h: Tensor, dh: Tensor, w: Tensor | None = None, **given: Any
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """FLA's `chunk_bwd_dqkwg`: see `chunk_backward.chunk_backward`."""
-    if not is_tested():
-        return chunk_backward(q, k, v, do, h, dh, w, **given)
-    from ds_longft.sequence.state.chunk_kernel import Shape, agrees
-    from ds_longft.sequence.state.chunk_kernel import chunk_backward as by_kernel
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, h: Tensor, dh: Tensor, *, g: Tensor, cu_seqlens: Tensor,
+    w: Tensor | None = None, dv: Tensor | None = None, scale: float = 1.0, chunk_size: int = CHUNK_TOKENS,
+    chunk_indices: Tensor | None = None, **_: Any,
+) -> Gradients:  # fmt: skip
+    """FLA's `chunk_bwd_dqkwg`."""
+    chunks = chunks_of(cu_seqlens, chunk_size) if chunk_indices is None else chunk_indices
+    handed = Handed(q, k, v, do, h, dh, w, dv, g, scale, cu_seqlens, chunk_size, chunks)
+    if is_tested():
+        from ds_longft.sequence.state import chunk_kernel
 
-    chunk_tokens = given.get("chunk_size", CHUNK_TOKENS)
-    shape = Shape(q.shape[3], v.shape[3], q.dtype, h.dtype, w is not None, chunk_tokens)
-    return (by_kernel if agrees(shape, q.device) else chunk_backward)(q, k, v, do, h, dh, w, **given)
+        shape = chunk_kernel.Shape(q.shape[3], v.shape[3], q.dtype, h.dtype, w is not None, chunk_size)
+        if chunk_kernel.agrees(shape, q.device):
+            return chunk_kernel.chunk_backward(handed)
+    return chunk_backward(handed)
 
 
 def is_tested() -> bool:

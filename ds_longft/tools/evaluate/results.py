@@ -77,7 +77,7 @@ class Rows:
             raise DataError(f"{folder} cannot be written: {error}; give another folder with --out") from error
         self.started = self._last_s = self._marked_s = time.monotonic()
         self.earlier = len(self.rows)
-        self._marks: list[tuple[float, int]] = []  # the first and the last: when so many rows were there
+        self._marks = [(self.started, self.earlier)]  # rows then: start, first mark, last mark
         if show and self.earlier:
             print(f"{name}: {self.earlier} of {total} rows are there already", file=sys.stderr, flush=True)
         self._bar = self._open.enter_context(Progress(name, total, show=show))
@@ -88,22 +88,19 @@ class Rows:
         if before == self.earlier:
             self._marked_s = now
         elif now - self._marked_s > MARK_EVERY_S:
-            self._marks, self._marked_s = [*self._marks[:1], (self._last_s, before)], now
+            self._marks, self._marked_s = [*self._marks[:2], (self._last_s, before)], now
         self._last_s = now
         self.rows.append(row)
         self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
         done = len(self.rows)
-        left = f", about {duration(self._row_s() * (self.total - done))} left" if self._marks else ""
+        left = f", about {duration(self._row_s() * (self.total - done))} left" if self._marks[1:] else ""
         self._bar.update(done, f"{done} of {self.total}{left}")
 
     def _row_s(self) -> float:
         """Seconds a row. They come in handfuls, asked side by side, so what counts is how many there were when the next
         handful began to come. The first is counted only while there is no other: it holds the building of kernels.
         """
-        (begin_s, begin), (end_s, end) = (
-            *([(self.started, self.earlier)] if len(self._marks) == 1 else []),
-            *self._marks,
-        )
+        (begin_s, begin), (end_s, end) = self._marks[-2:]
         return (end_s - begin_s) / (end - begin)
 
     def finish(self, kind: str, model: str, result: dict[str, Any]) -> dict[str, Any]:
