@@ -82,13 +82,15 @@ def head_rule(causal_lm: Any) -> HeadRule:
 
     ids = torch.zeros(1, ROWS, dtype=torch.long, device=device)
     decoder, head = causal_lm.get_decoder(), causal_lm.get_output_embeddings()
-    # what holds the decoder and not the head: around it a multimodal model asks for its towers, which are left out
+    # What holds the decoder and not the head: around it a multimodal model asks for its towers, which are left out. OPT
+    # passes it by and calls its decoder.
     holders = (m for m in causal_lm.modules() if any(part is decoder for part in m.modules()))
-    decoder = next(m for m in holders if all(part is not head for part in m.modules()))
+    holder = next(m for m in holders if all(part is not head for part in m.modules()))
     embedding = causal_lm.get_input_embeddings()
     try:
         with (
             _replaced(embedding, lambda *_, **__: hidden),
+            _replaced(holder, decode),
             _replaced(decoder, decode),
             _replaced(head, project),
             torch.enable_grad(),

@@ -90,6 +90,7 @@ def test_factors_and_caps_are_found() -> None:
         ("llama", {}),
         ("gemma2", {"final_logit_softcapping": 5.0, "query_pre_attn_scalar": 8}),
         ("granite", {"logits_scaling": 3.0}),
+        ("opt", {"word_embed_proj_dim": 32, "dropout": 0.0}),  # its forward calls the decoder, not what holds it
         ("cohere2", {"logit_scale": 0.25, "sliding_window": 8}),
     ],
 )
