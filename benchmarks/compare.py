@@ -65,7 +65,8 @@ class Row:
 
     def peer_is(self, stage: int) -> str:
         """What the peer is made of."""
-        return "ringmaster, FSDP2, Liger, PEFT" if self.ringmaster else f"DeepSpeed ALST, Liger, PEFT, ZeRO-{stage}"
+        ringmaster = "ringmaster, FSDP2, Liger, PEFT" if self.gpus > 1 else "transformers, Liger, PEFT"
+        return ringmaster if self.ringmaster else f"DeepSpeed ALST, Liger, PEFT, ZeRO-{stage}"
 
     def floor(self) -> list[str]:
         """ceilings.py's arguments."""
@@ -84,6 +85,7 @@ ROWS = (
     Row("16x8192 packs dp2", "8192x8", sp=1),
     Row("65536 sp2 full", "65536", full=True),
     Row("131072 sp2 hybrid8b lora fa4", "131072", shape="hybrid8b", ringmaster=True),
+    Row("131072 sp1 hybrid8b lora fa4", "131072", gpus=1, sp=1, shape="hybrid8b", ringmaster=True),
     Row("65536 sp1 lora fa4", "65536", gpus=1, sp=1),
     Row("65536 sp1 lora cudnn", "65536", gpus=1, sp=1, kernels=CUDNN),
     Row("4x16384 sp1 lora fa4", "16384x4", gpus=1, sp=1),
@@ -98,6 +100,7 @@ TINY = (
     Row("256 sp2 full", "256", kernels=ON_CPU, shape="tiny", full=True),
     Row("8x64 packs dp2", "64x4", sp=1, kernels=ON_CPU, shape="tiny"),
     Row("2x128 sp2 lora, ringmaster", "128x2", kernels=ON_CPU, shape="tiny", ringmaster=True),
+    Row("2x128 sp1 lora, ringmaster", "128x2", gpus=1, sp=1, kernels=ON_CPU, shape="tiny", ringmaster=True),
     Row("longalign 512 sp1 lora", "longalign:512", gpus=1, sp=1, kernels=ON_CPU, shape="tiny"),
 )
 

@@ -1,12 +1,14 @@
 """The peer's step of a model with states: ringmaster (of Axolotl), FSDP2, Liger, PEFT LoRA, on our sample.
 
     torchrun --nproc_per_node 2 benchmarks/peer_ringmaster.py --documents 131072
+    torchrun --nproc_per_node 1 benchmarks/peer_ringmaster.py --documents 131072                          one GPU
     torchrun --nproc_per_node 2 benchmarks/peer_ringmaster.py --shape tiny --documents 256 --attn sdpa     CPU ranks
 
 Put together as its README does: its attention (Ulysses) and its states handed from rank to rank by
 flash-linear-attention's own context parallelism, a batch cut by its context manager, FSDP2 over the same ranks,
-gradient checkpointing, Liger's norms, SwiGLU and fused loss. Where flash-linear-attention refuses to run its backward
-pass (Hopper with Triton 3.4 to 3.7.0), it gets the piece that ours runs there.
+gradient checkpointing, Liger's norms, SwiGLU and fused loss. On one rank nothing is split and ringmaster has no part in
+it: transformers' own layers run, with the kernels of flash-linear-attention. Where these refuse to run their backward
+pass (Hopper with Triton 3.4 to 3.7.0), they get the piece that ours runs there.
 The weights, the adapter and the tokens are those of benchmarks/step.py (see work.py). Prints one JSON line.
 """
 
@@ -44,14 +46,14 @@ def main() -> None:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if cuda else "gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
-    if world < 2 or args.sp not in (None, world):
-        raise SystemExit(f"--sp {args.sp} on {world} ranks: this peer splits a sample over all of two or more")
+    if args.sp not in (None, world):
+        raise SystemExit(f"--sp {args.sp} on {world} ranks: this peer splits a sample over all of them")
     started = time.time()
     mesh = dist.device_mesh.init_device_mesh(device.type, (world,), mesh_dim_names=("cp",))
     model, start = build_model(args, mesh, device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0)
-    group = mesh.get_group()
-    ContextParallelContextManager([model], group).install()
+    if world > 1:
+        ContextParallelContextManager([model], mesh.get_group()).install()
     build_s = time.time() - started
 
     shape = shape_of(args.shape, args.layers)
@@ -94,23 +96,26 @@ def build_model(args: argparse.Namespace, mesh: Any, device: Any) -> tuple[Any, 
         {"llama": liger.apply_liger_kernel_to_llama, "qwen3_5_text": liger.apply_liger_kernel_to_qwen3_5}[
             shape["model_type"]
         ]()
-    runtime = ringmaster.setup(
-        ringmaster.RingmasterConfig(size=mesh.size(), backend=ringmaster.Backend.ULYSSES),
-        num_kv_heads=shape["num_key_value_heads"],
-        device_mesh=mesh,
-        device_type=device.type,
-        inner_attn=args.attn,
-    )
+    attention, split = args.attn, mesh.size() > 1
+    if split:
+        attention = ringmaster.setup(
+            ringmaster.RingmasterConfig(size=mesh.size(), backend=ringmaster.Backend.ULYSSES),
+            num_kv_heads=shape["num_key_value_heads"],
+            device_mesh=mesh,
+            device_type=device.type,
+            inner_attn=args.attn,
+        ).attn_implementation
     dtype = torch.bfloat16 if cuda else torch.float32
     torch.manual_seed(SEED)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=dtype, attn_implementation="sdpa")
-    model.set_attn_implementation(runtime.attn_implementation)
+    model.set_attn_implementation(attention)
     if "layer_types" in shape:
         from ds_longft.sequence.state.chunk_piece import register_where_needed
 
         register_where_needed()
-    ringmaster.wire_recurrent_layers(model)
+    if split:
+        ringmaster.wire_recurrent_layers(model)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     layers = model.model.layers
     if not args.full:

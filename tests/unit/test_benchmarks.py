@@ -152,7 +152,7 @@ def test_kernels_are_measured_by_name_as_documented() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", ["256 sp2 lora", "2x128 sp2 lora, ringmaster"])
+@pytest.mark.parametrize("row", ["256 sp2 lora", "2x128 sp2 lora, ringmaster", "2x128 sp1 lora, ringmaster"])
 def test_our_step_and_the_peers_have_the_same_loss_and_gradients(row: str, tmp_path: Path) -> None:
     """One sample over two CPU ranks in float32, each side a process group of its own."""
     out = tmp_path / "results.jsonl"
