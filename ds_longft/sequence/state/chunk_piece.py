@@ -19,9 +19,8 @@ from torch import Tensor
 from ds_longft.sequence.state.chunk_backward import Gradients, Handed, chunk_backward, chunks_of
 from ds_longft.sequence.state.spread import CHUNK_TOKENS
 
-TESTED_WITH: frozenset[str] = frozenset()
-"""Versions of Triton with which `tests/gpu/test_states.py` passed on an H100 or H200. None yet: so far the kernel was
-compiled for them, and gave torch's numbers in Triton's interpreter."""
+TESTED_WITH = frozenset({"3.6.0"})
+"""Versions of Triton with which `tests/gpu/test_states.py` passed on an H100 or H200."""
 
 
 def fla_refuses() -> bool:
@@ -43,8 +42,9 @@ def register_where_needed() -> bool:
         priority = 9  # the lowest runs first, others have 5
 
         def chunk_bwd_dqkwg_verifier(self, q: Tensor, *_: Any, **given: Any) -> tuple[bool, str | None]:
-            ours = given.get("g") is not None and given.get("cu_seqlens") is not None and not given.get("state_v_first")
-            return ours, None if ours else "only packed documents with a decay for each head"
+            packed = len(q) == 1  # FLA packs documents in one row
+            ours = given.get("g") is not None and packed and not given.get("state_v_first")
+            return ours, None if ours else "only one row of documents, with a decay for each head"
 
         chunk_bwd_dqkwg = staticmethod(backward_piece)
 
@@ -53,11 +53,13 @@ def register_where_needed() -> bool:
 
 
 def backward_piece(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, h: Tensor, dh: Tensor, *, g: Tensor, cu_seqlens: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, h: Tensor, dh: Tensor, *, g: Tensor, cu_seqlens: Tensor | None = None,
     w: Tensor | None = None, dv: Tensor | None = None, scale: float = 1.0, chunk_size: int = CHUNK_TOKENS,
     chunk_indices: Tensor | None = None, **_: Any,
 ) -> Gradients:  # fmt: skip
-    """FLA's `chunk_bwd_dqkwg`."""
+    """FLA's `chunk_bwd_dqkwg`. Without `cu_seqlens` the row is one document."""
+    if cu_seqlens is None:
+        cu_seqlens = torch.tensor([0, q.shape[1]], device=q.device)
     chunks = chunks_of(cu_seqlens, chunk_size) if chunk_indices is None else chunk_indices
     handed = Handed(q, k, v, do, h, dh, w, dv, g, scale, cu_seqlens, chunk_size, chunks)
     if is_tested():

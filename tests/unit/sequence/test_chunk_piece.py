@@ -48,6 +48,18 @@ def test_the_kernel_runs_where_it_agrees(tried: list[Any], keys: int) -> None:
             assert ours is wanted is None or torch.equal(ours, wanted)
 
 
+@pytest.mark.usefixtures("tried")  # which leaves keys of 8 features to torch
+def test_a_row_without_borders_is_one_document() -> None:
+    torch.manual_seed(0)
+    q, h, g = torch.randn(1, 20, 2, 8), torch.randn(1, 2, 2, 8, 8), -torch.rand(1, 20, 2)
+    found = [
+        chunk_piece.backward_piece(q, q, q, q, h, h, g=g, chunk_size=16, **borders)
+        for borders in ({}, {"cu_seqlens": torch.tensor([0, 20])})
+    ]
+    for one, other in zip(*found, strict=True):
+        assert one is other is None or torch.equal(one, other)
+
+
 def test_it_does_not_run_with_a_triton_it_was_not_tested_with(
     tried: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
