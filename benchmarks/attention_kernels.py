@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -53,7 +54,7 @@ def stamp(device: torch.device) -> dict[str, object]:
         "commit": commit or None,
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "versions": versions,
-        "command": " ".join(["python", *sys.argv]),
+        "command": f"python {shlex.join(sys.argv)}",
     }
 
 

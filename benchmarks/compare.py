@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import tempfile
 import time
@@ -180,7 +181,7 @@ def result_lines(
     if "error" in ours:
         return [{"what": f"step {name}", "error": ours["error"], "peer_value": peer.get("value")}]
     same = {key: ours[key] for key in ("date", "commit", "machine", "versions")}
-    same["command"] = " ".join(["python benchmarks/compare.py", *sys.argv[1:]])
+    same["command"] = f"python benchmarks/compare.py {shlex.join(sys.argv[1:])}"
     step = {
         **same,
         "what": f"step {name}",

@@ -181,7 +181,7 @@ def timed_before(results: Path, gpu: str) -> Iterator[tuple[Case, dict[str, Any]
                 tile=a.tile,
                 kv_heads=a.kv_heads,
                 layers=a.layers,
-                kernel=line["kernel"].partition(":")[0],
+                kernel=line.get("kernel", a.kernel).partition(":")[0],
                 reference=line.get("reference", "none"),
                 passes=line.get("passes", "auto"),
                 calibrating=line["what"] in MADE_RATES,
@@ -258,7 +258,7 @@ def compare(case: Case, measured: dict[str, Any], gpu: str, *, tiny: bool) -> di
     line |= {key: measured[key] for key in ("commit", "machine", "versions", "command")}
     if len(measured["steps_s"]) > 1:  # the first builds kernels and pins host memory
         line["time_error"] = round(time.total_s / measured["value"] - 1, 4)
-    if measured["peak_gib"]:
+    if measured.get("peak_gib"):
         line["peak_error"] = round(memory.peak_gib / measured["peak_gib"] - 1, 4)
         if case.recompute == "full" and not (case.host_gib or case.full):
             kib = (measured["peak_gib"] * GIB - beside) / setting.local_tokens / 1024

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable
@@ -74,7 +75,7 @@ def main() -> None:
     memory = f", {args.leave_gib:g} GiB" if args.leave_gib else ""
     line = {
         **{key: best[key] for key in ("date", "commit", "machine", "versions")},
-        "command": " ".join(["python benchmarks/longest.py", *sys.argv[1:]]),
+        "command": f"python benchmarks/longest.py {shlex.join(sys.argv[1:])}",
         "what": f"longest tokens {args.shape}{layers} {kind} sp{ranks}{memory}",
         "value": ours,
         "unit": "tokens",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -112,7 +113,7 @@ def result(report: dict[str, Any], dtype: str, kernel: str, args: argparse.Names
         "commit": commit(),
         "machine": f"{ranks} x {report['device']}",
         "versions": {m.__name__: m.__version__ for m in (torch, deepspeed, transformers)},
-        "command": " ".join(["python", *sys.argv]),
+        "command": f"python {shlex.join(sys.argv)}",
         "what": f"verify {args.shape} {args.layers} layers sp{ranks} {dtype} {kernel}",
         "value": worst["1"],
         "unit": "worst relative error of check 1",

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -311,7 +312,7 @@ def provenance(ranks: int, *modules: ModuleType, script: str = "") -> dict[str, 
         "commit": commit(),
         "machine": f"{ranks} x {name}",
         "versions": {m.__name__: m.__version__ for m in modules},
-        "command": " ".join([script or "python benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": f"{script or 'python benchmarks/' + Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}".strip(),
     }
 
 

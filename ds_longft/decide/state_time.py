@@ -2,7 +2,7 @@
 
 Counted apart: what torch's own operations move, at the memory's bandwidth; flash-linear-attention's kernels, at a share
 of it; and those of them that go through a document chunk by chunk, which have to wait for each chunk. Counted from the
-sources: `state/mixers.py`, `state/chunk_backward.py`, and of FLA 0.6.0 `chunk.py` in `ops/gated_delta_rule` and
+sources: `state/mixers.py`, and of FLA 0.6.0 `chunk.py` in `ops/gated_delta_rule` and
 `ops/simple_gla`.
 
 Letters: S tokens of the pack, h and g heads and groups of this rank, K and V features of a head's keys and values.
@@ -37,10 +37,6 @@ CONVOLVED, SCANNED = (100, 300), (50, 150)
 """Bytes an element, forward and backward, that torch's own forms move: of a short convolution's channels, an estimate;
 of Mamba-1's states of all tokens, counted in `state/scan.py`."""
 
-WITHOUT_PIECE = 10
-"""GPUs from this compute capability on run FLA's own piece of the backward pass. On Hopper it is torch's, but for
-Triton 3.7.1, which comes with torch 2.13."""
-
 
 @dataclass(frozen=True)
 class Pass:
@@ -61,15 +57,16 @@ def state_seconds(model: ModelFacts, x: Setting, gpu: Gpu, forwards: float, *, b
     seconds = 0.0
     for kind, count in model.kinds.items():
         if kind.state is not None:
-            forth, back = passes_of(kind.state, x, torch_piece=gpu.capability[0] < WITHOUT_PIECE)
+            forth, back = passes_of(kind.state, x)
             seconds += count * (forwards * forth.seconds(gpu) + backward * back.seconds(gpu))
     return seconds
 
 
-def passes_of(f: StateFacts, x: Setting, *, torch_piece: bool) -> tuple[Pass, Pass]:
+def passes_of(f: StateFacts, x: Setting) -> tuple[Pass, Pass]:
     """One forward and one backward pass of a layer, on the rank with the most heads.
 
-    `torch_piece`: of the backward pass a piece runs as products of torch.
+    All of it in kernels. With a Triton that breaks one of them, and that ours is not tested with
+    (`state/chunk_piece.py`), a backward pass takes longer.
     """
     e, few = x.element_bytes, x.kv_heads is not None
     h, g = (-(-n // x.sp) for n in (f.heads, f.groups))
@@ -92,8 +89,6 @@ def passes_of(f: StateFacts, x: Setting, *, torch_piece: bool) -> tuple[Pass, Pa
         forth = 2 * given + 2 * read + 6 * keys + 6 * values + matrix + 2 * states + 4 * decays
         back = 3 * given + 3 * read + 12 * keys + 12 * values + 2 * matrix + 2 * states + 8 * decays
         piece = 5 * keys + 3 * values + 2 * states
-    if torch_piece and f.kind != "kimi":
-        copied_back, piece = copied_back + 163 * keys + 46 * values + 30 * states + 62 * matrix, 0.0
     turns = turns_of(x.tokens, f.heads, x.sp, f.keys * f.values, few)
     waves = -(-h // turns) * -(-f.values // BLOCK_VALUES) / BLOCKS_AT_ONCE
     chunks = turns * max(*x.lengths, x.tokens * waves) / CHUNK_TOKENS

@@ -12,7 +12,6 @@ however it ends.
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import queue
 import tempfile
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ds_longft.errors import DiskError
+from ds_longft.sequence.pinned import Pages
 
 CHUNK_BYTES = 32 << 20
 """Of a buffer: large enough for an NVMe disk's full rate."""
@@ -104,7 +104,7 @@ class DiskStore:
         if self._threads is not None:
             self._threads.shutdown()
         while not self._buffers.empty():
-            self._buffers.get().unpin()
+            self._buffers.get()
 
     def _submit(self, work: Callable[..., None], *args: Any) -> Future[None]:
         if self._threads is None:
@@ -167,17 +167,10 @@ class _Buffer:
     """A chunk's worth of page-aligned memory, pinned beside a GPU."""
 
     def __init__(self, device: torch.device) -> None:
-        pages = mmap.mmap(-1, CHUNK_BYTES)
-        self.view = memoryview(pages)
-        self.memory = torch.frombuffer(pages, dtype=torch.uint8)
-        self.pinned = device.type == "cuda"
-        if self.pinned:
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self.memory.data_ptr(), CHUNK_BYTES, 0))
-
-    def unpin(self) -> None:
-        """Before it is freed: the pages would stay pinned."""
-        if self.pinned:
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self.memory.data_ptr()))
+        pages = Pages.of(CHUNK_BYTES)
+        self.view, self.memory = memoryview(pages), pages.tensor()
+        if device.type == "cuda":
+            pages.pin()
 
 
 def free_bytes(folder: str) -> int:

@@ -14,7 +14,6 @@ written into it as a change of the tensors that were in it.
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,8 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from ds_longft.sequence.pinned import Pages
 
 ALIGNED_BYTES = 256
 """Each tensor begins at a multiple of this: fast kernels want it, and any element type can be read there."""
@@ -97,7 +98,8 @@ class HostHome:
         first = dist.get_rank() - dist.get_rank() % local_world
         self.writes = dist.get_rank() == first
         if local_world == 1:
-            self.memory = torch.empty(ends[-1], dtype=torch.uint8)
+            self.pages = Pages.of(ends[-1])
+            self.memory = self.pages.tensor()
             return
         file = os.memfd_create("frozen weights") if self.writes else -1
         if self.writes:
@@ -105,7 +107,8 @@ class HostHome:
         paths: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(paths, f"/proc/{os.getpid()}/fd/{file}")
         mapped = os.open(paths[first], os.O_RDWR)
-        self.memory = torch.frombuffer(mmap.mmap(mapped, ends[-1]), dtype=torch.uint8)
+        self.pages = Pages(mapped, ends[-1])
+        self.memory = self.pages.tensor()
         os.close(mapped)
         dist.barrier()  # every rank has opened it
         if self.writes:
@@ -120,8 +123,7 @@ class HostHome:
         """Every layer is there. Collective. Pinned only now: the pages are there."""
         dist.barrier()
         if self.device.type == "cuda":
-            cudart = torch.cuda.cudart()
-            torch.cuda.check_error(cudart.cudaHostRegister(self.memory.data_ptr(), len(self.memory), 0))
+            self.pages.pin()
 
     def fetch(self, layer: int, slot: Tensor) -> None:
         """Bring them into `slot` [at least `room`] uint8, on the current stream."""

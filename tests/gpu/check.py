@@ -71,7 +71,7 @@ def ran(name: str, command: Sequence[str], wanted: str, gpu: int | None = None) 
         end_with_stacks(process.pid)
         text = process.communicate()[0] + f"\nlonger than {PART_S} s"
     if process.returncode:
-        print(text[-8000:], flush=True)
+        print(text[-20000:], flush=True)
     found = [line for line in text.splitlines() if re.search(wanted, line)]
     last = (found or text.splitlines() or [""])[-1].strip("= ")
     return said(Result(name, last[:120], time.monotonic() - begun, process.returncode == 0 and bool(found)))
@@ -79,7 +79,7 @@ def ran(name: str, command: Sequence[str], wanted: str, gpu: int | None = None) 
 
 def suite(name: str, files: Sequence[str], gpu: int | None = None, workers: int = 1) -> Callable[[], Result]:
     """To run files of tests/gpu, on one GPU or on all, by so many workers. Where all is skipped, nothing was tested."""
-    options = ["-q", "-m", "gpu", "--timeout", "300", "-p", "no:cacheprovider"]
+    options = ["-q", "-m", "gpu", "--timeout", "300", "-p", "no:cacheprovider", "--disable-warnings", "--tb", "short"]
     options += ["-n", str(workers), "--dist", "worksteal"] if workers > 1 else []
     command = ["-m", "pytest", *options, *(f"tests/gpu/test_{file}.py" for file in files)]
     return partial(ran, name, command, r"\d+ passed", gpu)

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.compare import PASS, wrong
+from benchmarks.length import timed_before
 from benchmarks.longest import longest
 from benchmarks.work import compare_gradients, compared, fingerprint, is_settled, lengths_of, sample, start, step_times
 
@@ -24,6 +25,13 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "tests" / "gpu").glob("*.py")))
 def test_what_runs_on_gpus_only_imports_here(name: str) -> None:
     importlib.import_module(f"tests.gpu.{name}")
+
+
+def test_every_measured_step_can_be_predicted_again() -> None:
+    """Its command is read: words with spaces are quoted."""
+    cases = [case for case, _ in timed_before(ROOT / "benchmarks" / "results.jsonl", "h200")]
+    assert len(cases) > 50
+    assert {case.shape for case in cases} >= {"llama8b", "hybrid8b", "mamba8b"}
 
 
 def test_lengths_of_documents_as_they_are_written() -> None:

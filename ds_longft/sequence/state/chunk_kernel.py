@@ -30,8 +30,8 @@ WARPS, STAGES = 4, 2
 ROWS_AT_A_TIME = 1 << 17
 """Tokens times heads whose dq and dk wait to be summed over heads that share keys: 32 MiB each of 128 bf16 features."""
 
-ALLOWED = {torch.float32: 5e-3}  # of the norm; Triton multiplies float32 as TF32
-OTHERWISE = 2e-2
+ALLOWED = 2e-2  # of the norm, in half precision
+REPEATS = 4
 
 
 def chunk_backward(handed: Handed) -> Gradients:
@@ -157,10 +157,17 @@ class Shape(NamedTuple):
 
 @cache
 def agrees(shape: Shape, device: torch.device) -> bool:
-    """Whether the kernel gives what torch's products give in float32, on random numbers of that shape."""
-    lengths = (shape.chunk_tokens + 6, 1, 3 * shape.chunk_tokens)
-    allowed = ALLOWED.get(shape.dtype, OTHERWISE)
-    return all(error <= allowed for error in errors(random_piece(shape, lengths, 2, 4, device)))
+    """Whether the kernel gives what torch's products give in float32, and the same bits each time.
+
+    On random numbers of that shape, a thousand programs, four on each multiprocessor. Nothing is taken for granted:
+    with 32 keys at a time and states in float32 Triton 3.6.0 compiled something else on an H200 (half of the norm off;
+    its interpreter is right).
+    """
+    chunk = shape.chunk_tokens
+    handed = random_piece(shape, (chunk + 6, 1, 3 * chunk, 60 * chunk), 4, 8, device)
+    first, *others = (chunk_backward(handed) for _ in range(REPEATS))
+    same = all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True) if a is not None)
+    return same and all(error <= ALLOWED for error in errors(handed))
 
 
 def errors(handed: Handed) -> list[float]:

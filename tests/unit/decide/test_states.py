@@ -8,7 +8,6 @@ import pytest
 from transformers import AutoConfig
 
 from benchmarks.work import SHAPES, shape_of
-from ds_longft.decide import state_time
 from ds_longft.decide.memory import predict
 from ds_longft.decide.search import fastest_saver
 from ds_longft.decide.setting import GIB, Gpu, Setting
@@ -67,50 +66,32 @@ def test_states_of_long_packs_are_worked_on_in_turns() -> None:
     assert turns.backward / turns.turns == whole.backward
 
 
-# Seconds of one step on H200s (benchmarks/step.py, one configuration of each of FLA's kernels), with gated norms in
-# torch. The first two are what `state_time` is fitted to.
-MEASURED: dict[str, tuple[str, int | None, Setting, Keep | None, float]] = {
-    "two GPUs": ("hybrid8b", None, Setting((131072,), 2, 2), None, 10.50),
-    "16 layers": ("hybrid8b", 16, Setting((131072,), stage=2), None, 9.74),
-    "Mamba-2, 13 layers, all linears kept": (
-        "mamba8b",
-        13,
-        Setting((131072,), stage=2, fused=False),
-        Keep("device", "device", "device", state="device"),
-        6.48,
-    ),
-    "one GPU": ("hybrid8b", None, Setting((131072,), stage=2), None, 20.54),
+# Seconds of one step on H200s (benchmarks/step.py, one configuration of each of FLA's kernels). On two GPUs a piece of
+# the backward pass was still torch's: some 0.6 s of the first, by that piece alone.
+MEASURED = {
+    "one GPU": ("hybrid8b", Setting((131072,), stage=2), 17.86),
+    "Mamba-2": ("mamba8b", Setting((131072,), stage=2), 19.24),
+    "two GPUs": ("hybrid8b", Setting((131072,), 2, 2, stage=2), 9.92),
+    "two GPUs, in turns": ("hybrid8b", Setting((524288,), 2, 2, stage=2), 84.44),
 }
 
 
 @pytest.mark.parametrize("name", MEASURED)
-def test_predictions_meet_measured_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state_time, "NORM", 66)
-    monkeypatch.setattr(state_time, "NORM_BACKWARD", 137)
-    shape, layers, x, kept, seconds = MEASURED[name]
-    model = ModelFacts.from_config(AutoConfig.for_model(**shape_of(shape, layers)))
-    keep = predict(model, x, GPU).keep if kept is None else (kept,) * model.layers
-    assert predict_time(model, x, GPU, keep).total_s == pytest.approx(seconds, rel=0.1)
+def test_predictions_meet_measured_steps(name: str) -> None:
+    shape, x, seconds = MEASURED[name]
+    model = ModelFacts.from_config(AutoConfig.for_model(**shape_of(shape, None)))
+    x = fastest_saver(model, x, GPU)
+    assert predict_time(model, x, GPU, predict(model, x, GPU).keep).total_s == pytest.approx(seconds, rel=0.06)
 
 
 def test_few_heads_in_many_turns_take_longer() -> None:
     """Four turns of eight heads go through four times as many chunks, one after another; documents side by side do not."""
     delta = HYBRIDS["hybrid8b"].by_layer[0].state
     assert delta is not None
-    one, four, packed = (
-        passes_of(delta, Setting(lengths), torch_piece=True)[0] for lengths in ((131072,), (524288,), (16384,) * 8)
-    )
+    one, four, packed = (passes_of(delta, Setting(lengths))[0] for lengths in ((131072,), (524288,), (16384,) * 8))
     assert four.chunks == 16 * one.chunks
     assert packed.chunks < one.chunks
     assert packed.kernels == one.kernels
-
-
-def test_a_piece_of_the_backward_pass_is_torchs_on_hopper() -> None:
-    delta = HYBRIDS["hybrid8b"].by_layer[0].state
-    assert delta is not None
-    ours, flas = (passes_of(delta, Setting((65536,)), torch_piece=piece)[1] for piece in (True, False))
-    assert ours.torch > flas.torch
-    assert ours.kernels < flas.kernels
 
 
 def test_heads_of_states_are_split_over_ranks() -> None:

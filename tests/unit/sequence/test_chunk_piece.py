@@ -34,11 +34,12 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.mark.parametrize("keys", [128, 64])
 def test_the_kernel_runs_where_it_agrees(tried: list[Any], keys: int) -> None:
-    q, v = torch.randn(1, 3, 2, keys), torch.randn(1, 3, 4, 8)
+    half = torch.bfloat16
+    q, v = torch.randn(1, 3, 2, keys).to(half), torch.randn(1, 3, 4, 8).to(half)
     h = torch.randn(1, 1, 4, keys, 8)
     named: dict[str, Any] = {"g": -torch.rand(1, 3, 4), "cu_seqlens": torch.tensor([0, 3]), "chunk_size": 16}
     found: Any = chunk_piece.backward_piece(q, q, v, v, h, h, **named)
-    assert tried == [(keys, 8, torch.float32, torch.float32, False, 16)]
+    assert tried == [(keys, 8, half, torch.float32, False, 16)]
     if keys == 128:
         assert found == "kernel"
     else:
@@ -48,7 +49,7 @@ def test_the_kernel_runs_where_it_agrees(tried: list[Any], keys: int) -> None:
             assert ours is wanted is None or torch.equal(ours, wanted)
 
 
-@pytest.mark.usefixtures("tried")  # which leaves keys of 8 features to torch
+@pytest.mark.usefixtures("tried")
 def test_a_row_without_borders_is_one_document() -> None:
     torch.manual_seed(0)
     q, h, g = torch.randn(1, 20, 2, 8), torch.randn(1, 2, 2, 8, 8), -torch.rand(1, 20, 2)
@@ -60,11 +61,18 @@ def test_a_row_without_borders_is_one_document() -> None:
         assert one is other is None or torch.equal(one, other)
 
 
+def test_float32_is_left_to_torch(tried: list[Any]) -> None:
+    one, h, g = torch.randn(1, 3, 2, 128), torch.randn(1, 1, 2, 128, 128), -torch.rand(1, 3, 2)
+    assert chunk_piece.backward_piece(one, one, one, one, h, h, g=g, chunk_size=16)[0].dtype == torch.float32
+    assert "in torch" in chunk_piece.piece_in_words([("delta", 128, 128)], torch.float32, torch.device("cpu"))
+    assert not tried
+
+
 def test_it_does_not_run_with_a_triton_it_was_not_tested_with(
     tried: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chunk_piece, "TESTED_WITH", {"9.8"})
-    one = torch.randn(1, 3, 2, 128)
+    one = torch.randn(1, 3, 2, 128).bfloat16()
     named: dict[str, Any] = {"g": -torch.rand(1, 3, 2), "cu_seqlens": torch.tensor([0, 3]), "chunk_size": 16}
     h = torch.randn(1, 1, 2, 128, 128)
     assert chunk_piece.backward_piece(one, one, one, one, h, h, **named)[0].shape == one.shape

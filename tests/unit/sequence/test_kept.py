@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ds_longft.sequence.kept import LEAVING, HostStore, Kept, UnusedOutput, _pinned
+from ds_longft.sequence.kept import LEAVING, HostStore, Kept, UnusedOutput
 from ds_longft.sequence.linear import fuse_linears
 from ds_longft.sequence.mlp import tile_mlp
 from ds_longft.sequence.recompute import LayerKeep, apply_recompute
@@ -117,35 +117,6 @@ def test_the_down_projection_is_computed_again_only_where_its_output_is_read() -
     assert down_rows(4, after=False) == 10
     assert down_rows(None, after=True) == 20
     assert down_rows(4, after=True) == 20
-
-
-@pytest.fixture
-def registered(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
-    """Pinned memory of a CUDA runtime that is not there: start -> bytes."""
-    pinned: dict[int, int] = {}
-
-    class Runtime:
-        @staticmethod
-        def cudaHostRegister(start: int, size: int, flags: int) -> int:
-            assert size > 0, "cudaErrorInvalidValue"
-            pinned[start] = size
-            return 0
-
-        @staticmethod
-        def cudaHostUnregister(start: int) -> int:
-            del pinned[start]
-            return 0
-
-    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
-    monkeypatch.setattr(torch.cuda, "check_error", lambda code: None)  # there is none in a build for CPUs
-    return pinned
-
-
-@pytest.mark.parametrize("size", [1, 5000, 1 << 20])
-def test_pinned_memory_is_registered_whole(registered: dict[int, int], size: int) -> None:
-    memory = _pinned(size)
-    assert memory.numel() == size
-    assert registered == {memory.data_ptr(): size}
 
 
 def test_nothing_is_not_pinned_and_what_grows_is_pinned_again(registered: dict[int, int]) -> None:
