@@ -147,7 +147,7 @@ BESIDE_PLAN = (
         "floor hybrid8b 131072 sp1 lora flash-attn-4",
     ),
     (
-        "the same on two GPUs, sp 2",
+        "the same on two GPUs, sp 2, a piece of the backward pass in torch",
         "step 131072 sp2 hybrid8b lora fa4 zero3",
         "floor hybrid8b 131072 sp2 lora flash-attn-4",
     ),
