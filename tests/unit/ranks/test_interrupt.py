@@ -26,16 +26,19 @@ def until(ready: Callable[[], object], seconds: float = 30.0) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_is_noted_and_the_handlers_are_put_back(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
+    usual = signal.signal(number, signal.SIG_DFL)  # under nohup the tests' own process ignores SIGHUP
     stop, heard = StopRequest(), list[str]()
     stop.training_begun, stop.heard = True, heard.append
-    with stop.listening():
-        os.kill(os.getpid(), number)
-        assert until(lambda: heard)
-        assert heard == [stop.reason]
-        assert stop.reason == f"signal {number.name}"
-        assert stop.asked()
-    assert signal.getsignal(number) == before
+    try:
+        with stop.listening():
+            os.kill(os.getpid(), number)
+            assert until(lambda: heard)
+            assert heard == [stop.reason]
+            assert stop.reason == f"signal {number.name}"
+            assert stop.asked()
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, usual)
 
 
 def test_nohup_is_respected() -> None:
