@@ -58,10 +58,7 @@ def test_gradients_are_those_of_autograd(at_a_time: int) -> None:
     out = decayed_attention(*inputs, Documents(cu_seqlens.int(), LENGTHS))
     do = torch.randn_like(out)
     wanted = torch.autograd.grad(out, inputs, do)
-    with (
-        torch.no_grad(),
-        patch.object(chunk_backward, "STATES_AT_A_TIME", at_a_time),
-    ):
+    with torch.no_grad(), patch.object(chunk_backward, "STATES_AT_A_TIME", at_a_time):
         qh, kh = (t.repeat_interleave(HEADS // GROUPS, 1) for t in (q, k))
         h, dh, sums = handed_over(qh, kh, v, g, do)
         dq, dk, dw, of_sums = chunk_piece.backward_piece(
