@@ -3,6 +3,9 @@ ranks agree, save and leave.
 
 Nothing is saved inside a signal handler: the flag is looked at between packs, where every rank is at the same place. A
 thread reads the signals: they are noted, and a second Ctrl-C is obeyed, also while a rank waits in a collective.
+
+Until all ranks have joined nobody can agree on anything, and a peer that is dead already would be waited for: a signal
+ends the process.
 """
 
 from __future__ import annotations
@@ -16,11 +19,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from ds_longft.errors import EXIT_REQUEUE
+
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SAVE_MARGIN = 1.5  # times the longest save so far: file systems are slowest when everybody is told to leave
 UNMEASURED_SAVE_S = 60.0
 SAME_PRESS_S = 2.0  # the terminal and the launcher both hand on one Ctrl-C
 LOOK_AT_LAUNCHER_S = 1.0
+EXIT_BY_SIGNAL = 128  # and the signal's number, as shells say it
+EXIT_INTERRUPTED = EXIT_BY_SIGNAL + signal.SIGINT
 
 
 class StopRequest:
@@ -31,10 +38,12 @@ class StopRequest:
     ) -> None:
         """`clock` counts seconds, whatever is done to the machine's clock; SLURM speaks of `wall_clock`."""
         self.reason: str | None = None
+        self.joined = False
+        """All ranks have joined, so that they can agree on a stop."""
         self.training_begun = False
         """Training has begun, so that a stop has something to save."""
-        self.at_once: Callable[[str], None] = lambda why: None
-        """Ends the process now; called with the reason, in a thread."""
+        self.at_once: Callable[[str, int], None] = lambda why, code: None
+        """Ends the process now; called with the reason and the exit code, in a thread."""
         self.heard: Callable[[str], None] = lambda reason: None
         """Called with the first reason to stop that came as a signal while there is training, in a thread."""
         self.clock, self.wall_clock = clock, wall_clock
@@ -78,23 +87,36 @@ class StopRequest:
             for number in os.read(ends, 64) if ready else b"":
                 if number in SIGNALS:
                     self.note(signal.Signals(number))
-            if self.reason is None and any(parent_of(child) not in (parent, None) for child, parent in watched):
-                self.reason = "the launcher is gone"
+            if any(parent_of(child) not in (parent, None) for child, parent in watched):
+                watched = []
+                self.note_that_the_launcher_is_gone()
 
     def note(self, number: signal.Signals) -> None:
-        """A signal came. A second Ctrl-C, and one before there is anything to save, ends the process now."""
+        """A signal came. A second Ctrl-C, one before there is anything to save, and any before all ranks have joined
+        end the process now.
+        """
         if number == signal.SIGINT:
             now = self.clock()
             if not self.training_begun:
-                self.at_once("interrupted before training began")
+                self.at_once("interrupted before training began", EXIT_INTERRUPTED)
             elif self._pressed is None:
                 self._pressed = now
             elif now - self._pressed > SAME_PRESS_S:
-                self.at_once("interrupted twice: nothing was saved since the last checkpoint")
+                self.at_once("interrupted twice: nothing was saved since the last checkpoint", EXIT_INTERRUPTED)
+        elif not self.joined:
+            # Launchers send TERM when a peer has failed: then this is no wish to go on later, and only the two are.
+            code = EXIT_REQUEUE if number in (signal.SIGUSR1, signal.SIGUSR2) else EXIT_BY_SIGNAL + number
+            self.at_once(f"signal {number.name} before the ranks had joined: nothing was trained", code)
         if self.reason is None:
             self.reason = f"signal {number.name}"
             if self.training_begun:
                 self.heard(self.reason)
+
+    def note_that_the_launcher_is_gone(self) -> None:
+        """In training a reason to stop, as a signal is. Before, nothing is to be saved, and nobody ends those who wait."""
+        if not self.training_begun:
+            self.at_once("the launcher is gone, before training began", EXIT_BY_SIGNAL + signal.SIGHUP)
+        self.reason = self.reason or "the launcher is gone"
 
     def set_budget(self, max_minutes: float | None, env: Mapping[str, str] = os.environ) -> None:
         """Stop in time for `max_minutes` after the start of the process and for the end of the SLURM job, if any."""

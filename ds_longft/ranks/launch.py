@@ -13,7 +13,7 @@ from types import FrameType
 from typing import NoReturn
 
 from ds_longft.errors import EXIT_CONFIG, EXIT_HANG, EXIT_NON_FINITE, EXIT_PORT, EXIT_REQUEUE, LongftError
-from ds_longft.ranks.interrupt import heeded
+from ds_longft.ranks.interrupt import EXIT_BY_SIGNAL, heeded
 from ds_longft.ranks.join import Launch, free_port, visible_gpus
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -76,10 +76,10 @@ def _end(processes: list[subprocess.Popen[bytes]]) -> None:
 def telling_code(codes: Sequence[int]) -> int:
     """The exit code that says most of why ranks ended: one of ours, then a signal (128 + number), then any other."""
     ours = [code for code in codes if code in (EXIT_CONFIG, EXIT_PORT, EXIT_NON_FINITE, EXIT_HANG, EXIT_REQUEUE)]
-    # A rank that was ended because another had failed says nothing.
-    signals = [128 - code for code in sorted(codes) if code < 0 and code != -signal.SIGTERM]
-    others = [128 - code if code < 0 else code for code in codes if code]
-    return next(iter([*ours, *signals, *others]), 0)
+    by_term = EXIT_BY_SIGNAL + signal.SIGTERM  # a rank that was ended because another had failed says nothing
+    signals = [EXIT_BY_SIGNAL - code for code in sorted(codes) if code < 0]
+    others = [*signals, *(code for code in codes if code > 0)]
+    return next(iter([*ours, *(code for code in others if code != by_term), *others]), 0)
 
 
 def run_rank(main: Callable[[list[str]], int]) -> NoReturn:

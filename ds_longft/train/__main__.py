@@ -23,7 +23,6 @@ from ds_longft.train.secrets import redact
 from ds_longft.train.status import Status
 from ds_longft.train.trackers import left_behind
 
-EXIT_INTERRUPTED = 130
 STATUS_FIRST_S = 0.5
 """Rank 0 writes the status before the others leave: srun and torchrun end all ranks as soon as one has failed."""
 
@@ -39,12 +38,12 @@ def main(argv: list[str] | None = None) -> int:
     status = Status(launch)
     stop = StopRequest()
 
-    def leave(why: str) -> None:
-        status.failed(why, EXIT_INTERRUPTED)
-        status.write(EXIT_INTERRUPTED)
+    def leave(why: str, code: int) -> None:
+        status.failed(why, code)
+        status.write(code)
         if launch.local_rank == 0:
             print(f"\n{why}", file=sys.stderr, flush=True)
-        os._exit(EXIT_INTERRUPTED)
+        os._exit(code)
 
     def heard(reason: str) -> None:
         if launch.rank == 0:

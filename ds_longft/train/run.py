@@ -73,7 +73,7 @@ def run(
         LongftError: any other, on every rank alike.
     """
     try:
-        joined = join_processes(config, settings, sp, launch, status, Phases(started, say=launch.rank == 0))
+        joined = join_processes(config, settings, sp, launch, status, stop, Phases(started, say=launch.rank == 0))
         data = read_data(joined)
         prepared = build_engine(joined)
         resumed = resume(joined, data, prepared)

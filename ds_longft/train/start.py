@@ -30,6 +30,7 @@ from ds_longft.model.load_packed import base_format, stored_as
 from ds_longft.model.lora import check_lora
 from ds_longft.model.read_model import load_tokenizer, read_config
 from ds_longft.objectives.objective import Needs
+from ds_longft.ranks.interrupt import StopRequest
 from ds_longft.ranks.join import Agreement, Launch, join
 from ds_longft.ranks.lock import lock_folder
 from ds_longft.sequence.attention import ULYSSES
@@ -133,7 +134,13 @@ class Resumed:
 
 
 def join_processes(
-    config: RunConfig, settings: DeepSpeedSettings, sp: int, launch: Launch, status: Status, phases: Phases
+    config: RunConfig,
+    settings: DeepSpeedSettings,
+    sp: int,
+    launch: Launch,
+    status: Status,
+    stop: StopRequest,
+    phases: Phases,
 ) -> Joined:
     """Check the model, join the other processes, and see that all are of the same run."""
     cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
@@ -156,6 +163,7 @@ def join_processes(
     hang_s = 60 * config.train.hang_minutes
     # The watchdog comes first; start-up, where ranks read a model at different speeds, has half an hour at least.
     device, agreement = join(launch, timeout_s=max(hang_s, 1800.0) + 60)
+    stop.joined = True
     folder = Path(config.output_dir).expanduser()
     agreement.rank0_first(lambda: folder.mkdir(parents=True, exist_ok=True))
     locks: list[FileLock] = []

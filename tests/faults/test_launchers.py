@@ -162,6 +162,19 @@ def test_a_stop_is_saved(
 
 
 @pytest.mark.slow
+def test_deepspeed_is_killed_while_a_rank_waits_for_one_that_is_dead(config: Path, output: Path) -> None:
+    """As the out-of-memory killer does it. The rank hears of both, and there is nobody to agree with."""
+    terminal = Terminal(command_of("deepspeed", config, output))
+    terminal.wait_for(lambda: any("--local_rank=1" in command for command in tree(output).values()), 60)
+    other = process_of(output, "--local_rank=1", without="launcher.launch")
+    os.kill(other, signal.SIGSTOP)
+    terminal.wait_for(lambda: "processes join ..." in terminal.read(), 100)
+    terminal.command.kill()
+    os.kill(other, signal.SIGKILL)
+    terminal.wait_for(lambda: not tree(output), SECONDS)
+
+
+@pytest.mark.slow
 def test_a_second_press_ends_at_once(config: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NPROC", "2")
     terminal = Terminal([*command_of("local", config, output), "--train.gradient_accumulation_steps", "8"])

@@ -78,6 +78,17 @@ def test_before_the_first_step(launcher: Launcher, tmp_path: Path) -> None:
     assert "nothing was trained yet" in run.text(0)
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR2, 75)])
+def test_while_a_peer_is_waited_for(launcher: Launcher, tmp_path: Path, number: signal.Signals, code: int) -> None:
+    """The peer died before it joined: nobody can agree on a stop, and the rendezvous would wait half an hour."""
+    run = launcher.start(tmp_path / "out")
+    run.processes[1].kill()
+    run.wait_for(lambda: "processes join ..." in run.text(0))
+    run.signal(number, 0)
+    assert run.wait(20) == [code, CRASH], run.text()
+    assert f"signal {number.name} before the ranks had joined: nothing was trained" in run.text(0)
+
+
 def test_time_is_up(launcher: Launcher, tmp_path: Path) -> None:
     """SLURM says when the job ends; the run leaves before, on all ranks, although only one sees the clock."""
     import time

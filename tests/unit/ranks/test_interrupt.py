@@ -67,7 +67,8 @@ def test_one_press_saves_and_a_second_one_ends_at_once() -> None:
     """The terminal and the launcher both hand on the same press: within a moment it counts once."""
     clock, ended = Clock(), []
     stop = StopRequest(clock)
-    stop.training_begun, stop.at_once = True, ended.append
+    stop.joined = stop.training_begun = True
+    stop.at_once = lambda *said: ended.append(said)
     stop.note(signal.SIGINT)
     clock.now += SAME_PRESS_S / 2
     stop.note(signal.SIGINT)
@@ -80,13 +81,41 @@ def test_one_press_saves_and_a_second_one_ends_at_once() -> None:
 
 
 def test_a_press_before_training_has_nothing_to_save() -> None:
-    ended: list[str] = []
+    ended: list[tuple[str, int]] = []
     stop = StopRequest()
-    stop.at_once = ended.append
+    stop.joined, stop.at_once = True, lambda *said: ended.append(said)
     stop.note(signal.SIGTERM)
     assert ended == []
     stop.note(signal.SIGINT)
-    assert ended == ["interrupted before training began"]
+    assert ended == [("interrupted before training began", 130)]
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 75), (signal.SIGUSR2, 75), (signal.SIGINT, 130)],
+)
+def test_before_the_ranks_have_joined_a_signal_ends_the_process(number: signal.Signals, code: int) -> None:
+    """A peer that is dead would be waited for; and the TERM that follows a peer's crash is no wish to go on (75)."""
+    ended: list[int] = []
+    stop = StopRequest()
+    stop.at_once = lambda why, code: ended.append(code)
+    stop.note(number)
+    assert ended == [code]
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_launcher_that_is_gone_before_training_ends_it(joined: bool) -> None:
+    """Whatever came before: with its command's terminal a rank gets HUP, and then waits for a peer that is dead."""
+    ended: list[int] = []
+    stop = StopRequest()
+    stop.joined = True
+    stop.note(signal.SIGHUP)
+    stop.joined, stop.at_once = joined, lambda why, code: ended.append(code)
+    stop.note_that_the_launcher_is_gone()
+    assert ended == [129]
+    stop.training_begun = True
+    stop.note_that_the_launcher_is_gone()
+    assert (ended, stop.reason) == ([129], "signal SIGHUP")
 
 
 def test_the_machines_clock_may_be_set() -> None:

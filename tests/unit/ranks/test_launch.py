@@ -60,6 +60,8 @@ def test_ranks_end_with_who_started_them(tmp_path: Path, how: signal.Signals) ->
         ([1, 64], 64),  # the one that knew why, and one that lost its peer
         ([1, -9], 137),
         ([1, -15], 1),  # ended because the other one had failed
+        ([143, 1], 1),
+        ([143, -9], 137),
         ([-15, -15], 143),
         ([0, 71], 71),
     ],
