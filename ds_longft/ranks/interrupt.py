@@ -113,7 +113,7 @@ class StopRequest:
                 self.heard(self.reason)
 
     def note_that_the_launcher_is_gone(self) -> None:
-        """In training a reason to stop, as a signal is. Before, nothing is to be saved, and nobody ends those who wait."""
+        """In training a reason to stop, as a signal is. Before, nothing is to be saved, and nobody else ends us."""
         if not self.training_begun:
             self.at_once("the launcher is gone, before training began", EXIT_BY_SIGNAL + signal.SIGHUP)
         self.reason = self.reason or "the launcher is gone"

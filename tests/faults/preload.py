@@ -6,8 +6,7 @@ import gc
 import os
 
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
-ON_GPUS = "LONGFT_TEST_ON_GPUS" in os.environ  # set by tests/gpu
-if not ON_GPUS:
+if "LONGFT_TEST_ON_GPUS" not in os.environ:  # set by tests/gpu
     os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
 
 import datasets  # noqa: F401
@@ -16,7 +15,8 @@ import matplotlib.pyplot  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-if not ON_GPUS:  # peft brings bitsandbytes, which asks CUDA what device there is: no fork can use the device then
+if "LONGFT_TEST_ON_GPUS" not in os.environ:
+    # peft brings bitsandbytes, which asks CUDA what device there is: no fork can use the device then
     import peft  # noqa: F401
 
     import ds_longft.train.engine
