@@ -104,7 +104,7 @@ class StopRequest:
             elif now - self._pressed > SAME_PRESS_S:
                 self.at_once("interrupted twice: nothing was saved since the last checkpoint", EXIT_INTERRUPTED)
         elif not self.joined:
-            # Launchers send TERM when a peer has failed: then this is no wish to go on later, and only the two are.
+            # Launchers send TERM behind a peer's crash, which 75 would requeue for ever. They never send USR1 or USR2.
             code = EXIT_REQUEUE if number in (signal.SIGUSR1, signal.SIGUSR2) else EXIT_BY_SIGNAL + number
             self.at_once(f"signal {number.name} before the ranks had joined: nothing was trained", code)
         if self.reason is None:
